@@ -1,0 +1,77 @@
+# Everything is a command here. `make` alone says what there is.
+#
+# Variables, all optional, as in `make run WORKERS=2 PORT=9080`:
+#   WEIGHTS=file       weights of your own instead of torchvision's
+#   WEIGHTS_URL=url    a mirror of torchvision's file
+#   WORKERS=n          worker processes; otherwise as many as suit the machine
+#   PORT=n             predictions; likewise MANAGEMENT_PORT, METRICS_PORT,
+#                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
+#   ENGINE=torch       make archive: serve with PyTorch (GPU) instead of ONNX Runtime
+#   TORCH_INDEX=url    take torch from this package index, such as PyTorch's CPU-only one
+#   PYTHON=python3.12  the Python to make the virtual environment with
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+# $(call option,NAME,VALUE): --NAME VALUE, or nothing where there is no value.
+option = $(if $(2),--$(1) '$(2)')
+
+WEIGHTS_OPTIONS = $(call option,weights,$(WEIGHTS)) $(call option,url,$(WEIGHTS_URL))
+SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
+	$(call option,management-port,$(MANAGEMENT_PORT)) \
+	$(call option,metrics-port,$(METRICS_PORT)) \
+	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
+	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
+
+.PHONY: help setup run test test-unit archive start stop status scale classify lint format lock clean
+
+help: ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: ## make the virtual environment and install the pinned packages
+	@$(PYTHON) scripts/bootstrap.py $(call option,torch-index,$(TORCH_INDEX))
+
+run: setup ## do everything: weights, archive, server, and a first answer
+	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(SERVER_OPTIONS)
+
+test: setup ## run all tests, those against a real TorchServe too
+	@$(VENV_PYTHON) -m pytest --require-integration
+
+test-unit: setup ## run the tests that need no server
+	@$(VENV_PYTHON) -m pytest tests/unit
+
+archive: setup ## production: build model_store/densenet121.mar, with trained weights only
+	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(call option,engine,$(ENGINE))
+
+start: setup ## production: serve the archive, with trained weights only
+	@$(VENV_PYTHON) -m scripts.server start $(SERVER_OPTIONS)
+
+stop: setup ## stop the server
+	@$(VENV_PYTHON) -m scripts.server stop
+
+status: setup ## show workers, queue and versions
+	@$(VENV_PYTHON) -m scripts.server status
+
+scale: setup ## change the number of workers: make scale WORKERS=2
+	@$(VENV_PYTHON) -m scripts.server scale $(call option,workers,$(WORKERS))
+
+classify: setup ## classify a picture: make classify IMAGE=cat.jpg
+	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)')
+
+lint: setup ## check style and types
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+format: setup ## put the code into the common style
+	@$(VENV_PYTHON) -m ruff check --fix .
+	@$(VENV_PYTHON) -m ruff format .
+
+lock: setup ## pin all packages anew, from requirements.in
+	@$(VENV_PYTHON) -m pip install --quiet uv
+	@$(VENV_PYTHON) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+		--no-header --no-annotate requirements.in -o requirements.lock
+
+clean: ## stop the server and remove all that was built; .venv stays
+	@if [ -x $(VENV_PYTHON) ]; then $(VENV_PYTHON) -m scripts.server stop; fi
+	@rm -rf build .run .mypy_cache .ruff_cache .pytest_cache .hypothesis model_store/*.mar

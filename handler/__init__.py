@@ -1,0 +1,1 @@
+"""All that goes into the model archive: a batch flows inputs -> images -> engine -> responses."""

@@ -1,0 +1,88 @@
+"""What can be wrong with a request, and with an archive.
+
+A request becomes an answer in three steps, and each has its errors:
+
+    row --inputs--> image bytes and options --images--> pixels --engine--> answer
+         BadRequest, MissingImage, InvalidOption
+                              EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
+
+Everything a client can cause is a `ClientError`: its class decides status and type, its message is
+written for the person who sent the request. Anything else is the server's own fault, and its
+detail stays in the server's log.
+"""
+
+from typing import ClassVar
+
+
+class ClientError(Exception):
+    """Something the client sent cannot be served.
+
+    `str(error)` goes to the client: it says what was wrong, with what, and what to do.
+    """
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+
+
+class BadRequest(ClientError):
+    """The request's body cannot be read as any of the accepted forms."""
+
+    status = 400
+    type = "BadRequest"
+
+
+class MissingImage(ClientError):
+    """The request holds no image at all."""
+
+    status = 400
+    type = "MissingImage"
+
+
+class EmptyImage(ClientError):
+    """An image was announced, but has no bytes."""
+
+    status = 400
+    type = "EmptyImage"
+
+
+class NotAnImage(ClientError):
+    """The bytes are not a picture in any known format."""
+
+    status = 400
+    type = "NotAnImage"
+
+
+class DamagedImage(ClientError):
+    """The bytes begin as a picture, but are cut off or corrupt."""
+
+    status = 400
+    type = "DamagedImage"
+
+
+class TooLarge(ClientError):
+    """A picture has more pixels than the server accepts."""
+
+    status = 413
+    type = "TooLarge"
+
+
+class UnsupportedFormat(ClientError):
+    """A well-known file format, but not an accepted picture format."""
+
+    status = 415
+    type = "UnsupportedFormat"
+
+
+class InvalidOption(ClientError):
+    """An option such as `topk` has a value that cannot be used."""
+
+    status = 422
+    type = "InvalidOption"
+
+
+class ArchiveError(RuntimeError):
+    """The archive cannot be served as it is: a file is missing, corrupt or misspelt.
+
+    A `RuntimeError`, because that is what TorchServe's worker logs and reports while it loads a
+    model; other exceptions end the worker without an answer to the frontend.
+    """

@@ -1,0 +1,162 @@
+"""What the archive says about itself, read and checked once, when the worker starts.
+
+`Settings` is the operator's part: the section `handler` of `model-config.yaml`. `ModelCard` is the
+builder's part: `model-card.json`, written when the archive is made. A misspelt key or a value out
+of range stops the worker with a message that names it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from handler.errors import ArchiveError
+
+MODEL_CARD = "model-card.json"
+
+# What a plain number may be given as: YAML reads `threshold: 1` as an int.
+_ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
+
+_T = TypeVar("_T")
+
+
+def _bounded(default: float, low: float, high: float) -> Any:
+    return field(default=default, metadata={"bounds": (low, high)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Section `handler` of `model-config.yaml`; each key is optional.
+
+    Attributes:
+        topk: predictions in an answer when the request does not say, 1 or more.
+        threshold: least probability, 0 to 1, at which the model counts as having recognised
+            something, when the request does not say.
+        max_pixels: width times height above which a picture is refused before it is decoded.
+    """
+
+    topk: int = _bounded(5, 1, 1_000_000)
+    threshold: float = _bounded(0.1, 0, 1)
+    max_pixels: int = _bounded(64_000_000, 1, 1_000_000_000)
+
+    @classmethod
+    def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":
+        """Takes the whole of `model-config.yaml`, as TorchServe hands it to the handler."""
+        section = (model_config or {}).get("handler") or {}
+        return _checked(cls, section, "model-config.yaml, section 'handler'")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the model's input; the defaults are the tutorial's.
+
+    Attributes:
+        resize: length of the shorter side after resizing, in pixels.
+        crop: side of the square cut from the centre, in pixels.
+        mean: per channel (red, green, blue), on the scale 0 to 1, subtracted before dividing.
+        std: per channel, on the scale 0 to 1.
+    """
+
+    resize: int = _bounded(255, 1, 4096)
+    crop: int = _bounded(224, 1, 4096)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.crop > self.resize:
+            raise ArchiveError(f"crop {self.crop} is larger than resize {self.resize}")
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """`model-card.json`: what was packed into the archive.
+
+    Attributes:
+        architecture: name in torchvision's model registry.
+        classes: number of classes, the length of the logits.
+        trained: false where the weights are seeded random numbers, good for trying only.
+        weights_file: name of the file that the weights came from.
+        weights_sha256: SHA-256 of that file, or of the random weights' values.
+        inputs_sha256: digest of all that the archive was built from; equal means up to date.
+        preprocessing: how a picture becomes the model's input.
+    """
+
+    architecture: str
+    classes: int
+    trained: bool
+    weights_file: str
+    weights_sha256: str
+    inputs_sha256: str
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelCard":
+        """Reads `model-card.json`; raises `ArchiveError` where it is missing or malformed."""
+        try:
+            return cls.from_json(path.read_bytes())
+        except OSError as error:
+            raise ArchiveError(f"{path.name}: cannot be read: {error.strerror}") from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ModelCard":
+        """Parses the text of a `model-card.json`; raises `ArchiveError` where it is malformed."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ArchiveError(f"{MODEL_CARD}: not JSON: {error}") from error
+        if isinstance(values, dict) and "preprocessing" in values:
+            values["preprocessing"] = _checked(
+                Preprocessing, values["preprocessing"], f"{MODEL_CARD}, 'preprocessing'"
+            )
+        return _checked(cls, values, MODEL_CARD)
+
+    def to_json(self) -> str:
+        """The text that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def warning(self) -> str | None:
+        """What every answer must say about this model, if anything."""
+        if self.trained:
+            return None
+        return "untrained random weights: this answer means nothing and only shows the service"
+
+
+def _checked(cls: type[_T], values: object, source: str) -> _T:
+    """Builds the dataclass `cls` from `values`, or raises `ArchiveError` that names the culprit."""
+    if not isinstance(values, Mapping):
+        raise ArchiveError(f"{source}: expected keys and values, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in fields:
+            allowed = ", ".join(sorted(fields))
+            raise ArchiveError(f"{source}: unknown key {key!r}; allowed are: {allowed}")
+        _check_value(fields[key], value, source)
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ArchiveError(f"{source}: missing key {', '.join(missing)}")
+    return cls(**values)
+
+
+def _check_value(f: "dataclasses.Field[Any]", value: object, source: str) -> None:
+    expected = getattr(f.type, "__origin__", f.type)
+    if not isinstance(expected, type):
+        raise TypeError(f"{f.name}: a settings field must be annotated with a class")
+    # bool is an int to Python, but `topk: true` is a mistake.
+    is_stray_bool = isinstance(value, bool) and expected is not bool
+    if is_stray_bool or not isinstance(value, _ACCEPTED_TYPES.get(expected, (expected,))):
+        raise ArchiveError(f"{source}: {f.name} must be {expected.__name__}, got {value!r}")
+    if "bounds" in f.metadata:
+        low, high = f.metadata["bounds"]
+        if not low <= value <= high:
+            raise ArchiveError(f"{source}: {f.name} must be {low} to {high}, got {value!r}")

@@ -1,0 +1,44 @@
+"""Writes `handler/index_to_name.json` from the ImageNet class ids and names that `timm` carries."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from scripts.terminal import command, step
+
+TARGET = Path("handler/index_to_name.json")
+
+
+def class_index() -> dict[str, list[str]]:
+    """1,000 rows, `{"0": ["n01440764", "tench"], ...}`.
+
+    The name is the first lemma of the class's WordNet synset with underscores for spaces, which
+    is how the Keras and PyTorch tutorials' class index names them.
+    """
+    info = files("timm") / "data" / "_info"
+    synsets = (info / "imagenet_synsets.txt").read_text("utf-8").split()
+    lemmas = dict(
+        line.split("\t", 1)
+        for line in (info / "imagenet_synset_to_lemma.txt").read_text("utf-8").splitlines()
+    )
+    return {
+        str(index): [synset, lemmas[synset].split(",")[0].strip().replace(" ", "_")]
+        for index, synset in enumerate(synsets)
+    }
+
+
+def as_json(index: dict[str, list[str]]) -> str:
+    """The file's text: one row a line, so that a change can be read."""
+    rows = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in index.items()]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def main() -> None:
+    """Writes the class index."""
+    text = as_json(class_index())
+    TARGET.write_text(text, "utf-8")
+    step(f"Class index: wrote {TARGET}, {text.count('[')} classes")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,30 @@
+"""How many workers and threads suit this machine."""
+
+from dataclasses import dataclass
+
+import joblib
+import psutil
+
+# A worker after load with the CUDA build of torch, measured, and some room.
+_WORKER_BYTES = 900_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Worker processes, and CPU threads for each one's forward pass."""
+
+    workers: int
+    threads: int
+
+
+def plan(workers: int | None = None) -> Plan:
+    """A worker for each CPU with one thread each, which gave the best throughput; fewer workers
+    with more threads where memory is short, or where `workers` says so.
+
+    CPUs are those that affinity and cgroup quota leave to this process, not the machine's.
+    """
+    cpus = joblib.cpu_count()
+    if workers is None:
+        fit_in_memory = int(psutil.virtual_memory().available * 0.75 // _WORKER_BYTES)
+        workers = max(1, min(cpus, fit_in_memory))
+    return Plan(workers, threads=max(1, cpus // workers))

@@ -1,0 +1,44 @@
+"""Real photographs that scikit-image carries: nothing has to be downloaded to try the service."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import skimage
+from numpy.typing import NDArray
+from PIL import Image
+
+from handler.images import decode
+from handler.settings import Preprocessing
+
+# Stefan van der Walt's cat, in the public domain (CC0).
+CAT = Path(skimage.__file__).parent / "data" / "chelsea.png"
+
+_NAMES = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+)
+
+
+def sample_batch(preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255."""
+    return np.stack([decode(_png(view), preprocessing, max_pixels=10**8) for view in _views()])
+
+
+def _views() -> Iterator[Image.Image]:
+    for name in _NAMES:
+        with Image.open(CAT.parent / name) as photograph:
+            yield photograph
+            yield photograph.transpose(Image.Transpose.ROTATE_90)
+            yield photograph.crop((0, 0, 200, 200))
+
+
+def _png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()

@@ -1,0 +1,60 @@
+"""`make run`: from nothing to a served model and a first answer."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scripts.archive import build_for_trial
+from scripts.classify import classify, show
+from scripts.photographs import CAT
+from scripts.server import RUN_DIR, Ports, Running, find_running, ready_workers, start, stop
+from scripts.terminal import command, console, step
+from scripts.weights import sha256
+
+
+def main(
+    weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
+    url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
+    port: int = Ports.inference,
+    management_port: int = Ports.management,
+    metrics_port: int = Ports.metrics,
+    grpc_inference_port: int = Ports.grpc_inference,
+    grpc_management_port: int = Ports.grpc_management,
+) -> None:
+    """Builds the archive, serves it and classifies a sample photograph."""
+    archive = build_for_trial(weights, url)
+    ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
+    running = _serve(archive, ports, workers)
+
+    picture = RUN_DIR / "cat.png"
+    shutil.copyfile(CAT, picture)
+    show(picture, classify(picture, running.predictions_url))
+
+    console.print(f"Predictions  {running.predictions_url}")
+    console.print(f"Management   {running.model_url}")
+    console.print(f"Metrics      {running.metrics_url}")
+    console.print(f"\nTry it:      curl -T {picture} {running.predictions_url}")
+    console.print("Stop it:     make stop")
+
+
+def _serve(archive: Path, ports: Ports, workers: int | None) -> Running:
+    """Keeps a server that serves this very archive where it was asked to; else starts one."""
+    running = find_running()
+    if running is not None:
+        up_to_date = running.archive_sha256 == sha256(archive) and running.ports == ports
+        ready = ready_workers(running)
+        if up_to_date and ready > 0 and workers in (None, ready):
+            step(f"TorchServe: already serving this archive with {ready} worker(s)")
+            return running
+        step("TorchServe: stopping the running one, it differs from what was asked for")
+        stop(running)
+    running = start(archive, ports, workers)
+    step(f"TorchServe: {ready_workers(running)} worker(s) ready, logs in {RUN_DIR / 'logs'}")
+    return running
+
+
+if __name__ == "__main__":
+    command(main)

