@@ -1,7 +1,10 @@
 """The entry that TorchServe loads: one class that takes a batch of requests through the stages."""
 
+import handler  # noqa: F401, I001  # before TorchServe imports ONNX Runtime, see there
+
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from http import HTTPStatus
@@ -71,8 +74,17 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
                 self._read(row, context.get_all_request_header(index))
                 for index, row in enumerate(data)
             ]
+            started = time.monotonic()
             images = [self._decode(request) for request in requests]
+            decoded_at = time.monotonic()
             probabilities = self._infer(images)
+            logger.info(
+                "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
+                len(data),
+                sum(map(len, images)),
+                (decoded_at - started) * 1000,
+                (time.monotonic() - decoded_at) * 1000,
+            )
             answers = [
                 self._answer(request, decoded, probabilities)
                 for request, decoded in zip(requests, images, strict=True)

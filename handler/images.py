@@ -10,13 +10,24 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
+from handler.errors import (
+    ClientError,
+    DamagedImage,
+    EmptyImage,
+    NotAnImage,
+    TooLarge,
+    UnsupportedFormat,
+)
 from handler.settings import Preprocessing
 
 # Pillow is asked for these and no others. None of them runs another program.
 ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+# How their files begin: such bytes that cannot be opened are a damaged picture.
+_ACCEPTED_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_AVIF_BRANDS = (b"ftypavif", b"ftypavis")
 
 # The file formats that people send by mistake, by how they begin: the answer can name them.
 _OTHER_FORMATS = {
@@ -75,15 +86,15 @@ def _open(data: bytes | bytearray) -> Image.Image:
     """Reads the header only."""
     try:
         return Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS)
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
     except Image.DecompressionBombError as error:
         raise TooLarge("The image has more pixels than this server accepts.") from error
-    except Exception as error:  # Pillow's plugins raise many kinds on hostile headers
-        raise DamagedImage("The image's header is damaged.") from error
+    except Exception as error:  # beside its own, Pillow raises many kinds on hostile headers
+        raise _unidentified(data) from error
 
 
-def _unidentified(data: bytes | bytearray) -> UnsupportedFormat | NotAnImage:
+def _unidentified(data: bytes | bytearray) -> ClientError:
+    if data.startswith(_ACCEPTED_BEGINNINGS) or data.startswith(_AVIF_BRANDS, 4):
+        return DamagedImage("The image is damaged or cut off: its header cannot be read.")
     for beginning, name in _OTHER_FORMATS.items():
         if data.startswith(beginning):
             return UnsupportedFormat(

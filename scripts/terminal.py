@@ -11,6 +11,10 @@ console = Console(highlight=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+# The shell's status of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
 class UserError(Exception):
     """The command cannot go on, for a reason that the person at the terminal can change.
 
@@ -41,14 +45,11 @@ def command(function: Callable[..., None]) -> None:
 def run(app: typer.Typer) -> None:
     """Runs a command line with the conventions of `command`."""
     try:
-        app(standalone_mode=False)
+        # Where the command is interrupted, typer gives back the exit status and raises nothing.
+        status = app(standalone_mode=False)
     except UserError as error:
         _errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
-    except typer.Abort:
-        _interrupted()
-    except KeyboardInterrupt:
-        _interrupted()
     except Exception as error:
         # click's own errors carry their exit status and know how to print themselves.
         show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
@@ -56,8 +57,6 @@ def run(app: typer.Typer) -> None:
             raise
         show()
         sys.exit(status)
-
-
-def _interrupted() -> None:
-    _errors.print("[bold red]Stopped by Ctrl-C.[/] Run the same command again to go on.")
-    sys.exit(130)
+    if status == INTERRUPTED:
+        _errors.print("[bold red]Stopped by Ctrl-C.[/] Run the same command again to go on.")
+    sys.exit(status or 0)

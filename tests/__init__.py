@@ -1,0 +1,1 @@
+"""The tests: unit (no server) and integration (a real TorchServe)."""

@@ -1,0 +1,1 @@
+"""Tests against a real TorchServe with a real archive."""

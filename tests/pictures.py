@@ -1,0 +1,80 @@
+"""Pictures for the tests, real and generated; none is downloaded."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sklearn
+from PIL import Image
+
+from scripts.photographs import CAT
+
+_SKIMAGE = CAT.parent
+_SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
+
+PHOTOGRAPHS = (
+    *(
+        _SKIMAGE / name
+        for name in (
+            "astronaut.png",
+            "brick.png",
+            "camera.png",
+            "cell.png",
+            "chelsea.png",
+            "coffee.png",
+            "coins.png",
+            "color.png",
+            "grass.png",
+            "gravel.png",
+            "hubble_deep_field.jpg",
+            "ihc.png",
+            "moon.png",
+            "motorcycle_left.png",
+            "motorcycle_right.png",
+            "page.png",
+            "retina.jpg",
+            "rocket.jpg",
+            "text.png",
+        )
+    ),
+    _SKLEARN / "china.jpg",
+    _SKLEARN / "flower.jpg",
+)
+
+# Sides that meet each rounding in resizing and cropping; the largest picture is 2000 x 1500.
+_SIDES = (1, 2, 3, 7, 33, 100, 223, 224, 225, 254, 255, 256, 300, 511, 640, 1500, 2000)
+
+
+def photographs() -> Iterator[tuple[str, Image.Image]]:
+    """Real photographs: whole, turned, halved and cut, RGB and greyscale."""
+    for path in PHOTOGRAPHS:
+        with Image.open(path) as image:
+            image.load()
+        rgb = image.convert("RGB")
+        yield f"{path.stem}", image
+        yield f"{path.stem} turned", rgb.transpose(Image.Transpose.ROTATE_90)
+        yield f"{path.stem} halved", rgb.resize((rgb.width // 2, rgb.height // 2))
+        yield f"{path.stem} corner", rgb.crop((0, 0, rgb.width // 3, rgb.height // 2))
+
+
+def generated() -> Iterator[tuple[str, Image.Image]]:
+    """Noise and gradients of every size from 1x1 to 2000x1500, portrait and landscape."""
+    random = np.random.default_rng(7)
+    for i, width in enumerate(_SIDES):
+        for j, height in enumerate(_SIDES):
+            if width * height > 2000 * 1500:
+                continue
+            # The tutorial would make 390 MB of a 1x2000 picture, so few of those.
+            if max(width, height) > 300 * min(width, height) and (width, height) != (1, 511):
+                continue
+            noise = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            mode = ("RGB", "L", "P")[(i + j) % 3]
+            yield f"{mode} {width}x{height}", Image.fromarray(noise).convert(mode)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    """The picture as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()

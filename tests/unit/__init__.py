@@ -1,0 +1,1 @@
+"""Tests of single modules; none needs a server."""

@@ -1,0 +1,117 @@
+"""Decoding and preprocessing, against the tutorial's own transform."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
+from handler.images import decode
+from handler.settings import Preprocessing
+from scripts.export import Normalized
+from scripts.photographs import CAT
+from tests.pictures import encode, generated, photographs
+
+PREPROCESSING = Preprocessing()
+MAX_PIXELS = 64_000_000
+
+# The transform of the PyTorch tutorial.
+TUTORIAL = transforms.Compose(
+    [
+        transforms.Resize(255),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+
+
+STD = torch.tensor(PREPROCESSING.std).view(3, 1, 1)
+
+
+def normalized(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """What the exported model computes first, on the handler's pixels."""
+    result: torch.Tensor = Normalized(nn.Identity(), PREPROCESSING)(torch.from_numpy(pixels)[None])
+    return result[0]
+
+
+def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None:
+    compared = {"exact": 0, "long": 0}
+    worst = {"exact": 0.0, "long": 0.0}
+    for _, image in (*photographs(), *generated()):
+        mine = normalized(decode(encode(image), PREPROCESSING, MAX_PIXELS))
+        kind = "long" if is_very_long(image) else "exact"
+        difference = (mine - TUTORIAL(image.convert("RGB"))).abs()
+        compared[kind] += 1
+        worst[kind] = max(worst[kind], float((difference * STD).max()) * 255)
+    note.append(
+        f"preprocessing: {compared['exact']} images against the tutorial's transform, worst "
+        f"difference {worst['exact']:.1f} of 255 levels; {compared['long']} more than 61 times "
+        f"as long as wide, worst {worst['long']:.2f}"
+    )
+    assert compared["exact"] >= 200
+    assert worst["exact"] == 0
+    assert worst["long"] <= 1.01  # a level, and float32's rounding of it
+
+
+def is_very_long(image: Image.Image) -> bool:
+    """The tutorial would make more than 4 million pixels of it; see `resize_and_crop`."""
+    return 255**2 * max(image.size) / min(image.size) > 4_000_000
+
+
+@pytest.mark.parametrize("size", [(1, 100), (100, 1), (2, 1500), (3000, 10), (4, 2000)])
+def test_very_long_pictures_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    mine = decode(encode(image), PREPROCESSING, MAX_PIXELS).astype(int)
+    geometry = transforms.Compose(TUTORIAL.transforms[:2])
+    theirs = np.asarray(geometry(image)).transpose(2, 0, 1).astype(int)
+    assert np.abs(mine - theirs).max() <= 2
+
+
+def test_the_result_is_one_contiguous_uint8_array() -> None:
+    pixels = decode(CAT.read_bytes(), PREPROCESSING, MAX_PIXELS)
+    assert pixels.shape == (3, 224, 224)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+
+
+def test_no_bytes_are_an_empty_image() -> None:
+    with pytest.raises(EmptyImage):
+        decode(b"", PREPROCESSING, MAX_PIXELS)
+
+
+def test_text_is_not_an_image() -> None:
+    with pytest.raises(NotAnImage, match="Accepted are: JPEG"):
+        decode(b"hello", PREPROCESSING, MAX_PIXELS)
+
+
+def test_a_well_known_other_format_is_named() -> None:
+    with pytest.raises(UnsupportedFormat, match=r"a PDF file. Accepted are: JPEG"):
+        decode(b"%PDF-1.7 ...", PREPROCESSING, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
+def test_a_cut_file_is_damaged(file_format: str) -> None:
+    with Image.open(CAT) as cat:
+        whole = encode(cat.convert("RGB"), file_format)
+    with pytest.raises(DamagedImage):
+        decode(whole[: len(whole) // 2], PREPROCESSING, MAX_PIXELS)
+
+
+def test_pixels_are_counted_before_they_are_decoded() -> None:
+    header_only = encode(Image.new("RGB", (3000, 2000)))[:60]
+    with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; at most 1000000"):
+        decode(header_only, PREPROCESSING, max_pixels=1_000_000)
+
+
+def test_other_plugins_of_pillow_are_never_asked() -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (10, 10)).save(encoded, "PPM")
+    with pytest.raises(NotAnImage):
+        decode(encoded.getvalue(), PREPROCESSING, MAX_PIXELS)

@@ -1,0 +1,98 @@
+"""Mistakes in the archive's own files stop the worker, and say which key of which file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from handler.errors import ArchiveError
+from handler.labels import load_class_index
+from handler.settings import ModelCard, Preprocessing, Settings
+
+CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
+
+
+def settings(**section: Any) -> Settings:
+    return Settings.from_model_config({"batchSize": 8, "handler": section})
+
+
+def test_the_packed_settings_are_the_documented_defaults() -> None:
+    packed = yaml.safe_load(Path("handler/model-config.yaml").read_text())
+    assert Settings.from_model_config(packed) == Settings() == settings()
+
+
+@pytest.mark.parametrize("config", [None, {}, {"handler": None}])
+def test_settings_may_be_left_out(config: dict[str, Any] | None) -> None:
+    assert Settings.from_model_config(config) == Settings()
+
+
+def test_a_misspelt_key_is_named_with_the_allowed_ones() -> None:
+    with pytest.raises(ArchiveError, match=r"'treshold'; allowed are: max_pixels, threshold, topk"):
+        settings(treshold=0.2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("topk", 0), ("topk", "5"), ("topk", True), ("threshold", 1.5), ("threshold", float("nan"))],
+)
+def test_a_value_out_of_range_is_named(key: str, value: object) -> None:
+    with pytest.raises(ArchiveError, match=f"{key} must be"):
+        settings(**{key: value})
+
+
+def test_whole_numbers_are_fine_where_a_fraction_is_expected() -> None:
+    assert settings(threshold=1).threshold == 1
+
+
+def test_a_model_card_survives_being_written_and_read() -> None:
+    assert ModelCard.from_json(CARD.to_json()) == CARD
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": "many"}, "classes must be int"),
+        ({"clases": 3}, "unknown key 'clases'"),
+        ({"preprocessing": {"crop": 0}}, "crop must be 1 to"),
+        ({"preprocessing": 5}, "expected keys and values"),
+    ],
+)
+def test_a_wrong_model_card_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchiveError, match=message):
+        ModelCard.from_json(json.dumps({**json.loads(CARD.to_json()), **change}))
+
+
+def test_a_model_card_without_its_classes_is_refused() -> None:
+    values = json.loads(CARD.to_json())
+    del values["classes"]
+    with pytest.raises(ArchiveError, match="missing key classes"):
+        ModelCard.from_json(json.dumps(values))
+
+
+def test_a_missing_model_card_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"model-card\.json: cannot be read"):
+        ModelCard.load(tmp_path / "model-card.json")
+
+
+def test_a_crop_larger_than_the_resized_picture_is_refused() -> None:
+    with pytest.raises(ArchiveError, match="crop 224 is larger than resize 200"):
+        Preprocessing(resize=200)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("[]", "found no keys"),
+        ('{"0": ["a", "b"]}', "found 1 keys"),
+        ('{"0": ["a", "b"], "1": "c"}', r'row "1" must be'),
+        ('{"0": ["a", "b"], "1": ["c", 4]}', r'row "1" must be'),
+    ],
+)
+def test_a_wrong_class_index_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "index_to_name.json"
+    path.write_text(text)
+    with pytest.raises(ArchiveError, match=message):
+        load_class_index(path, classes=2)
