@@ -4,6 +4,8 @@ Runs on the system's Python before anything is installed, so it uses the standar
 and stays readable to Pythons older than the project supports, to be able to say so.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import os
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 VENV = Path(".venv")
 PYTHON = VENV / "bin" / "python"
@@ -44,7 +47,7 @@ FAILURES = (
 )
 
 
-def main():
+def main() -> None:
     """Sets up `.venv`, or finds that it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-index", default="", help="index to take torch from, by address")
@@ -59,7 +62,8 @@ def main():
     if STAMP.exists() and STAMP.read_text() == wanted and works():
         return
     check_disk(GIGABYTES_CPU_ONLY if torch_index else GIGABYTES_WITH_CUDA)
-    STAMP.unlink() if STAMP.exists() else None
+    if STAMP.exists():
+        STAMP.unlink()
     if not works():
         make_venv()
     install(torch_index)
@@ -67,7 +71,7 @@ def main():
     say("Packages: installed into %s" % VENV)
 
 
-def fingerprint(torch_index):
+def fingerprint(torch_index: str) -> str:
     """Changes whenever the installation should."""
     digest = hashlib.sha256()
     for part in (REQUIREMENTS.read_bytes(), LOCK.read_bytes(), torch_index.encode()):
@@ -75,7 +79,7 @@ def fingerprint(torch_index):
     return digest.hexdigest()
 
 
-def works():
+def works() -> bool:
     """Whether the environment's Python starts and is of this version."""
     if not PYTHON.exists():
         return False
@@ -84,7 +88,7 @@ def works():
     return result.stdout.decode().strip() == sys.version
 
 
-def check_disk(gigabytes):
+def check_disk(gigabytes: float) -> None:
     """Stops before a download that cannot fit."""
     free = shutil.disk_usage(".").free / 1e9
     if free < gigabytes and not VENV.exists():
@@ -97,7 +101,7 @@ def check_disk(gigabytes):
 CPU_HINT = ", or set TORCH_INDEX to the address of PyTorch's CPU-only index (3 GB)"
 
 
-def make_venv():
+def make_venv() -> None:
     """Makes the virtual environment; what is left of a broken one goes first."""
     say("Packages: making the virtual environment %s" % VENV)
     if VENV.exists():
@@ -119,7 +123,7 @@ def make_venv():
         fail("The virtual environment cannot be made: %s" % output.strip()[-300:])
 
 
-def install(torch_index):
+def install(torch_index: str) -> None:
     """Runs pip with the lock file as constraints: a CPU-only torch then needs no CUDA packages."""
     size = "about 1 GB" if torch_index else "about 3 GB"
     say("Packages: installing, %s to download; this takes some minutes" % size)
@@ -129,17 +133,17 @@ def install(torch_index):
     run_pip(pip + ["-r", str(REQUIREMENTS)])
 
 
-def run_pip(command):
+def run_pip(command: list[str]) -> None:
     """Shows pip's progress as it is, and turns its errors into a sentence."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     errors = []
-    assert process.stderr is not None
-    for line in process.stderr:
-        text = line.decode(errors="replace")
-        if "WARNING" not in text:
-            sys.stderr.write(text)
-            errors.append(text)
-    if process.wait() == 0:
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            text = line.decode(errors="replace")
+            if "WARNING" not in text:
+                sys.stderr.write(text)
+                errors.append(text)
+    if process.returncode == 0:
         return
     output = "".join(errors)
     for sign, sentence in FAILURES:
@@ -149,12 +153,12 @@ def run_pip(command):
     fail("pip failed: %s" % last[-1].strip()[:500])
 
 
-def say(text):
+def say(text: str) -> None:
     """One line of progress."""
     print("==> %s" % text, flush=True)
 
 
-def fail(text):
+def fail(text: str) -> NoReturn:
     """One sentence, and exit status 1."""
     sys.stderr.write("Error: %s\n" % text)
     sys.exit(1)

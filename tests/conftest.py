@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    missing = not _counts["integration"]["passed"]
+    missing = not _counts.get("integration", {}).get("passed")
     if session.config.getoption("--require-integration") and missing:
         _notes.append("No integration test passed: these tests did not show that the server works.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
