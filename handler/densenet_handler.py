@@ -21,7 +21,7 @@ from handler import responses
 from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError
 from handler.images import decode
-from handler.inputs import DescribeRequest, ImagesRequest, Options, read_request
+from handler.inputs import DescribeRequest, ImagesRequest, read_request
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.responses import Body, Response
 from handler.settings import MODEL_CARD, ModelCard, Settings
@@ -98,7 +98,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:
-            return read_request(row, headers, Options.defaults(self.settings))
+            return read_request(row, headers, self.settings)
         except ClientError as error:
             return error
 
@@ -107,7 +107,9 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             return []
         return [self._decode_one(part.data) for part in request.images]
 
-    def _decode_one(self, data: bytes | bytearray) -> Pixels | ClientError:
+    def _decode_one(self, data: bytes | bytearray | ClientError) -> Pixels | ClientError:
+        if isinstance(data, ClientError):
+            return data
         try:
             return decode(data, self.card.preprocessing, self.settings.max_pixels)
         except ClientError as error:
@@ -139,8 +141,9 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             else responses.classification(next(probabilities), self.labels, request.options)
             for image in images
         ]
-        names = [part.name for part in request.images]
-        return self._json(responses.collect(names, results))
+        model = self.manifest["model"]
+        names = (model["modelName"], model["modelVersion"])
+        return self._json(responses.collect(request, results, names))
 
     def _json(self, body: Body) -> Response:
         if self.card.warning:

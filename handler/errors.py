@@ -3,7 +3,7 @@
 A request becomes an answer in three steps, and each has its errors:
 
     row --inputs--> image bytes and options --images--> pixels --engine--> answer
-         BadRequest, MissingImage, InvalidOption
+         BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption
                               EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
 
 Everything a client can cause is a `ClientError`: its class decides status and type, its message is
@@ -38,6 +38,13 @@ class MissingImage(ClientError):
     type = "MissingImage"
 
 
+class RepeatedPart(ClientError):
+    """A form has two parts of one name, of which the frontend passes on only one."""
+
+    status = 400
+    type = "RepeatedPart"
+
+
 class EmptyImage(ClientError):
     """An image was announced, but has no bytes."""
 
@@ -64,6 +71,13 @@ class TooLarge(ClientError):
 
     status = 413
     type = "TooLarge"
+
+
+class TooManyImages(ClientError):
+    """A request has more images than the server accepts at once."""
+
+    status = 413
+    type = "TooManyImages"
 
 
 class UnsupportedFormat(ClientError):

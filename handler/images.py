@@ -1,8 +1,12 @@
 """From encoded bytes to the model's input: uint8 (3, crop, crop), red, green, blue.
 
-The result is that of the tutorial's transform, bit for bit:
-`Resize(255)` (bilinear, antialiased, on the 8-bit picture) and `CenterCrop(224)`. Scaling to
-0..1 and normalising happen in the model, so that a batch stays four times smaller until there.
+Of an upright 8-bit RGB picture the result is that of the tutorial's transform, bit for bit:
+`Resize(255)` (bilinear, antialiased, on the 8-bit picture) and `CenterCrop(224)`. Other pictures
+are first made one as a person sees them: turned upright, transparency on white. Scaling to 0..1
+and normalising happen in the model, so that a batch stays four times smaller until there.
+
+The bytes are a stranger's. What a picture would cost is read from its header and bounded before
+any of it is decoded, and only the listed formats are ever opened.
 """
 
 import io
@@ -10,7 +14,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from handler.errors import (
     ClientError,
@@ -22,31 +26,70 @@ from handler.errors import (
 )
 from handler.settings import Preprocessing
 
+try:
+    # Phones write HEIC; this package decodes it and no more. An archive serves without it too.
+    import pi_heif
+except ImportError:
+    _HEIF: tuple[str, ...] = ()
+else:
+    pi_heif.register_heif_opener()
+    _HEIF = ("HEIF",)
+
 # Pillow is asked for these and no others. None of them runs another program.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", *_HEIF)
 
 # How their files begin: such bytes that cannot be opened are a damaged picture.
-_ACCEPTED_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_AVIF_BRANDS = (b"ftypavif", b"ftypavis")
+_ACCEPTED_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_RIFF_KINDS = (b"WEBP",)
+_HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
+_FTYP_BRANDS = (b"ftypavif", b"ftypavis", *(_HEIF_BRANDS if _HEIF else ()))
 
 # The file formats that people send by mistake, by how they begin: the answer can name them.
 _OTHER_FORMATS = {
-    b"%PDF": "PDF",
-    b"%!PS": "PostScript",
-    b"\xc5\xd0\xd3\xc6": "EPS",
-    b"8BPS": "Photoshop",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-    b"PK\x03\x04": "ZIP or Office",
-    b"\x1f\x8b": "gzip",
-    b"\x00\x00\x01\x00": "icon (ICO)",
-    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+    b"%PDF": "a PDF",
+    b"%!PS": "a PostScript",
+    b"\xc5\xd0\xd3\xc6": "an EPS",
+    b"8BPS": "a Photoshop",
+    b"<svg": "an SVG",
+    b"<?xml": "an XML or SVG",
+    b"<!DOCTYPE": "an HTML",
+    b"<html": "an HTML",
+    b"PK\x03\x04": "a ZIP or Office",
+    b"\x1f\x8b": "a gzip",
+    b"RIFF": "an AVI or WAV",
+    b"\x1aE\xdf\xa3": "a WebM or Matroska video",
+    b"\x00\x00\x01\x00": "an icon (ICO)",
+    b"\x00\x00\x00\x0cjP  ": "a JPEG 2000",
+    b"\xff\x0a": "a JPEG XL",
+    b"\x00\x00\x00\x0cJXL ": "a JPEG XL",
 }
+
+# So short a text in an image's place is probably the name of a file.
+_LONGEST_FILE_NAME = 255
+
+# A progressive JPEG is decoded once for each of its scans. Cameras and editors write about 10; a
+# file can hold thousands, each of which costs a pass over all pixels.
+_MAX_JPEG_SCANS = 100
+_JPEG_START_OF_SCAN = b"\xff\xda"
+
+# A file of more pages is a document; which of them would be the picture?
+_MAX_TIFF_PAGES = 100
 
 # Above this many pixels the tutorial's whole resized picture is not made, only the crop is.
 _MAX_RESIZED_PIXELS = 4_000_000
+
+# From the EXIF tag "Orientation" (Exif 2.3, 4.6.4) to what makes the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_WHITE = (255, 255, 255)
 
 
 def decode(
@@ -55,7 +98,7 @@ def decode(
     """Decodes one picture and makes it the model's input.
 
     Args:
-        data: the encoded picture.
+        data: the encoded picture; of several frames or pages the first one counts.
         preprocessing: the sizes to resize and crop to.
         max_pixels: width times height above which the picture is refused, undecoded.
 
@@ -67,18 +110,13 @@ def decode(
     """
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
-    # Pillow warns of much that is right to ignore in a server, such as odd metadata.
     with warnings.catch_warnings():
+        # Pillow warns of what a server need not know, such as odd metadata.
         warnings.simplefilter("ignore")
         with _open(data) as image:
-            _check_size(image, max_pixels)
-            try:
-                rgb = image.convert("RGB")
-            except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
-                raise DamagedImage(
-                    f"The {image.format} image is damaged or cut off and cannot be decoded."
-                ) from error
-    pixels = np.asarray(resize_and_crop(rgb, preprocessing))
+            _check_cost(image, data, max_pixels)
+            upright = _decode_upright(image)
+    pixels = np.asarray(resize_and_crop(upright, preprocessing))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -93,22 +131,97 @@ def _open(data: bytes | bytearray) -> Image.Image:
 
 
 def _unidentified(data: bytes | bytearray) -> ClientError:
-    if data.startswith(_ACCEPTED_BEGINNINGS) or data.startswith(_AVIF_BRANDS, 4):
+    if (
+        data.startswith(_ACCEPTED_BEGINNINGS)
+        or data.startswith(_FTYP_BRANDS, 4)
+        or (data.startswith(b"RIFF") and data.startswith(_RIFF_KINDS, 8))
+    ):
         return DamagedImage("The image is damaged or cut off: its header cannot be read.")
+    accepted = ", ".join(ACCEPTED_FORMATS)
+    if data.startswith(b"ftyp", 4):
+        return UnsupportedFormat(f"This is a video or a HEIC file. Accepted are: {accepted}.")
     for beginning, name in _OTHER_FORMATS.items():
-        if data.startswith(beginning):
-            return UnsupportedFormat(
-                f"This is a {name} file. Accepted are: {', '.join(ACCEPTED_FORMATS)}."
-            )
-    return NotAnImage(f"The bytes are not a picture. Accepted are: {', '.join(ACCEPTED_FORMATS)}.")
+        if data.lstrip()[: len(beginning)] == beginning:
+            return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
+    if len(data) <= _LONGEST_FILE_NAME and data.isascii():
+        return NotAnImage(
+            "This is a short text, not a picture. To send a file with curl, write @ before its "
+            "name: curl -F file=@cat.jpg URL"
+        )
+    return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_cost(image: Image.Image, data: bytes | bytearray, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise TooLarge(
             f"The image has {image.width} x {image.height} pixels; "
             f"at most {max_pixels} pixels are accepted. Send a smaller copy."
         )
+    if image.format in {"JPEG", "MPO"} and data.count(_JPEG_START_OF_SCAN) > _MAX_JPEG_SCANS:
+        raise TooLarge(
+            f"The JPEG image has more than {_MAX_JPEG_SCANS} scans, each of which costs as much "
+            "as a picture. Save it again as a normal JPEG."
+        )
+    if image.format == "TIFF" and _has_page(image, _MAX_TIFF_PAGES):
+        raise TooLarge(
+            f"The TIFF file has more than {_MAX_TIFF_PAGES} pages. Send the page that counts."
+        )
+
+
+def _has_page(image: Image.Image, index: int) -> bool:
+    """Looks no further than that page: a file can chain millions, or a circle of them."""
+    try:
+        image.seek(index)
+    except Exception:  # no such page, or a damaged one: the first may still be sound
+        return False
+    finally:
+        image.seek(0)
+    return True
+
+
+def _decode_upright(image: Image.Image) -> Image.Image:
+    """The picture as a person sees it, RGB."""
+    try:
+        turn = _TURNS.get(_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb.transpose(turn) if turn is not None else rgb
+    except ClientError:
+        raise
+    except MemoryError as error:
+        raise TooLarge(
+            "The image needs more memory than this server has. Send a smaller copy."
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+        raise DamagedImage(
+            f"The {image.format} image is damaged or cut off and cannot be decoded."
+        ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held; 1, upright, where the picture does not say or says nonsense."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a picture with damaged metadata is still a picture
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, three channels, transparency on white."""
+    if image.mode in {"I", "F"}:
+        raise UnsupportedFormat(
+            f"The {image.format} image has 32 bits a channel, whose range nobody can know. "
+            "Save it with 8 or 16 bits."
+        )
+    if image.mode.startswith("I;16"):
+        # Pillow would clip to 255 here; of 16-bit colour it takes the high byte, and so do we.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, _WHITE)
+        flat.paste(layer, mask=layer.getchannel("A"))
+        return flat
+    return image.convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -124,8 +237,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     Returns:
         an RGB picture of (crop, crop). Equal to torchvision's, except for pictures so long that
         torchvision would make more than 4 million pixels of them: there only the crop is
-        computed, and Pillow's 32-bit box coordinates move a pixel by at most 1 level of 255 on
-        photographs (2 on noise).
+        computed, so that they cost no more than others, and Pillow's 32-bit box coordinates move
+        a pixel by at most 2 levels of 255.
     """
     short, crop = preprocessing.resize, preprocessing.crop
     if image.width <= image.height:

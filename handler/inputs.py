@@ -1,19 +1,53 @@
 """From one TorchServe request row and its headers to images and options.
 
 TorchServe hands a handler one mapping for each request: a raw body arrives under `body`, each part
-of a form under its own name. Values are bytes, or text where the part's content type said so.
+of a form under its own name, and so does each query parameter where TorchServe passes the query
+on. A part that was sent as a file has a content type, any other has none.
 """
 
+import base64
+import binascii
+import enum
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from handler.errors import BadRequest, InvalidOption, MissingImage
+from handler.errors import (
+    BadRequest,
+    ClientError,
+    InvalidOption,
+    MissingImage,
+    RepeatedPart,
+    TooManyImages,
+)
 from handler.settings import Settings
 
-# Form fields that are options; every other part of a form is an image.
-OPTION_NAMES = frozenset({"topk", "threshold"})
+# Names under which clients send an image even where nothing says that it is a file: a raw body,
+# gRPC, and the tutorials' forms.
+_IMAGE_NAMES = ("body", "data", "file", "image")
+
+# Under which of its keys an instance of a KServe V1 request holds the image.
+_INSTANCE_KEYS = ("b64", "image", "data", "image_bytes")
+
+# A form's part needs less than this for its header lines.
+_PART_HEADER_BYTES = 1024
+
+_DATA_URL = re.compile(r"^data:[\w.+/-]*;base64,")
+
+HOW_TO_SEND = (
+    "Send the file as the body (curl -T cat.jpg URL) or in a form (curl -F file=@cat.jpg URL)."
+)
+
+
+class Form(enum.Enum):
+    """How a request asked, which is how it is answered."""
+
+    PLAIN = "plain"
+    KSERVE_V1 = "KServe V1"
+    KSERVE_V2 = "KServe V2"
 
 
 @dataclass(frozen=True)
@@ -36,18 +70,30 @@ class Options:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One encoded image and the name under which the client sent it."""
+    """One encoded image and the name under which the client sent it.
+
+    `data` may be what is wrong with it: each image of a request fails alone.
+    """
 
     name: str
-    data: bytes | bytearray
+    data: bytes | bytearray | ClientError
 
 
 @dataclass(frozen=True)
 class ImagesRequest:
-    """A request to classify images, at least one."""
+    """A request to classify images, at least one.
+
+    Attributes:
+        images: in the order in which they were sent.
+        options: of the whole request.
+        form: how to answer.
+        request_id: the client's own id for the request, where the form has one.
+    """
 
     images: list[ImagePart]
     options: Options
+    form: Form = Form.PLAIN
+    request_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +102,7 @@ class DescribeRequest:
 
 
 def read_request(
-    row: Mapping[str, Any], headers: Mapping[str, Any], defaults: Options
+    row: Mapping[str, Any], headers: Mapping[str, Any], settings: Settings
 ) -> ImagesRequest | DescribeRequest:
     """Reads one request.
 
@@ -64,25 +110,83 @@ def read_request(
         row: part name to value, as TorchServe delivers it.
         headers: the request's headers; TorchServe mixes each part's own into them, as a mapping
             under the part's name.
-        defaults: the options where the request does not choose.
+        settings: the defaults of the options, and the bounds.
 
     Raises:
-        ClientError: the row holds no image, or an option with a bad value.
+        ClientError: the row holds no image, too many, or an option with a bad value.
     """
     if headers.get("describe") == "True":
         return DescribeRequest()
-    options = _read_options(row, defaults)
-    images = [
-        ImagePart(name, _as_bytes(name, value))
-        for name, value in row.items()
-        if name not in OPTION_NAMES
-    ]
-    if not images or (len(images) == 1 and images[0].name == "body" and not images[0].data):
-        raise MissingImage(
-            "The request holds no image. Send the file as the body (curl -T cat.jpg URL) "
-            "or in a form (curl -F file=@cat.jpg URL)."
+    options = _read_options(row, Options.defaults(settings))
+    document = _json_document(row, headers)
+    if document is not None:
+        request = _read_json(document, options, settings.max_images)
+    else:
+        _check_nothing_was_lost(row, headers)
+        request = ImagesRequest(list(_image_parts(row, headers)), options)
+        _check_count(len(request.images), settings.max_images)
+    if not request.images:
+        raise MissingImage(f"The request holds no image. {HOW_TO_SEND}")
+    return request
+
+
+def _check_count(images: int, max_images: int) -> None:
+    if images > max_images:
+        raise TooManyImages(
+            f"The request holds {images} images; at most {max_images} are accepted. "
+            "Send the others in another request."
         )
-    return ImagesRequest(images, options)
+
+
+# --- Bodies and forms ---
+
+
+def _image_parts(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Iterator[ImagePart]:
+    """Every part that was sent as a file, or under a name that is an image's."""
+    for name, value in row.items():
+        is_file = bool(_content_type(headers, name))
+        if not is_file and name not in _IMAGE_NAMES:
+            continue  # an option, or a field that is not for us
+        content = _as_bytes(name, value)
+        if not content and name == "body":
+            continue  # a GET, or a body without bytes
+        yield ImagePart(name, content)
+
+
+def _content_type(headers: Mapping[str, Any], part: str) -> str:
+    """The content type of a part; empty where it was not sent as a file."""
+    own = headers.get(part)
+    return str(own.get("content-type", "")) if isinstance(own, Mapping) else ""
+
+
+def _check_nothing_was_lost(row: Mapping[str, Any], headers: Mapping[str, Any]) -> None:
+    """Notices parts of one name: the frontend keeps the last one of them, and says nothing.
+
+    The request's length tells: what was received, with room for each part's header lines, must
+    account for it. Parts that were lost and are smaller than that room are not noticed.
+    """
+    sent_as = _header(headers, "content-type")
+    if not sent_as.startswith("multipart/form-data"):
+        return
+    try:
+        declared = int(_header(headers, "content-length"))
+    except ValueError:
+        return
+    boundary = len(sent_as.partition("boundary=")[2])
+    received = sum(len(_as_bytes(name, value)) + len(name) for name, value in row.items())
+    overhead = (len(row) + 1) * (boundary + _PART_HEADER_BYTES)
+    if declared > received + overhead:
+        raise RepeatedPart(
+            "Two parts of the form have the same name, and TorchServe passes on only one of them. "
+            "Give each image a name of its own (curl -F a=@1.jpg -F b=@2.jpg URL)."
+        )
+
+
+def _header(headers: Mapping[str, Any], name: str) -> str:
+    """A request header, whatever its case; empty where there is none."""
+    return next(
+        (v for k, v in headers.items() if k.lower() == name and isinstance(v, str)), ""
+    ).strip()
 
 
 def _as_bytes(name: str, value: object) -> bytes | bytearray:
@@ -93,15 +197,115 @@ def _as_bytes(name: str, value: object) -> bytes | bytearray:
             # TorchServe decodes parts announced as text/*.
             return value.encode("utf-8")
         case _:
-            raise BadRequest(f"{name!r} must hold an image, not JSON.")
+            raise BadRequest(f"{name[:40]!a} must hold an image, not JSON.")
 
 
-def _read_options(row: Mapping[str, Any], defaults: Options) -> Options:
-    options = defaults
-    if "topk" in row:
-        options = replace(options, topk=_read_topk(row["topk"]))
-    if "threshold" in row:
-        options = replace(options, threshold=_read_threshold(row["threshold"]))
+# --- JSON ---
+
+
+def _json_document(row: Mapping[str, Any], headers: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The body, where it is JSON: TorchServe decodes it only if its content type says so.
+
+    No image format begins with a brace, so a body without the right content type is noticed too.
+    """
+    body = row.get("body")
+    if isinstance(body, bytes | bytearray):
+        announced = "json" in _header(headers, "content-type")
+        if not announced and not body[:64].lstrip().startswith(b"{"):
+            return None
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest("The body is not valid JSON.") from error
+    elif body is None or isinstance(body, str):
+        return None
+    if not isinstance(body, dict):
+        raise BadRequest('The JSON body must be an object, such as {"image": "<base64>"}.')
+    return body
+
+
+def _read_json(document: dict[str, Any], options: Options, max_images: int) -> ImagesRequest:
+    parameters = document.get("parameters")
+    if isinstance(parameters, dict):
+        options = _read_options(parameters, options)
+    options = _read_options(document, options)
+    if "instances" in document:
+        instances = _list(document, "instances")
+        _check_count(len(instances), max_images)
+        images = [_instance(i, instance) for i, instance in enumerate(instances)]
+        return ImagesRequest(images, options, Form.KSERVE_V1)
+    if "inputs" in document:
+        return _read_kserve_v2(document, options, max_images)
+    if "image" in document:
+        return ImagesRequest([ImagePart("image", _from_base64(document["image"]))], options)
+    raise MissingImage(
+        'The JSON body holds no image. Send {"image": "<base64>"}, or a KServe request with '
+        '"instances" or "inputs".'
+    )
+
+
+def _instance(index: int, instance: object) -> ImagePart:
+    """`{"b64": "..."}`, the same one level down under an image's name, or the text itself."""
+    value = instance
+    while isinstance(value, dict):
+        value = next((value[key] for key in _INSTANCE_KEYS if key in value), None)
+    return ImagePart(f"instances[{index}]", _from_base64(value))
+
+
+def _read_kserve_v2(document: dict[str, Any], options: Options, max_images: int) -> ImagesRequest:
+    images: list[ImagePart] = []
+    tensors = _list(document, "inputs")
+    _check_count(len(tensors), max_images)
+    for tensor in tensors:
+        if not isinstance(tensor, dict) or tensor.get("datatype") != "BYTES":
+            raise BadRequest(
+                'Each of "inputs" must be a tensor of datatype "BYTES" whose data are images in '
+                "base64."
+            )
+        name = str(tensor.get("name", "input"))[:100]
+        data = _flat(_list(tensor, "data"))
+        _check_count(len(images) + len(data), max_images)
+        images += [ImagePart(f"{name}[{i}]", _from_base64(item)) for i, item in enumerate(data)]
+    request_id = document.get("id")
+    return ImagesRequest(
+        images,
+        options,
+        Form.KSERVE_V2,
+        request_id[:200] if isinstance(request_id, str) else None,
+    )
+
+
+def _list(mapping: Mapping[str, Any], key: str) -> list[Any]:
+    value = mapping.get(key)
+    if not isinstance(value, list):
+        raise BadRequest(f'"{key}" must be a list.')
+    return value
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    """A tensor's data may be nested once, as rows of a batch."""
+    if data and all(isinstance(row, list) for row in data):
+        return [item for row in data for item in row]
+    return data
+
+
+def _from_base64(value: object) -> bytes | ClientError:
+    if not isinstance(value, str):
+        return BadRequest("An image in JSON must be a text in base64.")
+    try:
+        return base64.b64decode(_DATA_URL.sub("", value[:100]) + value[100:], validate=True)
+    except (binascii.Error, ValueError):
+        return BadRequest("The image's text is not valid base64.")
+
+
+# --- Options ---
+
+
+def _read_options(values: Mapping[str, Any], options: Options) -> Options:
+    if "topk" in values:
+        options = replace(options, topk=_read_topk(values["topk"]))
+    if "threshold" in values:
+        options = replace(options, threshold=_read_threshold(values["threshold"]))
     return options
 
 
@@ -126,11 +330,19 @@ def _read_threshold(value: object) -> float:
 
 
 def _as_text(value: object) -> str:
-    if isinstance(value, bytes | bytearray):
-        return value.decode("utf-8", errors="replace")
-    return str(value)
+    """A form's field, or a number or text of JSON; anything else is no option's value."""
+    match value:
+        case bytes() | bytearray():
+            return value.decode("utf-8", errors="replace")
+        case bool():
+            return ""
+        case int() | float() | str():
+            return str(value)
+        case _:
+            return ""
 
 
 def _quoted(value: object) -> str:
     """The value for an error message: short, and printable ASCII only."""
-    return ascii(_as_text(value)[:40])
+    text = _as_text(value) if isinstance(value, bytes | bytearray | str) else repr(value)[:80]
+    return ascii(text[:40])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handler.errors import ClientError
-from handler.inputs import Options
+from handler.inputs import Form, ImagesRequest, Options
 from handler.labels import Label
 
 # Digits after the point: float32 holds no more for a probability near 1.
@@ -48,14 +48,47 @@ def encode(body: Body) -> Response:
     return Response(body.get("code", HTTPStatus.OK), text.encode("utf-8"), "application/json")
 
 
-def collect(names: Sequence[str], results: Sequence[Body]) -> Body:
-    """The body for all images of one request: one image's own result, or a list of all."""
+def collect(request: ImagesRequest, results: Sequence[Body], model: tuple[str, str]) -> Body:
+    """The body for all images of one request, in the form in which it asked.
+
+    Args:
+        request: what was asked.
+        results: a result or an error for each of its images. A single image's error is the
+            whole request's, with its status; among several images each has its own.
+        model: name and version of the model, which KServe V2 names in its answers.
+    """
+    if len(results) == 1 and not results[0]["success"]:
+        single = results[0]
+        return {**single, "error": single["message"]} if request.form is Form.KSERVE_V2 else single
+    if request.form is Form.KSERVE_V1:
+        return {"predictions": list(results)}
+    if request.form is Form.KSERVE_V2:
+        return _kserve_v2(request, results, model)
     if len(results) == 1:
         return results[0]
+    names = [part.name for part in request.images]
     return {
         "success": all(result["success"] for result in results),
         "results": [{"name": name, **result} for name, result in zip(names, results, strict=True)],
     }
+
+
+def _kserve_v2(request: ImagesRequest, results: Sequence[Body], model: tuple[str, str]) -> Body:
+    """Tensors with an element an image; `result` holds each whole result as JSON text."""
+
+    def tensor(name: str, datatype: str, data: list[Any]) -> Body:
+        return {"name": name, "datatype": datatype, "shape": [len(results)], "data": data}
+
+    outputs = [
+        tensor("class_id", "BYTES", [result.get("class_id") or "" for result in results]),
+        tensor("class_name", "BYTES", [result.get("class_name") or "" for result in results]),
+        tensor("probability", "FP32", [result.get("probability", 0.0) for result in results]),
+        tensor("recognized", "BOOL", [result.get("recognized", False) for result in results]),
+        tensor("result", "BYTES", [json.dumps(result, allow_nan=False) for result in results]),
+    ]
+    name, version = model
+    body: Body = {"model_name": name, "model_version": version, "outputs": outputs}
+    return {"id": request.request_id, **body} if request.request_id is not None else body
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

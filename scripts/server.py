@@ -225,6 +225,8 @@ def _launch(archive: Path, ports: Ports, threads: int, run_dir: Path, temporary:
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
         "OMP_NUM_THREADS": str(threads),
+        # The handler parses JSON itself; TorchServe would log a stack trace for each bad body.
+        "TS_DECODE_INPUT_REQUEST": "false",
     }
     # A module path of the user's could put other modules before the archive's own.
     environment.pop("PYTHONPATH", None)

@@ -88,7 +88,12 @@ def test_no_bytes_are_an_empty_image() -> None:
 
 def test_text_is_not_an_image() -> None:
     with pytest.raises(NotAnImage, match="Accepted are: JPEG"):
-        decode(b"hello", PREPROCESSING, MAX_PIXELS)
+        decode(b"hello" * 100, PREPROCESSING, MAX_PIXELS)
+
+
+def test_a_file_name_in_place_of_a_file_is_told_so() -> None:
+    with pytest.raises(NotAnImage, match="write @ before its name"):
+        decode(b"cat.jpg", PREPROCESSING, MAX_PIXELS)
 
 
 def test_a_well_known_other_format_is_named() -> None:

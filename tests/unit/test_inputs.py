@@ -1,22 +1,45 @@
 """Reading requests as TorchServe's frontend delivers them."""
 
-import pytest
+import base64
+import json
+from collections.abc import Mapping
 
-from handler.errors import InvalidOption, MissingImage
-from handler.inputs import DescribeRequest, ImagePart, ImagesRequest, Options, read_request
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handler import responses
+from handler.errors import (
+    BadRequest,
+    ClientError,
+    InvalidOption,
+    MissingImage,
+    RepeatedPart,
+    TooManyImages,
+)
+from handler.inputs import DescribeRequest, Form, ImagePart, ImagesRequest, Options, read_request
+from handler.settings import Settings
 
 DEFAULTS = Options(topk=5, threshold=0.1)
+SETTINGS = Settings(topk=5, threshold=0.1, max_images=4)
+FILE = {"content-type": "image/jpeg"}
 
 
-def read(row: dict[str, object], headers: dict[str, object] | None = None) -> ImagesRequest:
-    request = read_request(row, headers or {}, DEFAULTS)
+def read(row: Mapping[str, object], headers: Mapping[str, object] | None = None) -> ImagesRequest:
+    request = read_request(row, headers or {}, SETTINGS)
     assert isinstance(request, ImagesRequest)
     return request
 
 
-@pytest.mark.parametrize("name", ["body", "data", "file", "image", "photo"])
-def test_a_part_of_any_name_is_the_image(name: str) -> None:
+@pytest.mark.parametrize("name", ["body", "data", "file", "image"])
+def test_the_usual_names_hold_an_image_even_where_nothing_says_it_is_a_file(name: str) -> None:
     request = read({name: bytearray(b"bytes")})
+    assert request == ImagesRequest([ImagePart(name, bytearray(b"bytes"))], DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["photo", "topk2", "", "\u732b"])
+def test_a_file_of_any_name_is_an_image(name: str) -> None:
+    request = read({name: bytearray(b"bytes")}, {name: FILE})
     assert request == ImagesRequest([ImagePart(name, bytearray(b"bytes"))], DEFAULTS)
 
 
@@ -27,7 +50,7 @@ def test_options_come_as_form_fields() -> None:
 
 
 def test_a_form_may_hold_several_images() -> None:
-    request = read({"first": b"1", "second": b"2"})
+    request = read({"first": b"1", "second": b"2"}, {"first": FILE, "second": FILE})
     assert request.images == [ImagePart("first", b"1"), ImagePart("second", b"2")]
 
 
@@ -35,7 +58,17 @@ def test_text_that_torchserve_decoded_is_bytes_again() -> None:
     assert read({"body": "hello"}).images == [ImagePart("body", b"hello")]
 
 
-@pytest.mark.parametrize("row", [{}, {"body": b""}, {"topk": b"3"}])
+def test_a_field_that_is_not_for_us_is_ignored() -> None:
+    assert [part.name for part in read({"submit": b"Upload", "file": b"x"}).images] == ["file"]
+
+
+def test_more_images_than_allowed_are_refused() -> None:
+    row = {str(i): b"x" for i in range(5)}
+    with pytest.raises(TooManyImages, match="5 images; at most 4"):
+        read(row, dict.fromkeys(row, FILE))
+
+
+@pytest.mark.parametrize("row", [{}, {"body": b""}, {"topk": b"3"}, {"submit": b"Upload"}])
 def test_a_request_without_an_image_says_how_to_send_one(row: dict[str, object]) -> None:
     with pytest.raises(MissingImage, match="curl"):
         read(row)
@@ -61,9 +94,187 @@ def test_a_long_bad_value_is_not_echoed_whole() -> None:
 
 
 def test_a_description_is_asked_for_by_header() -> None:
-    assert read_request({"body": b""}, {"describe": "True"}, DEFAULTS) == DescribeRequest()
+    assert read_request({"body": b""}, {"describe": "True"}, SETTINGS) == DescribeRequest()
 
 
 def test_a_form_part_named_describe_is_an_image() -> None:
     headers: dict[str, object] = {"describe": {"content-type": "image/png"}}
     assert read({"describe": b"x"}, headers).images == [ImagePart("describe", b"x")]
+
+
+# --- Parts of one name ---
+
+
+def form_headers(length: int) -> dict[str, object]:
+    return {
+        "Content-Type": "multipart/form-data; boundary=----------------c92f55c8247d224b",
+        "Content-Length": str(length),
+        "a": FILE,
+    }
+
+
+def test_a_lost_part_of_the_same_name_is_noticed_by_the_length() -> None:
+    with pytest.raises(RepeatedPart, match="a name of its own"):
+        read({"a": bytes(50_000)}, form_headers(100_400))
+
+
+def test_a_forms_own_lines_are_not_taken_for_a_lost_part() -> None:
+    assert len(read({"a": bytes(50_000)}, form_headers(50_250)).images) == 1
+
+
+# --- JSON ---
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def as_sent(document: object) -> list[dict[str, object]]:
+    """A JSON body as TorchServe may hand it over: as bytes, or decoded."""
+    return [{"body": bytearray(json.dumps(document).encode())}, {"body": document}]
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:;base64,"])
+def test_json_holds_an_image_in_base64_and_options(prefix: str) -> None:
+    for row in as_sent({"image": prefix + in_base64(b"bytes"), "topk": 3, "threshold": 0.5}):
+        request = read(row)
+        assert request == ImagesRequest([ImagePart("image", b"bytes")], Options(3, 0.5))
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [
+        {"b64": in_base64(b"x")},
+        {"image": {"b64": in_base64(b"x")}},
+        {"data": in_base64(b"x")},
+        {"image_bytes": {"b64": in_base64(b"x")}},
+        in_base64(b"x"),
+    ],
+)
+def test_kserve_v1_instances(instance: object) -> None:
+    for row in as_sent({"instances": [instance, instance], "parameters": {"topk": 2}}):
+        request = read(row)
+        assert request.form is Form.KSERVE_V1
+        assert [part.data for part in request.images] == [b"x", b"x"]
+        assert request.options.topk == 2
+
+
+def test_kserve_v2_inputs() -> None:
+    tensor = {"name": "photo", "shape": [2], "datatype": "BYTES", "data": [in_base64(b"x")] * 2}
+    for row in as_sent({"id": "42", "inputs": [tensor], "parameters": {"threshold": 0.9}}):
+        request = read(row)
+        assert request.form is Form.KSERVE_V2
+        assert request.request_id == "42"
+        assert request.images == [ImagePart("photo[0]", b"x"), ImagePart("photo[1]", b"x")]
+        assert request.options.threshold == 0.9
+
+
+def test_an_image_that_is_no_base64_fails_alone() -> None:
+    for row in as_sent({"instances": [{"b64": "%%%"}, {"b64": in_base64(b"x")}, {"b64": 5}, {}]}):
+        data = [part.data for part in read(row).images]
+        assert data[1] == b"x"
+        assert [isinstance(d, BadRequest) for d in data] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        "text",
+        5,
+        {"instances": 5},
+        {"inputs": {}},
+        {"inputs": [5]},
+        {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1.0]}]},
+        {"inputs": [{"name": "x", "datatype": "BYTES", "shape": [1]}]},
+    ],
+)
+def test_json_of_another_form_is_a_bad_request(document: object) -> None:
+    row = {"body": bytearray(json.dumps(document).encode())}
+    with pytest.raises(BadRequest):
+        read(row, {"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b'{"image": ', b"\xff\xfe{", b"[" * 200_000, b'{"a":' * 200_000, b"1" * 10_000],
+    ids=["brace", "cut", "not UTF-8", "deep list", "deep object", "long number"],
+)
+def test_what_is_not_json_is_a_bad_request(body: bytes) -> None:
+    with pytest.raises(BadRequest, match="JSON"):
+        read({"body": bytearray(body)}, {"content-type": "application/json; charset=utf-8"})
+
+
+@pytest.mark.parametrize("document", [{}, {"instances": []}, {"inputs": []}, {"topk": 3}])
+def test_json_without_an_image_says_how_to_send_one(document: object) -> None:
+    for row in as_sent(document):
+        with pytest.raises(MissingImage):
+            read(row)
+
+
+@pytest.mark.parametrize("topk", [True, None, [3], {"a": 1}, 2.5, 10**400])
+def test_an_option_of_another_type_is_refused(topk: object) -> None:
+    row = {"body": {"image": in_base64(b"x"), "topk": topk}}
+    if topk == 10**400:
+        assert read(row).options.topk == topk
+        return
+    with pytest.raises(InvalidOption):
+        read(row)
+
+
+# --- Anything at all ---
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["image", "b64", "instances", "inputs", "data", "parameters", "topk"])
+            | st.text(max_size=5),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+names = st.sampled_from(["body", "data", "file", "image", "topk", "threshold"]) | st.text(
+    max_size=8
+)
+values = st.binary(max_size=50) | st.binary(max_size=50).map(bytearray) | st.text(max_size=20)
+
+
+@given(
+    row=st.dictionaries(names, values | anything, max_size=6),
+    headers=st.dictionaries(
+        st.sampled_from(["Content-Type", "content-length", "describe", "explain"]) | names,
+        st.text(max_size=30) | st.just("multipart/form-data; boundary=x") | st.just(FILE),
+        max_size=6,
+    ),
+)
+def test_whatever_arrives_is_read_or_refused(
+    row: dict[str, object], headers: dict[str, object]
+) -> None:
+    read_or_refuse(row, headers)
+
+
+@given(document=anything)
+def test_any_json_is_read_or_refused(document: object) -> None:
+    read_or_refuse(
+        {"body": bytearray(json.dumps(document).encode())}, {"content-type": "application/json"}
+    )
+
+
+def read_or_refuse(row: Mapping[str, object], headers: Mapping[str, object]) -> None:
+    try:
+        request = read_request(row, headers, SETTINGS)
+    except ClientError as refusal:
+        answer = responses.encode(responses.error(refusal))
+    else:
+        if isinstance(request, DescribeRequest):
+            return
+        assert 1 <= len(request.images) <= SETTINGS.max_images
+        assert request.options.topk >= 1
+        assert 0 <= request.options.threshold <= 1
+        return
+    assert 400 <= answer.status < 500
+    assert json.loads(answer.body)["message"]

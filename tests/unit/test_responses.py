@@ -7,10 +7,11 @@ import pytest
 
 from handler import responses
 from handler.errors import NotAnImage
-from handler.inputs import Options
+from handler.inputs import Form, ImagePart, ImagesRequest, Options
 from handler.labels import Label
 
 LABELS = [Label(f"n{i}", f"name_{i}") for i in range(4)]
+MODEL = ("densenet121", "1.0")
 PROBABILITIES = np.array([0.1, 0.6, 0.05, 0.25], np.float32)
 
 
@@ -66,10 +67,49 @@ def test_an_error_carries_status_type_and_message() -> None:
 
 def test_several_images_are_listed_by_name_and_fail_alone() -> None:
     good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
-    body = responses.collect(["a", "b"], [good, responses.error(NotAnImage("no"))])
+    body = responses.collect(request(), [good, responses.error(NotAnImage("no"))], MODEL)
     assert body["success"] is False
     assert [(r["name"], r["success"]) for r in body["results"]] == [("a", True), ("b", False)]
     assert responses.encode(body).status == 200
+
+
+def request(form: Form = Form.PLAIN, names: str = "ab") -> ImagesRequest:
+    images = [ImagePart(name, b"") for name in names]
+    return ImagesRequest(images, Options(topk=1, threshold=0), form, request_id="42")
+
+
+def test_kserve_v1_lists_predictions() -> None:
+    good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
+    bad = responses.error(NotAnImage("no"))
+    v1 = request(Form.KSERVE_V1)
+    assert responses.collect(v1, [good, bad], MODEL) == {"predictions": [good, bad]}
+    one = request(Form.KSERVE_V1, "a")
+    assert responses.collect(one, [good], MODEL) == {"predictions": [good]}
+
+
+def test_kserve_v2_gives_tensors_of_one_length() -> None:
+    good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
+    bad = responses.error(NotAnImage("no"))
+    body = responses.collect(request(Form.KSERVE_V2), [good, bad], MODEL)
+    assert (body["id"], body["model_name"], body["model_version"]) == ("42", "densenet121", "1.0")
+    outputs = {tensor["name"]: tensor for tensor in body["outputs"]}
+    assert all(tensor["shape"] == [2] == [len(tensor["data"])] for tensor in outputs.values())
+    assert outputs["class_id"]["data"] == ["n1", ""]
+    assert outputs["probability"] == {
+        "name": "probability",
+        "datatype": "FP32",
+        "shape": [2],
+        "data": [0.6, 0.0],
+    }
+    assert [json.loads(text) for text in outputs["result"]["data"]] == [good, bad]
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_a_single_images_error_is_the_requests(form: Form) -> None:
+    body = responses.collect(request(form, "a"), [responses.error(NotAnImage("no"))], MODEL)
+    assert responses.encode(body).status == 400
+    assert body["type"] == "NotAnImage"
+    assert body.get("error") == ("no" if form is Form.KSERVE_V2 else None)
 
 
 def test_what_is_not_json_is_never_sent() -> None:

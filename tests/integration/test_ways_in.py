@@ -1,0 +1,185 @@
+"""Every way in that the README names, against the real server."""
+
+import base64
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import requests
+
+from scripts.photographs import CAT
+from scripts.server import HOST, Running
+from tests.pictures import PHOTOGRAPHS
+
+TIMEOUT = 60
+CAT_BYTES = CAT.read_bytes()
+FLOWER_BYTES = PHOTOGRAPHS[-1].read_bytes()
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+@pytest.fixture(scope="module")
+def expected(running: Running) -> dict[str, Any]:
+    """The cat's answer."""
+    answer = requests.post(running.predictions_url, files={"file": CAT_BYTES}, timeout=TIMEOUT)
+    body: dict[str, Any] = answer.json()
+    assert body["success"] is True
+    return body
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["", "image/png", "image/jpeg", "application/octet-stream", "text/plain", "nonsense"],
+)
+def test_a_raw_body_of_any_content_type(
+    running: Running, expected: dict[str, Any], content_type: str
+) -> None:
+    answer = requests.put(
+        running.predictions_url,
+        data=CAT_BYTES,
+        headers={"Content-Type": content_type} if content_type else {},
+        timeout=TIMEOUT,
+    )
+    assert answer.json() == expected
+
+
+def test_a_chunked_upload(running: Running, expected: dict[str, Any]) -> None:
+    pieces = (CAT_BYTES[i : i + 10_000] for i in range(0, len(CAT_BYTES), 10_000))
+    answer = requests.post(running.predictions_url, data=pieces, timeout=TIMEOUT)
+    assert answer.json() == expected
+
+
+def test_a_query_may_hold_the_options(running: Running, expected: dict[str, Any]) -> None:
+    url = running.predictions_url.replace("/predictions/densenet121", "/densenet121/predict")
+    answer = requests.post(
+        url,
+        params={"topk": "3", "threshold": "0.99", "unknown": "x"},
+        data=CAT_BYTES,
+        headers={"Content-Type": "image/png"},
+        timeout=TIMEOUT,
+    ).json()
+    assert answer["predictions"] == expected["predictions"][:3]
+    assert answer["recognized"] is False
+
+
+def test_json_with_base64(running: Running, expected: dict[str, Any]) -> None:
+    document = {"image": in_base64(CAT_BYTES), "topk": 3}
+    for headers in ({"Content-Type": "application/json; charset=utf-8"}, {"Content-Type": "x/y"}):
+        answer = requests.post(
+            running.predictions_url, data=json.dumps(document), headers=headers, timeout=TIMEOUT
+        )
+        assert answer.json()["predictions"] == expected["predictions"][:3]
+
+
+def test_kserve_v1(running: Running, expected: dict[str, Any]) -> None:
+    instances = [{"b64": in_base64(CAT_BYTES)}, {"b64": "%"}, {"b64": in_base64(FLOWER_BYTES)}]
+    answer = requests.post(running.predictions_url, json={"instances": instances}, timeout=TIMEOUT)
+    predictions = answer.json()["predictions"]
+    assert answer.status_code == 200
+    assert [p["success"] for p in predictions] == [True, False, True]
+    assert predictions[0]["predictions"] == expected["predictions"]
+    assert predictions[1]["type"] == "BadRequest"
+
+
+def test_kserve_v2(running: Running, expected: dict[str, Any]) -> None:
+    tensor = {
+        "name": "images",
+        "shape": [2],
+        "datatype": "BYTES",
+        "data": [in_base64(CAT_BYTES), in_base64(FLOWER_BYTES)],
+    }
+    answer = requests.post(
+        running.predictions_url, json={"id": "my-id", "inputs": [tensor]}, timeout=TIMEOUT
+    ).json()
+    assert answer["id"] == "my-id"
+    assert answer["model_name"] == "densenet121"
+    outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+    assert outputs["class_id"][0] == (expected["class_id"] or "")
+    assert outputs["probability"][0] == expected["probability"]
+    assert json.loads(outputs["result"][0])["predictions"] == expected["predictions"]
+    assert len(outputs["result"]) == 2
+
+
+def test_five_images_of_which_two_are_bad(running: Running, expected: dict[str, Any]) -> None:
+    files = {
+        "1": ("cat.png", CAT_BYTES, "image/png"),
+        "2": ("cut.png", CAT_BYTES[:5000], "image/png"),
+        "3": ("flower.jpg", FLOWER_BYTES, "image/jpeg"),
+        "4": ("notes.pdf", b"%PDF-1.7", "application/pdf"),
+        "5": ("wrong-name.heic", CAT_BYTES, "image/heic"),
+    }
+    answer = requests.post(running.predictions_url, files=files, timeout=TIMEOUT).json()
+    outcomes = [(r["name"], r.get("type", "ok")) for r in answer["results"]]
+    assert outcomes == [
+        ("1", "ok"),
+        ("2", "DamagedImage"),
+        ("3", "ok"),
+        ("4", "UnsupportedFormat"),
+        ("5", "ok"),
+    ]
+    assert answer["success"] is False
+    assert answer["results"][0]["predictions"] == expected["predictions"]
+    assert answer["results"][4]["predictions"] == expected["predictions"]
+
+
+def test_two_parts_of_one_name_are_not_silently_one(running: Running) -> None:
+    answer = requests.post(
+        running.predictions_url,
+        files=[("file", ("1.png", CAT_BYTES)), ("file", ("2.png", FLOWER_BYTES))],
+        timeout=TIMEOUT,
+    )
+    assert answer.status_code == 400
+    assert answer.json()["type"] == "RepeatedPart"
+
+
+def test_a_form_with_a_forgotten_at_sign_is_told_so(running: Running) -> None:
+    answer = requests.post(running.predictions_url, data={"file": "cat.jpg"}, timeout=TIMEOUT)
+    assert answer.status_code == 400
+    assert "file=@" in answer.json()["message"]
+
+
+def test_a_get_says_how_to_send_an_image(running: Running) -> None:
+    answer = requests.get(running.predictions_url, timeout=TIMEOUT)
+    assert answer.status_code == 400
+    assert "curl -T" in answer.json()["message"]
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The gRPC client's modules, generated as a user generates them."""
+    folder = tmp_path_factory.mktemp("grpc")
+    proto = Path(__file__).with_name("inference.proto")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "grpc_tools.protoc", f"-I{proto.parent}"),
+            *(f"--python_out={folder}", f"--grpc_python_out={folder}", str(proto)),
+        ],
+        check=True,
+    )
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
+
+
+def test_grpc_predictions(
+    running: Running, expected: dict[str, Any], stubs: tuple[Any, Any]
+) -> None:
+    messages, services = stubs
+    with grpc.insecure_channel(f"{HOST}:{running.ports.grpc_inference}") as channel:
+        client = services.InferenceAPIsServiceStub(channel)
+        request = messages.PredictionsRequest(
+            model_name="densenet121", input={"data": CAT_BYTES, "topk": b"2"}
+        )
+        answer = json.loads(client.Predictions(request, timeout=TIMEOUT).prediction)
+        assert answer["predictions"] == expected["predictions"][:2]
+
+        bad = messages.PredictionsRequest(model_name="densenet121", input={"data": b"text"})
+        # TorchServe has no status for it: over gRPC the body tells.
+        refusal = json.loads(client.Predictions(bad, timeout=TIMEOUT).prediction)
+        assert (refusal["success"], refusal["code"]) == (False, 400)
