@@ -23,7 +23,7 @@ SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
 	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
 	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
 
-.PHONY: help setup run test test-unit archive start stop status scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak archive start stop status scale classify lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +39,18 @@ test: setup ## run all tests, those against a real TorchServe too
 
 test-unit: setup ## run the tests that need no server
 	@$(VENV_PYTHON) -m pytest tests/unit
+
+fuzz: setup ## corrupted pictures, by the thousand
+	@$(VENV_PYTHON) -m tests.stress.fuzz
+
+chaos: setup ## five minutes of bad clients and killed workers
+	@$(VENV_PYTHON) -m tests.stress.chaos
+
+flood: setup ## 200 uploads of 19 MB at once
+	@$(VENV_PYTHON) -m tests.stress.load flood
+
+soak: setup ## 5,000 requests of mixed sizes
+	@$(VENV_PYTHON) -m tests.stress.load soak
 
 archive: setup ## production: build model_store/densenet121.mar, with trained weights only
 	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(call option,engine,$(ENGINE))

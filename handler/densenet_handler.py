@@ -20,10 +20,10 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler import responses
 from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError
-from handler.images import decode
+from handler.images import PixelBudget, decode
 from handler.inputs import DescribeRequest, ImagesRequest, read_request
 from handler.labels import CLASS_INDEX, load_class_index
-from handler.responses import Body, Response
+from handler.responses import Body, Response, softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             started = time.monotonic()
             images = [self._decode(request) for request in requests]
             decoded_at = time.monotonic()
-            probabilities = self._infer(images)
+            probabilities = iter(self._infer(images))
             logger.info(
                 "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
                 len(data),
@@ -105,24 +105,34 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
     def _decode(self, request: Request | ClientError) -> list[Pixels | ClientError]:
         if not isinstance(request, ImagesRequest):
             return []
-        return [self._decode_one(part.data) for part in request.images]
+        budget = PixelBudget(self.settings.max_pixels)
+        return [self._decode_one(part.data, budget) for part in request.images]
 
-    def _decode_one(self, data: bytes | bytearray | ClientError) -> Pixels | ClientError:
+    def _decode_one(
+        self, data: bytes | bytearray | ClientError, budget: PixelBudget
+    ) -> Pixels | ClientError:
         if isinstance(data, ClientError):
             return data
         try:
-            return decode(data, self.card.preprocessing, self.settings.max_pixels)
+            return decode(data, self.card.preprocessing, budget)
         except ClientError as error:
             return error
 
-    def _infer(self, images: list[list[Pixels | ClientError]]) -> Iterator[NDArray[np.float32]]:
-        """All good images of the batch through the model at once: float32 (classes,) for each."""
+    def _infer(self, images: list[list[Pixels | ClientError]]) -> list[NDArray[np.float32]]:
+        """All good images of the batch through the model: float32 (classes,) for each.
+
+        In one call, unless several requests hold many images each: more than `max_batch` at once
+        would take the worker gigabytes, which it would keep.
+        """
         good = [
             image for decoded in images for image in decoded if not isinstance(image, ClientError)
         ]
-        if not good:
-            return iter(())
-        return iter(responses.softmax(self.engine.logits(np.stack(good))))
+        step = self.settings.max_batch
+        return [
+            probabilities
+            for start in range(0, len(good), step)
+            for probabilities in softmax(self.engine.logits(np.stack(good[start : start + step])))
+        ]
 
     def _answer(
         self,

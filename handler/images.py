@@ -92,15 +92,31 @@ _TURNS = {
 _WHITE = (255, 255, 255)
 
 
+class PixelBudget:
+    """How many pixels the images of one request may have together."""
+
+    def __init__(self, pixels: int) -> None:
+        self._limit = self._left = pixels
+
+    def take(self, width: int, height: int) -> None:
+        """Takes one image's pixels; raises `TooLarge` where too few are left."""
+        if width * height > self._left:
+            raise TooLarge(
+                f"The image has {width} x {height} pixels; the images of a request may have "
+                f"{self._limit} together. Send a smaller copy, or fewer at once."
+            )
+        self._left -= width * height
+
+
 def decode(
-    data: bytes | bytearray, preprocessing: Preprocessing, max_pixels: int
+    data: bytes | bytearray, preprocessing: Preprocessing, budget: PixelBudget
 ) -> NDArray[np.uint8]:
     """Decodes one picture and makes it the model's input.
 
     Args:
         data: the encoded picture; of several frames or pages the first one counts.
         preprocessing: the sizes to resize and crop to.
-        max_pixels: width times height above which the picture is refused, undecoded.
+        budget: where the picture's pixels are taken from before any of it is decoded.
 
     Returns:
         uint8 (3, crop, crop), 0 to 255, red, green, blue.
@@ -114,7 +130,7 @@ def decode(
         # Pillow warns of what a server need not know, such as odd metadata.
         warnings.simplefilter("ignore")
         with _open(data) as image:
-            _check_cost(image, data, max_pixels)
+            _check_cost(image, data, budget)
             upright = _decode_upright(image)
     pixels = np.asarray(resize_and_crop(upright, preprocessing))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -151,12 +167,7 @@ def _unidentified(data: bytes | bytearray) -> ClientError:
     return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
 
 
-def _check_cost(image: Image.Image, data: bytes | bytearray, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise TooLarge(
-            f"The image has {image.width} x {image.height} pixels; "
-            f"at most {max_pixels} pixels are accepted. Send a smaller copy."
-        )
+def _check_cost(image: Image.Image, data: bytes | bytearray, budget: PixelBudget) -> None:
     if image.format in {"JPEG", "MPO"} and data.count(_JPEG_START_OF_SCAN) > _MAX_JPEG_SCANS:
         raise TooLarge(
             f"The JPEG image has more than {_MAX_JPEG_SCANS} scans, each of which costs as much "
@@ -166,6 +177,7 @@ def _check_cost(image: Image.Image, data: bytes | bytearray, max_pixels: int) ->
         raise TooLarge(
             f"The TIFF file has more than {_MAX_TIFF_PAGES} pages. Send the page that counts."
         )
+    budget.take(image.width, image.height)
 
 
 def _has_page(image: Image.Image, index: int) -> bool:

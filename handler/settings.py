@@ -34,14 +34,17 @@ class Settings:
         topk: predictions in an answer when the request does not say, 1 or more.
         threshold: least probability, 0 to 1, at which the model counts as having recognised
             something, when the request does not say.
-        max_pixels: width times height above which a picture is refused before it is decoded.
+        max_pixels: width times height, of all images of a request together, above which an image
+            is refused before it is decoded.
         max_images: images that one request may hold.
+        max_batch: images that go through the model in one call; what they need stays the worker's.
     """
 
     topk: int = _bounded(5, 1, 1_000_000)
     threshold: float = _bounded(0.1, 0, 1)
     max_pixels: int = _bounded(64_000_000, 1, 1_000_000_000)
     max_images: int = _bounded(16, 1, 1_000)
+    max_batch: int = _bounded(16, 1, 1_024)
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":

@@ -9,7 +9,7 @@ import skimage
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.images import decode
+from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
 
 # Stefan van der Walt's cat, in the public domain (CC0).
@@ -27,7 +27,7 @@ _NAMES = (
 
 def sample_batch(preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255."""
-    return np.stack([decode(_png(view), preprocessing, max_pixels=10**8) for view in _views()])
+    return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in _views()])
 
 
 def _views() -> Iterator[Image.Image]:

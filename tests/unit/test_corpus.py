@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handler.errors import ClientError
-from handler.images import decode, resize_and_crop
+from handler.images import PixelBudget, decode, resize_and_crop
 from handler.settings import Preprocessing
 from tests import corpus
 from tests.corpus import Hostile, Valid
@@ -28,7 +28,7 @@ def test_the_corpus_is_large_enough() -> None:
 
 @pytest.mark.parametrize("picture", VALID, ids=lambda picture: picture.name)
 def test_a_valid_picture_becomes_what_a_person_sees(picture: Valid) -> None:
-    mine = decode(picture.data, PREPROCESSING, MAX_PIXELS)
+    mine = decode(picture.data, PREPROCESSING, PixelBudget(MAX_PIXELS))
     expected = np.asarray(resize_and_crop(picture.seen, PREPROCESSING)).transpose(2, 0, 1)
     assert np.array_equal(mine, expected)
 
@@ -36,7 +36,7 @@ def test_a_valid_picture_becomes_what_a_person_sees(picture: Valid) -> None:
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.name)
 def test_hostile_bytes_are_refused_by_name(attack: Hostile) -> None:
     with pytest.raises(ClientError) as refusal:
-        decode(attack.data, PREPROCESSING, MAX_PIXELS)
+        decode(attack.data, PREPROCESSING, PixelBudget(MAX_PIXELS))
     assert (refusal.value.status, refusal.value.type) == (attack.status, attack.type)
     message = str(refusal.value)
     assert len(message) > 20
@@ -46,7 +46,7 @@ def test_hostile_bytes_are_refused_by_name(attack: Hostile) -> None:
 def test_an_accepted_format_is_opened_whatever_its_name_or_type() -> None:
     """Only the bytes count; a JPEG named .png is a JPEG."""
     for picture in VALID[:3]:
-        assert decode(picture.data, PREPROCESSING, MAX_PIXELS).shape == (3, 224, 224)
+        assert decode(picture.data, PREPROCESSING, PixelBudget(MAX_PIXELS)).shape == (3, 224, 224)
 
 
 @given(data=st.binary(max_size=300))
@@ -76,14 +76,14 @@ def test_a_picture_with_changed_bytes_is_decoded_or_refused(data: st.DataObject)
 def test_any_size_and_mode_becomes_the_models_input(width: int, height: int, mode: str) -> None:
     buffer = io.BytesIO()
     Image.new(mode, (width, height), 1).save(buffer, "PNG")
-    pixels = decode(buffer.getvalue(), PREPROCESSING, MAX_PIXELS)
+    pixels = decode(buffer.getvalue(), PREPROCESSING, PixelBudget(MAX_PIXELS))
     assert pixels.shape == (3, 224, 224)
     assert pixels.dtype == np.uint8
 
 
 def decode_or_refuse(data: bytes) -> None:
     try:
-        pixels = decode(data, PREPROCESSING, MAX_PIXELS)
+        pixels = decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
     except ClientError:
         return
     assert pixels.shape == (3, 224, 224)

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import transforms
 
 from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
-from handler.images import decode
+from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
 from scripts.export import Normalized
 from scripts.photographs import CAT
@@ -44,7 +44,7 @@ def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None
     compared = {"exact": 0, "long": 0}
     worst = {"exact": 0.0, "long": 0.0}
     for _, image in (*photographs(), *generated()):
-        mine = normalized(decode(encode(image), PREPROCESSING, MAX_PIXELS))
+        mine = normalized(decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)))
         kind = "long" if is_very_long(image) else "exact"
         difference = (mine - TUTORIAL(image.convert("RGB"))).abs()
         compared[kind] += 1
@@ -68,14 +68,14 @@ def is_very_long(image: Image.Image) -> bool:
 def test_very_long_pictures_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    mine = decode(encode(image), PREPROCESSING, MAX_PIXELS).astype(int)
+    mine = decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).astype(int)
     geometry = transforms.Compose(TUTORIAL.transforms[:2])
     theirs = np.asarray(geometry(image)).transpose(2, 0, 1).astype(int)
     assert np.abs(mine - theirs).max() <= 2
 
 
 def test_the_result_is_one_contiguous_uint8_array() -> None:
-    pixels = decode(CAT.read_bytes(), PREPROCESSING, MAX_PIXELS)
+    pixels = decode(CAT.read_bytes(), PREPROCESSING, PixelBudget(MAX_PIXELS))
     assert pixels.shape == (3, 224, 224)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
@@ -83,22 +83,22 @@ def test_the_result_is_one_contiguous_uint8_array() -> None:
 
 def test_no_bytes_are_an_empty_image() -> None:
     with pytest.raises(EmptyImage):
-        decode(b"", PREPROCESSING, MAX_PIXELS)
+        decode(b"", PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_text_is_not_an_image() -> None:
     with pytest.raises(NotAnImage, match="Accepted are: JPEG"):
-        decode(b"hello" * 100, PREPROCESSING, MAX_PIXELS)
+        decode(b"hello" * 100, PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_a_file_name_in_place_of_a_file_is_told_so() -> None:
     with pytest.raises(NotAnImage, match="write @ before its name"):
-        decode(b"cat.jpg", PREPROCESSING, MAX_PIXELS)
+        decode(b"cat.jpg", PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_a_well_known_other_format_is_named() -> None:
     with pytest.raises(UnsupportedFormat, match=r"a PDF file. Accepted are: JPEG"):
-        decode(b"%PDF-1.7 ...", PREPROCESSING, MAX_PIXELS)
+        decode(b"%PDF-1.7 ...", PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
@@ -106,17 +106,24 @@ def test_a_cut_file_is_damaged(file_format: str) -> None:
     with Image.open(CAT) as cat:
         whole = encode(cat.convert("RGB"), file_format)
     with pytest.raises(DamagedImage):
-        decode(whole[: len(whole) // 2], PREPROCESSING, MAX_PIXELS)
+        decode(whole[: len(whole) // 2], PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
     header_only = encode(Image.new("RGB", (3000, 2000)))[:60]
-    with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; at most 1000000"):
-        decode(header_only, PREPROCESSING, max_pixels=1_000_000)
+    with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; .* may have 1000000 together"):
+        decode(header_only, PREPROCESSING, PixelBudget(1_000_000))
 
 
 def test_other_plugins_of_pillow_are_never_asked() -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (10, 10)).save(encoded, "PPM")
     with pytest.raises(NotAnImage):
-        decode(encoded.getvalue(), PREPROCESSING, MAX_PIXELS)
+        decode(encoded.getvalue(), PREPROCESSING, PixelBudget(MAX_PIXELS))
+
+
+def test_the_images_of_a_request_share_their_pixels() -> None:
+    budget = PixelBudget(150_000)  # the cat has 135,300
+    decode(CAT.read_bytes(), PREPROCESSING, budget)
+    with pytest.raises(TooLarge, match="451 x 300 pixels; the images of a request may have 150000"):
+        decode(CAT.read_bytes(), PREPROCESSING, budget)

@@ -29,7 +29,7 @@ def test_settings_may_be_left_out(config: dict[str, Any] | None) -> None:
 
 
 def test_a_misspelt_key_is_named_with_the_allowed_ones() -> None:
-    with pytest.raises(ArchiveError, match=r"'treshold'; allowed are: max_images, max_pixels, th"):
+    with pytest.raises(ArchiveError, match=r"'treshold'; allowed are: max_batch, max_images, "):
         settings(treshold=0.2)
 
 

@@ -1,0 +1,227 @@
+"""Everything at once: `make chaos`.
+
+Sixteen clients, of whose requests seven in ten are good; the others are bad bodies, disconnections,
+slow uploads and oversize bodies. Every half minute a worker is killed. Every good request must be
+answered rightly or with a status that says to ask again, and afterwards the server must answer,
+with as much memory as before.
+"""
+
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import psutil
+import requests
+import typer
+from rich.table import Table
+
+from scripts.server import HOST, Running, ready_workers
+from scripts.terminal import UserError, command, console, step
+from tests.corpus import hostile
+from tests.pictures import PHOTOGRAPHS
+from tests.stress.servers import frontend_memory, post, served, worker_memory, worker_pids
+
+CLIENTS = 16
+SECONDS_BETWEEN_KILLS = 30.0
+# Memory after against before, of the frontend and of a worker.
+MAX_GROWTH = 0.10
+# The frontend gives memory back when it has had nothing to do for a while, see config.properties.
+QUIET_SECONDS = 30.0
+OVERSIZE_BYTES = 25_000_000
+# What TorchServe answers for the requests that a dying worker held, and when the queue is full.
+ASK_AGAIN = {503: "queue is full", 507: "worker died"}
+
+
+class Chaos:
+    """Sixteen clients against one server.
+
+    Attributes:
+        outcomes: (kind of request, what came of it) to how often.
+        wrong: descriptions of good requests that were answered wrongly.
+    """
+
+    def __init__(self, running: Running, seed: int) -> None:
+        self._running = running
+        self._seed = seed
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._good = [path.read_bytes() for path in PHOTOGRAPHS[:6]]
+        self._expected = [self._predictions(post(running, data)) for data in self._good]
+        self._bad = [attack.data for attack in hostile() if len(attack.data) < 300_000]
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.wrong: list[str] = []
+
+    @staticmethod
+    def _predictions(answer: requests.Response) -> list[dict[str, Any]]:
+        predictions: list[dict[str, Any]] = answer.json()["predictions"]
+        return predictions
+
+    def run(self, seconds: float) -> None:
+        """Lets the clients loose for so long, and kills workers meanwhile."""
+        self._stopping.clear()
+        clients = [
+            threading.Thread(target=self._client, args=(number,)) for number in range(CLIENTS)
+        ]
+        for client in clients:
+            client.start()
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(SECONDS_BETWEEN_KILLS, left))
+            if deadline - time.monotonic() > 5:  # late enough for a worker to come back
+                victim = worker_pids(self._running)[0]
+                psutil.Process(victim).kill()
+                self._count("kill", "worker killed")
+        self._stopping.set()
+        for client in clients:
+            client.join()
+
+    def _client(self, number: int) -> None:
+        chance = random.Random(self._seed * 1000 + number)
+        others: tuple[Callable[[random.Random], None], ...] = (
+            self._send_bad,
+            self._disconnect,
+            self._send_slowly,
+            self._send_oversize,
+        )
+        while not self._stopping.is_set():
+            action = self._send_good if chance.random() < 0.7 else chance.choice(others)
+            action(chance)
+
+    def _count(self, kind: str, outcome: str) -> None:
+        with self._lock:
+            self.outcomes[kind, outcome] += 1
+
+    def _send_good(self, chance: random.Random) -> None:
+        index = chance.randrange(len(self._good))
+        answer = post(self._running, self._good[index])
+        if answer.status_code == 200:
+            right = self._predictions(answer) == self._expected[index]
+            self._count("good", "200, right" if right else "200, WRONG")
+            if not right:
+                self.wrong.append(f"picture {index}: {answer.text[:200]}")
+        elif may_ask_again(answer):
+            self._count("good", f"{answer.status_code}, ask again")
+        else:
+            self._count("good", f"{answer.status_code}, WRONG")
+            self.wrong.append(f"picture {index}: {answer.status_code} {answer.text[:200]}")
+
+    def _send_bad(self, chance: random.Random) -> None:
+        answer = post(self._running, chance.choice(self._bad))
+        expected = 400 <= answer.status_code < 500 or may_ask_again(answer)
+        self._count("bad body", str(answer.status_code) if expected else "WRONG")
+        if not expected:
+            self.wrong.append(f"bad body: {answer.status_code} {answer.text[:200]}")
+
+    def _connect(self, length: int) -> socket.socket:
+        connection = socket.create_connection((HOST, self._running.ports.inference), timeout=60)
+        head = (
+            f"POST /predictions/densenet121 HTTP/1.1\r\nHost: {HOST}\r\n"
+            f"Content-Type: image/jpeg\r\nContent-Length: {length}\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        return connection
+
+    def _disconnect(self, chance: random.Random) -> None:
+        data = chance.choice(self._good)
+        # Half of them go before all is sent, half before the answer is there.
+        sent = len(data) // 2 if chance.random() < 0.5 else len(data)
+        with self._connect(len(data)) as connection:
+            connection.sendall(data[:sent])
+        self._count("disconnection", "gone")
+
+    def _send_slowly(self, chance: random.Random) -> None:
+        data = chance.choice(self._good)
+        with self._connect(len(data)) as connection:
+            for start in range(0, len(data), len(data) // 10 + 1):
+                connection.sendall(data[start : start + len(data) // 10 + 1])
+                time.sleep(0.2)
+            status = connection.recv(100).split(b" ")[1].decode()
+        self._count("slow upload", status)
+
+    def _send_oversize(self, _: random.Random) -> None:
+        try:
+            status = str(post(self._running, bytes(OVERSIZE_BYTES)).status_code)
+        except requests.ConnectionError:
+            status = "connection closed"
+        self._count("oversize body", status)
+
+
+def may_ask_again(answer: requests.Response) -> bool:
+    """Whether an answer says that the same request may succeed when it is sent again."""
+    died = answer.status_code == 500 and answer.json().get("message") == "Worker died."
+    return died or answer.status_code in ASK_AGAIN
+
+
+def rehearse(seconds: float, warm_up: float, seed: int) -> Chaos:
+    """Runs the chaos and checks what it left behind.
+
+    Raises:
+        AssertionError: a good request was answered wrongly, the server does not answer afterwards,
+            or holds more memory than it did.
+    """
+    with served() as running:
+        chaos = Chaos(running, seed)
+        step(f"Chaos: {warm_up:.0f} s until memory has settled, then {seconds:.0f} s")
+        chaos.run(warm_up)
+        chaos.outcomes.clear()
+        before = _settled_memory(running)
+        chaos.run(seconds)
+        after = _settled_memory(running)
+        _show(chaos, before, after)
+        assert not chaos.wrong, f"answered wrongly: {chaos.wrong[:3]}"
+        for name, size in before.items():
+            assert after[name] <= size * (1 + MAX_GROWTH), f"memory of the {name} grew"
+    return chaos
+
+
+def _settled_memory(running: Running) -> dict[str, float]:
+    """After the server answers again, with both workers, and has done some of its usual work."""
+    deadline = time.monotonic() + 60
+    while ready_workers(running) < 2:
+        assert time.monotonic() < deadline, "the killed worker did not come back"
+        time.sleep(0.2)
+    usual = PHOTOGRAPHS[0].read_bytes()
+    clients = [
+        threading.Thread(target=lambda: [post(running, usual) for _ in range(8)])
+        for _ in range(CLIENTS)
+    ]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    time.sleep(QUIET_SECONDS)
+    assert post(running, usual).status_code == 200
+    return {"frontend": frontend_memory(running), "worker": worker_memory(running)}
+
+
+def _show(chaos: Chaos, before: dict[str, float], after: dict[str, float]) -> None:
+    table = Table("request", "outcome", "count")
+    for (kind, outcome), count in sorted(chaos.outcomes.items()):
+        table.add_row(kind, outcome, str(count))
+    console.print(table)
+    for name, size in before.items():
+        now = after[name]
+        console.print(
+            f"{name}: {size / 1e6:.0f} MB before, {now / 1e6:.0f} MB after ({now / size - 1:+.1%})"
+        )
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="How long.")] = 300.0,
+    warm_up: Annotated[float, typer.Option(help="How long before memory is measured.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Which requests.")] = 1,
+) -> None:
+    """Good and bad requests, disconnections, slow and oversize uploads, and killed workers."""
+    try:
+        rehearse(seconds, warm_up, seed)
+    except AssertionError as failure:
+        raise UserError(str(failure)) from failure
+    step("Chaos: every good request was answered rightly or may be sent again")
+
+
+if __name__ == "__main__":
+    command(main)

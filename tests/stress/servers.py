@@ -1,0 +1,55 @@
+"""A server of the long runs' own, and how much memory its processes hold."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import requests
+
+from scripts.archive import build
+from scripts.server import Running, model_status, start, stop
+from scripts.weights import untrained
+from tests.integration.conftest import free_ports
+
+
+@contextmanager
+def served(workers: int = 2) -> Iterator[Running]:
+    """A real TorchServe on free ports, ended afterwards."""
+    with TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        archive = build(untrained(), Path(folder) / "model_store")
+        running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
+        try:
+            yield running
+        finally:
+            stop(running, run_dir)
+
+
+def worker_pids(running: Running) -> list[int]:
+    """The processes that serve now."""
+    return sorted(worker["pid"] for worker in model_status(running)["workers"])
+
+
+def worker_memory(running: Running) -> float:
+    """Memory of one worker on average, in bytes, shared pages divided among those who share."""
+    sizes = [psutil.Process(pid).memory_full_info().pss for pid in worker_pids(running)]
+    return float(sum(sizes) / len(sizes))
+
+
+def frontend_memory(running: Running) -> float:
+    """Memory of the frontend in bytes."""
+    process = running.process()
+    assert process is not None, "TorchServe has ended"
+    return float(process.memory_full_info().pss)
+
+
+def post(running: Running, data: bytes, timeout: float = 120) -> requests.Response:
+    """Sends bytes as the body of a request."""
+    return requests.post(
+        running.predictions_url,
+        data=data,
+        headers={"Content-Type": "application/octet-stream"},
+        timeout=timeout,
+    )
