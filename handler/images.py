@@ -130,9 +130,19 @@ def decode(
         # Pillow warns of what a server need not know, such as odd metadata.
         warnings.simplefilter("ignore")
         with _open(data) as image:
-            _check_cost(image, data, budget)
-            upright = _decode_upright(image)
-    pixels = np.asarray(resize_and_crop(upright, preprocessing))
+            try:
+                _check_cost(image, data, budget)
+                pixels = np.asarray(resize_and_crop(_upright(image), preprocessing))
+            except ClientError:
+                raise
+            except MemoryError as error:
+                raise TooLarge(
+                    "The image needs more memory than this server has. Send a smaller copy."
+                ) from error
+            except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+                raise DamagedImage(
+                    f"The {image.format} image is damaged or cut off and cannot be decoded."
+                ) from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -191,22 +201,11 @@ def _has_page(image: Image.Image, index: int) -> bool:
     return True
 
 
-def _decode_upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """The picture as a person sees it, RGB."""
-    try:
-        turn = _TURNS.get(_orientation(image))
-        rgb = _to_rgb(image)
-        return rgb.transpose(turn) if turn is not None else rgb
-    except ClientError:
-        raise
-    except MemoryError as error:
-        raise TooLarge(
-            "The image needs more memory than this server has. Send a smaller copy."
-        ) from error
-    except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
-        raise DamagedImage(
-            f"The {image.format} image is damaged or cut off and cannot be decoded."
-        ) from error
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image)
+    return rgb.transpose(turn) if turn is not None else rgb
 
 
 def _orientation(image: Image.Image) -> int:

@@ -117,6 +117,8 @@ def read_request(
     """
     if headers.get("describe") == "True":
         return DescribeRequest()
+    if headers.get("explain") == "True":
+        raise BadRequest("Explanations are not offered. Send the image to /predictions/ instead.")
     options = _read_options(row, Options.defaults(settings))
     document = _json_document(row, headers)
     if document is not None:

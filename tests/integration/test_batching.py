@@ -75,6 +75,27 @@ def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
     assert worker_pids() == {one_worker.pid}
 
 
+def test_predictions_and_explanations_in_one_batch_do_not_touch_one_another(
+    running: Running, run_dir: Path, one_worker: psutil.Process
+) -> None:
+    predictions, cat = running.predictions_url, CAT.read_bytes()
+    explanations = predictions.replace("/predictions/", "/explanations/")
+    expected = post(predictions, cat).json()
+    before = len(batches_in(run_dir / "logs" / "model.log"))
+    with ThreadPoolExecutor(9) as clients:
+        one_worker.suspend()
+        clients.submit(post, predictions, cat)
+        time.sleep(1)
+        waiting = [clients.submit(post, url, cat) for url in (explanations, predictions) * 4]
+        wait_for(lambda: queued(running) == len(waiting))
+        one_worker.resume()
+        answers = [future.result() for future in waiting]
+    batches = batches_in(run_dir / "logs" / "model.log")[before:]
+    assert batches[-1].startswith("8 requests, 4 images")
+    assert [answer.status_code for answer in answers] == [400, 200] * 4
+    assert all(answer.json() == expected for answer in answers[1::2])
+
+
 def test_several_images_in_one_form_are_answered_by_name(running: Running) -> None:
     answer = requests.post(
         running.predictions_url,

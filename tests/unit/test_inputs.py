@@ -97,6 +97,12 @@ def test_a_description_is_asked_for_by_header() -> None:
     assert read_request({"body": b""}, {"describe": "True"}, SETTINGS) == DescribeRequest()
 
 
+def test_an_explanation_is_not_answered_with_a_prediction() -> None:
+    with pytest.raises(BadRequest, match="/predictions/"):
+        read({"body": b"x"}, {"explain": "True"})
+    assert read({"body": b"x"}, {"explain": "False"}).images == [ImagePart("body", b"x")]
+
+
 def test_a_form_part_named_describe_is_an_image() -> None:
     headers: dict[str, object] = {"describe": {"content-type": "image/png"}}
     assert read({"describe": b"x"}, headers).images == [ImagePart("describe", b"x")]
