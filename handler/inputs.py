@@ -32,8 +32,9 @@ _IMAGE_NAMES = ("body", "data", "file", "image")
 # Under which of its keys an instance of a KServe V1 request holds the image.
 _INSTANCE_KEYS = ("b64", "image", "data", "image_bytes")
 
-# A form's part needs less than this for its header lines.
-_PART_HEADER_BYTES = 1024
+# A form's part needs less than this for its header lines: a file name of 255 characters, written
+# twice and each byte in three, is what the longest ones consist of.
+_PART_HEADER_BYTES = 4096
 
 _DATA_URL = re.compile(r"^data:[\w.+/-]*;base64,")
 

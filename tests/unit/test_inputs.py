@@ -124,6 +124,11 @@ def test_a_lost_part_of_the_same_name_is_noticed_by_the_length() -> None:
         read({"a": bytes(50_000)}, form_headers(100_400))
 
 
+def test_a_long_file_name_is_not_taken_for_a_lost_part() -> None:
+    name_twice_encoded = 2 * 3 * 255
+    assert len(read({"a": bytes(50_000)}, form_headers(50_250 + name_twice_encoded)).images) == 1
+
+
 def test_a_forms_own_lines_are_not_taken_for_a_lost_part() -> None:
     assert len(read({"a": bytes(50_000)}, form_headers(50_250)).images) == 1
 
