@@ -64,6 +64,9 @@ _OTHER_FORMATS = {
     b"\x00\x00\x00\x0cJXL ": "a JPEG XL",
 }
 
+# Enough to tell a format by, with some white space before it.
+_HEAD_BYTES = 256
+
 # So short a text in an image's place is probably the name of a file.
 _LONGEST_FILE_NAME = 255
 
@@ -166,8 +169,9 @@ def _unidentified(data: bytes | bytearray) -> ClientError:
     accepted = ", ".join(ACCEPTED_FORMATS)
     if data.startswith(b"ftyp", 4):
         return UnsupportedFormat(f"This is a video or a HEIC file. Accepted are: {accepted}.")
+    head = data[:_HEAD_BYTES].lstrip()
     for beginning, name in _OTHER_FORMATS.items():
-        if data.lstrip()[: len(beginning)] == beginning:
+        if head.startswith(beginning):
             return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
     if len(data) <= _LONGEST_FILE_NAME and data.isascii():
         return NotAnImage(

@@ -36,6 +36,9 @@ _INSTANCE_KEYS = ("b64", "image", "data", "image_bytes")
 # twice and each byte in three, is what the longest ones consist of.
 _PART_HEADER_BYTES = 4096
 
+# Names and ids go back to the client; an answer over max_response_size would end the worker.
+_LONGEST_NAME = 200
+
 _DATA_URL = re.compile(r"^data:[\w.+/-]*;base64,")
 
 HOW_TO_SEND = (
@@ -153,7 +156,7 @@ def _image_parts(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Iterator
         content = _as_bytes(name, value)
         if not content and name == "body":
             continue  # a GET, or a body without bytes
-        yield ImagePart(name, content)
+        yield ImagePart(name[:_LONGEST_NAME], content)
 
 
 def _content_type(headers: Mapping[str, Any], part: str) -> str:
@@ -265,7 +268,7 @@ def _read_kserve_v2(document: dict[str, Any], options: Options, max_images: int)
                 'Each of "inputs" must be a tensor of datatype "BYTES" whose data are images in '
                 "base64."
             )
-        name = str(tensor.get("name", "input"))[:100]
+        name = str(tensor.get("name", "input"))[:_LONGEST_NAME]
         data = _flat(_list(tensor, "data"))
         _check_count(len(images) + len(data), max_images)
         images += [ImagePart(f"{name}[{i}]", _from_base64(item)) for i, item in enumerate(data)]
@@ -274,7 +277,7 @@ def _read_kserve_v2(document: dict[str, Any], options: Options, max_images: int)
         images,
         options,
         Form.KSERVE_V2,
-        request_id[:200] if isinstance(request_id, str) else None,
+        request_id[:_LONGEST_NAME] if isinstance(request_id, str) else None,
     )
 
 

@@ -108,6 +108,17 @@ def test_a_form_part_named_describe_is_an_image() -> None:
     assert read({"describe": b"x"}, headers).images == [ImagePart("describe", b"x")]
 
 
+def test_what_goes_back_to_the_client_is_bounded() -> None:
+    """TorchServe ends a worker whose answer is larger than it allows."""
+    long = "x" * 10_000_000
+    (part,) = read({long: b"x"}, {long: FILE}).images
+    tensor = {"name": long, "datatype": "BYTES", "data": [in_base64(b"x")]}
+    (row, _) = as_sent({"id": long, "inputs": [tensor]})
+    v2 = read(row)
+    assert v2.request_id is not None
+    assert max(map(len, (part.name, v2.images[0].name, v2.request_id))) < 300
+
+
 # --- Parts of one name ---
 
 
