@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
 from pathlib import Path
@@ -18,9 +19,11 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler import responses
+from handler.allocator import keep_freed_memory
+from handler.cores import Cores
 from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError
-from handler.images import PixelBudget, decode
+from handler.images import Encoded, PixelBudget, Pixels, decode_all
 from handler.inputs import DescribeRequest, ImagesRequest, read_request
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.responses import Body, Response, softmax
@@ -29,9 +32,6 @@ from handler.settings import MODEL_CARD, ModelCard, Settings
 logger = logging.getLogger(__name__)
 
 Request = ImagesRequest | DescribeRequest
-
-# One image on its way: uint8 (3, crop, crop), or what is wrong with it.
-Pixels = NDArray[np.uint8]
 
 
 class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no types
@@ -44,15 +44,24 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def initialize(self, context: Context) -> None:
         """Loads the archive's parts; raises `ArchiveError` where one is missing or malformed."""
+        keep_freed_memory()
         model_dir = Path(context.system_properties["model_dir"])
         self.manifest = context.manifest
+        self.batch_size = int(context.system_properties["batch_size"])
         self.settings = Settings.from_model_config(context.model_yaml_config)
         self.card = ModelCard.load(model_dir / MODEL_CARD)
         self.labels = load_class_index(model_dir / CLASS_INDEX, self.card.classes)
+        share = _threads("OMP_NUM_THREADS", 1)
+        self.cores = Cores(share, _threads("MAX_THREADS", share), model_dir / "busy-workers")
+        self.pools = {
+            threads: ThreadPoolExecutor(threads)
+            for threads in {self.cores.share, self.cores.all}
+            if threads > 1
+        }
         self.engine = load_engine(
             model_dir / context.manifest["model"]["serializedFile"],
             self.card,
-            threads=_threads(),
+            self.cores,
             device=_device(context.system_properties.get("gpu_id")),
         )
         self._warm_up()
@@ -70,25 +79,9 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             for each request, in order, an encoded body.
         """
         try:
-            requests = [
-                self._read(row, context.get_all_request_header(index))
-                for index, row in enumerate(data)
-            ]
-            started = time.monotonic()
-            images = [self._decode(request) for request in requests]
-            decoded_at = time.monotonic()
-            probabilities = iter(self._infer(images))
-            logger.info(
-                "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
-                len(data),
-                sum(map(len, images)),
-                (decoded_at - started) * 1000,
-                (time.monotonic() - decoded_at) * 1000,
-            )
-            answers = [
-                self._answer(request, decoded, probabilities)
-                for request, decoded in zip(requests, images, strict=True)
-            ]
+            # A full batch means that more requests are in the queue.
+            with self.cores.busy(crowded=len(data) >= self.batch_size):
+                answers = self._classify(data, context)
         except Exception:
             # Nothing that a client sends may end up here: this is the server's own fault.
             ids = [context.get_request_id(index) for index in range(len(data))]
@@ -96,27 +89,48 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             answers = [self._json(responses.internal_error(request_id)) for request_id in ids]
         return [self._send(answer, index, context) for index, answer in enumerate(answers)]
 
+    def _classify(self, data: list[dict[str, Any]], context: Context) -> list[Response]:
+        requests = [
+            self._read(row, context.get_all_request_header(index)) for index, row in enumerate(data)
+        ]
+        started = time.monotonic()
+        images = self._decode(requests)
+        decoded_at = time.monotonic()
+        probabilities = iter(self._infer(images))
+        logger.info(
+            "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
+            len(data),
+            sum(map(len, images)),
+            (decoded_at - started) * 1000,
+            (time.monotonic() - decoded_at) * 1000,
+        )
+        return [
+            self._answer(request, decoded, probabilities)
+            for request, decoded in zip(requests, images, strict=True)
+        ]
+
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:
             return read_request(row, headers, self.settings)
         except ClientError as error:
             return error
 
-    def _decode(self, request: Request | ClientError) -> list[Pixels | ClientError]:
-        if not isinstance(request, ImagesRequest):
-            return []
-        budget = PixelBudget(self.settings.max_pixels)
-        return [self._decode_one(part.data, budget) for part in request.images]
-
-    def _decode_one(
-        self, data: bytes | bytearray | ClientError, budget: PixelBudget
-    ) -> Pixels | ClientError:
-        if isinstance(data, ClientError):
-            return data
-        try:
-            return decode(data, self.card.preprocessing, budget)
-        except ClientError as error:
-            return error
+    def _decode(self, requests: list[Request | ClientError]) -> list[list[Pixels | ClientError]]:
+        """For each request, its images; those of all requests are decoded together."""
+        pictures: list[list[Encoded]] = []
+        for request in requests:
+            parts = request.images if isinstance(request, ImagesRequest) else []
+            budget = PixelBudget(self.settings.max_pixels)
+            pictures.append([(part.data, budget) for part in parts])
+        decoded = iter(
+            decode_all(
+                [picture for of_request in pictures for picture in of_request],
+                self.card.preprocessing,
+                self.pools.get(self.cores.available()),
+                reduced=self.settings.reduced_decoding,
+            )
+        )
+        return [[next(decoded) for _ in of_request] for of_request in pictures]
 
     def _infer(self, images: list[list[Pixels | ClientError]]) -> list[NDArray[np.float32]]:
         """All good images of the batch through the model: float32 (classes,) for each.
@@ -195,15 +209,15 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             )
 
 
-def _threads() -> int:
-    """CPU threads for one forward pass: `OMP_NUM_THREADS`, as everywhere in this field, else 1.
+def _threads(variable: str, default: int) -> int:
+    """CPU threads from the environment, as `scripts.server` sets it for this machine.
 
-    One thread a worker and a worker a core gave the best throughput; see the README.
+    `OMP_NUM_THREADS` is a worker's share, `MAX_THREADS` what it may use while others are idle.
     """
     try:
-        return max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))
+        return max(1, int(os.environ.get(variable, default)))
     except ValueError:
-        return 1
+        return default
 
 
 def _device(gpu_id: int | None) -> str:

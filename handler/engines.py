@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from handler.cores import Cores
 from handler.errors import ArchiveError
 from handler.settings import ModelCard
 
@@ -35,13 +36,13 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(model_file: Path, card: ModelCard, threads: int, device: str) -> Engine:
+def load_engine(model_file: Path, card: ModelCard, cores: Cores, device: str) -> Engine:
     """Loads the archive's model file with the engine for its kind.
 
     Args:
         model_file: `model.onnx` or `model.pth`, as packed.
         card: the archive's model card.
-        threads: CPU threads for one forward pass.
+        cores: how many CPU threads a forward pass may use.
         device: "cpu", or "cuda:0" and so on; only PyTorch uses a GPU.
 
     Raises:
@@ -52,9 +53,9 @@ def load_engine(model_file: Path, card: ModelCard, threads: int, device: str) ->
     try:
         match model_file.suffix:
             case ".onnx":
-                return OnnxEngine(model_file, threads)
+                return OnnxEngine(model_file, cores)
             case ".pth":
-                return TorchEngine(model_file, card, threads, device)
+                return TorchEngine(model_file, card, cores.share, device)
     except Exception as error:
         # The libraries raise kinds of their own for a corrupt file; the operator needs its name.
         raise ArchiveError(f"{model_file.name}: cannot be loaded: {error}") from error
@@ -62,25 +63,52 @@ def load_engine(model_file: Path, card: ModelCard, threads: int, device: str) ->
 
 
 class OnnxEngine:
-    """ONNX Runtime on the CPU; normalisation is part of the graph."""
+    """ONNX Runtime on the CPU; normalisation is part of the graph.
 
-    def __init__(self, model_file: Path, threads: int) -> None:
+    A session's number of threads is fixed, so there is one for a worker's share of the cores and
+    one for all of them, chosen anew for each few images.
+    """
+
+    # Images in one run. Larger batches leave the caches: 8 at once took 18 % longer an image than
+    # one by one (benchmarks/results/engines.md), and 170 MB more memory.
+    _CHUNK = 1
+
+    def __init__(self, model_file: Path, cores: Cores) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(
-            str(model_file), options, providers=["CPUExecutionProvider"]
+        self._cores = cores
+        self._sessions = {
+            threads: _onnx_session(model_file, threads) for threads in {cores.share, cores.all}
+        }
+        self._input = self._sessions[cores.share].get_inputs()[0].name
+        self.name = (
+            f"ONNX Runtime {onnxruntime.__version__}, CPU, {cores.share} to {cores.all} thread(s)"
         )
-        self._input = self._session.get_inputs()[0].name
-        self.name = f"ONNX Runtime {onnxruntime.__version__}, CPU, {threads} thread(s)"
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""
-        (logits,) = self._session.run(["logits"], {self._input: images})
-        result: NDArray[np.float32] = logits
-        return result
+        return np.concatenate(
+            [
+                self._sessions[self._cores.available()].run(
+                    ["logits"], {self._input: images[start : start + self._CHUNK]}
+                )[0]
+                for start in range(0, len(images), self._CHUNK)
+            ]
+        )
+
+
+def _onnx_session(model_file: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads that wait for the next layer spin, which shortens a lone client's wait by a tenth;
+    # between runs they must not, since other workers need the cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(
+        str(model_file), options, providers=["CPUExecutionProvider"]
+    )
 
 
 class TorchEngine:

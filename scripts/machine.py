@@ -8,13 +8,23 @@ import psutil
 # A worker after load with the CUDA build of torch, measured, and some room.
 _WORKER_BYTES = 900_000_000
 
+# So many at most for one picture; what more would give was not measured.
+_MOST_THREADS = 8
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Worker processes, and CPU threads for each one's forward pass."""
+    """How many processes and threads serve.
+
+    Attributes:
+        workers: worker processes.
+        threads: CPU threads that are each worker's own.
+        max_threads: CPU threads that a worker may use while the others are idle.
+    """
 
     workers: int
     threads: int
+    max_threads: int
 
 
 def plan(workers: int | None = None) -> Plan:
@@ -27,4 +37,5 @@ def plan(workers: int | None = None) -> Plan:
     if workers is None:
         fit_in_memory = int(psutil.virtual_memory().available * 0.75 // _WORKER_BYTES)
         workers = max(1, min(cpus, fit_in_memory))
-    return Plan(workers, threads=max(1, cpus // workers))
+    threads = max(1, cpus // workers)
+    return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))

@@ -30,6 +30,21 @@ def sample_batch(preprocessing: Preprocessing) -> NDArray[np.uint8]:
     return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in _views()])
 
 
+def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
+    """Random cuts of the six photographs, the same every time: uint8 (count, 3, crop, crop)."""
+    random = np.random.default_rng(11)
+    photographs = [Image.open(CAT.parent / name).convert("RGB") for name in _NAMES]
+    views = []
+    for i in range(count):
+        image = photographs[i % len(photographs)]
+        side = int(random.integers(96, min(image.size) + 1))
+        left = int(random.integers(0, image.width - side + 1))
+        top = int(random.integers(0, image.height - side + 1))
+        view = image.crop((left, top, left + side, top + side))
+        views.append(decode(_png(view), preprocessing, PixelBudget(10**8)))
+    return np.stack(views)
+
+
 def _views() -> Iterator[Image.Image]:
     for name in _NAMES:
         with Image.open(CAT.parent / name) as photograph:

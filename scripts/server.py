@@ -153,7 +153,7 @@ def start(
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     model_log = _NewLines(logs / "model.log")
     try:
-        running = _launch(archive, ports, chosen.threads, run_dir, temporary)
+        running = _launch(archive, ports, chosen, run_dir, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -217,7 +217,7 @@ def _java_home() -> str:
     return home
 
 
-def _launch(archive: Path, ports: Ports, threads: int, run_dir: Path, temporary: str) -> Running:
+def _launch(archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary: str) -> Running:
     logs = run_dir / "logs"
     environment = {
         **os.environ,
@@ -226,7 +226,8 @@ def _launch(archive: Path, ports: Ports, threads: int, run_dir: Path, temporary:
         "TEMP": temporary,
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(chosen.threads),
+        "MAX_THREADS": str(chosen.max_threads),
         # The frontend receives bodies outside its heap, in blocks that glibc would keep for later.
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),

@@ -1,0 +1,53 @@
+"""Where and with what a result was measured: it stands at the head of every results page."""
+
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "torchserve",
+    "pillow",
+    "openvino",
+    "mosec",
+    "litserve",
+    "bentoml",
+    "flask",
+    "gunicorn",
+    "locust",
+)
+
+
+def describe() -> str:
+    """One sentence: date, machine, versions."""
+    memory = psutil.virtual_memory().total / 2**30
+    versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
+    return (
+        f"Measured {datetime.now(timezone.utc):%Y-%m-%d} on {psutil.cpu_count()} CPUs "
+        f"({_cpu()}), {memory:.0f} GiB, {platform.system()}, Python "
+        f"{platform.python_version()}; {versions}."
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    """The processor's name and the widest vectors it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    flags = facts.get("flags", "").split()
+    widest = next((f for f in ("avx512f", "avx2", "avx") if f in flags), "no AVX")
+    return f"{facts.get('model name', platform.machine())}, {widest}"

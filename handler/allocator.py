@@ -1,0 +1,28 @@
+"""Keeps a worker's freed memory for its next picture.
+
+glibc gives every large block back to the kernel and asks for it anew: for a picture of 720x720
+that is 1,283 page faults, and 6.0 ms to decode instead of 3.5 ms (12 megapixels: 41 ms, 30 ms).
+`scripts.server` even makes glibc do so earlier, for the frontend's sake, whose environment the
+workers inherit.
+"""
+
+import ctypes
+
+# From malloc.h. Larger thresholds than this one for mmap are refused by glibc.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD = 32 << 20
+
+# Bytes; what a worker holds on to. A picture's decoder needs 16 MB at a time or less, unless it is
+# a large one of a format that cannot be decoded at a fraction of its size.
+_KEPT = 64 << 20
+
+
+def keep_freed_memory() -> None:
+    """Sets this process's allocator; does nothing where the C library is not glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT)
