@@ -23,7 +23,7 @@ SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
 	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
 	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak archive start stop status scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak bench bench-engines bench-scaling bench-gpu archive start stop status scale classify lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -51,6 +51,23 @@ flood: setup ## 200 uploads of 19 MB at once
 
 soak: setup ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m tests.stress.load soak
+
+BENCHMARK_PACKAGES := .venv/benchmarks-installed
+$(BENCHMARK_PACKAGES): benchmarks/requirements.in benchmarks/requirements.lock | setup
+	@$(VENV_PYTHON) -m pip install --quiet -r benchmarks/requirements.in -c benchmarks/requirements.lock
+	@touch $@
+
+bench: setup $(BENCHMARK_PACKAGES) ## compare with other servers, about 10 minutes
+	@$(VENV_PYTHON) -m benchmarks.bench
+
+bench-engines: setup $(BENCHMARK_PACKAGES) ## compare engines and their options, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.engines
+
+bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, about 5 minutes
+	@$(VENV_PYTHON) -m benchmarks.scaling
+
+bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there is one
+	@$(VENV_PYTHON) -m benchmarks.gpu
 
 archive: setup ## production: build model_store/densenet121.mar, with trained weights only
 	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(call option,engine,$(ENGINE))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -75,9 +76,7 @@ def _onnx(model: Path, threads: int, options: dict[str, Any]) -> Logits:
             settings.graph_optimization_level = level
         else:
             setattr(settings, name, value)
-    session = onnxruntime.InferenceSession(
-        str(model), settings, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images})[0]  # type: ignore[no-any-return]
 
 
@@ -229,8 +228,6 @@ def _prepare(work: Path) -> None:
     images = sample_views(Preprocessing(), 240)
     np.save(work / "images.npy", images)
     archive = build(untrained(), work / "store")
-    import zipfile
-
     with zipfile.ZipFile(archive) as content:
         (work / "model.onnx").write_bytes(content.read("model.onnx"))
     _int8(work / "model.onnx", images[:INT8_CALIBRATION_IMAGES], work / "int8.onnx")
@@ -261,7 +258,7 @@ def _write(
     accuracy: dict[str, tuple[float, float] | None],
 ) -> None:
     def middle(name: str, setup: tuple[int, int], key: str) -> float:
-        return median(s[key] for s in samples[name, *setup])
+        return median(s[key] for s in samples[(name, *setup)])
 
     heads = [f"{t} thread{'s' * (t > 1)}, batch {b}" for t, b in setups]
     lines = [
@@ -269,9 +266,12 @@ def _write(
         "",
         describe(),
         "",
-        "Images a second, medians of alternating rounds; memory (PSS) after batches of 8 with one "
-        "thread; time from loading to the first answer; largest difference of a logit to PyTorch "
-        "in float32 and share of the same first label. Made by `make bench-engines`.",
+        (
+            "Images a second, medians of alternating rounds; memory (PSS) after batches of 8 with "
+            "one thread, torch imported as in a worker; time from loading to the first answer; "
+            "largest difference of a logit to PyTorch in float32, and share of the same first "
+            "label. Made by `make bench-engines`."
+        ),
         "",
         "| engine | " + " | ".join(heads) + " | memory MB | first answer s | logits | same label |",
         "|---" * (len(heads) + 5) + "|",

@@ -44,7 +44,6 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def initialize(self, context: Context) -> None:
         """Loads the archive's parts; raises `ArchiveError` where one is missing or malformed."""
-        keep_freed_memory()
         model_dir = Path(context.system_properties["model_dir"])
         self.manifest = context.manifest
         self.batch_size = int(context.system_properties["batch_size"])
@@ -65,6 +64,8 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             device=_device(context.system_properties.get("gpu_id")),
         )
         self._warm_up()
+        # Not before: what loading took must go back.
+        keep_freed_memory()
         self.initialized = True
         logger.info("Ready: %s on %s", self.card.architecture, self.engine.name)
 

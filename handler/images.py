@@ -88,7 +88,7 @@ _MAX_TIFF_PAGES = 100
 # Above this many pixels the tutorial's whole resized picture is not made, only the crop is.
 _MAX_RESIZED_PIXELS = 4_000_000
 
-# How many times the needed size a JPEG must keep when it is decoded at a fraction of its size. With 4
+# How many times the needed size a JPEG keeps when it is decoded at a fraction of its size. With 4
 # no pixel was further from the exact result than 3 levels of 255; with 2 it was up to 8.
 _REDUCED_SIZE = 4
 

@@ -73,6 +73,23 @@ def generated() -> Iterator[tuple[str, Image.Image]]:
             yield f"{mode} {width}x{height}", Image.fromarray(noise).convert(mode)
 
 
+# Of telephones and cameras, and sides that are no multiples of 8.
+_LARGE = ((4000, 3000), (2600, 3601), (2045, 2047))
+
+
+def large_jpegs() -> Iterator[bytes]:
+    """The photographs at 4 to 12 megapixels, with noise as a camera's sensor has."""
+    random = np.random.default_rng(5)
+    for path in PHOTOGRAPHS:
+        with Image.open(path) as image:
+            photograph = image.convert("RGB")
+        for width, height in _LARGE:
+            large = np.asarray(photograph.resize((width, height), Image.Resampling.BICUBIC))
+            noise = random.normal(0, 4, (height, width, 1)).astype(np.float32)
+            noisy = Image.fromarray((large + noise).clip(0, 255).astype(np.uint8))
+            yield encode(noisy, "JPEG", quality=88)
+
+
 def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     """The picture as a file's bytes."""
     buffer = io.BytesIO()

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from handler.cores import Cores
 from handler.engines import Engine, load_engine
 from handler.images import resize_and_crop
 from handler.responses import softmax
@@ -45,7 +46,7 @@ def reference(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine
     folder = tmp_path_factory.mktemp("reference")
     with zipfile.ZipFile(archive) as content:
         content.extract("model.onnx", folder)
-    return load_engine(folder / "model.onnx", card, threads=1, device="cpu")
+    return load_engine(folder / "model.onnx", card, Cores(1, 1, folder / "busy"), device="cpu")
 
 
 def post(running: Running, data: bytes) -> tuple[requests.Response, float]:

@@ -1,21 +1,22 @@
 """Decoding and preprocessing, against the tutorial's own transform."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 from torchvision import transforms
 
 from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
-from handler.images import PixelBudget, decode
+from handler.images import PixelBudget, decode, decode_all
 from handler.settings import Preprocessing
 from scripts.export import Normalized
 from scripts.photographs import CAT
-from tests.pictures import encode, generated, photographs
+from tests.pictures import encode, generated, large_jpegs, photographs
 
 PREPROCESSING = Preprocessing()
 MAX_PIXELS = 64_000_000
@@ -127,3 +128,60 @@ def test_the_images_of_a_request_share_their_pixels() -> None:
     decode(CAT.read_bytes(), PREPROCESSING, budget)
     with pytest.raises(TooLarge, match="451 x 300 pixels; the images of a request may have 150000"):
         decode(CAT.read_bytes(), PREPROCESSING, budget)
+
+
+def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str]) -> None:
+    worst, least_psnr, count = 0, float("inf"), 0
+    for jpeg in large_jpegs():
+        reduced, exact = (
+            decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).astype(int)
+            for flag in (True, False)
+        )
+        assert not np.array_equal(reduced, exact), "this picture was not reduced"
+        difference = np.abs(reduced - exact)
+        count += 1
+        worst = max(worst, int(difference.max()))
+        least_psnr = min(least_psnr, 10 * np.log10(255**2 / (difference**2).mean()))
+    note.append(
+        f"large JPEGs at reduced size: {count} against whole decoding, worst difference {worst} "
+        f"of 255 levels, least PSNR {least_psnr:.1f} dB"
+    )
+    assert count >= 50
+    assert worst <= 3
+    assert least_psnr >= 50
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> None:
+    """Its sides are no multiples of 8: the smaller copy has more than the picture at two edges."""
+    with Image.open(CAT) as cat:
+        large = cat.convert("RGB").resize((2053, 2599))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    jpeg = encode(large, "JPEG", quality=92, exif=exif)
+    reduced, exact = (
+        decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).astype(int)
+        for flag in (True, False)
+    )
+    assert not np.array_equal(reduced, exact)
+    assert np.abs(reduced - exact).max() <= 3
+
+
+def test_pictures_decoded_in_threads_are_those_decoded_one_by_one() -> None:
+    good = [encode(image) for _, image in list(photographs())[:12]]
+    pictures = [(data, PixelBudget(MAX_PIXELS)) for data in (*good, b"", b"hello" * 100)]
+    with ThreadPoolExecutor(4) as pool:
+        together = decode_all(pictures, PREPROCESSING, pool, reduced=True)
+    alone = decode_all(pictures, PREPROCESSING, None, reduced=True)
+    for mine, expected in zip(together[: len(good)], alone[: len(good)], strict=True):
+        assert np.array_equal(mine, expected)  # type: ignore[arg-type]
+    assert [type(error) for error in together[len(good) :]] == [EmptyImage, NotAnImage]
+
+
+def test_threads_share_one_budget() -> None:
+    picture = CAT.read_bytes()
+    with Image.open(CAT) as cat:
+        budget = PixelBudget(cat.width * cat.height * 3)
+    with ThreadPoolExecutor(4) as pool:
+        results = decode_all([(picture, budget)] * 8, PREPROCESSING, pool, reduced=True)
+    assert sum(isinstance(result, TooLarge) for result in results) == 5

@@ -1,0 +1,105 @@
+"""The PyTorch engine on a GPU, beside plain eager PyTorch; on a machine without one, on its CPU.
+
+Images a second of the engine for growing batches, how far its logits are from float32, and whole
+handler calls, from JPEG bytes to answers.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.machine import describe
+from handler.cores import Cores
+from handler.engines import load_engine
+from handler.images import PixelBudget, decode_all
+from handler.responses import softmax
+from handler.settings import ModelCard, Preprocessing
+from scripts.export import Normalized
+from scripts.photographs import CAT, sample_views
+from scripts.terminal import command, step
+from scripts.weights import build_model, untrained
+
+RESULTS = Path("benchmarks/results")
+GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CPU_BATCHES = (1, 4)
+
+
+def rate(run: Callable[[], Any], images: int, seconds: float) -> float:
+    """Images a second; the engine gives its answer to the CPU, so nothing is left running."""
+    run()
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        run()
+        count += images
+    return count / elapsed
+
+
+def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
+    """Measures; writes benchmarks/results/gpu.md, or cpu-torch.md where there is no GPU."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda:0" if on_gpu else "cpu"
+    batches = GPU_BATCHES if on_gpu else CPU_BATCHES
+    weights = untrained()
+    preprocessing = Preprocessing()
+    card = ModelCard("densenet121", 1000, trained=False, weights_file="", weights_sha256="",
+                     inputs_sha256="")  # fmt: skip
+    with TemporaryDirectory() as folder:
+        torch.save(weights.state_dict, Path(folder) / "model.pth")
+        cores = Cores(torch.get_num_threads(), 1, Path(folder) / "busy")
+        engine = load_engine(Path(folder) / "model.pth", card, cores, device)
+    eager = Normalized(build_model(weights), preprocessing).eval().to(device)
+    views = sample_views(preprocessing, max(batches))
+
+    def run_eager(images: np.ndarray[Any, Any]) -> Any:
+        with torch.inference_mode():
+            return eager(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    step(f"{engine.name}")
+    expected, mine = run_eager(views), engine.logits(views)
+    same = float((expected.argmax(1) == mine.argmax(1)).mean())
+    probability = float(np.abs(softmax(expected) - softmax(mine)).max())
+    jpeg = CAT.read_bytes()
+    lines = [
+        f"# {engine.name}",
+        "",
+        describe(),
+        "",
+        (
+            f"Over {len(views)} images beside eager PyTorch in float32: same first label "
+            f"{same:.1%}, largest difference of a probability {probability:.1e}. Made by "
+            "`make bench-gpu`."
+        ),
+        "",
+        "| batch | engine images/s | eager float32 images/s | from files to probabilities |",
+        "|---|---|---|---|",
+    ]
+    with ThreadPoolExecutor(cores.share) as pool:
+        for batch in batches:
+            part = views[:batch]
+
+            def from_bytes(batch: int = batch) -> Any:
+                pictures = [(jpeg, PixelBudget(10**9)) for _ in range(batch)]
+                decoded = decode_all(pictures, preprocessing, pool, reduced=True)
+                return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
+
+            rates = [
+                rate(lambda part=part: engine.logits(part), batch, seconds),  # type: ignore[misc]
+                rate(lambda part=part: run_eager(part), batch, seconds),  # type: ignore[misc]
+                rate(from_bytes, batch, seconds),
+            ]
+            lines.append(f"| {batch} | " + " | ".join(f"{r:.1f}" for r in rates) + " |")
+            step(lines[-1])
+    target = RESULTS / ("gpu.md" if on_gpu else "cpu-torch.md")
+    target.write_text("\n".join(lines) + "\n")
+    step(f"Wrote {target}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,46 @@
+"""What the peers share: the same engine, plain Pillow decoding, the class index."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from PIL import Image
+
+FILES = Path(os.environ.get("BENCHMARK_FILES", "."))
+LABELS: dict[str, list[str]] = (
+    json.loads((FILES / "index_to_name.json").read_text())
+    if (FILES / "index_to_name.json").exists()
+    else {}
+)
+
+
+def session(threads: int) -> onnxruntime.InferenceSession:
+    """The exported model with so many threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        str(FILES / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """As the tutorial's transform: shorter side to 255, centre 224; uint8 (3, 224, 224)."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = 255 / min(image.size)
+    image = image.resize(
+        (int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR
+    )
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    crop = image.crop((left, top, left + 224, top + 224))
+    return np.asarray(crop).transpose(2, 0, 1)
+
+
+def answer(logits: NDArray[np.float32]) -> dict[str, str]:
+    """The tutorial's answer to one picture."""
+    class_id, class_name = LABELS[str(int(logits.argmax()))]
+    return {"class_id": class_id, "class_name": class_name}
