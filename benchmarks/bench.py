@@ -48,6 +48,12 @@ CLIENTS = (1, 16, 64)
 # Share of the bare engine's rate that the open loop asks for, and its users.
 OPEN_SHARE, OPEN_USERS = 0.6, 64
 BARE_SECONDS = 4.0
+# Java compiles its hot code under load; the other servers need less.
+WARM_UP_SECONDS = 8
+# A server that still works on what was given up counts as quiet below this share of a core.
+QUIET, QUIET_TIMEOUT = 0.2, 90.0
+# Answers a request in a thread or a process of its own: 64 at once only make a backlog.
+UNBATCHED = ("Flask tutorial", "Flask, gunicorn")
 
 # Each ratio's name, and the least (or most) it should be.
 GOALS = {
@@ -92,7 +98,7 @@ def main(
         archive = _prepare(work)
         servers = list(_start(archive, work, stack))
         for server in servers:
-            _load(server, work, "small", 16, 3)
+            _load(server, work, "small", 16, WARM_UP_SECONDS)
         for number in range(rounds):
             step(f"Round {number + 1} of {rounds}")
             for batch, rates in bare.items():
@@ -103,6 +109,8 @@ def main(
                 step(f"{server.name}, {picture}, {clients} clients: {sample.rate:.1f}/s")
         rate = OPEN_SHARE * median(bare[8])
         for server in servers:
+            if server.name in UNBATCHED:
+                continue
             sample = _open_load(server, work, "small", rate, 2 * seconds)
             samples[server.name, "small", "open"] = [sample]
         _write(servers, samples, bare, rate, _picture_sizes(work))
@@ -154,7 +162,9 @@ def _plan(servers: list[Server], number: int) -> Iterator[tuple[Server, str, int
     turn = number % len(servers)
     turned = servers[turn:] + servers[:turn]
     for clients in CLIENTS:
-        yield from ((server, "small", clients) for server in turned)
+        for server in turned:
+            if clients <= CLIENTS[1] or server.name not in UNBATCHED:
+                yield server, "small", clients
     # Only where it is compared: 12 megapixels take the others seconds each.
     yield from ((server, "large", 16) for server in turned if server.name in (OURS, STOCK, "mosec"))
 
@@ -165,6 +175,7 @@ def _load(server: Server, work: Path, picture: str, clients: int, seconds: int) 
     before = server.cpu_seconds()
     found = closed_loop(server.url, environment, clients, seconds)
     used = server.cpu_seconds() - before
+    _wait_until_quiet(server)
     return Sample(
         rate=found["count"] / found["seconds"],
         p50=found["p50"],
@@ -217,6 +228,7 @@ def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: i
         check=False,  # locust's status is 1 where a request failed; failures are counted
     )
     used = server.cpu_seconds() - before
+    _wait_until_quiet(server)
     with Path(f"{prefix}_stats.csv").open() as table:
         total = next(row for row in csv.DictReader(table) if row["Name"] == "Aggregated")
     return Sample(
@@ -227,6 +239,19 @@ def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: i
         failures=int(total["Failure Count"]),
         cpu_ms=1000 * used / max(1, int(total["Request Count"])),
     )
+
+
+def _wait_until_quiet(server: Server) -> None:
+    """A load's last requests are given up by their clients, but not by every server: the next
+    server must not pay for them.
+    """
+    deadline = time.monotonic() + QUIET_TIMEOUT
+    while time.monotonic() < deadline:
+        before, began = server.cpu_seconds(), time.monotonic()
+        time.sleep(0.5)
+        if (server.cpu_seconds() - before) / (time.monotonic() - began) < QUIET:
+            return
+    warn(f"{server.name} is still busy after {QUIET_TIMEOUT:.0f} s without requests.")
 
 
 def _request(server: Server, work: Path, picture: str) -> dict[str, str]:
@@ -351,7 +376,8 @@ def _chart(servers: list[Server], samples: dict[Key, list[Sample]]) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for server in servers:
-        points = [samples[server.name, "small", str(clients)] for clients in CLIENTS]
+        loads = [(server.name, "small", str(clients)) for clients in CLIENTS]
+        points = [samples[load] for load in loads if load in samples]
         axes.plot(
             [median(s.rate for s in found) for found in points],
             [median(s.p50 for s in found) for found in points],

@@ -157,7 +157,8 @@ def decode_all(
         reduced: see `decode`.
 
     Returns:
-        for each picture, in order, its pixels or what is wrong with it.
+        for each picture, in order, its pixels or what is wrong with it. The pixels are views into
+        Pillow's layout: putting them into a batch is the one time that they are copied.
     """
 
     def decode_one(picture: Encoded) -> Pixels | ClientError:
@@ -197,7 +198,7 @@ def decode(
         ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
     """
     with _without_warnings():
-        return _decode(data, preprocessing, budget, reduced=reduced)
+        return np.ascontiguousarray(_decode(data, preprocessing, budget, reduced=reduced))
 
 
 @contextmanager
