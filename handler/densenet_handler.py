@@ -5,8 +5,9 @@ import handler  # noqa: F401, I001  # before TorchServe imports ONNX Runtime, se
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,29 @@ from numpy.typing import NDArray
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler import responses
+from handler import explain, responses
 from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError
-from handler.images import PixelBudget, decode
-from handler.inputs import DescribeRequest, ImagesRequest, read_request
+from handler.images import Photo, PixelBudget, decode, decode_photo
+from handler.inputs import (
+    DescribeRequest,
+    ExplainRequest,
+    ImagesRequest,
+    PageRequest,
+    Request,
+    read_request,
+)
 from handler.labels import CLASS_INDEX, load_class_index
+from handler.page import PAGE, load_page
 from handler.responses import Body, Response, softmax
-from handler.settings import MODEL_CARD, ModelCard, Settings
+from handler.settings import MODEL_CARD, ModelCard, Preprocessing, Settings
 
 logger = logging.getLogger(__name__)
 
-Request = ImagesRequest | DescribeRequest
-
-# One image on its way: uint8 (3, crop, crop), or what is wrong with it.
+# One image on its way: uint8 (3, crop, crop), a photo to explain, or what is wrong with it.
 Pixels = NDArray[np.uint8]
+Decoded = Pixels | Photo | ClientError
+Decoder = Callable[[bytes | bytearray, Preprocessing, PixelBudget], Decoded]
 
 
 class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no types
@@ -55,6 +64,8 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             threads=_threads(),
             device=_device(context.system_properties.get("gpu_id")),
         )
+        self.classifier = explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
+        self.page = load_page(PAGE, self.card, self.settings)
         self._warm_up()
         self.initialized = True
         logger.info("Ready: %s on %s", self.card.architecture, self.engine.name)
@@ -78,6 +89,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             images = [self._decode(request) for request in requests]
             decoded_at = time.monotonic()
             probabilities = iter(self._infer(images))
+            explanations = iter(self._explain(images))
             logger.info(
                 "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
                 len(data),
@@ -86,7 +98,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
                 (time.monotonic() - decoded_at) * 1000,
             )
             answers = [
-                self._answer(request, decoded, probabilities)
+                self._answer(request, decoded, probabilities, explanations)
                 for request, decoded in zip(requests, images, strict=True)
             ]
         except Exception:
@@ -98,62 +110,114 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:
-            return read_request(row, headers, self.settings)
+            return read_request(row, headers, self.settings, self.labels)
         except ClientError as error:
             return error
 
-    def _decode(self, request: Request | ClientError) -> list[Pixels | ClientError]:
-        if not isinstance(request, ImagesRequest):
-            return []
+    def _decode(self, request: Request | ClientError) -> list[Decoded]:
+        match request:
+            case ImagesRequest():
+                return self._decode_all(request, decode)
+            case ExplainRequest(asked=asked, as_picture=as_picture):
+                longest_side = explain.LONGEST_SIDE if as_picture else None
+                return self._decode_all(asked, partial(decode_photo, longest_side=longest_side))
+            case _:
+                return []
+
+    def _decode_all(self, request: ImagesRequest, decoder: Decoder) -> list[Decoded]:
         budget = PixelBudget(self.settings.max_pixels)
-        return [self._decode_one(part.data, budget) for part in request.images]
+        return [self._decode_one(part.data, budget, decoder) for part in request.images]
 
     def _decode_one(
-        self, data: bytes | bytearray | ClientError, budget: PixelBudget
-    ) -> Pixels | ClientError:
+        self, data: bytes | bytearray | ClientError, budget: PixelBudget, decoder: Decoder
+    ) -> Decoded:
         if isinstance(data, ClientError):
             return data
         try:
-            return decode(data, self.card.preprocessing, budget)
+            return decoder(data, self.card.preprocessing, budget)
         except ClientError as error:
             return error
 
-    def _infer(self, images: list[list[Pixels | ClientError]]) -> list[NDArray[np.float32]]:
-        """All good images of the batch through the model: float32 (classes,) for each.
+    def _infer(self, images: list[list[Decoded]]) -> list[NDArray[np.float32]]:
+        """All images of the batch to classify through the model: float32 (classes,) for each.
 
         In one call, unless several requests hold many images each: more than `max_batch` at once
         would take the worker gigabytes, which it would keep.
         """
-        good = [
-            image for decoded in images for image in decoded if not isinstance(image, ClientError)
-        ]
-        step = self.settings.max_batch
+        good = [image for decoded in images for image in decoded if isinstance(image, np.ndarray)]
         return [
             probabilities
-            for start in range(0, len(good), step)
-            for probabilities in softmax(self.engine.logits(np.stack(good[start : start + step])))
+            for batch in self._batches(good)
+            for probabilities in softmax(self.engine.logits(batch))
         ]
+
+    def _explain(self, images: list[list[Decoded]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        """All images to explain: float32 (classes,) and features (channels, height, width)."""
+        good = [image.pixels for decoded in images for image in decoded if isinstance(image, Photo)]
+        for batch in self._batches(good):
+            logits, features = self.engine.logits_and_features(batch)
+            yield from zip(softmax(logits), features, strict=True)
+
+    def _batches(self, images: list[Pixels]) -> Iterator[Pixels]:
+        step = self.settings.max_batch
+        for start in range(0, len(images), step):
+            yield np.stack(images[start : start + step])
 
     def _answer(
         self,
         request: Request | ClientError,
-        images: list[Pixels | ClientError],
+        images: list[Decoded],
         probabilities: Iterator[NDArray[np.float32]],
+        explanations: Iterator[tuple[NDArray[np.float32], ...]],
     ) -> Response:
-        """Takes as many of `probabilities` as the request has good images."""
-        if isinstance(request, ClientError):
-            return self._json(responses.error(request))
-        if isinstance(request, DescribeRequest):
-            return self._json(self._description())
-        results = [
-            responses.error(image)
-            if isinstance(image, ClientError)
-            else responses.classification(next(probabilities), self.labels, request.options)
-            for image in images
-        ]
+        """Takes as many of `probabilities` or `explanations` as the request has good images."""
+        match request:
+            case ClientError():
+                return self._json(responses.error(request))
+            case DescribeRequest():
+                return self._json(self._description())
+            case PageRequest():
+                return self.page
+            case ExplainRequest():
+                return self._answer_explanation(request, images, explanations)
+            case ImagesRequest():
+                results = [
+                    responses.error(image)
+                    if isinstance(image, ClientError)
+                    else responses.classification(next(probabilities), self.labels, request.options)
+                    for image in images
+                ]
+                return self._json(responses.collect(request, results, self._model_names()))
+
+    def _answer_explanation(
+        self,
+        request: ExplainRequest,
+        images: list[Decoded],
+        explanations: Iterator[tuple[NDArray[np.float32], ...]],
+    ) -> Response:
+        results: list[Body] = []
+        for image in images:
+            if not isinstance(image, Photo):
+                assert isinstance(image, ClientError)
+                results.append(responses.error(image))
+                continue
+            probabilities, features = next(explanations)
+            index = (
+                int(probabilities.argmax()) if request.class_index is None else request.class_index
+            )
+            label, probability = self.labels[index], float(probabilities[index])
+            activation = explain.class_activation_map(features, self.classifier[index])
+            if request.as_picture:
+                content = explain.heat_picture(image, activation)
+                return responses.picture(content, label, index, probability)
+            results.append(responses.explanation(image, activation, label, index, probability))
+        return self._json(
+            responses.collect(request.asked, results, self._model_names(), "explanations")
+        )
+
+    def _model_names(self) -> tuple[str, str]:
         model = self.manifest["model"]
-        names = (model["modelName"], model["modelVersion"])
-        return self._json(responses.collect(request, results, names))
+        return model["modelName"], model["modelVersion"]
 
     def _json(self, body: Body) -> Response:
         if self.card.warning:
@@ -162,6 +226,8 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def _send(self, answer: Response, index: int, context: Context) -> bytes:
         context.set_response_content_type(index, answer.content_type)
+        for name, value in answer.headers.items():
+            context.set_response_header(index, name, value)
         context.set_response_header(
             index, "x-model-weights", "trained" if self.card.trained else "untrained"
         )
@@ -187,7 +253,12 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
         than the second.
         """
         crop = self.card.preprocessing.crop
-        logits = self.engine.logits(np.zeros((1, 3, crop, crop), np.uint8))
+        logits, features = self.engine.logits_and_features(np.zeros((1, 3, crop, crop), np.uint8))
+        if features.shape[1] != self.classifier.shape[1]:
+            raise ArchiveError(
+                f"the model gives features of shape {features.shape}, "
+                f"{explain.CLASSIFIER} has {self.classifier.shape[1]} weights a class"
+            )
         if logits.shape != (1, self.card.classes):
             raise ArchiveError(
                 f"the model gives logits of shape {logits.shape}, "

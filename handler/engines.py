@@ -34,6 +34,20 @@ class Engine(Protocol):
         """
         ...
 
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs the model once, for the logits and what they are computed from.
+
+        Args:
+            images: as in `logits`.
+
+        Returns:
+            the logits, and float32 (N, channels, height, width) after the last ReLU, 7 high and 7
+            wide for a crop of 224: the logits are a linear function of their means.
+        """
+        ...
+
 
 def load_engine(model_file: Path, card: ModelCard, threads: int, device: str) -> Engine:
     """Loads the archive's model file with the engine for its kind.
@@ -82,6 +96,13 @@ class OnnxEngine:
         result: NDArray[np.float32] = logits
         return result
 
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Engine.logits_and_features`."""
+        logits, features = self._session.run(["logits", "features"], {self._input: images})
+        return logits, features
+
 
 class TorchEngine:
     """PyTorch eager with torchvision's architecture.
@@ -112,8 +133,19 @@ class TorchEngine:
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""
         with self._torch.inference_mode():
-            batch = self._torch.from_numpy(images).to(self._device)
-            batch = (batch.float() / 255 - self._mean) / self._std
-            result = self._model(batch.contiguous(memory_format=self._torch.channels_last))
-            logits: NDArray[np.float32] = result.float().cpu().numpy()
+            logits: NDArray[np.float32] = self._model(self._batch(images)).float().cpu().numpy()
             return logits
+
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Engine.logits_and_features`."""
+        with self._torch.inference_mode():
+            features = self._model.features(self._batch(images)).relu()
+            logits = self._model.classifier(features.mean((2, 3)))
+            return logits.float().cpu().numpy(), features.float().cpu().numpy()
+
+    def _batch(self, images: NDArray[np.uint8]) -> Any:
+        batch = self._torch.from_numpy(images).to(self._device)
+        batch = (batch.float() / 255 - self._mean) / self._std
+        return batch.contiguous(memory_format=self._torch.channels_last)

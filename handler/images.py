@@ -11,6 +11,9 @@ any of it is decoded, and only the listed formats are ever opened.
 
 import io
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +97,8 @@ _TURNS = {
 
 _WHITE = (255, 255, 255)
 
+_T = TypeVar("_T")
+
 
 class PixelBudget:
     """How many pixels the images of one request may have together."""
@@ -109,6 +114,24 @@ class PixelBudget:
                 f"{self._limit} together. Send a smaller copy, or fewer at once."
             )
         self._left -= width * height
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture of which the model's view is to be shown.
+
+    Attributes:
+        pixels: uint8 (3, crop, crop), the model's input.
+        size: width and height of the whole upright picture, in pixels.
+        crop: left, top, right and bottom of what the model sees, in pixels of that.
+        preview: the whole upright picture, RGB, made smaller where it was larger than asked for;
+            None where none was asked for.
+    """
+
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    crop: tuple[float, float, float, float]
+    preview: Image.Image | None
 
 
 def decode(
@@ -127,6 +150,54 @@ def decode(
     Raises:
         ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
     """
+    return _decode_with(
+        lambda image: _as_input(resize_and_crop(image, preprocessing)), data, budget
+    )
+
+
+def decode_photo(
+    data: bytes | bytearray,
+    preprocessing: Preprocessing,
+    budget: PixelBudget,
+    longest_side: int | None,
+) -> Photo:
+    """Decodes one picture for the model and for a person.
+
+    Args:
+        data: as in `decode`, and so are `preprocessing` and `budget`.
+        preprocessing: the sizes to resize and crop to.
+        budget: where the picture's pixels are taken from.
+        longest_side: of the preview, in pixels; None for no preview.
+
+    Raises:
+        ClientError: as in `decode`.
+    """
+
+    def make(image: Image.Image) -> Photo:
+        return Photo(
+            pixels=_as_input(resize_and_crop(image, preprocessing)),
+            size=image.size,
+            crop=crop_box(image.size, preprocessing),
+            preview=None if longest_side is None else _shrunk(image, longest_side),
+        )
+
+    return _decode_with(make, data, budget)
+
+
+def _shrunk(image: Image.Image, longest_side: int) -> Image.Image:
+    scale = min(1.0, longest_side / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _as_input(image: Image.Image) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _decode_with(
+    make: Callable[[Image.Image], _T], data: bytes | bytearray, budget: PixelBudget
+) -> _T:
+    """What `make` makes of the upright RGB picture."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
     with warnings.catch_warnings():
@@ -135,7 +206,7 @@ def decode(
         with _open(data) as image:
             try:
                 _check_cost(image, data, budget)
-                pixels = np.asarray(resize_and_crop(_upright(image), preprocessing))
+                return make(_upright(image))
             except ClientError:
                 raise
             except MemoryError as error:
@@ -146,7 +217,6 @@ def decode(
                 raise DamagedImage(
                     f"The {image.format} image is damaged or cut off and cannot be decoded."
                 ) from error
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _open(data: bytes | bytearray) -> Image.Image:
@@ -255,17 +325,34 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
         computed, so that they cost no more than others, and Pillow's 32-bit box coordinates move
         a pixel by at most 2 levels of 255.
     """
-    short, crop = preprocessing.resize, preprocessing.crop
-    if image.width <= image.height:
-        width, height = short, int(short * image.height / image.width)
-    else:
-        width, height = int(short * image.width / image.height), short
-    left, top = round((width - crop) / 2.0), round((height - crop) / 2.0)
+    crop = preprocessing.crop
+    (width, height), (left, top) = _resized(image.size, preprocessing)
 
     if width * height <= _MAX_RESIZED_PIXELS:
         resized = image.resize((width, height), Image.Resampling.BILINEAR)
         return resized.crop((left, top, left + crop, top + crop))
 
-    x_scale, y_scale = image.width / width, image.height / height
-    box = (left * x_scale, top * y_scale, (left + crop) * x_scale, (top + crop) * y_scale)
+    box = crop_box(image.size, preprocessing)
     return image.resize((crop, crop), Image.Resampling.BILINEAR, box=box)
+
+
+def crop_box(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the centre square, in pixels of a picture of this size."""
+    crop = preprocessing.crop
+    (width, height), (left, top) = _resized(size, preprocessing)
+    x_scale, y_scale = size[0] / width, size[1] / height
+    return left * x_scale, top * y_scale, (left + crop) * x_scale, (top + crop) * y_scale
+
+
+def _resized(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height after resizing, and left and top of the centre square in that."""
+    short, crop = preprocessing.resize, preprocessing.crop
+    if size[0] <= size[1]:
+        width, height = short, int(short * size[1] / size[0])
+    else:
+        width, height = int(short * size[0] / size[1]), short
+    return (width, height), (round((width - crop) / 2.0), round((height - crop) / 2.0))
