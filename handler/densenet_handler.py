@@ -212,7 +212,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
                 return responses.picture(content, label, index, probability)
             results.append(responses.explanation(image, activation, label, index, probability))
         return self._json(
-            responses.collect(request.asked, results, self._model_names(), "explanations")
+            responses.collect(request.asked, results, self._model_names(), explained=True)
         )
 
     def _model_names(self) -> tuple[str, str]:

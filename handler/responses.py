@@ -21,6 +21,8 @@ from handler.labels import Label
 
 # Digits after the point: float32 holds no more for a probability near 1.
 _PROBABILITY_DIGITS = 7
+# float32's sums over a thousand channels are no more exact than this.
+_MAP_DIGITS = 6
 
 Body = dict[str, Any]
 
@@ -56,7 +58,8 @@ def collect(
     request: ImagesRequest,
     results: Sequence[Body],
     model: tuple[str, str],
-    kserve_v1_key: str = "predictions",
+    *,
+    explained: bool = False,
 ) -> Body:
     """The body for all images of one request, in the form in which it asked.
 
@@ -65,15 +68,15 @@ def collect(
         results: a result or an error for each of its images. A single image's error is the
             whole request's, with its status; among several images each has its own.
         model: name and version of the model, which KServe V2 names in its answers.
-        kserve_v1_key: what KServe V1 calls the list of results.
+        explained: the results are explanations.
     """
     if len(results) == 1 and not results[0]["success"]:
         single = results[0]
         return {**single, "error": single["message"]} if request.form is Form.KSERVE_V2 else single
     if request.form is Form.KSERVE_V1:
-        return {kserve_v1_key: list(results)}
+        return {"explanations" if explained else "predictions": list(results)}
     if request.form is Form.KSERVE_V2:
-        return _kserve_v2(request, results, model)
+        return _kserve_v2(request, results, model, explained=explained)
     if len(results) == 1:
         return results[0]
     names = [part.name for part in request.images]
@@ -83,7 +86,9 @@ def collect(
     }
 
 
-def _kserve_v2(request: ImagesRequest, results: Sequence[Body], model: tuple[str, str]) -> Body:
+def _kserve_v2(
+    request: ImagesRequest, results: Sequence[Body], model: tuple[str, str], *, explained: bool
+) -> Body:
     """Tensors with an element an image; `result` holds each whole result as JSON text."""
 
     def tensor(name: str, datatype: str, data: list[Any]) -> Body:
@@ -93,9 +98,11 @@ def _kserve_v2(request: ImagesRequest, results: Sequence[Body], model: tuple[str
         tensor("class_id", "BYTES", [result.get("class_id") or "" for result in results]),
         tensor("class_name", "BYTES", [result.get("class_name") or "" for result in results]),
         tensor("probability", "FP32", [result.get("probability", 0.0) for result in results]),
-        tensor("recognized", "BOOL", [result.get("recognized", False) for result in results]),
         tensor("result", "BYTES", [json.dumps(result, allow_nan=False) for result in results]),
     ]
+    if not explained:
+        recognized = [result.get("recognized", False) for result in results]
+        outputs.insert(-1, tensor("recognized", "BOOL", recognized))
     name, version = model
     body: Body = {"model_name": name, "model_version": version, "outputs": outputs}
     return {"id": request.request_id, **body} if request.request_id is not None else body
@@ -163,7 +170,7 @@ def explanation(
         "class_name": label.class_name,
         "class_index": class_index,
         "probability": round(probability, _PROBABILITY_DIGITS),
-        "map": [[float(value) for value in row] for row in activation],
+        "map": [[round(float(value), _MAP_DIGITS) for value in row] for row in activation],
         "image": {"width": width, "height": height},
         "crop": {"left": left, "top": top, "right": right, "bottom": bottom},
     }

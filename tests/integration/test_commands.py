@@ -17,7 +17,7 @@ import requests
 
 from scripts.server import Running, find_running, model_status, start
 from scripts.terminal import UserError
-from tests.integration.conftest import free_ports
+from tests.conftest import free_ports
 
 TIMEOUT = 60
 
