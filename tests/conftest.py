@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail unless tests against a real TorchServe ran",
     )
+    parser.addoption(
+        "--require-browser",
+        action="store_true",
+        help="fail unless tests in a real browser ran",
+    )
 
 
 def _kind(nodeid: str) -> str:
@@ -48,10 +53,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    missing = not _counts.get("integration", {}).get("passed")
-    if session.config.getoption("--require-integration") and missing:
-        _notes.append("No integration test passed: these tests did not show that the server works.")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for kind, shown in (
+        ("integration", "that the server works"),
+        ("browser", "that the page works"),
+    ):
+        passed = _counts.get(kind, {}).get("passed")
+        if session.config.getoption(f"--require-{kind}") and not passed:
+            _notes.append(f"No {kind} test passed: these tests did not show {shown}.")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
