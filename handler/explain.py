@@ -118,8 +118,8 @@ def _span(start: float, end: float, length: int) -> tuple[int, int]:
 def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
     """uint8 (height, width) of `size`: 0 where the map is least, 255 where it is greatest."""
     low, high = float(activation.min()), float(activation.max())
-    relative = (activation - low) / max(high - low, np.finfo(np.float32).tiny)
-    smooth = Image.fromarray(relative.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    relative = (activation - low) / ((high - low) or 1)
+    smooth = Image.fromarray(relative).resize(size, Image.Resampling.BILINEAR)
     result: NDArray[np.uint8] = (np.asarray(smooth).clip(0, 1) * 255).round().astype(np.uint8)
     return result
 
@@ -127,9 +127,9 @@ def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
 def _colour_table() -> NDArray[np.uint8]:
     """uint8 (256, 3): the colour of each heat."""
     stops = np.linspace(0, 255, len(_HEAT_COLOURS))
-    colours = zip(*_HEAT_COLOURS, strict=True)
-    channels = [np.interp(range(256), stops, channel) for channel in colours]
-    return np.stack(channels, axis=1).round().astype(np.uint8)
+    colours = np.array(_HEAT_COLOURS, np.float64)
+    table = [np.interp(range(256), stops, colours[:, channel]) for channel in range(3)]
+    return np.stack(table, axis=1).round().astype(np.uint8)
 
 
 _COLOUR_TABLE = _colour_table()

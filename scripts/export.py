@@ -48,8 +48,8 @@ class WithFeatures(nn.Module):
 
     def __init__(self, densenet: nn.Module) -> None:
         super().__init__()
-        self.features = densenet.features
-        self.classifier = densenet.classifier
+        self.features = densenet.get_submodule("features")
+        self.classifier = densenet.get_submodule("classifier")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Same steps in the same order as torchvision's DenseNet.

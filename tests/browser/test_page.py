@@ -164,7 +164,7 @@ def test_a_keyboard_is_enough(page: Page, running: Running) -> None:
 
 def test_several_pictures_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
     held: list[Route] = []
-    page.route("**/predictions/**", held.append)
+    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
     choose(page, *PHOTOGRAPHS[:10])
     expect(page.locator(".result")).to_have_count(10)
     for answered in range(10):
@@ -477,6 +477,7 @@ def test_light_and_dark_follow_the_system(open_page: Open, running: Running) -> 
 
 def test_nothing_is_wider_than_a_phone(open_page: Open, running: Running, console: Console) -> None:
     page = open_page(running.predictions_url, **PHONE)
+    expect(page.get_by_text("Take a photo")).to_be_visible()
     everything(page)
     console.expect("status of 400")
     choose(page, payload("a" * 200 + ".png"))
