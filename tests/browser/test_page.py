@@ -7,8 +7,10 @@ import json
 import re
 import shlex
 import subprocess
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,94 @@ def test_the_overlay_can_be_faded_and_switched_off(page: Page) -> None:
     expect(canvas).not_to_be_visible()
     page.get_by_label("Show where").check()
     expect(canvas).to_be_visible()
+
+
+# --- Behind a gateway ---
+
+
+class Gateway(BaseHTTPRequestHandler):
+    """Has the page at `/` of a path of its own; below `/status/CODE/` it answers for itself."""
+
+    predictions_url: str
+
+    def do_GET(self) -> None:
+        self.answer(requests.get(self.predictions_url, headers=self.accept(), timeout=TIMEOUT))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        refusal = re.match(r"/status/(\d+)/", self.path)
+        if refusal:
+            self.send_response(int(refusal[1]))
+            self.end_headers()
+            return
+        name = self.path.rsplit("/", 1)[1]
+        url = {
+            "predict": self.predictions_url,
+            "explain": self.predictions_url.replace("/predictions/", "/explanations/"),
+        }[name]
+        headers = {**self.accept(), "Content-Type": self.headers["Content-Type"]}
+        self.answer(requests.post(url, data=body, headers=headers, timeout=TIMEOUT))
+
+    def accept(self) -> dict[str, str]:
+        return {"Accept": self.headers["Accept"]}
+
+    def answer(self, answer: requests.Response) -> None:
+        self.send_response(answer.status_code)
+        for name in ("Content-Type", "Content-Security-Policy"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keeps the test's output clean."""
+
+
+@pytest.fixture
+def gateway(running: Running) -> Iterator[str]:
+    handler = type("Handler", (Gateway,), {"predictions_url": running.predictions_url})
+    with ThreadingHTTPServer((HOST, 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://{HOST}:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("path", ["/", "/see/what/?a=b#c"])
+def test_the_page_works_at_a_gateways_own_paths(
+    open_page: Open, running: Running, gateway: str, path: str
+) -> None:
+    page = open_page(gateway + path)
+    choose(page, CAT)
+    expect_the_cats_answer(page, running)
+    page.locator(".guess").first.click()
+    expect(page.locator(".seen")).to_be_visible()
+    page.locator(".copy").click()
+    folder = path.partition("?")[0]
+    expect(page.locator(".curl pre")).to_contain_text(f"{gateway}{folder}predict")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (401, "asks for a key", False),
+        (404, "answered with status 404", False),
+        (413, "larger than the server accepts", False),
+        (429, "server is busy", True),
+        (502, "failed on this picture", True),
+        (503, "server is busy", True),
+    ],
+)
+def test_a_refusal_of_another_servers_is_put_in_plain_words(
+    open_page: Open, gateway: str, console: Console, refusal: tuple[int, str, bool]
+) -> None:
+    status, words, again = refusal
+    page = open_page(f"{gateway}/status/{status}/")
+    choose(page, CAT)
+    expect(page.locator(".message")).to_contain_text(words)
+    expect(page.locator(".again")).to_be_visible(visible=again)
+    console.expect(f"status of {status}")
 
 
 # --- What goes wrong ---
