@@ -9,6 +9,7 @@
 #   ENGINE=torch       make archive: serve with PyTorch (GPU) instead of ONNX Runtime
 #   TORCH_INDEX=url    take torch from this package index, such as PyTorch's CPU-only one
 #   PYTHON=python3.12  the Python to make the virtual environment with
+#   TEST_OPTIONS=...   make test: options for pytest, such as --require-browser
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
@@ -34,8 +35,8 @@ setup: ## make the virtual environment and install the pinned packages
 run: setup ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(SERVER_OPTIONS)
 
-test: setup ## run all tests, those against a real TorchServe too
-	@$(VENV_PYTHON) -m pytest --require-integration
+test: setup ## run all tests, those against a real TorchServe and in a browser too
+	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
 
 test-unit: setup ## run the tests that need no server
 	@$(VENV_PYTHON) -m pytest tests/unit

@@ -18,7 +18,7 @@ import typer
 from benchmarks.machine import describe
 from handler.cores import Cores
 from handler.engines import load_engine
-from handler.images import PixelBudget, decode_all
+from handler.images import PixelBudget, decode, decode_all
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.export import Normalized
@@ -85,8 +85,8 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             part = views[:batch]
 
             def from_bytes(batch: int = batch) -> Any:
-                pictures = [(jpeg, PixelBudget(10**9)) for _ in range(batch)]
-                decoded = decode_all(pictures, preprocessing, pool, reduced=True)
+                pictures = [(jpeg, PixelBudget(10**9), decode) for _ in range(batch)]
+                decoded = decode_all(pictures, preprocessing, pool)
                 return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
 
             rates = [

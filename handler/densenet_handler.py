@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,36 @@ from numpy.typing import NDArray
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler import responses
+from handler import explain, responses
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError
-from handler.images import Encoded, PixelBudget, Pixels, decode_all
-from handler.inputs import DescribeRequest, ImagesRequest, read_request
+from handler.images import (
+    Decoded,
+    Decoder,
+    Encoded,
+    Photo,
+    PixelBudget,
+    Pixels,
+    decode,
+    decode_all,
+    decode_photo,
+)
+from handler.inputs import (
+    DescribeRequest,
+    ExplainRequest,
+    ImagesRequest,
+    PageRequest,
+    Request,
+    read_request,
+)
 from handler.labels import CLASS_INDEX, load_class_index
+from handler.page import PAGE, load_page
 from handler.responses import Body, Response, softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
 
 logger = logging.getLogger(__name__)
-
-Request = ImagesRequest | DescribeRequest
 
 
 class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no types
@@ -63,6 +80,8 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             self.cores,
             device=_device(context.system_properties.get("gpu_id")),
         )
+        self.classifier = explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
+        self.page = load_page(PAGE, self.card, self.settings)
         self._warm_up()
         # Not before: what loading took must go back.
         keep_freed_memory()
@@ -98,6 +117,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
         images = self._decode(requests)
         decoded_at = time.monotonic()
         probabilities = iter(self._infer(images))
+        explanations = iter(self._explain(images))
         logger.info(
             "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
             len(data),
@@ -106,69 +126,123 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             (time.monotonic() - decoded_at) * 1000,
         )
         return [
-            self._answer(request, decoded, probabilities)
+            self._answer(request, decoded, probabilities, explanations)
             for request, decoded in zip(requests, images, strict=True)
         ]
 
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:
-            return read_request(row, headers, self.settings)
+            return read_request(row, headers, self.settings, self.labels)
         except ClientError as error:
             return error
 
-    def _decode(self, requests: list[Request | ClientError]) -> list[list[Pixels | ClientError]]:
+    def _decode(self, requests: list[Request | ClientError]) -> list[list[Decoded]]:
         """For each request, its images; those of all requests are decoded together."""
-        pictures: list[list[Encoded]] = []
-        for request in requests:
-            parts = request.images if isinstance(request, ImagesRequest) else []
-            budget = PixelBudget(self.settings.max_pixels)
-            pictures.append([(part.data, budget) for part in parts])
+        pictures = [self._pictures(request) for request in requests]
         decoded = iter(
             decode_all(
                 [picture for of_request in pictures for picture in of_request],
                 self.card.preprocessing,
                 self.pools.get(self.cores.available()),
-                reduced=self.settings.reduced_decoding,
             )
         )
         return [[next(decoded) for _ in of_request] for of_request in pictures]
 
-    def _infer(self, images: list[list[Pixels | ClientError]]) -> list[NDArray[np.float32]]:
-        """All good images of the batch through the model: float32 (classes,) for each.
+    def _pictures(self, request: Request | ClientError) -> list[Encoded]:
+        decoder: Decoder
+        match request:
+            case ImagesRequest():
+                decoder = partial(decode, reduced=self.settings.reduced_decoding)
+                parts = request.images
+            case ExplainRequest(asked=asked, as_picture=as_picture):
+                longest_side = explain.LONGEST_SIDE if as_picture else None
+                decoder = partial(decode_photo, longest_side=longest_side)
+                parts = asked.images
+            case _:
+                return []
+        budget = PixelBudget(self.settings.max_pixels)
+        return [(part.data, budget, decoder) for part in parts]
+
+    def _infer(self, images: list[list[Decoded]]) -> list[NDArray[np.float32]]:
+        """All images of the batch to classify through the model: float32 (classes,) for each.
 
         In one call, unless several requests hold many images each: more than `max_batch` at once
         would take the worker gigabytes, which it would keep.
         """
-        good = [
-            image for decoded in images for image in decoded if not isinstance(image, ClientError)
-        ]
-        step = self.settings.max_batch
+        good = [image for decoded in images for image in decoded if isinstance(image, np.ndarray)]
         return [
             probabilities
-            for start in range(0, len(good), step)
-            for probabilities in softmax(self.engine.logits(np.stack(good[start : start + step])))
+            for batch in self._batches(good)
+            for probabilities in softmax(self.engine.logits(batch))
         ]
+
+    def _explain(self, images: list[list[Decoded]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+        """All images to explain: float32 (classes,) and features (channels, height, width)."""
+        good = [image.pixels for decoded in images for image in decoded if isinstance(image, Photo)]
+        for batch in self._batches(good):
+            logits, features = self.engine.logits_and_features(batch)
+            yield from zip(softmax(logits), features, strict=True)
+
+    def _batches(self, images: list[Pixels]) -> Iterator[Pixels]:
+        step = self.settings.max_batch
+        for start in range(0, len(images), step):
+            yield np.stack(images[start : start + step])
 
     def _answer(
         self,
         request: Request | ClientError,
-        images: list[Pixels | ClientError],
+        images: list[Decoded],
         probabilities: Iterator[NDArray[np.float32]],
+        explanations: Iterator[tuple[NDArray[np.float32], ...]],
     ) -> Response:
-        """Takes as many of `probabilities` as the request has good images."""
-        if isinstance(request, ClientError):
-            return self._json(responses.error(request))
-        if isinstance(request, DescribeRequest):
-            return self._json(self._description())
-        results = [
-            responses.error(image)
-            if isinstance(image, ClientError)
-            else responses.classification(next(probabilities), self.labels, request.options)
-            for image in images
-        ]
+        """Takes as many of `probabilities` or `explanations` as the request has good images."""
+        match request:
+            case ClientError():
+                return self._json(responses.error(request))
+            case DescribeRequest():
+                return self._json(self._description())
+            case PageRequest():
+                return self.page
+            case ExplainRequest():
+                return self._answer_explanation(request, images, explanations)
+            case ImagesRequest():
+                results = [
+                    responses.error(image)
+                    if isinstance(image, ClientError)
+                    else responses.classification(next(probabilities), self.labels, request.options)
+                    for image in images
+                ]
+                return self._json(responses.collect(request, results, self._model_names()))
+
+    def _answer_explanation(
+        self,
+        request: ExplainRequest,
+        images: list[Decoded],
+        explanations: Iterator[tuple[NDArray[np.float32], ...]],
+    ) -> Response:
+        results: list[Body] = []
+        for image in images:
+            if not isinstance(image, Photo):
+                assert isinstance(image, ClientError)
+                results.append(responses.error(image))
+                continue
+            probabilities, features = next(explanations)
+            index = (
+                int(probabilities.argmax()) if request.class_index is None else request.class_index
+            )
+            label, probability = self.labels[index], float(probabilities[index])
+            activation = explain.class_activation_map(features, self.classifier[index])
+            if request.as_picture:
+                content = explain.heat_picture(image, activation)
+                return responses.picture(content, label, index, probability)
+            results.append(responses.explanation(image, activation, label, index, probability))
+        return self._json(
+            responses.collect(request.asked, results, self._model_names(), explained=True)
+        )
+
+    def _model_names(self) -> tuple[str, str]:
         model = self.manifest["model"]
-        names = (model["modelName"], model["modelVersion"])
-        return self._json(responses.collect(request, results, names))
+        return model["modelName"], model["modelVersion"]
 
     def _json(self, body: Body) -> Response:
         if self.card.warning:
@@ -177,6 +251,8 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
 
     def _send(self, answer: Response, index: int, context: Context) -> bytes:
         context.set_response_content_type(index, answer.content_type)
+        for name, value in answer.headers.items():
+            context.set_response_header(index, name, value)
         context.set_response_header(
             index, "x-model-weights", "trained" if self.card.trained else "untrained"
         )
@@ -202,7 +278,12 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
         than the second.
         """
         crop = self.card.preprocessing.crop
-        logits = self.engine.logits(np.zeros((1, 3, crop, crop), np.uint8))
+        logits, features = self.engine.logits_and_features(np.zeros((1, 3, crop, crop), np.uint8))
+        if features.shape[1] != self.classifier.shape[1]:
+            raise ArchiveError(
+                f"the model gives features of shape {features.shape}, "
+                f"{explain.CLASSIFIER} has {self.classifier.shape[1]} weights a class"
+            )
         if logits.shape != (1, self.card.classes):
             raise ArchiveError(
                 f"the model gives logits of shape {logits.shape}, "

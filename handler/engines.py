@@ -35,6 +35,20 @@ class Engine(Protocol):
         """
         ...
 
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs the model once, for the logits and what they are computed from.
+
+        Args:
+            images: as in `logits`.
+
+        Returns:
+            the logits, and float32 (N, channels, height, width) after the last ReLU, 7 high and 7
+            wide for a crop of 224: the logits are a linear function of their means.
+        """
+        ...
+
 
 def load_engine(model_file: Path, card: ModelCard, cores: Cores, device: str) -> Engine:
     """Loads the archive's model file with the engine for its kind.
@@ -66,12 +80,11 @@ class OnnxEngine:
     """ONNX Runtime on the CPU; normalisation is part of the graph.
 
     A session's number of threads is fixed, so there is one for a worker's share of the cores and
-    one for all of them, chosen anew for each few images.
-    """
+    one for all of them, chosen anew for each image.
 
-    # Images in one run. Larger batches leave the caches: 8 at once took 18 % longer an image than
-    # one by one (benchmarks/results/engines.md), and 170 MB more memory.
-    _CHUNK = 1
+    Images of a batch run one by one. Larger runs leave the caches: with a process a core 8 at once
+    took 18 % longer an image, and 180 MB more memory (benchmarks/results/engines.md).
+    """
 
     def __init__(self, model_file: Path, cores: Cores) -> None:
         import onnxruntime
@@ -87,14 +100,22 @@ class OnnxEngine:
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""
-        return np.concatenate(
-            [
-                self._sessions[self._cores.available()].run(
-                    ["logits"], {self._input: images[start : start + self._CHUNK]}
-                )[0]
-                for start in range(0, len(images), self._CHUNK)
-            ]
-        )
+        return self._run(["logits"], images)[0]
+
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Engine.logits_and_features`."""
+        logits, features = self._run(["logits", "features"], images)
+        return logits, features
+
+    def _run(self, outputs: list[str], images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """One image a run: see above."""
+        runs = [
+            self._sessions[self._cores.available()].run(outputs, {self._input: images[i : i + 1]})
+            for i in range(len(images))
+        ]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
 
 def _onnx_session(model_file: Path, threads: int) -> Any:
@@ -152,9 +173,21 @@ class TorchEngine:
 
     def _forward(self, images: Any) -> Any:
         """uint8 (N, 3, crop, crop) on the device -> float32 (N, classes) on the device."""
+        return self._model(self._normalized(images)).float()
+
+    def _normalized(self, images: Any) -> Any:
         normalized = (images.float() / 255 - self._mean) / self._std
-        batch = normalized.to(self._dtype, memory_format=self._torch.channels_last)
-        return self._model(batch).float()
+        return normalized.to(self._dtype, memory_format=self._torch.channels_last)
+
+    def logits_and_features(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Engine.logits_and_features`."""
+        with self._torch.inference_mode():
+            on_device = self._torch.from_numpy(images).to(self._device)
+            features = self._model.features(self._normalized(on_device)).relu()
+            logits = self._model.classifier(features.mean((2, 3)))
+            return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""

@@ -14,9 +14,10 @@ any of it is decoded, and only the listed formats are ever opened.
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
@@ -137,41 +138,58 @@ class PixelBudget:
             )
 
 
-# Encoded bytes and what they may cost; or what was wrong with the request's part.
-Encoded = tuple[bytes | bytearray | ClientError, PixelBudget]
+@dataclass(frozen=True)
+class Photo:
+    """A picture of which the model's view is to be shown.
+
+    Attributes:
+        pixels: uint8 (3, crop, crop), the model's input.
+        size: width and height of the whole upright picture, in pixels.
+        crop: left, top, right and bottom of what the model sees, in pixels of that.
+        preview: the whole upright picture, RGB, made smaller where it was larger than asked for;
+            None where none was asked for.
+    """
+
+    pixels: Pixels
+    size: tuple[int, int]
+    crop: Box
+    preview: Image.Image | None
+
+
+# What was decoded, or what is wrong with it.
+Decoded = Pixels | Photo | ClientError
+Decoder = Callable[[bytes | bytearray, Preprocessing, PixelBudget], Pixels | Photo]
+
+# Encoded bytes (or what was wrong with the request's part), what they may cost, and what to make.
+Encoded = tuple[bytes | bytearray | ClientError, PixelBudget, Decoder]
 
 
 def decode_all(
-    pictures: Sequence[Encoded],
-    preprocessing: Preprocessing,
-    pool: Executor | None,
-    *,
-    reduced: bool,
-) -> list[Pixels | ClientError]:
-    """Decodes the pictures of a batch, each as `decode` does.
+    pictures: Sequence[Encoded], preprocessing: Preprocessing, pool: Executor | None
+) -> list[Decoded]:
+    """Decodes the pictures of a batch.
 
     Args:
-        pictures: encoded pictures with their requests' budgets; errors are passed on.
+        pictures: encoded pictures, each with its request's budget and `decode` or `decode_photo`;
+            errors are passed on.
         preprocessing: the sizes to resize and crop to.
         pool: threads to decode in, since Pillow lets others run meanwhile; None for this thread.
-        reduced: see `decode`.
 
     Returns:
-        for each picture, in order, its pixels or what is wrong with it. The pixels are views into
-        Pillow's layout: putting them into a batch is the one time that they are copied.
+        for each picture, in order, what was made of it or what is wrong with it.
     """
 
-    def decode_one(picture: Encoded) -> Pixels | ClientError:
-        data, budget = picture
+    def decode_one(picture: Encoded) -> Decoded:
+        data, budget, decoder = picture
         if isinstance(data, ClientError):
             return data
         try:
-            return _decode(data, preprocessing, budget, reduced=reduced)
+            return decoder(data, preprocessing, budget)
         except ClientError as error:
             return error
 
     with _without_warnings():
-        if pool is None or len(pictures) < 2:  # noqa: PLR2004
+        if pool is None:
             return [decode_one(picture) for picture in pictures]
         return list(pool.map(decode_one, pictures))
 
@@ -197,33 +215,69 @@ def decode(
     Raises:
         ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
     """
-    with _without_warnings():
-        return np.ascontiguousarray(_decode(data, preprocessing, budget, reduced=reduced))
+    with _opened(data, budget) as image:
+        if reduced and _is_large_jpeg(image, preprocessing):
+            return _as_input(_reduced_crop(image, preprocessing))
+        return _as_input(resize_and_crop(_upright(image), preprocessing))
+
+
+def decode_photo(
+    data: bytes | bytearray,
+    preprocessing: Preprocessing,
+    budget: PixelBudget,
+    longest_side: int | None,
+) -> Photo:
+    """Decodes one picture for the model and for a person.
+
+    Args:
+        data: as in `decode`, and so are `preprocessing` and `budget`.
+        preprocessing: the sizes to resize and crop to.
+        budget: where the picture's pixels are taken from.
+        longest_side: of the preview, in pixels; None for no preview.
+
+    Raises:
+        ClientError: as in `decode`.
+    """
+    with _opened(data, budget) as image:
+        upright = _upright(image)
+        return Photo(
+            pixels=_as_input(resize_and_crop(upright, preprocessing)),
+            size=upright.size,
+            crop=crop_box(upright.size, preprocessing),
+            preview=None if longest_side is None else _shrunk(upright, longest_side),
+        )
+
+
+def _shrunk(image: Image.Image, longest_side: int) -> Image.Image:
+    scale = min(1.0, longest_side / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _as_input(image: Image.Image) -> Pixels:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Pillow warns of what a server need not know, such as odd metadata. Warning filters are the
-    process's, so this goes around all threads of a batch, not into each.
+    """Pillow warns of what a server need not know, such as odd metadata.
+
+    Warning filters are the process's: threads that use this need another around all of them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _decode(
-    data: bytes | bytearray, preprocessing: Preprocessing, budget: PixelBudget, *, reduced: bool
-) -> Pixels:
+@contextmanager
+def _opened(data: bytes | bytearray, budget: PixelBudget) -> Iterator[Image.Image]:
+    """The picture, once what it would cost is paid for; decoding errors become `ClientError`."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
-    with _open(data) as image:
+    with _without_warnings(), _open(data) as image:
         try:
             _check_cost(image, data, budget)
-            if reduced and _is_large_jpeg(image, preprocessing):
-                small = _reduced_crop(image, preprocessing)
-            else:
-                small = resize_and_crop(_upright(image), preprocessing)
-            return np.asarray(small).transpose(2, 0, 1)
+            yield image
         except ClientError:
             raise
         except MemoryError as error:
@@ -305,7 +359,7 @@ def _reduced_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Ima
     orientation = _orientation(image)
     width, height = image.size
     upright_size = (height, width) if orientation in _SWAPS_SIDES else (width, height)
-    box = _unturned(_crop_box(upright_size, preprocessing), upright_size, orientation)
+    box = _unturned(crop_box(upright_size, preprocessing), upright_size, orientation)
 
     enough = _REDUCED_SIZE * preprocessing.resize
     draft = image.draft(None, (enough, enough))
@@ -384,27 +438,30 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
         a pixel by at most 2 levels of 255.
     """
     crop = preprocessing.crop
-    width, height = _resized(image.size, preprocessing)
-    if width * height > _MAX_RESIZED_PIXELS:
-        box = _crop_box(image.size, preprocessing)
-        return image.resize((crop, crop), Image.Resampling.BILINEAR, box=box)
-    left, top = round((width - crop) / 2.0), round((height - crop) / 2.0)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + crop, top + crop))
+    (width, height), (left, top) = _resized(image.size, preprocessing)
+    if width * height <= _MAX_RESIZED_PIXELS:
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        return resized.crop((left, top, left + crop, top + crop))
+
+    box = crop_box(image.size, preprocessing)
+    return image.resize((crop, crop), Image.Resampling.BILINEAR, box=box)
 
 
-def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height of a picture of `size` after resizing its shorter side."""
-    width, height = size
-    if width <= height:
-        return preprocessing.resize, int(preprocessing.resize * height / width)
-    return int(preprocessing.resize * width / height), preprocessing.resize
-
-
-def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
-    """The part of an upright picture of `size` that the model sees, in the picture's pixels."""
+def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
+    """Left, top, right and bottom of the centre square, in pixels of a picture of this size."""
     crop = preprocessing.crop
-    width, height = _resized(size, preprocessing)
-    left, top = round((width - crop) / 2.0), round((height - crop) / 2.0)
+    (width, height), (left, top) = _resized(size, preprocessing)
     x_scale, y_scale = size[0] / width, size[1] / height
-    return (left * x_scale, top * y_scale, (left + crop) * x_scale, (top + crop) * y_scale)
+    return left * x_scale, top * y_scale, (left + crop) * x_scale, (top + crop) * y_scale
+
+
+def _resized(
+    size: tuple[int, int], preprocessing: Preprocessing
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height after resizing, and left and top of the centre square in that."""
+    short, crop = preprocessing.resize, preprocessing.crop
+    if size[0] <= size[1]:
+        width, height = short, int(short * size[1] / size[0])
+    else:
+        width, height = int(short * size[0] / size[1]), short
+    return (width, height), (round((width - crop) / 2.0), round((height - crop) / 2.0))

@@ -11,7 +11,7 @@ import enum
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from handler.errors import (
     RepeatedPart,
     TooManyImages,
 )
+from handler.labels import Label
 from handler.settings import Settings
 
 # Names under which clients send an image even where nothing says that it is a file: a raw body,
@@ -61,10 +62,14 @@ class Options:
     Attributes:
         topk: predictions wanted, 1 or more; more than there are classes gives all classes.
         threshold: least probability, 0 to 1, that counts as recognised.
+        class_index: position of the class to explain, as the client wrote it.
+        class_id: id of the class to explain, such as "n02124075".
     """
 
     topk: int
     threshold: float
+    class_index: str | None = None
+    class_id: str | None = None
 
     @classmethod
     def defaults(cls, settings: Settings) -> "Options":
@@ -101,13 +106,39 @@ class ImagesRequest:
 
 
 @dataclass(frozen=True)
+class ExplainRequest:
+    """A request to say where in its images a class shows.
+
+    Attributes:
+        asked: the images and options.
+        class_index: the class to explain; None for each image's best one.
+        as_picture: answer with a picture instead of numbers; then there is one image.
+    """
+
+    asked: ImagesRequest
+    class_index: int | None
+    as_picture: bool
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """A `GET` from a browser: it gets the page."""
+
+
+@dataclass(frozen=True)
 class DescribeRequest:
     """`GET /models/{name}?customized=true` of the management API."""
 
 
+Request = ImagesRequest | ExplainRequest | PageRequest | DescribeRequest
+
+
 def read_request(
-    row: Mapping[str, Any], headers: Mapping[str, Any], settings: Settings
-) -> ImagesRequest | DescribeRequest:
+    row: Mapping[str, Any],
+    headers: Mapping[str, Any],
+    settings: Settings,
+    labels: Sequence[Label],
+) -> Request:
     """Reads one request.
 
     Args:
@@ -115,14 +146,25 @@ def read_request(
         headers: the request's headers; TorchServe mixes each part's own into them, as a mapping
             under the part's name.
         settings: the defaults of the options, and the bounds.
+        labels: the classes that can be asked for.
 
     Raises:
         ClientError: the row holds no image, too many, or an option with a bad value.
     """
     if headers.get("describe") == "True":
         return DescribeRequest()
+    if row.get("body") == b"" and "text/html" in _header(headers, "accept"):
+        return PageRequest()
+    asked = _read_images(row, headers, settings)
     if headers.get("explain") == "True":
-        raise BadRequest("Explanations are not offered. Send the image to /predictions/ instead.")
+        class_index = _find_class(asked.options, labels)
+        return ExplainRequest(asked, class_index, _wants_picture(asked, headers))
+    return asked
+
+
+def _read_images(
+    row: Mapping[str, Any], headers: Mapping[str, Any], settings: Settings
+) -> ImagesRequest:
     options = _read_options(row, Options.defaults(settings))
     document = _json_document(row, headers)
     if document is not None:
@@ -134,6 +176,18 @@ def read_request(
     if not request.images:
         raise MissingImage(f"The request holds no image. {HOW_TO_SEND}")
     return request
+
+
+def _wants_picture(asked: ImagesRequest, headers: Mapping[str, Any]) -> bool:
+    """A picture, unless the `Accept` header or KServe's form asks for JSON."""
+    if asked.form is not Form.PLAIN or "application/json" in _header(headers, "accept"):
+        return False
+    if len(asked.images) > 1:
+        raise BadRequest(
+            f"The request holds {len(asked.images)} images, and a picture can explain only one. "
+            "Send one, or ask for numbers with the header Accept: application/json."
+        )
+    return True
 
 
 def _check_count(images: int, max_images: int) -> None:
@@ -312,6 +366,11 @@ def _read_options(values: Mapping[str, Any], options: Options) -> Options:
         options = replace(options, topk=_read_topk(values["topk"]))
     if "threshold" in values:
         options = replace(options, threshold=_read_threshold(values["threshold"]))
+    # Only an explanation needs these two, and checks them.
+    if "class_index" in values:
+        options = replace(options, class_index=_as_text(values["class_index"]))
+    if "class_id" in values:
+        options = replace(options, class_id=_as_text(values["class_id"]))
     return options
 
 
@@ -335,6 +394,33 @@ def _read_threshold(value: object) -> float:
     return threshold
 
 
+def _find_class(options: Options, labels: Sequence[Label]) -> int | None:
+    """The position of the class asked for; None where none was."""
+    by_id = by_index = None
+    if options.class_id is not None:
+        ids = [label.class_id for label in labels]
+        if options.class_id not in ids:
+            raise InvalidOption(f"class_id {_quoted(options.class_id)} is no class of this model.")
+        by_id = ids.index(options.class_id)
+    if options.class_index is not None:
+        by_index = _read_class_index(options.class_index, len(labels))
+    if by_id is not None and by_index is not None and by_id != by_index:
+        raise InvalidOption("class_index and class_id name different classes. Give one of them.")
+    return by_id if by_index is None else by_index
+
+
+def _read_class_index(value: str, classes: int) -> int:
+    try:
+        index = int(value)
+    except ValueError:
+        index = -1
+    if not 0 <= index < classes:
+        raise InvalidOption(
+            f"class_index must be a whole number from 0 to {classes - 1}, got {_quoted(value)}."
+        )
+    return index
+
+
 def _as_text(value: object) -> str:
     """A form's field, or a number or text of JSON; anything else is no option's value."""
     match value:
@@ -349,6 +435,6 @@ def _as_text(value: object) -> str:
 
 
 def _quoted(value: object) -> str:
-    """The value for an error message: short, and printable ASCII only."""
+    """A client's value for an error message: short, and printable ASCII only."""
     text = _as_text(value) if isinstance(value, bytes | bytearray | str) else repr(value)[:80]
     return ascii(text[:40])

@@ -5,20 +5,24 @@ one, `success` and `predictions` with `label` and `probability` for the other.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from handler.errors import ClientError
+from handler.images import Photo
 from handler.inputs import Form, ImagesRequest, Options
 from handler.labels import Label
 
 # Digits after the point: float32 holds no more for a probability near 1.
 _PROBABILITY_DIGITS = 7
+# float32's sums over a thousand channels are no more exact than this.
+_MAP_DIGITS = 6
 
 Body = dict[str, Any]
 
@@ -31,11 +35,13 @@ class Response:
         status: HTTP status code.
         body: the encoded body.
         content_type: its media type.
+        headers: response headers beside that one.
     """
 
     status: int
     body: bytes
     content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def encode(body: Body) -> Response:
@@ -48,7 +54,13 @@ def encode(body: Body) -> Response:
     return Response(body.get("code", HTTPStatus.OK), text.encode("utf-8"), "application/json")
 
 
-def collect(request: ImagesRequest, results: Sequence[Body], model: tuple[str, str]) -> Body:
+def collect(
+    request: ImagesRequest,
+    results: Sequence[Body],
+    model: tuple[str, str],
+    *,
+    explained: bool = False,
+) -> Body:
     """The body for all images of one request, in the form in which it asked.
 
     Args:
@@ -56,14 +68,15 @@ def collect(request: ImagesRequest, results: Sequence[Body], model: tuple[str, s
         results: a result or an error for each of its images. A single image's error is the
             whole request's, with its status; among several images each has its own.
         model: name and version of the model, which KServe V2 names in its answers.
+        explained: the results are explanations.
     """
     if len(results) == 1 and not results[0]["success"]:
         single = results[0]
         return {**single, "error": single["message"]} if request.form is Form.KSERVE_V2 else single
     if request.form is Form.KSERVE_V1:
-        return {"predictions": list(results)}
+        return {"explanations" if explained else "predictions": list(results)}
     if request.form is Form.KSERVE_V2:
-        return _kserve_v2(request, results, model)
+        return _kserve_v2(request, results, model, explained=explained)
     if len(results) == 1:
         return results[0]
     names = [part.name for part in request.images]
@@ -73,7 +86,9 @@ def collect(request: ImagesRequest, results: Sequence[Body], model: tuple[str, s
     }
 
 
-def _kserve_v2(request: ImagesRequest, results: Sequence[Body], model: tuple[str, str]) -> Body:
+def _kserve_v2(
+    request: ImagesRequest, results: Sequence[Body], model: tuple[str, str], *, explained: bool
+) -> Body:
     """Tensors with an element an image; `result` holds each whole result as JSON text."""
 
     def tensor(name: str, datatype: str, data: list[Any]) -> Body:
@@ -83,9 +98,11 @@ def _kserve_v2(request: ImagesRequest, results: Sequence[Body], model: tuple[str
         tensor("class_id", "BYTES", [result.get("class_id") or "" for result in results]),
         tensor("class_name", "BYTES", [result.get("class_name") or "" for result in results]),
         tensor("probability", "FP32", [result.get("probability", 0.0) for result in results]),
-        tensor("recognized", "BOOL", [result.get("recognized", False) for result in results]),
         tensor("result", "BYTES", [json.dumps(result, allow_nan=False) for result in results]),
     ]
+    if not explained:
+        recognized = [result.get("recognized", False) for result in results]
+        outputs.insert(-1, tensor("recognized", "BOOL", recognized))
     name, version = model
     body: Body = {"model_name": name, "model_version": version, "outputs": outputs}
     return {"id": request.request_id, **body} if request.request_id is not None else body
@@ -128,6 +145,52 @@ def classification(
         "recognized": recognized,
         "predictions": predictions,
     }
+
+
+def explanation(
+    photo: Photo,
+    activation: NDArray[np.float32],
+    label: Label,
+    class_index: int,
+    probability: float,
+) -> Body:
+    """The numbers of one image's class activation map.
+
+    Args:
+        photo: the image.
+        activation: float32 (height, width), see `explain.class_activation_map`.
+        label: of the class that is explained.
+        class_index: of the same.
+        probability: of the same.
+    """
+    (width, height), (left, top, right, bottom) = photo.size, photo.crop
+    return {
+        "success": True,
+        "class_id": label.class_id,
+        "class_name": label.class_name,
+        "class_index": class_index,
+        "probability": round(probability, _PROBABILITY_DIGITS),
+        "map": [[round(float(value), _MAP_DIGITS) for value in row] for row in activation],
+        "image": {"width": width, "height": height},
+        "crop": {"left": left, "top": top, "right": right, "bottom": bottom},
+    }
+
+
+def picture(content: bytes, label: Label, class_index: int, probability: float) -> Response:
+    """A PNG, with the class that it explains in the headers."""
+    headers = {
+        "X-Class-Index": str(class_index),
+        "X-Class-Id": _header_value(label.class_id),
+        "X-Class-Name": _header_value(label.class_name),
+        "X-Probability": f"{probability:.{_PROBABILITY_DIGITS}f}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(HTTPStatus.OK, content, "image/png", headers)
+
+
+def _header_value(text: str) -> str:
+    """ASCII; whatever else an archive's class index holds is percent-encoded."""
+    return quote(text, safe=" !'()*,-./;:&=+")
 
 
 def error(cause: ClientError) -> Body:

@@ -20,9 +20,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.status import Status
 
 from handler.errors import ArchiveError
+from handler.explain import CLASSIFIER
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts import export
 from scripts.photographs import sample_batch
@@ -82,7 +84,7 @@ def build(weights: Weights, model_store: Path = MODEL_STORE, engine: str = "onnx
     BUILD.mkdir(exist_ok=True)
     model_file = _model_file(weights, card, engine)
     with Status("Packing the archive ...", console=console):
-        _pack(card, model_file, archive)
+        _pack(card, model_file, weights.state_dict["classifier.weight"].float().numpy(), archive)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -148,17 +150,20 @@ def _state_dict_file(weights: Weights, target: Path) -> Path:
     return target
 
 
-def _pack(card: ModelCard, model_file: Path, archive: Path) -> None:
+def _pack(
+    card: ModelCard, model_file: Path, classifier: NDArray[np.float32], archive: Path
+) -> None:
     """Lets `torch-model-archiver` lay the archive out, then zips it the same way every time."""
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         work = Path(folder)
         extra = work / "extra"
         (extra / HANDLER).mkdir(parents=True)
         (extra / MODEL_CARD).write_text(card.to_json())
+        np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
         for path in _handler_files():
             if path.suffix == ".json":
                 shutil.copy(path, extra)
-            elif path.suffix == ".py" and path != ENTRY:
+            elif path.suffix in {".py", ".html"} and path != ENTRY:
                 shutil.copy(path, extra / HANDLER)
         packed_model = work / f"model{model_file.suffix}"
         shutil.copy(model_file, packed_model)

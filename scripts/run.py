@@ -34,6 +34,7 @@ def main(
     show(picture, classify(picture, running.predictions_url))
 
     console.print(f"Predictions  {running.predictions_url}")
+    console.print("             in a browser it is a page to drop pictures on")
     console.print(f"Management   {running.model_url}")
     console.print(f"Metrics      {running.metrics_url}")
     console.print(f"\nTry it:      curl -T {picture} {running.predictions_url}")

@@ -1,11 +1,17 @@
-"""What all tests share: the archive they serve, and a count of what was really run."""
+"""What all tests share: the archive they serve, the server that serves it, and a count of what was
+really run.
+"""
 
+import dataclasses
+import socket
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts.archive import build
+from scripts.server import Ports, Running, start, stop
 from scripts.weights import Weights, untrained
 
 _seconds: dict[str, float] = defaultdict(float)
@@ -18,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-integration",
         action="store_true",
         help="fail unless tests against a real TorchServe ran",
+    )
+    parser.addoption(
+        "--require-browser",
+        action="store_true",
+        help="fail unless tests in a real browser ran",
     )
 
 
@@ -42,10 +53,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    missing = not _counts.get("integration", {}).get("passed")
-    if session.config.getoption("--require-integration") and missing:
-        _notes.append("No integration test passed: these tests did not show that the server works.")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for kind, shown in (
+        ("integration", "that the server works"),
+        ("browser", "that the page works"),
+    ):
+        passed = _counts.get(kind, {}).get("passed")
+        if session.config.getoption(f"--require-{kind}") and not passed:
+            _notes.append(f"No {kind} test passed: these tests did not show {shown}.")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +79,28 @@ def weights() -> Weights:
 def archive(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real archive, built as `make run` builds it, in a model store of its own."""
     return build(weights, tmp_path_factory.mktemp("model_store"))
+
+
+def free_ports() -> Ports:
+    """Ports that nobody uses now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in dataclasses.fields(Ports)]
+    numbers = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return Ports(*numbers)
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's folder, with its logs."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="session")
+def running(archive: Path, run_dir: Path) -> Iterator[Running]:
+    """The server that the tests share. It must survive them all."""
+    server = start(archive, free_ports(), workers=2, run_dir=run_dir)
+    yield server
+    survived = server.process() is not None
+    stop(server, run_dir)
+    assert survived, f"TorchServe ended during the tests; see {run_dir}"

@@ -1,5 +1,6 @@
 """Starting, scaling and stopping, and what a person reads when that fails."""
 
+import io
 import os
 import signal
 import socket
@@ -8,16 +9,18 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import requests
 
 from scripts.server import Running, find_running, model_status, start
 from scripts.terminal import UserError
-from tests.integration.conftest import free_ports
+from tests.conftest import free_ports
 
 TIMEOUT = 60
 
@@ -30,16 +33,33 @@ def test_a_port_in_use_is_named_with_the_variable_to_change(archive: Path, tmp_p
     assert find_running(tmp_path) is None
 
 
+def cut(content: bytes) -> bytes:
+    return content[:1000]
+
+
+def weights_of_another_model(_: bytes) -> bytes:
+    array = io.BytesIO()
+    np.save(array, np.zeros((1000, 8), np.float32))
+    return array.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("model.onnx", cut, r"model\.onnx"),
+        ("classifier.npy", weights_of_another_model, r"the model gives features of shape"),
+    ],
+)
 def test_an_archive_that_cannot_be_loaded_stops_the_start_with_the_reason(
-    archive: Path, tmp_path: Path
+    archive: Path, tmp_path: Path, part: str, change: Callable[[bytes], bytes], reason: str
 ) -> None:
     broken = tmp_path / "store" / archive.name
     broken.parent.mkdir()
     with zipfile.ZipFile(archive) as good, zipfile.ZipFile(broken, "w") as bad:
         for name in good.namelist():
             content = good.read(name)
-            bad.writestr(name, content[:1000] if name == "model.onnx" else content)
-    with pytest.raises(UserError, match=r"cannot be loaded: model.onnx"):
+            bad.writestr(name, change(content) if name == part else content)
+    with pytest.raises(UserError, match=f"cannot be loaded: {reason}"):
         start(broken, free_ports(), workers=1, run_dir=tmp_path / "run")
     assert find_running(tmp_path / "run") is None
     assert not _servers_of(tmp_path)

@@ -151,6 +151,19 @@ def test_a_get_says_how_to_send_an_image(running: Running) -> None:
     assert "curl -T" in answer.json()["message"]
 
 
+def test_a_get_from_a_browser_is_the_page_wherever_it_may_look(running: Running) -> None:
+    accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+    for path in ("predictions/densenet121", "explanations/densenet121", "densenet121/predict?a=b"):
+        url = f"http://{HOST}:{running.ports.inference}/{path}"
+        answer = requests.get(url, headers={"Accept": accept}, timeout=TIMEOUT)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-")
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.text.startswith("<!doctype html>")
+
+
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The gRPC client's modules, generated as a user generates them."""

@@ -11,7 +11,7 @@ import requests
 from scripts.archive import build
 from scripts.server import Running, model_status, start, stop
 from scripts.weights import untrained
-from tests.integration.conftest import free_ports
+from tests.conftest import free_ports
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -30,8 +31,10 @@ def test_the_archive_holds_the_handler_and_nothing_of_this_machine(archive: Path
         everything = b"".join(content.read(name) for name in names)
     assert {
         "MAR-INF/MANIFEST.json",
+        "classifier.npy",
         "densenet_handler.py",
         "handler/images.py",
+        "handler/page.html",
         "index_to_name.json",
         "model-card.json",
         "model-config.yaml",
@@ -79,12 +82,29 @@ def test_untrained_weights_show_in_the_version(archive: Path) -> None:
 def test_an_export_that_differs_stops_the_build(weights: Weights, tmp_path: Path) -> None:
     model, exported = build_model(weights), tmp_path / "model.onnx"
     export.export(model, Preprocessing(), exported)
+    batch = sample_batch(Preprocessing())
+    said: list[str] = []
     with torch.no_grad():
         model.classifier.bias[7] += 0.001  # type: ignore[union-attr,index,operator]
-    said: list[str] = []
     with pytest.raises(UserError, match=r"differs from PyTorch by 1.0e-03"):
-        export.check(model, Preprocessing(), exported, sample_batch(Preprocessing()), said.append)
+        export.check(model, Preprocessing(), exported, batch, said.append)
     assert "over 18 images" in said[0]
+
+
+def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_path: Path) -> None:
+    """Features that the logits do not show: a channel without weight in the last layer."""
+    model, exported = build_model(weights), tmp_path / "model.onnx"
+    with torch.no_grad():
+        model.classifier.weight[:, 7] = 0  # type: ignore[union-attr,operator]
+    export.export(model, Preprocessing(), exported)
+    with torch.no_grad():
+        model.features.norm5.bias[7] += 100  # type: ignore[union-attr,index,operator]
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"differs from PyTorch by \d.\de\+0"):
+        export.check(
+            model, Preprocessing(), exported, sample_batch(Preprocessing())[:4], said.append
+        )
+    assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
 
 
 @pytest.mark.parametrize("command", ["scripts.archive", "scripts.server start"])

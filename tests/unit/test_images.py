@@ -169,10 +169,11 @@ def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> 
 
 def test_pictures_decoded_in_threads_are_those_decoded_one_by_one() -> None:
     good = [encode(image) for _, image in list(photographs())[:12]]
-    pictures = [(data, PixelBudget(MAX_PIXELS)) for data in (*good, b"", b"hello" * 100)]
+    budget = PixelBudget(10 * MAX_PIXELS)
+    pictures = [(data, budget, decode) for data in (*good, b"", b"hello" * 100)]
     with ThreadPoolExecutor(4) as pool:
-        together = decode_all(pictures, PREPROCESSING, pool, reduced=True)
-    alone = decode_all(pictures, PREPROCESSING, None, reduced=True)
+        together = decode_all(pictures, PREPROCESSING, pool)
+    alone = decode_all(pictures, PREPROCESSING, None)
     for mine, expected in zip(together[: len(good)], alone[: len(good)], strict=True):
         assert np.array_equal(mine, expected)  # type: ignore[arg-type]
     assert [type(error) for error in together[len(good) :]] == [EmptyImage, NotAnImage]
@@ -183,5 +184,5 @@ def test_threads_share_one_budget() -> None:
     with Image.open(CAT) as cat:
         budget = PixelBudget(cat.width * cat.height * 3)
     with ThreadPoolExecutor(4) as pool:
-        results = decode_all([(picture, budget)] * 8, PREPROCESSING, pool, reduced=True)
+        results = decode_all([(picture, budget, decode)] * 8, PREPROCESSING, pool)
     assert sum(isinstance(result, TooLarge) for result in results) == 5

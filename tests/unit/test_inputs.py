@@ -17,16 +17,27 @@ from handler.errors import (
     RepeatedPart,
     TooManyImages,
 )
-from handler.inputs import DescribeRequest, Form, ImagePart, ImagesRequest, Options, read_request
+from handler.inputs import (
+    DescribeRequest,
+    ExplainRequest,
+    Form,
+    ImagePart,
+    ImagesRequest,
+    Options,
+    PageRequest,
+    read_request,
+)
+from handler.labels import Label
 from handler.settings import Settings
 
 DEFAULTS = Options(topk=5, threshold=0.1)
 SETTINGS = Settings(topk=5, threshold=0.1, max_images=4)
 FILE = {"content-type": "image/jpeg"}
+LABELS = [Label("n0", "tench"), Label("n1", "tabby"), Label("n2", "tub")]
 
 
 def read(row: Mapping[str, object], headers: Mapping[str, object] | None = None) -> ImagesRequest:
-    request = read_request(row, headers or {}, SETTINGS)
+    request = read_request(row, headers or {}, SETTINGS, LABELS)
     assert isinstance(request, ImagesRequest)
     return request
 
@@ -94,13 +105,120 @@ def test_a_long_bad_value_is_not_echoed_whole() -> None:
 
 
 def test_a_description_is_asked_for_by_header() -> None:
-    assert read_request({"body": b""}, {"describe": "True"}, SETTINGS) == DescribeRequest()
+    assert read_request({"body": b""}, {"describe": "True"}, SETTINGS, LABELS) == DescribeRequest()
 
 
-def test_an_explanation_is_not_answered_with_a_prediction() -> None:
-    with pytest.raises(BadRequest, match="/predictions/"):
-        read({"body": b"x"}, {"explain": "True"})
+def read_explanation(
+    row: Mapping[str, object], headers: Mapping[str, object] | None = None
+) -> ExplainRequest:
+    request = read_request(row, {"explain": "True", **(headers or {})}, SETTINGS, LABELS)
+    assert isinstance(request, ExplainRequest)
+    return request
+
+
+def test_an_explanation_is_asked_for_by_header() -> None:
+    request = read_explanation({"body": b"x"})
+    assert request.asked.images == [ImagePart("body", b"x")]
+    assert request.class_index is None
+    assert request.as_picture
     assert read({"body": b"x"}, {"explain": "False"}).images == [ImagePart("body", b"x")]
+
+
+@pytest.mark.parametrize(
+    ("options", "index"),
+    [
+        ({"class_index": b"2"}, 2),
+        ({"class_index": "0"}, 0),
+        ({"class_id": bytearray(b"n1")}, 1),
+        ({"class_id": "n1", "class_index": "1"}, 1),
+    ],
+)
+def test_a_class_to_explain_is_named_by_index_or_id(options: dict[str, object], index: int) -> None:
+    assert read_explanation({"file": b"x", **options}).class_index == index
+
+
+@pytest.mark.parametrize(
+    "document", [{"class_index": 2}, {"parameters": {"class_id": "n2"}}, {"class_id": "n2"}]
+)
+def test_a_class_to_explain_is_named_in_json(document: dict[str, object]) -> None:
+    for row in as_sent({"instances": [in_base64(b"x")], **document}):
+        assert read_explanation(row).class_index == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_index": "3"}, "class_index must be a whole number from 0 to 2, got '3'"),
+        ({"class_index": "-1"}, "class_index must be"),
+        ({"class_index": "1.0"}, "class_index must be"),
+        ({"class_index": ""}, "class_index must be"),
+        ({"class_index": "9" * 5000}, "class_index must be"),
+        ({"class_id": "n3"}, "class_id 'n3' is no class of this model"),
+        ({"class_id": "\u732b" * 500}, "is no class"),
+        ({"class_id": "n1", "class_index": "2"}, "name different classes"),
+    ],
+)
+def test_a_class_that_is_not_there_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidOption, match=message) as error:
+        read_explanation({"file": b"x", **options})
+    assert str(error.value).isascii()
+    assert len(str(error.value)) < 400
+
+
+def test_a_prediction_does_not_care_for_a_class() -> None:
+    assert len(read({"file": b"x", "class_id": b"my label", "class_index": b"?"}).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("accept", "as_picture"),
+    [("*/*", True), ("image/png", True), ("application/json", False), ("", True)],
+)
+def test_the_accept_header_chooses_between_picture_and_numbers(
+    *, accept: str, as_picture: bool
+) -> None:
+    request = read_explanation({"body": b"x"}, {"Accept": accept} if accept else {})
+    assert request.as_picture is as_picture
+
+
+def test_kserve_is_explained_in_numbers() -> None:
+    for row in as_sent({"instances": [in_base64(b"x")] * 2}):
+        assert not read_explanation(row).as_picture
+
+
+def test_one_picture_cannot_explain_several_images() -> None:
+    row, headers = {"a": b"1", "b": b"2"}, {"a": FILE, "b": FILE}
+    with pytest.raises(BadRequest, match="Accept: application/json"):
+        read_explanation(row, headers)
+    assert len(read_explanation(row, {**headers, "accept": "application/json"}).asked.images) == 2
+
+
+# What Chromium sends.
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"}
+
+
+@pytest.mark.parametrize("row", [{"body": b""}, {"body": bytearray()}, {"body": b"", "topk": "3"}])
+def test_a_browser_that_sends_nothing_gets_the_page(row: dict[str, object]) -> None:
+    for headers in (BROWSER, {**BROWSER, "explain": "True"}):
+        assert read_request(row, headers, SETTINGS, LABELS) == PageRequest()
+
+
+def test_only_a_browser_that_sends_nothing_gets_the_page() -> None:
+    assert read({"body": b"x"}, BROWSER).images == [ImagePart("body", b"x")]
+    for row, headers in (
+        ({"body": b""}, {"Accept": "*/*"}),
+        ({"body": b""}, {"Accept": "application/json"}),
+        ({}, BROWSER),
+        ({"file": b""}, {"explain": "False"}),
+    ):
+        request_or_error = answer_to(row, headers)
+        assert request_or_error != PageRequest()
+
+
+def answer_to(row: Mapping[str, object], headers: Mapping[str, object]) -> object:
+    try:
+        return read_request(row, headers, SETTINGS, LABELS)
+    except ClientError as error:
+        return error
 
 
 def test_a_form_part_named_describe_is_an_image() -> None:
@@ -259,17 +377,21 @@ anything = st.recursive(
     ),
     max_leaves=20,
 )
-names = st.sampled_from(["body", "data", "file", "image", "topk", "threshold"]) | st.text(
-    max_size=8
-)
+names = st.sampled_from(
+    ["body", "data", "file", "image", "topk", "threshold", "class_index", "class_id"]
+) | st.text(max_size=8)
 values = st.binary(max_size=50) | st.binary(max_size=50).map(bytearray) | st.text(max_size=20)
 
 
 @given(
     row=st.dictionaries(names, values | anything, max_size=6),
     headers=st.dictionaries(
-        st.sampled_from(["Content-Type", "content-length", "describe", "explain"]) | names,
-        st.text(max_size=30) | st.just("multipart/form-data; boundary=x") | st.just(FILE),
+        st.sampled_from(["Content-Type", "content-length", "describe", "explain", "accept"])
+        | names,
+        st.text(max_size=30)
+        | st.sampled_from(["True", "text/html"])
+        | st.just("multipart/form-data; boundary=x")
+        | st.just(FILE),
         max_size=6,
     ),
 )
@@ -288,12 +410,15 @@ def test_any_json_is_read_or_refused(document: object) -> None:
 
 def read_or_refuse(row: Mapping[str, object], headers: Mapping[str, object]) -> None:
     try:
-        request = read_request(row, headers, SETTINGS)
+        request = read_request(row, headers, SETTINGS, LABELS)
     except ClientError as refusal:
         answer = responses.encode(responses.error(refusal))
     else:
-        if isinstance(request, DescribeRequest):
+        if isinstance(request, DescribeRequest | PageRequest):
             return
+        if isinstance(request, ExplainRequest):
+            assert request.class_index is None or 0 <= request.class_index < len(LABELS)
+            request = request.asked
         assert 1 <= len(request.images) <= SETTINGS.max_images
         assert request.options.topk >= 1
         assert 0 <= request.options.threshold <= 1

@@ -7,6 +7,7 @@ import pytest
 
 from handler import responses
 from handler.errors import NotAnImage
+from handler.images import Photo
 from handler.inputs import Form, ImagePart, ImagesRequest, Options
 from handler.labels import Label
 
@@ -102,6 +103,41 @@ def test_kserve_v2_gives_tensors_of_one_length() -> None:
         "data": [0.6, 0.0],
     }
     assert [json.loads(text) for text in outputs["result"]["data"]] == [good, bad]
+
+
+def explanation(label: Label = LABELS[1]) -> responses.Body:
+    photo = Photo(np.zeros((3, 4, 4), np.uint8), (30, 20), (5.5, 0, 25.5, 20), None)
+    activation = np.array([[0.25, -1 / 3], [0, 1e-9]], np.float32)
+    return responses.explanation(photo, activation, label, class_index=1, probability=0.6)
+
+
+def test_an_explanation_says_what_was_seen_of_the_image() -> None:
+    assert explanation() == {
+        "success": True,
+        "class_id": "n1",
+        "class_name": "name_1",
+        "class_index": 1,
+        "probability": 0.6,
+        "map": [[0.25, -0.333333], [0.0, 0.0]],
+        "image": {"width": 30, "height": 20},
+        "crop": {"left": 5.5, "top": 0, "right": 25.5, "bottom": 20},
+    }
+
+
+def test_kserve_explanations() -> None:
+    v1 = responses.collect(request(Form.KSERVE_V1, "a"), [explanation()], MODEL, explained=True)
+    assert v1 == {"explanations": [explanation()]}
+    v2 = responses.collect(request(Form.KSERVE_V2, "a"), [explanation()], MODEL, explained=True)
+    names = [tensor["name"] for tensor in v2["outputs"]]
+    assert names == ["class_id", "class_name", "probability", "result"]
+
+
+def test_a_pictures_headers_are_ascii_without_line_ends_whatever_a_class_is_called() -> None:
+    label = Label("n\r\nX: y", "\u732b \"'")
+    headers = responses.picture(b"png", label, 1, probability=0.6).headers
+    assert headers["X-Class-Id"] == "n%0D%0AX: y"
+    assert headers["X-Class-Name"] == "%E7%8C%AB %22'"
+    assert headers["X-Probability"] == "0.6000000"
 
 
 @pytest.mark.parametrize("form", list(Form))

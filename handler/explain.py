@@ -1,0 +1,135 @@
+"""Where in a picture a class shows: the class activation map.
+
+DenseNet ends in a mean over all positions and one linear layer. A class's logit is therefore a sum
+over the positions, and what each of them adds to it is known exactly, without a gradient (Zhou et
+al., "Learning Deep Features for Discriminative Localization", arXiv:1512.04150).
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from handler.errors import ArchiveError
+from handler.images import Photo
+
+# The linear layer's weights, float32 (classes, channels), beside the model file, which does not
+# give them out.
+CLASSIFIER = "classifier.npy"
+
+# Of a picture's answer. Even noise of this size, which a PNG cannot compress, is 3.2 MB: an answer
+# over TorchServe's max_response_size of 6.5 MB would end the worker.
+LONGEST_SIDE = 1024
+
+# Black, purple, red, orange, pale yellow: brighter means more to every kind of colour vision. The
+# page uses the same five.
+_HEAT_COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+
+# The hottest place covers this much of the photo; the coldest covers nothing.
+_HOTTEST_ALPHA = 0.65
+
+# What is left of the brightness of the parts that the model does not see.
+_UNSEEN_BRIGHTNESS = 0.4
+
+# Pillow's fastest compression: a third of the time of the usual one for a tenth more bytes.
+_PNG_COMPRESSION = 1
+
+
+def load_classifier(path: Path, classes: int) -> NDArray[np.float32]:
+    """Maps the weights into memory: a worker that never explains never reads them.
+
+    Args:
+        path: `classifier.npy`.
+        classes: how many classes the model has.
+
+    Returns:
+        float32 (classes, channels).
+
+    Raises:
+        ArchiveError: the file is missing, malformed, or made for another number of classes.
+    """
+    try:
+        weights: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"{path.name}: cannot be read: {error}") from error
+    if weights.dtype != np.float32 or weights.shape[:-1] != (classes,):
+        raise ArchiveError(
+            f"{path.name}: expected float32 ({classes}, channels), "
+            f"got {weights.dtype} {weights.shape}"
+        )
+    return weights
+
+
+def class_activation_map(
+    features: NDArray[np.float32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """What each position adds to a class's logit.
+
+    Args:
+        features: float32 (channels, height, width), one image's last features.
+        weights: float32 (channels,), the class's row of the classifier.
+
+    Returns:
+        float32 (height, width), top left first, of either sign. The sum is the logit less the
+        class's bias.
+    """
+    positions = features.shape[1] * features.shape[2]
+    result: NDArray[np.float32] = np.tensordot(weights, features, axes=1) / np.float32(positions)
+    return result
+
+
+def heat_picture(photo: Photo, activation: NDArray[np.float32]) -> bytes:
+    """Lays a map over the part of the photo that the model saw, and dims the rest.
+
+    Args:
+        photo: with a preview.
+        activation: float32 (height, width). Its least value is left clear and its greatest is the
+            hottest, so that two pictures' colours cannot be compared.
+
+    Returns:
+        a PNG of the preview's size.
+    """
+    assert photo.preview is not None
+    picture = photo.preview.point(lambda value: value * _UNSEEN_BRIGHTNESS)
+    scale = photo.preview.width / photo.size[0], photo.preview.height / photo.size[1]
+    left, right = _span(photo.crop[0] * scale[0], photo.crop[2] * scale[0], picture.width)
+    top, bottom = _span(photo.crop[1] * scale[1], photo.crop[3] * scale[1], picture.height)
+    seen = photo.preview.crop((left, top, right, bottom))
+
+    heat = _heat(activation, seen.size)
+    seen.paste(
+        Image.fromarray(_COLOUR_TABLE[heat]),
+        mask=Image.fromarray((heat * _HOTTEST_ALPHA).astype(np.uint8)),
+    )
+    picture.paste(seen, (left, top))
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG", compress_level=_PNG_COMPRESSION)
+    return encoded.getvalue()
+
+
+def _span(start: float, end: float, length: int) -> tuple[int, int]:
+    """Whole pixels, at least one, within 0 to `length`."""
+    first = min(round(start), length - 1)
+    return first, max(first + 1, min(round(end), length))
+
+
+def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """uint8 (height, width) of `size`: 0 where the map is least, 255 where it is greatest."""
+    low, high = float(activation.min()), float(activation.max())
+    relative = (activation - low) / ((high - low) or 1)
+    smooth = Image.fromarray(relative).resize(size, Image.Resampling.BILINEAR)
+    result: NDArray[np.uint8] = (np.asarray(smooth).clip(0, 1) * 255).round().astype(np.uint8)
+    return result
+
+
+def _colour_table() -> NDArray[np.uint8]:
+    """uint8 (256, 3): the colour of each heat."""
+    stops = np.linspace(0, 255, len(_HEAT_COLOURS))
+    colours = np.array(_HEAT_COLOURS, np.float64)
+    table = [np.interp(range(256), stops, colours[:, channel]) for channel in range(3)]
+    return np.stack(table, axis=1).round().astype(np.uint8)
+
+
+_COLOUR_TABLE = _colour_table()

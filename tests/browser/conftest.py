@@ -1,0 +1,101 @@
+"""A real Chromium, and pages of it whose console is watched."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserType, Page, sync_playwright
+
+# Debian's name, then those of others.
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+_ARGUMENTS = (
+    "--disable-gpu",
+    # Nothing but the page is to use the network.
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+NO_CHROMIUM = (
+    "BROWSER TESTS SKIPPED: no Chromium is installed. Install your system's (on Debian: apt-get "
+    "install chromium), or, without root: .venv/bin/python -m playwright install chromium"
+)
+
+
+class Console:
+    """What a page writes to the browser's console, and scripts that fail."""
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+        self._expected: list[str] = []
+
+    def watch(self, page: Page) -> None:
+        page.on(
+            "console",
+            lambda message: (
+                self._problems.append(message.text)
+                if message.type in {"error", "warning"}
+                else None
+            ),
+        )
+        page.on("pageerror", lambda error: self._problems.append(str(error)))
+
+    def expect(self, text: str) -> None:
+        """Chromium itself writes a line for each answer that is an error."""
+        self._expected.append(text)
+
+    def check(self) -> None:
+        surprises = [p for p in self._problems if not any(e in p for e in self._expected)]
+        assert surprises == []
+        missing = [e for e in self._expected if not any(e in p for p in self._problems)]
+        assert missing == []
+
+
+@pytest.fixture(scope="session")
+def browser(note: list[str]) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        path = _chromium(playwright.chromium)
+        if path is None:
+            note.append(NO_CHROMIUM)
+            pytest.skip("no Chromium")
+        # Chromium's sandbox does not work for root.
+        root = ["--no-sandbox"] if os.geteuid() == 0 else []
+        chromium = playwright.chromium.launch(executable_path=path, args=[*_ARGUMENTS, *root])
+        yield chromium
+        chromium.close()
+
+
+def _chromium(playwrights_own: BrowserType) -> str | None:
+    if Path(playwrights_own.executable_path).exists():
+        return playwrights_own.executable_path
+    return next((path for name in _NAMES if (path := shutil.which(name))), None)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console()
+
+
+@pytest.fixture
+def open_page(browser: Browser, console: Console) -> Iterator[Callable[..., Page]]:
+    """Opens a URL in a browser window of its own, with `Browser.new_context`'s options."""
+    contexts = []
+
+    def open_url(url: str, **options: object) -> Page:
+        context = browser.new_context(
+            permissions=["clipboard-read", "clipboard-write"],
+            **options,  # type: ignore[arg-type]
+        )
+        contexts.append(context)
+        page = context.new_page()
+        console.watch(page)
+        page.goto(url)
+        return page
+
+    yield open_url
+    for context in contexts:
+        context.close()
+    console.check()
