@@ -38,7 +38,7 @@ class Settings:
             is refused before it is decoded.
         max_images: images that one request may hold.
         max_batch: images that go through the model in one call; what they need stays the worker's.
-        reduced_decoding: decode large JPEGs at a fraction of their size, several times faster;
+        reduced_decoding: decode large JPEGs at a fraction of their size, twice as fast;
             within 3 levels of 255 of the exact result.
     """
 

@@ -155,7 +155,7 @@ def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str
 def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> None:
     """Its sides are no multiples of 8: the smaller copy has more than the picture at two edges."""
     with Image.open(CAT) as cat:
-        large = cat.convert("RGB").resize((2053, 2599))
+        large = cat.convert("RGB").resize((2557, 3001))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     jpeg = encode(large, "JPEG", quality=92, exif=exif)
