@@ -23,6 +23,7 @@ from handler.errors import ArchiveError, ClientError
 from handler.images import PixelBudget, decode
 from handler.inputs import DescribeRequest, ImagesRequest, read_request
 from handler.labels import CLASS_INDEX, load_class_index
+from handler.metrics import Batch, Metrics
 from handler.responses import Body, Response, softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
 
@@ -56,6 +57,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             device=_device(context.system_properties.get("gpu_id")),
         )
         self._warm_up()
+        self.metrics = Metrics(context, self.card, self.settings)
         self.initialized = True
         logger.info("Ready: %s on %s", self.card.architecture, self.engine.name)
 
@@ -77,22 +79,21 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             started = time.monotonic()
             images = [self._decode(request) for request in requests]
             decoded_at = time.monotonic()
-            probabilities = iter(self._infer(images))
-            logger.info(
-                "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
-                len(data),
-                sum(map(len, images)),
-                (decoded_at - started) * 1000,
-                (time.monotonic() - decoded_at) * 1000,
-            )
+            probabilities = self._infer(images)
+            inferred_at = time.monotonic()
+            remaining = iter(probabilities)
             answers = [
-                self._answer(request, decoded, probabilities)
+                self._answer(request, decoded, remaining)
                 for request, decoded in zip(requests, images, strict=True)
             ]
+            seconds = (decoded_at - started, inferred_at - decoded_at)
+            batch = Batch(requests, images, probabilities, answers, *seconds)
+            self.metrics.record(batch, context)
         except Exception:
             # Nothing that a client sends may end up here: this is the server's own fault.
             ids = [context.get_request_id(index) for index in range(len(data))]
             logger.exception("Failed on requests %s", ", ".join(ids))
+            self.metrics.failed(len(data))
             answers = [self._json(responses.internal_error(request_id)) for request_id in ids]
         return [self._send(answer, index, context) for index, answer in enumerate(answers)]
 

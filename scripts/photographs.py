@@ -30,6 +30,11 @@ def sample_batch(preprocessing: Preprocessing) -> NDArray[np.uint8]:
     return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in _views()])
 
 
+def sample_photographs() -> Iterator[bytes]:
+    """The same in encoded form, as a client sends them."""
+    return map(_png, _views())
+
+
 def _views() -> Iterator[Image.Image]:
     for name in _NAMES:
         with Image.open(CAT.parent / name) as photograph:

@@ -19,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail unless tests against a real TorchServe ran",
     )
+    parser.addoption(
+        "--require-gateway",
+        action="store_true",
+        help="fail unless the tests of the gateway ran, which need nginx and Prometheus",
+    )
 
 
 def _kind(nodeid: str) -> str:
@@ -45,6 +50,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     missing = not _counts.get("integration", {}).get("passed")
     if session.config.getoption("--require-integration") and missing:
         _notes.append("No integration test passed: these tests did not show that the server works.")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    gateway = _counts.get("gateway", {})
+    if session.config.getoption("--require-gateway") and (
+        not gateway.get("passed") or gateway.get("skipped")
+    ):
+        _notes.append("Not every test of the gateway ran: nginx or Prometheus is missing.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
