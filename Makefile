@@ -34,7 +34,7 @@ GATEWAY_OPTIONS = $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)
 	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
 	$(call option,connections,$(CONNECTIONS))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak outages gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -62,6 +62,9 @@ flood: setup ## 200 uploads of 19 MB at once
 
 soak: setup ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m tests.stress.load soak
+
+gateway-cost: setup ## what the gateway costs, and what two nodes give
+	@$(VENV_PYTHON) -m tests.stress.gateway_cost
 
 outages: setup ## ten minutes of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m tests.stress.outages
