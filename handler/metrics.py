@@ -69,8 +69,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Outcome:
+    """What became of one image. TorchServe drops a metric that has an empty label."""
+
     name: str
-    error_type: str = ""
+    error_type: str = "none"
 
 
 class Metrics:
@@ -154,7 +156,7 @@ class Metrics:
             _FIRST_KEY: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "id": request_id,
             "status": int(answer.status),
-            "outcomes": [outcome.error_type or outcome.name for outcome in outcomes],
+            "outcomes": [o.error_type if o.name == "refused" else o.name for o in outcomes],
             "bytes_in": bytes_in,
             "bytes_out": len(answer.body),
             "batch_requests": len(batch.answers),

@@ -35,6 +35,7 @@ def query(
     cluster: Gateway, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Query]:
     """Asks a Prometheus that reads this cluster's nodes every half second."""
+    assert cluster.process() is not None
     place = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
     config["global"]["scrape_interval"] = "500ms"
@@ -87,7 +88,7 @@ def _eventually(check: Callable[[], Any]) -> Any:
 def test_what_was_sent_is_what_prometheus_counts(query: Query, client: Client) -> None:
     _eventually(lambda: len(query('up{job="densenet"} == 1')) == 2)
 
-    def images(outcome: str, error_type: str = "") -> float:
+    def images(outcome: str, error_type: str = "none") -> float:
         labels = f'outcome="{outcome}", error_type="{error_type}"'
         rows = query(f"sum(densenet_images_total{{{labels}}})")
         return float(rows[0]["value"][1]) if rows else 0.0

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +29,8 @@ from tests.gateway.conftest import free_port
 _REQUESTS = 150
 _LOAD_SECONDS = 15.0
 _SLOW_CONNECTIONS = 200
+# Another client than the one that is measured: connections are limited by address.
+_SLOW_ADDRESS = "127.0.0.2"
 
 
 @contextmanager
@@ -87,7 +89,9 @@ def _throughput(gateway: Gateway) -> float:
 def _slow_connections(gateway: Gateway) -> Iterator[None]:
     """Half send headers a byte at a time, half a body."""
     connections = [
-        socket.create_connection((HOST, gateway.options.http_port))
+        socket.create_connection(
+            (HOST, gateway.options.http_port), source_address=(_SLOW_ADDRESS, 0)
+        )
         for _ in range(_SLOW_CONNECTIONS)
     ]
     for number, connection in enumerate(connections):
@@ -99,10 +103,8 @@ def _slow_connections(gateway: Gateway) -> Iterator[None]:
     def drip() -> None:
         while running:
             for connection in connections:
-                try:
+                with suppress(OSError):  # nginx has closed some by now
                     connection.send(b"x")
-                except OSError:
-                    continue
             time.sleep(1)
 
     with ThreadPoolExecutor(1) as pool:
@@ -113,6 +115,25 @@ def _slow_connections(gateway: Gateway) -> Iterator[None]:
             running = False
     for connection in connections:
         connection.close()
+
+
+def _poisson(running: Running, rate: float) -> None:
+    """Requests that come at random, as from many clients who do not wait for one another."""
+    chance = np.random.default_rng(1)
+    headers = running.authorization("inference")
+
+    def send(wait_until: float) -> float:
+        time.sleep(max(0.0, wait_until - time.monotonic()))
+        return _seconds(requests.Session(), running.predictions_url, headers)
+
+    arrivals = time.monotonic() + 0.5 + np.cumsum(chance.exponential(1 / rate, int(rate * 20)))
+    with ThreadPoolExecutor(64) as pool:
+        latencies = list(pool.map(send, arrivals))
+    median, late = np.quantile(latencies, (0.5, 0.95)) * 1000
+    console.print(
+        f"one node, {rate:.1f} images/s at random for 20 s: median {median:.0f} ms, 95 % under "
+        f"{late:.0f} ms"
+    )
 
 
 def _slowloris(gateway: Gateway) -> None:
@@ -154,6 +175,8 @@ def main() -> None:
             with _before(nodes[:1], place / "cost") as gateway:
                 _added(gateway)
                 _slowloris(gateway)
+            for share in (0.5, 0.8):
+                _poisson(_running(nodes[0]), share * alone[0])
         finally:
             os.sched_setaffinity(0, cpus)
             stop_nodes(nodes)
