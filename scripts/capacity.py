@@ -82,14 +82,15 @@ def simulate(worker: Worker, workers: int, rate: float, seed: int = 1) -> NDArra
 
 
 def _plan(worker: Worker, price: float) -> Table:
-    table = Table(title=f"at {UTILISATION:.0%} of what {WORKERS_A_NODE} workers a node can do")
-    for heading in ("images/s", "workers", "nodes", "memory", "network in", "money an hour"):
+    table = Table(title=f"up to {WORKERS_A_NODE} workers a node, {UTILISATION:.0%} busy")
+    for heading in ("images/s", "workers needed", "nodes", "memory", "network in", "money an hour"):
         table.add_column(heading, justify="right")
     for rate in (10, 1_000, 100_000):
         workers = math.ceil(rate / (UTILISATION * worker.most))
         # One more than needed, so that one may be away; never a single one.
-        nodes = math.ceil(workers / WORKERS_A_NODE) + 1
-        memory = workers * WORKER_GB + nodes * FRONTEND_GB
+        node = min(WORKERS_A_NODE, workers)
+        nodes = math.ceil(workers / node) + 1
+        memory = nodes * (node * WORKER_GB + FRONTEND_GB)
         network = rate * REQUEST_BYTES * 8 / 1e9
         table.add_row(
             f"{rate:,}",
@@ -97,7 +98,7 @@ def _plan(worker: Worker, price: float) -> Table:
             f"{nodes:,}",
             f"{memory:,.0f} GB",
             f"{network:,.2f} Gbit/s",
-            f"{nodes * WORKERS_A_NODE * price:,.2f}",
+            f"{nodes * node * price:,.2f}",
         )
     return table
 
