@@ -9,10 +9,11 @@ import pytest
 import requests
 
 from scripts import gateway as gateways
-from scripts.gateway import Gateway, Options, read_keys
+from scripts.gateway import Gateway, Options, find_gateway, read_keys
 from scripts.photographs import CAT
 from scripts.terminal import UserError
 from tests.gateway.client import Client
+from tests.gateway.conftest import KEYS, free_port
 
 
 def test_https_serves_with_the_certificate_and_http2(client: Client) -> None:
@@ -68,6 +69,36 @@ def test_a_tls_scan_has_no_finding(client: Client, tmp_path: Path) -> None:
 def test_beyond_this_machine_keys_are_compulsory(cluster: Gateway, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nobody would need a key"):
         gateways.start(Options(host="0.0.0.0"), cluster.nodes, tmp_path / "open", watch=False)
+
+
+def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
+    cluster: Gateway, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On loopback, as all tests; only the gateway takes it for an address of the network."""
+    monkeypatch.setattr(gateways, "_is_loopback", lambda _: False)
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(f"alice {KEYS['alice']}\n")
+    current = find_gateway(folder)
+    assert current is not None
+    assert current.pid == cluster.pid
+    options = Options(http_port=free_port(), https_port=free_port(), keys=str(keys))
+    place = tmp_path / "public"
+    public = gateways.start(options, current.nodes, place, watch=False)
+    try:
+        plain = requests.post(f"{public.url}/predict", timeout=10, allow_redirects=False)
+        assert plain.status_code == 308
+        assert plain.headers["location"] == f"{public.https_url}/predict"
+        answer = requests.post(
+            f"{public.https_url}/predict",
+            data=CAT.read_bytes(),
+            headers={"X-API-Key": KEYS["alice"]},
+            verify=public.options.certificate,
+            timeout=60,
+        )
+        assert answer.json()["success"] is True
+    finally:
+        gateways.stop(public, place)
 
 
 def test_a_file_of_keys_is_checked(tmp_path: Path) -> None:
