@@ -69,7 +69,7 @@ def test_a_manifest_fits_kserve_and_a_mistake_in_it_does_not(name: str) -> None:
 def test_kserves_containers_fit_kubernetes_too() -> None:
     """KServe's types leave a container's probes and resources to Kubernetes."""
     runtime = _load(Path("deploy/kserve/runtime.yaml"))
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}}
+    pod: Manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}}
     pod["spec"] = {key: runtime["spec"][key] for key in ("containers", "volumes")}
     kubernetes_validate.validate(pod, VERSION, strict=True)
     pod["spec"]["containers"][0]["readinessProbe"]["periodSeconds"] = "often"
