@@ -68,7 +68,7 @@ def clients(gateway: Gateway, count: int) -> Iterator[Tally]:
             sender = session if number % 2 else requests
             started = time.monotonic()
             try:
-                answer = sender.post(  # type: ignore[attr-defined]
+                answer = sender.post(
                     f"{gateway.url}/predict", files={"file": photograph}, timeout=TIMEOUT
                 )
                 outcome, text = str(answer.status_code), answer.text

@@ -17,11 +17,10 @@ import requests
 from scripts.archive import build
 from scripts.cluster import drain, undrain
 from scripts.gateway import Gateway, find_gateway
-from scripts.server import sha256
 from scripts.terminal import UserError
 from scripts.upgrade import upgrade
 from scripts.watch import renew_tokens
-from scripts.weights import Weights
+from scripts.weights import Weights, sha256
 from tests.gateway import faults
 from tests.gateway.client import Client, Tally, clients
 
