@@ -7,6 +7,10 @@
 #   PORT=n             predictions; likewise MANAGEMENT_PORT, METRICS_PORT,
 #                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #   ENGINE=torch       make archive: serve with PyTorch (GPU) instead of ONNX Runtime
+#   NODES=n            make gateway: TorchServe nodes of its own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
+#                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: see deploy/README.md
+#   NODE=name          make drain, undrain, replace: which node
+#   ARCHIVE=file       make upgrade: the new archive; AGREEMENT=share of samples that must stay
 #   TORCH_INDEX=url    take torch from this package index, such as PyTorch's CPU-only one
 #   PYTHON=python3.12  the Python to make the virtual environment with
 #   TEST_OPTIONS=...   make test: options for pytest, such as --require-browser
@@ -23,8 +27,15 @@ SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
 	$(call option,metrics-port,$(METRICS_PORT)) \
 	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
 	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
+GATEWAY_OPTIONS = $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)) \
+	$(call option,host,$(HOST)) $(call option,http-port,$(HTTP_PORT)) \
+	$(call option,https-port,$(HTTPS_PORT)) $(call option,keys,$(KEYS)) \
+	$(call option,certificate,$(CERTIFICATE)) \
+	$(call option,certificate-key,$(CERTIFICATE_KEY)) \
+	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
+	$(call option,connections,$(CONNECTIONS))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak bench bench-engines bench-scaling bench-gpu archive start stop status scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -70,6 +81,12 @@ bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, abo
 bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
 
+gateway-cost: setup ## what the gateway costs, and what two nodes give
+	@$(VENV_PYTHON) -m tests.stress.gateway_cost
+
+outages: setup ## ten minutes of clients while workers and nodes die and are replaced
+	@$(VENV_PYTHON) -m tests.stress.outages
+
 archive: setup ## production: build model_store/densenet121.mar, with trained weights only
 	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(call option,engine,$(ENGINE))
 
@@ -84,6 +101,28 @@ status: setup ## show workers, queue and versions
 
 scale: setup ## change the number of workers: make scale WORKERS=2
 	@$(VENV_PYTHON) -m scripts.server scale $(call option,workers,$(WORKERS))
+
+gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
+	@$(VENV_PYTHON) -m scripts.cluster start $(GATEWAY_OPTIONS)
+
+gateway-stop: setup ## stop the gateway and its nodes
+	@$(VENV_PYTHON) -m scripts.cluster stop
+
+gateway-status: setup ## show the nodes behind the gateway
+	@$(VENV_PYTHON) -m scripts.cluster status
+
+drain: setup ## take a node out without losing a request: make drain NODE=node-1
+	@$(VENV_PYTHON) -m scripts.cluster drain $(call option,node,$(NODE))
+
+undrain: setup ## let a drained node serve again
+	@$(VENV_PYTHON) -m scripts.cluster undrain $(call option,node,$(NODE))
+
+replace: setup ## put a new node in the place of one, dead or alive
+	@$(VENV_PYTHON) -m scripts.cluster replace $(call option,node,$(NODE))
+
+upgrade: setup ## serve the new archive instead of the old one, without a gap
+	@$(VENV_PYTHON) -m scripts.upgrade $(call option,archive,$(ARCHIVE)) \
+		$(call option,agreement,$(AGREEMENT))
 
 classify: setup ## classify a picture: make classify IMAGE=cat.jpg
 	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)')

@@ -44,6 +44,7 @@ from handler.inputs import (
     read_request,
 )
 from handler.labels import CLASS_INDEX, load_class_index
+from handler.metrics import Batch, Metrics
 from handler.page import PAGE, load_page
 from handler.responses import Body, Response, softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
@@ -83,6 +84,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
         self.classifier = explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
         self.page = load_page(PAGE, self.card, self.settings)
         self._warm_up()
+        self.metrics = Metrics(context, self.card, self.settings)
         # Not before: what loading took must go back.
         keep_freed_memory()
         self.initialized = True
@@ -106,6 +108,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             # Nothing that a client sends may end up here: this is the server's own fault.
             ids = [context.get_request_id(index) for index in range(len(data))]
             logger.exception("Failed on requests %s", ", ".join(ids))
+            self.metrics.failed(len(data))
             answers = [self._json(responses.internal_error(request_id)) for request_id in ids]
         return [self._send(answer, index, context) for index, answer in enumerate(answers)]
 
@@ -116,19 +119,17 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
         started = time.monotonic()
         images = self._decode(requests)
         decoded_at = time.monotonic()
-        probabilities = iter(self._infer(images))
-        explanations = iter(self._explain(images))
-        logger.info(
-            "Batch of %d requests, %d images: decoding %.0f ms, inference %.0f ms",
-            len(data),
-            sum(map(len, images)),
-            (decoded_at - started) * 1000,
-            (time.monotonic() - decoded_at) * 1000,
-        )
-        return [
-            self._answer(request, decoded, probabilities, explanations)
+        probabilities = self._infer(images)
+        explanations = list(self._explain(images))
+        inferred_at = time.monotonic()
+        remaining, unexplained = iter(probabilities), iter(explanations)
+        answers = [
+            self._answer(request, decoded, remaining, unexplained)
             for request, decoded in zip(requests, images, strict=True)
         ]
+        seconds = (decoded_at - started, inferred_at - decoded_at)
+        self.metrics.record(Batch(requests, images, probabilities, answers, *seconds), context)
+        return answers
 
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:

@@ -5,8 +5,9 @@ Of an upright 8-bit RGB picture the result is that of the tutorial's transform, 
 are first made one as a person sees them: turned upright, transparency on white. Scaling to 0..1
 and normalising happen in the model, so that a batch stays four times smaller until there.
 
-A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size, in
-half the time or less: within 3 levels of 255 and above 50 dB of that result. A setting turns it off.
+A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size,
+which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
+off.
 
 The bytes are a stranger's. What a picture would cost is read from its header and bounded before
 any of it is decoded, and only the listed formats are ever opened.

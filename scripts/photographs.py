@@ -45,6 +45,11 @@ def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
     return np.stack(views)
 
 
+def sample_photographs() -> Iterator[bytes]:
+    """The same in encoded form, as a client sends them."""
+    return map(_png, _views())
+
+
 def _views() -> Iterator[Image.Image]:
     for name in _NAMES:
         with Image.open(CAT.parent / name) as photograph:

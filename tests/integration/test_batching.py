@@ -1,6 +1,7 @@
 """Requests of several clients in one batch do not touch one another."""
 
 import io
+import json
 import re
 import time
 from collections.abc import Callable
@@ -41,8 +42,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def batches_in(log: Path) -> list[str]:
-    lines = log.read_text().splitlines()
-    return [line.split("Batch of ")[1] for line in lines if "Batch of " in line]
+    """What the log says of each batch; each of its requests is a line, one after another."""
+    lines = iter(map(json.loads, log.read_text().splitlines()))
+    batches = []
+    for first in lines:
+        batches.append(
+            f"{first['batch_requests']} requests, {first['batch_images']} images: decoding "
+            f"{first['decode_ms']:.0f} ms, inference {first['inference_ms']:.0f} ms"
+        )
+        for _ in range(first["batch_requests"] - 1):
+            next(lines)
+    return batches
 
 
 def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
@@ -57,7 +67,7 @@ def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
     assert len({answer["predictions"][0]["label"] for answer in alone}) > 1
 
     together = [good[0], bad[0], good[1], bad[1], good[2], bad[2], good[3], good[4]]
-    before = len(batches_in(run_dir / "logs" / "model.log"))
+    before = len(batches_in(run_dir / "logs" / "requests.log"))
     with ThreadPoolExecutor(9) as clients:
         # While the worker is halted with one request in hand, the others queue up behind it.
         one_worker.suspend()
@@ -67,7 +77,7 @@ def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
         wait_for(lambda: queued(running) == len(together))
         one_worker.resume()
         answers = [future.result() for future in waiting]
-    batches = batches_in(run_dir / "logs" / "model.log")[before:]
+    batches = batches_in(run_dir / "logs" / "requests.log")[before:]
     assert [batch.split(":")[0] for batch in batches] == [
         "1 requests, 1 images",
         "8 requests, 7 images",
@@ -90,7 +100,7 @@ def in_one_batch(
     Returns:
         what each call returned, and the worker's line about the batch.
     """
-    before = len(batches_in(run_dir / "logs" / "model.log"))
+    before = len(batches_in(run_dir / "logs" / "requests.log"))
     with ThreadPoolExecutor(len(calls) + 1) as clients:
         worker.suspend()
         clients.submit(post, running.predictions_url, CAT.read_bytes())
@@ -99,7 +109,7 @@ def in_one_batch(
         wait_for(lambda: queued(running) == len(calls))
         worker.resume()
         answers = [future.result() for future in waiting]
-    _, batch = batches_in(run_dir / "logs" / "model.log")[before:]
+    _, batch = batches_in(run_dir / "logs" / "requests.log")[before:]
     return answers, batch
 
 

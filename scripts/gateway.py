@@ -1,0 +1,502 @@
+"""Runs nginx in front of the nodes, as an ordinary user.
+
+All that the gateway needs is in one folder, `.run/gateway`: its configuration, filled in from
+`deploy/gateway/nginx.conf.jinja`, its logs, a certificate for trying, and `gateway.json`, which
+says what it is made of. Whoever changes which nodes serve does it with `change_nodes`, which holds
+a lock, writes the configuration anew and reloads nginx without cutting a connection.
+"""
+
+import dataclasses
+import fcntl
+import ipaddress
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from scripts.server import HOST, RUN_DIR, find_running
+from scripts.terminal import UserError
+from scripts.weights import ARCHITECTURE
+
+GATEWAY_DIR = RUN_DIR / "gateway"
+TEMPLATES = Path("deploy/gateway")
+TEMPLATE = "nginx.conf.jinja"
+
+# Address, what it is on a node, methods. Nothing else of TorchServe can be reached.
+ROUTES = (
+    ("/", f"/predictions/{ARCHITECTURE}", "GET|HEAD"),
+    # On this address of TorchServe's, and only there, a query reaches the handler.
+    ("/predict", f"/{ARCHITECTURE}/predict", "POST|PUT"),
+    ("/explain", f"/explanations/{ARCHITECTURE}", "POST|PUT"),
+    (f"/predictions/{ARCHITECTURE}", f"/predictions/{ARCHITECTURE}", "GET|HEAD|POST|PUT"),
+    (f"/explanations/{ARCHITECTURE}", f"/explanations/{ARCHITECTURE}", "POST|PUT"),
+)
+
+# A grey picture of one pixel, as PNG.
+_PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+)
+
+_CERTIFICATE_DAYS = 90
+_KEY_LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<key>[A-Za-z0-9_-]{16,128})")
+_MOST_TRIES = 6
+
+# Seconds.
+_START_TIMEOUT = 10.0
+DRAIN_TIMEOUT = 100.0
+_POLL = 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the gateway faces its clients.
+
+    Attributes:
+        host: address to listen on. Beyond loopback, keys are compulsory and plain HTTP is only
+            sent on to HTTPS.
+        http_port: plain HTTP.
+        https_port: HTTPS with HTTP/2.
+        certificate: PEM file, the certificate and what signed it; empty for a self-signed one.
+        certificate_key: PEM file of its private key.
+        keys: file of clients' keys, a name and a key a line; without one nobody needs a key.
+        rate: requests a second that one client may send for long.
+        burst: requests that one client may send at once beyond that.
+        connections: requests of one client at the same time.
+        timeout: seconds after which a node that does not answer is given up for another.
+    """
+
+    host: str = HOST
+    http_port: int = 5000
+    https_port: int = 8443
+    certificate: str = ""
+    certificate_key: str = ""
+    keys: str = ""
+    rate: int = 50
+    burst: int = 100
+    connections: int = 64
+    timeout: int = 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """A TorchServe behind the gateway.
+
+    Attributes:
+        run_dir: its folder, see `scripts.server`.
+        archive: what it serves.
+        workers: its worker processes.
+        drained: an operator took it out.
+        healthy: false where the watch found that it cannot answer.
+    """
+
+    run_dir: str
+    archive: str
+    workers: int
+    drained: bool = False
+    healthy: bool = True
+
+    @property
+    def name(self) -> str:
+        """The last part of its folder."""
+        return Path(self.run_dir).resolve().name.lstrip(".")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that is running, as `gateway.json` in its folder remembers it.
+
+    Attributes:
+        pid: nginx's master process.
+        created: when that was created.
+        sockets: folder of the nodes' sockets; a socket's path must be short.
+        options: how it faces clients.
+        nodes: what it stands in front of.
+        watch_pid: the process that watches the nodes' health and renews tokens; 0 for none.
+    """
+
+    pid: int
+    created: float
+    sockets: str
+    options: Options
+    nodes: tuple[Node, ...]
+    watch_pid: int = 0
+
+    @property
+    def url(self) -> str:
+        """Plain HTTP."""
+        return f"http://{self.options.host}:{self.options.http_port}"
+
+    @property
+    def https_url(self) -> str:
+        """HTTPS."""
+        return f"https://{self.options.host}:{self.options.https_port}"
+
+    def process(self) -> psutil.Process | None:
+        """The master process of nginx; None where it has ended, or its id is another's by now."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def find_gateway(folder: Path = GATEWAY_DIR) -> Gateway | None:
+    """The gateway of this folder, if it runs."""
+    try:
+        values = json.loads((folder / "gateway.json").read_text())
+    except FileNotFoundError:
+        return None
+    gateway = Gateway(
+        **{
+            **values,
+            "options": Options(**values["options"]),
+            "nodes": tuple(Node(**node) for node in values["nodes"]),
+        }
+    )
+    return gateway if gateway.process() is not None else None
+
+
+def require_gateway(folder: Path = GATEWAY_DIR) -> Gateway:
+    """The gateway of this folder; `UserError` where none runs."""
+    gateway = find_gateway(folder)
+    if gateway is None:
+        raise UserError("The gateway is not running. Start it with: make gateway")
+    return gateway
+
+
+def start(
+    options: Options, nodes: Sequence[Node], folder: Path = GATEWAY_DIR, *, watch: bool = True
+) -> Gateway:
+    """Starts nginx in front of the nodes, and the watch over them.
+
+    Raises:
+        UserError: nginx is missing or refuses its configuration, or the options are unsafe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check(options)
+    options = _with_certificate(options, folder)
+    (folder / "ready.json").write_text('{"success":true,"status":"ready"}\n')
+    sockets = tempfile.mkdtemp(prefix="gateway-")
+    gateway = Gateway(0, 0, sockets, options, tuple(nodes))
+    try:
+        _write_config(gateway, folder)
+        _nginx(folder)
+        pid = int(_wait_for(lambda: _read(folder / "nginx.pid"), "nginx did not start"))
+    except BaseException:
+        shutil.rmtree(sockets, ignore_errors=True)
+        raise
+    gateway = dataclasses.replace(gateway, pid=pid, created=psutil.Process(pid).create_time())
+    if watch:
+        gateway = dataclasses.replace(gateway, watch_pid=_start_watch(folder))
+    _save(gateway, folder)
+    return gateway
+
+
+def stop(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
+    """Ends the watch and nginx; requests in hand are answered first."""
+    if watch_runs(gateway):
+        watch = psutil.Process(gateway.watch_pid)
+        watch.terminate()
+        psutil.wait_procs([watch], timeout=DRAIN_TIMEOUT)
+    master = gateway.process()
+    if master is not None:
+        master.send_signal(signal.SIGQUIT)
+        _, left = psutil.wait_procs([master], timeout=DRAIN_TIMEOUT)
+        for process in left:
+            process.terminate()
+    shutil.rmtree(gateway.sockets, ignore_errors=True)
+    (folder / "gateway.json").unlink(missing_ok=True)
+
+
+def watch_runs(gateway: Gateway) -> bool:
+    """Whether the watch over the nodes is alive."""
+    try:
+        process = psutil.Process(gateway.watch_pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return alive and "scripts.watch" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
+def change_nodes(
+    change: Callable[[tuple[Node, ...]], Sequence[Node]], folder: Path = GATEWAY_DIR
+) -> set[int]:
+    """Changes which nodes serve, and lets nginx know.
+
+    Args:
+        change: makes the new list from the present one.
+        folder: the gateway's.
+
+    Returns:
+        processes of nginx that still work by the old list, for `wait_for_drain`.
+    """
+    with _lock(folder):
+        gateway = require_gateway(folder)
+        gateway = dataclasses.replace(gateway, nodes=tuple(change(gateway.nodes)))
+        changed = _write_config(gateway, folder)
+        _save(gateway, folder)
+        return _reload(gateway) if changed else set()
+
+
+def wait_for_drain(old: set[int]) -> bool:
+    """Waits until those processes have answered what they had; false where some took too long."""
+    deadline = time.monotonic() + DRAIN_TIMEOUT
+    while any(psutil.pid_exists(pid) for pid in old):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+def check(options: Options) -> None:
+    """Stops, by a `UserError`, what cannot work or would not be safe."""
+    if shutil.which("nginx") is None:
+        raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
+    if not _is_loopback(options.host) and not options.keys:
+        raise UserError(
+            f"{options.host} can be reached by others, and nobody would need a key. Give a file of "
+            "keys with KEYS=file: a line a client, its name and a key of 16 or more letters and "
+            "digits."
+        )
+    if bool(options.certificate) != bool(options.certificate_key):
+        raise UserError("CERTIFICATE and CERTIFICATE_KEY belong together; give both, or neither.")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError as error:
+        raise UserError(f"HOST must be an IP address, got {host!r}.") from error
+
+
+def _with_certificate(options: Options, folder: Path) -> Options:
+    """Fills in a self-signed certificate where the options name none."""
+    if options.certificate:
+        for name in (options.certificate, options.certificate_key):
+            if not Path(name).is_file():
+                raise UserError(f"{name} is not a file.")
+        return dataclasses.replace(
+            options,
+            certificate=str(Path(options.certificate).resolve()),
+            certificate_key=str(Path(options.certificate_key).resolve()),
+        )
+    certificate, key = folder.resolve() / "certificate.pem", folder.resolve() / "certificate.key"
+    _self_signed(certificate, key)
+    return dataclasses.replace(options, certificate=str(certificate), certificate_key=str(key))
+
+
+def _self_signed(certificate: Path, key: Path) -> None:
+    """Makes a certificate that is good for trying: no client trusts it unless told to."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(timezone.utc)
+    names = x509.SubjectAlternativeName(
+        [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
+    )
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=_CERTIFICATE_DAYS))
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.touch(mode=0o600)
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def read_keys(path: Path) -> list[tuple[str, str]]:
+    """Clients' names and keys; lines that begin with `#` are comments.
+
+    Raises:
+        UserError: the file cannot be read, a line is malformed, or others may read the file.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        if path.stat().st_mode & 0o077:
+            raise UserError(f"{path} can be read by others. Run: chmod 600 {path}")
+    except OSError as error:
+        raise UserError(f"The keys {path} cannot be read: {error.strerror}.") from error
+    clients = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _KEY_LINE.fullmatch(line.strip())
+        if match is None:
+            raise UserError(
+                f"{path}, line {number}: expected a client's name and a key of 16 to 128 letters, "
+                "digits, - and _. Make a key with: openssl rand -hex 24"
+            )
+        clients.append((match["name"], match["key"]))
+    if not clients:
+        raise UserError(f"{path} holds no key.")
+    return clients
+
+
+def _write_config(gateway: Gateway, folder: Path) -> bool:
+    """Writes nginx's configuration; false where it stays as it is.
+
+    Raises:
+        UserError: nginx refuses it; the old one stays then.
+    """
+    path = folder / "nginx.conf"
+    text = _config(gateway, folder)
+    if path.exists() and path.read_text() == text:
+        return False
+    candidate = folder / "nginx.conf.new"
+    candidate.touch(mode=0o600)
+    candidate.write_text(text)
+    _nginx(folder, "-t", config=candidate)
+    candidate.replace(path)
+    return True
+
+
+def _config(gateway: Gateway, folder: Path) -> str:
+    options = gateway.options
+    everyone = [_upstream(node, gateway.sockets) for node in gateway.nodes]
+    willing = [
+        upstream
+        for node, upstream in zip(gateway.nodes, everyone, strict=True)
+        if upstream and not node.drained
+    ]
+    able = [
+        upstream
+        for node, upstream in zip(gateway.nodes, everyone, strict=True)
+        if upstream and not node.drained and node.healthy
+    ]
+    serving = able or willing  # where none looks healthy, each may still be lucky
+    if not serving:
+        raise UserError("No node would be left to serve. Add one first.")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  # nginx's configuration is no HTML
+    )
+    return environment.get_template(TEMPLATE).render(
+        as_root=os.geteuid() == 0,
+        folder=folder.resolve(),
+        options=options,
+        loopback=_is_loopback(options.host),
+        clients=read_keys(Path(options.keys)) if options.keys else [],
+        all=[upstream for upstream in everyone if upstream],
+        serving=serving,
+        tries=min(2 * len(serving), _MOST_TRIES),
+        routes=ROUTES,
+        model=ARCHITECTURE,
+        pixel=_PIXEL,
+    )
+
+
+def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:
+    """What the template needs of a node; None where it does not run."""
+    running = find_running(Path(node.run_dir))
+    if running is None:
+        return None
+    return {
+        "name": node.name,
+        "port": running.ports.inference,
+        "authorization": running.authorization("inference").get("Authorization", ""),
+        "socket": f"{sockets}/{node.name}.sock",
+    }
+
+
+def _nginx(folder: Path, *arguments: str, config: Path | None = None) -> None:
+    path = (config or folder / "nginx.conf").resolve()
+    log = folder.resolve() / "error.log"
+    result = subprocess.run(
+        ["nginx", "-c", str(path), "-e", str(log), *arguments],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise UserError(f"nginx refuses to start: {result.stderr.strip()[-500:]}")
+
+
+def _reload(gateway: Gateway) -> set[int]:
+    """Has nginx read its configuration anew; returns the processes that work by the old one."""
+    master = gateway.process()
+    assert master is not None
+    old = {child.pid for child in master.children()}
+    master.send_signal(signal.SIGHUP)
+    _wait_for(
+        lambda: "new" if {child.pid for child in master.children()} - old else "",
+        "nginx did not read its configuration anew",
+    )
+    return old
+
+
+def _start_watch(folder: Path) -> int:
+    """Starts the watch in a session of its own, so that Ctrl-C in this terminal does not end it."""
+    appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", "scripts.watch", "--folder", str(folder)],
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(folder / "watch.log"), appending, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+
+
+def _wait_for(read: Callable[[], str], failure: str) -> str:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not (value := read()):
+        if time.monotonic() > deadline:
+            raise UserError(f"{failure} within {_START_TIMEOUT:.0f} s.")
+        time.sleep(_POLL)
+    return value
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _save(gateway: Gateway, folder: Path) -> None:
+    """In one step: the watch and the commands read it at any time."""
+    unfinished = folder / "gateway.json.new"
+    unfinished.write_text(json.dumps(dataclasses.asdict(gateway), indent=2))
+    unfinished.replace(folder / "gateway.json")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,202 @@
+"""`make upgrade`: a new archive in place of the one that serves, without a gap.
+
+New nodes start beside the old ones, classify sample photographs, and take over in one reload of
+nginx. The old ones answer what they still have and end. Whenever a check fails, the old ones go on
+as if nothing had been. No model is ever registered with a running TorchServe, so that its API for
+that stays off.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import requests
+import typer
+
+from scripts.archive import MODEL_STORE, read_card
+from scripts.cluster import keep_release, start_node, stop_nodes
+from scripts.gateway import (
+    GATEWAY_DIR,
+    Gateway,
+    Node,
+    change_nodes,
+    require_gateway,
+    wait_for_drain,
+)
+from scripts.photographs import sample_photographs
+from scripts.server import RUN_DIR, Running, find_running, ready_workers
+from scripts.server import stop as stop_server
+from scripts.terminal import UserError, command, step, warn
+from scripts.weights import ARCHITECTURE, sha256
+
+# Of the sample photographs, the share whose first label may not change.
+AGREEMENT = 0.9
+# Seconds for which the new nodes serve clients before the old ones end.
+TRIAL_SECONDS = 5.0
+_CHECK_TIMEOUT = 30.0
+
+
+def upgrade(
+    archive: Path,
+    agreement: float = AGREEMENT,
+    trial_seconds: float = TRIAL_SECONDS,
+    folder: Path = GATEWAY_DIR,
+) -> None:
+    """Puts nodes that serve `archive` in the place of all that serve now.
+
+    Args:
+        archive: the new one.
+        agreement: share of the sample photographs, 0 to 1, on which new and old nodes must give the
+            same first label. A new handler keeps all of them; other weights need a smaller share.
+        trial_seconds: how long the new nodes must serve clients without a failure.
+        folder: the gateway's.
+
+    Raises:
+        UserError: a check failed; the old nodes serve as before.
+    """
+    gateway = require_gateway(folder)
+    old = [node for node in gateway.nodes if not node.drained]
+    release = keep_release(archive, folder.parent)
+    _check_archive(release, old)
+    fresh: list[Node] = []
+    try:
+        for node in old:
+            fresh.append(start_node(release, node.workers, folder.parent))
+            step(f"Upgrade: {fresh[-1].name} is ready beside {node.name}")
+        _check_answers(fresh, old, agreement)
+        names = {node.name for node in old}
+        leaving = change_nodes(
+            lambda nodes: [
+                *(dataclasses.replace(n, drained=n.drained or n.name in names) for n in nodes),
+                *fresh,
+            ],
+            folder,
+        )
+        step("Upgrade: switched; the old nodes finish what they have")
+        _check_service(fresh, trial_seconds)
+    except BaseException:
+        _go_back(gateway, fresh, folder)
+        raise
+    if not wait_for_drain(leaving):
+        warn("Some clients did not take their answers in time and were cut.")
+    change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
+    _end(old)
+    step(f"Upgrade: {len(fresh)} node(s) serve {release.parent.name}")
+
+
+def _go_back(gateway: Gateway, fresh: Sequence[Node], folder: Path) -> None:
+    """Has the nodes of `gateway` serve again, and ends the new ones once nobody waits for them."""
+    wait_for_drain(change_nodes(lambda _: gateway.nodes, folder))
+    stop_nodes(fresh)
+
+
+def _end(nodes: Sequence[Node]) -> None:
+    """Ends nodes, the server of `make run` too."""
+    stop_nodes(nodes)
+    for node in nodes:
+        running = find_running(Path(node.run_dir))
+        if running is not None:
+            stop_server(running, Path(node.run_dir))
+
+
+def _check_archive(release: Path, old: Sequence[Node]) -> None:
+    new_card = read_card(release)
+    if new_card is None:
+        raise UserError(f"{release} is no archive of this project.")
+    if not old:
+        raise UserError("No node serves now; there is nothing to upgrade.")
+    if all(sha256(Path(node.archive)) == sha256(release) for node in old):
+        raise UserError("This archive is what is being served already.")
+    old_card = read_card(Path(old[0].archive))
+    if old_card is not None and old_card.trained and not new_card.trained:
+        raise UserError("The new archive has untrained random weights, the old one trained ones.")
+
+
+def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float) -> None:
+    """Compares answers to sample photographs: of each new node, and of the old ones."""
+    photographs = list(sample_photographs())
+    before = [_first_label(old[0], photograph) for photograph in photographs]
+    for node in fresh:
+        after = [_first_label(node, photograph) for photograph in photographs]
+        if len(set(after)) == 1:
+            raise UserError(f"The new archive answers {after[0]!r} to every sample photograph.")
+        same = sum(a == b for a, b in zip(before, after, strict=True)) / len(photographs)
+        step(f"Upgrade: {node.name} gives the same first label to {same:.0%} of the samples")
+        if same < agreement:
+            raise UserError(
+                f"Only {same:.0%} of the sample photographs keep their first label, "
+                f"{agreement:.0%} were asked for. If the new weights are meant to answer "
+                "differently, say how much must stay: AGREEMENT=0.5"
+            )
+
+
+def _first_label(node: Node, photograph: bytes) -> str:
+    running = _running(node)
+    try:
+        answer = requests.post(
+            running.predictions_url,
+            data=photograph,
+            headers={
+                "Content-Type": "application/octet-stream",
+                **running.authorization("inference"),
+            },
+            timeout=_CHECK_TIMEOUT,
+        )
+    except requests.RequestException as error:
+        raise UserError(f"{node.name} does not answer a sample photograph: {error}") from error
+    if not answer.ok:
+        raise UserError(
+            f"{node.name} answers {answer.status_code} to a sample photograph: {answer.text[:300]}"
+        )
+    body: dict[str, Any] = answer.json()
+    label: str = body["predictions"][0]["label"]
+    return label
+
+
+def _check_service(fresh: Sequence[Node], trial_seconds: float) -> None:
+    """Watches the new nodes serve clients: they must stay ready and answer nothing with a 5xx."""
+    deadline = time.monotonic() + trial_seconds
+    while True:
+        failed = {node.name: _failures(_running(node)) for node in fresh}
+        if any(failed.values()):
+            raise UserError(f"The new nodes fail at their clients' requests: {failed}.")
+        unready = [node.name for node in fresh if ready_workers(_running(node)) == 0]
+        if unready:
+            raise UserError(f"No worker of {', '.join(unready)} is ready any more.")
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.5)
+
+
+def _failures(running: Running) -> float:
+    """How many requests this server answered with a 5xx since it started."""
+    text = requests.get(running.metrics_url, timeout=_CHECK_TIMEOUT).text
+    return sum(float(n) for n in re.findall(r"^Requests5XX\{[^}]*\} (\S+)$", text, re.MULTILINE))
+
+
+def _running(node: Node) -> Running:
+    running = find_running(Path(node.run_dir))
+    if running is None:
+        raise UserError(f"{node.name} has ended; see {node.run_dir}/logs.")
+    return running
+
+
+def main(
+    archive: Annotated[Path, typer.Option(help="The new archive.")] = MODEL_STORE
+    / f"{ARCHITECTURE}.mar",
+    agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples whose first label must stay.")
+    ] = AGREEMENT,
+    trial_seconds: Annotated[
+        float, typer.Option(min=0, help="Time of serving clients before the old nodes end.")
+    ] = TRIAL_SECONDS,
+) -> None:
+    """Upgrades what the gateway serves, or leaves everything as it is."""
+    upgrade(archive, agreement, trial_seconds, RUN_DIR / GATEWAY_DIR.name)
+
+
+if __name__ == "__main__":
+    command(main)

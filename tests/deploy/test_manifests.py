@@ -1,0 +1,128 @@
+"""Kubernetes' and KServe's manifests against the published schemas."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from scripts.gateway import Options
+from tests.deploy import kserve
+
+KUBERNETES = Path("deploy/kubernetes")
+VERSION = "1.30"
+
+Manifest = dict[str, Any]
+Mistake = Callable[[Manifest], None]
+
+
+def _load(path: Path) -> Manifest:
+    manifest: Manifest = yaml.safe_load(path.read_text())
+    return manifest
+
+
+def _container(manifest: Manifest) -> Manifest:
+    container: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]
+    return container
+
+
+MISTAKES: dict[str, Mistake] = {
+    "deployment": lambda m: _container(m).update(readynessProbe={}),
+    "service": lambda m: m["spec"]["ports"][0].update(port="eighty"),
+    "autoscaler": lambda m: m["spec"].pop("maxReplicas"),
+    "disruption-budget": lambda m: m["spec"].update(maxUnavailable=[1]),
+    "network-policy": lambda m: m["spec"].update(ingres=[]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_manifest_fits_kubernetes_and_a_mistake_in_it_does_not(name: str) -> None:
+    manifest = _load(KUBERNETES / f"{name}.yaml")
+    kubernetes_validate.validate(manifest, VERSION, strict=True)
+    broken = copy.deepcopy(manifest)
+    MISTAKES[name](broken)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, VERSION, strict=True)
+
+
+KSERVE_MISTAKES: dict[str, Mistake] = {
+    "runtime": lambda m: m["spec"]["supportedModelFormats"][0].update(autoselect=True),
+    "inference-service": lambda m: m["spec"]["predictor"]["model"].pop("modelFormat"),
+}
+
+
+@pytest.mark.parametrize("name", KSERVE_MISTAKES)
+def test_a_manifest_fits_kserve_and_a_mistake_in_it_does_not(name: str) -> None:
+    manifest = _load(Path(f"deploy/kserve/{name}.yaml"))
+    kserve.validate(manifest)
+    broken = copy.deepcopy(manifest)
+    KSERVE_MISTAKES[name](broken)
+    with pytest.raises(jsonschema.ValidationError):
+        kserve.validate(broken)
+
+
+def test_kserves_containers_fit_kubernetes_too() -> None:
+    """KServe's types leave a container's probes and resources to Kubernetes."""
+    runtime = _load(Path("deploy/kserve/runtime.yaml"))
+    pod: Manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runtime"}}
+    pod["spec"] = {key: runtime["spec"][key] for key in ("containers", "volumes")}
+    kubernetes_validate.validate(pod, VERSION, strict=True)
+    pod["spec"]["containers"][0]["readinessProbe"]["periodSeconds"] = "often"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_what_belongs_together_is_called_the_same() -> None:
+    deployment = _load(KUBERNETES / "deployment.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert _load(KUBERNETES / "service.yaml")["spec"]["selector"] == labels
+    budget = _load(KUBERNETES / "disruption-budget.yaml")
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    policy = _load(KUBERNETES / "network-policy.yaml")
+    assert policy["spec"]["podSelector"]["matchLabels"] == labels
+    target = _load(KUBERNETES / "autoscaler.yaml")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    ports = {port["name"]: port["containerPort"] for port in _container(deployment)["ports"]}
+    (service_port,) = _load(KUBERNETES / "service.yaml")["spec"]["ports"]
+    assert service_port["targetPort"] in ports
+    allowed = {rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]}
+    assert allowed == set(ports.values())
+
+
+def test_a_pod_asks_for_as_many_cpus_as_threads_compute() -> None:
+    properties = dict(
+        line.split("=", 1)
+        for line in Path("deploy/container/config.properties").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    dockerfile = Path("deploy/container/Dockerfile").read_text()
+    assert "OMP_NUM_THREADS=1" in dockerfile
+    for pod in (
+        _container(_load(KUBERNETES / "deployment.yaml")),
+        _load(Path("deploy/kserve/runtime.yaml"))["spec"]["containers"][0],
+    ):
+        resources = pod["resources"]
+        cpus = properties["default_workers_per_model"]
+        assert resources["requests"]["cpu"] == resources["limits"]["cpu"] == cpus
+
+
+def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
+    pod = _load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]
+    (command, seconds) = _container({"spec": {"template": {"spec": pod}}})["lifecycle"]["preStop"][
+        "exec"
+    ]["command"]
+    assert command == "sleep"
+    assert Options().timeout <= int(seconds) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_dashboard_is_json_that_grafana_takes() -> None:
+    dashboard = json.loads(Path("deploy/monitoring/dashboard.json").read_text())
+    assert dashboard["uid"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids)) >= 8

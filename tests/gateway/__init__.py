@@ -1,0 +1,1 @@
+"""The gateway before real nodes; needs nginx, and Prometheus for the metrics."""

@@ -1,0 +1,76 @@
+"""A gateway before two real nodes, started once for all tests here."""
+
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts import gateway as gateways
+from scripts.cluster import start_nodes, stop_nodes
+from scripts.gateway import Gateway, Options, find_gateway
+from tests.gateway.client import Client
+
+KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nginx() -> None:
+    if shutil.which("nginx") is None:
+        pytest.skip("NOT RUN: nginx is missing (on Debian: apt install nginx)")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The gateway's folder; those of the nodes are beside it."""
+    return tmp_path_factory.mktemp("gateway-run") / "gateway"
+
+
+@pytest.fixture(scope="session")
+def cluster(archive: Path, folder: Path) -> Iterator[Gateway]:
+    """Two nodes of one worker each, behind a gateway with the watch."""
+    nodes = start_nodes(2, archive, workers=1, run_dir=folder.parent)
+    options = Options(http_port=free_port(), https_port=free_port(), rate=1000, burst=1000)
+    started = gateways.start(options, nodes, folder)
+    yield started
+    last = find_gateway(folder)
+    assert last is not None, "nginx ended during the tests"
+    gateways.stop(last, folder)
+    stop_nodes(last.nodes)
+
+
+@pytest.fixture
+def client(cluster: Gateway) -> Client:
+    """Asks the gateway."""
+    return Client(cluster)
+
+
+@pytest.fixture
+def guarded(cluster: Gateway, tmp_path: Path) -> Iterator[Client]:
+    """A second gateway before the same nodes, which asks for keys and has narrow limits."""
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    options = Options(
+        http_port=free_port(),
+        https_port=free_port(),
+        keys=str(keys),
+        rate=1,
+        burst=4,
+        connections=2,
+        timeout=5,
+    )
+    folder = tmp_path / "guarded"
+    current = find_gateway(Path(cluster.nodes[0].run_dir).parent / "gateway")
+    assert current is not None
+    started = gateways.start(options, current.nodes, folder, watch=False)
+    yield Client(started)
+    gateways.stop(started, folder)

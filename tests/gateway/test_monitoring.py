@@ -1,0 +1,147 @@
+"""The handler's metrics, the dashboard and the alerts, in a real Prometheus."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from scripts.gateway import Gateway
+from scripts.photographs import CAT
+from tests.gateway import faults
+from tests.gateway.client import Client
+from tests.gateway.conftest import free_port
+
+MONITORING = Path("deploy/monitoring")
+DEADLINE = 40.0
+
+Query = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prometheus() -> None:
+    if shutil.which("prometheus") is None or shutil.which("promtool") is None:
+        pytest.skip("NOT RUN: Prometheus is missing (on Debian: apt install prometheus)")
+
+
+@pytest.fixture(scope="module")
+def query(
+    cluster: Gateway, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Query]:
+    """Asks a Prometheus that reads this cluster's nodes every half second."""
+    assert cluster.process() is not None
+    place = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    config["global"]["scrape_interval"] = "500ms"
+    config["rule_files"] = [str((MONITORING / "alerts.yaml").resolve())]
+    targets = [f"127.0.0.1:{server.ports.metrics}" for server in faults.servers_of(folder)]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    (place / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    with (
+        (place / "log").open("w") as log,
+        subprocess.Popen(
+            [  # noqa: S607
+                "prometheus",
+                f"--config.file={place / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={place / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            yield lambda text: _query(port, text)
+        finally:
+            process.terminate()
+
+
+def _query(port: int, text: str) -> list[dict[str, Any]]:
+    answer = requests.get(
+        f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}, timeout=10
+    )
+    body = answer.json()
+    assert body["status"] == "success", (text, body)
+    result: list[dict[str, Any]] = body["data"]["result"]
+    return result
+
+
+def _eventually(check: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            if value := check():
+                return value
+        except requests.ConnectionError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_what_was_sent_is_what_prometheus_counts(query: Query, client: Client) -> None:
+    _eventually(lambda: len(query('up{job="densenet"} == 1')) == 2)
+
+    def images(outcome: str, error_type: str = "none") -> float:
+        labels = f'outcome="{outcome}", error_type="{error_type}"'
+        rows = query(f"sum(densenet_images_total{{{labels}}})")
+        return float(rows[0]["value"][1]) if rows else 0.0
+
+    before = images("recognized"), images("unrecognized"), images("refused", "NotAnImage")
+    for _ in range(3):
+        client.predict()
+    unsure = {"threshold": "1"}
+    picture = {"file": (Path("tests") / "conftest.py").read_bytes()}
+    client.ask("POST", "/predict", files=picture)
+    client.ask("POST", "/predict", files={"file": CAT.read_bytes()}, data=unsure)
+
+    def counted() -> bool:
+        after = images("recognized"), images("unrecognized"), images("refused", "NotAnImage")
+        return tuple(a - b for a, b in zip(after, before, strict=True)) == (3, 1, 1)
+
+    _eventually(counted)
+    for name in ("decode_seconds", "inference_seconds", "batch_images", "best_probability"):
+        (row,) = query(f"sum(densenet_{name}_count)")
+        assert float(row["value"][1]) > 0
+
+
+def test_every_query_of_the_dashboard_gives_data(query: Query, client: Client) -> None:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    waiting = {
+        target["expr"].replace("$__rate_interval", "1m")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+    assert len(waiting) >= 10
+
+    def all_give_data() -> bool:
+        client.predict()
+        for text in list(waiting):
+            rows = query(text)
+            if rows and all(row["value"][1] != "NaN" for row in rows):
+                waiting.discard(text)
+        return not waiting
+
+    _eventually(all_give_data)
+
+
+def test_the_alert_rules_do_what_their_tests_say_and_a_mistake_shows(tmp_path: Path) -> None:
+    def promtool(folder: Path) -> int:
+        return subprocess.run(
+            ["promtool", "test", "rules", "alerts.test.yaml"],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            check=False,
+        ).returncode
+
+    assert promtool(MONITORING) == 0
+    for name in ("alerts.yaml", "alerts.test.yaml"):
+        text = (MONITORING / name).read_text()
+        (tmp_path / name).write_text(text.replace("> 0.01", "> 0.5"))
+    assert promtool(tmp_path) == 1
