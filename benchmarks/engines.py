@@ -196,8 +196,9 @@ def _child(*arguments: str) -> dict[str, float] | None:
 
 
 def main(
-    rounds: int = 3,
-    seconds: float = 2.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="For each of five settings a round.")] = 2.0,
+    only: Annotated[list[str] | None, typer.Option(help="These candidates.")] = None,
     child: Annotated[tuple[str, Path, int, int, float] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measures every candidate and writes benchmarks/results/engines.md."""
@@ -207,7 +208,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         _prepare(work)
-        names = [*ONNX_OPTIONS, *OTHERS]
+        names = only or [*ONNX_OPTIONS, *OTHERS]
         expected = _reference(work)
         accuracy = {name: _accuracy(name, work, expected) for name in names}
         cores = psutil.cpu_count()

@@ -110,6 +110,7 @@ def test_a_pod_asks_for_as_many_cpus_as_threads_compute() -> None:
         resources = pod["resources"]
         cpus = properties["default_workers_per_model"]
         assert resources["requests"]["cpu"] == resources["limits"]["cpu"] == cpus
+        assert f"MAX_THREADS={cpus}" in dockerfile
 
 
 def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
