@@ -35,7 +35,7 @@ GATEWAY_OPTIONS = $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)
 	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
 	$(call option,connections,$(CONNECTIONS))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -74,6 +74,9 @@ bench: setup $(BENCHMARK_PACKAGES) ## compare with other servers, about 10 minut
 
 bench-engines: setup $(BENCHMARK_PACKAGES) ## compare engines and their options, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.engines
+
+bench-pipe: setup $(BENCHMARK_PACKAGES) ## what each setting of the server is worth, about 10 minutes
+	@$(VENV_PYTHON) -m benchmarks.pipe
 
 bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, about 5 minutes
 	@$(VENV_PYTHON) -m benchmarks.scaling

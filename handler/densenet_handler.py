@@ -1,6 +1,6 @@
 """The entry that TorchServe loads: one class that takes a batch of requests through the stages."""
 
-import handler  # noqa: F401, I001  # before TorchServe imports ONNX Runtime, see there
+import handler  # noqa: F401, I001  # before ONNX Runtime is imported, see there
 
 import logging
 import os
@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from ts.context import Context
-from ts.torch_handler.base_handler import BaseHandler
 
 from handler import explain, responses
 from handler.allocator import keep_freed_memory
@@ -52,7 +50,7 @@ from handler.settings import MODEL_CARD, ModelCard, Settings
 logger = logging.getLogger(__name__)
 
 
-class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no types
+class DenseNetHandler:
     """Classifies images: `initialize` once a worker, then `handle` once a batch.
 
     A batch is what TorchServe queued up, requests of several clients mixed. Each stage keeps what
@@ -79,7 +77,7 @@ class DenseNetHandler(BaseHandler):  # type: ignore[misc]  # TorchServe has no t
             model_dir / context.manifest["model"]["serializedFile"],
             self.card,
             self.cores,
-            device=_device(context.system_properties.get("gpu_id")),
+            gpu=context.system_properties.get("gpu_id"),
         )
         self.classifier = explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
         self.page = load_page(PAGE, self.card, self.settings)
@@ -301,8 +299,3 @@ def _threads(variable: str, default: int) -> int:
         return max(1, int(os.environ.get(variable, default)))
     except ValueError:
         return default
-
-
-def _device(gpu_id: int | None) -> str:
-    """TorchServe gives each worker a GPU where there is one."""
-    return f"cuda:{gpu_id}" if gpu_id is not None and torch.cuda.is_available() else "cpu"

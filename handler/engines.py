@@ -50,14 +50,14 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(model_file: Path, card: ModelCard, cores: Cores, device: str) -> Engine:
+def load_engine(model_file: Path, card: ModelCard, cores: Cores, gpu: int | None = None) -> Engine:
     """Loads the archive's model file with the engine for its kind.
 
     Args:
         model_file: `model.onnx` or `model.pth`, as packed.
         card: the archive's model card.
         cores: how many CPU threads a forward pass may use.
-        device: "cpu", or "cuda:0" and so on; only PyTorch uses a GPU.
+        gpu: the number of the GPU that TorchServe gave this worker, if any; only PyTorch uses one.
 
     Raises:
         ArchiveError: the file is missing or corrupt, or of a kind that no engine takes.
@@ -69,7 +69,7 @@ def load_engine(model_file: Path, card: ModelCard, cores: Cores, device: str) ->
             case ".onnx":
                 return OnnxEngine(model_file, cores)
             case ".pth":
-                return TorchEngine(model_file, card, cores.share, device)
+                return TorchEngine(model_file, card, cores.share, gpu)
     except Exception as error:
         # The libraries raise kinds of their own for a corrupt file; the operator needs its name.
         raise ArchiveError(f"{model_file.name}: cannot be loaded: {error}") from error
@@ -143,13 +143,14 @@ class TorchEngine:
     # Batch sizes with a graph of their own. Larger batches are cut.
     _BUCKETS = (1, 2, 4, 8, 16, 32)
 
-    def __init__(self, weights_file: Path, card: ModelCard, threads: int, device: str) -> None:
+    def __init__(self, weights_file: Path, card: ModelCard, threads: int, gpu: int | None) -> None:
         import torch
         import torchvision
 
         torch.set_num_threads(threads)
         self._torch = torch
-        self._device = torch.device(device)
+        on_gpu = gpu is not None and torch.cuda.is_available()
+        self._device = torch.device(f"cuda:{gpu}" if on_gpu else "cpu")
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         model = torchvision.models.get_model(
             card.architecture, weights=None, num_classes=card.classes

@@ -190,7 +190,7 @@ def decode_all(
             return error
 
     with _without_warnings():
-        if pool is None:
+        if pool is None or len(pictures) < 2:  # noqa: PLR2004  # one waits for no other thread
             return [decode_one(picture) for picture in pictures]
         return list(pool.map(decode_one, pictures))
 

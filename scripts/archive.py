@@ -43,6 +43,8 @@ MODEL_STORE = Path("model_store")
 BUILD = Path("build")
 HANDLER = Path("handler")
 ENTRY = HANDLER / "densenet_handler.py"
+# Python finds it by its name, so that it must lie beside the entry.
+AT_START = HANDLER / "sitecustomize.py"
 MODEL_CONFIG = HANDLER / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 VERSION = "1.0"
@@ -161,7 +163,7 @@ def _pack(
         (extra / MODEL_CARD).write_text(card.to_json())
         np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
         for path in _handler_files():
-            if path.suffix == ".json":
+            if path.suffix == ".json" or path == AT_START:
                 shutil.copy(path, extra)
             elif path.suffix in {".py", ".html"} and path != ENTRY:
                 shutil.copy(path, extra / HANDLER)

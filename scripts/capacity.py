@@ -23,7 +23,7 @@ UTILISATION = 0.7
 WORKERS_A_NODE = 16
 # What a worker took after load (scripts/machine.py), and a frontend at its limits
 # (config.properties).
-WORKER_GB = 0.9
+WORKER_GB = 0.5
 FRONTEND_GB = 6.0
 # Of a photo as phones and web pages send it, and of an answer with its headers.
 REQUEST_BYTES = 500_000

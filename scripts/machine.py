@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import joblib
 import psutil
 
-# A worker after load with the CUDA build of torch, measured, and some room.
-_WORKER_BYTES = 900_000_000
+# A worker after load was measured at 300 MB with ONNX Runtime; this leaves room for large requests.
+_WORKER_BYTES = 500_000_000
 
 # So many at most for one picture; what more would give was not measured.
 _MOST_THREADS = 8

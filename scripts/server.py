@@ -145,6 +145,8 @@ def start(
     *,
     threads: int | None = None,
     tokens: bool = False,
+    config: Path = CONFIG,
+    log_config: Path = LOG_CONFIG,
 ) -> Running:
     """Starts TorchServe in the background and waits until all its workers are ready.
 
@@ -155,6 +157,8 @@ def start(
         run_dir: the server's folder.
         threads: CPU threads of one worker; None for the CPUs divided by the workers.
         tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
+        config: TorchServe's configuration, to which this start adds what it decides.
+        log_config: what is logged.
 
     Raises:
         UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
@@ -167,14 +171,15 @@ def start(
     _check_ports(ports)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    config = _effective_config(archive, ports, chosen, tokens=tokens)
-    (run_dir / "config.properties").write_text(config)
+    decided = _decided_at_start(archive, ports, chosen, tokens=tokens)
+    # The last line of a key counts.
+    (run_dir / "config.properties").write_text(config.read_text() + decided)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
     # two servers must not share one. The path is short, since a socket's must be.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     model_log = _NewLines(logs / "model.log")
     try:
-        running = _launch(archive, ports, chosen, run_dir, temporary, tokens=tokens)
+        running = _launch(archive, ports, chosen, run_dir, temporary, log_config, tokens=tokens)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -187,9 +192,8 @@ def start(
     return running
 
 
-def _effective_config(archive: Path, ports: Ports, chosen: Plan, *, tokens: bool) -> str:
-    """The committed configuration with what this start decides after it: the last line counts."""
-    return CONFIG.read_text() + (
+def _decided_at_start(archive: Path, ports: Ports, chosen: Plan, *, tokens: bool) -> str:
+    return (
         "\n# --- Decided at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
@@ -241,7 +245,14 @@ def _java_home() -> str:
 
 
 def _launch(
-    archive: Path, ports: Ports, chosen: Plan, run_dir: Path, temporary: str, *, tokens: bool
+    archive: Path,
+    ports: Ports,
+    chosen: Plan,
+    run_dir: Path,
+    temporary: str,
+    log_config: Path,
+    *,
+    tokens: bool,
 ) -> Running:
     logs = run_dir / "logs"
     environment = {
@@ -264,7 +275,7 @@ def _launch(
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
         *("--ts-config", str((run_dir / "config.properties").resolve())),
-        *("--log-config", str(LOG_CONFIG.resolve())),
+        *("--log-config", str(log_config.resolve())),
         *("--model-store", str(archive.parent.resolve())),
     ]
     with (logs / "console.log").open("w") as output:

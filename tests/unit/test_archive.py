@@ -131,9 +131,7 @@ def test_both_engines_give_the_same_logits(archive: Path, weights: Weights, tmp_
         (tmp_path / "model.onnx").write_bytes(content.read("model.onnx"))
     torch.save(weights.state_dict, tmp_path / "model.pth")
     logits = [
-        load_engine(tmp_path / name, card, Cores(1, 2, tmp_path / "busy"), device="cpu").logits(
-            images
-        )
+        load_engine(tmp_path / name, card, Cores(1, 2, tmp_path / "busy")).logits(images)
         for name in ("model.onnx", "model.pth")
     ]
     assert logits[0].shape == (6, 1000)
@@ -158,7 +156,7 @@ def test_a_model_file_that_cannot_be_loaded_is_named(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ArchiveError, match=message):
-        load_engine(tmp_path / name, card, Cores(1, 1, tmp_path / "busy"), device="cpu")
+        load_engine(tmp_path / name, card, Cores(1, 1, tmp_path / "busy"))
 
 
 def test_the_class_index_in_the_archive_is_the_committed_one(archive: Path) -> None:

@@ -44,7 +44,6 @@ def engine(
         model_file(request.param, archive, weights, folder),
         card,
         Cores(2, 2, folder / "busy"),
-        "cpu",
     )
 
 
@@ -106,7 +105,7 @@ def test_covering_the_hottest_part_costs_the_class_more_than_covering_the_coldes
     card = read_card(archive)
     assert card is not None
     cores = Cores(2, 2, tmp_path / "busy")
-    engine = load_engine(member(archive, "model.onnx", tmp_path), card, cores, "cpu")
+    engine = load_engine(member(archive, "model.onnx", tmp_path), card, cores)
     images = pixels(60)
     falls: dict[str, list[float]] = {"hottest": [], "coldest": [], "mirrored": []}
     for image in images:
