@@ -1,12 +1,21 @@
 # Everything is a command here. `make` alone says what there is.
 #
 # Variables, all optional, as in `make run WORKERS=2 PORT=9080`:
+#   ARCH=resnet50      another of torchvision's classifiers than densenet121
 #   WEIGHTS=file       weights of your own instead of torchvision's
+#   CLASSES=file       your own classes, a name a line, or JSON
+#   NAME=name          of the archive and of the model; otherwise the architecture's
+#   RESIZE, CROP, MEAN, STD, INTERPOLATION
+#                      make archive: other preprocessing than torchvision's
+#   MODELS="a b"       make start: which archives, side by side
+#   MODEL=name         which of several models
 #   WEIGHTS_URL=url    a mirror of torchvision's file
 #   WORKERS=n          worker processes; otherwise as many as suit the machine
 #   PORT=n             predictions; likewise MANAGEMENT_PORT, METRICS_PORT,
 #                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #   ENGINE=torch       make archive: serve with PyTorch (GPU) instead of ONNX Runtime
+#   IMAGES="a b*.jpg"  make classify: files, folders, patterns; FORMAT, OUTPUT, TOPK, THRESHOLD
+#                      make evaluate: a folder with a folder of pictures a class
 #   NODES=n            make gateway: TorchServe nodes of its own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: see deploy/README.md
 #   NODE=name          make drain, undrain, replace: which node
@@ -21,13 +30,17 @@ VENV_PYTHON := .venv/bin/python
 # $(call option,NAME,VALUE): --NAME VALUE, or nothing where there is no value.
 option = $(if $(2),--$(1) '$(2)')
 
-WEIGHTS_OPTIONS = $(call option,weights,$(WEIGHTS)) $(call option,url,$(WEIGHTS_URL))
+WEIGHTS_OPTIONS = $(call option,weights,$(WEIGHTS)) $(call option,url,$(WEIGHTS_URL)) \
+	$(call option,arch,$(ARCH)) $(call option,classes,$(CLASSES)) $(call option,name,$(NAME))
+PREPROCESSING_OPTIONS = $(call option,resize,$(RESIZE)) $(call option,crop,$(CROP)) \
+	$(call option,mean,$(MEAN)) $(call option,std,$(STD)) \
+	$(call option,interpolation,$(INTERPOLATION))
 SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
 	$(call option,management-port,$(MANAGEMENT_PORT)) \
 	$(call option,metrics-port,$(METRICS_PORT)) \
 	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
 	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
-GATEWAY_OPTIONS = $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)) \
+GATEWAY_OPTIONS = $(call option,model,$(MODEL)) $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)) \
 	$(call option,host,$(HOST)) $(call option,http-port,$(HTTP_PORT)) \
 	$(call option,https-port,$(HTTPS_PORT)) $(call option,keys,$(KEYS)) \
 	$(call option,certificate,$(CERTIFICATE)) \
@@ -35,7 +48,7 @@ GATEWAY_OPTIONS = $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)
 	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
 	$(call option,connections,$(CONNECTIONS))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify lint format lock clean
+.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -90,11 +103,12 @@ gateway-cost: setup ## what the gateway costs, and what two nodes give
 outages: setup ## ten minutes of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m tests.stress.outages
 
-archive: setup ## production: build model_store/densenet121.mar, with trained weights only
-	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(call option,engine,$(ENGINE))
+archive: setup ## production: build an archive, with trained weights only
+	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) \
+		$(call option,engine,$(ENGINE))
 
-start: setup ## production: serve the archive, with trained weights only
-	@$(VENV_PYTHON) -m scripts.server start $(SERVER_OPTIONS)
+start: setup ## production: serve archives, with trained weights only
+	@$(VENV_PYTHON) -m scripts.server start $(call option,models,$(MODELS)) $(SERVER_OPTIONS)
 
 stop: setup ## stop the server
 	@$(VENV_PYTHON) -m scripts.server stop
@@ -103,7 +117,8 @@ status: setup ## show workers, queue and versions
 	@$(VENV_PYTHON) -m scripts.server status
 
 scale: setup ## change the number of workers: make scale WORKERS=2
-	@$(VENV_PYTHON) -m scripts.server scale $(call option,workers,$(WORKERS))
+	@$(VENV_PYTHON) -m scripts.server scale $(call option,workers,$(WORKERS)) \
+		$(call option,model,$(MODEL))
 
 gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
 	@$(VENV_PYTHON) -m scripts.cluster start $(GATEWAY_OPTIONS)
@@ -127,8 +142,17 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.upgrade $(call option,archive,$(ARCHIVE)) \
 		$(call option,agreement,$(AGREEMENT))
 
-classify: setup ## classify a picture: make classify IMAGE=cat.jpg
-	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)')
+classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
+	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)') $(IMAGES) \
+		$(call option,model,$(MODEL)) $(call option,format,$(FORMAT)) \
+		$(call option,output,$(OUTPUT)) $(call option,topk,$(TOPK)) \
+		$(call option,threshold,$(THRESHOLD))
+
+evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
+	@$(VENV_PYTHON) -m scripts.evaluate $(if $(IMAGES),'$(IMAGES)') $(call option,model,$(MODEL))
+
+digits: setup ## a model of one's own, from training to serving, about 3 minutes
+	@$(VENV_PYTHON) -m examples.digits
 
 lint: setup ## check style and types
 	@$(VENV_PYTHON) -m ruff check .

@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.machine import describe
 from benchmarks.peers.common import session
 from benchmarks.servers import CORES, Server, request_body, start_ours, start_peer, start_stock
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.photographs import CAT
 from scripts.terminal import UserError, command, step, warn
 from scripts.weights import untrained
@@ -120,7 +120,7 @@ def _prepare(work: Path) -> Path:
     """Pictures, weights and archive into the folder that the servers read."""
     os.environ["BENCHMARK_FILES"] = str(work)
     weights = untrained()
-    archive = build(weights, work / "store")
+    archive = build(recipe(weights), work / "store")
     with zipfile.ZipFile(archive) as content:
         (work / "model.onnx").write_bytes(content.read("model.onnx"))
     (work / "index_to_name.json").write_bytes(Path("handler/index_to_name.json").read_bytes())

@@ -27,7 +27,7 @@ from rich.progress import track
 
 from benchmarks.machine import describe
 from handler.settings import Preprocessing
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.export import Normalized
 from scripts.photographs import sample_views
 from scripts.terminal import command, step
@@ -228,7 +228,7 @@ def main(
 def _prepare(work: Path) -> None:
     images = sample_views(Preprocessing(), 240)
     np.save(work / "images.npy", images)
-    archive = build(untrained(), work / "store")
+    archive = build(recipe(untrained()), work / "store")
     with zipfile.ZipFile(archive) as content:
         (work / "model.onnx").write_bytes(content.read("model.onnx"))
     _int8(work / "model.onnx", images[:INT8_CALIBRATION_IMAGES], work / "int8.onnx")

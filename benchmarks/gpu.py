@@ -53,7 +53,7 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     with TemporaryDirectory() as folder:
         torch.save(weights.state_dict, Path(folder) / "model.pth")
         cores = Cores(torch.get_num_threads(), 1, Path(folder) / "busy")
-        engine = load_engine(Path(folder) / "model.pth", card, cores, device)
+        engine = load_engine(Path(folder) / "model.pth", card, cores, gpu=0 if on_gpu else None)
     eager = Normalized(build_model(weights), preprocessing).eval().to(device)
     views = sample_views(preprocessing, max(batches))
 

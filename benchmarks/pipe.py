@@ -26,7 +26,7 @@ from benchmarks.bench import RESULTS, closed_loop
 from benchmarks.machine import describe
 from benchmarks.scaling import picture
 from benchmarks.servers import free_port
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.server import CONFIG, LOG_CONFIG, Ports, Running, start, stop
 from scripts.terminal import command, step
 from scripts.weights import untrained
@@ -176,7 +176,7 @@ def _start(name: str, work: Path, stack: ExitStack) -> Server:
 
 def _archive(variant: Variant, store: Path) -> Path:
     """The project's archive with other keys in its model-config.yaml."""
-    archive = build(untrained(), store)
+    archive = build(recipe(untrained()), store)
     unchanged = archive.rename(archive.with_suffix(".unchanged"))
     with zipfile.ZipFile(unchanged) as old, zipfile.ZipFile(archive, "w") as new:
         for entry in old.infolist():

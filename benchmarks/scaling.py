@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.bench import RESULTS, closed_loop
 from benchmarks.machine import describe
 from benchmarks.servers import free_port
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.photographs import CAT
 from scripts.server import Ports, Running, scale, start, stop
 from scripts.terminal import command, step
@@ -61,7 +61,7 @@ def main(
     cores = psutil.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        archive = build(untrained(), work / "store")
+        archive = build(recipe(untrained()), work / "store")
         running = start(archive, Ports(*(free_port() for _ in range(5))), run_dir=work / "run")
         try:
             small = (picture(0.5), "image/jpeg")

@@ -21,7 +21,7 @@ from handler import explain, responses
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
-from handler.errors import ArchiveError, ClientError
+from handler.errors import ArchiveError, ClientError, NoExplanation
 from handler.images import (
     Decoded,
     Decoder,
@@ -67,7 +67,8 @@ class DenseNetHandler:
         self.card = ModelCard.load(model_dir / MODEL_CARD)
         self.labels = load_class_index(model_dir / CLASS_INDEX, self.card.classes)
         share = _threads("OMP_NUM_THREADS", 1)
-        self.cores = Cores(share, _threads("MAX_THREADS", share), model_dir / "busy-workers")
+        # Beside the folders of the server's models, whose workers use the same cores.
+        self.cores = Cores(share, _threads("MAX_THREADS", share), model_dir.parent / "busy-workers")
         self.pools = {
             threads: ThreadPoolExecutor(threads)
             for threads in {self.cores.share, self.cores.all}
@@ -79,7 +80,11 @@ class DenseNetHandler:
             self.cores,
             gpu=context.system_properties.get("gpu_id"),
         )
-        self.classifier = explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
+        self.classifier = (
+            explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
+            if self.card.features
+            else None
+        )
         self.page = load_page(PAGE, self.card, self.settings)
         self._warm_up()
         self.metrics = Metrics(context, self.card, self.settings)
@@ -131,9 +136,15 @@ class DenseNetHandler:
 
     def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
         try:
-            return read_request(row, headers, self.settings, self.labels)
+            request = read_request(row, headers, self.settings, self.labels)
         except ClientError as error:
             return error
+        if isinstance(request, ExplainRequest) and self.classifier is None:
+            return NoExplanation(
+                f"A {self.card.architecture} has no class activation map: its logits are no linear "
+                "function of its last features. DenseNets and ResNets, among others, have one."
+            )
+        return request
 
     def _decode(self, requests: list[Request | ClientError]) -> list[list[Decoded]]:
         """For each request, its images; those of all requests are decoded together."""
@@ -230,6 +241,7 @@ class DenseNetHandler:
                 int(probabilities.argmax()) if request.class_index is None else request.class_index
             )
             label, probability = self.labels[index], float(probabilities[index])
+            assert self.classifier is not None
             activation = explain.class_activation_map(features, self.classifier[index])
             if request.as_picture:
                 content = explain.heat_picture(image, activation)
@@ -268,6 +280,7 @@ class DenseNetHandler:
             "weights_file": self.card.weights_file,
             "weights_sha256": self.card.weights_sha256,
             "engine": self.engine.name,
+            "explains": self.classifier is not None,
             "preprocessing": asdict(self.card.preprocessing),
             "settings": asdict(self.settings),
         }
@@ -277,12 +290,16 @@ class DenseNetHandler:
         than the second.
         """
         crop = self.card.preprocessing.crop
-        logits, features = self.engine.logits_and_features(np.zeros((1, 3, crop, crop), np.uint8))
-        if features.shape[1] != self.classifier.shape[1]:
-            raise ArchiveError(
-                f"the model gives features of shape {features.shape}, "
-                f"{explain.CLASSIFIER} has {self.classifier.shape[1]} weights a class"
-            )
+        black = np.zeros((1, 3, crop, crop), np.uint8)
+        if self.classifier is None:
+            logits = self.engine.logits(black)
+        else:
+            logits, features = self.engine.logits_and_features(black)
+            if features.shape[1] != self.classifier.shape[1]:
+                raise ArchiveError(
+                    f"the model gives features of shape {features.shape}, "
+                    f"{explain.CLASSIFIER} has {self.classifier.shape[1]} weights a class"
+                )
         if logits.shape != (1, self.card.classes):
             raise ArchiveError(
                 f"the model gives logits of shape {logits.shape}, "

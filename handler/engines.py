@@ -14,6 +14,8 @@ from handler.cores import Cores
 from handler.errors import ArchiveError
 from handler.settings import ModelCard
 
+INCEPTIONS = ("googlenet", "inception_v3")
+
 
 class Engine(Protocol):
     """A loaded model.
@@ -44,8 +46,9 @@ class Engine(Protocol):
             images: as in `logits`.
 
         Returns:
-            the logits, and float32 (N, channels, height, width) after the last ReLU, 7 high and 7
-            wide for a crop of 224: the logits are a linear function of their means.
+            the logits, and float32 (N, channels, height, width), the last features, of DenseNet 7
+            high and 7 wide for a crop of 224: the logits are a linear function of their means.
+            Only of an architecture that has such, see `ModelCard.features`.
         """
         ...
 
@@ -133,7 +136,7 @@ def _onnx_session(model_file: Path, threads: int) -> Any:
 
 
 class TorchEngine:
-    """PyTorch with torchvision's architecture: float32 on a CPU, half precision on a GPU.
+    """PyTorch with one of torchvision's architectures: float32 on a CPU, half precision on a GPU.
 
     On a GPU a batch is sent as uint8 and normalised there, and the whole forward pass is replayed
     as one CUDA graph, recorded for each of a few batch sizes; smaller batches are filled up.
@@ -145,19 +148,16 @@ class TorchEngine:
 
     def __init__(self, weights_file: Path, card: ModelCard, threads: int, gpu: int | None) -> None:
         import torch
-        import torchvision
 
         torch.set_num_threads(threads)
         self._torch = torch
         on_gpu = gpu is not None and torch.cuda.is_available()
         self._device = torch.device(f"cuda:{gpu}" if on_gpu else "cpu")
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        model = torchvision.models.get_model(
-            card.architecture, weights=None, num_classes=card.classes
-        )
-        weights = torch.load(weights_file, map_location="cpu", weights_only=True)
-        model.load_state_dict(weights)
-        self._model = model.eval().to(self._device, self._dtype, memory_format=torch.channels_last)
+        model = empty_model(card.architecture, card.classes)
+        model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True))
+        self._model = model.to(self._device, self._dtype, memory_format=torch.channels_last)
+        self._with_features = with_features(self._model, card.features) if card.features else None
         self._mean = self._channels(card.preprocessing.mean)
         self._std = self._channels(card.preprocessing.std)
         crop = card.preprocessing.crop
@@ -186,8 +186,9 @@ class TorchEngine:
         """See `Engine.logits_and_features`."""
         with self._torch.inference_mode():
             on_device = self._torch.from_numpy(images).to(self._device)
-            features = self._model.features(self._normalized(on_device)).relu()
-            logits = self._model.classifier(features.mean((2, 3)))
+            assert self._with_features is not None
+            found = self._with_features(self._normalized(on_device))
+            logits, features = found["logits"], found["features"]
             return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -203,6 +204,30 @@ class TorchEngine:
                     for part in (images[i : i + most] for i in range(0, len(images), most))
                 ]
             )
+
+
+def empty_model(architecture: str, classes: int) -> Any:
+    """One of torchvision's classifiers, its parameters yet to be loaded, in evaluation mode.
+
+    The two Inceptions come without the auxiliary classifiers that only training uses, and scale
+    their input as torchvision's weights expect.
+    """
+    import torchvision
+
+    options: dict[str, Any] = {"num_classes": classes}
+    if architecture in INCEPTIONS:
+        options |= {"aux_logits": False, "transform_input": True, "init_weights": False}
+    return torchvision.models.get_model(architecture, weights=None, **options).eval()
+
+
+def with_features(model: Any, node: str) -> Any:
+    """A model that gives a dict of "logits" and "features", the latter from a node of its graph."""
+    from torchvision.models import feature_extraction
+
+    last = feature_extraction.get_graph_node_names(model, suppress_diff_warning=True)[1][-1]
+    return feature_extraction.create_feature_extractor(
+        model, {last: "logits", node: "features"}, suppress_diff_warning=True
+    ).eval()
 
 
 def bucket(count: int, sizes: tuple[int, ...]) -> int:

@@ -94,6 +94,13 @@ class InvalidOption(ClientError):
     type = "InvalidOption"
 
 
+class NoExplanation(ClientError):
+    """The model's architecture has no class activation map."""
+
+    status = 404
+    type = "NoExplanation"
+
+
 class ArchiveError(RuntimeError):
     """The archive cannot be served as it is: a file is missing, corrupt or misspelt.
 

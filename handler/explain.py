@@ -1,8 +1,8 @@
 """Where in a picture a class shows: the class activation map.
 
-DenseNet ends in a mean over all positions and one linear layer. A class's logit is therefore a sum
-over the positions, and what each of them adds to it is known exactly, without a gradient (Zhou et
-al., "Learning Deep Features for Discriminative Localization", arXiv:1512.04150).
+DenseNet, as many others, ends in a mean over all positions and one linear layer. A class's logit
+is therefore a sum over the positions, and what each of them adds to it is known exactly, without a
+gradient (Zhou et al., "Learning Deep Features for Discriminative Localization", arXiv:1512.04150).
 """
 
 import io

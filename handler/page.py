@@ -39,7 +39,12 @@ def load_page(path: Path, card: ModelCard, settings: Settings) -> Response:
         raise ArchiveError(f"{path.name}: cannot be read: {error}") from error
     if page.count(_SETTINGS_PLACE) != 1:
         raise ArchiveError(f"{path.name}: needs {_SETTINGS_PLACE} once")
-    told = {"topk": settings.topk, "threshold": settings.threshold, "warning": card.warning}
+    told = {
+        "topk": settings.topk,
+        "threshold": settings.threshold,
+        "warning": card.warning,
+        "explains": bool(card.features),
+    }
     filled = _SETTINGS_PLACE.replace("{}", html.escape(json.dumps(told)))
     headers = {
         "Content-Security-Policy": _policy(page),

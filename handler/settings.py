@@ -16,6 +16,9 @@ from handler.errors import ArchiveError
 
 MODEL_CARD = "model-card.json"
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_CHANNELS = 3
+
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
@@ -65,14 +68,26 @@ class Preprocessing:
         crop: side of the square cut from the centre, in pixels.
         mean: per channel (red, green, blue), on the scale 0 to 1, subtracted before dividing.
         std: per channel, on the scale 0 to 1.
+        interpolation: how pixels are resized: nearest, bilinear or bicubic, the last two
+            antialiased.
     """
 
     resize: int = _bounded(255, 1, 4096)
     crop: int = _bounded(224, 1, 4096)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            allowed = ", ".join(INTERPOLATIONS)
+            raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != _CHANNELS or not all(isinstance(v, (int, float)) for v in values):
+                raise ArchiveError(f"{name} must be three numbers, got {values!r}")
+        if not all(value > 0 for value in self.std):
+            raise ArchiveError(f"std must be above 0, got {self.std!r}")
         if self.crop > self.resize:
             raise ArchiveError(f"crop {self.crop} is larger than resize {self.resize}")
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -91,6 +106,9 @@ class ModelCard:
         weights_sha256: SHA-256 of that file, or of the random weights' values.
         inputs_sha256: digest of all that the archive was built from; equal means up to date.
         preprocessing: how a picture becomes the model's input.
+        features: the node of the architecture's graph, in torchvision's naming, that gives the
+            last features; empty where logits are no linear function of their means, so that
+            there is no class activation map.
     """
 
     architecture: str
@@ -100,6 +118,7 @@ class ModelCard:
     weights_sha256: str
     inputs_sha256: str
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    features: str = ""
 
     @classmethod
     def load(cls, path: Path) -> "ModelCard":

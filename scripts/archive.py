@@ -1,4 +1,4 @@
-"""Builds `model_store/densenet121.mar`: exports the model, checks it, packs it with the handler.
+"""Builds an archive: exports the model, checks it, packs it with its classes and the handler.
 
 What is still up to date is used again: the export while weights and exporter are the same, the
 archive while nothing that goes into it has changed. The same inputs give the same bytes.
@@ -8,30 +8,42 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
 from rich.status import Status
+from torch import nn
 
 from handler.errors import ArchiveError
 from handler.explain import CLASSIFIER
+from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts import export
+from scripts.architectures import (
+    DEFAULT_ARCHITECTURE,
+    check_architecture,
+    last_layer,
+    official_preprocessing,
+)
+from scripts.class_index import as_json
+from scripts.class_names import read_class_names
 from scripts.photographs import sample_batch
 from scripts.terminal import UserError, command, console, step, warn
 from scripts.weights import (
-    ARCHITECTURE,
-    CLASSES,
+    IMAGENET_CLASSES,
     HostUnreachableError,
     Weights,
     build_model,
@@ -55,38 +67,119 @@ _CREATED_ON = "01/01/1980 00:00:00"
 
 _RANDOM_CHECK_IMAGES = 8
 
+# A model's name is part of addresses and of file names.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
-def build(weights: Weights, model_store: Path = MODEL_STORE, engine: str = "onnx") -> Path:
-    """Builds the archive, unless the one in the model store was made from the same inputs.
+
+@dataclass(frozen=True)
+class Recipe:
+    """What goes into an archive.
+
+    Attributes:
+        weights: what to pack.
+        name: of the archive and of the model that it becomes.
+        labels: a class for each position of the logits.
+        preprocessing: how a picture becomes the model's input.
+        engine: "onnx" for ONNX Runtime, "torch" for PyTorch.
+    """
+
+    weights: Weights
+    name: str
+    labels: Sequence[Label]
+    preprocessing: Preprocessing
+    engine: str = "onnx"
+
+
+def recipe(
+    weights: Weights,
+    name: str | None = None,
+    classes: Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    engine: str = "onnx",
+) -> Recipe:
+    """Fills in what a person need not say.
 
     Args:
         weights: what to pack.
-        model_store: the folder to put `densenet121.mar` into.
-        engine: "onnx" for ONNX Runtime, "torch" for PyTorch.
+        name: of the archive; None for the architecture's.
+        classes: the list of classes; None for ImageNet's.
+        preprocessing: None for what torchvision does for this architecture.
+        engine: "onnx" or "torch".
+
+    Raises:
+        UserError: the list does not fit the weights, or the name or the engine cannot be used.
+    """
+    name = weights.architecture if name is None else name
+    if _NAME.fullmatch(name) is None:
+        raise UserError(f"NAME must be letters, digits, - and _, got {name!r}.")
+    if engine not in {"onnx", "torch"}:
+        raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
+    return Recipe(
+        weights,
+        name,
+        _labels(weights, classes),
+        preprocessing or official_preprocessing(weights.architecture),
+        engine,
+    )
+
+
+def _labels(weights: Weights, classes: Path | None) -> Sequence[Label]:
+    if classes is None:
+        if weights.classes != IMAGENET_CLASSES:
+            raise UserError(
+                f"{weights.file} tells {weights.classes} classes apart, and nothing names them. "
+                "Give a list of them: CLASSES=classes.txt"
+            )
+        return load_class_index(HANDLER / CLASS_INDEX, IMAGENET_CLASSES)
+    labels = read_class_names(classes)
+    if len(labels) != weights.classes:
+        raise UserError(
+            f"{classes} names {len(labels)} classes, but {weights.file} tells {weights.classes} "
+            "apart. The list must have the model's classes, in the order of its training."
+        )
+    return labels
+
+
+def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
+    """Builds the archive, unless the one in the model store was made from the same inputs.
+
+    Args:
+        recipe: what goes into it.
+        model_store: the folder to put it into.
 
     Returns:
         the archive.
     """
-    archive = model_store / f"{ARCHITECTURE}.mar"
-    card = ModelCard(
-        architecture=ARCHITECTURE,
-        classes=CLASSES,
-        trained=weights.trained,
-        weights_file=weights.file,
-        weights_sha256=weights.sha256,
-        inputs_sha256="",
-        preprocessing=Preprocessing(),
-    )
-    card = dataclasses.replace(card, inputs_sha256=_inputs_digest(card, engine))
+    weights = recipe.weights
+    archive = model_store / f"{recipe.name}.mar"
     packed = read_card(archive)
-    if packed is not None and packed.inputs_sha256 == card.inputs_sha256:
+    inputs_sha256 = _inputs_digest(recipe)
+    if packed is not None and packed.inputs_sha256 == inputs_sha256:
         step(f"Archive: {archive} is up to date")
         return archive
     model_store.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
-    model_file = _model_file(weights, card, engine)
+    model = build_model(weights)
+    last = last_layer(model, weights.architecture)
+    images = sample_batch(recipe.preprocessing)
+    card = ModelCard(
+        architecture=weights.architecture,
+        classes=weights.classes,
+        trained=weights.trained,
+        weights_file=weights.file,
+        weights_sha256=weights.sha256,
+        inputs_sha256=inputs_sha256,
+        preprocessing=recipe.preprocessing,
+        features=export.features_node(model, last, recipe.preprocessing, images),
+    )
+    subject = export.Exportable(model, card.preprocessing, card.features)
+    model_file = _model_file(subject, card, recipe.engine, images)
+    classifier = None
+    if card.features:
+        assert isinstance(last, nn.Linear)
+        classifier = last.weight.detach().float().numpy()
     with Status("Packing the archive ...", console=console):
-        _pack(card, model_file, weights.state_dict["classifier.weight"].float().numpy(), archive)
+        _pack(card, recipe, model_file, classifier, archive)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -105,9 +198,15 @@ def _handler_files() -> list[Path]:
     return sorted(path for path in HANDLER.iterdir() if path.is_file())
 
 
-def _inputs_digest(card: ModelCard, engine: str) -> str:
+def _inputs_digest(recipe: Recipe) -> str:
     """Changes whenever the archive would."""
-    digest = hashlib.sha256(json.dumps([card.to_json(), engine, _exporter_digest()]).encode())
+    weights = recipe.weights
+    said = [
+        (weights.architecture, weights.classes, weights.trained, weights.file, weights.sha256),
+        (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
+        _exporter_digest(),
+    ]
+    digest = hashlib.sha256(json.dumps(said).encode())
     for path in (*_handler_files(), Path(__file__)):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
@@ -116,44 +215,51 @@ def _inputs_digest(card: ModelCard, engine: str) -> str:
 
 def _exporter_digest() -> str:
     """Changes whenever an export of the same weights might."""
-    digest = hashlib.sha256(Path(export.__file__).read_bytes())
+    digest = hashlib.sha256()
+    for path in (HANDLER / "engines.py", Path(export.__file__)):
+        digest.update(path.read_bytes())
     for package in ("torch", "torchvision", "onnx", "onnxscript"):
         digest.update(f"{package}=={version(package)};".encode())
     return digest.hexdigest()
 
 
-def _model_file(weights: Weights, card: ModelCard, engine: str) -> Path:
-    key = hashlib.sha256((card.weights_sha256 + _exporter_digest()).encode()).hexdigest()[:16]
+def _model_file(
+    subject: export.Exportable, card: ModelCard, engine: str, images: NDArray[np.uint8]
+) -> Path:
+    said = [card.weights_sha256, dataclasses.asdict(card.preprocessing), _exporter_digest()]
+    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     if engine == "torch":
-        return _state_dict_file(weights, BUILD / f"{ARCHITECTURE}-{key}.pth")
-    exported = BUILD / f"{ARCHITECTURE}-{key}.onnx"
+        state_dict_file = BUILD / f"{card.architecture}-{key}.pth"
+        torch.save(subject.model.state_dict(), state_dict_file)
+        return state_dict_file
+    exported = BUILD / f"{card.architecture}-{key}.onnx"
     if exported.exists():
         step(f"Model: using the checked export {exported}")
         return exported
     unchecked = exported.with_suffix(".unchecked")
-    model = build_model(weights)
     with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
-        export.export(model, card.preprocessing, unchecked)
+        export.export(subject, unchecked)
     with Status("Comparing the exported model with PyTorch ...", console=console):
         crop = card.preprocessing.crop
         noise = np.random.default_rng(0).integers(
             0, 256, (_RANDOM_CHECK_IMAGES, 3, crop, crop), dtype=np.uint8
         )
-        images = np.concatenate([sample_batch(card.preprocessing), noise])
         export.check(
-            model, card.preprocessing, unchecked, images, lambda text: step(f"Model: {text}")
+            subject,
+            unchecked,
+            np.concatenate([images, noise]),
+            lambda text: step(f"Model: {text}"),
         )
     unchecked.replace(exported)
     return exported
 
 
-def _state_dict_file(weights: Weights, target: Path) -> Path:
-    torch.save(weights.state_dict, target)
-    return target
-
-
 def _pack(
-    card: ModelCard, model_file: Path, classifier: NDArray[np.float32], archive: Path
+    card: ModelCard,
+    recipe: Recipe,
+    model_file: Path,
+    classifier: NDArray[np.float32] | None,
+    archive: Path,
 ) -> None:
     """Lets `torch-model-archiver` lay the archive out, then zips it the same way every time."""
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
@@ -161,9 +267,11 @@ def _pack(
         extra = work / "extra"
         (extra / HANDLER).mkdir(parents=True)
         (extra / MODEL_CARD).write_text(card.to_json())
-        np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
+        if classifier is not None:
+            np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
+        (extra / CLASS_INDEX).write_text(as_json(recipe.labels), "utf-8")
         for path in _handler_files():
-            if path.suffix == ".json" or path == AT_START:
+            if path == AT_START:
                 shutil.copy(path, extra)
             elif path.suffix in {".py", ".html"} and path != ENTRY:
                 shutil.copy(path, extra / HANDLER)
@@ -172,7 +280,7 @@ def _pack(
         (work / "tmp").mkdir()
         _run_archiver(
             [
-                *("--model-name", ARCHITECTURE),
+                *("--model-name", recipe.name),
                 *("--version", VERSION if card.trained else f"{VERSION}-untrained"),
                 *("--handler", str(ENTRY)),
                 *("--serialized-file", str(packed_model)),
@@ -183,7 +291,7 @@ def _pack(
             ],
             work / "tmp",
         )
-        laid_out = work / ARCHITECTURE
+        laid_out = work / recipe.name
         _fix_creation_time(laid_out / MANIFEST)
         unfinished = work / "unfinished.mar"
         _zip(laid_out, unfinished)
@@ -219,27 +327,74 @@ def _zip(folder: Path, target: Path) -> None:
             archive.writestr(entry, path.read_bytes())
 
 
-def build_for_trial(path: Path | None, url: str | None) -> Path:
-    """Builds with trained weights, or with random ones where the weights' host is unreachable."""
+def obtain_for_trial(
+    path: Path | None, url: str | None, architecture: str = DEFAULT_ARCHITECTURE
+) -> Weights:
+    """Trained weights, or random ones where the host of torchvision's is unreachable."""
     try:
-        weights = obtain(path, url)
+        return obtain(path, url, architecture)
     except HostUnreachableError as error:
         warn(str(error))
         warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
-        weights = untrained()
-    return build(weights)
+        return untrained(architecture)
+
+
+def customized(official: Preprocessing, said: Mapping[str, object]) -> Preprocessing:
+    """The preprocessing with what a person says instead, under the names of `Preprocessing`.
+
+    Raises:
+        UserError: a value cannot be used.
+    """
+    chosen: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    try:
+        return Preprocessing(**{**dataclasses.asdict(official), **chosen})
+    except ArchiveError as error:
+        raise UserError(f"The preprocessing cannot be used: {error}.") from error
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{name} must be numbers with commas between, got {text!r}.") from error
+    return numbers * 3 if len(numbers) == 1 else numbers
+
+
+ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
 
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
     url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    arch: ArchOption = DEFAULT_ARCHITECTURE,
+    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
     engine: Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")] = "onnx",
+    resize: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Shorter side, in pixels.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Side of the square, in pixels.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="As in 0.485,0.456,0.406.")] = None,
+    std: Annotated[str | None, typer.Option(help="As in 0.229,0.224,0.225.")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="As in bicubic.")] = None,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
-    if engine not in ("onnx", "torch"):
-        raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
-    build(obtain(weights, url), model_store, engine)
+    check_architecture(arch)
+    said = {
+        "resize": resize,
+        "crop": crop,
+        "mean": _numbers("MEAN", mean),
+        "std": _numbers("STD", std),
+        "interpolation": interpolation,
+    }
+    chosen = customized(official_preprocessing(arch), said)
+    found = obtain(weights, url, arch)
+    build(recipe(found, name, classes, chosen, engine), model_store)
 
 
 if __name__ == "__main__":

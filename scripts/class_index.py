@@ -1,16 +1,18 @@
 """Writes `handler/index_to_name.json` from the ImageNet class ids and names that `timm` carries."""
 
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
+from handler.labels import Label
 from scripts.terminal import command, step
 
 TARGET = Path("handler/index_to_name.json")
 
 
-def class_index() -> dict[str, list[str]]:
-    """1,000 rows, `{"0": ["n01440764", "tench"], ...}`.
+def class_index() -> list[Label]:
+    """1,000 classes, such as `("n01440764", "tench")`, by their position in the logits.
 
     The name is the first lemma of the class's WordNet synset with underscores for spaces, which
     is how the Keras and PyTorch tutorials' class index names them.
@@ -21,15 +23,14 @@ def class_index() -> dict[str, list[str]]:
         line.split("\t", 1)
         for line in (info / "imagenet_synset_to_lemma.txt").read_text("utf-8").splitlines()
     )
-    return {
-        str(index): [synset, lemmas[synset].split(",")[0].strip().replace(" ", "_")]
-        for index, synset in enumerate(synsets)
-    }
+    return [
+        Label(synset, lemmas[synset].split(",")[0].strip().replace(" ", "_")) for synset in synsets
+    ]
 
 
-def as_json(index: dict[str, list[str]]) -> str:
+def as_json(labels: Iterable[Label]) -> str:
     """The file's text: one row a line, so that a change can be read."""
-    rows = [f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in index.items()]
+    rows = [f'  "{index}": {json.dumps(label)}' for index, label in enumerate(labels)]
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 

@@ -19,6 +19,7 @@ from rich.status import Status
 from rich.table import Table
 
 from scripts import gateway as gateways
+from scripts.architectures import DEFAULT_ARCHITECTURE
 from scripts.archive import MODEL_STORE, read_card
 from scripts.gateway import (
     GATEWAY_DIR,
@@ -33,7 +34,7 @@ from scripts.gateway import (
 from scripts.server import HOST, RUN_DIR, Ports, find_running, model_status, ready_workers, start
 from scripts.server import stop as stop_server
 from scripts.terminal import UserError, console, run, step, warn
-from scripts.weights import ARCHITECTURE, sha256
+from scripts.weights import sha256
 
 _RELEASE_DIGITS = 12
 
@@ -42,7 +43,7 @@ def keep_release(archive: Path, run_dir: Path = RUN_DIR) -> Path:
     """Copies an archive to where nodes serve it from, under the digits of its SHA-256."""
     if not archive.is_file():
         raise UserError(f"There is no archive {archive}. Build it with: make archive")
-    target = run_dir / "releases" / sha256(archive)[:_RELEASE_DIGITS] / f"{ARCHITECTURE}.mar"
+    target = run_dir / "releases" / sha256(archive)[:_RELEASE_DIGITS] / archive.name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(".unfinished")
@@ -58,7 +59,7 @@ def start_node(release: Path, workers: int, run_dir: Path = RUN_DIR) -> Node:
     folder = run_dir / f"node-{number}"
     folder.mkdir(parents=True)
     try:
-        start(release, _free_ports(), workers, folder, threads=1, tokens=True)
+        start(release, free_ports(), workers, folder, threads=1, tokens=True)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -155,7 +156,7 @@ def _require(names: Sequence[str], gateway: Gateway) -> list[Node]:
     return [known[name] for name in names]
 
 
-def _free_ports() -> Ports:
+def free_ports() -> Ports:
     """Ports that nobody uses now."""
     sockets = [socket.create_server((HOST, 0)) for _ in dataclasses.fields(Ports)]
     numbers = [s.getsockname()[1] for s in sockets]
@@ -180,6 +181,7 @@ def start_command(
     rate: int = Options.rate,
     burst: int = Options.burst,
     connections: int = Options.connections,
+    model: Annotated[str, typer.Option(help="Name of the archive.")] = DEFAULT_ARCHITECTURE,
 ) -> None:
     """Puts a gateway before the server of `make run`, or before nodes of its own."""
     if find_gateway() is not None:
@@ -188,7 +190,7 @@ def start_command(
         host, http_port, https_port, certificate, certificate_key, keys, rate, burst, connections
     )
     gateways.check(options)
-    archive = MODEL_STORE / f"{ARCHITECTURE}.mar"
+    archive = MODEL_STORE / f"{model}.mar"
     own = nodes is not None
     members = start_nodes(nodes, archive, workers) if nodes else [_server_of_make_run(archive)]
     try:
@@ -212,7 +214,7 @@ def _server_of_make_run(archive: Path) -> Node:
     running = find_running()
     if running is None:
         raise UserError("There is nothing to stand before. Run make run first, or give NODES=2.")
-    if not archive.is_file() or sha256(archive) != running.archive_sha256:
+    if not archive.is_file() or sha256(archive) != running.models.get(archive.stem):
         raise UserError(f"The server does not serve {archive} as it is now. Run: make run")
     release = keep_release(archive)
     return Node(str(RUN_DIR.resolve()), str(release.resolve()), max(1, ready_workers(running)))

@@ -1,6 +1,7 @@
-"""Exports DenseNet to ONNX, with normalisation inside, and checks it against PyTorch."""
+"""Exports a classifier to ONNX, with normalisation inside, and checks it against PyTorch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,21 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
+from torchvision.models import feature_extraction
 
+from handler.engines import with_features
 from handler.settings import Preprocessing
 from scripts.terminal import UserError
 
 # Larger differences than this between the exported graph's outputs and PyTorch's stop the build.
-# Both compute in float32 with sums in another order; 1e-5 was seen.
+# Both compute in float32 with sums in another order; 1e-5 was seen. Of outputs above 10 it is taken
+# of a tenth of the greatest.
 MAX_DIFFERENCE = 1e-4
 
 OPSET = 20
+
+# Among so many last nodes of a graph are the last features, in every architecture that has such.
+_LAST_NODES = 12
 
 
 class Normalized(nn.Module):
@@ -44,48 +50,123 @@ class Normalized(nn.Module):
 
 
 class WithFeatures(nn.Module):
-    """A DenseNet that gives its last features beside its logits."""
+    """A classifier that gives its last features beside its logits."""
 
-    def __init__(self, densenet: nn.Module) -> None:
+    def __init__(self, model: nn.Module, node: str) -> None:
         super().__init__()
-        self.features = densenet.get_submodule("features")
-        self.classifier = densenet.get_submodule("classifier")
+        self.model = with_features(model, node)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Same steps in the same order as torchvision's DenseNet.
+        """Same steps in the same order as the classifier's.
 
         Returns:
-            logits (N, classes), and features (N, channels, height, width) after the last ReLU,
-            of whose means over height and width the logits are a linear function.
+            logits (N, classes), and features (N, channels, height, width), of whose means over
+            height and width the logits are a linear function.
         """
-        features = functional.relu(self.features(images))
-        pooled = functional.adaptive_avg_pool2d(features, (1, 1))
-        return self.classifier(torch.flatten(pooled, 1)), features
+        found = self.model(images)
+        return found["logits"], found["features"]
 
 
-def export(densenet: nn.Module, preprocessing: Preprocessing, target: Path) -> None:
-    """Writes the model as ONNX: input `images` uint8 (N, 3, crop, crop), outputs `logits` float32
-    (N, classes) and `features` float32 (N, channels, height, width), N free. The same model gives
-    the same bytes.
+@dataclass(frozen=True)
+class Exportable:
+    """What is exported.
+
+    Attributes:
+        model: a classifier in evaluation mode.
+        preprocessing: of which normalisation becomes part of the graph.
+        features: the node that gives its last features; without one they are no output.
     """
-    model = Normalized(WithFeatures(densenet), preprocessing).eval()
-    crop = preprocessing.crop
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    features: str = ""
+
+
+@torch.inference_mode()
+def features_node(
+    model: nn.Module, last_layer: nn.Module, preprocessing: Preprocessing, images: NDArray[np.uint8]
+) -> str:
+    """The node of the model's graph that gives features to explain a class with.
+
+    That the logits are a linear function of the features' means is not assumed of an architecture,
+    but tried with real pictures.
+
+    Args:
+        model: in evaluation mode.
+        last_layer: its layer that gives the logits.
+        preprocessing: of the model.
+        images: uint8 (N, 3, crop, crop).
+
+    Returns:
+        the node's name; empty where no node is like that, or where it has only one position.
+    """
+    if not isinstance(last_layer, nn.Linear):
+        return ""
+    names: list[str] = feature_extraction.get_graph_node_names(model, suppress_diff_warning=True)[1]
+    candidates = names[-_LAST_NODES:]
+    found = feature_extraction.create_feature_extractor(
+        model, candidates, suppress_diff_warning=True
+    ).eval()
+    outputs = Normalized(found, preprocessing).eval()(torch.from_numpy(images))
+    logits = outputs[candidates[-1]]
+    for name in reversed(candidates):
+        features = outputs[name]
+        if (
+            isinstance(features, Tensor)
+            and features.dim() == 4  # noqa: PLR2004  # N, channels, height, width
+            and features.shape[1] == last_layer.in_features
+            and features.shape[2] * features.shape[3] > 1
+            and _scaled_difference(last_layer(features.mean((2, 3))), logits) < MAX_DIFFERENCE
+        ):
+            return name
+    return ""
+
+
+def _scaled_difference(got: Any, expected: Any) -> float:
+    """The largest difference, as a part of the greatest value where that is above 10."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    return float(np.abs(got - expected).max() / max(1.0, np.abs(expected).max() / 10))
+
+
+def export(subject: Exportable, target: Path) -> None:
+    """Writes the model as ONNX.
+
+    Its input is `images`, uint8 (N, 3, crop, crop), its outputs `logits`, float32 (N, classes), and
+    `features`, float32 (N, channels, height, width), N free. The same model gives the same bytes.
+
+    Raises:
+        UserError: torch cannot export this architecture.
+    """
+    model, features = subject.model, subject.features
+    whole = WithFeatures(model, features) if features else model
+    whole = Normalized(whole, subject.preprocessing).eval()
+    crop = subject.preprocessing.crop
     example = torch.zeros((2, 3, crop, crop), dtype=torch.uint8)
-    program = torch.onnx.export(
-        model,
-        (example,),
-        input_names=["images"],
-        output_names=["logits", "features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            whole,
+            (example,),
+            input_names=["images"],
+            output_names=["logits", "features"] if features else ["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(
+            f"torch cannot export this architecture to ONNX ({_first_line(error)}). Serve it with "
+            "PyTorch: ENGINE=torch"
+        ) from error
     assert program is not None
     graph = program.model_proto
     _drop_build_notes(graph)
     onnx.checker.check_model(graph, full_check=True)
     target.write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def _drop_build_notes(graph: onnx.ModelProto) -> None:
@@ -101,8 +182,7 @@ def _drop_build_notes(graph: onnx.ModelProto) -> None:
 
 
 def check(
-    densenet: nn.Module,
-    preprocessing: Preprocessing,
+    subject: Exportable,
     exported: Path,
     images: NDArray[np.uint8],
     report: Callable[[str], None],
@@ -110,8 +190,7 @@ def check(
     """Compares the exported graph with PyTorch.
 
     Args:
-        densenet: what was exported.
-        preprocessing: what it was exported with.
+        subject: what was exported.
         exported: the ONNX file.
         images: uint8 (N, 3, crop, crop), run as one batch and one by one.
         report: takes the sentence with the largest differences.
@@ -119,21 +198,24 @@ def check(
     Raises:
         UserError: a logit or a feature differs by more than `MAX_DIFFERENCE`.
     """
+    model, preprocessing, features = subject.model, subject.preprocessing, subject.features
     batch = torch.from_numpy(images)
     with torch.inference_mode():
         # The logits are those of the model as it was before anything was wrapped around it.
-        logits = Normalized(densenet, preprocessing).eval()(batch).numpy()
-        features = Normalized(WithFeatures(densenet), preprocessing).eval()(batch)[1].numpy()
+        expected = {"logits": Normalized(model, preprocessing).eval()(batch).numpy()}
+        if features:
+            wrapped = Normalized(WithFeatures(model, features), preprocessing).eval()
+            expected["features"] = wrapped(batch)[1].numpy()
     session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
-    differences = [
-        _largest_difference(session, name, images, expected)
-        for name, expected in (("logits", logits), ("features", features))
-    ]
+    differences = {
+        name: _largest_difference(session, name, images, values)
+        for name, values in expected.items()
+    }
     report(
         f"largest difference to PyTorch over {len(images)} images: "
-        f"{differences[0]:.1e} in logits, {differences[1]:.1e} in features"
+        + ", ".join(f"{value:.1e} in {name}" for name, value in differences.items())
     )
-    difference = max(differences)
+    difference = max(differences.values())
     # Written so that NaN stops the build too.
     if not difference <= MAX_DIFFERENCE:
         raise UserError(
@@ -154,4 +236,4 @@ def _largest_difference(
     alone = np.concatenate(
         [session.run([output], {"images": images[i : i + 1]})[0] for i in range(len(images))]
     )
-    return float(np.max([np.abs(got - expected).max() for got in (together, alone)]))
+    return float(np.max([_scaled_difference(got, expected) for got in (together, alone)]))

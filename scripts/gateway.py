@@ -33,21 +33,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.server import HOST, RUN_DIR, find_running
 from scripts.terminal import UserError
-from scripts.weights import ARCHITECTURE
 
 GATEWAY_DIR = RUN_DIR / "gateway"
 TEMPLATES = Path("deploy/gateway")
 TEMPLATE = "nginx.conf.jinja"
-
-# Address, what it is on a node, methods. Nothing else of TorchServe can be reached.
-ROUTES = (
-    ("/", f"/predictions/{ARCHITECTURE}", "GET|HEAD"),
-    # On this address of TorchServe's, and only there, a query reaches the handler.
-    ("/predict", f"/{ARCHITECTURE}/predict", "POST|PUT"),
-    ("/explain", f"/explanations/{ARCHITECTURE}", "POST|PUT"),
-    (f"/predictions/{ARCHITECTURE}", f"/predictions/{ARCHITECTURE}", "GET|HEAD|POST|PUT"),
-    (f"/explanations/{ARCHITECTURE}", f"/explanations/{ARCHITECTURE}", "POST|PUT"),
-)
 
 # A grey picture of one pixel, as PNG.
 _PIXEL = (
@@ -394,6 +383,10 @@ def _config(gateway: Gateway, folder: Path) -> str:
         for node, upstream in zip(gateway.nodes, everyone, strict=True)
         if upstream and not node.drained and node.healthy
     ]
+    models = {Path(node.archive).stem for node in gateway.nodes}
+    if len(models) > 1:
+        raise UserError(f"All nodes must serve the same model, these serve {', '.join(models)}.")
+    (model,) = models
     serving = able or willing  # where none looks healthy, each may still be lucky
     if not serving:
         raise UserError("No node would be left to serve. Add one first.")
@@ -414,9 +407,21 @@ def _config(gateway: Gateway, folder: Path) -> str:
         all=[upstream for upstream in everyone if upstream],
         serving=serving,
         tries=min(2 * len(serving), _MOST_TRIES),
-        routes=ROUTES,
-        model=ARCHITECTURE,
+        routes=routes(model),
+        model=model,
         pixel=_PIXEL,
+    )
+
+
+def routes(model: str) -> tuple[tuple[str, str, str], ...]:
+    """Address, what it is on a node, methods. Nothing else of TorchServe can be reached."""
+    return (
+        ("/", f"/predictions/{model}", "GET|HEAD"),
+        # On this address of TorchServe's, and only there, a query reaches the handler.
+        ("/predict", f"/{model}/predict", "POST|PUT"),
+        ("/explain", f"/explanations/{model}", "POST|PUT"),
+        (f"/predictions/{model}", f"/predictions/{model}", "GET|HEAD|POST|PUT"),
+        (f"/explanations/{model}", f"/explanations/{model}", "POST|PUT"),
     )
 
 

@@ -27,15 +27,16 @@ class Plan:
     max_threads: int
 
 
-def plan(workers: int | None = None) -> Plan:
+def plan(workers: int | None = None, models: int = 1) -> Plan:
     """A worker for each CPU with one thread each, which gave the best throughput; fewer workers
-    with more threads where memory is short, or where `workers` says so.
+    with more threads where memory is short, or where `workers` says so. Each of several models has
+    as many.
 
     CPUs are those that affinity and cgroup quota leave to this process, not the machine's.
     """
     cpus = joblib.cpu_count()
     if workers is None:
         fit_in_memory = int(psutil.virtual_memory().available * 0.75 // _WORKER_BYTES)
-        workers = max(1, min(cpus, fit_in_memory))
+        workers = max(1, min(cpus, fit_in_memory // models))
     threads = max(1, cpus // workers)
     return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from scripts.archive import build_for_trial
-from scripts.classify import classify, show
+from scripts.architectures import DEFAULT_ARCHITECTURE
+from scripts.archive import ArchOption, build, obtain_for_trial, recipe
+from scripts.classify import show
+from scripts.client import Client
 from scripts.photographs import CAT
 from scripts.server import RUN_DIR, Ports, Running, find_running, ready_workers, start, stop
 from scripts.terminal import command, console, step
@@ -17,6 +19,9 @@ from scripts.weights import sha256
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
     url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    arch: ArchOption = DEFAULT_ARCHITECTURE,
+    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -25,13 +30,14 @@ def main(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Builds the archive, serves it and classifies a sample photograph."""
-    archive = build_for_trial(weights, url)
+    archive = build(recipe(obtain_for_trial(weights, url, arch), name, classes))
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     running = _serve(archive, ports, workers)
 
     picture = RUN_DIR / "cat.png"
     shutil.copyfile(CAT, picture)
-    show(picture, classify(picture, running.predictions_url))
+    with Client(running.predictions_url) as client:
+        show(str(picture), client.classify(picture))
 
     console.print(f"Predictions  {running.predictions_url}")
     console.print("             in a browser it is a page to drop pictures on")
@@ -45,7 +51,8 @@ def _serve(archive: Path, ports: Ports, workers: int | None) -> Running:
     """Keeps a server that serves this very archive where it was asked to; else starts one."""
     running = find_running()
     if running is not None:
-        up_to_date = running.archive_sha256 == sha256(archive) and running.ports == ports
+        served = {archive.stem: sha256(archive)}
+        up_to_date = running.models == served and running.ports == ports
         ready = ready_workers(running)
         if up_to_date and ready > 0 and workers in (None, ready):
             step(f"TorchServe: already serving this archive with {ready} worker(s)")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import version
@@ -30,10 +30,11 @@ from rich.status import Status
 from rich.table import Table
 from urllib3.util import Retry
 
+from scripts.architectures import DEFAULT_ARCHITECTURE
 from scripts.archive import MODEL_STORE, read_card
 from scripts.machine import Plan, plan
 from scripts.terminal import UserError, console, run, step, warn
-from scripts.weights import ARCHITECTURE, sha256
+from scripts.weights import sha256
 
 RUN_DIR = Path(".run")
 CONFIG = Path("config.properties")
@@ -62,14 +63,38 @@ class Ports:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that is running, as `server.json` in its folder remembers it."""
+    """A server that is running, as `server.json` in its folder remembers it.
+
+    Attributes:
+        pid: the frontend's process.
+        created: when that was created, in seconds since the epoch.
+        temporary: its folder for sockets and unpacked archives.
+        ports: where it listens.
+        models: the SHA-256 of each archive that it serves, by the model's name.
+        model: which of them is meant where nothing else is said.
+        tokens: whether every call needs one.
+    """
 
     pid: int
     created: float
     temporary: str
     ports: Ports
-    archive_sha256: str
+    models: dict[str, str]
+    model: str
     tokens: bool = False
+
+    def serving(self, model: str) -> "Running":
+        """The same server, looked at for another of its models; `UserError` where it has none."""
+        if model not in self.models:
+            raise UserError(
+                f"The server does not serve {model!r}. It serves: {', '.join(self.models)}."
+            )
+        return dataclasses.replace(self, model=model)
+
+    @property
+    def archive_sha256(self) -> str:
+        """Of the archive that `model` was loaded from."""
+        return self.models[self.model]
 
     def authorization(self, api: Literal["inference", "management", "API"]) -> dict[str, str]:
         """The header that TorchServe asks for on this API; empty where tokens are off.
@@ -85,12 +110,12 @@ class Running:
     @property
     def predictions_url(self) -> str:
         """Where pictures go."""
-        return f"http://{HOST}:{self.ports.inference}/predictions/{ARCHITECTURE}"
+        return f"http://{HOST}:{self.ports.inference}/predictions/{self.model}"
 
     @property
     def model_url(self) -> str:
         """The model in the management API."""
-        return f"http://{HOST}:{self.ports.management}/models/{ARCHITECTURE}"
+        return f"http://{HOST}:{self.ports.management}/models/{self.model}"
 
     @property
     def metrics_url(self) -> str:
@@ -147,31 +172,34 @@ def start(
     tokens: bool = False,
     config: Path = CONFIG,
     log_config: Path = LOG_CONFIG,
+    beside: Sequence[Path] = (),
 ) -> Running:
     """Starts TorchServe in the background and waits until all its workers are ready.
 
     Args:
         archive: the `.mar` to serve; its folder is the model store.
         ports: where to listen.
-        workers: how many; None for as many as suit the machine.
+        workers: how many for each model; None for as many as suit the machine.
         run_dir: the server's folder.
         threads: CPU threads of one worker; None for the CPUs divided by the workers.
         tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
         config: TorchServe's configuration, to which this start adds what it decides.
         log_config: what is logged.
+        beside: more archives of the same folder, each served by workers of its own.
 
     Raises:
         UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
             Nothing is left running then.
     """
     ports = ports or Ports()
-    chosen = plan(workers)
+    archives = [archive, *beside]
+    chosen = plan(workers, models=len(archives))
     if threads is not None:
         chosen = dataclasses.replace(chosen, threads=threads)
     _check_ports(ports)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    decided = _decided_at_start(archive, ports, chosen, tokens=tokens)
+    decided = _decided_at_start(archives, ports, chosen, tokens=tokens)
     # The last line of a key counts.
     (run_dir / "config.properties").write_text(config.read_text() + decided)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
@@ -179,7 +207,7 @@ def start(
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     model_log = _NewLines(logs / "model.log")
     try:
-        running = _launch(archive, ports, chosen, run_dir, temporary, log_config, tokens=tokens)
+        running = _launch(archives, ports, chosen, run_dir, temporary, log_config, tokens=tokens)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -192,7 +220,7 @@ def start(
     return running
 
 
-def _decided_at_start(archive: Path, ports: Ports, chosen: Plan, *, tokens: bool) -> str:
+def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool) -> str:
     return (
         "\n# --- Decided at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
@@ -200,8 +228,8 @@ def _decided_at_start(archive: Path, ports: Ports, chosen: Plan, *, tokens: bool
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
         f"grpc_inference_port={ports.grpc_inference}\n"
         f"grpc_management_port={ports.grpc_management}\n"
-        f"model_store={archive.parent.resolve()}\n"
-        f"load_models={archive.name}\n"
+        f"model_store={archives[0].parent.resolve()}\n"
+        f"load_models={','.join(archive.name for archive in archives)}\n"
         f"default_workers_per_model={chosen.workers}\n"
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
         f"disable_token_authorization={str(not tokens).lower()}\n"
@@ -245,7 +273,7 @@ def _java_home() -> str:
 
 
 def _launch(
-    archive: Path,
+    archives: Sequence[Path],
     ports: Ports,
     chosen: Plan,
     run_dir: Path,
@@ -276,7 +304,7 @@ def _launch(
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
         *("--ts-config", str((run_dir / "config.properties").resolve())),
         *("--log-config", str(log_config.resolve())),
-        *("--model-store", str(archive.parent.resolve())),
+        *("--model-store", str(archives[0].parent.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
         # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
@@ -298,7 +326,8 @@ def _launch(
         raise UserError(
             f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
         ) from error
-    return Running(process.pid, created, temporary, ports, sha256(archive), tokens)
+    models = {archive.stem: sha256(archive) for archive in archives}
+    return Running(process.pid, created, temporary, ports, models, archives[0].stem, tokens)
 
 
 def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
@@ -310,9 +339,10 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_N
             cause = _load_error(model_log.read())
             if cause is not None:
                 raise UserError(f"The archive cannot be loaded: {cause}")
-            ready = ready_workers(running)
-            status.update(f"Waiting for TorchServe: {ready} of {workers} workers ready ...")
-            return ready >= workers
+            ready = [ready_workers(running.serving(model)) for model in running.models]
+            wanted = workers * len(ready)
+            status.update(f"Waiting for TorchServe: {sum(ready)} of {wanted} workers ready ...")
+            return min(ready) >= workers
 
         if not _poll(check, START_TIMEOUT):
             raise UserError(
@@ -435,6 +465,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
 
 @app.command("start")
 def start_command(
+    models: Annotated[str, typer.Option(help="Names of archives.")] = DEFAULT_ARCHITECTURE,
     workers: Workers = None,
     model_store: Annotated[Path, typer.Option(help="Folder with the archive.")] = MODEL_STORE,
     port: int = Ports.inference,
@@ -443,21 +474,29 @@ def start_command(
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
-    """Serves the archive in the background; refuses one without trained weights."""
-    archive = model_store / f"{ARCHITECTURE}.mar"
+    """Serves archives in the background; refuses one without trained weights."""
+    archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
+    if not archives:
+        raise UserError("MODELS names no model.")
+    for archive in archives:
+        _check_trained(archive)
+    if find_running() is not None:
+        raise UserError("TorchServe is running already. Stop it with: make stop")
+    ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
+    started = start(archives[0], ports, workers, beside=archives[1:])
+    for model in started.models:
+        step(f"TorchServe: serving on {started.serving(model).predictions_url}")
+
+
+def _check_trained(archive: Path) -> None:
     card = read_card(archive)
     if card is None:
         raise UserError(f"There is no archive {archive}. Build it with: make archive")
     if not card.trained:
         raise UserError(
             f"{archive} holds untrained random weights. Build it with trained ones: make archive, "
-            "or make archive WEIGHTS=path/to/densenet121.pth"
+            "or make archive WEIGHTS=path/to/weights.pth"
         )
-    if find_running() is not None:
-        raise UserError("TorchServe is running already. Stop it with: make stop")
-    ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    started = start(archive, ports, workers)
-    step(f"TorchServe: serving on {started.predictions_url}")
 
 
 @app.command("stop")
@@ -473,9 +512,13 @@ def stop_command() -> None:
 
 
 @app.command("scale")
-def scale_command(workers: Annotated[int, typer.Option(min=1)]) -> None:
+def scale_command(
+    workers: Annotated[int, typer.Option(min=1)],
+    model: Annotated[str | None, typer.Option(help="Which, of several.")] = None,
+) -> None:
     """Changes the number of workers and waits for the result."""
-    scale(require_running(), workers)
+    running = require_running()
+    scale(running.serving(model) if model else running, workers)
     step(f"TorchServe: {workers} worker(s) ready")
 
 
@@ -484,19 +527,21 @@ def status_command() -> None:
     """Shows workers, queue and versions."""
     running = require_running()
     try:
-        model = model_status(running)
+        models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
         raise UserError(f"TorchServe runs (pid {running.pid}), but does not answer yet.") from error
-    _show_workers(model)
-    queue = model["jobQueueStatus"]
-    console.print(
-        f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
-    )
+    for model in models:
+        _show_workers(model)
+        queue = model["jobQueueStatus"]
+        console.print(
+            f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
+        )
     packages = ("torchserve", "torch", "onnxruntime", "pillow")
     console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
     console.print(f"Frontend: pid {running.pid}, {running.predictions_url}")
-    if "untrained" in model["modelVersion"]:
-        warn("This server has UNTRAINED random weights: its answers mean nothing.")
+    untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
+    if untrained:
+        warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
 
 
 def _show_workers(model: dict[str, Any]) -> None:

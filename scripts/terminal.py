@@ -32,10 +32,11 @@ def warn(text: str) -> None:
     console.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(text)}[/]")
 
 
-def command(function: Callable[..., None]) -> None:
+def command(function: Callable[..., int | None]) -> None:
     """Runs `function` as a command line made from its signature, with errors as sentences.
 
-    Exit status: 0 done, 1 for a `UserError`, 2 for a bad command line, 130 for Ctrl-C.
+    Exit status: what the function returns, 0 for nothing; 1 for a `UserError`, 2 for a bad command
+    line, 130 for Ctrl-C.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)

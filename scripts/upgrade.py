@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import requests
 import typer
 
+from scripts.architectures import DEFAULT_ARCHITECTURE
 from scripts.archive import MODEL_STORE, read_card
 from scripts.cluster import keep_release, start_node, stop_nodes
 from scripts.gateway import (
@@ -30,7 +31,7 @@ from scripts.photographs import sample_photographs
 from scripts.server import RUN_DIR, Running, find_running, ready_workers
 from scripts.server import stop as stop_server
 from scripts.terminal import UserError, command, step, warn
-from scripts.weights import ARCHITECTURE, sha256
+from scripts.weights import sha256
 
 # Of the sample photographs, the share whose first label may not change.
 AGREEMENT = 0.9
@@ -108,6 +109,12 @@ def _check_archive(release: Path, old: Sequence[Node]) -> None:
         raise UserError(f"{release} is no archive of this project.")
     if not old:
         raise UserError("No node serves now; there is nothing to upgrade.")
+    names = {Path(node.archive).stem for node in old}
+    if names != {release.stem}:
+        raise UserError(
+            f"The gateway serves {', '.join(names)}, and this archive is called {release.stem}. "
+            "An upgrade keeps the name, which is part of the clients' addresses."
+        )
     if all(sha256(Path(node.archive)) == sha256(release) for node in old):
         raise UserError("This archive is what is being served already.")
     old_card = read_card(Path(old[0].archive))
@@ -186,7 +193,7 @@ def _running(node: Node) -> Running:
 
 def main(
     archive: Annotated[Path, typer.Option(help="The new archive.")] = MODEL_STORE
-    / f"{ARCHITECTURE}.mar",
+    / f"{DEFAULT_ARCHITECTURE}.mar",
     agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of samples whose first label must stay.")
     ] = AGREEMENT,

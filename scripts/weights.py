@@ -1,16 +1,19 @@
-"""Gets the DenseNet-121 weights: torchvision's, a file of the user's, or seeded random numbers.
+"""Gets a classifier's weights: torchvision's, a file of the user's, or seeded random numbers.
 
 torchvision's file goes to the cache that torch users already have, and is used only after its
-SHA-256 was compared with the digits that its name carries. Files are loaded with
-`weights_only=True`, so that they cannot run code.
+SHA-256 was compared with the digits that its name carries. No file can run code: see
+`scripts.weight_files`.
 """
 
+import dataclasses
 import hashlib
-import io
 import re
 import socket
+import textwrap
 import time
 import urllib.error
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,16 +21,30 @@ from urllib.parse import urlsplit
 
 import torch
 import typer
+from rich.status import Status
 from torch import Tensor, nn
-from torchvision.models import DenseNet121_Weights, get_model
 
+from handler.engines import empty_model
 from handler.settings import Preprocessing
+from scripts import architectures
+from scripts.architectures import (
+    DEFAULT_ARCHITECTURE,
+    check_architecture,
+    class_layer,
+    last_layer,
+    official_preprocessing,
+    official_weights,
+    without_auxiliary,
+)
 from scripts.export import Normalized
 from scripts.photographs import sample_batch
 from scripts.terminal import UserError, command, console, step
+from scripts.weight_files import layer_versions, read_state_dict, set_layer_versions
 
-ARCHITECTURE = "densenet121"
-CLASSES = 1000
+IMAGENET_CLASSES = 1000
+
+# Of layers that do not fit.
+_SHOWN_MISMATCHES = 3
 
 UNTRAINED_SEED = 20
 UNTRAINED_FILE = "seeded random numbers"
@@ -57,27 +74,39 @@ class Weights:
         file: name of the file they came from.
         sha256: of that file's bytes, or of the random weights' values.
         trained: false for random numbers.
+        architecture: name in torchvision's classification registry.
+        classes: how many the model tells apart.
+        official: whether they are torchvision's own.
     """
 
     state_dict: dict[str, Tensor]
     file: str
     sha256: str
     trained: bool
+    architecture: str = DEFAULT_ARCHITECTURE
+    classes: int = IMAGENET_CLASSES
+    official: bool = False
 
 
-def obtain(path: Path | None = None, url: str | None = None) -> Weights:
+def obtain(
+    path: Path | None = None, url: str | None = None, architecture: str = DEFAULT_ARCHITECTURE
+) -> Weights:
     """The user's file where `path` is given, else torchvision's, fetched if it is not there yet.
 
     Raises:
         UserError: with the reason and what to do; `HostUnreachableError` where only the network
             is missing.
     """
-    return load(path if path is not None else fetch(url or official_url()))
+    check_architecture(architecture)
+    if path is not None:
+        return load(path, architecture)
+    found = load(fetch(url or official_url(architecture)), architecture)
+    return dataclasses.replace(found, official=True)
 
 
-def official_url() -> str:
+def official_url(architecture: str = DEFAULT_ARCHITECTURE) -> str:
     """Where torchvision keeps its ImageNet weights."""
-    url: str = DenseNet121_Weights.IMAGENET1K_V1.url
+    url: str = official_weights(architecture).url
     return url
 
 
@@ -166,58 +195,93 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(path: Path) -> Weights:
-    """Reads a file of weights made for DenseNet-121 with 1,000 classes.
+def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:
+    """Reads a file of weights made for an architecture, with as many classes as it has.
+
+    Args:
+        path: in any of the forms of `read_state_dict`.
+        architecture: the one that the weights were trained with.
 
     Raises:
-        UserError: the file is missing, no weights, would run code, or is for another model.
+        UserError: the file is missing, no weights, would run code, or is for another architecture.
     """
+    found, digest = read_state_dict(path)
+    state_dict = _named_as_now(found, architecture)
+    classes = _count_classes(state_dict, architecture, path.name)
+    model = empty_model(architecture, classes)
+    # Files of other formats than torch's have none; those of the whole model decide.
+    versions = layer_versions(found) or {"": (layer_versions(model.state_dict()) or {})[""]}
+    set_layer_versions(state_dict, versions)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"The weights {path} cannot be read: {error.strerror}.") from error
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise many kinds for a foreign file
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
         raise UserError(
-            f"{path} is not a file of PyTorch weights, is cut off, or holds more than weights."
+            f"{path.name} does not fit {architecture} with {classes} classes: "
+            f"{_first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} does not hold a state dict, a mapping of names to tensors.")
-    state_dict = {_present_key(key): value for key, value in loaded.items()}
-    weights = Weights(state_dict, path.name, hashlib.sha256(content).hexdigest(), trained=True)
-    build_model(weights)
-    return weights
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path.name}: {name} holds values that are not finite.")
+    return Weights(
+        model.state_dict(),
+        path.name,
+        digest,
+        trained=True,
+        architecture=architecture,
+        classes=classes,
+    )
 
 
-def _present_key(key: str) -> str:
-    return _OLD_KEY.sub(r"\1\2", key)
+def _named_as_now(found: Mapping[str, Tensor], architecture: str) -> "OrderedDict[str, Tensor]":
+    kept = without_auxiliary(architecture, found)
+    return OrderedDict((_OLD_KEY.sub(r"\1\2", key), found[key]) for key in kept)
+
+
+def _count_classes(state_dict: Mapping[str, Tensor], architecture: str, name: str) -> int:
+    """As many as the last layer has outputs."""
+    layer = class_layer(architecture)
+    if layer not in state_dict or state_dict[layer].dim() == 0:
+        raise UserError(
+            f"{name} does not fit {architecture}: it has no {layer}."
+            f"{_suggestion(state_dict, architecture)}"
+        )
+    return int(state_dict[layer].shape[0])
+
+
+def _first_mismatches(error: RuntimeError) -> str:
+    """What torch names: keys that are missing, not expected, or of another shape, a line each."""
+    lines = [" ".join(line.split()).rstrip(". ") for line in str(error).splitlines()[1:]]
+    shown = "; ".join(textwrap.shorten(line, 300) for line in lines[:_SHOWN_MISMATCHES])
+    more = len(lines) - _SHOWN_MISMATCHES
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
+def _suggestion(state_dict: Mapping[str, Tensor], architecture: str) -> str:
+    with Status("Comparing with torchvision's other architectures ...", console=console):
+        other = architectures.guess(state_dict)
+    if other is None:
+        return " It is no classifier of torchvision's."
+    return f" Its layers are those of {other}: ARCH={other}" if other != architecture else ""
 
 
 def build_model(weights: Weights) -> nn.Module:
-    """DenseNet-121 with these weights, in evaluation mode, on the CPU."""
-    model: nn.Module = get_model(ARCHITECTURE, weights=None, num_classes=CLASSES)
-    try:
-        model.load_state_dict(weights.state_dict)
-    except RuntimeError as error:
-        first_lines = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise UserError(
-            f"{weights.file} does not fit DenseNet-121 with {CLASSES} classes: {first_lines[:300]}"
-        ) from error
-    return model.eval()
+    """The architecture with these weights, in evaluation mode, on the CPU."""
+    model: nn.Module = empty_model(weights.architecture, weights.classes)
+    model.load_state_dict(weights.state_dict)
+    return model
 
 
-def untrained() -> Weights:
+def untrained(architecture: str = DEFAULT_ARCHITECTURE, classes: int = IMAGENET_CLASSES) -> Weights:
     """Seeded random weights, for trying everything but the answers.
 
-    A freshly initialised DenseNet answers nearly the same for every picture. So the batch
+    A freshly initialised network answers nearly the same for every picture. So the batch
     normalisation statistics are random too, and the last layer is centred and scaled on real
     photographs: then answers differ from picture to picture, as trained ones do.
     """
     generator = torch.Generator().manual_seed(UNTRAINED_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
-        model: nn.Module = get_model(ARCHITECTURE, weights=None, num_classes=CLASSES)
+        model: nn.Module = empty_model(architecture, classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
@@ -228,35 +292,44 @@ def untrained() -> Weights:
             ):
                 assert tensor is not None
                 tensor.uniform_(low, high, generator=generator)
-    _spread_logits(model.eval())
+    _spread_logits(model, architecture)
     state_dict = model.state_dict()
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
         digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())
-    return Weights(state_dict, UNTRAINED_FILE, digest.hexdigest(), trained=False)
+    return Weights(
+        state_dict,
+        UNTRAINED_FILE,
+        digest.hexdigest(),
+        trained=False,
+        architecture=architecture,
+        classes=classes,
+    )
 
 
 @torch.inference_mode()
-def _spread_logits(model: nn.Module) -> None:
+def _spread_logits(model: nn.Module, architecture: str) -> None:
     """Gives each class a mean logit of 0 over the sample photographs, and all a common spread."""
-    preprocessing = Preprocessing()
+    last = last_layer(model, architecture)
+    if not isinstance(last, nn.Linear):
+        return
+    preprocessing: Preprocessing = official_preprocessing(architecture)
     logits = Normalized(model, preprocessing)(torch.from_numpy(sample_batch(preprocessing)))
     centred = logits - logits.mean(dim=0)
     scale = UNTRAINED_LOGIT_STD / float(centred.std())
-    classifier = model.classifier
-    assert isinstance(classifier, nn.Linear)
-    classifier.bias.copy_((classifier.bias - logits.mean(dim=0)) * scale)
-    classifier.weight.mul_(scale)
+    last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
+    last.weight.mul_(scale)
 
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own to check.")] = None,
     url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    arch: Annotated[str, typer.Option(help="torchvision's name.")] = DEFAULT_ARCHITECTURE,
 ) -> None:
-    """Fetches torchvision's DenseNet-121 weights into torch's cache, or checks a file."""
-    found = obtain(weights, url)
-    console.print(f"{found.file}: SHA-256 {found.sha256}, fits DenseNet-121")
+    """Fetches torchvision's weights into torch's cache, or checks a file."""
+    found = obtain(weights, url, arch)
+    console.print(f"{found.file}: SHA-256 {found.sha256}, fits {arch} with {found.classes} classes")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 really run.
 """
 
-import dataclasses
-import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scripts.archive import build
-from scripts.server import Ports, Running, start, stop
+from scripts.archive import build, recipe
+from scripts.cluster import free_ports
+from scripts.server import Running, start, stop
 from scripts.weights import Weights, untrained
 
 _seconds: dict[str, float] = defaultdict(float)
@@ -89,16 +88,7 @@ def weights() -> Weights:
 @pytest.fixture(scope="session")
 def archive(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real archive, built as `make run` builds it, in a model store of its own."""
-    return build(weights, tmp_path_factory.mktemp("model_store"))
-
-
-def free_ports() -> Ports:
-    """Ports that nobody uses now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in dataclasses.fields(Ports)]
-    numbers = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return Ports(*numbers)
+    return build(recipe(weights), tmp_path_factory.mktemp("model_store"))
 
 
 @pytest.fixture(scope="session")

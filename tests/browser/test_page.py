@@ -23,10 +23,10 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import FilePayload, Page, Route, expect
 
+from scripts.cluster import free_ports
 from scripts.photographs import CAT
 from scripts.server import HOST, Running, model_status, start, stop
 from tests.browser.conftest import Console
-from tests.conftest import free_ports
 from tests.pictures import PHOTOGRAPHS, encode
 
 TIMEOUT = 60

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.cluster import free_ports
 from scripts.server import Running, start, stop
-from tests.conftest import free_ports
 
 CONTAINER = Path("deploy/container")
 

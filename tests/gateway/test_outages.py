@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.cluster import drain, undrain
 from scripts.gateway import Gateway, find_gateway
 from scripts.terminal import UserError
@@ -92,7 +92,7 @@ def other_archive(weights: Weights, tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = state[name].roll(1, dims=0)
     other = dataclasses.replace(weights, state_dict=state, sha256="0" * 64)
-    return build(other, tmp_path_factory.mktemp("other_store"))
+    return build(recipe(other), tmp_path_factory.mktemp("other_store"))
 
 
 def test_an_upgrade_that_answers_otherwise_goes_back_by_itself(

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import requests
 
+from scripts.cluster import free_ports
 from scripts.server import Running, find_running, model_status, start
 from scripts.terminal import UserError
-from tests.conftest import free_ports
 
 TIMEOUT = 60
 

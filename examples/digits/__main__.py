@@ -1,0 +1,93 @@
+"""`make digits`: trains, packs and serves the digits, and compares the server with PyTorch."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from examples.digits.train import (
+    EPOCHS,
+    FOLDER,
+    MEAN,
+    NAMES,
+    SIDE,
+    STD,
+    guesses,
+    load,
+    save,
+    train,
+)
+from handler.settings import Preprocessing
+from scripts.archive import build, recipe
+from scripts.client import AsyncClient, Classification
+from scripts.cluster import free_ports
+from scripts.results import Row, classify_all
+from scripts.server import start, stop
+from scripts.terminal import UserError, command, console, step
+from scripts.weights import load as load_weights
+
+# Less would mean that something is wrong with the training.
+LEAST_ACCURACY = 0.97
+_AT_ONCE = 8
+
+
+def main(
+    epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
+    folder: Annotated[Path, typer.Option(help="Where to put everything.")] = FOLDER,
+    least: Annotated[
+        float, typer.Option(min=0, max=1, help="Accuracy asked for.")
+    ] = LEAST_ACCURACY,
+) -> None:
+    """Trains a model of one's own, serves it, and checks that the server answers as it does."""
+    seen, held_out = load()
+    model = train(seen, epochs)
+    in_pytorch = guesses(model, held_out)
+    files = save(model, held_out, folder)
+
+    weights = load_weights(folder / "weights.pth")
+    preprocessing = Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3)
+    packed = recipe(weights, "digits", folder / "classes.txt", preprocessing)
+    archive = build(packed, folder / "model_store")
+    running = start(archive, free_ports(), run_dir=folder / "run")
+    try:
+        step(f"TorchServe: serving on {running.predictions_url}")
+        served = _ask(files, running.predictions_url)
+    finally:
+        stop(running, folder / "run")
+
+    right = np.array(held_out.digits)
+    accuracy = {
+        "in PyTorch": float(np.mean(np.array(in_pytorch) == right)),
+        "served": float(np.mean(np.array(served) == right)),
+    }
+    for where, share in accuracy.items():
+        console.print(f"Accuracy {where:<11} {share:.2%} of {len(files)} held-out digits")
+    different = sum(a != b for a, b in zip(in_pytorch, served, strict=True))
+    if different:
+        raise UserError(f"The server answers {different} pictures otherwise than PyTorch.")
+    if accuracy["served"] <= least:
+        raise UserError(f"The accuracy is not above {least:.0%}.")
+
+
+def _ask(files: Sequence[Path], url: str) -> list[int]:
+    """The server's best guess for each picture, in their order."""
+    found: dict[str, int] = {}
+
+    def take(row: Row) -> None:
+        if not isinstance(row.answer, Classification):
+            raise UserError(f"{row.picture}: {row.problem}")
+        found[row.picture] = NAMES.index(row.answer.label)
+
+    async def all_of_them() -> None:
+        async with AsyncClient(url, connections=_AT_ONCE) as client:
+            await classify_all(files, client, _AT_ONCE, take)
+
+    asyncio.run(all_of_them())
+    return [found[str(file)] for file in files]
+
+
+if __name__ == "__main__":
+    command(main)

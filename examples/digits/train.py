@@ -1,0 +1,131 @@
+"""Trains a DenseNet-121 on scikit-learn's handwritten digits, and keeps what serving it needs.
+
+The folder gets `weights.pth`, `classes.txt` and `test`, the held-out pictures as PNG files in a
+folder a class. Nothing is downloaded: the digits come with scikit-learn (Alpaydin and Kaynak,
+"Optical Recognition of Handwritten Digits", UCI Machine Learning Repository).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.progress import track
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+from torchvision.models import densenet121
+
+from scripts.terminal import command, console, step
+
+FOLDER = Path("build/digits")
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+EPOCHS = 6
+SEED = 7
+
+SIDE = 32
+MEAN = STD = 0.5
+
+# What the server must do to a picture too: see `make archive` in the README.
+TRANSFORM = transforms.Compose(
+    [
+        transforms.Resize(SIDE),
+        transforms.CenterCrop(SIDE),
+        transforms.ToTensor(),
+        transforms.Normalize([MEAN] * 3, [STD] * 3),
+    ]
+)
+
+_BATCH = 32
+_LEARNING_RATE = 1e-3
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures of digits, 8 x 8 and grey, and which digits they are."""
+
+    pictures: list[Image.Image]
+    digits: list[int]
+
+    def tensors(self) -> TensorDataset:
+        """As the model sees them: float32 (N, 3, SIDE, SIDE), and int64 (N,)."""
+        inputs = torch.stack([TRANSFORM(picture.convert("RGB")) for picture in self.pictures])
+        return TensorDataset(inputs, torch.tensor(self.digits))
+
+
+def load() -> tuple[Split, Split]:
+    """The digits to learn from, and a fifth of all that is held out."""
+    digits = load_digits()
+    pixels = (digits.images * 255 / 16).round().astype(np.uint8)
+    seen, held_out = train_test_split(
+        np.arange(len(pixels)), test_size=_TEST_SHARE, random_state=SEED, stratify=digits.target
+    )
+    return _split(pixels, digits.target, seen), _split(pixels, digits.target, held_out)
+
+
+def _split(pixels: np.ndarray, target: np.ndarray, chosen: np.ndarray) -> Split:
+    return Split([Image.fromarray(pixels[i]) for i in chosen], [int(target[i]) for i in chosen])
+
+
+def train(data: Split, epochs: int = EPOCHS) -> nn.Module:
+    """Trains from random weights, the same ones every time."""
+    torch.manual_seed(SEED)
+    model: nn.Module = densenet121(num_classes=len(NAMES))
+    batches = DataLoader(data.tensors(), _BATCH, shuffle=True, drop_last=True)
+    optimizer = torch.optim.Adam(model.parameters(), _LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3 * _LEARNING_RATE, total_steps=epochs * len(batches)
+    )
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for inputs, digits in track(batches, f"Epoch {epoch} of {epochs}", console=console):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), digits)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+        step(f"Training: epoch {epoch}, loss {np.mean(losses):.3f}")
+    return model.eval()
+
+
+@torch.inference_mode()
+def guesses(model: nn.Module, data: Split) -> list[int]:
+    """The most probable digit of each picture, in plain PyTorch."""
+    batches = DataLoader(data.tensors(), _BATCH)
+    return [int(row.argmax()) for inputs, _ in batches for row in model(inputs)]
+
+
+def save(model: nn.Module, held_out: Split, folder: Path = FOLDER) -> list[Path]:
+    """Writes weights, classes and held-out pictures; returns the pictures' files, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    files = []
+    for number, (picture, digit) in enumerate(zip(held_out.pictures, held_out.digits, strict=True)):
+        files.append(folder / "test" / NAMES[digit] / f"{number:03}.png")
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        picture.save(files[-1])
+    return files
+
+
+def main(
+    epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
+    folder: Annotated[Path, typer.Option(help="Where to put the result.")] = FOLDER,
+) -> None:
+    """Trains, and says how good the model is on digits that it has not seen."""
+    seen, held_out = load()
+    model = train(seen, epochs)
+    right = np.mean(np.array(guesses(model, held_out)) == held_out.digits)
+    save(model, held_out, folder)
+    step(f"Training: {right:.2%} of {len(held_out.digits)} held-out digits right, see {folder}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,124 @@
+"""The classifiers of torchvision: names, preprocessing, and the layer that depends on classes."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchvision.models import WeightsEnum, get_model_weights, list_models
+from torchvision.transforms._presets import ImageClassification
+
+from handler.engines import INCEPTIONS, empty_model
+from handler.settings import Preprocessing
+from scripts.terminal import UserError
+
+DEFAULT_ARCHITECTURE = "densenet121"
+
+Shapes = dict[str, torch.Size]
+
+
+def check_architecture(name: str) -> str:
+    """The name, if torchvision has a classifier of it; else `UserError` with what is similar."""
+    names = architectures()
+    if name in names:
+        return name
+    family = name.rstrip("0123456789_").split("_")[0][:4].lower()
+    similar = [other for other in names if family and family in other]
+    raise UserError(
+        f"torchvision has no classifier {name!r}. ARCH can be: {', '.join(similar or names)}."
+    )
+
+
+def architectures() -> list[str]:
+    """All names of torchvision's classification registry."""
+    names: list[str] = list_models(module=torchvision.models)
+    return names
+
+
+def official_weights(architecture: str) -> WeightsEnum:
+    """The best weights that torchvision has for an architecture."""
+    return get_model_weights(architecture).DEFAULT
+
+
+def official_preprocessing(architecture: str) -> Preprocessing:
+    """What torchvision does to a picture before its weights see it; DenseNet-121: the tutorial's.
+
+    The tutorial resizes to 255, torchvision to 256.
+    """
+    if architecture == DEFAULT_ARCHITECTURE:
+        return Preprocessing()
+    preset = official_weights(architecture).transforms()
+    assert isinstance(preset, ImageClassification)
+    red, green, blue = preset.mean
+    return Preprocessing(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        mean=(red, green, blue),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+
+
+def without_auxiliary(architecture: str, keys: Iterable[str]) -> list[str]:
+    """The keys of a state dict but for an Inception's auxiliary classifiers, for training only."""
+    if architecture not in INCEPTIONS:
+        return list(keys)
+    return [key for key in keys if not key.startswith(("aux", "AuxLogits"))]
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Layers made within have shapes, but no values.
+
+    Not `torch.device("meta")`: RegNets compute their widths with tensors, which must have values.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def shapes(architecture: str, classes: int) -> Shapes:
+    """Of every parameter and buffer."""
+    with _WithoutMemory():
+        model = empty_model(architecture, classes)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def class_layer(architecture: str) -> str:
+    """The name of the parameter whose first axis has an entry a class, such as "fc.weight"."""
+    few, more = shapes(architecture, 2), shapes(architecture, 3)
+    return next(name for name in few if few[name] != more[name] and name.endswith("weight"))
+
+
+def last_layer(model: nn.Module, architecture: str) -> nn.Module:
+    """The layer that gives the logits."""
+    return model.get_submodule(class_layer(architecture).removesuffix(".weight"))
+
+
+def guess(state_dict: Mapping[str, Tensor]) -> str | None:
+    """The architecture whose parameters these are, if torchvision has one."""
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    for architecture in architectures():
+        layer = class_layer(architecture)
+        if layer in found and _fit(found, shapes(architecture, found[layer][0]), architecture):
+            return architecture
+    return None
+
+
+def _fit(found: Shapes, expected: Shapes, architecture: str) -> bool:
+    """Whether shapes are equal, but for counters that old files do not have."""
+    names = {name for name in expected if not name.endswith("num_batches_tracked")}
+    mine = set(without_auxiliary(architecture, found))
+    return names <= mine <= expected.keys() and all(found[n] == expected[n] for n in names)

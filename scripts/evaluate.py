@@ -1,0 +1,350 @@
+"""How good a served model is on pictures whose classes are known, through the server itself."""
+
+import asyncio
+import csv
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import classification_report, confusion_matrix
+
+from handler.labels import Label
+from scripts.classify import AT_ONCE
+from scripts.client import Asking, AsyncClient, Classification, Client, ServiceError
+from scripts.pictures import find_pictures
+from scripts.results import Row, classify_all
+from scripts.server import RUN_DIR, require_running
+from scripts.terminal import UserError, command, console, step, warn
+
+OUTPUT = RUN_DIR / "evaluation"
+THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+_TOP = 5
+_BINS = 10
+# More classes than these cannot be read on the confusion picture's edges.
+_LEGIBLE_CLASSES = 50
+_WORST_PAIRS = 10
+# Asks for all classes: more than a model can have.
+_ALL = 1_000_000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the server answered for pictures whose classes are known.
+
+    Attributes:
+        labels: the model's classes, by their position.
+        truth: int (N,), the positions of the right classes.
+        guesses: int (N, up to 5), the positions of the server's, best first.
+        confidence: float (N,), the probability of the best one, 0 to 1.
+        refused: pictures without an answer, which count nowhere.
+        warning: what the server says of the model, if anything.
+    """
+
+    labels: Sequence[Label]
+    truth: NDArray[np.int64]
+    guesses: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    refused: Sequence[Row]
+    warning: str | None
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Bool (N,): whether the best guess is the right one."""
+        result: NDArray[np.bool_] = self.guesses[:, 0] == self.truth
+        return result
+
+    @property
+    def top1(self) -> float:
+        """Share of pictures, 0 to 1, whose best guess is right."""
+        return float(self.right.mean())
+
+    @property
+    def top5(self) -> float:
+        """Share of pictures, 0 to 1, with the right class among the five best."""
+        return float((self.guesses == self.truth[:, None]).any(axis=1).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean gap between confidence and accuracy over ten bins (expected calibration error)."""
+        bins = np.minimum((self.confidence * _BINS).astype(int), _BINS - 1)
+        gaps = [
+            abs(self.right[bins == b].mean() - self.confidence[bins == b].mean())
+            * (bins == b).mean()
+            for b in np.unique(bins)
+        ]
+        return float(sum(gaps))
+
+
+def evaluate(
+    images: Path, url: str, asking: Asking | None = None, at_once: int = AT_ONCE
+) -> Evaluation:
+    """Classifies all pictures of a folder with a folder a class.
+
+    Args:
+        images: its folders are called as the classes, by id or by name.
+        url: where pictures go.
+        asking: how to ask; how many predictions is decided here.
+        at_once: requests at a time.
+
+    Raises:
+        UserError: a folder is no class, there is no picture, or the server cannot be asked.
+    """
+    asking = asking or Asking()
+    folders = sorted(path for path in images.iterdir() if path.is_dir()) if images.is_dir() else []
+    if not folders:
+        raise UserError(f"{images} must hold a folder of pictures for each class.")
+    pictures = {path: folder.name for folder in folders for path in _pictures(folder)}
+    if not pictures:
+        raise UserError(f"There is no picture in the folders of {images}.")
+    try:
+        labels = _classes_of_model(list(pictures), Client(url, _with_topk(asking, _ALL)))
+        truth = _match({folder.name for folder in folders}, labels)
+        rows = _classify(
+            list(pictures), AsyncClient(url, _with_topk(asking, _TOP), at_once), at_once
+        )
+    except ServiceError as error:
+        raise UserError(str(error)) from error
+    good = [row for row in rows if isinstance(row.answer, Classification)]
+    if not good:
+        raise UserError(f"The server classified none of the pictures: {rows[0].problem}")
+    answers = [row.answer for row in good if isinstance(row.answer, Classification)]
+    return Evaluation(
+        labels,
+        np.array([truth[pictures[Path(row.picture)]] for row in good]),
+        np.array([[p.class_index for p in answer.predictions] for answer in answers]),
+        np.array([answer.probability for answer in answers]),
+        [row for row in rows if row.problem is not None],
+        answers[0].warning,
+    )
+
+
+def _with_topk(asking: Asking, topk: int) -> Asking:
+    return Asking(topk=topk, patience=asking.patience, timeout=asking.timeout, key=asking.key)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    try:
+        return find_pictures([str(folder)])
+    except UserError:
+        return []
+
+
+def _classes_of_model(pictures: Sequence[Path], client: Client) -> list[Label]:
+    """The model's classes by position, from an answer that has all of them."""
+    with client:
+        for picture in pictures:
+            try:
+                answer = client.classify(picture)
+            except (OSError, ServiceError):
+                if picture == pictures[-1]:
+                    raise
+                continue
+            rows = sorted(answer.predictions, key=lambda row: row.class_index)
+            return [Label(row.class_id, row.label) for row in rows]
+    raise AssertionError
+
+
+def _match(folders: set[str], labels: Sequence[Label]) -> dict[str, int]:
+    """Which class each folder means: by id, else by name, however it is spelt."""
+    by_id = {label.class_id: index for index, label in enumerate(labels)}
+    by_name: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_name.setdefault(_plain(label.class_name), []).append(index)
+    found = {}
+    for folder in sorted(folders):
+        matches = [by_id[folder]] if folder in by_id else by_name.get(_plain(folder), [])
+        if not matches:
+            similar = difflib.get_close_matches(_plain(folder), by_name, 3)
+            hint = f" Similar are: {', '.join(similar)}." if similar else ""
+            raise UserError(f"The model has no class {folder!r}, as a folder is called.{hint}")
+        if len(matches) > 1:
+            ids = ", ".join(labels[index].class_id for index in matches)
+            raise UserError(f"Several classes are called {folder!r}. Call the folder by id: {ids}.")
+        found[folder] = matches[0]
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").strip().lower()
+
+
+def _classify(pictures: Sequence[Path], client: AsyncClient, at_once: int) -> list[Row]:
+    rows: list[Row] = []
+
+    async def all_of_them() -> None:
+        async with client:
+            await classify_all(pictures, client, at_once, take)
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Asking the server ...", total=len(pictures))
+
+        def take(row: Row) -> None:
+            rows.append(row)
+            progress.advance(task)
+
+        asyncio.run(all_of_them())
+    return rows
+
+
+def report(evaluation: Evaluation, folder: Path) -> None:
+    """Writes the tables and plots, and prints what matters most."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [label.class_name for label in evaluation.labels]
+    present = sorted(set(evaluation.truth) | set(evaluation.guesses[:, 0]))
+    _write_classes(evaluation, present, names, folder / "classes.csv")
+    thresholds = [_at_threshold(evaluation, threshold) for threshold in THRESHOLDS]
+    _write_summary(evaluation, thresholds, names, folder / "report.md")
+    _plot_confusion(evaluation, present, names, folder / "confusion.png")
+    _plot_calibration(evaluation, folder / "calibration.png")
+
+    table = Table(title="Which threshold?")
+    for heading in ("threshold", "recognised", "of these right"):
+        table.add_column(heading, justify="right")
+    for threshold, recognized, right in thresholds:
+        table.add_row(f"{threshold:.2f}", f"{recognized:.1%}", _percent(right))
+    console.print(table)
+    count = len(evaluation.truth)
+    console.print(f"Top 1        {evaluation.top1:.2%} of {count} pictures")
+    console.print(f"Top 5        {evaluation.top5:.2%}")
+    console.print(f"Calibration  {evaluation.calibration_error:.3f} expected calibration error")
+    for row in evaluation.refused[:_WORST_PAIRS]:
+        warn(f"Not counted: {row.picture}: {row.problem}")
+    if len(evaluation.refused) > _WORST_PAIRS:
+        warn(f"Not counted: {len(evaluation.refused) - _WORST_PAIRS} more pictures")
+    if evaluation.warning:
+        warn(evaluation.warning)
+    step(f"Evaluation: wrote report.md, classes.csv, confusion.png, calibration.png to {folder}")
+
+
+def _at_threshold(evaluation: Evaluation, threshold: float) -> tuple[float, float, float]:
+    """The threshold, the share that reaches it, and how many of these are right, NaN for none."""
+    recognized = evaluation.confidence >= threshold
+    right = float(evaluation.right[recognized].mean()) if recognized.any() else float("nan")
+    return threshold, float(recognized.mean()), right
+
+
+def _percent(share: float) -> str:
+    return "-" if np.isnan(share) else f"{share:.1%}"
+
+
+def _write_classes(
+    evaluation: Evaluation, present: Sequence[int], names: Sequence[str], path: Path
+) -> None:
+    found: dict[str, Any] = classification_report(
+        evaluation.truth,
+        evaluation.guesses[:, 0],
+        labels=present,
+        output_dict=True,
+        zero_division=0,
+    )
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ("class_index", "class_id", "class", "pictures", "precision", "recall", "f1")
+        )
+        for index in present:
+            row = found[str(index)]
+            values = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1-score")]
+            class_id = evaluation.labels[index].class_id
+            table.writerow((index, class_id, names[index], int(row["support"]), *values))
+
+
+def _write_summary(
+    evaluation: Evaluation,
+    thresholds: Sequence[tuple[float, float, float]],
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    lines = ["# Evaluation", ""]
+    if evaluation.warning:
+        lines += [f"**{evaluation.warning}**", ""]
+    lines += [
+        "| pictures | not counted | top 1 | top 5 | expected calibration error |",
+        "|---|---|---|---|---|",
+        (
+            f"| {len(evaluation.truth)} | {len(evaluation.refused)} | {evaluation.top1:.2%} "
+            f"| {evaluation.top5:.2%} | {evaluation.calibration_error:.3f} |"
+        ),
+        "",
+        "| threshold | recognised | of these right |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {t:.2f} | {share:.1%} | {_percent(right)} |" for t, share, right in thresholds]
+    pairs: dict[tuple[int, int], int] = {}
+    for truth, guess in zip(evaluation.truth, evaluation.guesses[:, 0], strict=True):
+        if truth != guess:
+            pairs[truth, guess] = pairs.get((truth, guess), 0) + 1
+    worst = sorted(pairs.items(), key=lambda item: -item[1])[:_WORST_PAIRS]
+    if worst:
+        lines += ["", "| shows | is taken for | times |", "|---|---|---|"]
+        lines += [f"| {names[a]} | {names[b]} | {count} |" for (a, b), count in worst]
+    lines += ["", "![confusion](confusion.png)", "![calibration](calibration.png)"]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _plot_confusion(
+    evaluation: Evaluation, present: Sequence[int], names: Sequence[str], path: Path
+) -> None:
+    counts = confusion_matrix(evaluation.truth, evaluation.guesses[:, 0], labels=present)
+    size = min(16, 4 + 0.25 * len(present))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the pictures of a class")
+    axes.set_xlabel("the server's best guess")
+    axes.set_ylabel("what it shows")
+    if len(present) <= _LEGIBLE_CLASSES:
+        shown = [names[index] for index in present]
+        axes.set_xticks(range(len(present)), shown, rotation=90)
+        axes.set_yticks(range(len(present)), shown)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"  # noqa: PLR2004
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
+    figure.savefig(path, dpi=100)
+
+
+def _plot_calibration(evaluation: Evaluation, path: Path) -> None:
+    accuracy, confidence = calibration_curve(
+        evaluation.right, evaluation.confidence, n_bins=_BINS, strategy="uniform"
+    )
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot((0, 1), (0, 1), linestyle="--", color="grey", label="as sure as it is right")
+    above.plot(confidence, accuracy, marker="o", label="this model")
+    above.set_ylabel("share that is right")
+    above.set_ylim(0, 1.02)
+    above.legend()
+    below.hist(evaluation.confidence, bins=_BINS, range=(0, 1))
+    below.set_xlabel("probability of the best guess")
+    below.set_ylabel("pictures")
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    images: Annotated[Path, typer.Argument(help="A folder with a folder of pictures a class.")],
+    url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
+    at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
+    key: Annotated[str | None, typer.Option(envvar="CLASSIFY_KEY", help="For a gateway.")] = None,
+) -> None:
+    """Evaluates a served model on pictures whose classes are known."""
+    if url is None:
+        running = require_running()
+        url = (running.serving(model) if model else running).predictions_url
+    report(evaluate(images, url, Asking(key=key), at_once), output)
+
+
+if __name__ == "__main__":
+    command(main)

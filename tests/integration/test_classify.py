@@ -1,0 +1,299 @@
+"""The client and its command, with pictures by the thousand and a server that goes away."""
+
+import asyncio
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.client import (
+    Asking,
+    AsyncClient,
+    Classification,
+    Client,
+    RefusedError,
+    UnavailableError,
+)
+from scripts.cluster import free_ports
+from scripts.photographs import CAT
+from scripts.results import Row, classify_all
+from scripts.server import Running, start, stop
+
+THOUSANDS = 2000
+
+
+def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.classify", *arguments],
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
+    return subprocess.CompletedProcess(
+        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
+    )
+
+
+def picture(number: int) -> bytes:
+    """A small JPEG that is like no other."""
+    colours = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(colours).resize((96, 96)).save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four good pictures, one in a folder below, one bad one, and what is no picture."""
+    place = tmp_path_factory.mktemp("pictures")
+    for number, name in enumerate(("a.jpg", "b [1].JPG", "sub/c.jpeg", "d,\u00e9\u2603.jpg")):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(picture(number))
+    (place / "broken.jpg").write_bytes(b"no picture at all, but called one" * 10)
+    (place / "notes.txt").write_text("not for the model")
+    (place / ".thumbnails").mkdir()
+    (place / ".thumbnails" / "a.jpg").write_bytes(picture(0))
+    return place
+
+
+def test_one_picture_is_printed_as_the_tutorial_does(running: Running) -> None:
+    result = run(str(CAT), "--url", running.predictions_url)
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    with Client(running.predictions_url) as client:
+        answer = client.classify(CAT)
+    assert lines[0] == f"1. {answer.label}: {answer.probability:.4f}"
+    assert len(lines) == 5
+    assert "untrained" in result.stderr
+
+
+def test_a_folder_becomes_rows_of_json(running: Running, folder: Path) -> None:
+    result = run(str(folder), "--format", "jsonl", "--url", running.predictions_url)
+    rows = {row["picture"]: row for row in map(json.loads, result.stdout.splitlines())}
+    names = {str(Path(name).relative_to(folder)) for name in rows}
+    assert names == {"a.jpg", "b [1].JPG", "sub/c.jpeg", "d,\u00e9\u2603.jpg", "broken.jpg"}
+    assert rows[str(folder / "a.jpg")]["label"]
+    assert "not a picture" in rows[str(folder / "broken.jpg")]["error"]
+    assert result.returncode == 1
+    assert "4 classified, 1 not, 0 not done" in result.stderr
+
+
+def test_patterns_lists_and_csv(running: Running, folder: Path) -> None:
+    pattern = str(folder / "**" / "*.jp*g")
+    url = ("--url", running.predictions_url)
+    by_pattern = run(pattern, "--format", "csv", *url)
+    assert {row[0] for row in csv.reader(io.StringIO(by_pattern.stdout))} == {
+        str(folder / name) for name in ("a.jpg", "broken.jpg", "sub/c.jpeg", "d,\u00e9\u2603.jpg")
+    }
+    names = f"{folder}/a.jpg\n{folder}/missing.jpg\n{folder}/a.jpg\n"
+    by_list = run("--files-from", "-", "--format", "csv", *url, stdin=names.encode())
+    rows = sorted(csv.reader(io.StringIO(by_list.stdout)))
+    assert [row[0] for row in rows] == [f"{folder}/a.jpg", f"{folder}/missing.jpg"]
+    assert "cannot be read: No such file" in rows[1][-1]
+    assert by_list.returncode == 1
+
+
+def test_a_picture_on_standard_input(running: Running) -> None:
+    result = run("-", "--url", running.predictions_url, "--topk", "2", stdin=CAT.read_bytes())
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_nothing_recognised_is_said(running: Running) -> None:
+    result = run(str(CAT), "--threshold", "0.99", "--url", running.predictions_url)
+    assert result.stdout.startswith("nothing recognised\n1. ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere.jpg"], 1, "no such file, folder, or match"),
+        ([], 1, "There is no picture here"),
+        ([str(CAT), "--output", "results.txt"], 1, "must end in .jsonl or .csv"),
+        ([str(CAT), "--at-once", "0"], 2, "not in the range"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: list[str], status: int, message: str, running: Running
+) -> None:
+    result = run(*arguments, "--url", running.predictions_url)
+    assert result.returncode == status
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_server_that_is_not_there_is_given_up() -> None:
+    nobody = f"http://127.0.0.1:{free_ports().inference}/predictions/densenet121"
+    result = run(str(CAT), "--patience", "1", "--url", nobody)
+    assert result.returncode == 3
+    assert "gave no answer" in result.stderr
+    with Client(nobody, Asking(patience=0.5)) as client, pytest.raises(UnavailableError):
+        client.classify(CAT)
+
+
+def test_another_page_is_not_taken_for_the_service(running: Running) -> None:
+    with Client(running.metrics_url) as client, pytest.raises(RefusedError):
+        client.classify(CAT)
+
+
+def test_the_clients_answer_alike(running: Running) -> None:
+    asking = Asking(topk=3, threshold=0.0)
+    with Client(running.predictions_url, asking) as client:
+        alone = client.classify(CAT)
+        with pytest.raises(RefusedError) as refused:
+            client.classify(b"%PDF-1.7 ...")
+        with pytest.raises(FileNotFoundError):
+            client.classify(Path("nowhere.jpg"))
+    assert (refused.value.code, refused.value.type) == (415, "UnsupportedFormat")
+    assert len(alone.predictions) == 3
+    assert alone.recognized
+
+    async def ask() -> Classification:
+        async with AsyncClient(running.predictions_url, asking) as client:
+            return await client.classify(CAT.read_bytes())
+
+    assert asyncio.run(ask()) == alone
+
+
+@pytest.fixture
+def own_server(archive: Path, tmp_path: Path) -> Iterator[Running]:
+    running = start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
+    yield running
+    stop(running, tmp_path / "run")
+
+
+def test_thousands_of_pictures_survive_a_restart_of_the_server(
+    archive: Path, own_server: Running, tmp_path: Path, note: list[str]
+) -> None:
+    files = [tmp_path / f"{number:04}.jpg" for number in range(THOUSANDS)]
+    contents = {}
+    for number, file in enumerate(files):
+        file.write_bytes(picture(number))
+        contents[file.read_bytes()] = str(file)
+    rows: list[Row] = []
+    asked: Counter[str] = Counter()
+    succeeded: Counter[str] = Counter()
+    enough = threading.Event()
+
+    def name_in(request: httpx2.Request) -> str:
+        body = request.content
+        return contents[body[body.index(b"\xff\xd8") : body.rindex(b"\xff\xd9") + 2]]
+
+    async def count_question(request: httpx2.Request) -> None:
+        asked[name_in(request)] += 1
+
+    async def count_answer(response: httpx2.Response) -> None:
+        if response.status_code == 200:
+            succeeded[name_in(response.request)] += 1
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        if len(rows) == THOUSANDS // 3:
+            enough.set()
+
+    def restart() -> None:
+        enough.wait()
+        stop(own_server, tmp_path / "run")
+        start(archive, own_server.ports, workers=2, run_dir=tmp_path / "run")
+
+    async def all_of_them() -> None:
+        async with AsyncClient(own_server.predictions_url, connections=16) as client:
+            client._http.event_hooks = {"request": [count_question], "response": [count_answer]}
+            await classify_all(files, client, 16, take)
+
+    operator = threading.Thread(target=restart)
+    operator.start()
+    asyncio.run(all_of_them())
+    operator.join()
+    again = sum(asked.values()) - THOUSANDS
+    note.append(
+        f"client: {THOUSANDS} pictures, the server stopped and started in the middle: {len(rows)} "
+        f"results, {again} requests repeated, {sum(succeeded.values())} answers"
+    )
+    assert Counter(row.picture for row in rows) == Counter(map(str, files))
+    assert all(isinstance(row.answer, Classification) for row in rows)
+    assert set(succeeded.values()) == {1}, "a picture was asked again that had its answer"
+    assert again > 0, "the restart was not noticed: this test shows nothing"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_killed_run_goes_on_where_it_was(suffix: str, running: Running, tmp_path: Path) -> None:
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for number in range(300):
+        (place / f"{number:03}.jpg").write_bytes(picture(number))
+    output = tmp_path / f"results.{suffix}"
+    command = [str(place), "--output", str(output), "--url", running.predictions_url]
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.classify", *command], stderr=subprocess.DEVNULL
+    ) as first:
+        deadline = time.monotonic() + 60
+        while not output.exists() or output.read_bytes().count(b"\n") < 60:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+    with output.open("a") as file:
+        file.write('{"picture": "' if suffix == "jsonl" else '"half a na')  # as if cut off
+    before = output.read_bytes().count(b"\n")
+    assert before < 300, "it was done already: this test shows nothing"
+    second = run(*command)
+    assert second.returncode == 0, second.stderr
+    names = _names(output)
+    assert len(names) == 300
+    assert Counter(names) == Counter(str(file) for file in place.iterdir())
+    assert "300 are in" in second.stderr.replace("\n", " ")
+    third = run(*command)
+    assert "0 classified" in third.stderr or third.stderr.startswith("300 of 300")
+    assert len(_names(output)) == 300
+
+
+def _names(output: Path) -> list[str]:
+    if output.suffix == ".csv":
+        return [row[0] for row in csv.reader(output.open())][1:]
+    return [json.loads(line)["picture"] for line in output.read_text().splitlines()]
+
+
+def test_ctrl_c_keeps_what_is_done(running: Running, tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03}.jpg").write_bytes(picture(number))
+    output = tmp_path / "results.jsonl"
+    program = (
+        # A terminal's program takes Ctrl-C; one in a script's background is started to ignore it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from scripts.classify import main; from scripts.terminal import command; command(main)"
+    )
+    arguments = [str(tmp_path), "--output", str(output), "--url", running.predictions_url]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE
+    ) as process:
+        while not output.exists() or output.read_bytes().count(b"\n") < 20:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Run the same command again to go on" in said
+    assert b"Traceback" not in said
+    assert all(json.loads(line)["label"] for line in output.read_text().splitlines())
+
+
+def test_a_file_that_is_no_result_is_left_alone(running: Running, tmp_path: Path) -> None:
+    precious = tmp_path / "precious.csv"
+    precious.write_text("name,price\nhouse,1\n")
+    result = run(str(CAT), "--output", str(precious), "--url", running.predictions_url)
+    assert result.returncode == 1
+    assert "something else" in result.stderr
+    assert precious.read_text() == "name,price\nhouse,1\n"
