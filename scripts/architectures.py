@@ -13,9 +13,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from handler.engines import INCEPTIONS, empty_model
 from handler.settings import Preprocessing
+from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
-
-DEFAULT_ARCHITECTURE = "densenet121"
 
 Shapes = dict[str, torch.Size]
 

@@ -33,7 +33,6 @@ from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts import export
 from scripts.architectures import (
-    DEFAULT_ARCHITECTURE,
     check_architecture,
     last_layer,
     official_preprocessing,
@@ -41,6 +40,7 @@ from scripts.architectures import (
 from scripts.class_index import as_json
 from scripts.class_names import read_class_names
 from scripts.photographs import sample_batch
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, command, console, step, warn
 from scripts.weights import (
     IMAGENET_CLASSES,
@@ -51,7 +51,6 @@ from scripts.weights import (
     untrained,
 )
 
-MODEL_STORE = Path("model_store")
 BUILD = Path("build")
 HANDLER = Path("handler")
 ENTRY = HANDLER / "densenet_handler.py"
@@ -182,15 +181,6 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         _pack(card, recipe, model_file, classifier, archive)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
-
-
-def read_card(archive: Path) -> ModelCard | None:
-    """The model card inside an archive; None where there is no sound archive of ours."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            return ModelCard.from_json(content.read(MODEL_CARD))
-    except (OSError, zipfile.BadZipFile, KeyError, ArchiveError):
-        return None
 
 
 def _handler_files() -> list[Path]:

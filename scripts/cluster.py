@@ -19,8 +19,6 @@ from rich.status import Status
 from rich.table import Table
 
 from scripts import gateway as gateways
-from scripts.architectures import DEFAULT_ARCHITECTURE
-from scripts.archive import MODEL_STORE, read_card
 from scripts.gateway import (
     GATEWAY_DIR,
     Gateway,
@@ -33,8 +31,8 @@ from scripts.gateway import (
 )
 from scripts.server import HOST, RUN_DIR, Ports, find_running, model_status, ready_workers, start
 from scripts.server import stop as stop_server
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
-from scripts.weights import sha256
 
 _RELEASE_DIGITS = 12
 

@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from scripts.architectures import DEFAULT_ARCHITECTURE
 from scripts.archive import ArchOption, build, obtain_for_trial, recipe
 from scripts.classify import show
 from scripts.client import Client
 from scripts.photographs import CAT
 from scripts.server import RUN_DIR, Ports, Running, find_running, ready_workers, start, stop
+from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import command, console, step
-from scripts.weights import sha256
 
 
 def main(

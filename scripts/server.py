@@ -30,11 +30,9 @@ from rich.status import Status
 from rich.table import Table
 from urllib3.util import Retry
 
-from scripts.architectures import DEFAULT_ARCHITECTURE
-from scripts.archive import MODEL_STORE, read_card
 from scripts.machine import Plan, plan
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
-from scripts.weights import sha256
 
 RUN_DIR = Path(".run")
 CONFIG = Path("config.properties")

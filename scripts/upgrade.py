@@ -16,8 +16,6 @@ from typing import Annotated, Any
 import requests
 import typer
 
-from scripts.architectures import DEFAULT_ARCHITECTURE
-from scripts.archive import MODEL_STORE, read_card
 from scripts.cluster import keep_release, start_node, stop_nodes
 from scripts.gateway import (
     GATEWAY_DIR,
@@ -30,8 +28,8 @@ from scripts.gateway import (
 from scripts.photographs import sample_photographs
 from scripts.server import RUN_DIR, Running, find_running, ready_workers
 from scripts.server import stop as stop_server
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, command, step, warn
-from scripts.weights import sha256
 
 # Of the sample photographs, the share whose first label may not change.
 AGREEMENT = 0.9

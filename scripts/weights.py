@@ -28,7 +28,6 @@ from handler.engines import empty_model
 from handler.settings import Preprocessing
 from scripts import architectures
 from scripts.architectures import (
-    DEFAULT_ARCHITECTURE,
     check_architecture,
     class_layer,
     last_layer,
@@ -38,6 +37,7 @@ from scripts.architectures import (
 )
 from scripts.export import Normalized
 from scripts.photographs import sample_batch
+from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step
 from scripts.weight_files import layer_versions, read_state_dict, set_layer_versions
 
@@ -187,12 +187,6 @@ def _remove_stale_partials(target: Path) -> None:
     for partial in target.parent.glob(f"{target.name}.*.partial"):
         if time.time() - partial.stat().st_mtime > _STALE_PARTIAL_SECONDS:
             partial.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:

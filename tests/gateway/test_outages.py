@@ -18,10 +18,11 @@ import requests
 from scripts.archive import build, recipe
 from scripts.cluster import drain, undrain
 from scripts.gateway import Gateway, find_gateway
+from scripts.store import sha256
 from scripts.terminal import UserError
 from scripts.upgrade import upgrade
 from scripts.watch import renew_tokens
-from scripts.weights import Weights, sha256
+from scripts.weights import Weights
 from tests.gateway import faults
 from tests.gateway.client import Client, Tally, clients
 

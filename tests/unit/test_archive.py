@@ -19,8 +19,9 @@ from handler.errors import ArchiveError
 from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
 from scripts import export
-from scripts.archive import build, read_card, recipe
+from scripts.archive import build, recipe
 from scripts.photographs import sample_batch
+from scripts.store import read_card
 from scripts.terminal import UserError
 from scripts.weights import Weights, build_model
 

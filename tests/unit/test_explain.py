@@ -16,7 +16,7 @@ from handler.engines import Engine, load_engine
 from handler.errors import ArchiveError
 from handler.images import Photo, PixelBudget, decode, decode_photo
 from handler.settings import Preprocessing
-from scripts.archive import read_card
+from scripts.store import read_card
 from scripts.weights import Weights
 from tests.pictures import encode, photographs
 

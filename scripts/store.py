@@ -1,0 +1,32 @@
+"""The model store: the folder of archives, and what each of them says of itself.
+
+Imports nothing of PyTorch, so that commands which only look at archives start at once.
+"""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+from handler.errors import ArchiveError
+from handler.settings import MODEL_CARD, ModelCard
+
+MODEL_STORE = Path("model_store")
+DEFAULT_ARCHITECTURE = "densenet121"
+
+
+def read_card(archive: Path) -> ModelCard | None:
+    """The model card inside an archive; None where there is no sound archive of ours."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return ModelCard.from_json(content.read(MODEL_CARD))
+    except (OSError, zipfile.BadZipFile, KeyError, ArchiveError):
+        return None
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
