@@ -158,7 +158,7 @@ lint: setup ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
-	@$(VENV_PYTHON) -m vermin --target=3.10- --no-tips --quiet handler scripts examples tests deploy
+	@.venv/bin/vermin --target=3.10- --no-tips --quiet handler scripts examples tests deploy
 
 format: setup ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
