@@ -28,9 +28,10 @@ class Plan:
 
 
 def plan(workers: int | None = None, models: int = 1) -> Plan:
-    """A worker for each CPU with one thread each, which gave the best throughput; fewer workers
-    with more threads where memory is short, or where `workers` says so. Each of several models has
-    as many.
+    """A worker for each CPU with one thread each; fewer workers with more threads where memory is
+    short, or where `workers` says so. Each of several models has as many.
+
+    On two CPUs one worker with both gave 8 % fewer images a second, two workers with both 35 %.
 
     CPUs are those that affinity and cgroup quota leave to this process, not the machine's.
     """

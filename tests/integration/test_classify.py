@@ -30,7 +30,7 @@ from scripts.client import (
 from scripts.cluster import free_ports
 from scripts.photographs import CAT
 from scripts.results import Row, classify_all
-from scripts.server import Running, start, stop
+from scripts.server import Running, find_running, start, stop
 
 THOUSANDS = 2000
 
@@ -171,9 +171,10 @@ def test_the_clients_answer_alike(running: Running) -> None:
 
 @pytest.fixture
 def own_server(archive: Path, tmp_path: Path) -> Iterator[Running]:
-    running = start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
-    yield running
-    stop(running, tmp_path / "run")
+    yield start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
+    now = find_running(tmp_path / "run")  # the test starts another one in its place
+    assert now is not None
+    stop(now, tmp_path / "run")
 
 
 def test_thousands_of_pictures_survive_a_restart_of_the_server(
