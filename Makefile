@@ -6,7 +6,7 @@
 #   CLASSES=file       your own classes, a name a line, or JSON
 #   NAME=name          of the archive and of the model; otherwise the architecture's
 #   RESIZE, CROP, MEAN, STD, INTERPOLATION
-#                      make archive: other preprocessing than torchvision's
+#                      other preprocessing than torchvision's
 #   MODELS="a b"       make start: which archives, side by side
 #   MODEL=name         which of several models
 #   WEIGHTS_URL=url    a mirror of torchvision's file
@@ -57,7 +57,7 @@ setup: ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py $(call option,torch-index,$(TORCH_INDEX))
 
 run: setup ## do everything: weights, archive, server, and a first answer
-	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(SERVER_OPTIONS)
+	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) $(SERVER_OPTIONS)
 
 test: setup ## run all tests, those against a real TorchServe and in a browser too
 	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
@@ -151,7 +151,7 @@ classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=fol
 evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
 	@$(VENV_PYTHON) -m scripts.evaluate $(if $(IMAGES),'$(IMAGES)') $(call option,model,$(MODEL))
 
-digits: setup ## a model of one's own, from training to serving, about 3 minutes
+digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
 
 lint: setup ## check style and types

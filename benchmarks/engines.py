@@ -269,7 +269,7 @@ def _write(
         "",
         (
             "Images a second, medians of alternating rounds; memory (PSS) after batches of 8 with "
-            "one thread, torch imported as in a worker; time from loading to the first answer; "
+            "one thread, of a process that has imported PyTorch; time to the first answer; "
             "largest difference of a logit to PyTorch in float32, and share of the same first "
             "label. Made by `make bench-engines`."
         ),

@@ -210,11 +210,16 @@ def empty_model(architecture: str, classes: int) -> Any:
     """One of torchvision's classifiers, its parameters yet to be loaded, in evaluation mode.
 
     The two Inceptions come without the auxiliary classifiers that only training uses, and scale
-    their input as torchvision's weights expect.
+    their input as torchvision's weights expect. Vision transformers are made for the size of
+    picture that their best weights were trained with.
     """
     import torchvision
 
     options: dict[str, Any] = {"num_classes": classes}
+    if architecture.startswith("vit_"):
+        # A vision transformer is made for pictures of one size.
+        preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+        options["image_size"] = preset.crop_size[0]
     if architecture in INCEPTIONS:
         options |= {"aux_logits": False, "transform_input": True, "init_weights": False}
     return torchvision.models.get_model(architecture, weights=None, **options).eval()

@@ -111,7 +111,7 @@ def guess(state_dict: Mapping[str, Tensor]) -> str | None:
     found = {name: tensor.shape for name, tensor in state_dict.items()}
     for architecture in architectures():
         layer = class_layer(architecture)
-        if layer in found and _fit(found, shapes(architecture, found[layer][0]), architecture):
+        if found.get(layer) and _fit(found, shapes(architecture, found[layer][0]), architecture):
             return architecture
     return None
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -161,6 +161,14 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     model = build_model(weights)
     last = last_layer(model, weights.architecture)
     images = sample_batch(recipe.preprocessing)
+    try:
+        features = export.features_node(model, last, recipe.preprocessing, images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        crop = recipe.preprocessing.crop
+        raise UserError(
+            f"{weights.architecture} cannot take pictures of {crop} x {crop} pixels: {error}. "
+            "Choose another CROP."
+        ) from error
     card = ModelCard(
         architecture=weights.architecture,
         classes=weights.classes,
@@ -169,7 +177,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         weights_sha256=weights.sha256,
         inputs_sha256=inputs_sha256,
         preprocessing=recipe.preprocessing,
-        features=export.features_node(model, last, recipe.preprocessing, images),
+        features=features,
     )
     subject = export.Exportable(model, card.preprocessing, card.features)
     model_file = _model_file(subject, card, recipe.engine, images)
@@ -283,7 +291,7 @@ def _pack(
         )
         laid_out = work / recipe.name
         _fix_creation_time(laid_out / MANIFEST)
-        unfinished = work / "unfinished.mar"
+        unfinished = archive.with_suffix(".unfinished")
         _zip(laid_out, unfinished)
         unfinished.replace(archive)
 
@@ -329,15 +337,37 @@ def obtain_for_trial(
         return untrained(architecture)
 
 
-def customized(official: Preprocessing, said: Mapping[str, object]) -> Preprocessing:
-    """The preprocessing with what a person says instead, under the names of `Preprocessing`.
+def customized(  # as many as there are to say
+    architecture: str,
+    resize: int | None = None,
+    crop: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    interpolation: str | None = None,
+) -> Preprocessing:
+    """What torchvision does for the architecture, with what a person says instead.
+
+    Args:
+        architecture: name in torchvision's registry.
+        resize: length of the shorter side, in pixels.
+        crop: side of the square from the centre, in pixels.
+        mean: three numbers with commas between, on the scale 0 to 1; one counts three times.
+        std: likewise.
+        interpolation: nearest, bilinear or bicubic.
 
     Raises:
         UserError: a value cannot be used.
     """
-    chosen: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+    said: dict[str, Any] = {
+        "resize": resize,
+        "crop": crop,
+        "mean": _numbers("MEAN", mean),
+        "std": _numbers("STD", std),
+        "interpolation": interpolation,
+    }
+    chosen = {key: value for key, value in said.items() if value is not None}
     try:
-        return Preprocessing(**{**dataclasses.asdict(official), **chosen})
+        return dataclasses.replace(official_preprocessing(architecture), **chosen)
     except ArchiveError as error:
         raise UserError(f"The preprocessing cannot be used: {error}.") from error
 
@@ -353,6 +383,8 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 
 
 ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
+Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
+Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
 
 
 def main(
@@ -363,26 +395,15 @@ def main(
     name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
     engine: Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")] = "onnx",
-    resize: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Shorter side, in pixels.")
-    ] = None,
-    crop: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Side of the square, in pixels.")
-    ] = None,
-    mean: Annotated[str | None, typer.Option(help="As in 0.485,0.456,0.406.")] = None,
-    std: Annotated[str | None, typer.Option(help="As in 0.229,0.224,0.225.")] = None,
+    resize: Pixels = None,
+    crop: Pixels = None,
+    mean: Channels = None,
+    std: Channels = None,
     interpolation: Annotated[str | None, typer.Option(help="As in bicubic.")] = None,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
     check_architecture(arch)
-    said = {
-        "resize": resize,
-        "crop": crop,
-        "mean": _numbers("MEAN", mean),
-        "std": _numbers("STD", std),
-        "interpolation": interpolation,
-    }
-    chosen = customized(official_preprocessing(arch), said)
+    chosen = customized(arch, resize, crop, mean, std, interpolation)
     found = obtain(weights, url, arch)
     build(recipe(found, name, classes, chosen, engine), model_store)
 

@@ -1,11 +1,16 @@
 """Reads a person's own list of classes, in the forms in which such lists are kept."""
 
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from handler.labels import Label
 from scripts.terminal import UserError
+
+# Control characters, and halves of characters.
+_NO_TEXT = {"Cc", "Cs"}
 
 _FORMS = (
     'a text with one class a line, or JSON: ["cat", "dog"], {"0": "cat", "1": "dog"}, '
@@ -33,10 +38,12 @@ def read_class_names(path: Path) -> list[Label]:
     if not labels:
         raise UserError(f"{path} names no class. It can be {_FORMS}.")
     for number, label in enumerate(labels):
-        if not label.class_name.strip() or not label.class_id.strip():
+        if not all(part.strip() for part in label):
             raise UserError(f"{path}: class {number} has no name.")
-    ids = [label.class_id for label in labels]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
+        if any(unicodedata.category(character) in _NO_TEXT for part in label for character in part):
+            raise UserError(f"{path}: the name of class {number} holds what is no text: {label!r}.")
+    counts = Counter(label.class_id for label in labels)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise UserError(f"{path} names a class twice: {', '.join(twice[:5])}.")
     return labels
@@ -50,7 +57,7 @@ def _from_lines(text: str) -> list[Label]:
 def _from_json(text: str, path: Path) -> list[Label]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     rows = _by_position(content) if isinstance(content, dict) else content
     if rows is None:
@@ -63,6 +70,8 @@ def _from_json(text: str, path: Path) -> list[Label]:
 def _by_position(content: Mapping[str, object]) -> list[object] | None:
     """The rows in order; None where the positions are not 0, 1, 2 and so on."""
     if all(isinstance(value, int) for value in content.values()):  # class_to_idx
+        if len(set(content.values())) < len(content):
+            return None
         content = {str(position): name for name, position in content.items()}
     rows = [content.get(str(position)) for position in range(len(content))]
     return None if None in rows else rows

@@ -3,13 +3,13 @@
 import asyncio
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import stamina
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -28,14 +28,14 @@ from scripts.client import (
 from scripts.pictures import find_pictures
 from scripts.results import Row, classify_all, results_file
 from scripts.server import require_running
-from scripts.terminal import UserError, command, console, warn
+from scripts.terminal import UserError, command, console, printable, warn
 
 AT_ONCE = 8
 STANDARD_INPUT = "-"
 
-# Exit statuses beside 0: every picture was classified.
-SOME_REFUSED = 1
+# Exit statuses beside 0, every picture was classified, and those of every command.
 NOT_FINISHED = 3
+SOME_REFUSED = 4
 
 # Of the pictures that were not classified, so many are named at the end.
 _SHOWN_PROBLEMS = 20
@@ -52,14 +52,19 @@ class Format(str, Enum):
     CSV = "csv"
 
 
+# What is printed as soon as it is known.
+_STREAMED: dict[Format, Callable[[Row], str]] = {Format.JSONL: Row.as_json, Format.CSV: Row.as_csv}
+
+
 def show(picture: str, result: Classification) -> None:
     """Prints a result as a table, best label first."""
-    table = Table(title=picture if result.recognized else f"{picture}: nothing recognised")
+    name = _safe(picture)
+    table = Table(title=name if result.recognized else f"{name}: nothing recognised")
     table.add_column("label")
     table.add_column("probability", justify="right")
     table.add_column("class id")
     for row in result.predictions:
-        table.add_row(escape(row.label), f"{row.probability:.4f}", escape(row.class_id))
+        table.add_row(_safe(row.label), f"{row.probability:.4f}", _safe(row.class_id))
     console.print(table)
     if result.warning is not None:
         warn(result.warning)
@@ -69,7 +74,7 @@ def _as_text(row: Row) -> str:
     """As the tutorials' clients print it."""
     assert isinstance(row.answer, Classification)
     lines = [
-        f"{place}. {prediction.label}: {prediction.probability:.4f}"
+        f"{place}. {printable(prediction.label)}: {prediction.probability:.4f}"
         for place, prediction in enumerate(row.answer.predictions, start=1)
     ]
     return "\n".join(lines if row.answer.recognized else ["nothing recognised", *lines])
@@ -105,13 +110,19 @@ def main(
 ) -> int:
     """Classifies pictures with a running server.
 
-    Exit status: 0 all were classified, 1 some were refused, 3 the server was gone too long.
+    Exit status: 0 all were classified, 4 some were refused, 3 some are left to be done, 1 nothing
+    could be done, 130 Ctrl-C.
     """
+    stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
+    # Names of files need not be text in any encoding.
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     asking = Asking(topk=topk, threshold=threshold, patience=patience, key=key)
     if url is None:
         running = require_running()
         url = (running.serving(model) if model else running).predictions_url
     if pictures == [STANDARD_INPUT]:
+        if output is not None:
+            raise UserError("A picture on standard input has no name to go into a file.")
         return _classify_standard_input(url, asking, format_ or Format.TEXT)
     found = find_pictures(pictures or [], files_from)
     if output is not None:
@@ -132,8 +143,12 @@ def _classify_standard_input(url: str, asking: Asking, format_: Format) -> int:
     try:
         with Client(url, asking) as client:
             answer = client.classify(sys.stdin.buffer.read())
+    except UnavailableError as error:
+        _say(f"[bold red]Stopped:[/] {_safe(error)}")
+        return NOT_FINISHED
     except ServiceError as error:
-        raise UserError(str(error)) from error
+        _say(f"[bold red]Refused:[/] {_safe(error)}")
+        return SOME_REFUSED
     _print([Row(STANDARD_INPUT, answer)], format_)
     return 0
 
@@ -147,30 +162,32 @@ def _classify_files(
 ) -> int:
     began = time.monotonic()
     rows: list[Row] = []
+    before: list[tuple[str, str]] = []
     with ExitStack() as stack:
-        keep: Callable[[Row], None] = rows.append
         if output is not None:
             results = stack.enter_context(results_file(output, as_csv=format_ is Format.CSV))
-            before = len(pictures)
+            done = [str(picture) for picture in pictures if str(picture) in results.done]
+            before = [(name, error) for name in done if (error := results.done[name])]
+            if done:
+                _say(f"{len(done)} of {len(pictures)} are in {_safe(output)} already.")
             pictures = [picture for picture in pictures if str(picture) not in results.done]
-            if before > len(pictures):
-                _progress.print(f"{before - len(pictures)} of {before} are in {output} already.")
-
-            def keep(row: Row) -> None:
-                results.write(row)
-                rows.append(row)
-
         progress = stack.enter_context(_bar(len(pictures)))
         task = progress.add_task("", total=len(pictures))
 
         def take(row: Row) -> None:
-            keep(row)
+            rows.append(row)
+            if output is not None and row.is_final:
+                results.write(row)
+            elif output is None and format_ in _STREAMED:
+                sys.stdout.write(_STREAMED[format_](row))
             progress.advance(task)
 
-        gone = _run(pictures, client, at_once, take)
-    if output is None:
-        _print(rows, format_)
-    return _summary(rows, len(pictures), time.monotonic() - began, gone)
+        try:
+            stopped = _run(pictures, client, at_once, take)
+        finally:
+            if output is None:
+                _print(rows, format_)
+    return _summary(rows, before, len(pictures), time.monotonic() - began, stopped)
 
 
 def _bar(count: int) -> Progress:
@@ -195,29 +212,24 @@ def _run(
 
     try:
         asyncio.run(all_of_them())
-    except UnavailableError as error:
+    except ServiceError as error:
         return str(error)
     return None
 
 
 def _print(rows: Sequence[Row], format_: Format) -> None:
-    """On standard output; what was not classified is in rows of JSON and CSV, else in the end."""
-    if format_ is Format.CSV:
-        sys.stdout.writelines(row.as_csv() for row in rows)
-    elif format_ is Format.JSONL:
-        sys.stdout.writelines(row.as_json() for row in rows)
-    else:
-        good = [row for row in rows if isinstance(row.answer, Classification)]
-        if format_ is Format.TABLE:
-            _print_table(good)
-        else:
-            for row in good:
-                if len(rows) > 1:
-                    print(f"{row.picture}:")
-                print(_as_text(row))
-    warnings = Counter(row.answer.warning for row in rows if isinstance(row.answer, Classification))
-    for warning in filter(None, warnings):
-        _progress.print(f"[bold yellow]{escape(warning)}[/]")
+    """Prints texts or a table on standard output; the summary has what was not classified."""
+    good = [row for row in rows if isinstance(row.answer, Classification)]
+    if format_ is Format.TABLE and good:
+        _print_table(good)
+    elif format_ is Format.TEXT:
+        for row in good:
+            if len(rows) > 1:
+                print(f"{printable(row.picture)}:")
+            print(_as_text(row))
+    warnings = {row.answer.warning for row in good if isinstance(row.answer, Classification)}
+    for warning in sorted(filter(None, warnings)):
+        _say(f"[bold yellow]{_safe(warning)}[/]")
 
 
 def _print_table(rows: Sequence[Row]) -> None:
@@ -225,27 +237,46 @@ def _print_table(rows: Sequence[Row]) -> None:
     for row in sorted(rows, key=lambda row: row.picture):
         assert isinstance(row.answer, Classification)
         label = row.answer.label if row.answer.recognized else f"({row.answer.label}?)"
-        table.add_row(escape(row.picture), escape(label), f"{row.answer.probability:.4f}")
+        table.add_row(_safe(row.picture), _safe(label), f"{row.answer.probability:.4f}")
     console.print(table)
 
 
-def _summary(rows: Sequence[Row], wanted: int, seconds: float, gone: str | None) -> int:
-    problems = [row for row in rows if row.problem is not None]
-    if wanted > 1 or problems or gone:
-        good = len(rows) - len(problems)
+def _summary(
+    rows: Sequence[Row],
+    before: Sequence[tuple[str, str]],
+    wanted: int,
+    seconds: float,
+    stopped: str | None,
+) -> int:
+    """Says how it went; `before` are the pictures that an earlier run was refused."""
+    problems = [(row.picture, row.problem) for row in rows if row.problem is not None]
+    left = wanted - sum(row.is_final for row in rows)
+    if wanted > 1 or problems or before or stopped:
         rate = len(rows) / seconds if seconds > 0 else 0
-        _progress.print(
-            f"{good} classified, {len(problems)} not, {wanted - len(rows)} not done, in "
-            f"{seconds:.1f} s ({rate:.1f}/s)"
+        _say(
+            f"{len(rows) - len(problems)} classified, {len(problems) + len(before)} refused or "
+            f"failed, {left} left, in {seconds:.1f} s ({rate:.1f}/s)"
         )
-    for row in problems[:_SHOWN_PROBLEMS]:
-        _progress.print(f"[bold red]{escape(row.picture)}[/]: {escape(row.problem or '')}")
-    if len(problems) > _SHOWN_PROBLEMS:
-        _progress.print(f"and {len(problems) - _SHOWN_PROBLEMS} more")
-    if gone is not None:
-        _progress.print(f"[bold red]Stopped:[/] {escape(gone)}. Run the same command to go on.")
+    everything = [*before, *problems]
+    for name, problem in everything[:_SHOWN_PROBLEMS]:
+        _say(f"[bold red]{_safe(name)}[/]: {_safe(problem)}")
+    if len(everything) > _SHOWN_PROBLEMS:
+        _say(f"and {len(everything) - _SHOWN_PROBLEMS} more")
+    if stopped is not None:
+        _say(f"[bold red]Stopped:[/] {_safe(stopped)}")
+    if stopped is not None or left:
+        _say("Run the same command to go on.")
         return NOT_FINISHED
-    return SOME_REFUSED if problems else 0
+    return SOME_REFUSED if everything else 0
+
+
+def _say(text: str) -> None:
+    """What is no result goes to standard error."""
+    _progress.print(text)
+
+
+def _safe(text: object) -> str:
+    return escape(printable(str(text)))
 
 
 if __name__ == "__main__":

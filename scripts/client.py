@@ -29,8 +29,17 @@ PATIENCE = 120.0
 TIMEOUT = 60.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 
-# Progress and failures are the caller's to show; stamina would log each try.
-stamina.instrumentation.set_on_retry_hooks([])
+# The service's bound for a request; the form around a picture needs a little of it.
+MAX_PICTURE_BYTES = 20_971_520 - 4096
+
+# What is wrong with a picture, and not with how it was asked about.
+_PICTURE_ERRORS = {
+    "NotAnImage",
+    "DamagedImage",
+    "EmptyImage",
+    "UnsupportedFormat",
+    "TooLarge",
+}
 
 
 class ServiceError(Exception):
@@ -51,6 +60,11 @@ class RefusedError(ServiceError):
         self.code = code
         self.type = type_
         self.message = message
+
+    @property
+    def is_about_the_picture(self) -> bool:
+        """Whether another picture could fare better."""
+        return self.type in _PICTURE_ERRORS
 
 
 class UnavailableError(ServiceError):
@@ -104,12 +118,27 @@ class Classification:
 
     @classmethod
     def from_answer(cls, body: Mapping[str, Any]) -> "Classification":
-        """Takes the server's answer to one picture; `KeyError` or `TypeError` for another."""
-        rows = tuple(
-            Prediction(row["label"], row["probability"], row["class_id"], row["class_index"])
-            for row in body["predictions"]
-        )
-        return cls(rows, body["recognized"], body.get("warning"))
+        """Takes the server's answer to one picture; `ValueError` where it is something else."""
+        match body:
+            case {"predictions": [_, *_] as rows, "recognized": bool() as recognized}:
+                predictions = tuple(_prediction(row) for row in rows)
+            case _:
+                raise ValueError("no predictions")
+        warning = body.get("warning")
+        return cls(predictions, recognized, None if warning is None else str(warning))
+
+
+def _prediction(row: object) -> Prediction:
+    match row:
+        case {
+            "label": str() as label,
+            "probability": int() | float() as probability,
+            "class_id": str() as class_id,
+            "class_index": int() as class_index,
+        }:
+            return Prediction(label, float(probability), class_id, class_index)
+        case _:
+            raise ValueError("no prediction")
 
 
 @dataclass(frozen=True)
@@ -130,6 +159,21 @@ class Asking:
     timeout: float = TIMEOUT
     key: str | None = None
 
+    @staticmethod
+    def content(picture: Path | bytes) -> bytes:
+        """The bytes to send.
+
+        Raises:
+            RefusedError: there are more of them than the service accepts.
+            OSError: the file cannot be read.
+        """
+        size = len(picture) if isinstance(picture, bytes) else picture.stat().st_size
+        if size > MAX_PICTURE_BYTES:
+            raise RefusedError(
+                413, "TooLarge", f"The picture has {size / 1e6:.1f} MB, more than the 20 accepted."
+            )
+        return picture if isinstance(picture, bytes) else picture.read_bytes()
+
     def request(self, content: bytes) -> dict[str, Any]:
         """The arguments of an HTTP client's `post`."""
         said = {"topk": self.topk, "threshold": self.threshold}
@@ -147,13 +191,25 @@ class Asking:
     def retries(self) -> Any:
         """An iterable of tries, with growing and random pauses between them."""
         return stamina.retry_context(
-            on=(httpx2.TransportError, _BusyError),
+            on=_is_worth_another_try,
             attempts=None,
             timeout=self.patience,
             wait_initial=_FIRST_WAIT,
             wait_max=_LONGEST_WAIT,
             wait_jitter=_FIRST_WAIT,
         )
+
+
+def _is_worth_another_try(error: Exception) -> bool:
+    """A full server, a restart, a lost connection; not a wrong address or certificate."""
+    if isinstance(error, _BusyError):
+        return True
+    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
+    return (
+        isinstance(error, httpx2.TransportError)
+        and not isinstance(error, hopeless)
+        and "CERTIFICATE_VERIFY_FAILED" not in str(error)
+    )
 
 
 class Client:
@@ -196,14 +252,12 @@ class Client:
             UnavailableError: it did not answer within the patience.
             OSError: the file cannot be read.
         """
-        request = self.asking.request(
-            picture if isinstance(picture, bytes) else picture.read_bytes()
-        )
+        request = self.asking.request(self.asking.content(picture))
         try:
             for attempt in self.asking.retries():
                 with attempt:
                     return _read(self._http.post(self.url, **request))
-        except (httpx2.TransportError, _BusyError) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
 
@@ -245,15 +299,13 @@ class AsyncClient:
 
     async def classify(self, picture: Path | bytes) -> Classification:
         """Classifies one picture; arguments and errors are those of `Client.classify`."""
-        content = (
-            picture if isinstance(picture, bytes) else await asyncio.to_thread(picture.read_bytes)
-        )
+        content = await asyncio.to_thread(self.asking.content, picture)
         request = self.asking.request(content)
         try:
             async for attempt in self.asking.retries():
                 with attempt:
                     return _read(await self._http.post(self.url, **request))
-        except (httpx2.TransportError, _BusyError) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
 
@@ -271,7 +323,7 @@ def _read(response: httpx2.Response) -> Classification:
     if response.is_success:
         try:
             return Classification.from_answer(answer)
-        except (KeyError, TypeError, IndexError) as error:
+        except ValueError as error:
             raise RefusedError(
                 response.status_code,
                 "NotThisService",

@@ -179,7 +179,7 @@ def start_command(
     rate: int = Options.rate,
     burst: int = Options.burst,
     connections: int = Options.connections,
-    model: Annotated[str, typer.Option(help="Name of the archive.")] = DEFAULT_ARCHITECTURE,
+    model: Annotated[str | None, typer.Option(help="Name of the archive.")] = None,
 ) -> None:
     """Puts a gateway before the server of `make run`, or before nodes of its own."""
     if find_gateway() is not None:
@@ -188,9 +188,12 @@ def start_command(
         host, http_port, https_port, certificate, certificate_key, keys, rate, burst, connections
     )
     gateways.check(options)
-    archive = MODEL_STORE / f"{model}.mar"
     own = nodes is not None
-    members = start_nodes(nodes, archive, workers) if nodes else [_server_of_make_run(archive)]
+    if nodes:
+        archive = MODEL_STORE / f"{model or DEFAULT_ARCHITECTURE}.mar"
+        members = start_nodes(nodes, archive, workers)
+    else:
+        members = [_server_of_make_run(model)]
     try:
         started = gateways.start(options, members)
     except BaseException:
@@ -208,10 +211,11 @@ def start_command(
     console.print(f"Ready        {started.url}/readyz")
 
 
-def _server_of_make_run(archive: Path) -> Node:
+def _server_of_make_run(model: str | None) -> Node:
     running = find_running()
     if running is None:
         raise UserError("There is nothing to stand before. Run make run first, or give NODES=2.")
+    archive = MODEL_STORE / f"{model or running.model}.mar"
     if not archive.is_file() or sha256(archive) != running.models.get(archive.stem):
         raise UserError(f"The server does not serve {archive} as it is now. Run: make run")
     release = keep_release(archive)

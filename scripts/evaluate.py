@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import stamina
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -19,11 +20,18 @@ from sklearn.metrics import classification_report, confusion_matrix
 
 from handler.labels import Label
 from scripts.classify import AT_ONCE
-from scripts.client import Asking, AsyncClient, Classification, Client, ServiceError
+from scripts.client import (
+    Asking,
+    AsyncClient,
+    Classification,
+    Client,
+    RefusedError,
+    ServiceError,
+)
 from scripts.pictures import find_pictures
 from scripts.results import Row, classify_all
 from scripts.server import RUN_DIR, require_running
-from scripts.terminal import UserError, command, console, step, warn
+from scripts.terminal import UserError, command, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -33,6 +41,8 @@ _BINS = 10
 # More classes than these cannot be read on the confusion picture's edges.
 _LEGIBLE_CLASSES = 50
 _WORST_PAIRS = 10
+# Pictures to learn the model's classes from; more than these are not all damaged.
+_TRIES_FOR_CLASSES = 20
 # Asks for all classes: more than a model can have.
 _ALL = 1_000_000
 
@@ -100,15 +110,15 @@ def evaluate(
         UserError: a folder is no class, there is no picture, or the server cannot be asked.
     """
     asking = asking or Asking()
-    folders = sorted(path for path in images.iterdir() if path.is_dir()) if images.is_dir() else []
-    if not folders:
-        raise UserError(f"{images} must hold a folder of pictures for each class.")
+    if not images.is_dir():
+        raise UserError(f"{images} must be a folder with a folder of pictures for each class.")
+    folders = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
     pictures = {path: folder.name for folder in folders for path in _pictures(folder)}
     if not pictures:
-        raise UserError(f"There is no picture in the folders of {images}.")
+        raise UserError(f"{images} must hold a folder of pictures for each class.")
     try:
         labels = _classes_of_model(list(pictures), Client(url, _with_topk(asking, _ALL)))
-        truth = _match({folder.name for folder in folders}, labels)
+        truth = _match(set(pictures.values()), labels)
         rows = _classify(
             list(pictures), AsyncClient(url, _with_topk(asking, _TOP), at_once), at_once
         )
@@ -141,17 +151,17 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _classes_of_model(pictures: Sequence[Path], client: Client) -> list[Label]:
     """The model's classes by position, from an answer that has all of them."""
+    problem: Exception | None = None
     with client:
-        for picture in pictures:
+        for picture in pictures[:_TRIES_FOR_CLASSES]:
             try:
                 answer = client.classify(picture)
-            except (OSError, ServiceError):
-                if picture == pictures[-1]:
-                    raise
+            except (OSError, RefusedError) as error:
+                problem = error
                 continue
             rows = sorted(answer.predictions, key=lambda row: row.class_index)
             return [Label(row.class_id, row.label) for row in rows]
-    raise AssertionError
+    raise UserError(f"The server classified none of the first pictures: {problem}")
 
 
 def _match(folders: set[str], labels: Sequence[Label]) -> dict[str, int]:
@@ -204,9 +214,6 @@ def report(evaluation: Evaluation, folder: Path) -> None:
     _write_classes(evaluation, present, names, folder / "classes.csv")
     thresholds = [_at_threshold(evaluation, threshold) for threshold in THRESHOLDS]
     _write_summary(evaluation, thresholds, names, folder / "report.md")
-    _plot_confusion(evaluation, present, names, folder / "confusion.png")
-    _plot_calibration(evaluation, folder / "calibration.png")
-
     table = Table(title="Which threshold?")
     for heading in ("threshold", "recognised", "of these right"):
         table.add_column(heading, justify="right")
@@ -223,6 +230,8 @@ def report(evaluation: Evaluation, folder: Path) -> None:
         warn(f"Not counted: {len(evaluation.refused) - _WORST_PAIRS} more pictures")
     if evaluation.warning:
         warn(evaluation.warning)
+    _plot_confusion(evaluation, present, names, folder / "confusion.png")
+    _plot_calibration(evaluation, folder / "calibration.png")
     step(f"Evaluation: wrote report.md, classes.csv, confusion.png, calibration.png to {folder}")
 
 
@@ -287,7 +296,8 @@ def _write_summary(
     worst = sorted(pairs.items(), key=lambda item: -item[1])[:_WORST_PAIRS]
     if worst:
         lines += ["", "| shows | is taken for | times |", "|---|---|---|"]
-        lines += [f"| {names[a]} | {names[b]} | {count} |" for (a, b), count in worst]
+        cells = [printable(name).replace("|", r"\|") for name in names]
+        lines += [f"| {cells[a]} | {cells[b]} | {count} |" for (a, b), count in worst]
     lines += ["", "![confusion](confusion.png)", "![calibration](calibration.png)"]
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -305,7 +315,8 @@ def _plot_confusion(
     axes.set_xlabel("the server's best guess")
     axes.set_ylabel("what it shows")
     if len(present) <= _LEGIBLE_CLASSES:
-        shown = [names[index] for index in present]
+        # A dollar would begin a formula.
+        shown = [printable(names[index]).replace("$", r"\$") for index in present]
         axes.set_xticks(range(len(present)), shown, rotation=90)
         axes.set_yticks(range(len(present)), shown)
         for row, column in zip(*counts.nonzero(), strict=True):
@@ -340,6 +351,7 @@ def main(
     key: Annotated[str | None, typer.Option(envvar="CLASSIFY_KEY", help="For a gateway.")] = None,
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
+    stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     if url is None:
         running = require_running()
         url = (running.serving(model) if model else running).predictions_url

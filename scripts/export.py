@@ -153,16 +153,18 @@ def export(subject: Exportable, target: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    except torch.onnx.errors.OnnxExporterError as error:
+        assert program is not None
+        graph = program.model_proto
+        _drop_build_notes(graph)
+        onnx.checker.check_model(graph, full_check=True)
+        content = graph.SerializeToString(deterministic=True)
+    # The latter is for a model of more than 2 GB, which one file of ONNX cannot hold.
+    except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
         raise UserError(
-            f"torch cannot export this architecture to ONNX ({_first_line(error)}). Serve it with "
-            "PyTorch: ENGINE=torch"
+            f"torch cannot export this architecture to one file of ONNX ({_first_line(error)}). "
+            "Serve it with PyTorch: ENGINE=torch"
         ) from error
-    assert program is not None
-    graph = program.model_proto
-    _drop_build_notes(graph)
-    onnx.checker.check_model(graph, full_check=True)
-    target.write_bytes(graph.SerializeToString(deterministic=True))
+    target.write_bytes(content)
 
 
 def _first_line(error: Exception) -> str:

@@ -74,4 +74,5 @@ def _listed(listing: str) -> Iterator[Path]:
         text = sys.stdin.read() if listing == "-" else Path(listing).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The list {listing} cannot be read: {error}.") from error
-    return (Path(line) for line in text.splitlines() if line.strip())
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return (Path(line) for line in lines if line.strip())

@@ -5,14 +5,24 @@ import csv
 import fcntl
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from scripts.client import AsyncClient, Classification, RefusedError
+from scripts.client import (
+    AsyncClient,
+    Classification,
+    RefusedError,
+    ServiceError,
+    UnavailableError,
+)
 from scripts.terminal import UserError
+
+# Statuses from here on are no mistake of the client's.
+_SERVERS_FAULT = 500
 
 _COLUMNS = ("picture", "label", "class_id", "probability", "recognized", "error")
 
@@ -23,18 +33,25 @@ class Row:
 
     Attributes:
         picture: its name, as the command line or the list has it.
-        answer: how it was classified, or why it will not be: what asking again does not change.
+        answer: how it was classified, or why it was not.
     """
 
     picture: str
-    answer: Classification | RefusedError | OSError
+    answer: Classification | ServiceError | OSError
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would give the same: not where the server failed on it."""
+        return not isinstance(self.answer, ServiceError) or (
+            isinstance(self.answer, RefusedError) and self.answer.is_about_the_picture
+        )
 
     @property
     def problem(self) -> str | None:
         """In words, where the picture has no classification."""
         if isinstance(self.answer, OSError):
             return f"cannot be read: {self.answer.strerror or self.answer}"
-        return str(self.answer) if isinstance(self.answer, RefusedError) else None
+        return str(self.answer) if isinstance(self.answer, ServiceError) else None
 
     def as_json(self) -> str:
         """One line of JSON."""
@@ -65,8 +82,8 @@ class Row:
 
 
 def _csv_line(values: Sequence[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(values)
     return line.getvalue()
 
 
@@ -86,15 +103,29 @@ async def classify_all(
 
     Raises:
         UnavailableError: the server is gone; what has no row yet was not done.
+        RefusedError: it refuses how it is asked, whatever the picture.
     """
     left = iter(pictures)
+    last_answer = 0.0
 
     async def one_after_the_other() -> None:
+        nonlocal last_answer
         for picture in left:
+            began = time.monotonic()
             try:
-                answer: Classification | RefusedError | OSError = await client.classify(picture)
-            except (RefusedError, OSError) as error:
+                answer: Classification | ServiceError | OSError = await client.classify(picture)
+                last_answer = time.monotonic()
+            except UnavailableError as error:
+                # Where the others are answered, it is this picture that the server dies of.
+                if last_answer <= began:
+                    raise
                 answer = error
+            except RefusedError as error:
+                if not error.is_about_the_picture and error.code < _SERVERS_FAULT:
+                    raise
+                answer = error
+            except (OSError, ValueError) as error:  # the latter for a name that cannot be a file's
+                answer = error if isinstance(error, OSError) else OSError(str(error))
             take(Row(str(picture), answer))
 
     tasks = [asyncio.create_task(one_after_the_other()) for _ in range(at_once)]
@@ -107,46 +138,74 @@ async def classify_all(
 
 
 class ResultsFile:
-    """Rows in a file, one at most for each picture; what was being written is written anew."""
+    """Rows in a file, one at most for each picture; what was being written is written anew.
+
+    Attributes:
+        done: the pictures that have a row, each with its error, if that is what the row says.
+    """
 
     def __init__(self, file: TextIO, *, as_csv: bool, path: Path) -> None:
         """Reads what is there; `UserError` where it is not from this command."""
         self._file = file
+        self._path = path
         self._as_csv = as_csv
-        self.done = self._read(path)
-
-    def write(self, row: Row) -> None:
-        """Adds a row; it is kept from then on, whatever happens to this process."""
-        self._file.write(row.as_csv() if self._as_csv else row.as_json())
-        self._file.flush()
-
-    def _read(self, path: Path) -> set[str]:
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            # The last row was cut off in the middle of writing.
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(whole)
-            self._file.flush()
+        text = file.read()
         try:
-            if self._as_csv:
-                return self._read_csv(whole)
-            return {json.loads(line)["picture"] for line in whole.splitlines()}
-        except (ValueError, KeyError, TypeError) as error:
+            self.done, length = (_read_csv if as_csv else _read_jsonl)(text)
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise UserError(
                 f"{path} holds something else than results of this command. Name another file."
             ) from error
+        if length < len(text):
+            # The last row was cut off in the middle of writing.
+            file.seek(0)
+            file.truncate()
+            self._append(text[:length])
+        if as_csv and length == 0:
+            self._append(_csv_line(_COLUMNS))
 
-    def _read_csv(self, text: str) -> set[str]:
-        rows = list(csv.reader(io.StringIO(text)))
-        if not rows:
-            self._file.write(_csv_line(_COLUMNS))
+    def write(self, row: Row) -> None:
+        """Adds a row; it is kept from then on, whatever happens to this process.
+
+        Raises:
+            UserError: the disk takes no more.
+        """
+        self._append(row.as_csv() if self._as_csv else row.as_json())
+
+    def _append(self, text: str) -> None:
+        try:
+            self._file.write(text)
             self._file.flush()
-            return set()
-        if rows[0] != list(_COLUMNS) or any(len(row) != len(_COLUMNS) for row in rows):
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from error
+
+
+def _read_jsonl(text: str) -> tuple[dict[str, str | None], int]:
+    """Pictures with their errors, and how much of the text is whole rows."""
+    length = text.rfind("\n") + 1
+    if not length and text and not text.startswith('{"picture": "'[: len(text)]):
+        raise ValueError("no row")
+    rows = [json.loads(line) for line in text[:length].split("\n")[:-1]]
+    return {row["picture"]: row.get("error") for row in rows}, length
+
+
+def _read_csv(text: str) -> tuple[dict[str, str | None], int]:
+    """The same; a row may have line ends in it."""
+    header = _csv_line(_COLUMNS)
+    if not text.startswith(header):
+        if text and not header.startswith(text):
             raise ValueError("other columns")
-        return {row[0] for row in rows[1:]}
+        return {}, 0
+    length = text.rfind("\n") + 1
+    while True:
+        try:
+            rows = list(csv.reader(io.StringIO(text[:length], newline=""), strict=True))
+            break
+        except csv.Error:  # cut off within quotes
+            length = text.rfind("\n", 0, length - 1) + 1
+    if any(len(row) != len(_COLUMNS) for row in rows):
+        raise ValueError("other columns")
+    return {row[0]: row[-1] or None for row in rows[1:]}, length
 
 
 @contextmanager

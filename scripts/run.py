@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from scripts.archive import ArchOption, build, obtain_for_trial, recipe
+from scripts.architectures import check_architecture
+from scripts.archive import (
+    ArchOption,
+    Channels,
+    Pixels,
+    build,
+    customized,
+    obtain_for_trial,
+    recipe,
+)
 from scripts.classify import show
 from scripts.client import Client
 from scripts.photographs import CAT
@@ -21,6 +30,11 @@ def main(
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
+    resize: Pixels = None,
+    crop: Pixels = None,
+    mean: Channels = None,
+    std: Channels = None,
+    interpolation: str | None = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -29,7 +43,10 @@ def main(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Builds the archive, serves it and classifies a sample photograph."""
-    archive = build(recipe(obtain_for_trial(weights, url, arch), name, classes))
+    check_architecture(arch)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
+    found = obtain_for_trial(weights, url, arch)
+    archive = build(recipe(found, name, classes, preprocessing))
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     running = _serve(archive, ports, workers)
 

@@ -489,7 +489,10 @@ def start_command(
 def _check_trained(archive: Path) -> None:
     card = read_card(archive)
     if card is None:
-        raise UserError(f"There is no archive {archive}. Build it with: make archive")
+        raise UserError(
+            f"There is no archive {archive}. Build it with make archive, and ARCH or NAME where it "
+            f"is not {DEFAULT_ARCHITECTURE}."
+        )
     if not card.trained:
         raise UserError(
             f"{archive} holds untrained random weights. Build it with trained ones: make archive, "

@@ -1,6 +1,7 @@
 """How the commands speak to a person: steps, results, and one sentence when they cannot go on."""
 
 import sys
+import unicodedata
 from collections.abc import Callable
 
 import typer
@@ -15,11 +16,20 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 INTERRUPTED = 130
 
 
+# Control characters, and halves of characters, as names of files can hold.
+_NOT_PRINTED = {"Cc", "Cs"}
+
+
 class UserError(Exception):
     """The command cannot go on, for a reason that the person at the terminal can change.
 
     `str(error)` says what is wrong and what to do; no traceback is shown.
     """
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, such as the name of a file, without what a terminal would obey."""
+    return "".join("\ufffd" if unicodedata.category(c) in _NOT_PRINTED else c for c in text)
 
 
 def step(text: str) -> None:
@@ -29,7 +39,7 @@ def step(text: str) -> None:
 
 def warn(text: str) -> None:
     """Says something that must not be missed."""
-    console.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(text)}[/]")
+    console.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(printable(text))}[/]")
 
 
 def command(function: Callable[..., int | None]) -> None:
@@ -49,7 +59,7 @@ def run(app: typer.Typer) -> None:
         # Where the command is interrupted, typer gives back the exit status and raises nothing.
         status = app(standalone_mode=False)
     except UserError as error:
-        _errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        _errors.print(f"[bold red]Error:[/] {escape(printable(str(error)))}")
         sys.exit(1)
     except Exception as error:
         # click's own errors carry their exit status and know how to print themselves.

@@ -29,6 +29,9 @@ _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 # What wrappers put before every name: DataParallel, torch.compile, Lightning's usual attribute.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
+# TorchScript's code is the only part of these files that is packed.
+_PACKED_CODE_BYTES = 10_000_000
+
 # An exported program's list of tensors, and their types by the numbers that it uses.
 _EXPORTED_INDEX = "data/weights/model_weights_config.json"
 _EXPORTED_DTYPES = {
@@ -62,24 +65,50 @@ def read_state_dict(path: Path) -> tuple["OrderedDict[str, Tensor]", str]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"The weights {path} cannot be read: {error.strerror}.") from error
-    names = _zip_names(content)
-    if path.suffix == ".safetensors":
-        loaded = _from_safetensors(content, path)
-    elif any(name.endswith("/constants.pkl") for name in names):
-        loaded = _from_torchscript(content, names, path)
-    elif any(name.endswith(_EXPORTED_INDEX) for name in names):
-        loaded = _from_exported_program(content, path)
-    else:
-        loaded = _from_pickle(content, path)
-    return _without_prefixes(loaded), hashlib.sha256(content).hexdigest()
-
-
-def _zip_names(content: bytes) -> list[str]:
     try:
+        loaded = _without_prefixes(_loaded(content, path))
+        claimed = sum(tensor.numel() * tensor.element_size() for tensor in loaded.values())
+    except UserError:
+        raise
+    except Exception as error:  # a foreign or hostile file makes the readers raise nearly anything
+        raise UserError(
+            f"{path} cannot be read as weights: it is damaged, cut off, or something else "
+            f"({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    if claimed > len(content):
+        # A few bytes can stand for a tensor of any size.
+        raise UserError(f"{path} claims more weights than it holds. Save its state dict.")
+    return loaded, hashlib.sha256(content).hexdigest()
+
+
+def _loaded(content: bytes, path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _from_safetensors(content, path)
+    names: list[str] = []
+    if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        return []
+            names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return _from_torchscript(_zip_members(content, path), path)
+    if any(name.endswith(_EXPORTED_INDEX) for name in names):
+        return _from_exported_program(_zip_members(content, path), path)
+    return _from_pickle(content, path)
+
+
+def _zip_members(content: bytes, path: Path) -> dict[str, bytes]:
+    """The files in a zip file, by name.
+
+    Raises:
+        UserError: two of them have the same name but for case, or they are far larger than they
+            look.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if len({entry.filename.casefold() for entry in entries}) < len(entries):
+            raise UserError(f"{path} holds two files of one name. Save its state dict.")
+        if sum(entry.file_size for entry in entries) > 2 * len(content) + _PACKED_CODE_BYTES:
+            raise UserError(f"{path} is far larger than it looks. Save its state dict.")
+        return {entry.filename: archive.read(entry) for entry in entries}
 
 
 def _from_safetensors(content: bytes, path: Path) -> Mapping[str, Tensor]:
@@ -113,42 +142,49 @@ def _state_dict_in(loaded: object) -> Mapping[str, Tensor] | None:
         inner = loaded.get(key)
         if isinstance(inner, Mapping):
             return _state_dict_in(inner)
-    if not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not loaded or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         return None
     return loaded
 
 
-def _from_torchscript(content: bytes, names: list[str], path: Path) -> Mapping[str, Tensor]:
+def _from_torchscript(members: Mapping[str, bytes], path: Path) -> Mapping[str, Tensor]:
     """Its code is TorchScript's, not Python's, and only `__setstate__` of it runs on loading."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        code = [archive.read(name) for name in names if "/code/" in name]
-    if len(set(names)) < len(names) or any(b"__setstate__" in text for text in code):
+    if any(
+        b"__setstate__" in content
+        for name, content in members.items()
+        if not name.endswith(".debug_pkl")
+    ):
         raise UserError(f"{path} runs code of its own when it is loaded. Save its state dict.")
+    # Packed anew: PyTorch reads zip files in its own way, and must see what was looked at here.
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are not gone
-            module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+            module = torch.jit.load(io.BytesIO(packed.getvalue()), map_location="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise UserError(f"{path} is no TorchScript that can be loaded, or is cut off.") from error
     return OrderedDict(module.state_dict())
 
 
-def _from_exported_program(content: bytes, path: Path) -> Mapping[str, Tensor]:
+def _from_exported_program(members: Mapping[str, bytes], path: Path) -> Mapping[str, Tensor]:
     """Not by `torch.export.load`, which unpickles whatever the file holds."""
-    tensors: OrderedDict[str, Tensor] = OrderedDict()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        index = next(name for name in archive.namelist() if name.endswith(_EXPORTED_INDEX))
-        folder = index.rpartition("/")[0]
-        try:
-            for name, entry in json.loads(archive.read(index))["config"].items():
-                raw = archive.read(f"{folder}/{entry['path_name']}")
-                tensors[name] = _exported_tensor(raw, entry)
-        except (ValueError, TypeError, KeyError, zipfile.BadZipFile, RuntimeError) as error:
-            raise UserError(
-                f"{path} is no exported program whose weights can be read without running code: "
-                f"{error}. Save its state dict."
-            ) from error
-    return tensors
+    index = next(name for name in members if name.endswith(_EXPORTED_INDEX))
+    folder = index.rpartition("/")[0]
+    try:
+        return OrderedDict(
+            (name, _exported_tensor(members[f"{folder}/{entry['path_name']}"], entry))
+            for name, entry in json.loads(members[index])["config"].items()
+        )
+    except Exception as error:
+        raise UserError(
+            f"{path} is no exported program whose weights can be read without running code: "
+            f"{error}. Save its state dict."
+        ) from error
 
 
 def _exported_tensor(raw: bytes, entry: Mapping[str, object]) -> Tensor:

@@ -208,7 +208,7 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:
     set_layer_versions(state_dict, versions)
     try:
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path.name} does not fit {architecture} with {classes} classes: "
             f"{_first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
@@ -242,9 +242,10 @@ def _count_classes(state_dict: Mapping[str, Tensor], architecture: str, name: st
     return int(state_dict[layer].shape[0])
 
 
-def _first_mismatches(error: RuntimeError) -> str:
+def _first_mismatches(error: Exception) -> str:
     """What torch names: keys that are missing, not expected, or of another shape, a line each."""
-    lines = [" ".join(line.split()).rstrip(". ") for line in str(error).splitlines()[1:]]
+    lines = [" ".join(line.split()).rstrip(". ") for line in str(error).splitlines()]
+    lines = lines[1:] or lines
     shown = "; ".join(textwrap.shorten(line, 300) for line in lines[:_SHOWN_MISMATCHES])
     more = len(lines) - _SHOWN_MISMATCHES
     return f"{shown}; and {more} more" if more > 0 else shown

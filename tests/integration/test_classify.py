@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,8 +89,8 @@ def test_a_folder_becomes_rows_of_json(running: Running, folder: Path) -> None:
     assert names == {"a.jpg", "b [1].JPG", "sub/c.jpeg", "d,\u00e9\u2603.jpg", "broken.jpg"}
     assert rows[str(folder / "a.jpg")]["label"]
     assert "not a picture" in rows[str(folder / "broken.jpg")]["error"]
-    assert result.returncode == 1
-    assert "4 classified, 1 not, 0 not done" in result.stderr
+    assert result.returncode == 4
+    assert "4 classified, 1 refused or failed, 0 left" in result.stderr
 
 
 def test_patterns_lists_and_csv(running: Running, folder: Path) -> None:
@@ -104,7 +105,7 @@ def test_patterns_lists_and_csv(running: Running, folder: Path) -> None:
     rows = sorted(csv.reader(io.StringIO(by_list.stdout)))
     assert [row[0] for row in rows] == [f"{folder}/a.jpg", f"{folder}/missing.jpg"]
     assert "cannot be read: No such file" in rows[1][-1]
-    assert by_list.returncode == 1
+    assert by_list.returncode == 4
 
 
 def test_a_picture_on_standard_input(running: Running) -> None:
@@ -257,9 +258,9 @@ def test_a_killed_run_goes_on_where_it_was(suffix: str, running: Running, tmp_pa
     names = _names(output)
     assert len(names) == 300
     assert Counter(names) == Counter(str(file) for file in place.iterdir())
-    assert "300 are in" in second.stderr.replace("\n", " ")
+    assert re.search(r"^(\d+) of 300 are in", second.stderr)
     third = run(*command)
-    assert "0 classified" in third.stderr or third.stderr.startswith("300 of 300")
+    assert (third.returncode, third.stderr[:14]) == (0, "300 of 300 are")
     assert len(_names(output)) == 300
 
 
@@ -292,10 +293,67 @@ def test_ctrl_c_keeps_what_is_done(running: Running, tmp_path: Path) -> None:
     assert all(json.loads(line)["label"] for line in output.read_text().splitlines())
 
 
-def test_a_file_that_is_no_result_is_left_alone(running: Running, tmp_path: Path) -> None:
-    precious = tmp_path / "precious.csv"
-    precious.write_text("name,price\nhouse,1\n")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("precious.csv", "name,price\nhouse,1\n"),
+        ("precious.csv", "name,price\nhouse,1"),
+        ("precious.csv", "one line without an end"),
+        ("precious.jsonl", '{"name": "house"}\n{"name": "ga'),
+        ("precious.jsonl", "one line without an end"),
+    ],
+)
+def test_a_file_that_is_no_result_is_left_alone(
+    name: str, text: str, running: Running, tmp_path: Path
+) -> None:
+    precious = tmp_path / name
+    precious.write_text(text)
     result = run(str(CAT), "--output", str(precious), "--url", running.predictions_url)
     assert result.returncode == 1
     assert "something else" in result.stderr
-    assert precious.read_text() == "name,price\nhouse,1\n"
+    assert precious.read_text() == text
+
+
+def test_a_strange_name_has_one_row_and_cannot_write_to_the_terminal(
+    running: Running, tmp_path: Path
+) -> None:
+    strange = tmp_path / "pictures"
+    strange.mkdir()
+    names = [b"icon\r.jpg", b"two\nlines.jpg", b'quote",.jpg', b"\xff.jpg", b"\x1b[2J.jpg"]
+    for name in names:
+        (strange / os.fsdecode(name)).write_bytes(picture(1) if name != names[4] else b"x" * 999)
+    for suffix in ("csv", "jsonl"):
+        output = tmp_path / f"results.{suffix}"
+        command = [str(strange), "--output", str(output), "--url", running.predictions_url]
+        first, second = run(*command), run(*command)
+        assert first.returncode == second.returncode == 4, second.stderr
+        assert "5 of 5 are in" in second.stderr
+        assert "\x1b" not in first.stderr + second.stderr
+    printed = run(str(strange), "--format", "text", "--url", running.predictions_url)
+    assert "\x1b" not in printed.stdout + printed.stderr
+
+
+def test_a_mistake_in_the_question_is_no_pictures_result(running: Running, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    url = running.predictions_url.replace("densenet121", "nobody")
+    wrong = run(str(CAT), "--output", str(output), "--url", url)
+    assert wrong.returncode == 3
+    assert "Stopped" in wrong.stderr
+    assert output.read_text() == ""
+    again = run(str(CAT), "--output", str(output), "--url", running.predictions_url)
+    assert again.returncode == 0
+    assert len(output.read_text().splitlines()) == 1
+
+
+def test_what_is_larger_than_the_server_takes_is_not_sent(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(b"\xff\xd8" + bytes(21_000_000))
+    result = run(str(tmp_path), "--url", running.predictions_url)
+    assert result.returncode == 4
+    assert "more than the 20 accepted" in result.stderr
+
+
+def test_an_address_without_http_is_refused_at_once() -> None:
+    began = time.monotonic()
+    result = run(str(CAT), "--url", "127.0.0.1:8080/predictions/densenet121")
+    assert result.returncode == 3
+    assert time.monotonic() - began < 30

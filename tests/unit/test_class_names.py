@@ -51,6 +51,9 @@ def test_names_may_be_in_any_script(tmp_path: Path) -> None:
         ('["cat", 5]', "5 is no class"),
         ('{"0": "cat", "2": "dog"}', "must be 0 to 1"),
         ('{"cat": 0, "dog": 2}', "must be 0 to 1"),
+        ('{"cat": 0, "kitty": 0, "dog": 1}', "must be 0 to 2"),
+        ('["cat", "\\ud800"]', "holds what is no text"),
+        ('["cat", "\\u001b[2J"]', "holds what is no text"),
         ('{"cat": 0', "not valid JSON"),
     ],
 )

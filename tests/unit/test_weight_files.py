@@ -149,10 +149,49 @@ class RunsOnLoading(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_torchscript_that_runs_code_on_loading_is_refused(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(RunsOnLoading()), tmp_path / "running.pt")
+@pytest.mark.parametrize("folder", ["code", "CODE"])
+def test_torchscript_that_runs_code_on_loading_is_refused(folder: str, tmp_path: Path) -> None:
+    """PyTorch finds files in it whatever the case of their names."""
+    torch.jit.save(torch.jit.script(RunsOnLoading()), tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "running.pt", "w") as running,
+    ):
+        for entry in whole.infolist():
+            name = entry.filename.replace("/code/", f"/{folder}/")
+            running.writestr(name, whole.read(entry))
     with pytest.raises(UserError, match="runs code of its own when it is loaded"):
         load(tmp_path / "running.pt", ARCHITECTURE)
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    state_dict = {"classifier.1.weight": torch.zeros(1).expand(10**8, 512, 1, 1)}
+    torch.save(state_dict, tmp_path / "huge.pth")
+    with pytest.raises(UserError, match="claims more weights than it holds"):
+        load(tmp_path / "huge.pth", ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"classifier.1.weight": torch.tensor(1.0)},
+        {1: torch.zeros(3)},
+        {},
+        {"model": {"state_dict": 3}},
+    ],
+)
+def test_odd_contents_are_refused_with_a_sentence(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError):
+        load(tmp_path / "odd.pth", ARCHITECTURE)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    circle: dict[str, object] = {}
+    circle["model"] = circle
+    torch.save(circle, tmp_path / "circle.pth")
+    with pytest.raises(UserError):
+        load(tmp_path / "circle.pth", ARCHITECTURE)
 
 
 def test_a_layer_of_another_size_is_named_with_both_sizes(model: nn.Module, tmp_path: Path) -> None:
