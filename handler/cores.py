@@ -4,8 +4,9 @@ Under load a worker keeps to its own share of the cores, which gave the best thr
 other worker of the server is busy and nobody waits in the queue it takes them all, which gave a
 lone client the shortest wait.
 
-Each busy worker holds a lock on one byte of a file that all of them share; the byte's position is
-its process id. The kernel drops a dead worker's lock, so that nothing is left to clean up.
+Each busy worker holds a lock on one byte of a file that all of them share, and on another one for
+as long as it lives; the bytes' positions are its process id. The kernel drops a dead worker's locks,
+so that nothing is left to clean up.
 """
 
 import fcntl
@@ -13,6 +14,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Where the bytes of the living begin, behind those of the busy: no process id is as large.
+_LIVING = 1 << 32
 
 
 class Cores:
@@ -36,6 +40,7 @@ class Cores:
         self._file = os.open(meeting_place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._position = os.getpid()
         self._crowded = False
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _LIVING + self._position)
 
     @contextmanager
     def busy(self, *, crowded: bool) -> Iterator[None]:
@@ -49,20 +54,22 @@ class Cores:
         try:
             yield
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._position)
 
     def available(self) -> int:
         """Threads to use for the next piece of work; ask again for each (2 microseconds)."""
-        if self._crowded or self.all == self.share:
+        if self.all == self.share:
             return self.share
-        return self.all if self._alone() else self.share
+        # Where more work is waiting, whoever else lives will be busy in a moment.
+        return self.all if self._is_only_one(_LIVING if self._crowded else 0) else self.share
 
-    def _alone(self) -> bool:
-        """Whether the whole file can be locked; what is not this worker's is let go at once."""
+    def _is_only_one(self, start: int) -> bool:
+        """Whether nobody else holds a byte from there on; what is not this worker's is let go."""
+        mine = start + self._position
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, _LIVING, start)
         except OSError:
             return False
-        fcntl.lockf(self._file, fcntl.LOCK_UN, self._position)
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 0, self._position + 1)
+        fcntl.lockf(self._file, fcntl.LOCK_UN, mine - start, start)
+        fcntl.lockf(self._file, fcntl.LOCK_UN, start + _LIVING - mine - 1, mine + 1)
         return True
