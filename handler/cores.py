@@ -5,7 +5,7 @@ other worker of the server is busy and nobody waits in the queue it takes them a
 lone client the shortest wait.
 
 Each busy worker holds a lock on one byte of a file that all of them share, and on another one for
-as long as it lives; the bytes' positions are its process id. The kernel drops a dead worker's locks,
+as long as it lives; both bytes' place is its process id. The kernel drops a dead worker's locks,
 so that nothing is left to clean up.
 """
 
