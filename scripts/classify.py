@@ -149,7 +149,12 @@ def _classify_standard_input(url: str, asking: Asking, format_: Format) -> int:
     except ServiceError as error:
         _say(f"[bold red]Refused:[/] {_safe(error)}")
         return SOME_REFUSED
-    _print([Row(STANDARD_INPUT, answer)], format_)
+    row = Row(STANDARD_INPUT, answer)
+    if format_ in _STREAMED:
+        sys.stdout.write(_STREAMED[format_](row))
+    else:
+        _print([row], format_)
+    _show_warnings([row])
     return 0
 
 
@@ -187,7 +192,11 @@ def _classify_files(
         finally:
             if output is None:
                 _print(rows, format_)
-    return _summary(rows, before, len(pictures), time.monotonic() - began, stopped)
+            _show_warnings(rows)
+    status = _summary(rows, before, len(pictures), time.monotonic() - began, stopped)
+    if status == NOT_FINISHED and output is not None:
+        _say("Run the same command to go on.")
+    return status
 
 
 def _bar(count: int) -> Progress:
@@ -227,8 +236,12 @@ def _print(rows: Sequence[Row], format_: Format) -> None:
             if len(rows) > 1:
                 print(f"{printable(row.picture)}:")
             print(_as_text(row))
-    warnings = {row.answer.warning for row in good if isinstance(row.answer, Classification)}
-    for warning in sorted(filter(None, warnings)):
+
+
+def _show_warnings(rows: Sequence[Row]) -> None:
+    """What the server says of its model, once."""
+    answers = [row.answer for row in rows if isinstance(row.answer, Classification)]
+    for warning in sorted({answer.warning for answer in answers if answer.warning}):
         _say(f"[bold yellow]{_safe(warning)}[/]")
 
 
@@ -265,7 +278,6 @@ def _summary(
     if stopped is not None:
         _say(f"[bold red]Stopped:[/] {_safe(stopped)}")
     if stopped is not None or left:
-        _say("Run the same command to go on.")
         return NOT_FINISHED
     return SOME_REFUSED if everything else 0
 

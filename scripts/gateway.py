@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from scripts.server import HOST, RUN_DIR, find_running
+from scripts.server import HOST, RUN_DIR, find_running, living_process
 from scripts.terminal import UserError
 
 GATEWAY_DIR = RUN_DIR / "gateway"
@@ -139,12 +139,7 @@ class Gateway:
 
     def process(self) -> psutil.Process | None:
         """The master process of nginx; None where it has ended, or its id is another's by now."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        return living_process(self.pid, self.created)
 
 
 def find_gateway(folder: Path = GATEWAY_DIR) -> Gateway | None:

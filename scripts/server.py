@@ -122,12 +122,17 @@ class Running:
 
     def process(self) -> psutil.Process | None:
         """The frontend's process; None where it has ended, or its id is another's by now."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        return living_process(self.pid, self.created)
+
+
+def living_process(pid: int, created: float) -> psutil.Process | None:
+    """The process of that id; None where it has ended, or the id is another's by now."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def find_running(run_dir: Path = RUN_DIR) -> Running | None:

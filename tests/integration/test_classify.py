@@ -112,6 +112,11 @@ def test_a_picture_on_standard_input(running: Running) -> None:
     result = run("-", "--url", running.predictions_url, "--topk", "2", stdin=CAT.read_bytes())
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) == 2
+    as_json = run(
+        "-", "--url", running.predictions_url, "--format", "jsonl", stdin=CAT.read_bytes()
+    )
+    assert json.loads(as_json.stdout)["picture"] == "-"
+    assert "untrained" in as_json.stderr
 
 
 def test_nothing_recognised_is_said(running: Running) -> None:
@@ -220,8 +225,11 @@ def test_thousands_of_pictures_survive_a_restart_of_the_server(
 
     operator = threading.Thread(target=restart)
     operator.start()
-    asyncio.run(all_of_them())
-    operator.join()
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        enough.set()
+        operator.join()
     again = sum(asked.values()) - THOUSANDS
     note.append(
         f"client: {THOUSANDS} pictures, the server stopped and started in the middle: {len(rows)} "
