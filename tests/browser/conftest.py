@@ -54,7 +54,8 @@ class Console:
         assert missing == []
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while Playwright runs, nobody else can run an event loop in this thread.
+@pytest.fixture(scope="package")
 def browser(note: list[str]) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         path = _chromium(playwright.chromium)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -47,8 +48,12 @@ def test_the_page_knows_the_servers_settings() -> None:
         "topk": 7,
         "threshold": 0.25,
         "warning": UNTRAINED.warning,
+        "explains": False,
     }
-    assert settings_in(load_page(PAGE, CARD, Settings()).body)["warning"] is None
+    trained = settings_in(load_page(PAGE, CARD, Settings()).body)
+    assert trained["warning"] is None
+    explains = replace(CARD, features="relu")
+    assert settings_in(load_page(PAGE, explains, Settings()).body)["explains"] is True
 
 
 def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
