@@ -25,7 +25,6 @@ from rich.status import Status
 from torch import Tensor, nn
 
 from handler.engines import empty_model
-from handler.settings import Preprocessing
 from scripts import architectures
 from scripts.architectures import (
     check_architecture,
@@ -287,7 +286,15 @@ def untrained(architecture: str = DEFAULT_ARCHITECTURE, classes: int = IMAGENET_
             ):
                 assert tensor is not None
                 tensor.uniform_(low, high, generator=generator)
-    _spread_logits(model, architecture)
+    preprocessing = official_preprocessing(architecture)
+    photographs = torch.from_numpy(sample_batch(preprocessing))
+    normalized = Normalized(model, preprocessing)
+    if architecture != DEFAULT_ARCHITECTURE:
+        # DenseNet keeps pictures apart with random statistics; what others do drowns in rounding.
+        _take_statistics(normalized, photographs)
+    last = last_layer(model, architecture)
+    if isinstance(last, nn.Linear):
+        _spread_logits(normalized, last, photographs)
     state_dict = model.state_dict()
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
@@ -304,16 +311,30 @@ def untrained(architecture: str = DEFAULT_ARCHITECTURE, classes: int = IMAGENET_
 
 
 @torch.inference_mode()
-def _spread_logits(model: nn.Module, architecture: str) -> None:
-    """Gives each class a mean logit of 0 over the sample photographs, and all a common spread."""
-    last = last_layer(model, architecture)
-    if not isinstance(last, nn.Linear):
-        return
-    preprocessing: Preprocessing = official_preprocessing(architecture)
-    logits = Normalized(model, preprocessing)(torch.from_numpy(sample_batch(preprocessing)))
+def _take_statistics(model: nn.Module, photographs: Tensor) -> None:
+    """Replaces the batch normalisations' statistics by those of the photographs."""
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+        layer.train()
+    model(photographs)
+    for layer, momentum in zip(layers, before, strict=True):
+        layer.momentum = momentum
+        layer.eval()
+
+
+@torch.inference_mode()
+def _spread_logits(model: nn.Module, last: nn.Linear, photographs: Tensor) -> None:
+    """Gives each class a mean logit of 0 over the photographs, and all a common spread."""
+    if not bool(last.weight.any()):  # as vision transformers begin
+        generator = torch.Generator().manual_seed(UNTRAINED_SEED)
+        last.weight.normal_(generator=generator)
+    logits = model(photographs)
     centred = logits - logits.mean(dim=0)
     scale = UNTRAINED_LOGIT_STD / float(centred.std())
-    last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
+    if last.bias is not None:
+        last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
     last.weight.mul_(scale)
 
 
