@@ -1,6 +1,5 @@
 """Asks a running server what pictures show: one, a folder of them, or ten thousand."""
 
-import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from scripts.client import (
     UnavailableError,
 )
 from scripts.pictures import find_pictures
-from scripts.results import Row, classify_all, results_file
+from scripts.results import Row, classify_now, results_file
 from scripts.server import require_running
 from scripts.terminal import UserError, command, console, printable, warn
 
@@ -214,13 +213,8 @@ def _run(
     pictures: Sequence[Path], client: AsyncClient, at_once: int, take: Callable[[Row], None]
 ) -> str | None:
     """Why it ended before all were done, if it did."""
-
-    async def all_of_them() -> None:
-        async with client:
-            await classify_all(pictures, client, at_once, take)
-
     try:
-        asyncio.run(all_of_them())
+        classify_now(pictures, client, at_once, take)
     except ServiceError as error:
         return str(error)
     return None

@@ -1,6 +1,5 @@
 """How good a served model is on pictures whose classes are known, through the server itself."""
 
-import asyncio
 import csv
 import difflib
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from scripts.client import (
     ServiceError,
 )
 from scripts.pictures import find_pictures
-from scripts.results import Row, classify_all
+from scripts.results import Row, classify_now
 from scripts.server import RUN_DIR, require_running
 from scripts.terminal import UserError, command, console, printable, step, warn
 
@@ -191,10 +190,6 @@ def _plain(name: str) -> str:
 def _classify(pictures: Sequence[Path], client: AsyncClient, at_once: int) -> list[Row]:
     rows: list[Row] = []
 
-    async def all_of_them() -> None:
-        async with client:
-            await classify_all(pictures, client, at_once, take)
-
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Asking the server ...", total=len(pictures))
 
@@ -202,7 +197,7 @@ def _classify(pictures: Sequence[Path], client: AsyncClient, at_once: int) -> li
             rows.append(row)
             progress.advance(task)
 
-        asyncio.run(all_of_them())
+        classify_now(pictures, client, at_once, take)
     return rows
 
 

@@ -137,6 +137,18 @@ async def classify_all(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def classify_now(
+    pictures: Sequence[Path], client: AsyncClient, at_once: int, take: Callable[[Row], None]
+) -> None:
+    """`classify_all` for callers without an event loop; ends the client's connections."""
+
+    async def all_of_them() -> None:
+        async with client:
+            await classify_all(pictures, client, at_once, take)
+
+    asyncio.run(all_of_them())
+
+
 class ResultsFile:
     """Rows in a file, one at most for each picture; what was being written is written anew.
 

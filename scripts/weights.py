@@ -5,7 +5,6 @@ SHA-256 was compared with the digits that its name carries. No file can run code
 `scripts.weight_files`.
 """
 
-import dataclasses
 import hashlib
 import re
 import socket
@@ -75,7 +74,6 @@ class Weights:
         trained: false for random numbers.
         architecture: name in torchvision's classification registry.
         classes: how many the model tells apart.
-        official: whether they are torchvision's own.
     """
 
     state_dict: dict[str, Tensor]
@@ -84,7 +82,6 @@ class Weights:
     trained: bool
     architecture: str = DEFAULT_ARCHITECTURE
     classes: int = IMAGENET_CLASSES
-    official: bool = False
 
 
 def obtain(
@@ -97,10 +94,8 @@ def obtain(
             is missing.
     """
     check_architecture(architecture)
-    if path is not None:
-        return load(path, architecture)
-    found = load(fetch(url or official_url(architecture)), architecture)
-    return dataclasses.replace(found, official=True)
+    found = path if path is not None else fetch(url or official_url(architecture))
+    return load(found, architecture)
 
 
 def official_url(architecture: str = DEFAULT_ARCHITECTURE) -> str:

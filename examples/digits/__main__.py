@@ -1,6 +1,5 @@
 """`make digits`: trains, packs and serves the digits, and compares the server with PyTorch."""
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,7 @@ from handler.settings import Preprocessing
 from scripts.archive import build, recipe
 from scripts.client import AsyncClient, Classification
 from scripts.cluster import free_ports
-from scripts.results import Row, classify_all
+from scripts.results import Row, classify_now
 from scripts.server import start, stop
 from scripts.terminal import UserError, command, console, step
 from scripts.weights import load as load_weights
@@ -81,11 +80,7 @@ def _ask(files: Sequence[Path], url: str) -> list[int]:
             raise UserError(f"{row.picture}: {row.problem}")
         found[row.picture] = NAMES.index(row.answer.label)
 
-    async def all_of_them() -> None:
-        async with AsyncClient(url, connections=_AT_ONCE) as client:
-            await classify_all(files, client, _AT_ONCE, take)
-
-    asyncio.run(all_of_them())
+    classify_now(files, AsyncClient(url, connections=_AT_ONCE), _AT_ONCE, take)
     return [found[str(file)] for file in files]
 
 
