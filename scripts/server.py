@@ -31,10 +31,12 @@ from rich.table import Table
 from urllib3.util import Retry
 
 from scripts.machine import Plan, plan
+from scripts.state import forget, living_process, recall, remember, started, unreadable
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
 
 RUN_DIR = Path(".run")
+STATE = "server.json"
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("log4j2.xml")
 METRICS_CONFIG = Path("metrics.yaml")
@@ -65,7 +67,7 @@ class Running:
 
     Attributes:
         pid: the frontend's process.
-        created: when that was created, in seconds since the epoch.
+        started: when that started, see `scripts.state`.
         temporary: its folder for sockets and unpacked archives.
         ports: where it listens.
         models: the SHA-256 of each archive that it serves, by the model's name.
@@ -74,7 +76,7 @@ class Running:
     """
 
     pid: int
-    created: float
+    started: str
     temporary: str
     ports: Ports
     models: dict[str, str]
@@ -122,39 +124,33 @@ class Running:
 
     def process(self) -> psutil.Process | None:
         """The frontend's process; None where it has ended, or its id is another's by now."""
-        return living_process(self.pid, self.created)
-
-
-def living_process(pid: int, created: float) -> psutil.Process | None:
-    """The process of that id; None where it has ended, or the id is another's by now."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
+        return living_process(self.pid, self.started)
 
 
 def find_running(run_dir: Path = RUN_DIR) -> Running | None:
-    """The server of this folder, if it runs. What a killed one left behind is removed."""
-    state = run_dir / "server.json"
+    """The server of this folder, if it runs.
+
+    Raises:
+        UserError: what is remembered of it cannot be read.
+    """
+    running = _last(run_dir)
+    return running if running is not None and running.process() is not None else None
+
+
+def _last(run_dir: Path) -> Running | None:
+    """The server that was started here last, dead or alive."""
+    values = recall(run_dir / STATE)
+    if values is None:
+        return None
     try:
-        values = json.loads(state.read_text())
-        running = Running(**{**values, "ports": Ports(**values["ports"])})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
-        state.unlink()
-        return None
-    if running.process() is None:
-        _forget(running, run_dir)
-        return None
-    return running
+        return Running(**{**values, "ports": Ports(**values["ports"])})
+    except (TypeError, KeyError) as error:
+        raise unreadable(run_dir / STATE) from error
 
 
 def _forget(running: Running, run_dir: Path) -> None:
     shutil.rmtree(running.temporary, ignore_errors=True)
-    (run_dir / "server.json").unlink(missing_ok=True)
+    forget(run_dir / STATE)
 
 
 def require_running(run_dir: Path = RUN_DIR) -> Running:
@@ -200,6 +196,9 @@ def start(
     if threads is not None:
         chosen = dataclasses.replace(chosen, threads=threads)
     _check_ports(ports)
+    dead = _last(run_dir)
+    if dead is not None and dead.process() is None:
+        _forget(dead, run_dir)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     decided = _decided_at_start(archives, ports, chosen, tokens=tokens)
@@ -214,7 +213,7 @@ def start(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    (run_dir / "server.json").write_text(json.dumps(dataclasses.asdict(running), indent=2))
+    remember(run_dir / STATE, dataclasses.asdict(running))
     try:
         _wait_until_ready(running, chosen.workers, logs, model_log)
     except BaseException:
@@ -323,14 +322,14 @@ def _launch(
             check=False,
         )
     try:
-        process = psutil.Process(int((Path(temporary) / ".model_server.pid").read_text()))
-        created = process.create_time()
+        pid = int((Path(temporary) / ".model_server.pid").read_text())
+        began = started(pid)
     except (OSError, ValueError, psutil.NoSuchProcess) as error:
         raise UserError(
             f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
         ) from error
     models = {archive.stem: sha256(archive) for archive in archives}
-    return Running(process.pid, created, temporary, ports, models, archives[0].stem, tokens)
+    return Running(pid, began, temporary, ports, models, archives[0].stem, tokens)
 
 
 def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
