@@ -214,7 +214,7 @@ def _inputs_digest(recipe: Recipe) -> str:
 def _exporter_digest() -> str:
     """Changes whenever an export of the same weights might."""
     digest = hashlib.sha256()
-    for path in (HANDLER / "engines.py", Path(export.__file__)):
+    for path in (HANDLER / "torch_models.py", Path(export.__file__)):
         digest.update(path.read_bytes())
     for package in ("torch", "torchvision", "onnx", "onnxscript"):
         digest.update(f"{package}=={version(package)};".encode())

@@ -23,7 +23,7 @@ import typer
 from rich.status import Status
 from torch import Tensor, nn
 
-from handler.engines import empty_model
+from handler.torch_models import empty_model
 from scripts import architectures
 from scripts.architectures import (
     check_architecture,
