@@ -309,8 +309,8 @@ def _json_document(request: Request) -> tuple[dict[str, Any] | None, BinaryData]
     body = request.row.get("body")
     announced = "json" in request.header("content-type").lower()
     binary = BinaryData(b"")
-    if body is None:
-        return None, binary
+    if body is None or (_is_empty(body) and not _announces_a_body(request)):
+        return None, binary  # a form, or a GET
     if isinstance(body, bytes | bytearray) and (length := request.header(BINARY_HEADER)):
         body, binary = _split(body, length)
         announced = True
@@ -318,8 +318,6 @@ def _json_document(request: Request) -> tuple[dict[str, Any] | None, BinaryData]
     if isinstance(body, bytes | bytearray) or (isinstance(body, str) and not announced):
         if not announced and not _begins_as_an_object(body):
             return None, binary
-        if announced and not body and not _announces_a_body(request):
-            return None, binary  # a GET
         try:
             body = json.loads(body)
         except (ValueError, RecursionError) as error:

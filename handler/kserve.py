@@ -28,6 +28,8 @@ _OUTPUTS = {
 }
 _NOT_EXPLAINED = "recognized"
 
+_DATATYPES = ["BYTES", "UINT8"]
+
 _LENGTH = struct.Struct("<I")
 
 # Longer ids are refused, not cut: they must be found again.
@@ -122,7 +124,7 @@ def read_tensor(
     Returns:
         its name, and its pictures: bytes, or what stands for them in the JSON.
     """
-    if not isinstance(tensor, dict) or tensor.get("datatype") not in {"BYTES", "UINT8"}:
+    if not isinstance(tensor, dict) or tensor.get("datatype") not in _DATATYPES:
         raise BadRequest(_ACCEPTED)
     name = tensor.get("name")
     name = name if isinstance(name, str) else "input"
@@ -207,13 +209,14 @@ def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
     if len(shape) < _BATCH_DIMENSIONS or shape[0] == 1:
         return [data]
     rows, length = shape
-    if rows == _UNKNOWN_LENGTH:
-        rows = len(data) // length if length > 0 else 1
+    if rows == _UNKNOWN_LENGTH and length > 0:
+        rows = len(data) // length
+    elif rows > 0 and length == _UNKNOWN_LENGTH:
+        length = len(data) // rows
+    if rows < 1 or rows * length != len(data):
+        raise BadRequest(_ACCEPTED)
     if rows > max_images:
         raise _too_many(max_images)
-    if not rows or len(data) % rows:
-        raise BadRequest(_ACCEPTED)
-    length = len(data) // rows
     return [data[i * length : (i + 1) * length] for i in range(rows)]
 
 
