@@ -8,6 +8,7 @@ import enum
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -150,9 +151,15 @@ class Request:
 
     def header(self, name: str) -> str:
         """A header of the request, whatever its case; empty where there is none."""
-        return next(
-            (v for k, v in self.headers.items() if k.lower() == name and isinstance(v, str)), ""
-        ).strip()
+        return self._by_name.get(name, "")
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, value in self.headers.items():
+            if isinstance(value, str):  # and not a part's own
+                found.setdefault(name.lower(), value.strip())
+        return found
 
 
 class _Fallible(Protocol):
@@ -190,6 +197,6 @@ def together(group: Sequence[_T], stage: Callable[[Sequence[_T]], None]) -> None
     try:
         stage(sound)
     except Exception:
-        logger.warning("A stage failed on a batch of %d: once more, one by one", len(sound))
+        logger.warning("Failed on %d at once; now one by one", len(sound), exc_info=True)
         for one in sound:
             attempt(one, lambda alone: stage([alone]))

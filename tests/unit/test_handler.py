@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
@@ -31,6 +32,8 @@ from handler.densenet_handler import DenseNetHandler
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
+
+TAG_ICC = 34675
 
 CLASSES = 5_000
 SIDE = 8
@@ -287,6 +290,18 @@ def test_a_hostile_request_is_answered_in_its_place(
     assert answer.json
 
 
+@pytest.mark.parametrize("profile", ["a text", 7, b"no profile", b"x" * 100_000])
+def test_an_odd_colour_profile_is_its_pictures_own_trouble(
+    between: Callable[[Sent], Answer], profile: object
+) -> None:
+    content = io.BytesIO()
+    tags = ImageFileDirectory_v2()
+    tags[TAG_ICC] = profile
+    Image.new("RGB", (10, 12)).save(content, "TIFF", tiffinfo=tags)
+    answer = between(Sent(raw(content.getvalue()).parts, (("explain", "True"),)))
+    assert (answer.content_type == "image/png") is (answer.status == 200)
+
+
 STAGES = {
     "reading": (inputs, "read"),
     "deciding": (responses, "check_topk"),
@@ -401,7 +416,8 @@ def test_the_metrics_are_told_what_the_answers_say(
     caplog.set_level(logging.INFO, "densenet.requests")
     low = Sent((("file", "image/png", RED), ("threshold", "", b"1")))
     deep = as_json({"image": B64, "topk": []})
-    serve(GOOD[0], low, EXPLAINED, raw(b"text"), deep, as_json({"instances": [B64, "%"]}))
+    several = as_json({"instances": [B64, "%"]})
+    serve(HOSTILE["a long length"], low, EXPLAINED, raw(b"text"), deep, several)
     lines = [json.loads(r.message) for r in caplog.records if r.name == "densenet.requests"]
     assert [line["outcomes"] for line in lines] == [
         ["recognized"],

@@ -172,6 +172,11 @@ def test_a_shape_that_contradicts_the_data_is_refused(values: dict[str, Any]) ->
         read({"inputs": [tensor(**values)]})
 
 
+def test_a_shape_that_contradicts_a_files_octets_is_refused() -> None:
+    with pytest.raises(BadRequest, match="says 3 element"):
+        read({"inputs": [tensor("UINT8", shape=[3], data=[1, 2])]})
+
+
 @pytest.mark.parametrize(
     "refused",
     [
