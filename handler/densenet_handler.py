@@ -24,6 +24,7 @@ from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError, InternalError, NoExplanation
 from handler.exchange import (
     Body,
+    Options,
     Purpose,
     Request,
     RequestImage,
@@ -54,6 +55,7 @@ class DenseNetHandler:
         self.manifest = context.manifest
         self.batch_size = int(context.system_properties["batch_size"])
         self.settings = Settings.from_model_config(context.model_yaml_config)
+        self.options = Options.defaults(self.settings)
         self.card = ModelCard.load(model_dir / MODEL_CARD)
         self.labels = load_class_index(model_dir / CLASS_INDEX, self.card.classes)
         share = _threads("OMP_NUM_THREADS", 1)
@@ -94,8 +96,8 @@ class DenseNetHandler:
             for each request, in order, an encoded body.
         """
         requests = [
-            Request(context.get_request_id(index), row, context.get_all_request_header(index))
-            for index, row in enumerate(data)
+            Request(context.get_request_id(i), row, context.get_all_request_header(i), self.options)
+            for i, row in enumerate(data)
         ]
         # A full batch means that more requests are in the queue.
         with self.cores.busy(crowded=len(data) >= self.batch_size):
@@ -210,7 +212,6 @@ class DenseNetHandler:
             if image.error is not None:
                 continue
             assert image.probabilities is not None
-            assert request.options is not None
             if request.purpose is Purpose.CLASSIFY:
                 image.result = responses.classification(
                     image.probabilities, self.labels, request.options

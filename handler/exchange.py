@@ -123,9 +123,9 @@ class Request:
         row: part name to value, as TorchServe delivers it.
         headers: the request's headers; TorchServe mixes each part's own into them, as a mapping
             under the part's name.
+        options: of the whole request; the defaults until others are read.
         purpose: what it wants.
         images: in the order in which they were sent; at least one to classify or explain.
-        options: of the whole request; None until they are read.
         form: how to answer.
         client_id: the client's own id for it, where the form has one.
         outputs: the tensors that a KServe V2 request wants, in order.
@@ -138,9 +138,9 @@ class Request:
     request_id: str
     row: Mapping[str, Any]
     headers: Mapping[str, Any]
+    options: Options
     purpose: Purpose = Purpose.CLASSIFY
     images: list[RequestImage] = field(default_factory=list)
-    options: Options | None = None
     form: Form = Form.PLAIN
     client_id: str | None = None
     outputs: Sequence[OutputTensor] = ()

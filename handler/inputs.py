@@ -83,8 +83,8 @@ def read(request: Request, settings: Settings, labels: Sequence[Label]) -> None:
     """Finds out what a request wants: fills in its purpose, images, options and form.
 
     Args:
-        request: with its row and headers.
-        settings: the defaults of the options, and the bounds.
+        request: with its row, its headers, and the options of one that chooses nothing.
+        settings: the bounds.
         labels: the classes that can be asked for.
 
     Raises:
@@ -99,9 +99,9 @@ def read(request: Request, settings: Settings, labels: Sequence[Label]) -> None:
         return
     if request.headers.get("explain") == "True":
         request.purpose = Purpose.EXPLAIN
-    options = _read_images(request, settings)
+    _read_images(request, settings.max_images)
     if request.purpose is Purpose.EXPLAIN:
-        request.class_index = _find_class(options, labels)
+        request.class_index = _find_class(request.options, labels)
         request.as_picture = _wants_picture(request)
 
 
@@ -126,21 +126,20 @@ def _is_empty(body: object) -> bool:
     return isinstance(body, bytes | bytearray | str) and not body
 
 
-def _read_images(request: Request, settings: Settings) -> Options:
+def _read_images(request: Request, max_images: int) -> None:
     row = request.row
     fields = {name: value for name, value in row.items() if not _is_file(request, name)}
-    options = request.options = _read_options(fields, Options.defaults(settings))
+    request.options = _read_options(fields, request.options)
     document, binary = _json_document(request)
     if document is not None:
-        options = _read_json(request, document, binary, settings.max_images)
+        _read_json(request, document, binary, max_images)
     else:
         _check_nothing_was_lost(request)
         request.images = list(_image_parts(request, fields))
-        _check_count(len(request.images), settings.max_images)
+        _check_count(len(request.images), max_images)
     if not request.images:
         _refuse_json_in_a_form(request)
         raise MissingImage(f"The request holds no image. {HOW_TO_SEND}")
-    return options
 
 
 def _wants_picture(request: Request) -> bool:
@@ -259,7 +258,9 @@ def _check_nothing_was_lost(request: Request) -> None:
     length = request.header("content-length")
     if not sent_as.lower().startswith(_FORM_DATA) or not _WHOLE_NUMBER.fullmatch(length):
         return
-    boundary = len(re.split("boundary=", sent_as, flags=re.IGNORECASE)[-1].strip('" '))
+    boundary = len(
+        re.split("boundary=", sent_as, flags=re.IGNORECASE)[-1].split(";")[0].strip('" ')
+    )
     accounted, unknown = boundary + _LAST_LINE, 0
     files = 0
     for name, value in request.row.items():
@@ -344,13 +345,11 @@ def _split(body: bytes | bytearray, length: str) -> tuple[bytes | bytearray, Bin
 
 def _read_json(
     request: Request, document: dict[str, Any], binary: BinaryData, max_images: int
-) -> Options:
-    assert request.options is not None
-    options = request.options
+) -> None:
     parameters = document.get("parameters")
     if isinstance(parameters, dict):
-        options = _read_options(parameters, options)
-    options = request.options = _read_options(document, options)
+        request.options = _read_options(parameters, request.options)
+    request.options = _read_options(document, request.options)
     if "instances" in document:
         request.form = Form.KSERVE_V1
         instances = _list(document, "instances")
@@ -377,7 +376,6 @@ def _read_json(
             '"instances" or "inputs".'
         )
     binary.check_used()
-    return options
 
 
 def _instance(value: object) -> object:

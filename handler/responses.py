@@ -66,7 +66,7 @@ def check_size(response: Response) -> None:
 
 def check_topk(request: Request, classes: int) -> None:
     """Raises `AnswerTooLarge` where the predictions that are wanted cannot fit in an answer."""
-    if request.purpose is not Purpose.CLASSIFY or request.options is None:
+    if request.purpose is not Purpose.CLASSIFY:
         return
     least = len(request.images) * min(request.options.topk, classes) * _LEAST_PREDICTION_BYTES
     if least > MAX_ANSWER_BYTES:

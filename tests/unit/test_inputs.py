@@ -42,7 +42,7 @@ def as_sent(document: object) -> list[dict[str, object]]:
 
 
 def read(row: Mapping[str, object], headers: Mapping[str, object] | None = None) -> Request:
-    request = Request("id", row, headers or {})
+    request = Request("id", row, headers or {}, DEFAULTS)
     inputs.read(request, SETTINGS, LABELS)
     return request
 
@@ -663,7 +663,6 @@ def read_or_refuse(row: Mapping[str, object], headers: Mapping[str, object]) -> 
             return
         assert request.class_index is None or 0 <= request.class_index < len(LABELS)
         assert 1 <= len(request.images) <= SETTINGS.max_images
-        assert request.options is not None
         assert request.options.topk >= 1
         assert 0 <= request.options.threshold <= 1
         return

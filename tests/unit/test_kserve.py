@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handler import inputs
 from handler.errors import BadRequest, ClientError, TooManyImages
-from handler.exchange import Form, OutputTensor, Request
+from handler.exchange import Form, Options, OutputTensor, Request
 from handler.labels import Label
 from handler.settings import Settings
 
@@ -36,7 +36,9 @@ def read(
             "explain": str(explain),
             "inference-header-content-length": str(len(body)) if length is None else length,
         }
-    request = Request("id", {"body": bytearray(body + (tail or b""))}, headers)
+    request = Request(
+        "id", {"body": bytearray(body + (tail or b""))}, headers, Options.defaults(SETTINGS)
+    )
     inputs.read(request, SETTINGS, LABELS)
     return request
 

@@ -93,7 +93,9 @@ def request(
         else RequestImage("id", name, result=outcome)
         for name, outcome in zip("abcdefgh", outcomes, strict=False)
     ]
-    made = Request("id", {}, {}, images=images, form=form, client_id="42")
+    made = Request(
+        "id", {}, {}, Options(topk=1, threshold=0), images=images, form=form, client_id="42"
+    )
     made.outputs = [OutputTensor(name) for name in ALL]
     for name, value in attributes.items():
         setattr(made, name, value)
