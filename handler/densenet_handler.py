@@ -125,9 +125,9 @@ class DenseNetHandler:
         inputs.read(request, self.settings, self.labels)
         if request.purpose is Purpose.EXPLAIN and self.classifier is None:
             raise NoExplanation(
-                f"The model ({self.card.architecture}) has no class activation map: its logits are "
-                "no linear function of its last features. DenseNets and ResNets, among others, "
-                "have one."
+                f"The architecture {self.card.architecture} has no class activation map: its "
+                "logits are no linear function of its last features. DenseNets and ResNets, among "
+                "others, have one."
             )
         responses.check_topk(request, self.card.classes)
 
