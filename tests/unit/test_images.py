@@ -92,7 +92,7 @@ def test_text_is_not_an_image() -> None:
         decode(b"hello" * 100, PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
-def test_a_file_name_in_place_of_a_file_is_told_so() -> None:
+def test_a_file_name_in_place_of_a_file_is_no_picture() -> None:
     with pytest.raises(NotAnImage, match="not a picture"):
         decode(b"cat.jpg", PREPROCESSING, PixelBudget(MAX_PIXELS))
 
