@@ -15,10 +15,11 @@ import psutil
 import pytest
 import requests
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from scripts.photographs import CAT
 from scripts.server import Running, model_status
-from tests.pictures import PHOTOGRAPHS
+from tests.pictures import PHOTOGRAPHS, encode
 
 TIMEOUT = 60
 
@@ -165,6 +166,42 @@ def test_predictions_and_explanations_in_one_batch_do_not_touch_one_another(
     together, batch = in_one_batch(running, run_dir, one_worker, calls)
     assert batch.startswith("8 requests, 8 images")
     # Sums in another order than alone: ONNX Runtime rounds a batch otherwise than single images.
+    for of_batch, of_one in zip(together, alone, strict=True):
+        assert_nearly_equal(of_batch, of_one)
+
+
+def test_what_made_whole_batches_fail_is_answered_in_its_place(
+    running: Running, run_dir: Path, one_worker: psutil.Process
+) -> None:
+    """Half a character as JSON, a deep option, and a picture whose colour profile is a text."""
+    explanations = running.predictions_url.replace("/predictions/", "/explanations/")
+    pictures = [path.read_bytes() for path in PHOTOGRAPHS[:4]]
+    profile = ImageFileDirectory_v2()
+    profile[34675] = "a text"
+    odd = encode(Image.new("RGB", (300, 300)), "TIFF", tiffinfo=profile)
+    deep = b'{"image":"AA==","topk":' + b"[" * 900 + b"]" * 900 + b"}"
+
+    def predict(picture: int) -> Any:
+        return post(running.predictions_url, pictures[picture]).json()
+
+    def send(body: bytes) -> Any:
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(running.predictions_url, data=body, headers=headers, timeout=TIMEOUT)
+        return answer.status_code, answer.json()["type"]
+
+    calls: list[Callable[[], Any]] = [
+        partial(predict, 0),
+        partial(send, rb'"\ud800"'),
+        partial(predict, 1),
+        partial(send, deep),
+        partial(predict, 2),
+        lambda: post(explanations, odd).headers["content-type"],
+        partial(predict, 3),
+    ]
+    alone = [call() for call in calls]
+    together, _ = in_one_batch(running, run_dir, one_worker, calls)
+    assert together[1] == (400, "BadRequest")
+    assert together[3] == (422, "InvalidOption")
     for of_batch, of_one in zip(together, alone, strict=True):
         assert_nearly_equal(of_batch, of_one)
 
