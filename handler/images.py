@@ -77,9 +77,6 @@ _OTHER_FORMATS = {
 # Enough to tell a format by, with some white space before it.
 _HEAD_BYTES = 256
 
-# So short a text in an image's place is probably the name of a file.
-_LONGEST_FILE_NAME = 255
-
 # A progressive JPEG is decoded once for each of its scans. Cameras and editors write about 10; a
 # file can hold thousands, each of which costs a pass over all pixels.
 _MAX_JPEG_SCANS = 100
@@ -142,7 +139,7 @@ class PixelBudget:
         if not enough:
             raise TooLarge(
                 f"The image has {width} x {height} pixels; the images of a request may have "
-                f"{self._limit} together. Send a smaller copy, or fewer at once."
+                f"{self._limit:,} together. Send a smaller copy, or fewer at once."
             )
 
 
@@ -322,11 +319,6 @@ def _unidentified(data: bytes | bytearray) -> ClientError:
     for beginning, name in _OTHER_FORMATS.items():
         if head.startswith(beginning):
             return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
-    if len(data) <= _LONGEST_FILE_NAME and data.isascii():
-        return NotAnImage(
-            "This is a short text, not a picture. To send a file with curl, write @ before its "
-            "name: curl -F file=@cat.jpg URL"
-        )
     return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
 
 

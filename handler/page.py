@@ -13,7 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from handler.errors import ArchiveError
-from handler.responses import Response
+from handler.exchange import Response
 from handler.settings import ModelCard, Settings
 
 PAGE = Path(__file__).with_name("page.html")
