@@ -142,14 +142,17 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.upgrade $(call option,archive,$(ARCHIVE)) \
 		$(call option,agreement,$(AGREEMENT))
 
+# Their variables come to them through the environment: spaces, quotes and dollars in names survive.
+classify evaluate: override export IMAGE := $(value IMAGE)
+classify evaluate: override export IMAGES := $(value IMAGES)
+classify evaluate: override export OUTPUT := $(value OUTPUT)
+classify evaluate: export MAKE_TARGET = $@
+
 classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
-	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)') $(IMAGES) \
-		$(call option,model,$(MODEL)) $(call option,format,$(FORMAT)) \
-		$(call option,output,$(OUTPUT)) $(call option,topk,$(TOPK)) \
-		$(call option,threshold,$(THRESHOLD))
+	@$(VENV_PYTHON) -m scripts.classify
 
 evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
-	@$(VENV_PYTHON) -m scripts.evaluate $(if $(IMAGES),'$(IMAGES)') $(call option,model,$(MODEL))
+	@$(VENV_PYTHON) -m scripts.evaluate
 
 digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits

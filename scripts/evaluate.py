@@ -18,7 +18,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
 from handler.labels import Label
-from scripts.classify import AT_ONCE
+from scripts import variables
+from scripts.classify import AT_ONCE, where_to_send
 from scripts.client import (
     Asking,
     AsyncClient,
@@ -29,8 +30,8 @@ from scripts.client import (
 )
 from scripts.pictures import find_pictures
 from scripts.results import Row, classify_now
-from scripts.server import RUN_DIR, require_running
-from scripts.terminal import UserError, command, console, printable, step, warn
+from scripts.server import RUN_DIR
+from scripts.terminal import UserError, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -42,6 +43,10 @@ _LEGIBLE_CLASSES = 50
 _WORST_PAIRS = 10
 # Pictures to learn the model's classes from; more than these are not all damaged.
 _TRIES_FOR_CLASSES = 20
+# Of the classes that a folder may be meant for, or of a model that has few.
+_SHOWN_CLASSES = 12
+# Of two names, from 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
+_SIMILAR = 0.84
 # Asks for all classes: more than a model can have.
 _ALL = 1_000_000
 
@@ -143,7 +148,7 @@ def _with_topk(asking: Asking, topk: int) -> Asking:
 
 def _pictures(folder: Path) -> list[Path]:
     try:
-        return find_pictures([str(folder)])
+        return find_pictures([str(folder)]).pictures
     except UserError:
         return []
 
@@ -173,14 +178,42 @@ def _match(folders: set[str], labels: Sequence[Label]) -> dict[str, int]:
     for folder in sorted(folders):
         matches = [by_id[folder]] if folder in by_id else by_name.get(_plain(folder), [])
         if not matches:
-            similar = difflib.get_close_matches(_plain(folder), by_name, 3)
-            hint = f" Similar are: {', '.join(similar)}." if similar else ""
-            raise UserError(f"The model has no class {folder!r}, as a folder is called.{hint}")
+            raise UserError(
+                f"The model has no class {folder!r}, as a folder is called. "
+                f"{_instead(folder, labels)}"
+            )
         if len(matches) > 1:
             ids = ", ".join(labels[index].class_id for index in matches)
             raise UserError(f"Several classes are called {folder!r}. Call the folder by id: {ids}.")
         found[folder] = matches[0]
     return found
+
+
+def _instead(folder: str, labels: Sequence[Label]) -> str:
+    """A sentence on the classes that a folder may be meant for; on all of them if they are few."""
+    by_name = {_plain(label.class_name): label for label in labels}
+    words = _words(folder)
+    # A folder `cat` means the cats; one whose name is nearly that of a class is misspelt.
+    found = [label for name, label in by_name.items() if words and words <= _words(name)]
+    found = found or [
+        by_name[name] for name in difflib.get_close_matches(_plain(folder), by_name, 3, _SIMILAR)
+    ]
+    if found:
+        return f"Similar are: {', '.join(map(_shown, found[:_SHOWN_CLASSES]))}."
+    if len(labels) <= _SHOWN_CLASSES:
+        return f"Its classes are: {', '.join(map(_shown, labels))}."
+    examples = ", ".join(map(_shown, labels[:2]))
+    return f"It has {len(labels)} classes, such as {examples}. Call folders by name or by id."
+
+
+def _shown(label: Label) -> str:
+    same = label.class_id == label.class_name
+    return label.class_name if same else f"{label.class_name} ({label.class_id})"
+
+
+def _words(name: str) -> set[str]:
+    """In the singular, as far as that is a matter of an s."""
+    return {word.removesuffix("s") for word in _plain(name).split()}
 
 
 def _plain(name: str) -> str:
@@ -338,7 +371,9 @@ def _plot_calibration(evaluation: Evaluation, path: Path) -> None:
 
 
 def main(
-    images: Annotated[Path, typer.Argument(help="A folder with a folder of pictures a class.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="A folder with a folder of pictures a class.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
@@ -347,11 +382,11 @@ def main(
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
-    if url is None:
-        running = require_running()
-        url = (running.serving(model) if model else running).predictions_url
-    report(evaluate(images, url, Asking(key=key), at_once), output)
+    if images is None or len(images) != 1:
+        how = "make evaluate IMAGES=folder" if variables.target() else "name it"
+        raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
+    report(evaluate(Path(images[0]), where_to_send(url, model), Asking(key=key), at_once), output)
 
 
 if __name__ == "__main__":
-    command(main)
+    variables.command(main, ("model",))
