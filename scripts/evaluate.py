@@ -28,7 +28,7 @@ from scripts.client import (
     RefusedError,
     ServiceError,
 )
-from scripts.pictures import find_pictures
+from scripts.pictures import Found, search
 from scripts.results import Row, classify_now
 from scripts.server import RUN_DIR
 from scripts.terminal import UserError, console, printable, step, warn
@@ -117,7 +117,7 @@ def evaluate(
     if not images.is_dir():
         raise UserError(f"{images} must be a folder with a folder of pictures for each class.")
     folders = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
-    pictures = {path: folder.name for folder in folders for path in _pictures(folder)}
+    pictures = _search(folders)
     if not pictures:
         raise UserError(f"{images} must hold a folder of pictures for each class.")
     try:
@@ -132,6 +132,9 @@ def evaluate(
     if not good:
         raise UserError(f"The server classified none of the pictures: {rows[0].problem}")
     answers = [row.answer for row in good if isinstance(row.answer, Classification)]
+    models = sorted({str(answer.model) for answer in answers if answer.model is not None})
+    if len(models) > 1:
+        raise UserError(f"The model was changed meanwhile: {', then '.join(models)}. Run it again.")
     return Evaluation(
         labels,
         np.array([truth[pictures[Path(row.picture)]] for row in good]),
@@ -146,11 +149,15 @@ def _with_topk(asking: Asking, topk: int) -> Asking:
     return Asking(topk=topk, patience=asking.patience, timeout=asking.timeout, key=asking.key)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    try:
-        return find_pictures([str(folder)]).pictures
-    except UserError:
-        return []
+def _search(folders: Sequence[Path]) -> dict[Path, str]:
+    """The pictures with the name of the folder that each is in."""
+    found = Found()
+    pictures = {path: folder.name for folder in folders for path in search(folder, found)}
+    for folder, why in found.closed.items():
+        raise UserError(f"{folder} cannot be read: {why}.")
+    if found.left_out is not None:
+        warn(found.left_out)
+    return pictures
 
 
 def _classes_of_model(pictures: Sequence[Path], client: Client) -> list[Label]:

@@ -89,41 +89,23 @@ def find_pictures(sources: Iterable[str], listing: str | None = None) -> Found:
     return found
 
 
-def _how_to_name() -> str:
-    if target() is None:
-        return "Name files, folders, or patterns in quotes."
-    return f"""Name it: make {target()} IMAGE=cat.jpg, or IMAGES="holidays more/*.jpg"."""
+def search(folder: Path, found: Found) -> list[Path]:
+    """The pictures of a folder, in the order of their names; takes note of the rest in `found`.
 
+    Hidden files and folders are left out, as thumbnails and such are kept there.
 
-def _meant(source: str, found: Found) -> Iterator[Path]:
-    path = Path(source)
-    try:
-        if path.is_dir():
-            yield from _in_folder(path, found)
-            return
-        if path.exists():
-            yield path
-            return
-        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # takes absolute ones
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror}.") from error
-    if not matches:
-        raise UserError(f"{source}: there is no such file, folder, or match.")
-    for match in map(Path, matches):
-        yield from _in_folder(match, found) if match.is_dir() else [match]
-
-
-def _in_folder(folder: Path, found: Found) -> list[Path]:
-    """Hidden files and folders are left out, as thumbnails and such are kept there."""
+    Raises:
+        UserError: a folder cannot be read now, but may be later.
+    """
     pictures = []
     below = [folder]
     while below:
-        for entry in _entries(below.pop(), found):
+        for entry, is_folder in _entries(below.pop(), found):
             path = Path(entry.path)
             is_picture = path.suffix.lower() in SUFFIXES
             if entry.name.startswith("."):
                 found.others["hidden"] += 1
-            elif entry.is_dir(follow_symlinks=False):
+            elif is_folder:
                 below.append(path)
             elif entry.is_symlink() and os.path.isdir(path):  # noqa: PTH112  # raises nothing
                 # It may lead back to where it is.
@@ -137,10 +119,35 @@ def _in_folder(folder: Path, found: Found) -> list[Path]:
     return sorted(pictures)
 
 
-def _entries(folder: Path, found: Found) -> list[os.DirEntry[str]]:
+def _how_to_name() -> str:
+    if target() is None:
+        return "Name files, folders, or patterns in quotes."
+    return f"""Name it: make {target()} IMAGE=cat.jpg, or IMAGES="holidays more/*.jpg"."""
+
+
+def _meant(source: str, found: Found) -> Iterator[Path]:
+    path = Path(source)
+    try:
+        if path.is_dir():
+            yield from search(path, found)
+            return
+        if path.exists():
+            yield path
+            return
+        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # takes absolute ones
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}.") from error
+    if not matches:
+        raise UserError(f"{source}: there is no such file, folder, or match.")
+    for match in map(Path, matches):
+        yield from search(match, found) if match.is_dir() else [match]
+
+
+def _entries(folder: Path, found: Found) -> list[tuple[os.DirEntry[str], bool]]:
+    """What is in a folder, each with whether it is a folder itself; links are none."""
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return [(entry, entry.is_dir(follow_symlinks=False)) for entry in entries]
     except OSError as error:
         why = judged(error, folder)
         if isinstance(why, PassingError):
