@@ -217,7 +217,6 @@ def _classify_files(
             _print_rest(run.rows, format_)
     else:
         with results_file(output, as_csv=format_ is Format.CSV, origin=origin) as results:
-            run.go_on_from(results, output)
             _write(run, results, url, asking, at_once)
     _show_warnings(run.rows)
     return run.summary()
@@ -225,6 +224,7 @@ def _classify_files(
 
 def _write(run: "_Run", results: ResultsFile, url: str, asking: Asking, at_once: int) -> None:
     """Asks for all that the file has no row for; `UserError` where it is from another model."""
+    run.go_on_from(results)
     model = None
     with run.stopping(), Client(url, asking) as client:
         model = client.model()
@@ -232,6 +232,7 @@ def _write(run: "_Run", results: ResultsFile, url: str, asking: Asking, at_once:
         return
     if model is not None:
         results.made_by(model)
+    run.say_earlier(results)
 
     def take(row: Row) -> None:
         if row.is_final:
@@ -331,25 +332,28 @@ class _Run:
         self.stopped: str | None = None
         self.can_go_on = False
         self._closed = [(f"{folder}", f"cannot be read: {w}") for folder, w in found.closed.items()]
-        self._output: Path | None = None
         self._earlier = 0
         self._refused_earlier: list[tuple[str, str]] = []
         self._began = time.monotonic()
 
-    def go_on_from(self, results: ResultsFile, output: Path) -> None:
-        """Leaves out what has a row already, and says so."""
-        self._output, self.can_go_on = output, True
+    def go_on_from(self, results: ResultsFile) -> None:
+        """Leaves out what has a row already."""
         done = [str(picture) for picture in self.pictures if str(picture) in results.done]
-        wanted = len(self.pictures)
         self.pictures = [p for p in self.pictures if str(p) not in results.done]
+        self.can_go_on = True
         self._earlier = len(done)
         self._refused_earlier = [(name, why) for name in done if (why := results.done[name])]
-        if done:
-            refused = len(self._refused_earlier)
-            _say(
-                f"{len(done)} of {wanted} are in {_safe(output)} already: "
-                f"{len(done) - refused} classified, {refused} refused."
-            )
+
+    def say_earlier(self, results: ResultsFile) -> None:
+        """What earlier runs did, and with which model."""
+        if not self._earlier:
+            return
+        refused = len(self._refused_earlier)
+        _say(
+            f"{self._earlier} of {self._earlier + len(self.pictures)} are in "
+            f"{_safe(results.path)} already: {self._earlier - refused} classified, {refused} "
+            f"refused, by {_safe(results.origin.model)} {_safe(results.origin.model_version)}"
+        )
 
     @contextmanager
     def stopping(self) -> Iterator[None]:

@@ -334,9 +334,7 @@ class Client:
                     # There is no picture in it: the refusal says which model it is from.
                     return _read(self._http.post(self.url)).model
         except RefusedError as error:
-            if error.type != "MissingImage":
-                raise
-            return error.model
+            return _who_refused(error)
         except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
@@ -397,6 +395,18 @@ class AsyncClient:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
 
+    async def model(self) -> ModelVersion | None:
+        """Which model answers there; errors are those of `Client.model`."""
+        try:
+            async for attempt in self.asking.retries():
+                with attempt:
+                    return _read(await self._http.post(self.url)).model
+        except RefusedError as error:
+            return _who_refused(error)
+        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
+            raise _unavailable(self.url, error) from error
+        raise AssertionError  # the last try returns or raises
+
     async def _in_time(self, work: Callable[[], _Result]) -> _Result:
         """Awaits what is done with a file; a drive that does not answer is one that is away."""
         try:
@@ -436,6 +446,13 @@ def _read(response: httpx2.Response) -> Classification:
 def _model(headers: Mapping[str, str]) -> ModelVersion | None:
     name, version = headers.get(_NAME_HEADER), headers.get(_VERSION_HEADER)
     return ModelVersion(name, version) if name and version else None
+
+
+def _who_refused(error: RefusedError) -> ModelVersion | None:
+    """The model that was asked without a picture; raises what it is not the model that says."""
+    if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
+        raise error
+    return error.model
 
 
 def _unavailable(url: str, error: Exception) -> UnavailableError:

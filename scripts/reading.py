@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
+
+# Seconds since it was last written to in which a file may still be being copied, and how long to
+# look whether it is.
+_FRESH, _LOOK = 5.0, 1.0
 
 # What a file says of itself. An error that is not here may pass: nothing is lost by asking again.
 _OF_THE_FILE = {
@@ -82,7 +87,12 @@ def _read(file: Path, most: int) -> Snapshot:
 
 
 def check_unchanged(file: Path, since: Snapshot) -> None:
-    """Raises `PassingError` if the file was written to since: it may have been half a picture."""
+    """Raises `PassingError` if the file was written to since: it may have been half a picture.
+
+    Takes a second where it was written to just before it was read.
+    """
+    if abs(time.time() - since.changed_ns / 1e9) < _FRESH:
+        time.sleep(_LOOK)
     try:
         status = file.stat()
     except OSError as error:

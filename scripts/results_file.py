@@ -31,6 +31,7 @@ class ResultsFile:
     Attributes:
         done: the pictures that have a row, each with its error, if that is what the row says.
         origin: what they are made with; its model is the file's where there are rows.
+        path: the file's name.
     """
 
     def __init__(self, descriptor: int, path: Path, *, as_csv: bool, origin: Origin) -> None:
@@ -46,7 +47,7 @@ class ResultsFile:
             UserError: the rows are not from this command, or were made with something else.
         """
         self._descriptor = descriptor
-        self._path = path
+        self.path = path
         self._as_csv = as_csv
         with open(descriptor, "rb", closefd=False) as file:  # it is open already
             content = file.read()
@@ -114,12 +115,12 @@ class ResultsFile:
 
     def _check_place(self) -> None:
         try:
-            same = os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+            same = os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
         except OSError:
             same = False
         if not same:
             raise UserError(
-                f"{self._path} was moved or deleted while this run wrote to it. What is missing "
+                f"{self.path} was moved or deleted while this run wrote to it. What is missing "
                 "in it is asked for by the same command."
             )
 
@@ -131,13 +132,14 @@ class ResultsFile:
         """Names what differs."""
         old, new = _in_words(self.origin, other)
         raise UserError(
-            f"{self._path} was made with {old}, {but} {new}. Results of both would be mixed up: "
+            f"{self.path} was made with {old}, {but} {new}. Results of both would be mixed up: "
             f"go on with what it was made with, or name another {spelt('output')}."
         )
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._path} cannot be written: {error.strerror}. What is in it is kept."
+            f"{self.path} cannot be written: {error.strerror}. What is in it is kept; when that "
+            "is mended, the same command goes on."
         )
 
 

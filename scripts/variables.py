@@ -91,6 +91,6 @@ def _run(main: Callable[..., int | None], options: Sequence[str]) -> int | None:
         if name is None:
             raise
         option = name.rstrip("_")
-        message = getattr(error, "message", "") or f"{error}"
+        message = (getattr(error, "message", "") or f"{error}").removeprefix("Value error, ")
         raise UserError(f"{spelt(option, given.get(option))}: {message}") from error
     return status

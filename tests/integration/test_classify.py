@@ -361,7 +361,8 @@ def test_what_is_larger_than_the_server_takes_is_not_sent(running: Running, tmp_
 
 
 @pytest.mark.parametrize(
-    "url", ["foo", "127.0.0.1:8080/predictions/densenet121", "http://", "ftp://host/x", "http://a:b"]
+    "url",
+    ["foo", "127.0.0.1:8080/predictions/densenet121", "http://", "ftp://host/x", "http://a:b"],
 )
 def test_what_is_no_address_is_told_at_once(url: str) -> None:
     result = run(str(CAT), "--url", url)

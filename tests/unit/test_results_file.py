@@ -315,7 +315,7 @@ def test_a_full_disk_keeps_every_whole_row_and_is_told(suffix: str, tmp_path: Pa
         text=True,
         timeout=60,
     )
-    assert "cannot be written: File too large. What is in it is kept." in result.stdout
+    assert "cannot be written: File too large. What is in it is kept;" in result.stdout
     assert path.read_bytes() == whole
 
 
