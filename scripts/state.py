@@ -1,8 +1,8 @@
 """What the commands remember of the processes they started: one JSON file in each process's folder.
 
 A process is recognised by what no clock moves: its id together with when it started, counted by the
-kernel since the machine did. Where a file is gone, `process_of` finds what still runs by what it was
-started with. Only `forget` removes anything; commands that look report what they cannot read.
+kernel since the machine did. Where a file is gone, `process_of` finds what still runs by what it
+was started with. Only `forget` removes anything; commands that look report what they cannot read.
 """
 
 import json
