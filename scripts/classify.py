@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from scripts import variables
 from scripts.client import (
     PATIENCE,
     Asking,
@@ -30,7 +29,8 @@ from scripts.pictures import Found, find_pictures
 from scripts.results import Origin, Row, classify_now, csv_columns, csv_line, labels_in_csv
 from scripts.results_file import ResultsFile, results_file
 from scripts.server import require_running
-from scripts.terminal import UserError, console, printable, warn
+from scripts.sources import sources, spelt
+from scripts.terminal import GIVEN, UserError, command, console, printable, warn
 
 AT_ONCE = 8
 STANDARD_INPUT = "-"
@@ -101,7 +101,9 @@ def main(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
-    format_: Annotated[Format | None, typer.Option("--format", help="How to print.")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", envvar=f"{GIVEN}_FORMAT", help="How to print.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A .jsonl or .csv to write to, and to go on with.")
     ] = None,
@@ -125,6 +127,7 @@ def main(
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     # Names of files need not be text in any encoding.
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    pictures = pictures or sources("IMAGE", "IMAGES")
     if output is not None:
         format_ = _format_of(output, format_)
     url = where_to_send(url, model)
@@ -133,7 +136,7 @@ def main(
             raise UserError("A picture on standard input has no name to go into a file.")
         asking = _asking(format_ or Format.TEXT, topk, threshold, patience, key)
         return _classify_standard_input(url, asking, format_ or Format.TEXT)
-    found = _find(pictures or [], files_from)
+    found = _find(pictures, files_from)
     chosen = format_ or (Format.TEXT if len(found.pictures) == 1 else Format.TABLE)
     asking = _asking(chosen, topk, threshold, patience, key)
     return _classify_files(found, url, asking, at_once, chosen, output)
@@ -165,7 +168,7 @@ def _asking(
         topk = 1
     if format_ is Format.CSV and topk is not None and topk > _MOST_LABELS_IN_CSV:
         raise UserError(
-            f"{variables.spelt('topk', topk)}: CSV has three columns for each label, and a "
+            f"{spelt('topk', topk)}: CSV has three columns for each label, and a "
             f"spreadsheet takes no more than {_MOST_LABELS_IN_CSV} labels. JSON lines take any."
         )
     return Asking(topk=topk, threshold=threshold, patience=patience, key=key)
@@ -411,4 +414,4 @@ def _safe(text: object) -> str:
 
 
 if __name__ == "__main__":
-    variables.command(main, ("model", "format", "output", "topk", "threshold"))
+    command(main)

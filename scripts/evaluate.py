@@ -18,7 +18,6 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
 from handler.labels import Label
-from scripts import variables
 from scripts.classify import AT_ONCE, where_to_send
 from scripts.client import (
     Asking,
@@ -31,7 +30,8 @@ from scripts.client import (
 from scripts.pictures import Found, search
 from scripts.results import Row, classify_now
 from scripts.server import RUN_DIR
-from scripts.terminal import UserError, console, printable, step, warn
+from scripts.sources import asked, sources
+from scripts.terminal import UserError, command, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -389,11 +389,12 @@ def main(
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
-    if images is None or len(images) != 1:
-        how = "make evaluate IMAGES=folder" if variables.target() else "name it"
+    images = images or sources("IMAGES")
+    if len(images) != 1:
+        how = "name it" if asked() is None else f"{asked()} IMAGES=folder"
         raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
     report(evaluate(Path(images[0]), where_to_send(url, model), Asking(key=key), at_once), output)
 
 
 if __name__ == "__main__":
-    variables.command(main, ("model",))
+    command(main)

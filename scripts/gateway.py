@@ -9,7 +9,6 @@ a lock, writes the configuration anew and reloads nginx without cutting a connec
 import dataclasses
 import fcntl
 import ipaddress
-import json
 import os
 import re
 import shutil
@@ -31,10 +30,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from scripts.server import HOST, RUN_DIR, find_running, living_process
+from scripts.server import HOST, RUN_DIR, find_running
+from scripts.state import forget, living_process, recall, remember, started, unreadable
 from scripts.terminal import UserError
 
 GATEWAY_DIR = RUN_DIR / "gateway"
+STATE = "gateway.json"
 TEMPLATES = Path("deploy/gateway")
 TEMPLATE = "nginx.conf.jinja"
 
@@ -113,7 +114,7 @@ class Gateway:
 
     Attributes:
         pid: nginx's master process.
-        created: when that was created.
+        started: when that started, see `scripts.state`.
         sockets: folder of the nodes' sockets; a socket's path must be short.
         options: how it faces clients.
         nodes: what it stands in front of.
@@ -121,7 +122,7 @@ class Gateway:
     """
 
     pid: int
-    created: float
+    started: str
     sockets: str
     options: Options
     nodes: tuple[Node, ...]
@@ -139,22 +140,24 @@ class Gateway:
 
     def process(self) -> psutil.Process | None:
         """The master process of nginx; None where it has ended, or its id is another's by now."""
-        return living_process(self.pid, self.created)
+        return living_process(self.pid, self.started)
 
 
 def find_gateway(folder: Path = GATEWAY_DIR) -> Gateway | None:
     """The gateway of this folder, if it runs."""
-    try:
-        values = json.loads((folder / "gateway.json").read_text())
-    except FileNotFoundError:
+    values = recall(folder / STATE)
+    if values is None:
         return None
-    gateway = Gateway(
-        **{
-            **values,
-            "options": Options(**values["options"]),
-            "nodes": tuple(Node(**node) for node in values["nodes"]),
-        }
-    )
+    try:
+        gateway = Gateway(
+            **{
+                **values,
+                "options": Options(**values["options"]),
+                "nodes": tuple(Node(**node) for node in values["nodes"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise unreadable(folder / STATE) from error
     return gateway if gateway.process() is not None else None
 
 
@@ -179,7 +182,7 @@ def start(
     options = _with_certificate(options, folder)
     (folder / "ready.json").write_text('{"success":true,"status":"ready"}\n')
     sockets = tempfile.mkdtemp(prefix="gateway-")
-    gateway = Gateway(0, 0, sockets, options, tuple(nodes))
+    gateway = Gateway(0, "", sockets, options, tuple(nodes))
     try:
         _write_config(gateway, folder)
         _nginx(folder)
@@ -187,10 +190,10 @@ def start(
     except BaseException:
         shutil.rmtree(sockets, ignore_errors=True)
         raise
-    gateway = dataclasses.replace(gateway, pid=pid, created=psutil.Process(pid).create_time())
+    gateway = dataclasses.replace(gateway, pid=pid, started=started(pid))
     if watch:
         gateway = dataclasses.replace(gateway, watch_pid=_start_watch(folder))
-    _save(gateway, folder)
+    remember(folder / STATE, dataclasses.asdict(gateway))
     return gateway
 
 
@@ -207,7 +210,7 @@ def stop(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
         for process in left:
             process.terminate()
     shutil.rmtree(gateway.sockets, ignore_errors=True)
-    (folder / "gateway.json").unlink(missing_ok=True)
+    forget(folder / STATE)
 
 
 def watch_runs(gateway: Gateway) -> bool:
@@ -236,7 +239,7 @@ def change_nodes(
         gateway = require_gateway(folder)
         gateway = dataclasses.replace(gateway, nodes=tuple(change(gateway.nodes)))
         changed = _write_config(gateway, folder)
-        _save(gateway, folder)
+        remember(folder / STATE, dataclasses.asdict(gateway))
         return _reload(gateway) if changed else set()
 
 
@@ -486,13 +489,6 @@ def _wait_for(read: Callable[[], str], failure: str) -> str:
 
 def _read(path: Path) -> str:
     return path.read_text().strip() if path.exists() else ""
-
-
-def _save(gateway: Gateway, folder: Path) -> None:
-    """In one step: the watch and the commands read it at any time."""
-    unfinished = folder / "gateway.json.new"
-    unfinished.write_text(json.dumps(dataclasses.asdict(gateway), indent=2))
-    unfinished.replace(folder / "gateway.json")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scripts.reading import PassingError, judged
+from scripts.sources import asked
 from scripts.terminal import UserError
-from scripts.variables import target
 
 # What is taken from a folder; a file that is named is sent whatever it is called.
 SUFFIXES = frozenset(
@@ -120,9 +120,9 @@ def search(folder: Path, found: Found) -> list[Path]:
 
 
 def _how_to_name() -> str:
-    if target() is None:
+    if asked() is None:
         return "Name files, folders, or patterns in quotes."
-    return f"""Name it: make {target()} IMAGE=cat.jpg, or IMAGES="holidays more/*.jpg"."""
+    return f"""Name it: {asked()} IMAGE=cat.jpg, or IMAGES="holidays more/*.jpg"."""
 
 
 def _meant(source: str, found: Found) -> Iterator[Path]:

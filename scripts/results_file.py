@@ -18,8 +18,8 @@ from typing import Any
 
 from scripts.client import ModelVersion
 from scripts.results import Origin, Row, csv_columns, csv_line, labels_in_csv
+from scripts.sources import spelt
 from scripts.terminal import UserError
-from scripts.variables import spelt
 
 # How a row of JSON lines begins.
 _JSON_BEGINS = b'{"picture": "'

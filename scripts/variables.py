@@ -1,96 +1,47 @@
-"""Make's variables as the options of a command.
+"""Refuses variables that a make command does not have, with the nearest name that it has.
 
-A recipe leaves them to the environment, where spaces, quotes and dollars in the name of a file
-survive, and says its target in MAKE_TARGET. Whoever came by make reads of make's variables in an
-error, whoever came by `python -m` of options.
+`make` runs this where it found such a one, on the system's Python before anything is installed, so
+it uses the standard library only, and stays readable to Pythons older than the project supports.
 """
 
-import glob
-import os
-import shlex
-from collections.abc import Callable, Sequence
+from __future__ import annotations
 
-import typer
-
-from scripts import terminal
-from scripts.terminal import UserError
-
-# What holds names of files, by one rule.
-SOURCES = ("IMAGE", "IMAGES")
-
-_TARGET = "MAKE_TARGET"
+import difflib
+import sys
 
 
-def target() -> str | None:
-    """The target whose recipe runs; None where make does not."""
-    return os.environ.get(_TARGET)
-
-
-def spelt(option: str, value: object = None) -> str:
-    """An option as the person would give it: TOPK=3 or --topk 3."""
-    given = "" if value is None else str(value)
-    if target() is not None:
-        return f"{option.upper()}={given}" if given else option.upper()
-    return f"--{option} {given}".rstrip()
-
-
-def sources() -> list[str]:
-    """The files, folders and patterns that IMAGE and IMAGES name.
-
-    A value that is the name of something there, or a pattern of such names, is that, spaces, quotes
-    and all; any other is taken apart at its spaces as a shell does it.
-
-    Raises:
-        UserError: a quote has no end.
-    """
-    return [source for name in SOURCES for source in _taken_apart(name, os.environ.get(name, ""))]
-
-
-def _taken_apart(variable: str, value: str) -> list[str]:
-    if not value.strip():
-        return []
-    if os.path.lexists(value) or glob.glob(value):  # noqa: PTH207  # takes absolute ones
-        return [value]
-    try:
-        parts = shlex.split(value)
-    except ValueError as error:
-        raise UserError(
-            f"{variable}={value}: there is no such file, and as a list it has a quote without "
-            "an end. A name with a quote in it goes between quotes of the other kind."
-        ) from error
-    return [os.path.expanduser(part) for part in parts]  # noqa: PTH111  # patterns too
-
-
-def command(main: Callable[..., int | None], options: Sequence[str]) -> None:
-    """Runs `main` as `terminal.command` does, or with make's variables as its command line.
+def complaint(name: str, commands: list[str], variables: dict[str, list[str]]) -> str:
+    """What is wrong with a variable, and what to do.
 
     Args:
-        main: what to run.
-        options: those of its options that are variables of make.
+        name: of the variable.
+        commands: those that make was asked for.
+        variables: those of each command.
     """
-    if target() is None:
-        terminal.command(main)
-        return
+    known = sorted({own for command in commands for own in variables.get(command, [])})
+    asked = "make " + " ".join(commands)
+    begin = "%s is no variable of %s" % (name, asked)
+    elsewhere = sorted(command for command, own in variables.items() if name in own)
+    if elsewhere:
+        return "%s, but of: make %s." % (begin, ", make ".join(elsewhere))
+    nearest = difflib.get_close_matches(name.upper(), known, 1)
+    if nearest:
+        return "%s. Did you mean %s?" % (begin, nearest[0])
+    return "%s. It has %s." % (begin, ", ".join(known) or "none")
 
-    def from_variables() -> int | None:
-        return _run(main, options)
 
-    terminal.command(from_variables)
+def main() -> None:
+    """Prints a sentence for each variable and exits with 1.
+
+    Args: the commands; the foreign variables; for each command its name and its variables. Each
+    argument is words with spaces between.
+    """
+    commands, foreign, lists = sys.argv[1].split(), sys.argv[2].split(), sys.argv[3:]
+    variables = {words.split()[0]: words.split()[1:] for words in lists}
+    for name in foreign:
+        sys.stderr.write("Error: %s\n" % complaint(name, commands, variables))
+    sys.exit(1)
 
 
-def _run(main: Callable[..., int | None], options: Sequence[str]) -> int | None:
-    given = {option: os.environ.get(option.upper(), "") for option in options}
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    words = [f"--{option}={value}" for option, value in given.items() if value]
-    try:
-        status: int | None = app([*words, "--", *sources()], standalone_mode=False)
-    except Exception as error:
-        # click's own errors name the option that they are about.
-        name = getattr(getattr(error, "param", None), "name", None)
-        if name is None:
-            raise
-        option = name.rstrip("_")
-        message = (getattr(error, "message", "") or f"{error}").removeprefix("Value error, ")
-        raise UserError(f"{spelt(option, given.get(option))}: {message}") from error
-    return status
+if __name__ == "__main__":
+    main()

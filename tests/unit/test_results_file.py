@@ -147,7 +147,7 @@ def test_a_file_that_is_mixed_already_is_refused(tmp_path: Path) -> None:
 def test_what_a_file_was_made_with_is_in_makes_words_under_make(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MAKE_TARGET", "classify")
+    monkeypatch.setenv("GIVEN_TO", "make classify")
     path = tmp_path / f"results.{suffix}"
     write(path, classified("a.jpg"))
     with (
