@@ -83,6 +83,11 @@ class Metrics:
             for name in _HISTOGRAMS
         }
 
+    @property
+    def model_version(self) -> str:
+        """The version label, such as "1.0+1a2b3c4d"."""
+        return self._version
+
     def record(self, requests: Sequence[Request], times: Times) -> None:
         """Takes note of a batch; costs some microseconds an image, see the README.
 
