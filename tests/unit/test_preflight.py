@@ -48,14 +48,14 @@ def test_more_workers_than_fit_are_refused_with_the_number_that_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "_available", lambda: 4 * machine._WORKER_BYTES)
-    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 16)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     check_workers(3)
     with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
         check_workers(4)
     check_workers(4, ending=2)
     with pytest.raises(UserError, match="at most 1 for each model"):
         check_workers(2, models=2)
-    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 1)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     monkeypatch.setattr(machine, "_available", lambda: 10**12)
     check_workers(4)
     with pytest.raises(UserError, match=r"WORKERS=999 .*at most 4, since there are 1 CPUs"):
@@ -66,7 +66,7 @@ def test_what_is_chosen_unless_said_is_never_refused(monkeypatch: pytest.MonkeyP
     for available in (0, machine._WORKER_BYTES, 10**12):
         for cpus in (1, 2, 64):
             monkeypatch.setattr(machine, "_available", lambda value=available: value)
-            monkeypatch.setattr(machine.joblib, "cpu_count", lambda value=cpus: value)
+            monkeypatch.setattr("joblib.cpu_count", lambda value=cpus: value)
             check_workers(machine.plan().workers)
             check_workers(machine.plan(models=3).workers, models=3)
 
