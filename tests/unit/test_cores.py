@@ -1,10 +1,9 @@
 """How workers share the cores, with real processes."""
 
+import fcntl
 import os
 import subprocess
 import sys
-import threading
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -65,27 +64,17 @@ def test_workers_of_two_containers_can_have_equal_process_ids(
         other.communicate()
 
 
-def test_a_look_at_the_others_holds_nothing_that_they_need(tmp_path: Path) -> None:
-    """Many workers come and go while one asks again and again."""
+def test_a_look_at_the_others_takes_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts or becomes busy at that moment would find its byte taken."""
     cores = Cores(SHARE, ALL, tmp_path / "busy")
-    asked = threading.Event()
-
-    def ask() -> None:
-        while not asked.is_set():
-            cores.available()
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        with ExitStack() as stack:
-            others = [stack.enter_context(other_worker(tmp_path / "busy")) for _ in range(4)]
+    with other_worker(tmp_path / "busy") as other:
+        with cores.busy(crowded=False):
+            monkeypatch.setattr(fcntl, "lockf", lambda *_: pytest.fail("a lock was taken"))
             assert cores.available() == SHARE
-            for other in others:
-                other.communicate()
-    finally:
-        asked.set()
-        thread.join()
-    assert cores.available() == ALL
+            monkeypatch.undo()
+        other.communicate()
 
 
 def test_a_killed_worker_does_not_count_as_busy(tmp_path: Path) -> None:
