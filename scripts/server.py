@@ -548,7 +548,10 @@ _AFRESH = "Start it afresh: make stop, then make run or make start."
 
 def _settled(running: Running, workers: int) -> bool:
     """Whether TorchServe counts so many workers as ready, and no other."""
-    states = [worker["status"] for worker in model_status(running)["workers"]]
+    try:
+        states = [worker["status"] for worker in model_status(running)["workers"]]
+    except requests.RequestException:
+        return False  # busy; it is asked again
     return states == ["READY"] * workers
 
 

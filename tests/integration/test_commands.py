@@ -20,7 +20,7 @@ import pytest
 import requests
 
 from scripts import run, server
-from scripts.cluster import free_ports
+from scripts.cluster import free_ports, start_node
 from scripts.preflight import try_archive
 from scripts.server import METRICS_CONFIG, Running, find_running, model_status, start
 from scripts.terminal import UserError
@@ -95,6 +95,16 @@ def test_an_archive_that_cannot_be_loaded_stops_the_start_with_the_reason(
     assert find_running(tmp_path / "run") is None
     assert not _servers_of(tmp_path)
     assert (tmp_path / "run" / "logs" / "model.log").exists()
+
+
+def test_a_node_that_cannot_start_says_why_and_keeps_its_logs(
+    archive: Path, tmp_path: Path
+) -> None:
+    broken = broken_archive(archive, tmp_path, "model.onnx", cut)
+    with pytest.raises(UserError, match=r"model\.onnx.* The worker's log is .*node-1/logs"):
+        start_node(broken, 1, tmp_path)
+    assert "ArchiveError" in (tmp_path / "node-1" / "logs" / "model.log").read_text()
+    assert find_running(tmp_path / "node-1") is None
 
 
 @BROKEN
