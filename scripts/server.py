@@ -36,6 +36,7 @@ from scripts.preflight import (
     check_ports,
     check_workers,
     java_home,
+    why_not_loaded,
 )
 from scripts.state import (
     forget,
@@ -289,7 +290,7 @@ def start(
         raise
     try:
         remember(run_dir / STATE, dataclasses.asdict(running))
-        _wait_until_ready(running, chosen.workers, logs, model_log)
+        _wait_until_ready(running, archives, chosen.workers, logs, model_log)
     except BaseException:
         stop(running, run_dir)
         raise
@@ -410,7 +411,9 @@ def _launch(
         ) from error
 
 
-def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: NewLines) -> None:
+def _wait_until_ready(
+    running: Running, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
+) -> None:
     """Raises `UserError` as soon as a worker ends, which a sound one never does."""
     killed_before = _killed_for_memory()
     seen: set[int] = set()
@@ -421,7 +424,11 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: New
                 raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
             now = {process.pid for process in _workers(running)}
             if seen - now or says_died(model_log.read()):
-                raise UserError(_why_it_died(model_log, killed_before, logs))
+                reason = _why_it_died(archives, model_log, killed_before)
+                raise UserError(
+                    f"The archive cannot be loaded: {reason.rstrip('.')}. The worker's log is "
+                    f"{logs / 'model.log'}."
+                )
             seen.update(now)
             ready = [ready_workers(running.serving(model)) for model in running.models]
             wanted = workers * len(ready)
@@ -434,14 +441,21 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: New
             )
 
 
-def _why_it_died(model_log: NewLines, killed_before: int, logs: Path) -> str:
+def _why_it_died(archives: Sequence[Path], model_log: NewLines, killed_before: int) -> str:
     _poll(lambda: cause(model_log.read()) is not None, _LOG_DELAY)
     reason = cause(model_log.read())
-    if reason is None and _killed_for_memory() > killed_before:
-        reason = "the kernel killed a process for want of memory; try fewer with WORKERS=1"
-    if reason is None:
-        reason = "it ended without a word, as when somebody kills it"
-    return f"The archive cannot be loaded: {reason}. The worker's log is {logs / 'model.log'}."
+    if _killed_for_memory() > killed_before:
+        return reason or "the kernel killed a process for want of memory; try WORKERS=1"
+    if reason is not None and _HANDLER_NOT_IMPORTED not in reason:
+        return reason
+    # Loading it once more tells more than the log.
+    again = (why_not_loaded(archive, 1, METRICS_CONFIG) for archive in archives)
+    found = next((why for why in again if why is not None), reason)
+    return found or "its worker ended without a word, as when somebody kills it"
+
+
+# TorchServe looks for a handler of its own where the archive's cannot be imported, and forgets why.
+_HANDLER_NOT_IMPORTED = "ts.torch_handler."
 
 
 def _killed_for_memory() -> int:
