@@ -519,8 +519,16 @@ def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
         workers = model_status(running, timeout)["workers"]
     except (requests.RequestException, OSError, ValueError):
         return 0  # not up, or the file of tokens is not there or not whole yet
-    living = {process.pid for process in _workers(running)}
-    return sum(worker["status"] == "READY" and worker["pid"] in living for worker in workers)
+    return sum(worker["status"] == "READY" and _lives(worker["pid"], running) for worker in workers)
+
+
+def _lives(pid: int, running: Running) -> bool:
+    """Whether a living process of that id is the frontend's own, and not another's by now."""
+    try:
+        process = psutil.Process(pid)
+        return process.ppid() == running.pid and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def scale(running: Running, workers: int) -> None:
@@ -686,9 +694,8 @@ def status_command() -> None:
         models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
         raise _not_answering(running) from error
-    living = {process.pid for process in _workers(running)}
     for model in models:
-        _show_workers(model, living)
+        _show_workers(model, running)
         queue = model["jobQueueStatus"]
         console.print(
             f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
@@ -699,7 +706,7 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
-    dead = sum(_ended(worker, living) for model in models for worker in model["workers"])
+    dead = sum(_ended(worker, running) for model in models for worker in model["workers"])
     if dead:
         warn(
             f"{dead} worker(s) that TorchServe counts as ready have ended. If it puts no others in "
@@ -707,19 +714,19 @@ def status_command() -> None:
         )
 
 
-def _show_workers(model: dict[str, Any], living: set[int]) -> None:
+def _show_workers(model: dict[str, Any], running: Running) -> None:
     table = Table(title=f"{model['modelName']} {model['modelVersion']}")
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        state = "ended" if _ended(worker, living) else worker["status"]
+        state = "ended" if _ended(worker, running) else worker["status"]
         table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
     console.print(table)
 
 
-def _ended(worker: dict[str, Any], living: set[int]) -> bool:
+def _ended(worker: dict[str, Any], running: Running) -> bool:
     """Whether TorchServe calls a worker ready whose process is gone."""
-    return worker["status"] == "READY" and worker["pid"] not in living
+    return worker["status"] == "READY" and not _lives(worker["pid"], running)
 
 
 def _memory(pid: int) -> str:
