@@ -629,13 +629,13 @@ def start_command(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Serves archives in the background; refuses one without trained weights."""
+    if find_running() is not None:
+        raise UserError("TorchServe is running already. Stop it with: make stop")
     archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
     if not archives:
         raise UserError("MODELS names no model.")
     for archive in archives:
         _check_trained(archive)
-    if find_running() is not None:
-        raise UserError("TorchServe is running already. Stop it with: make stop")
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     began = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
     for model in began.models:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from scripts import server
+from scripts import run, server
 from scripts.state import living_process, process_of, recall, remember, started
 from scripts.terminal import UserError
 
@@ -111,8 +111,10 @@ def a_folder(path: Path) -> None:
         server.status_command,
         lambda: server.scale_command(1),
         server.stop_command,
+        server.start_command,
+        run.main,
     ],
-    ids=["find", "require", "status", "scale", "stop"],
+    ids=["find", "require", "status", "scale", "stop", "start", "run"],
 )
 def test_what_cannot_be_read_is_reported_and_kept(
     spoil: Callable[[Path], None],

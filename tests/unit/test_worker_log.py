@@ -24,7 +24,7 @@ During handling of the above exception, another exception occurred:
 Traceback (most recent call last):
   File "/venv/ts/model_service_worker.py", line 301, in <module>
     worker.run_server()
-ModuleNotFoundError: No module named 'ts.torch_handler.densenet_handler'
+RuntimeError: this is a consequence
 """
 ARCHIVE = """\
 Failed to load model densenet121, exception model.onnx: cannot be loaded: Protobuf parsing failed.
