@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import typer
 
+from scripts import run
+from scripts.archive import Recipe
+from scripts.cluster import free_ports
+from scripts.terminal import UserError
+from scripts.weights import Weights
+
 MAKEFILE = Path("Makefile").read_text()
 COMMANDS = re.findall(
     r"^([a-z-]+):[^\n]*##[^\n]*\n\t@\$\(VENV_PYTHON\) -m (scripts\.\w+)(?: (\S+))?$",
@@ -109,3 +115,28 @@ def test_help_names_every_command_and_variable_on_two_screens() -> None:
     assert max(map(len, lines)) <= 100
     groups = ("Serve", "Classify", "Own models", "Production", "Tests", "Benchmarks", "Maintenance")
     assert [line for line in lines if line in groups] == list(groups)
+
+
+def test_run_packs_the_engine_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence about an export that failed sends people to `make run ENGINE=torch`."""
+    packed = []
+
+    def build(asked: Recipe) -> Path:
+        packed.append(asked.engine)
+        raise UserError("enough")
+
+    weights = Weights({}, "mine.pth", "0", trained=True)
+    monkeypatch.setattr(run, "obtain_for_trial", lambda *_: weights)
+    monkeypatch.setattr(run, "build", build)
+    ports = free_ports().used(grpc=False)
+    for engine in ("torch", "onnx"):
+        with pytest.raises(UserError, match="enough"):
+            run.main(
+                engine=engine,
+                port=ports["inference"],
+                management_port=ports["management"],
+                metrics_port=ports["metrics"],
+            )
+    assert packed == ["torch", "onnx"]
+    with pytest.raises(UserError, match="ENGINE must be onnx or torch, got 'tensorflow'"):
+        run.main(engine="tensorflow")
