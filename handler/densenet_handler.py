@@ -249,7 +249,7 @@ class DenseNetHandler:
         context.set_response_header(
             index, "x-model-weights", "trained" if self.card.trained else "untrained"
         )
-        context.set_response_header(index, "x-model-name", self._model_names()[0])
+        context.set_response_header(index, "x-model-name", self.manifest["model"]["modelName"])
         context.set_response_header(index, "x-model-version", self.metrics.model_version)
         # The phrase must be ASCII: TorchServe counts its characters, but sends its bytes.
         context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
