@@ -8,11 +8,13 @@ that nobody else uses and TorchServe's tokens on. It serves a copy of the archiv
 import dataclasses
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import joblib
+import psutil
 import requests
 import typer
 from rich.status import Status
@@ -20,13 +22,17 @@ from rich.table import Table
 
 from scripts import gateway as gateways
 from scripts.gateway import (
+    DRAIN_TIMEOUT,
     GATEWAY_DIR,
     Gateway,
     Node,
     Options,
     change_nodes,
     find_gateway,
+    find_lost,
+    operation,
     require_gateway,
+    stop_lost,
     wait_for_drain,
 )
 from scripts.server import HOST, RUN_DIR, Ports, find_running, model_status, ready_workers, start
@@ -81,12 +87,29 @@ def start_nodes(
     return nodes
 
 
+def start_again(node: Node) -> None:
+    """Starts a node whose frontend has ended anew, in its own folder and with ports of its own."""
+    start(
+        Path(node.archive),
+        free_ports(),
+        node.workers,
+        Path(node.run_dir),
+        threads=1,
+        tokens=True,
+    )
+
+
+def is_own(node: Node) -> bool:
+    """Whether `start_node` started it; the server of `make run` is ended by others, and meant so."""
+    return Path(node.run_dir).name.startswith("node-")
+
+
 def stop_nodes(nodes: Sequence[Node]) -> None:
     """Ends nodes that `start_node` started, and forgets them; others it leaves alone."""
     for node in nodes:
-        folder = Path(node.run_dir)
-        if not folder.name.startswith("node-"):
+        if not is_own(node):
             continue
+        folder = Path(node.run_dir)
         running = find_running(folder)
         if running is not None:
             stop_server(running, folder)
@@ -97,8 +120,13 @@ def drain(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
     """Takes nodes out and waits until they have answered what they had.
 
     Raises:
-        UserError: there is no such node, or no other would be left.
+        UserError: there is no such node, no other would be left, or another `operation` goes on.
     """
+    with operation(f"make drain of {', '.join(names)}", folder):
+        _drain(names, folder)
+
+
+def _drain(names: Sequence[str], folder: Path) -> None:
     _require(names, require_gateway(folder))
     old = change_nodes(
         lambda nodes: [
@@ -112,6 +140,11 @@ def drain(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
 
 def undrain(name: str, folder: Path = GATEWAY_DIR) -> None:
     """Lets a drained node serve again."""
+    with operation(f"make undrain of {name}", folder):
+        _undrain(name, folder)
+
+
+def _undrain(name: str, folder: Path) -> None:
     _require([name], require_gateway(folder))
     change_nodes(
         lambda nodes: [
@@ -122,28 +155,36 @@ def undrain(name: str, folder: Path = GATEWAY_DIR) -> None:
     )
 
 
+@contextmanager
+def drained(name: str, folder: Path = GATEWAY_DIR) -> Iterator[None]:
+    """Has a node drained for as long as this lasts, and serving afterwards, whatever happens.
+
+    For whoever holds the `operation`.
+    """
+    try:
+        _drain([name], folder)
+        yield
+    finally:
+        _undrain(name, folder)
+
+
 def replace(name: str, folder: Path = GATEWAY_DIR) -> Node:
     """Starts a node like this one, lets it serve, drains the old one and ends it.
 
     The old one may be dead already.
     """
-    (old,) = _require([name], require_gateway(folder))
-    fresh = start_node(Path(old.archive), old.workers, folder.parent)
-    try:
-        change_nodes(lambda nodes: [*nodes, fresh], folder)
-    except BaseException:
-        stop_nodes([fresh])
-        raise
-    remove([name], folder)
+    with operation(f"make replace of {name}", folder):
+        (old,) = _require([name], require_gateway(folder))
+        fresh = start_node(Path(old.archive), old.workers, folder.parent)
+        try:
+            change_nodes(lambda nodes: [*nodes, fresh], folder)
+        except BaseException:
+            stop_nodes([fresh])
+            raise
+        _drain([name], folder)
+        change_nodes(lambda nodes: [node for node in nodes if node.name != name], folder)
+        stop_nodes([old])
     return fresh
-
-
-def remove(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
-    """Drains nodes, takes them off the list and ends them."""
-    leaving = _require(names, require_gateway(folder))
-    drain(names, folder)
-    change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
-    stop_nodes(leaving)
 
 
 def _require(names: Sequence[str], gateway: Gateway) -> list[Node]:
@@ -179,13 +220,23 @@ def start_command(
     rate: int = Options.rate,
     burst: int = Options.burst,
     connections: int = Options.connections,
+    metrics_port: int = Options.metrics_port,
     model: Annotated[str | None, typer.Option(help="Name of the archive.")] = None,
 ) -> None:
     """Puts a gateway before the server of `make run`, or before nodes of its own."""
     if find_gateway() is not None:
         raise UserError("The gateway is running already. Stop it with: make gateway-stop")
     options = Options(
-        host, http_port, https_port, certificate, certificate_key, keys, rate, burst, connections
+        host,
+        http_port,
+        https_port,
+        certificate,
+        certificate_key,
+        keys,
+        rate,
+        burst,
+        connections,
+        metrics_port=metrics_port,
     )
     gateways.check(options)
     own = nodes is not None
@@ -208,7 +259,10 @@ def start_command(
     console.print(f"Pictures     {started.url}/predict")
     console.print(f"Page         {started.url}/")
     console.print(f"HTTPS        {started.https_url}/")
+    if options.keys:
+        console.print(f"Sign in      {started.https_url}/sign-in")
     console.print(f"Ready        {started.url}/readyz")
+    console.print(f"Metrics      http://{HOST}:{options.metrics_port}/metrics")
 
 
 def _server_of_make_run(model: str | None) -> Node:
@@ -226,13 +280,34 @@ def _server_of_make_run(model: str | None) -> Node:
 def stop_command() -> None:
     """Stops the gateway and the nodes that were started for it."""
     gateway = find_gateway()
-    if gateway is None:
+    lost = [] if gateway is not None else find_lost()
+    strays = _running_nodes()
+    if gateway is None and not lost and not strays:
         step("Gateway: not running")
         return
     with Status("Stopping the gateway ...", console=console):
-        gateways.stop(gateway)
-        stop_nodes(gateway.nodes)
+        if gateway is not None:
+            _refuse_during_an_operation(gateway)
+            gateways.stop(gateway)
+        stop_lost(lost)
+        stop_nodes(strays)
     step("Gateway: stopped")
+
+
+def _running_nodes(run_dir: Path = RUN_DIR) -> list[Node]:
+    """All nodes of this folder, also those of an upgrade that was cut off."""
+    folders = sorted(run_dir.glob("node-*"))
+    return [Node(str(folder.resolve()), "", 0) for folder in folders]
+
+
+def _refuse_during_an_operation(gateway: Gateway) -> None:
+    """What others began ends first; the watch's own operations end with it."""
+    watch = gateway.watch()
+    if watch is not None:
+        watch.terminate()
+        psutil.wait_procs([watch], timeout=DRAIN_TIMEOUT)
+    with operation("make gateway-stop"):
+        pass
 
 
 @app.command("status")
@@ -245,8 +320,11 @@ def status_command() -> None:
     for node in gateway.nodes:
         table.add_row(node.name, *_describe(node))
     console.print(table)
-    if not gateways.watch_runs(gateway):
-        warn("The watch has ended: health is not checked and tokens are not renewed.")
+    if gateway.watch() is None:
+        warn(
+            "The watch has ended: hanging and dead nodes stay, tokens are not renewed, and nothing "
+            "is counted. Start the gateway anew."
+        )
 
 
 def _describe(node: Node) -> list[str]:

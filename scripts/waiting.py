@@ -1,0 +1,157 @@
+"""What nginx asks the watch, over a Unix socket: is a node ready, may this be asked again, what was
+counted.
+
+nginx cannot wait, and cannot know why a node failed. Where all its attempts at a request failed it
+asks here, with nothing of the request but which nodes it tried and how long that took; the answer
+is the name of one of nginx's own locations (`X-Accel-Redirect`), or a 503 for the client.
+"""
+
+import json
+import re
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Literal, Protocol
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+# Seconds for which a request is held in all, from its first attempt on.
+HOLD = 60.0
+# nginx follows ten redirects of a request, two for each time that it is held.
+_MOST_ROUNDS = 4
+# So long at least, growing: a node that refuses for a moment gets that moment.
+_FIRST_PAUSE = 0.25
+# More than this many do not wait at once.
+_MOST_WAITING = 1000
+_POLL = 0.1
+
+Verdict = Literal["again", "once", "no"]
+
+
+class Nodes(Protocol):
+    """What must be known of the nodes."""
+
+    def ready(self) -> bool:
+        """Whether one of them can answer."""
+        ...
+
+    def verdict(self, socket: str) -> Verdict:
+        """What may become of a request that just failed on the node of this socket."""
+        ...
+
+
+def decide(nodes: Nodes, tried: str, took: str) -> str:
+    """Waits until a request may be sent again; returns nginx's location for it, "" for none.
+
+    Args:
+        nodes: what is known of the nodes.
+        tried: nginx's `$upstream_addr`: addresses, those before and after a redirect divided by
+            colons between spaces.
+        took: nginx's `$upstream_response_time`, the seconds of each.
+    """
+    groups = tried.split(" : ")
+    rounds = sum("watch.sock" in group for group in groups)
+    spent = sum(float(number) for number in re.findall(r"\d+\.\d+", took))
+    verdict = nodes.verdict(re.split(r"[, ]+", groups[-1])[-1])
+    if verdict == "no" or rounds >= _MOST_ROUNDS:
+        return ""
+    now = time.monotonic()
+    deadline = now + HOLD - spent
+    time.sleep(min(_FIRST_PAUSE * 2**rounds, max(0.0, deadline - now)))
+    while not nodes.ready():
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(_POLL)
+    return f"@{verdict}"
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 512
+
+    def __init__(self, path: Path, nodes: Nodes, registry: CollectorRegistry) -> None:
+        path.unlink(missing_ok=True)
+        super().__init__(str(path), _Answer)
+        self.nodes = nodes
+        self.registry = registry
+        self.places = threading.BoundedSemaphore(_MOST_WAITING)
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answers nginx."""
+        match self.path:
+            case "/ready":
+                ready = self.server.nodes.ready()
+                self._send(HTTPStatus.NO_CONTENT if ready else HTTPStatus.SERVICE_UNAVAILABLE)
+            case "/wait":
+                self._wait()
+            case "/metrics":
+                body = generate_latest(self.server.registry)
+                self._send(HTTPStatus.OK, body, {"Content-Type": CONTENT_TYPE_LATEST})
+            case _:
+                self._send(HTTPStatus.NOT_FOUND)
+
+    def _wait(self) -> None:
+        location = ""
+        if self.server.places.acquire(blocking=False):
+            try:
+                tried, took = self.headers.get("X-Tried", ""), self.headers.get("X-Took", "")
+                location = decide(self.server.nodes, tried, took)
+            finally:
+                self.server.places.release()
+        if location:
+            self._send(HTTPStatus.OK, headers={"X-Accel-Redirect": location})
+            return
+        request_id = self.headers.get("X-Request-Id", "")
+        refusal = {
+            "success": False,
+            "code": HTTPStatus.SERVICE_UNAVAILABLE,
+            "type": "ServiceUnavailable",
+            "message": "No worker could answer. Ask again in a second; the server's logs have the "
+            f"cause under id {request_id}.",
+        }
+        body = json.dumps(refusal, separators=(",", ":")).encode() + b"\n"
+        headers = {"Content-Type": "application/json"}
+        self._send(HTTPStatus.SERVICE_UNAVAILABLE, body, headers)
+
+    def _send(
+        self, status: HTTPStatus, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with suppress(ConnectionError):  # the client has gone, and nginx with it
+            self.wfile.write(body)
+
+    def address_string(self) -> str:
+        """A Unix socket has no address."""
+        return "nginx"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base's name
+        """nginx logs the requests."""
+
+
+@contextmanager
+def answering(path: Path, nodes: Nodes, registry: CollectorRegistry) -> Iterator[None]:
+    """Answers nginx on this socket, in threads of its own."""
+    with _Server(path, nodes, registry) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+            path.unlink(missing_ok=True)
