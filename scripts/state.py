@@ -1,8 +1,8 @@
 """What the commands remember of the processes they started: one JSON file in each process's folder.
 
 A process is recognised by what no clock moves: its id together with when it started, counted by the
-kernel since the machine did. Only `forget` removes anything; commands that look report what they
-cannot read.
+kernel since the machine did. Where a file is gone, `process_of` finds what still runs by what it
+was started with. Only `forget` removes anything; commands that look report what they cannot read.
 """
 
 import json
@@ -44,6 +44,24 @@ def living_process(pid: int, when: str) -> psutil.Process | None:
     except psutil.NoSuchProcess:
         return None
     return process if alive else None
+
+
+def process_of(*words: str) -> psutil.Process | None:
+    """This user's living process that was started with all of these words, wherever they stand.
+
+    Args:
+        words: whole arguments, such as the path of a configuration that is nobody else's.
+    """
+    for process in psutil.process_iter(["cmdline", "uids", "status"]):
+        said = f" {' '.join(process.info['cmdline'] or [])} "
+        if (
+            all(f" {word} " in said for word in words)
+            and process.info["uids"] is not None
+            and process.info["uids"].effective == os.geteuid()
+            and process.info["status"] != psutil.STATUS_ZOMBIE
+        ):
+            return process
+    return None
 
 
 def remember(path: Path, values: Mapping[str, Any]) -> None:
