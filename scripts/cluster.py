@@ -100,7 +100,7 @@ def start_again(node: Node) -> None:
 
 
 def is_own(node: Node) -> bool:
-    """Whether `start_node` started it; the server of `make run` is ended by others, and meant so."""
+    """Whether `start_node` started it; the server of `make run` is for others to end and start."""
     return Path(node.run_dir).name.startswith("node-")
 
 

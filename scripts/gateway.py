@@ -17,14 +17,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -37,8 +36,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from scripts.keys import SESSION_SECONDS, read_keys
+from scripts.preflight import check_ports
 from scripts.server import HOST, RUN_DIR, find_running
-from scripts.state import forget, living_process, recall, remember, started, unreadable
+from scripts.state import (
+    forget,
+    living_process,
+    process_of,
+    recall,
+    remember,
+    started,
+    unreadable,
+)
 from scripts.terminal import UserError
 from scripts.waiting import HOLD
 
@@ -53,13 +61,12 @@ _PIXEL = (
 )
 
 _CERTIFICATE_DAYS = 90
-# Attempts at a request that failed within so many seconds. Killing a single node's worker whenever it
-# is back, every few seconds, cost one attempt of three its answer.
+# Attempts at a request that failed within so many seconds. Killing a single node's worker whenever
+# it was back cost one attempt of three its answer.
 _TRIES = 6
 _QUICK_FAILURE = 5
 # Wrong keys of one address: so many a second for long, and so many at once.
 _WRONG_KEYS = {"rate": 1, "burst": 20}
-_PORTS = range(1, 1 << 16)
 
 # Seconds.
 _START_TIMEOUT = 10.0
@@ -247,25 +254,16 @@ def stop(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
 
 
 def find_lost(folder: Path = GATEWAY_DIR) -> list[psutil.Process]:
-    """The watch and nginx of this folder, by what they run: for when the folder was removed.
-
-    In this order, nginx's workers left out.
-    """
+    """The watch and nginx of this folder, by what they run: for when the folder was removed."""
     place = folder.resolve()
-    marks = (f"scripts.watch --folder {place} ", f"master process nginx -c {place}/nginx.conf ")
-    found = []
-    for mark in marks:
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if mark in f"{' '.join(process.cmdline())} ":
-                    found.append(process)
-    return found
+    found = process_of("scripts.watch", str(place)), process_of("master", f"{place}/nginx.conf")
+    return [process for process in found if process is not None]
 
 
 def stop_lost(processes: Iterable[psutil.Process]) -> None:
-    """Ends what `find_lost` found."""
+    """Ends what `find_lost` found; nginx answers first what it has."""
     for process in processes:
-        _end(process, signal.SIGTERM if "scripts.watch" in process.cmdline() else signal.SIGQUIT)
+        _end(process, signal.SIGQUIT if process.name() == "nginx" else signal.SIGTERM)
 
 
 def _end(process: psutil.Process | None, sign: signal.Signals) -> None:
@@ -363,7 +361,12 @@ def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
             f"A gateway of {folder} still runs (process {lost[-1].pid}), though its folder was "
             "removed or changed. End it with: make gateway-stop"
         )
-    _check_ports(options)
+    ports = {
+        "http": options.http_port,
+        "https": options.https_port,
+        "metrics": options.metrics_port,
+    }
+    check_ports(options.host, ports)
 
 
 def _check_certificate(options: Options) -> None:
@@ -383,32 +386,6 @@ def _check_certificate(options: Options) -> None:
             f"{options.certificate} and {options.certificate_key} are no certificate and its "
             f"private key, both PEM and the key without a password: {error}"
         ) from error
-
-
-def _check_ports(options: Options) -> None:
-    ports = {
-        "HTTP_PORT": (options.host, options.http_port),
-        "HTTPS_PORT": (options.host, options.https_port),
-        "GATEWAY_METRICS_PORT": (HOST, options.metrics_port),
-    }
-    seen: dict[int, str] = {}
-    for variable, (host, port) in ports.items():
-        if port not in _PORTS:
-            raise UserError(f"{variable} must be a port from 1 to 65535, got {port}.")
-        if port in seen:
-            raise UserError(f"{seen[port]} and {variable} are both {port}. Give them two ports.")
-        seen[port] = variable
-    for variable, (host, port) in ports.items():
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise UserError(
-                    f"{host} port {port} cannot be used: {error.strerror}. Free it, or choose "
-                    f"another with {variable}=..."
-                ) from error
 
 
 def _is_loopback(host: str) -> bool:
@@ -534,7 +511,7 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  # nginx's configuration is no HTML; nothing in the pages is given
+        autoescape=False,  # noqa: S701  # no HTML, or nothing of others' in it
     )
     return environment.get_template(name)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -25,6 +26,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 HOLD = 60.0
 # nginx follows ten redirects of a request, two for each time that it is held.
 _MOST_ROUNDS = 4
+# A request at which so many workers failed may be what ends them.
+_MOST_WORKED = 6
 # So long at least, growing: a node that refuses for a moment gets that moment.
 _FIRST_PAUSE = 0.25
 # More than this many do not wait at once.
@@ -46,29 +49,62 @@ class Nodes(Protocol):
         ...
 
 
-def decide(nodes: Nodes, tried: str, took: str) -> str:
-    """Waits until a request may be sent again; returns nginx's location for it, "" for none.
+@dataclass(frozen=True)
+class Attempts:
+    """What nginx tried for one request, as its variables tell.
+
+    Attributes:
+        tried: `$upstream_addr`: addresses, those before and after a redirect divided by colons
+            between spaces.
+        statuses: `$upstream_status` of each; 500 where a worker was at work on the request.
+        took: `$upstream_response_time`, the seconds of each.
+    """
+
+    tried: str
+    statuses: str
+    took: str
+
+    @property
+    def last(self) -> str:
+        """The address that was tried last."""
+        return re.split(r"[, ]+", self.tried)[-1]
+
+    @property
+    def rounds(self) -> int:
+        """How often the request was held before."""
+        return self.tried.count("watch.sock")
+
+    @property
+    def worked(self) -> int:
+        """How many workers failed at it."""
+        return len(re.findall(r"\b500\b", self.statuses))
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been tried and held."""
+        return sum(float(number) for number in re.findall(r"\d+\.\d+", self.took))
+
+
+def may_be_sent_again(nodes: Nodes, attempts: Attempts) -> bool:
+    """Waits until a request can be sent again; false where it may not, or there is no node in time.
 
     Args:
         nodes: what is known of the nodes.
-        tried: nginx's `$upstream_addr`: addresses, those before and after a redirect divided by
-            colons between spaces.
-        took: nginx's `$upstream_response_time`, the seconds of each.
+        attempts: at this request.
     """
-    groups = tried.split(" : ")
-    rounds = sum("watch.sock" in group for group in groups)
-    spent = sum(float(number) for number in re.findall(r"\d+\.\d+", took))
-    verdict = nodes.verdict(re.split(r"[, ]+", groups[-1])[-1])
-    if verdict == "no" or rounds >= _MOST_ROUNDS:
-        return ""
+    verdict = nodes.verdict(attempts.last)
+    if verdict == "no" or (verdict == "once" and attempts.rounds > 0):
+        return False
+    if attempts.rounds >= _MOST_ROUNDS or attempts.worked >= _MOST_WORKED:
+        return False
     now = time.monotonic()
-    deadline = now + HOLD - spent
-    time.sleep(min(_FIRST_PAUSE * 2**rounds, max(0.0, deadline - now)))
+    deadline = now + HOLD - attempts.seconds
+    time.sleep(min(_FIRST_PAUSE * 2**attempts.rounds, max(0.0, deadline - now)))
     while not nodes.ready():
         if time.monotonic() > deadline:
-            return ""
+            return False
         time.sleep(_POLL)
-    return f"@{verdict}"
+    return True
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -102,15 +138,15 @@ class _Answer(BaseHTTPRequestHandler):
                 self._send(HTTPStatus.NOT_FOUND)
 
     def _wait(self) -> None:
-        location = ""
+        again = False
         if self.server.places.acquire(blocking=False):
             try:
-                tried, took = self.headers.get("X-Tried", ""), self.headers.get("X-Took", "")
-                location = decide(self.server.nodes, tried, took)
+                said = (self.headers.get(name, "") for name in ("X-Tried", "X-Statuses", "X-Took"))
+                again = may_be_sent_again(self.server.nodes, Attempts(*said))
             finally:
                 self.server.places.release()
-        if location:
-            self._send(HTTPStatus.OK, headers={"X-Accel-Redirect": location})
+        if again:
+            self._send(HTTPStatus.OK, headers={"X-Accel-Redirect": "@again"})
             return
         request_id = self.headers.get("X-Request-Id", "")
         refusal = {
@@ -140,7 +176,7 @@ class _Answer(BaseHTTPRequestHandler):
         return "nginx"
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base's name
-        """nginx logs the requests."""
+        """Nginx logs the requests."""
 
 
 @contextmanager

@@ -9,11 +9,12 @@ import pytest
 import requests
 
 from scripts import gateway as gateways
-from scripts.gateway import Gateway, Options, find_gateway, read_keys
+from scripts.gateway import Gateway, Options, find_gateway
+from scripts.keys import read_keys
 from scripts.photographs import CAT
 from scripts.terminal import UserError
 from tests.gateway.client import Client
-from tests.gateway.conftest import KEYS, free_port
+from tests.gateway.conftest import KEYS, free_options
 
 
 def test_https_serves_with_the_certificate_and_http2(client: Client) -> None:
@@ -82,7 +83,7 @@ def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
     current = find_gateway(folder)
     assert current is not None
     assert current.pid == cluster.pid
-    options = Options(http_port=free_port(), https_port=free_port(), keys=str(keys))
+    options = free_options(keys=str(keys))
     place = tmp_path / "public"
     public = gateways.start(options, current.nodes, place, watch=False)
     try:

@@ -18,12 +18,12 @@ from rich.table import Table
 from scripts import gateway as gateways
 from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import Options, find_gateway
+from scripts.gateway import find_gateway
 from scripts.terminal import UserError, command, console, step
 from scripts.weights import Weights, untrained
 from tests.gateway import faults
 from tests.gateway.client import Tally, clients
-from tests.gateway.conftest import free_port
+from tests.gateway.conftest import free_options
 
 CLIENTS = 16
 SECONDS = 120.0
@@ -66,7 +66,7 @@ def main(
         folder = Path(temporary) / "run" / "gateway"
         archives = _archives(Path(temporary))
         nodes = start_nodes(2, archives[0], workers=1, run_dir=folder.parent)
-        options = Options(http_port=free_port(), https_port=free_port(), rate=1000, burst=1000)
+        options = free_options(rate=1000, burst=1000)
         gateways.start(options, nodes, folder)
         kinds: dict[str, Callable[[int], None]] = {
             "nothing": lambda _: None,
