@@ -340,7 +340,7 @@ def wait_for_drain(old: set[int]) -> bool:
 
 
 def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
-    """Stops, by a `UserError`, what cannot work or would not be safe, before anything is started."""
+    """Stops, by a `UserError`, what cannot work or would not be safe; starts nothing."""
     if shutil.which("nginx") is None:
         raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
     if not _is_loopback(options.host) and not options.keys:
