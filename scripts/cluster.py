@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import joblib
-import psutil
 import requests
 import typer
 from rich.status import Status
@@ -22,7 +21,6 @@ from rich.table import Table
 
 from scripts import gateway as gateways
 from scripts.gateway import (
-    DRAIN_TIMEOUT,
     GATEWAY_DIR,
     Gateway,
     Node,
@@ -287,7 +285,7 @@ def stop_command() -> None:
         return
     with Status("Stopping the gateway ...", console=console):
         if gateway is not None:
-            _refuse_during_an_operation(gateway)
+            refuse_during_an_operation(gateway)
             gateways.stop(gateway)
         stop_lost(lost)
         stop_nodes(strays)
@@ -300,14 +298,14 @@ def _running_nodes(run_dir: Path = RUN_DIR) -> list[Node]:
     return [Node(str(folder.resolve()), "", 0) for folder in folders]
 
 
-def _refuse_during_an_operation(gateway: Gateway) -> None:
-    """What others began ends first; the watch's own operations end with it."""
-    watch = gateway.watch()
-    if watch is not None:
-        watch.terminate()
-        psutil.wait_procs([watch], timeout=DRAIN_TIMEOUT)
-    with operation("make gateway-stop"):
-        pass
+def refuse_during_an_operation(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
+    """Stops, by a `UserError`, while somebody else changes the nodes; the watch ends with nginx."""
+    try:
+        with operation("make gateway-stop", folder):
+            pass
+    except UserError as error:
+        if f"(process {gateway.watch_pid})" not in str(error):
+            raise
 
 
 @app.command("status")

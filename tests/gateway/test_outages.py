@@ -19,10 +19,18 @@ import psutil
 import pytest
 import requests
 
+from scripts import gateway as gateways
 from scripts import upgrade as upgrades
 from scripts import watch as watches
 from scripts.archive import build, recipe
-from scripts.cluster import drain, replace, undrain
+from scripts.cluster import (
+    drain,
+    refuse_during_an_operation,
+    replace,
+    start_nodes,
+    stop_nodes,
+    undrain,
+)
 from scripts.gateway import Gateway, change_nodes, find_gateway
 from scripts.server import Running, find_running, ready_workers
 from scripts.store import sha256
@@ -32,7 +40,7 @@ from scripts.watch import renew_tokens
 from scripts.weights import Weights
 from tests.gateway import faults
 from tests.gateway.client import Client, Tally, clients
-from tests.gateway.conftest import KEYS
+from tests.gateway.conftest import KEYS, free_options
 
 CLIENTS = 8
 
@@ -136,6 +144,34 @@ def _serves_anew(folder: Path, before: Running) -> bool:
     return ready_workers(running) > 0 and node.healthy
 
 
+def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an_error(
+    archive: Path, tmp_path: Path, note: list[str]
+) -> None:
+    """There is no other node to ask: clients wait for as long as it takes."""
+    folder = tmp_path / "run" / "gateway"
+    nodes = start_nodes(1, archive, workers=1, run_dir=folder.parent)
+    gateway = gateways.start(free_options(rate=1000, burst=1000), nodes, folder)
+    try:
+        with clients(gateway, CLIENTS) as tally:
+            for number in range(3):
+                time.sleep(1)
+                faults.kill_worker(folder, number)
+            time.sleep(1)
+            (victim,) = faults.servers_of(folder)
+            faults.cut_power(victim)
+            faults.wait_for(lambda: _serves_anew(folder, victim))
+            time.sleep(0.5)
+        _nobody_noticed(tally)
+        longest = max(tally.seconds)
+        note.append(
+            f"one node, 3 workers and the frontend killed: the longest wait {longest:.1f} s"
+        )
+    finally:
+        last = _gateway(folder)
+        gateways.stop(last, folder)
+        stop_nodes(last.nodes)
+
+
 def test_a_hung_worker_is_ended_and_whoever_waits_for_it_is_answered(
     cluster: Gateway, folder: Path, note: list[str]
 ) -> None:
@@ -207,7 +243,10 @@ def test_one_change_of_nodes_at_a_time_and_a_dead_holder_keeps_nothing(
         ):
             with pytest.raises(UserError, match=said):
                 refused()
+        with pytest.raises(UserError, match=said):
+            refuse_during_an_operation(_gateway(folder), folder)
         holder.kill()
+    refuse_during_an_operation(_gateway(folder), folder)
     drain([names[0]], folder)
     undrain(names[0], folder)
     assert faults.nodes_of(folder) == names
