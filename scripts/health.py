@@ -17,11 +17,15 @@ HUNG = 8.0  # has its workers ended, if they did nothing meanwhile
 STUCK = 25.0  # has them ended in any case; eight pictures of the most costly kind take 16
 # Seconds without an answer from the frontend's management after which it is ended.
 FRONTEND_HUNG = 30.0
+# Seconds for which it may call dead workers READY; it replaces a killed one within 6.
+DEAD_WORKERS = 15.0
 # An idle node is asked so often, in seconds; one that others wait for at once.
 _ASK_IDLE = 5.0
 # Of a CPU: less is nothing.
 _IDLE_SHARE = 0.02
 _CHECK_TIMEOUT = 2.0
+# Longer than a request takes whose worker is killed.
+_STEADY = 3.0
 # The question is the page, which a worker answers without looking at a picture.
 _QUESTION = {"Accept": "text/html"}
 
@@ -43,9 +47,18 @@ class Health:
         self.ready = False
         self.ended: tuple[float, bool] | None = None
         self._answered = time.monotonic()
-        self._managed = time.monotonic()
+        self._managed = self._alive = time.monotonic()
         self._log: tuple[int, int] | None = None
         self._asked: _Question | None = None
+        self._pids: set[int] = set()
+        self._changed = time.monotonic()
+
+    def steady(self) -> bool:
+        """Whether none of its workers has ended for some seconds."""
+        running = find_running(self.run_dir)
+        if running is None or {worker.pid for worker in _workers(running)} != self._pids:
+            return False
+        return time.monotonic() - self._changed > _STEADY
 
     def look(self, *, own: bool) -> str:
         """Looks once, and ends what hangs.
@@ -63,7 +76,10 @@ class Health:
             self._asked = None
             return self._end_frontend(running) if own and running is not None else ""
         now = time.monotonic()
-        self._managed = now
+        self._managed = self._alive = now
+        pids = {worker.pid for worker in _workers(running)}
+        if pids != self._pids:
+            self._pids, self._changed = pids, now
         silent = self._silence(running, now)
         self.ready = silent < STUCK
         self.failures = self.failures + 1 if silent >= SILENT else 0
@@ -107,22 +123,26 @@ class Health:
         return f"no answer for {silent:.0f} s, its workers were {doing} and have been ended"
 
     def _end_frontend(self, running: Running) -> str:
-        """Ends a frontend whose management has not answered for long; a loading worker is none."""
+        """Ends a frontend that will not come back: one whose workers are being replaced will."""
         now = time.monotonic()
         try:
-            model_status(running, timeout=_CHECK_TIMEOUT)
+            workers = model_status(running, timeout=_CHECK_TIMEOUT)["workers"]
         except (requests.RequestException, OSError, ValueError):
-            silent = now - self._managed
-            if silent < FRONTEND_HUNG:
-                return ""
-            frontend = running.process()
-            if frontend is not None:
-                for process in (*frontend.children(recursive=True), frontend):
-                    _kill(process)
+            silent, limit = now - self._managed, FRONTEND_HUNG
+            why = "the frontend gave no answer"
+        else:
             self._managed = now
-            return f"the frontend did not answer for {silent:.0f} s and has been ended"
-        self._managed = now
-        return ""
+            if not workers or any(worker["status"] != "READY" for worker in workers):
+                self._alive = now
+            silent, limit = now - self._alive, DEAD_WORKERS
+            why = "the frontend called dead workers ready"
+        frontend = running.process()
+        if silent < limit or frontend is None:
+            return ""
+        for process in (*_workers(running), frontend):
+            _kill(process)
+        self._managed = self._alive = now
+        return f"{why} for {silent:.0f} s and has been ended"
 
 
 class _Question:

@@ -44,6 +44,10 @@ class Nodes(Protocol):
         """Whether one of them can answer."""
         ...
 
+    def steady(self) -> bool:
+        """Whether no worker has ended for some seconds."""
+        ...
+
     def verdict(self, socket: str) -> Verdict:
         """What may become of a request that just failed on the node of this socket."""
         ...
@@ -138,27 +142,39 @@ class _Answer(BaseHTTPRequestHandler):
                 self._send(HTTPStatus.NOT_FOUND)
 
     def _wait(self) -> None:
+        said = (self.headers.get(name, "") for name in ("X-Tried", "X-Statuses", "X-Took"))
+        attempts, nodes = Attempts(*said), self.server.nodes
         again = False
         if self.server.places.acquire(blocking=False):
             try:
-                said = (self.headers.get(name, "") for name in ("X-Tried", "X-Statuses", "X-Took"))
-                again = may_be_sent_again(self.server.nodes, Attempts(*said))
+                again = may_be_sent_again(nodes, attempts)
             finally:
                 self.server.places.release()
         if again:
             self._send(HTTPStatus.OK, headers={"X-Accel-Redirect": "@again"})
-            return
-        request_id = self.headers.get("X-Request-Id", "")
-        refusal = {
-            "success": False,
-            "code": HTTPStatus.SERVICE_UNAVAILABLE,
-            "type": "ServiceUnavailable",
-            "message": "No worker could answer. Ask again in a second; the server's logs have the "
-            f"cause under id {request_id}.",
-        }
+        elif self._is_form() and attempts.worked >= _MOST_WORKED and nodes.steady():
+            # No worker has ended: what fails every time is the frontend at the form itself.
+            self._refuse(
+                HTTPStatus.BAD_REQUEST,
+                "BadRequest",
+                "The form cannot be read: check the headers of its parts.",
+            )
+        else:
+            request_id = self.headers.get("X-Request-Id", "")
+            self._refuse(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "ServiceUnavailable",
+                "No worker could answer. Ask again in a second; the server's logs have the cause "
+                f"under id {request_id}.",
+            )
+
+    def _is_form(self) -> bool:
+        return self.headers.get("X-Type", "").lower().startswith("multipart/form-data")
+
+    def _refuse(self, status: HTTPStatus, kind: str, message: str) -> None:
+        refusal = {"success": False, "code": status, "type": kind, "message": message}
         body = json.dumps(refusal, separators=(",", ":")).encode() + b"\n"
-        headers = {"Content-Type": "application/json"}
-        self._send(HTTPStatus.SERVICE_UNAVAILABLE, body, headers)
+        self._send(status, body, {"Content-Type": "application/json"})
 
     def _send(
         self, status: HTTPStatus, body: bytes = b"", headers: dict[str, str] | None = None

@@ -78,10 +78,11 @@ class Watch:
         if gateway is None:
             return
         present = {node.run_dir for node in gateway.nodes}
-        for run_dir in self.health.keys() - present:
-            del self.health[run_dir]
-        for node in gateway.nodes:
-            self.health.setdefault(node.run_dir, Health(Path(node.run_dir)))
+        # In one step, since other threads read it.
+        self.health = {
+            run_dir: self.health.get(run_dir) or Health(Path(run_dir))
+            for run_dir in sorted(present)
+        }
         for node, ended in zip(
             gateway.nodes, self._pool.map(self._look, gateway.nodes), strict=True
         ):
@@ -112,6 +113,10 @@ class Watch:
             not node.drained and node.run_dir in self.health and self.health[node.run_dir].ready
             for node in gateway.nodes
         )
+
+    def steady(self) -> bool:
+        """Whether no worker of any node has ended for some seconds."""
+        return all(health.steady() for health in self.health.values())
 
     def verdict(self, socket: str) -> Verdict:
         """What may become of a request that just failed on the node of this socket.

@@ -183,6 +183,9 @@ class _Nodes:
     def ready(self) -> bool:
         return self._ready
 
+    def steady(self) -> bool:
+        return True
+
     def verdict(self, socket: str) -> Any:
         assert socket == "unix:/tmp/b/node-2.sock"
         return self._verdict
