@@ -63,7 +63,7 @@ def check_ports(host: str, ports: Mapping[str, int], held: Collection[int] = ())
                 f"Free it, or choose another with {_variable(use)}=..."
             )
     if wrong:
-        raise UserError("\n".join(wrong))
+        raise UserError(" ".join(wrong))
 
 
 def _variable(use: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -334,9 +335,9 @@ def _decided_at_start(
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_inference_address={HOST if grpc else _nowhere()}\n"
         f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
-        f"grpc_management_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_management_address={HOST if grpc else _nowhere()}\n"
         f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
         f"model_store={archives[0].parent.resolve()}\n"
         f"load_models={','.join(archive.name for archive in archives)}\n"
@@ -344,6 +345,18 @@ def _decided_at_start(
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
         f"disable_token_authorization={str(not tokens).lower()}\n"
     )
+
+
+def _nowhere() -> str:
+    """Where gRPC cannot be reached; loopback, at a port that nobody is told, where this kernel does
+    not let anybody listen there (macOS, gVisor).
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((_NOWHERE, 0))
+        except OSError:
+            return HOST
+    return _NOWHERE
 
 
 def _launch(
@@ -523,8 +536,8 @@ def scale(running: Running, workers: int) -> None:
             raise UserError(f"No {workers} workers were ready after {SCALE_TIMEOUT:.0f} s.")
         if not _poll(lambda: ready_workers(running) == workers, _REPLACED_WITHIN):
             raise UserError(
-                f"TorchServe counts {workers} worker(s), but only {ready_workers(running)} of them "
-                f"are alive, and it puts none in their place. {_AFRESH}"
+                f"TorchServe counts {workers} worker(s), of which {ready_workers(running)} "
+                f"live, and it puts none in the others' place. {_AFRESH}"
             )
         if not _poll(lambda: _answers(running), SCALE_TIMEOUT):
             raise UserError(f"{workers} worker(s) are alive, but none answers. {_AFRESH}")
@@ -535,7 +548,10 @@ _AFRESH = "Start it afresh: make stop, then make run or make start."
 
 def _settled(running: Running, workers: int) -> bool:
     """Whether TorchServe counts so many workers as ready, and no other."""
-    states = [worker["status"] for worker in model_status(running)["workers"]]
+    try:
+        states = [worker["status"] for worker in model_status(running)["workers"]]
+    except requests.RequestException:
+        return False  # busy; it is asked again
     return states == ["READY"] * workers
 
 
