@@ -68,7 +68,10 @@ def start_node(release: Path, workers: int, run_dir: Path = RUN_DIR) -> Node:
 
     Of one that cannot start the folder stays, for its logs, until the next one takes its name.
     """
-    taken = {state.parent.name for state in run_dir.glob(f"node-*/{STATE}")}
+    gateway = find_gateway(run_dir / GATEWAY_DIR.name)
+    # A dead node that the watch could not start again still has its place.
+    taken = {node.name for node in gateway.nodes} if gateway is not None else set()
+    taken |= {state.parent.name for state in run_dir.glob(f"node-*/{STATE}")}
     number = next(n for n in range(1, len(taken) + 2) if f"node-{n}" not in taken)
     folder = run_dir / f"node-{number}"
     folder.mkdir(parents=True, exist_ok=True)
