@@ -54,6 +54,33 @@ def kill_node(folder: Path) -> None:
     patiently(lambda: replace(name, folder))
 
 
+def kill_frontend(folder: Path) -> None:
+    """Kills a node's frontend, and waits until the watch has started the node again."""
+    server = servers_of(folder)[0]
+    process = server.process()
+    assert process is not None
+    process.kill()
+    wait_for(lambda: serves_anew(folder, server))
+
+
+def serves_anew(folder: Path, before: Running) -> bool:
+    """Whether the first node is another process than before, and serves."""
+    node = _gateway(folder).nodes[0]
+    running = find_running(Path(node.run_dir))
+    if running is None or running.pid == before.pid:
+        return False
+    return ready_workers(running) > 0 and node.healthy
+
+
+def hang_worker(folder: Path, number: int) -> None:
+    """Stops a worker of one node, of the next each time, and waits until all nodes serve."""
+    servers = servers_of(folder)
+    worker = worker_of(servers[number % len(servers)])
+    worker.suspend()
+    wait_for(lambda: not worker.is_running())
+    wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
+
+
 def cut_power(server: Running) -> None:
     """Ends a frontend and its workers without a warning."""
     process = server.process()

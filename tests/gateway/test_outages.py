@@ -32,7 +32,7 @@ from scripts.cluster import (
     undrain,
 )
 from scripts.gateway import Gateway, change_nodes, find_gateway
-from scripts.server import Running, find_running, ready_workers
+from scripts.server import Running
 from scripts.store import sha256
 from scripts.terminal import UserError
 from scripts.upgrade import upgrade
@@ -124,24 +124,12 @@ def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_er
     cluster: Gateway, folder: Path
 ) -> None:
     names = faults.nodes_of(folder)
-    victim = faults.servers_of(folder)[0]
-    process = victim.process()
-    assert process is not None
     with clients(cluster, CLIENTS) as tally:
         time.sleep(0.5)
-        process.kill()
-        faults.wait_for(lambda: _serves_anew(folder, victim))
+        faults.kill_frontend(folder)
         time.sleep(0.5)
     _nobody_noticed(tally)
     assert faults.nodes_of(folder) == names
-
-
-def _serves_anew(folder: Path, before: Running) -> bool:
-    node = _gateway(folder).nodes[0]
-    running = find_running(Path(node.run_dir))
-    if running is None or running.pid == before.pid:
-        return False
-    return ready_workers(running) > 0 and node.healthy
 
 
 def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an_error(
@@ -159,7 +147,7 @@ def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an
             time.sleep(1)
             (victim,) = faults.servers_of(folder)
             faults.cut_power(victim)
-            faults.wait_for(lambda: _serves_anew(folder, victim))
+            faults.wait_for(lambda: faults.serves_anew(folder, victim))
             time.sleep(0.5)
         _nobody_noticed(tally)
         longest = max(tally.seconds)

@@ -1,7 +1,7 @@
 """`make outages`: two minutes of sixteen clients for each thing that can happen to a cluster.
 
-Workers are killed, a node is killed, the model is upgraded, a node is drained: again and again, for
-as long as the clients ask. No client may see anything but 200. Prints a table.
+Workers are killed or hang, a frontend or a node is killed, the model is upgraded, a node is drained:
+again and again, for as long as the clients ask. No client may see anything but 200. Prints a table.
 """
 
 import dataclasses
@@ -71,6 +71,8 @@ def main(
         kinds: dict[str, Callable[[int], None]] = {
             "nothing": lambda _: None,
             "a worker is killed": lambda n: faults.kill_worker(folder, n),
+            "a worker hangs": lambda n: faults.hang_worker(folder, n),
+            "a frontend is killed": lambda _: faults.kill_frontend(folder),
             "a node is killed": lambda _: faults.kill_node(folder),
             "the model is upgraded": lambda n: faults.upgrade_all(folder, archives[(n + 1) % 2]),
             "a node is drained": lambda _: faults.drain_node(folder),
