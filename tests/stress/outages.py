@@ -1,6 +1,6 @@
 """`make outages`: two minutes of sixteen clients for each thing that can happen to a cluster.
 
-Workers are killed or hang, a frontend or a node is killed, the model is upgraded, a node is drained:
+Workers are killed or hang, a frontend or a node is killed, the model upgraded, a node drained:
 again and again, for as long as the clients ask. No client may see anything but 200. Prints a table.
 """
 
