@@ -74,7 +74,7 @@ def _variable(use: str) -> str:
 
 def _not_free(host: str, port: int) -> str | None:
     """Why nobody can listen there, if so."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from scripts.gateway import Options
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")
 VERSION = "1.30"
+# Seconds: more than a full batch of the most costly pictures takes.
+LONGEST_ANSWER = 20
 
 Manifest = dict[str, Any]
 Mistake = Callable[[Manifest], None]
@@ -95,6 +97,35 @@ def test_what_belongs_together_is_called_the_same() -> None:
     assert allowed == set(ports.values())
 
 
+def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
+    rules = _load(Path("deploy/monitoring/alerts.yaml"))["groups"][0]["rules"]
+    asked = {
+        job
+        for rule in rules
+        for jobs in re.findall(r'job=~?"([^"]+)"', rule["expr"])
+        for job in jobs.split("|")
+    }
+    selectors = [part for rule in rules for part in re.findall(r"\{([^}]*)\}", rule["expr"])]
+    assert all("job=" in selector for selector in selectors)
+    scraped = _load(Path("deploy/monitoring/prometheus.yaml"))["scrape_configs"]
+    assert asked == {config["job_name"] for config in scraped}
+
+    monitor = _load(KUBERNETES / "pod-monitor.yaml")["spec"]
+    template = _load(KUBERNETES / "deployment.yaml")["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    # As the operator does: the job is the value of the pod's label of that name.
+    assert labels[monitor["jobLabel"]] == "densenet"
+    assert labels[monitor["jobLabel"]] in asked
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    ports = {
+        port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]
+    }
+    assert ports[endpoint["port"]] == 8082
+    # Nobody finds the pods a second time, under another job.
+    assert not any("prometheus.io" in name for name in template["metadata"].get("annotations", {}))
+
+
 def test_a_pod_asks_for_as_many_cpus_as_threads_compute() -> None:
     properties = dict(
         line.split("=", 1)
@@ -119,7 +150,7 @@ def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
         "exec"
     ]["command"]
     assert command == "sleep"
-    assert Options().timeout <= int(seconds) < pod["terminationGracePeriodSeconds"]
+    assert LONGEST_ANSWER <= int(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_dashboard_is_json_that_grafana_takes() -> None:
