@@ -23,9 +23,9 @@ CLASSIFIER = "classifier.npy"
 # over TorchServe's max_response_size of 6.5 MB would end the worker.
 LONGEST_SIDE = 1024
 
-# Viridis (matplotlib, CC0), from purple to yellow: even steps to the eye, and brighter means more to
-# every kind of colour vision. The page uses the same five.
-_HEAT_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+# Viridis (matplotlib, CC0), from purple to yellow: even steps to the eye, and brighter means more
+# to every kind of colour vision. The page uses the same five.
+HEAT_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 # The hottest place covers this much of the photo; the coldest covers nothing.
 _HOTTEST_ALPHA = 0.65
@@ -128,8 +128,8 @@ def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
 
 def _colour_table() -> NDArray[np.uint8]:
     """uint8 (256, 3): the colour of each heat."""
-    stops = np.linspace(0, 255, len(_HEAT_COLOURS))
-    colours = np.array(_HEAT_COLOURS, np.float64)
+    stops = np.linspace(0, 255, len(HEAT_COLOURS))
+    colours = np.array(HEAT_COLOURS, np.float64)
     table = [np.interp(range(256), stops, colours[:, channel]) for channel in range(3)]
     return np.stack(table, axis=1).round().astype(np.uint8)
 
