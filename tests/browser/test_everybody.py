@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from scripts.photographs import CAT
 from scripts.server import HOST, Running
@@ -158,11 +158,16 @@ def test_the_way_there_respects_who_wants_no_motion(
 
 def test_who_scrolls_away_is_left_alone(open_page: Open, running: Running) -> None:
     page = open_page(running.predictions_url, **PHONE)
-    page.route("**/predictions/**", lambda route: (page.wait_for_timeout(500), route.continue_()))
+    held: list[Route] = []
+    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
     choose(page, CAT)
+    while not held:
+        page.wait_for_timeout(20)
+    page.wait_for_timeout(500)  # the way there
+    assert page.evaluate("() => scrollY") > 100
     page.mouse.wheel(0, -2000)
-    page.wait_for_timeout(300)
     page.evaluate("() => scrollTo(0, 0)")
+    held[0].continue_()
     expect(answered(page)).to_have_count(1)
     page.wait_for_timeout(300)
     assert page.evaluate("() => scrollY") == 0

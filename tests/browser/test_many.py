@@ -9,7 +9,8 @@ from playwright.sync_api import Page, Route, expect
 
 from scripts.server import Running
 from tests.browser.conftest import Console
-from tests.browser.person import NOTES, PHOTOGRAPHS, answered, ask, choose, payload
+from tests.browser.person import NOTES, answered, ask, choose, payload
+from tests.pictures import PHOTOGRAPHS
 
 TEN = PHOTOGRAPHS[:10]
 
