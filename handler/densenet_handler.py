@@ -77,8 +77,8 @@ class DenseNetHandler:
             if self.card.features
             else None
         )
-        model_name, _ = self._model_names()
-        self.page = load_page(PAGE, self.card, self.settings, self.labels, model_name)
+        model = self.manifest["model"]["modelName"]
+        self.page = load_page(PAGE, self.card, self.settings, self.labels, model)
         self._warm_up()
         self.metrics = Metrics(context, self.card)
         # Not before: what loading took must go back.

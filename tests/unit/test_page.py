@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from handler.errors import ArchiveError
+from handler.exchange import Response
 from handler.explain import HEAT_COLOURS
 from handler.labels import Label
 from handler.page import PAGE, load_page
-from handler.responses import Response
 from handler.settings import ModelCard, Settings
 
 CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
