@@ -6,7 +6,7 @@ on white, colour profiles and gamma are left aside, as the tutorial's transform 
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,7 @@ def _plain_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _TRANSPARENT_MODES or (
         image.mode in {*_OPAQUE_MODES, "RGB"} and image.has_transparency_data
     ):
-        return _in_bands(image, "RGB", _on_white)
+        return _in_bands(image, _on_white)
     if image.mode == "RGB":
         return image
     if image.mode not in _OPAQUE_MODES:
@@ -124,16 +124,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     return flat
 
 
-def _in_bands(
-    image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
-    """`convert` on a few rows at a time, so that its copies stay small."""
-    result = Image.new(mode, image.size)
-    rows = max(1, _BAND_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """RGB by `convert` of a few rows at a time, so that its copies stay small."""
+    result = Image.new("RGB", image.size)
+    for box in _bands(image):
         result.paste(convert(image.crop(box)), box)
     return result
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
 
 
 # --- TIFF ---
@@ -148,7 +150,7 @@ def _tiff_to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
         def to_8_bits(band: Image.Image) -> Image.Image:
             return Image.fromarray((np.asarray(band) >> shift).astype(np.uint8) ^ inverted)
 
-        return _in_bands(image, "L", to_8_bits).convert("RGB")
+        return _in_bands(image, to_8_bits)
     if kind.undeclared_alpha and image.getchannel("A").getextrema() != (255, 255):
         raise UnsupportedFormat(
             "The TIFF has a fourth channel and does not say whether that is transparency. "
@@ -164,7 +166,7 @@ def _png_to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     """Pillow compares a clear colour, given in the file's bits, with pixels that it has scaled."""
     bits, clear = data[24], image.info.get("transparency")
     if image.mode == "I;16":
-        return _in_bands(image, "L", lambda band: _high_bytes(band, clear)).convert("RGB")
+        return _in_bands(image, lambda band: _high_bytes(band, clear))
     if image.mode == "RGB" and bits == 16 and clear is not None:  # noqa: PLR2004
         return _clear_16_bits(image, data, clear)
     if image.mode == "L" and clear is not None:
@@ -188,17 +190,27 @@ def _clear_16_bits(
     """Two colours may differ in their lower bytes only, which Pillow reads instead of the higher
     ones when it is told that the numbers are little-endian.
     """
+    high, low = (
+        sum((level >> shift & 255) << 8 * i for i, level in enumerate(clear)) for shift in (8, 0)
+    )
     with Image.open(io.BytesIO(data), formats=("PNG",)) as lower:
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         lower.load()
-        rows = max(1, _BAND_PIXELS // image.width)
-        for top in range(0, image.height, rows):
-            box = (0, top, image.width, min(top + rows, image.height))
-            high, low = (np.asarray(half.crop(box)).astype(np.uint16) for half in (image, lower))
-            is_clear = ((high << 8 | low) == np.array(clear)).all(axis=2)
+        for box in _bands(image):
+            is_clear = (_as_numbers(image.crop(box)) == high) & (
+                _as_numbers(lower.crop(box)) == low
+            )
             image.paste(_WHITE, box, Image.fromarray(is_clear))
     del image.info["transparency"]
     return image
+
+
+def _as_numbers(band: Image.Image) -> NDArray[np.uint32]:
+    """Each pixel as one number, red in its lowest byte."""
+    numbers: NDArray[np.uint32] = np.frombuffer(band.tobytes("raw", "RGBX"), "<u4") & np.uint32(
+        0xFFFFFF
+    )
+    return numbers.reshape(band.height, band.width)
 
 
 # --- BMP ---
