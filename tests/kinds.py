@@ -390,6 +390,7 @@ def _read_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
         yield name, tiff(multiplied, bits, RGB, extra=[1]), on_white(photograph, clear_below)
         inks = np.concatenate([255 - photograph, alpha // 2], 2)
         yield f"TIFF {bits}-bit CMYK", tiff(deepened(inks, bits), bits, CMYK), from_cmyk(inks)
+    yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), grey(levels)
     opaque = np.full_like(alpha, 255)
     undeclared = tiff(np.concatenate([photograph, opaque], 2), 8, RGB)
     yield "TIFF RGB and an undeclared sample, all opaque", undeclared, photograph
@@ -629,6 +630,8 @@ def named() -> Iterator[tuple[str, bytes, str]]:
         bytes([0, 1, 1, 0, 0, 0, 1, 24, *[0] * 4, 9, 0, 9, 0, 8, 0]),
         "a TGA",
     )
+    # Of a kind that no header tells from noise; the footer does.
+    yield "TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "a TGA"
     yield "PAM", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\0", "a PAM"
     yield "PPM after a comment", b"P3#x\n1 1 1 0 0 0", "a PPM"
     yield "float map", b"PF\n1 1\n-1.0\n" + bytes(12), "a PFM"

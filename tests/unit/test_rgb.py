@@ -198,11 +198,6 @@ def test_cielab_is_turned_into_srgb() -> None:
     assert np.abs(shown(data)[0] - coded_rgb.T * 255).max() < 2.5
 
 
-def test_a_tiff_of_64_bit_offsets_is_read() -> None:
-    levels = kinds.luma(PHOTOGRAPH)
-    assert np.array_equal(shown(kinds._big_tiff(levels, "<")), kinds.grey(levels))
-
-
 @pytest.mark.parametrize(
     "data",
     [
