@@ -57,6 +57,8 @@ def upright(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     flat = to_rgb(image, data)
     # After the decoding: a PNG's orientation may stand behind its pixels, and Pillow turns TIFFs.
     result = turned(flat, orientation(image))
+    # Nor is the picture converted to sRGB for a person's eyes: an explanation shows what the model
+    # saw, and a stranger's profile is one thing less to parse.
     result.info = {}
     return result
 
@@ -96,6 +98,9 @@ def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
         return _tiff_to_rgb(image, data)
     if image.format == "PNG":
         return _png_to_rgb(image, data)
+    if image.format == "HEIF" and image.mode == "I;16":
+        # Grey of 10 or 12 bits, which its decoder moves up to 16.
+        return _in_bands(image, lambda band: _high_bytes(band, None))
     return _plain_to_rgb(image)
 
 

@@ -202,6 +202,9 @@ def _sixteen_bits() -> Iterator[Valid]:
     yield Valid("TIFF 16-bit greyscale", encode(image, "TIFF"), grey.convert("RGB"))
     big_endian = Image.frombytes("I;16B", grey.size, deep_grey.astype(">u2").tobytes())
     yield Valid("TIFF 16-bit big-endian", encode(big_endian, "TIFF"), grey.convert("RGB"))
+    ten_bits = io.BytesIO()
+    pillow_heif.from_bytes("L;16", grey.size, deep_grey.tobytes()).save(ten_bits, quality=-1)
+    yield Valid("HEIC 10-bit greyscale", ten_bits.getvalue(), grey.convert("RGB"))
     deep_rgb = np.asarray(rgb).astype(np.uint16) * 257
     yield Valid("PNG 16-bit RGB", png(deep_rgb, colour_type=2), rgb)
     opaque = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
