@@ -245,8 +245,11 @@ def segment(marker: int, content: bytes) -> bytes:
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
 
 
-def lossless_jpeg(samples: Samples) -> bytes:
-    """A JPEG of process 14 (ITU-T T.81, annex H): each sample from its left neighbour."""
+def lossless_jpeg(samples: Samples, *, adobe: bool = False) -> bytes:
+    """A JPEG of process 14 (ITU-T T.81, annex H): each sample from its left neighbour.
+
+    With Adobe's marker, which says that the channels are the picture's own and CMYK is inverted.
+    """
     height, width, count = samples.shape
     wide = samples.astype(int)
     before = np.roll(wide, 1, axis=1)
@@ -269,6 +272,7 @@ def lossless_jpeg(samples: Samples) -> bytes:
     return b"".join(
         (
             b"\xff\xd8",
+            segment(0xEE, b"Adobe\0\x64" + bytes(5)) if adobe else b"",
             segment(0xC3, struct.pack(">BHHB", 8, height, width, count) + components),
             segment(0xC4, b"\0" + codes),
             segment(0xDA, bytes([count]) + selected + b"\1\0\0"),
@@ -326,6 +330,8 @@ def read(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     small = photograph[:60, :80]
     yield "JPEG lossless", lossless_jpeg(small), small
     yield "JPEG lossless greyscale", lossless_jpeg(luma(small)), grey(luma(small))
+    inks = np.concatenate([255 - small, slope(60, 80) // 2], 2)
+    yield "JPEG lossless CMYK Adobe", lossless_jpeg(255 - inks, adobe=True), from_cmyk(inks)
 
 
 def luma(photograph: Seen) -> NDArray[np.uint8]:
