@@ -108,7 +108,7 @@ class AnswerTooLarge(ClientError):
 
 
 class UnsupportedFormat(ClientError):
-    """A well-known file format, but not an accepted picture format."""
+    """A well-known file format, or kind of pixels, but not one that is read."""
 
     status = 415
     type = "UnsupportedFormat"

@@ -119,7 +119,7 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
 def test_other_plugins_of_pillow_are_never_asked() -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (10, 10)).save(encoded, "PPM")
-    with pytest.raises(NotAnImage):
+    with pytest.raises(UnsupportedFormat, match="a PPM file"):
         decode(encoded.getvalue(), PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
