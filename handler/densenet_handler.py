@@ -170,7 +170,7 @@ class DenseNetHandler:
                 parts = asked.images
             case _:
                 return []
-        budget = PixelBudget(self.settings.max_pixels)
+        budget = PixelBudget(self.settings.max_pixels, self.settings.max_seconds)
         return [(part.data, budget, decoder) for part in parts]
 
     def _infer(self, images: list[list[Decoded]]) -> list[NDArray[np.float32]]:
