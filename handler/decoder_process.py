@@ -118,14 +118,17 @@ class DecoderProcess:
         """The process's id; None where there is none."""
         return self._process.pid if self._process is not None else None
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        # Isolated from the environment: TorchServe's, and what the archive does at Python's start.
-        code = (
+    def program(self) -> str:
+        """The process's Python code; it ends in `serve`."""
+        return (
             f"import sys; sys.path[:] = {sys.path!r}; "
             "from handler.images import serve_decoding; serve_decoding()"
         )
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Isolated from the environment: TorchServe's, and what the archive does at Python's start.
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", code],
+            [sys.executable, "-I", "-c", self.program()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **_ALLOCATOR},
@@ -135,7 +138,7 @@ class DecoderProcess:
         except EOFError as error:
             code = str(self._ended(process))
             raise RuntimeError(
-                f"The decoder process cannot be started: it ended with {code}."
+                f"The decoder process cannot start: it ended with {code}."
             ) from error
         self._process = process
         return process

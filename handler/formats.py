@@ -188,7 +188,7 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # A decoder looks this far ahead. More would let it make up the end of a picture that was cut.
 _LOOK_AHEAD = bytes(8)
 # Measured: seconds of CPU a pixel and scan, and a byte, at most.
-_JPEG_PIXEL_SECONDS, _JPEG_BYTE_SECONDS = 6e-9, 40e-9
+_JPEG_PIXEL_SECONDS, _JPEG_BYTE_SECONDS = 2.5e-9, 40e-9
 _COEFFICIENT_BYTES = 2
 # Pillow's copy and the upright RGB one.
 _JPEG_PIXEL_BYTES = 8
@@ -341,7 +341,7 @@ _PNG_PIXEL_SECONDS, _PNG_BYTE_SECONDS = 30e-9, 80e-9
 _PNG_PIXEL_BYTES = 9
 
 
-def _walk_png(  # noqa: C901, PLR0912  # one loop with a case for each chunk that counts
+def _walk_png(  # noqa: C901  # one loop with a case for each chunk that counts
     view: memoryview, data: bytes | bytearray
 ) -> Survey:
     if data[:8] != _PNG_BEGINNING:
@@ -413,7 +413,9 @@ _WEBP_PIXEL_SECONDS, _WEBP_BYTE_SECONDS = 60e-9, 120e-9
 _WEBP_PIXEL_BYTES = 21
 
 
-def _walk_webp(view: memoryview, data: bytes | bytearray) -> Survey:
+def _walk_webp(  # noqa: C901  # one loop with a case for each chunk that counts
+    view: memoryview, data: bytes | bytearray
+) -> Survey:
     del data
     extended: bytes | None = None
     pieces: list[Piece] = []
@@ -438,6 +440,9 @@ def _walk_webp(view: memoryview, data: bytes | bytearray) -> Survey:
             orientation.read_exif(content)
         elif kind == b"XMP ":
             orientation.read_xmp(content)
+    else:
+        if not has_picture:
+            raise _too_many("chunks", _MOST_SEGMENTS)
     if not has_picture:
         raise DamagedImage("The WEBP image is damaged or cut off: it holds no picture.")
     block = orientation.block
@@ -568,11 +573,13 @@ class _Format:
     Attributes:
         names: what Pillow calls it; several where only decoding tells them apart.
         walk: what finds out what a file of it holds.
+        pixel_bytes: of memory that a pixel takes at least while it is decoded.
         beginnings: offset and bytes, one of which a file of it has.
     """
 
     names: tuple[str, ...]
     walk: Callable[[memoryview, bytes | bytearray], Survey]
+    pixel_bytes: int
     beginnings: tuple[tuple[int, bytes], ...]
 
 
@@ -580,16 +587,27 @@ def _brands(*brands: bytes) -> tuple[tuple[int, bytes], ...]:
     return tuple((4, b"ftyp" + brand) for brand in brands)
 
 
-_JPEG = _Format(("JPEG",), _walk_jpeg, ((0, b"\xff\xd8"),))
-_PNG = _Format(("PNG",), _walk_png, ((0, b"\x89PNG"),))
-_WEBP = _Format(("WEBP",), _walk_webp, ((8, b"WEBP"),))
-_GIF = _Format(("GIF",), _walk_gif, ((0, b"GIF8"),))
-_BMP = _Format(("BMP",), _walk_bmp, ((0, b"BM"),))
-_TIFF = _Format(("TIFF",), _walk_tiff, ((0, b"II*\0"), (0, b"MM\0*")))
-_AVIF = _Format(("AVIF",), _walk_boxes, _brands(b"avif", b"avis"))
+# At a fraction of its size.
+_JPEG = _Format(("JPEG",), _walk_jpeg, 0, ((0, b"\xff\xd8"),))
+_PNG = _Format(("PNG",), _walk_png, 1, ((0, b"\x89PNG"),))
+# Two canvases of the decoder, a copy of one, and Pillow's picture, 4 bytes each.
+_WEBP = _Format(("WEBP",), _walk_webp, 16, ((8, b"WEBP"),))
+_GIF = _Format(("GIF",), _walk_gif, 1, ((0, b"GIF8"),))
+_BMP = _Format(("BMP",), _walk_bmp, 1, ((0, b"BM"),))
+_TIFF = _Format(("TIFF",), _walk_tiff, 1, ((0, b"II*\0"), (0, b"MM\0*")))
+# Measured: planes of brightness and colour, RGB, and Pillow's picture.
+_AVIF = _Format(("AVIF",), _walk_boxes, 9, _brands(b"avif", b"avis"))
 # The last two brands say nothing of the coding.
-_HEIF = _Format(("HEIF", "AVIF"), _walk_boxes, _brands(b"heic", b"heix", b"hevc", b"mif1", b"msf1"))
+_HEIF = _Format(
+    ("HEIF", "AVIF"), _walk_boxes, 7, _brands(b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+)
 _FORMATS = (_JPEG, _PNG, _WEBP, _GIF, _BMP, _TIFF, _AVIF, *((_HEIF,) if _HAS_HEIF else ()))
 
 # Pillow's names of all of them.
 ACCEPTED = tuple(row.names[0] for row in _FORMATS)
+
+
+def least_bytes(name: str | None, size: tuple[int, int]) -> int:
+    """Memory that decoding takes at least, in bytes, by Pillow's name of the format."""
+    pixel_bytes = next((row.pixel_bytes for row in _FORMATS if row.names[0] == name), 0)
+    return size[0] * size[1] * pixel_bytes

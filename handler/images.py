@@ -44,7 +44,7 @@ from handler.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from handler.formats import ACCEPTED, Survey, survey
+from handler.formats import ACCEPTED, Survey, least_bytes, survey
 from handler.settings import DECODING_BYTES, Preprocessing, Settings
 
 # The file formats that people send by mistake, by how they begin: the answer can name them.
@@ -99,7 +99,7 @@ _MIRRORS_Y = {3, 4, 7, 8}
 # A picture that takes more than this of CPU time or memory, by its header, is not decoded in the
 # worker's own threads.
 _MOST_SECONDS_HERE = 0.5
-_MOST_BYTES_HERE = 64_000_000
+_MOST_BYTES_HERE = 80_000_000
 # Less is not worth a try.
 _LEAST_SECONDS = 0.01
 
@@ -315,6 +315,7 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
         raise _unidentified(data)
     if found.size is not None:
         budget.take(*found.size)
+        _check_memory(found.names[0], found.size, found.fixed_bytes)
     if not found.isolated and found.size is not None:
         memory = _memory(found, found.size, task)
         if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
@@ -451,6 +452,7 @@ def _made(
     preprocessing = task.preprocessing
     with _opened(data, names) as image:
         check(image.size)
+        _check_memory(image.format, image.size)
         is_reduced = (
             task.reduced and image.format == "JPEG" and _is_large(image.size, preprocessing)
         )
@@ -508,6 +510,8 @@ def _opened(data: bytes, names: Sequence[str]) -> Iterator[Image.Image]:
         except MemoryError as error:
             raise _too_much_memory(image.size) from error
         except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+            if "memory" in str(error):  # their own words for it
+                raise _too_much_memory(image.size) from MemoryError()
             raise DamagedImage(
                 f"The {image.format} image is damaged or cut off and cannot be decoded."
             ) from error
@@ -523,6 +527,11 @@ def _open(data: bytes, names: Sequence[str]) -> Image.Image:
         raise _too_much_memory(None) from error
     except Exception as error:  # beside its own, Pillow raises many kinds on hostile headers
         raise DamagedImage("The image is damaged or cut off: its header cannot be read.") from error
+
+
+def _check_memory(name: str | None, size: tuple[int, int], fixed: int = 0) -> None:
+    if least_bytes(name, size) + fixed > DECODING_BYTES:
+        raise _too_much_memory(size)
 
 
 def _too_much_memory(size: tuple[int, int] | None) -> TooLarge:

@@ -22,17 +22,17 @@ _CHANNELS = 3
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
-# Bytes of memory that decoding may add to a worker at any moment, its decoder process included: all
-# pictures that are being decoded together. A picture that needs more is refused, one that does not
-# fit just now waits. 24 megapixels of HEIC, as phones write them, need 206 MB, 64 of PNG 256 MB.
-DECODING_BYTES = 280_000_000
+# Bytes of memory that decoding may take in a worker at any moment: all pictures that are being
+# decoded together, in its decoder process too. A picture that needs more is refused, one that does
+# not fit just now waits. 12 megapixels of WebP need 196 MB, 24 of HEIC 175 MB, 50 of PNG 200 MB.
+DECODING_BYTES = 210_000_000
 
 # The decoder process itself: Python, NumPy and Pillow.
-_DECODER_BYTES = 50_000_000
-# `batchSize` bodies of `max_request_size` (config.properties), and the largest one as JSON, read.
+_DECODER_BYTES = 42_000_000
+# `batchSize` bodies of `max_request_size` (config.properties).
 _BODIES_BYTES = 8 * 20_971_520
 
-# The most that requests of any kind add to a worker.
+# The most that requests of any kind add to a worker: 420 MB.
 ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
 
 _T = TypeVar("_T")
