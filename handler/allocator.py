@@ -11,6 +11,7 @@ import ctypes
 # From malloc.h. Larger thresholds than this one for mmap are refused by glibc.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _MMAP_THRESHOLD = 32 << 20
 
 # Bytes; what a worker holds on to. A picture's decoder needs 16 MB at a time or less, unless it is
@@ -26,3 +27,5 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, KEPT)
+    # Not so much for each thread, whose own heap would hold on to it.
+    mallopt(_M_ARENA_MAX, 1)

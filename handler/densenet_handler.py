@@ -137,7 +137,7 @@ class DenseNetHandler:
         sound = [
             (image, self._encoded(request, image, budget))
             for request in requests
-            for budget in [PixelBudget(self.settings.max_pixels)]
+            for budget in [PixelBudget(self.settings.max_pixels, self.settings.max_seconds)]
             for image in request.images
             if image.error is None
         ]
@@ -156,7 +156,11 @@ class DenseNetHandler:
         decoder: Decoder
         if request.purpose is Purpose.EXPLAIN:
             longest_side = explain.LONGEST_SIDE if request.as_picture else None
-            decoder = partial(decode_photo, longest_side=longest_side)
+            decoder = partial(
+                decode_photo,
+                longest_side=longest_side,
+                reduced=self.settings.reduced_decoding,
+            )
         else:
             decoder = partial(decode, reduced=self.settings.reduced_decoding)
         return image.data, budget, decoder

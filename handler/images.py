@@ -10,22 +10,32 @@ A JPEG of ten or more times the needed size is decoded at a half, quarter or eig
 which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
 off.
 
-The bytes are a stranger's. What a picture would cost is read from its header and bounded before
-any of it is decoded, and only the listed formats are ever opened.
+The bytes are a stranger's. What a picture would cost is found out and bounded before any of it is
+decoded (`handler.formats`). Ordinary JPEGs, PNGs and WebPs are decoded here; whatever may cost more
+than its header says, in a process that the kernel bounds (`handler.decoder_process`).
 """
 
+import atexit
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import asdict, dataclass
+from threading import Condition, Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
+from handler import errors
+from handler.decoder_process import (
+    RESTART_SECONDS,
+    DecoderEndedError,
+    DecoderProcess,
+    serve,
+)
 from handler.errors import (
     ClientError,
     DamagedImage,
@@ -34,37 +44,11 @@ from handler.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from handler.kinds import TIFF_BEGINNINGS, check_kind
+from handler.formats import ACCEPTED, Survey, least_bytes, survey
+from handler.kinds import check_kind
 from handler.names import name_of
 from handler.rgb import orientation, to_rgb, turned, upright
-from handler.settings import Preprocessing
-
-try:
-    # Phones write HEIC; this package decodes it and no more. An archive serves without it too.
-    import pi_heif
-except ImportError:
-    _HEIF: tuple[str, ...] = ()
-else:
-    pi_heif.register_heif_opener()
-    _HEIF = ("HEIF",)
-
-# Pillow is asked for these and no others. None of them runs another program.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", *_HEIF)
-
-# How their files begin: such bytes that cannot be opened are a damaged picture.
-_ACCEPTED_BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", *TIFF_BEGINNINGS)
-_RIFF_KINDS = (b"WEBP",)
-_HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
-_FTYP_BRANDS = (b"ftypavif", b"ftypavis", *(_HEIF_BRANDS if _HEIF else ()))
-
-
-# A progressive JPEG is decoded once for each of its scans. Cameras and editors write about 10; a
-# file can hold thousands, each of which costs a pass over all pixels.
-_MAX_JPEG_SCANS = 100
-_JPEG_START_OF_SCAN = b"\xff\xda"
-
-# A file of more pages is a document; which of them would be the picture?
-_MAX_TIFF_PAGES = 100
+from handler.settings import DECODING_BYTES, Preprocessing, Settings
 
 # Above this many pixels the tutorial's whole resized picture is not made, only the crop is.
 _MAX_RESIZED_PIXELS = 4_000_000
@@ -73,10 +57,18 @@ _MAX_RESIZED_PIXELS = 4_000_000
 # no pixel was further from the exact result than 3 levels of 255; with 4 it was 4, with 2 up to 8.
 _REDUCED_SIZE = 5
 
-# What the EXIF orientations do: rows become columns, left becomes right, top becomes bottom.
+# Orientations (Exif 2.3, 4.6.4) by what they do: rows become columns, left becomes right, top
+# becomes bottom.
 _SWAPS_SIDES = {5, 6, 7, 8}
 _MIRRORS_X = {2, 3, 6, 7}
 _MIRRORS_Y = {3, 4, 7, 8}
+
+# A picture that takes more than this of CPU time or memory, by its header, is not decoded in the
+# worker's own threads.
+_MOST_SECONDS_HERE = 0.5
+_MOST_BYTES_HERE = 80_000_000
+# Less is not worth a try.
+_LEAST_SECONDS = 0.01
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -92,10 +84,12 @@ Box = tuple[float, float, float, float]
 
 
 class PixelBudget:
-    """How many pixels the images of one request may have together; threads may share it."""
+    """What decoding the images of one request may cost together; threads may share it."""
 
-    def __init__(self, pixels: int) -> None:
-        self._limit = self._left = pixels
+    def __init__(self, pixels: int, seconds: float = Settings.max_seconds) -> None:
+        """Args: width times height of all images; seconds of CPU."""
+        self.limit = self._left = pixels
+        self._most_seconds = self._seconds = seconds
         self._lock = Lock()
 
     def take(self, width: int, height: int) -> None:
@@ -107,8 +101,56 @@ class PixelBudget:
         if not enough:
             raise TooLarge(
                 f"The image has {width} x {height} pixels; the images of a request may have "
-                f"{self._limit:,} together. Send a smaller copy, or fewer at once."
+                f"{self.limit:,} together. Send a smaller copy, or fewer at once."
             )
+
+    def spend(self, seconds: float) -> None:
+        """Takes CPU time that decoding an image takes or took."""
+        with self._lock:
+            self._seconds -= seconds
+
+    def seconds_left(self) -> float:
+        """CPU time for the next image; raises `TooLarge` where hardly any is left."""
+        with self._lock:
+            left = self._seconds
+        if left < _LEAST_SECONDS:
+            raise self.too_slow()
+        return left
+
+    def too_slow(self) -> TooLarge:
+        """The error for an image that takes too long."""
+        return TooLarge(
+            "The image takes too long to decode; the images of a request may take "
+            f"{self._most_seconds:g} s together. Send a smaller copy, or save it as a JPEG."
+        )
+
+
+class Room:
+    """The memory that the pictures being decoded may take together; threads share it."""
+
+    def __init__(self, room: int) -> None:
+        """Args: bytes."""
+        self._room = self._left = room
+        self._changed = Condition()
+
+    @contextmanager
+    def taken(self, needed: int) -> Iterator[None]:
+        """Waits until there is so much room, in bytes; no more than all of it."""
+        needed = min(needed, self._room)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= needed)
+            self._left -= needed
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += needed
+                self._changed.notify_all()
+
+
+_room = Room(DECODING_BYTES)
+_decoder_process = DecoderProcess()
+atexit.register(_decoder_process.close)
 
 
 @dataclass(frozen=True)
@@ -167,6 +209,16 @@ def decode_all(
         return list(pool.map(decode_one, pictures))
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What to make of a picture: for the model alone, or for a person too."""
+
+    preprocessing: Preprocessing
+    reduced: bool
+    is_photo: bool = False
+    longest_side: int | None = None
+
+
 def decode(
     data: bytes | bytearray,
     preprocessing: Preprocessing,
@@ -188,10 +240,9 @@ def decode(
     Raises:
         ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
     """
-    with _opened(data, budget) as image:
-        if reduced and _is_large_jpeg(image, preprocessing):
-            return _as_input(_reduced_crop(image, data, preprocessing))
-        return _as_input(resize_and_crop(upright(image, data), preprocessing))
+    result = _decode(data, _Task(preprocessing, reduced), budget)
+    assert isinstance(result, np.ndarray)
+    return result
 
 
 def decode_photo(
@@ -199,25 +250,197 @@ def decode_photo(
     preprocessing: Preprocessing,
     budget: PixelBudget,
     longest_side: int | None,
+    *,
+    reduced: bool = True,
 ) -> Photo:
     """Decodes one picture for the model and for a person.
 
     Args:
-        data: as in `decode`, and so are `preprocessing` and `budget`.
+        data: as in `decode`, and so are `preprocessing`, `budget` and `reduced`.
         preprocessing: the sizes to resize and crop to.
         budget: where the picture's pixels are taken from.
         longest_side: of the preview, in pixels; None for no preview.
+        reduced: as in `decode`.
 
     Raises:
         ClientError: as in `decode`.
     """
-    with _opened(data, budget) as image:
-        whole = upright(image, data)
+    task = _Task(preprocessing, reduced, is_photo=True, longest_side=longest_side)
+    result = _decode(data, task, budget)
+    assert isinstance(result, Photo)
+    return result
+
+
+def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels | Photo:
+    """Finds out what the picture may cost, and decodes it where that does no harm."""
+    if not data:
+        raise EmptyImage("The image is empty: it has no bytes.")
+    check_kind(data)
+    found = survey(data)
+    if found is None:
+        raise _unidentified(data)
+    if found.size is not None:
+        budget.take(*found.size)
+        _check_memory(found.names[0], found.size, found.fixed_bytes)
+    if not found.isolated and found.size is not None:
+        memory = _memory(found, found.size, task)
+        if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
+            budget.seconds_left()
+            budget.spend(found.seconds)
+            with _room.taken(memory), _without_warnings():
+                return _made(found.cleaned(), found.names, task)
+    with _room.taken(DECODING_BYTES):
+        return _decode_isolated(found, task, budget)
+
+
+def _memory(found: Survey, size: tuple[int, int], task: _Task) -> int:
+    """Bytes that decoding and resizing take at most."""
+    width, height = size
+    if "JPEG" in found.names and task.reduced and _is_large(size, task.preprocessing):
+        enough = _REDUCED_SIZE * task.preprocessing.resize
+        # As Pillow's `draft` chooses.
+        scale = next(s for s in (8, 4, 2, 1) if s <= max(1, min(width, height) // enough))
+        width, height = -(-width // scale), -(-height // scale)
+    resized, _ = _resized((max(1, width), max(1, height)), task.preprocessing)
+    resizing = min(resized[0] * height + resized[0] * resized[1], 2 * _MAX_RESIZED_PIXELS) * 4
+    return found.fixed_bytes + width * height * found.pixel_bytes + resizing
+
+
+def _decode_isolated(found: Survey, task: _Task, budget: PixelBudget) -> Pixels | Photo:
+    limit = budget.seconds_left()
+    question = {
+        "names": found.names,
+        "task": asdict(task),
+        # Only of pictures whose size nobody knows yet.
+        "pixels": None if found.size is not None else budget.limit,
+    }
+    try:
+        answer, content = _decoder_process.ask(question, found.pieces, limit)
+    except DecoderEndedError as error:
+        if error.ran_out_of_time:
+            budget.spend(limit)
+            raise budget.too_slow() from error
+        budget.spend(RESTART_SECONDS)
+        raise DamagedImage(
+            f"The {found.names[0]} image is damaged: it ended the program that decodes it."
+        ) from error
+    budget.spend(answer["seconds"] + (RESTART_SECONDS if answer.get("ends") else 0))
+    if "failure" in answer:
+        raise RuntimeError(f"The decoder process failed: {answer['failure']}")
+    if "error" in answer:
+        error_type = getattr(errors, answer["error"])
+        raise error_type(answer["message"])
+    if found.size is None:
+        budget.take(*answer["file_size"])
+    return _unpacked(answer, content, task)
+
+
+# --- In the decoder process ---
+
+
+def serve_decoding() -> None:
+    """The decoder process: answers `_decode_isolated`'s questions."""
+    # Threads would spend the same CPU time, and each takes memory.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    try:
+        import pi_heif  # noqa: PLC0415  # the worker does without
+    except ImportError:
+        pass
+    else:
+        pi_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False)
+    Image.init()
+    serve(_answer)
+
+
+def _answer(question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    values = question["task"]
+    task = _Task(**{**values, "preprocessing": Preprocessing(**values["preprocessing"])})
+    sizes: list[tuple[int, int]] = []
+
+    def check(size: tuple[int, int]) -> None:
+        sizes.append(size)
+        if question["pixels"] is not None:
+            PixelBudget(question["pixels"]).take(*size)
+
+    try:
+        with _without_warnings():
+            result = _made(data, question["names"], task, check)
+    except ClientError as error:
+        # A decoder that got no memory may have left anything behind.
+        ends = isinstance(error.__cause__, MemoryError)
+        return {"error": type(error).__name__, "message": str(error), "ends": ends}, b""
+    except Exception as error:  # our own fault, for the worker's log
+        return {"failure": f"{type(error).__name__}: {error}", "ends": True}, b""
+    answer, content = _packed(result)
+    return {"file_size": sizes[0], **answer}, content
+
+
+def _packed(result: Pixels | Photo) -> tuple[dict[str, Any], bytes]:
+    if not isinstance(result, Photo):
+        return {}, result.tobytes()
+    preview = result.preview
+    content = result.pixels.tobytes() + (preview.tobytes() if preview is not None else b"")
+    return {
+        "size": result.size,
+        "crop": result.crop,
+        "preview": preview.size if preview is not None else None,
+    }, content
+
+
+def _unpacked(answer: dict[str, Any], content: bytes, task: _Task) -> Pixels | Photo:
+    crop = task.preprocessing.crop
+    pixels = np.frombuffer(content, np.uint8, 3 * crop * crop).reshape(3, crop, crop).copy()
+    if not task.is_photo:
+        return pixels
+    preview = None
+    if answer["preview"] is not None:
+        preview = Image.frombytes("RGB", answer["preview"], content[pixels.nbytes :])
+    return Photo(pixels, tuple(answer["size"]), tuple(answer["crop"]), preview)
+
+
+# --- In either ---
+
+
+def _made(
+    data: bytes,
+    names: Sequence[str],
+    task: _Task,
+    check: Callable[[tuple[int, int]], None] = lambda _: None,
+) -> Pixels | Photo:
+    """Decodes a cleaned file.
+
+    Args:
+        data: the cleaned file.
+        names: Pillow's names of the formats to try.
+        task: what to make of it.
+        check: is told the size before any pixel is decoded, and may raise a `ClientError`.
+    """
+    preprocessing = task.preprocessing
+    with _opened(data, names) as image:
+        check(image.size)
+        _check_memory(image.format, image.size)
+        is_reduced = (
+            task.reduced and image.format == "JPEG" and _is_large(image.size, preprocessing)
+        )
+        if not task.is_photo:
+            if is_reduced:
+                return _as_input(_reduced_crop(image, data, preprocessing))
+            return _as_input(resize_and_crop(upright(image, data), preprocessing))
+        size = image.size
+        if is_reduced:
+            if orientation(image) in _SWAPS_SIDES:
+                size = size[1], size[0]
+            pixels = _as_input(_reduced_crop(image, data, preprocessing))
+            whole = upright(image, data)
+        else:
+            whole = upright(image, data)
+            size = whole.size
+            pixels = _as_input(resize_and_crop(whole, preprocessing))
         return Photo(
-            pixels=_as_input(resize_and_crop(whole, preprocessing)),
-            size=whole.size,
-            crop=crop_box(whole.size, preprocessing),
-            preview=None if longest_side is None else _shrunk(whole, longest_side),
+            pixels=pixels,
+            size=size,
+            crop=crop_box(size, preprocessing),
+            preview=None if task.longest_side is None else _shrunk(whole, task.longest_side),
         )
 
 
@@ -243,87 +466,65 @@ def _without_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(data: bytes | bytearray, budget: PixelBudget) -> Iterator[Image.Image]:
-    """The picture, once what it would cost is paid for; decoding errors become `ClientError`."""
-    if not data:
-        raise EmptyImage("The image is empty: it has no bytes.")
-    with _without_warnings(), _open(data) as image:
+def _opened(data: bytes, names: Sequence[str]) -> Iterator[Image.Image]:
+    """The picture; decoding errors become `ClientError`."""
+    with _open(data, names) as image:
         try:
-            _check_cost(image, data, budget)
             yield image
         except ClientError:
             raise
         except MemoryError as error:
-            raise TooLarge(
-                "The image needs more memory than this server has. Send a smaller copy."
-            ) from error
+            raise _too_much_memory(image.size) from error
         except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+            if "memory" in str(error):  # their own words for it
+                raise _too_much_memory(image.size) from MemoryError()
             raise DamagedImage(
                 f"The {image.format} image is damaged or cut off and cannot be decoded."
             ) from error
 
 
-def _open(data: bytes | bytearray) -> Image.Image:
+def _open(data: bytes, names: Sequence[str]) -> Image.Image:
     """Reads the header only."""
-    check_kind(data)
     try:
-        return Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS)
+        return Image.open(io.BytesIO(data), formats=tuple(names))
     except Image.DecompressionBombError as error:
         raise TooLarge("The image has more pixels than this server accepts.") from error
+    except MemoryError as error:
+        raise _too_much_memory(None) from error
     except Exception as error:  # beside its own, Pillow raises many kinds on hostile headers
-        raise _unidentified(data) from error
+        raise DamagedImage("The image is damaged or cut off: its header cannot be read.") from error
+
+
+def _check_memory(name: str | None, size: tuple[int, int], fixed: int = 0) -> None:
+    if least_bytes(name, size) + fixed > DECODING_BYTES:
+        raise _too_much_memory(size)
+
+
+def _too_much_memory(size: tuple[int, int] | None) -> TooLarge:
+    pixels = f" ({size[0]} x {size[1]} pixels)" if size else ""
+    return TooLarge(
+        f"The image{pixels} needs more than {DECODING_BYTES // 1_000_000} MB of memory to decode. "
+        "Send a smaller copy, or save it as a JPEG."
+    )
 
 
 def _unidentified(data: bytes | bytearray) -> ClientError:
-    if (
-        data.startswith(_ACCEPTED_BEGINNINGS)
-        or data.startswith(_FTYP_BRANDS, 4)
-        or (data.startswith(b"RIFF") and data.startswith(_RIFF_KINDS, 8))
-    ):
-        return DamagedImage("The image is damaged or cut off: its header cannot be read.")
-    accepted = ", ".join(ACCEPTED_FORMATS)
+    accepted = ", ".join(ACCEPTED)
     if (name := name_of(data)) is not None:
         return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
     return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
 
 
-def _check_cost(image: Image.Image, data: bytes | bytearray, budget: PixelBudget) -> None:
-    if image.format in {"JPEG", "MPO"} and data.count(_JPEG_START_OF_SCAN) > _MAX_JPEG_SCANS:
-        raise TooLarge(
-            f"The JPEG image has more than {_MAX_JPEG_SCANS} scans, each of which costs as much "
-            "as a picture. Save it again as a normal JPEG."
-        )
-    if image.format == "TIFF" and _has_page(image, _MAX_TIFF_PAGES):
-        raise TooLarge(
-            f"The TIFF file has more than {_MAX_TIFF_PAGES} pages. Send the page that counts."
-        )
-    budget.take(image.width, image.height)
-
-
-def _has_page(image: Image.Image, index: int) -> bool:
-    """Looks no further than that page: a file can chain millions, or a circle of them."""
-    try:
-        image.seek(index)
-    except Exception:  # no such page, or a damaged one: the first may still be sound
-        return False
-    finally:
-        image.seek(0)
-    return True
-
-
-def _is_large_jpeg(image: Image.Image, preprocessing: Preprocessing) -> bool:
-    least = 2 * _REDUCED_SIZE * preprocessing.resize
+def _is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
+    """Whether a JPEG of this size is decoded at a fraction of it."""
     return (
-        image.format in {"JPEG", "MPO"}
-        and min(image.size) >= least
+        min(size) >= 2 * _REDUCED_SIZE * preprocessing.resize
         # The only one for which the difference was measured.
         and preprocessing.interpolation == "bilinear"
     )
 
 
-def _reduced_crop(
-    image: Image.Image, data: bytes | bytearray, preprocessing: Preprocessing
-) -> Image.Image:
+def _reduced_crop(image: Image.Image, data: bytes, preprocessing: Preprocessing) -> Image.Image:
     """The model's input from a large JPEG, decoded at a fraction of its size: (crop, crop), RGB.
 
     Only what the crop needs is resized, and only the crop is turned upright.

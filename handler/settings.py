@@ -22,6 +22,19 @@ _CHANNELS = 3
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
+# Bytes of memory that decoding may take in a worker at any moment: all pictures that are being
+# decoded together, in its decoder process too. A picture that needs more is refused, one that does
+# not fit just now waits. 12 megapixels of WebP need 196 MB, 24 of HEIC 175 MB, 50 of PNG 200 MB.
+DECODING_BYTES = 210_000_000
+
+# The decoder process itself: Python, NumPy and Pillow.
+_DECODER_BYTES = 42_000_000
+# `batchSize` bodies of `max_request_size` (config.properties).
+_BODIES_BYTES = 8 * 20_971_520
+
+# The most that requests of any kind add to a worker: 420 MB.
+ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
+
 _T = TypeVar("_T")
 
 
@@ -39,6 +52,8 @@ class Settings:
             something, when the request does not say.
         max_pixels: width times height, of all images of a request together, above which an image
             is refused before it is decoded.
+        max_seconds: of CPU, to decode all images of a request together; one that takes longer is
+            given up.
         max_images: images that one request may hold.
         max_batch: images that go through the model in one call; what they need stays the worker's.
         reduced_decoding: decode large JPEGs at a fraction of their size, twice as fast;
@@ -48,6 +63,7 @@ class Settings:
     topk: int = _bounded(5, 1, 1_000_000)
     threshold: float = _bounded(0.1, 0, 1)
     max_pixels: int = _bounded(64_000_000, 1, 1_000_000_000)
+    max_seconds: float = _bounded(1.6, 0.1, 50)
     max_images: int = _bounded(16, 1, 1_000)
     max_batch: int = _bounded(16, 1, 1_024)
     reduced_decoding: bool = True

@@ -1,0 +1,294 @@
+"""What pictures cost: the worst of each kind, and the limits that hold whatever a decoder does."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import psutil
+import pytest
+
+from handler import images
+from handler.decoder_process import DecoderEndedError, DecoderProcess
+from handler.errors import DamagedImage, TooLarge
+from handler.images import PixelBudget, Room, decode, decode_all
+from handler.settings import ADDED_BYTES, DECODING_BYTES, Preprocessing
+from tests import costs
+from tests.corpus import photograph
+from tests.pictures import encode
+
+PREPROCESSING = Preprocessing()
+MAX_PIXELS = 64_000_000
+MAX_SECONDS = 2.0
+# Of one picture: what decoding may take, the decoder process, and the body.
+MAX_MEGABYTES = (ADDED_BYTES - 7 * 20_971_520) / 1e6
+
+
+@pytest.fixture
+def probe() -> Iterator[costs.Probe]:
+    process = costs.Probe()
+    yield process
+    process.close()
+
+
+def test_no_picture_costs_more_than_the_bounds(probe: costs.Probe, note: list[str]) -> None:
+    rows = []
+    for name, make in costs.kinds():
+        data = make()
+        assert len(data) <= costs.LARGEST + 4096, f"{name}: the frontend would refuse it"
+        cost = probe.measure(data)
+        rows.append((cost.seconds, name, len(data), cost))
+    assert len(rows) >= 100
+    note.append(
+        f"{len(rows)} kinds of costly pictures; most CPU {max(rows)[0]:.2f} s, most memory "
+        f"{max(cost.megabytes for *_, cost in rows):.0f} MB:"
+    )
+    note.extend(
+        f"  {name:<46} {size:>9} B {cost.seconds:>5.2f} s {cost.megabytes:>4.0f} MB  {cost.answer}"
+        for _, name, size, cost in rows
+    )
+    too_slow = [name for seconds, name, *_ in rows if seconds > MAX_SECONDS]
+    too_large = [name for _, name, _, cost in rows if cost.megabytes > MAX_MEGABYTES]
+    assert (too_slow, too_large) == ([], [])
+
+
+def test_sixteen_costly_pictures_in_one_request_cost_no_more_than_one() -> None:
+    """What each may cost is shared by all of a request."""
+    data = costs._bmp_of_runs(2800, 1, b"\1\1")
+    budget = PixelBudget(1_000_000_000)
+    before = _cpu_of_children()
+    results = decode_all([(data, budget, decode)] * 16, PREPROCESSING, None)
+    images._decoder_process.close()
+    assert all(isinstance(result, TooLarge) for result in results)
+    assert _cpu_of_children() - before < MAX_SECONDS
+
+
+def _cpu_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+# --- The decoder process. What it runs stands for a decoder that nobody thought of. ---
+
+_PROGRAM = """
+import sys
+sys.path[:] = {path!r}
+from handler.decoder_process import serve
+def answer(question, data):
+{body}
+serve(answer)
+"""
+
+
+class _Process(DecoderProcess):
+    """A decoder process whose decoder is the given code."""
+
+    def __init__(self, body: str) -> None:
+        super().__init__()
+        self.code = _PROGRAM.format(path=sys.path, body=textwrap.indent(body, "    "))
+
+    def program(self) -> str:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("decoder", "how"),
+    [
+        ("while True: pass", signal.SIGPROF),
+        # In C, where nothing of Python's own interrupts it.
+        ("import re; re.match('(a*)*b', 'a' * 64)", signal.SIGPROF),
+        ("import os; os.kill(os.getpid(), 11)", signal.SIGSEGV),
+        ("import os; os.abort()", signal.SIGABRT),
+    ],
+)
+def test_a_decoder_that_hangs_or_crashes_is_ended_and_replaced(decoder: str, how: int) -> None:
+    process = _Process(f"if question['bad']:\n    {decoder}\nreturn {{}}, data")
+    try:
+        assert process.ask({"bad": False}, [b"good"], 1.0)[1] == b"good"
+        first = process.pid
+        with pytest.raises(DecoderEndedError) as ended:
+            process.ask({"bad": True}, [b"bad"], 0.2)
+        assert ended.value.signal == how
+        assert process.ask({"bad": False}, [b"good", b" again"], 1.0)[1] == b"good again"
+        assert process.pid != first
+    finally:
+        process.close()
+
+
+def test_a_decoder_gets_no_more_memory_than_its_bound() -> None:
+    process = _Process(
+        "try:\n    bytearray(question['bytes'])\n"
+        "except MemoryError:\n    return {'got': False}, b''\n"
+        "return {'got': True}, b''"
+    )
+    try:
+        assert process.ask({"bytes": DECODING_BYTES - 2_000_000}, [], 2.0)[0]["got"]
+        assert not process.ask({"bytes": DECODING_BYTES + 2_000_000}, [], 2.0)[0]["got"]
+    finally:
+        process.close()
+
+
+def test_time_is_counted_for_each_picture_anew() -> None:
+    process = _Process(
+        "import time\nend = time.process_time() + 0.2\n"
+        "while time.process_time() < end: pass\nreturn {}, b''"
+    )
+    try:
+        for _ in range(4):
+            assert process.ask({}, [], 0.6)[0]["seconds"] >= 0.2
+    finally:
+        process.close()
+
+
+def test_a_decoder_process_that_ended_while_idle_is_started_again() -> None:
+    process = _Process("return {'ends': True}, data")
+    try:
+        process.ask({}, [b"one"], 1.0)
+        first = process.pid
+        assert first is not None
+        psutil.Process(first).wait(10)
+        assert process.ask({}, [b"two"], 1.0)[1] == b"two"
+    finally:
+        process.close()
+
+
+def test_a_decoder_process_that_cannot_start_says_so() -> None:
+    process = _Process("pass")
+    process.code = "raise SystemExit(3)"
+    with pytest.raises(RuntimeError, match="cannot start: it ended with 3"):
+        process.ask({}, [], 1.0)
+
+
+_WORKER = """
+import sys, time
+from handler import images, settings
+data, budget = sys.stdin.buffer.read(), images.PixelBudget(10**6)
+images.decode(data, settings.Preprocessing(), budget)
+print(images._decoder_process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_decoder_process_ends_with_its_worker() -> None:
+    worker = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            _WORKER,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(encode(photograph(), "GIF"))
+    worker.stdin.close()
+    decoder = psutil.Process(int(worker.stdout.readline()))
+    assert decoder.is_running()
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    decoder.wait(10)
+
+
+def test_the_worker_is_told_what_was_wrong_in_the_decoder_process() -> None:
+    whole = encode(photograph(), "GIF")
+    with pytest.raises(DamagedImage, match="GIF image is damaged or cut off"):
+        decode(whole[: len(whole) // 2], PREPROCESSING, PixelBudget(MAX_PIXELS))
+    with pytest.raises(TooLarge, match="320 x 240 pixels; the images of a request may have 1000"):
+        decode(encode(photograph(), "AVIF"), PREPROCESSING, PixelBudget(1000))
+    with pytest.raises(TooLarge, match="needs more than 210 MB of memory"):
+        decode(costs._black(8000, 8000, 8, 6), PREPROCESSING, PixelBudget(MAX_PIXELS))
+    with pytest.raises(TooLarge, match=r"takes too long to decode; the images .* may take 0.3 s"):
+        decode(costs._bmp_of_runs(2800, 1, b"\1\1"), PREPROCESSING, PixelBudget(MAX_PIXELS, 0.3))
+
+
+def test_ordinary_pictures_need_no_other_process() -> None:
+    images._decoder_process.close()
+    rgb = photograph().resize((4000, 3000))
+    for data in (
+        encode(photograph(), "JPEG"),
+        encode(photograph(), "JPEG", progressive=True),
+        encode(photograph(), "PNG"),
+        encode(photograph(), "WEBP"),
+        encode(rgb, "JPEG"),
+        encode(rgb, "JPEG", progressive=True),
+    ):
+        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        assert images._decoder_process.pid is None
+
+
+# --- Memory of several at once ---
+
+
+def test_pictures_that_do_not_fit_wait_for_room() -> None:
+    room, inside, leave = Room(100), Event(), Event()
+    entered: list[str] = []
+
+    def take(name: str, needed: int) -> None:
+        with room.taken(needed):
+            entered.append(name)
+            inside.set()
+            assert leave.wait(10)
+
+    threads = [Thread(target=take, args=("first", 60))]
+    threads[0].start()
+    assert inside.wait(10)
+    threads += [Thread(target=take, args=args) for args in (("large", 60), ("small", 40))]
+    for thread in threads[1:]:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while len(entered) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert entered == ["first", "small"]
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert entered == ["first", "small", "large"]
+
+
+def test_a_picture_that_needs_more_than_all_room_gets_all_of_it() -> None:
+    with Room(100).taken(1000):
+        pass
+
+
+_EIGHT_AT_ONCE = """
+import struct, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from handler import allocator, images, settings
+from tests.costs import kilobytes
+
+read = sys.stdin.buffer.read
+pictures = [read(*struct.unpack("<I", read(4))) for _ in range(2)]
+allocator.keep_freed_memory()
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS:")
+jobs = [(data, images.PixelBudget(10**9), images.decode) for data in pictures * 6]
+with ThreadPoolExecutor(8) as pool:
+    done = images.decode_all(jobs, settings.Preprocessing(), pool)
+assert not any(isinstance(image, Exception) for image in done), done
+assert images._decoder_process.pid is None
+print(kilobytes("VmHWM:") - before)
+"""
+
+
+def test_large_pictures_in_eight_threads_stay_within_the_bound_together() -> None:
+    progressive = encode(photograph().resize((4000, 3000)), "JPEG", progressive=True)
+    whole = encode(photograph().resize((2500, 2500)), "JPEG")
+    result = subprocess.run(
+        [sys.executable, "-c", _EIGHT_AT_ONCE],
+        input=b"".join(struct.pack("<I", len(data)) + data for data in (progressive, whole)),
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert int(result.stdout) * 1024 < DECODING_BYTES
