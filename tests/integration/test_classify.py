@@ -427,7 +427,7 @@ def test_a_rerun_says_what_was_done_earlier(running: Running, folder: Path, tmp_
     assert "5 of 5 are in" in again.stderr
     assert "already: 4 classified, 1 refused, by densenet121 1.0-untrained+" in again.stderr
     assert "with earlier runs: 4 classified, 1 refused" in again.stderr
-    assert "broken.jpg: This is" in again.stderr
+    assert "broken.jpg: The bytes are not a picture" in again.stderr
 
 
 def test_what_a_folder_has_beside_pictures_is_counted(running: Running, folder: Path) -> None:
