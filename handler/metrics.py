@@ -98,11 +98,6 @@ class Metrics:
             for name in _HISTOGRAMS
         }
 
-    @property
-    def model_version(self) -> str:
-        """The version label, such as "1.0+1a2b3c4d"."""
-        return self._version
-
     def record(self, batch: Batch, context: Context) -> None:
         """Takes note of a batch; costs some microseconds an image, see the README."""
         outcomes = list(self._outcomes(batch))
@@ -129,6 +124,11 @@ class Metrics:
 
     def _count(self, name: str, value: int, *labels: str) -> None:
         self._counters[name].add_or_update(value, [*labels, self._version])
+
+    @property
+    def model_version(self) -> str:
+        """The version label, such as "1.0+1a2b3c4d"."""
+        return self._version
 
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].add_or_update(f"{value:.6f}", [self._version])
