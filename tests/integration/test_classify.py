@@ -618,6 +618,25 @@ def test_a_full_disk_stops_the_run_with_whole_rows(running: Running, tmp_path: P
     assert Counter(_names(output)) == Counter(str(file) for file in place.iterdir())
 
 
+@pytest.mark.parametrize("format_", ["text", "table", "csv", "jsonl"])
+def test_results_that_cannot_be_printed_are_told(
+    format_: str, running: Running, folder: Path
+) -> None:
+    program = (sys.executable, "-m", "scripts.classify")
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [*program, str(folder), "--format", format_, URL, running.predictions_url],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            text=True,
+            timeout=100,
+        )
+    assert result.returncode in {1, 3}
+    assert "Standard output cannot be written: No space left on device" in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 0.9, 1.2])
 def test_ctrl_c_at_any_moment_shows_no_traceback(
     seconds: float, running: Running, tmp_path: Path
