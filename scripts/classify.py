@@ -1,5 +1,6 @@
 """Asks a running server what pictures show: one, a folder of them, or ten thousand."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -270,29 +271,50 @@ def _bar(count: int) -> Progress:
     )
 
 
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """What is printed within has left this process in the end; `UserError` where it cannot."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still to be written would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"Standard output cannot be written: {error.strerror}.") from error
+
+
 def _print_header(format_: Format, origin: Origin) -> None:
     if format_ is Format.CSV:
-        sys.stdout.write(csv_line(csv_columns(labels_in_csv(origin))))
+        with _standard_output():
+            sys.stdout.write(csv_line(csv_columns(labels_in_csv(origin))))
 
 
 def _print_row(row: Row, format_: Format, origin: Origin) -> None:
     """Prints what is printed at once, on standard output."""
     if format_ in _STREAMED:
-        sys.stdout.write(_STREAMED[format_](row, origin))
+        with _standard_output():
+            sys.stdout.write(_STREAMED[format_](row, origin))
 
 
 def _print_rest(rows: Sequence[Row], format_: Format) -> None:
     """Prints texts or a table; what a single picture was refused for is in the summary."""
-    if format_ is Format.TABLE:
-        _print_table(rows)
-    elif format_ is Format.TEXT:
-        for row in rows:
-            if len(rows) > 1:
-                print(f"{printable(row.picture)}:")
-            if isinstance(row.answer, Classification):
-                print(_as_text(row.answer))
-            elif len(rows) > 1:
-                print(f"not classified: {printable(row.problem or '')}")
+    with _standard_output():
+        if format_ is Format.TABLE:
+            _print_table(rows)
+        elif format_ is Format.TEXT:
+            for row in rows:
+                _print_text(row, alone=len(rows) == 1)
+
+
+def _print_text(row: Row, *, alone: bool) -> None:
+    if not alone:
+        print(f"{printable(row.picture)}:")
+    if isinstance(row.answer, Classification):
+        print(_as_text(row.answer))
+    elif not alone:
+        print(f"not classified: {printable(row.problem or '')}")
 
 
 def _show_warnings(rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -84,6 +85,12 @@ def test_the_root_goes_to_the_handler(client: Client) -> None:
     """The page, where the archive has one; else the handler's word for a GET."""
     answer = client.ask("GET", "/", headers={"Accept": "text/html"})
     assert answer.headers["x-model-weights"] == "untrained"
+
+
+def test_which_model_answers_is_known_through_the_gateway(client: Client) -> None:
+    answer = client.ask("POST", "/predict")
+    assert answer.headers["x-model-name"] == "densenet121"
+    assert re.fullmatch(r"1\.0-untrained\+[0-9a-f]{8}", answer.headers["x-model-version"])
 
 
 def test_nothing_else_of_torchserve_can_be_reached(client: Client) -> None:

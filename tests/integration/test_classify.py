@@ -427,7 +427,7 @@ def test_a_rerun_says_what_was_done_earlier(running: Running, folder: Path, tmp_
     assert "5 of 5 are in" in again.stderr
     assert "already: 4 classified, 1 refused, by densenet121 1.0-untrained+" in again.stderr
     assert "with earlier runs: 4 classified, 1 refused" in again.stderr
-    assert "broken.jpg: This is" in again.stderr
+    assert "broken.jpg: The bytes are not a picture" in again.stderr
 
 
 def test_what_a_folder_has_beside_pictures_is_counted(running: Running, folder: Path) -> None:
@@ -616,6 +616,25 @@ def test_a_full_disk_stops_the_run_with_whole_rows(running: Running, tmp_path: P
     assert 0 < len(_names(output)) < 40
     assert run(*command).returncode == 0
     assert Counter(_names(output)) == Counter(str(file) for file in place.iterdir())
+
+
+@pytest.mark.parametrize("format_", ["text", "table", "csv", "jsonl"])
+def test_results_that_cannot_be_printed_are_told(
+    format_: str, running: Running, folder: Path
+) -> None:
+    program = (sys.executable, "-m", "scripts.classify")
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [*program, str(folder), "--format", format_, URL, running.predictions_url],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            text=True,
+            timeout=100,
+        )
+    assert result.returncode in {1, 3}
+    assert "Standard output cannot be written: No space left on device" in result.stderr
+    assert "Exception ignored" not in result.stderr
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 0.9, 1.2])
