@@ -90,7 +90,7 @@ def save(page: Page, button: str, folder: Path) -> Path:
 def test_the_results_can_be_taken_away_as_they_are_shown(
     page: Page, running: Running, console: Console, tmp_path: Path
 ) -> None:
-    formula, notes = '=HYPERLINK("http://example.org").png', "notes, mine.txt"
+    formula, notes = '=HYPERLINK("x").png', "notes, mine.txt"
     choose(
         page,
         payload(formula, TEN[0].read_bytes()),
@@ -134,7 +134,7 @@ def test_the_results_can_be_taken_away_as_they_are_shown(
 
 def test_no_more_pictures_are_taken_than_a_person_looks_through(page: Page) -> None:
     page.route("**/predictions/**", lambda _: None)
-    choose(page, *[payload(f"{i}.png", b"") for i in range(502)])
+    choose(page, *[payload(f"{i}.png", b"x") for i in range(502)])
     expect(page.locator(".result")).to_have_count(500)
     expect(page.locator("#notice")).to_have_text("These are the first 500; 2 more were left out.")
     page.unroute_all(behavior="ignoreErrors")

@@ -89,8 +89,8 @@ class Answer(BaseHTTPRequestHandler):
         return {"Accept": self.headers["Accept"]}
 
     def relay(self, answer: requests.Response) -> None:
-        names = {"Content-Type", "Content-Security-Policy"} & set(answer.headers)
-        headers = {name: answer.headers[name] for name in names}
+        names = ("Content-Type", "Content-Security-Policy")
+        headers = {name: answer.headers[name] for name in names if name in answer.headers}
         self.answer(answer.status_code, headers, answer.content)
 
     def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
