@@ -41,6 +41,5 @@ def request(
 
 def statuses(received: bytes) -> list[int]:
     """The status of each answer in what was received."""
-
     parts = received.split(b"HTTP/1.1 ")[1:]
     return [int(part[:3]) for part in parts]
