@@ -551,14 +551,18 @@ def routes(model: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:
-    """What the template needs of a node; None where it does not run."""
+    """What the template needs of a node; None where it does not run, or only begins to."""
     running = find_running(Path(node.run_dir))
     if running is None:
         return None
+    try:
+        authorization = running.authorization("inference").get("Authorization", "")
+    except (OSError, ValueError):
+        return None  # its file of tokens is not there or not whole yet
     return {
         "name": node.name,
         "port": running.ports.inference,
-        "authorization": running.authorization("inference").get("Authorization", ""),
+        "authorization": authorization,
         "socket": f"{sockets}/{node.name}.sock",
     }
 

@@ -55,7 +55,8 @@ CIPHERS = {
         )
     ),
 }
-CURVES = {"X25519", "prime256v1", "secp384r1"}
+# secp256r1 is what OpenSSL calls prime256v1.
+CURVES = {"X25519", "secp256r1", "secp384r1"}
 
 
 def test_a_tls_scan_has_no_finding(client: Client, tmp_path: Path) -> None:
