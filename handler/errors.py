@@ -67,7 +67,7 @@ class DamagedImage(ClientError):
 
 
 class TooLarge(ClientError):
-    """A picture has more pixels than the server accepts."""
+    """A picture has more pixels than the server accepts, or takes more memory or time."""
 
     status = 413
     type = "TooLarge"

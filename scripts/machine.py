@@ -5,8 +5,14 @@ from dataclasses import dataclass
 import joblib
 import psutil
 
-# A worker after load was measured at 300 MB with ONNX Runtime; this leaves room for large requests.
-_WORKER_BYTES = 500_000_000
+from handler.settings import ADDED_BYTES
+
+# A worker after load was measured at 300 MB with ONNX Runtime; requests add so much at most.
+WORKER_BYTES = 300_000_000 + ADDED_BYTES
+
+# A frontend at its limits: heap and buffers (`vmargs` in config.properties), 2 and 4 GiB, and what
+# Java needs beside them.
+FRONTEND_BYTES = (6 << 30) + 300_000_000
 
 # So many at most for one picture; what more would give was not measured.
 _MOST_THREADS = 8
@@ -37,7 +43,7 @@ def plan(workers: int | None = None, models: int = 1) -> Plan:
     """
     cpus = joblib.cpu_count()
     if workers is None:
-        fit_in_memory = int(psutil.virtual_memory().available * 0.75 // _WORKER_BYTES)
+        fit_in_memory = int(psutil.virtual_memory().available * 0.75 // WORKER_BYTES)
         workers = max(1, min(cpus, fit_in_memory // models))
     threads = max(1, cpus // workers)
     return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))
