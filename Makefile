@@ -1,64 +1,122 @@
-# Everything is a command here. `make` alone says what there is.
+# Everything is a command here. `make` alone says what there is: the lines below that begin with #:,
+# and what stands behind ## in each command's own line.
 #
-# Variables, all optional, as in `make run WORKERS=2 PORT=9080`:
-#   ARCH=resnet50      another of torchvision's classifiers than densenet121
-#   WEIGHTS=file       weights of your own instead of torchvision's
-#   CLASSES=file       your own classes, a name a line, or JSON
-#   NAME=name          of the archive and of the model; otherwise the architecture's
-#   RESIZE, CROP, MEAN, STD, INTERPOLATION
-#                      other preprocessing than torchvision's
-#   MODELS="a b"       make start: which archives, side by side
-#   MODEL=name         which of several models
-#   WEIGHTS_URL=url    a mirror of torchvision's file
-#   WORKERS=n          worker processes; otherwise as many as suit the machine
-#   PORT=n             predictions; likewise MANAGEMENT_PORT, METRICS_PORT,
-#                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
-#   ENGINE=torch       make archive: serve with PyTorch (GPU) instead of ONNX Runtime
-#   IMAGES="a b*.jpg"  make classify: files, folders, patterns; FORMAT, OUTPUT, TOPK, THRESHOLD
-#                      make evaluate: a folder with a folder of pictures a class
-#   NODES=n            make gateway: TorchServe nodes of its own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
-#                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: see deploy/README.md
-#   NODE=name          make drain, undrain, replace: which node
-#   ARCHIVE=file       make upgrade: the new archive; AGREEMENT=share of samples that must stay
-#   TORCH_INDEX=url    take torch from this package index, such as PyTorch's CPU-only one
-#   PYTHON=python3.12  the Python to make the virtual environment with
-#   TEST_OPTIONS=...   make test: options for pytest, such as --require-browser
+#:Variables, all optional, on the command line: make run WORKERS=2 PORT=9080
+#:  WORKERS=n           worker processes; otherwise as many as suit the machine
+#:  PORT=n              predictions; MANAGEMENT_PORT and METRICS_PORT likewise
+#:  GRPC=on             gRPC too, which any client can stop the service with (README);
+#:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
+#:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
+#:  ARCH=resnet50       another of torchvision's classifiers than densenet121
+#:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
+#:  CLASSES=file        classes of your own, a name a line, or JSON
+#:  NAME=name           of the archive and of the model; otherwise the architecture's
+#:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
+#:  MODELS="a b"        which archives to start, side by side
+#:  MODEL=name          which of several models
+#:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
+#:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
+#:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: deploy/README.md
+#:  NODE=name           which node
+#:  ARCHIVE=file        the new archive; AGREEMENT=share of samples that must stay
+#:  TEST_OPTIONS=...    options for pytest, such as --require-browser
+#:  PYTHON=python3.12   the Python to make the virtual environment with
+#:  TORCH_INDEX=address where to take torch from, such as PyTorch's CPU-only index
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
-# $(call option,NAME,VALUE): --NAME VALUE, or nothing where there is no value.
-option = $(if $(2),--$(1) '$(2)')
+# Which command has which variables; every other one is refused. A command reads its own from the
+# environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
+# (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
+# PORT by chance.
+packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION
+serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
+variables-run := $(packing) $(serving)
+variables-archive := $(packing)
+variables-start := MODELS $(serving)
+variables-scale := WORKERS MODEL
+variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
+variables-evaluate := IMAGES MODEL
+variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
+	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT
+variables-drain := NODE
+variables-undrain := NODE
+variables-replace := NODE
+variables-upgrade := ARCHIVE AGREEMENT
+variables-test := TEST_OPTIONS
+everywhere := PYTHON TORCH_INDEX SHELL MAKEFLAGS
 
-WEIGHTS_OPTIONS = $(call option,weights,$(WEIGHTS)) $(call option,url,$(WEIGHTS_URL)) \
-	$(call option,arch,$(ARCH)) $(call option,classes,$(CLASSES)) $(call option,name,$(NAME))
-PREPROCESSING_OPTIONS = $(call option,resize,$(RESIZE)) $(call option,crop,$(CROP)) \
-	$(call option,mean,$(MEAN)) $(call option,std,$(STD)) \
-	$(call option,interpolation,$(INTERPOLATION))
-SERVER_OPTIONS = $(call option,workers,$(WORKERS)) $(call option,port,$(PORT)) \
-	$(call option,management-port,$(MANAGEMENT_PORT)) \
-	$(call option,metrics-port,$(METRICS_PORT)) \
-	$(call option,grpc-inference-port,$(GRPC_INFERENCE_PORT)) \
-	$(call option,grpc-management-port,$(GRPC_MANAGEMENT_PORT))
-GATEWAY_OPTIONS = $(call option,model,$(MODEL)) $(call option,nodes,$(NODES)) $(call option,workers,$(WORKERS)) \
-	$(call option,host,$(HOST)) $(call option,http-port,$(HTTP_PORT)) \
-	$(call option,https-port,$(HTTPS_PORT)) $(call option,keys,$(KEYS)) \
-	$(call option,certificate,$(CERTIFICATE)) \
-	$(call option,certificate-key,$(CERTIFICATE_KEY)) \
-	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
-	$(call option,connections,$(CONNECTIONS))
+goals := $(or $(MAKECMDGOALS),help)
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
+export GIVEN_TO := make $(goals)
+foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
+lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
+.PHONY: help variables setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
 
-help: ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+help: variables
+	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 } \
+		/^#:/ { text = text "\n" substr($$0, 3) } END { print text }' $(firstword $(MAKEFILE_LIST))
 
-setup: ## make the virtual environment and install the pinned packages
-	@$(PYTHON) scripts/bootstrap.py $(call option,torch-index,$(TORCH_INDEX))
+variables:
+	@$(if $(foreign),$(PYTHON) scripts/variables.py '$(goals)' '$(foreign)' $(lists),:)
 
+##@ Serve
 run: setup ## do everything: weights, archive, server, and a first answer
-	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) $(SERVER_OPTIONS)
+	@$(VENV_PYTHON) -m scripts.run
 
+status: setup ## show workers, memory, queue and versions
+	@$(VENV_PYTHON) -m scripts.server status
+
+scale: setup ## change the number of workers: make scale WORKERS=2
+	@$(VENV_PYTHON) -m scripts.server scale
+
+stop: setup ## stop the server
+	@$(VENV_PYTHON) -m scripts.server stop
+
+##@ Classify
+classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
+	@$(VENV_PYTHON) -m scripts.classify
+
+evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
+	@$(VENV_PYTHON) -m scripts.evaluate
+
+##@ Own models
+digits: setup ## a model of one's own, from training to serving, about a minute
+	@$(VENV_PYTHON) -m examples.digits
+
+archive: setup ## build an archive, with trained weights only
+	@$(VENV_PYTHON) -m scripts.archive
+
+##@ Production
+start: setup ## serve archives, with trained weights only
+	@$(VENV_PYTHON) -m scripts.server start
+
+gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
+	@$(VENV_PYTHON) -m scripts.cluster start
+
+gateway-status: setup ## show the nodes behind the gateway
+	@$(VENV_PYTHON) -m scripts.cluster status
+
+gateway-stop: setup ## stop the gateway and its nodes
+	@$(VENV_PYTHON) -m scripts.cluster stop
+
+drain: setup ## take a node out without losing a request: make drain NODE=node-1
+	@$(VENV_PYTHON) -m scripts.cluster drain
+
+undrain: setup ## let a drained node serve again
+	@$(VENV_PYTHON) -m scripts.cluster undrain
+
+replace: setup ## put a new node in the place of one, dead or alive
+	@$(VENV_PYTHON) -m scripts.cluster replace
+
+upgrade: setup ## serve the new archive instead of the old one, without a gap
+	@$(VENV_PYTHON) -m scripts.upgrade
+
+##@ Tests
 test: setup ## run all tests, those against a real TorchServe and in a browser too
 	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
 
@@ -77,11 +135,10 @@ flood: setup ## 200 uploads of 19 MB at once
 soak: setup ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m tests.stress.load soak
 
-BENCHMARK_PACKAGES := .venv/benchmarks-installed
-$(BENCHMARK_PACKAGES): benchmarks/requirements.in benchmarks/requirements.lock | setup
-	@$(VENV_PYTHON) -m pip install --quiet -r benchmarks/requirements.in -c benchmarks/requirements.lock
-	@touch $@
+outages: setup ## ten minutes of clients while workers and nodes die and are replaced
+	@$(VENV_PYTHON) -m tests.stress.outages
 
+##@ Benchmarks
 bench: setup $(BENCHMARK_PACKAGES) ## compare with other servers, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.bench
 
@@ -100,59 +157,14 @@ bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there 
 gateway-cost: setup ## what the gateway costs, and what two nodes give
 	@$(VENV_PYTHON) -m tests.stress.gateway_cost
 
-outages: setup ## ten minutes of clients while workers and nodes die and are replaced
-	@$(VENV_PYTHON) -m tests.stress.outages
+BENCHMARK_PACKAGES := .venv/benchmarks-installed
+$(BENCHMARK_PACKAGES): benchmarks/requirements.in benchmarks/requirements.lock | setup
+	@$(VENV_PYTHON) -m pip install --quiet -r benchmarks/requirements.in -c benchmarks/requirements.lock
+	@touch $@
 
-archive: setup ## production: build an archive, with trained weights only
-	@$(VENV_PYTHON) -m scripts.archive $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) \
-		$(call option,engine,$(ENGINE))
-
-start: setup ## production: serve archives, with trained weights only
-	@$(VENV_PYTHON) -m scripts.server start $(call option,models,$(MODELS)) $(SERVER_OPTIONS)
-
-stop: setup ## stop the server
-	@$(VENV_PYTHON) -m scripts.server stop
-
-status: setup ## show workers, queue and versions
-	@$(VENV_PYTHON) -m scripts.server status
-
-scale: setup ## change the number of workers: make scale WORKERS=2
-	@$(VENV_PYTHON) -m scripts.server scale $(call option,workers,$(WORKERS)) \
-		$(call option,model,$(MODEL))
-
-gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
-	@$(VENV_PYTHON) -m scripts.cluster start $(GATEWAY_OPTIONS)
-
-gateway-stop: setup ## stop the gateway and its nodes
-	@$(VENV_PYTHON) -m scripts.cluster stop
-
-gateway-status: setup ## show the nodes behind the gateway
-	@$(VENV_PYTHON) -m scripts.cluster status
-
-drain: setup ## take a node out without losing a request: make drain NODE=node-1
-	@$(VENV_PYTHON) -m scripts.cluster drain $(call option,node,$(NODE))
-
-undrain: setup ## let a drained node serve again
-	@$(VENV_PYTHON) -m scripts.cluster undrain $(call option,node,$(NODE))
-
-replace: setup ## put a new node in the place of one, dead or alive
-	@$(VENV_PYTHON) -m scripts.cluster replace $(call option,node,$(NODE))
-
-upgrade: setup ## serve the new archive instead of the old one, without a gap
-	@$(VENV_PYTHON) -m scripts.upgrade $(call option,archive,$(ARCHIVE)) \
-		$(call option,agreement,$(AGREEMENT))
-
-classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
-	@$(VENV_PYTHON) -m scripts.classify $(if $(IMAGE),'$(IMAGE)') $(IMAGES) \
-		$(call option,model,$(MODEL)) $(call option,format,$(FORMAT)) \
-		$(call option,output,$(OUTPUT)) $(call option,topk,$(TOPK)) \
-		$(call option,threshold,$(THRESHOLD))
-
-evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
-	@$(VENV_PYTHON) -m scripts.evaluate $(if $(IMAGES),'$(IMAGES)') $(call option,model,$(MODEL))
-
-digits: setup ## a model of one's own, from training to serving, about a minute
-	@$(VENV_PYTHON) -m examples.digits
+##@ Maintenance
+setup: variables ## make the virtual environment and install the pinned packages
+	@$(PYTHON) scripts/bootstrap.py
 
 lint: setup ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
@@ -169,6 +181,7 @@ lock: setup ## pin all packages anew, from requirements.in
 	@$(VENV_PYTHON) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 		--no-header --no-annotate requirements.in -o requirements.lock
 
-clean: ## stop the server and remove all that was built; .venv stays
-	@if [ -x $(VENV_PYTHON) ]; then $(VENV_PYTHON) -m scripts.server stop; fi
+clean: variables ## stop gateway and server, remove all that was built; .venv stays
+	@if [ -x $(VENV_PYTHON) ]; then \
+		$(VENV_PYTHON) -m scripts.cluster stop && $(VENV_PYTHON) -m scripts.server stop; fi
 	@rm -rf build .run .mypy_cache .ruff_cache .pytest_cache .hypothesis model_store/*.mar

@@ -28,7 +28,7 @@ import torch
 import typer
 from PIL import Image
 
-from benchmarks.machine import describe
+from benchmarks.machine import RESULTS, write_report
 from benchmarks.peers.common import session
 from benchmarks.servers import CORES, Server, request_body, start_ours, start_peer, start_stock
 from scripts.archive import build, recipe
@@ -38,7 +38,6 @@ from scripts.weights import untrained
 
 mpl.use("Agg")
 
-RESULTS = Path("benchmarks/results")
 PEERS = ("Flask tutorial", "Flask, gunicorn", "mosec", "LitServe", "BentoML")
 OURS = "this project"
 STOCK = "TorchServe image_classifier"
@@ -318,12 +317,7 @@ def _write(
     open_rate: float,
     pictures: str,
 ) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
     lines = [
-        "# Servers",
-        "",
-        describe(),
-        "",
         (
             f"Pictures: {pictures}; the weights are random, which changes no timing. Load: "
             "wrk (closed loop), locust (open loop), on the same cores as the servers. Medians of "
@@ -366,9 +360,8 @@ def _write(
             f"{server.first_answer:.1f} |"
         )
     lines += ["", "![latency against throughput](servers.png)"]
-    (RESULTS / "servers.md").write_text("\n".join(lines) + "\n")
+    write_report("servers", "Servers", lines)
     _chart(servers, samples)
-    step(f"Wrote {RESULTS / 'servers.md'} and servers.png")
 
 
 def _chart(servers: list[Server], samples: dict[Key, list[Sample]]) -> None:

@@ -25,15 +25,13 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.machine import describe
+from benchmarks.machine import write_report
 from handler.settings import Preprocessing
 from scripts.archive import build, recipe
 from scripts.export import Normalized
 from scripts.photographs import sample_views
 from scripts.terminal import command, step
 from scripts.weights import build_model, untrained
-
-RESULTS = Path("benchmarks/results")
 
 Logits = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -263,15 +261,12 @@ def _write(
 
     heads = [f"{t} thread{'s' * (t > 1)}, batch {b}" for t, b in setups]
     lines = [
-        "# Engines",
-        "",
-        describe(),
-        "",
         (
             "Images a second, medians of alternating rounds; memory (PSS) after batches of 8 with "
             "one thread, of a process that has imported PyTorch; time to the first answer; "
             "largest difference of a logit to PyTorch in float32, and share of the same first "
-            "label. Made by `make bench-engines`."
+            "label. The weights are random, so that logits are nearly equal: that share tells "
+            "nothing of a trained model. Made by `make bench-engines`."
         ),
         "",
         "| engine | " + " | ".join(heads) + " | memory MB | first answer s | logits | same label |",
@@ -289,9 +284,7 @@ def _write(
             f"| {name} | {' | '.join(rates)} | {memory:.0f} | {first:.1f} "
             f"| {found[0]:.1e} | {found[1]:.1%} |"
         )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "engines.md").write_text("\n".join(lines) + "\n")
-    step(f"Wrote {RESULTS / 'engines.md'}")
+    write_report("engines", "Engines", lines)
 
 
 if __name__ == "__main__":

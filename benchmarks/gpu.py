@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.machine import describe
+from benchmarks.machine import write_report
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
@@ -26,7 +26,6 @@ from scripts.photographs import CAT, sample_views
 from scripts.terminal import command, step
 from scripts.weights import build_model, untrained
 
-RESULTS = Path("benchmarks/results")
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CPU_BATCHES = (1, 4)
 
@@ -67,10 +66,6 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     probability = float(np.abs(softmax(expected) - softmax(mine)).max())
     jpeg = CAT.read_bytes()
     lines = [
-        f"# {engine.name}",
-        "",
-        describe(),
-        "",
         (
             f"Over {len(views)} images beside eager PyTorch in float32: same first label "
             f"{same:.1%}, largest difference of a probability {probability:.1e}. Made by "
@@ -96,9 +91,7 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             ]
             lines.append(f"| {batch} | " + " | ".join(f"{r:.1f}" for r in rates) + " |")
             step(lines[-1])
-    target = RESULTS / ("gpu.md" if on_gpu else "cpu-torch.md")
-    target.write_text("\n".join(lines) + "\n")
-    step(f"Wrote {target}")
+    write_report("gpu" if on_gpu else "cpu-torch", engine.name, lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Where and with what a result was measured: it stands at the head of every results page."""
+"""The pages of results, with where and by what each was measured at their head."""
 
 import platform
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+
+from scripts.terminal import step
+
+RESULTS = Path("benchmarks/results")
 
 PACKAGES = (
     "torch",
@@ -20,6 +25,14 @@ PACKAGES = (
     "gunicorn",
     "locust",
 )
+
+
+def write_report(name: str, title: str, lines: Iterable[str]) -> None:
+    """Writes `benchmarks/results/NAME.md`."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    path.write_text("\n".join([f"# {title}", "", describe(), "", *lines]) + "\n")
+    step(f"Wrote {path}")
 
 
 def describe() -> str:

@@ -22,8 +22,8 @@ import psutil
 import typer
 import yaml
 
-from benchmarks.bench import RESULTS, closed_loop
-from benchmarks.machine import describe
+from benchmarks.bench import closed_loop
+from benchmarks.machine import write_report
 from benchmarks.scaling import picture
 from benchmarks.servers import free_port
 from scripts.archive import build, recipe
@@ -208,10 +208,6 @@ ONE_SIZE = "images/s | frontend ms | workers ms"
 
 def _write(servers: dict[str, Server], rounds: int) -> None:
     lines = [
-        "# Between the socket and the model",
-        "",
-        describe(),
-        "",
         (
             f"Medians of {rounds} alternating rounds: half a megapixel and 12, {CLIENTS} clients; "
             "one client with half a megapixel for the latency. CPU milliseconds an image, of the "
@@ -225,9 +221,7 @@ def _write(servers: dict[str, Server], rounds: int) -> None:
     for name, server in servers.items():
         middle = [f"{median(server.measured[key]):.1f}" for key in ("lone p50", *columns)]
         lines.append(f"| {name} | {' | '.join(middle)} |")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "pipe.md").write_text("\n".join(lines) + "\n")
-    step(f"Wrote {RESULTS / 'pipe.md'}")
+    write_report("pipe", "Between the socket and the model", lines)
 
 
 if __name__ == "__main__":

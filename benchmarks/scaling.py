@@ -15,8 +15,8 @@ import requests
 import typer
 from PIL import Image
 
-from benchmarks.bench import RESULTS, closed_loop
-from benchmarks.machine import describe
+from benchmarks.bench import closed_loop
+from benchmarks.machine import RESULTS, write_report
 from benchmarks.servers import free_port
 from scripts.archive import build, recipe
 from scripts.photographs import CAT
@@ -90,8 +90,7 @@ def main(
         "megapixels of a JPEG": sizes,
         "images in a request": many,
     }
-    lines = ["# Scaling", "", describe(), ""]
-    lines += [
+    lines = [
         (
             f"Images a second, medians of {rounds} alternating rounds; {CLIENTS} clients, 4 where "
             "requests hold several images; half a megapixel unless said. Made by "
@@ -104,9 +103,8 @@ def main(
         lines += ["|---" * (len(values) + 1) + "|"]
         lines += ["| images/s | " + " | ".join(f"{v:.1f}" for v in values.values()) + " |", ""]
     lines += ["![the same as plots](scaling.png)"]
-    (RESULTS / "scaling.md").write_text("\n".join(lines) + "\n")
+    write_report("scaling", "Scaling", lines)
     _chart(tables)
-    step(f"Wrote {RESULTS / 'scaling.md'} and scaling.png")
 
 
 def _alternate(

@@ -5,7 +5,7 @@ import handler  # noqa: F401, I001  # before ONNX Runtime is imported, see there
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -17,34 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 from ts.context import Context
 
-from handler import explain, responses
+from handler import explain, inputs, responses
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
-from handler.errors import ArchiveError, ClientError, NoExplanation
-from handler.images import (
-    Decoded,
-    Decoder,
-    Encoded,
-    Photo,
-    PixelBudget,
-    Pixels,
-    decode,
-    decode_all,
-    decode_photo,
-)
-from handler.inputs import (
-    DescribeRequest,
-    ExplainRequest,
-    ImagesRequest,
-    PageRequest,
+from handler.errors import ArchiveError, ClientError, InternalError, NoExplanation
+from handler.exchange import (
+    Body,
+    Options,
+    Purpose,
     Request,
-    read_request,
+    RequestImage,
+    Response,
+    attempt,
+    together,
 )
+from handler.images import Decoder, Encoded, Photo, PixelBudget, decode, decode_all, decode_photo
 from handler.labels import CLASS_INDEX, load_class_index
-from handler.metrics import Batch, Metrics
+from handler.metrics import Metrics, Times
 from handler.page import PAGE, load_page
-from handler.responses import Body, Response, softmax
+from handler.responses import softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
 
 logger = logging.getLogger(__name__)
@@ -53,9 +45,8 @@ logger = logging.getLogger(__name__)
 class DenseNetHandler:
     """Classifies images: `initialize` once a worker, then `handle` once a batch.
 
-    A batch is what TorchServe queued up, requests of several clients mixed. Each stage keeps what
-    went wrong with one request or image in that one's place, so that a bad request never touches
-    its neighbours.
+    A batch is what TorchServe queued up, requests of several clients mixed. Whatever goes wrong
+    with one request or image stays in its place (see `exchange`) and never touches its neighbours.
     """
 
     def initialize(self, context: Context) -> None:
@@ -64,6 +55,7 @@ class DenseNetHandler:
         self.manifest = context.manifest
         self.batch_size = int(context.system_properties["batch_size"])
         self.settings = Settings.from_model_config(context.model_yaml_config)
+        self.options = Options.defaults(self.settings)
         self.card = ModelCard.load(model_dir / MODEL_CARD)
         self.labels = load_class_index(model_dir / CLASS_INDEX, self.card.classes)
         share = _threads("OMP_NUM_THREADS", 1)
@@ -85,9 +77,10 @@ class DenseNetHandler:
             if self.card.features
             else None
         )
-        self.page = load_page(PAGE, self.card, self.settings)
+        model = self.manifest["model"]["modelName"]
+        self.page = load_page(PAGE, self.card, self.settings, self.labels, model)
         self._warm_up()
-        self.metrics = Metrics(context, self.card, self.settings)
+        self.metrics = Metrics(context, self.card)
         # Not before: what loading took must go back.
         keep_freed_memory()
         self.initialized = True
@@ -103,170 +96,166 @@ class DenseNetHandler:
         Returns:
             for each request, in order, an encoded body.
         """
-        try:
-            # A full batch means that more requests are in the queue.
-            with self.cores.busy(crowded=len(data) >= self.batch_size):
-                answers = self._classify(data, context)
-        except Exception:
-            # Nothing that a client sends may end up here: this is the server's own fault.
-            ids = [context.get_request_id(index) for index in range(len(data))]
-            logger.exception("Failed on requests %s", ", ".join(ids))
-            self.metrics.failed(len(data))
-            answers = [self._json(responses.internal_error(request_id)) for request_id in ids]
-        return [self._send(answer, index, context) for index, answer in enumerate(answers)]
-
-    def _classify(self, data: list[dict[str, Any]], context: Context) -> list[Response]:
         requests = [
-            self._read(row, context.get_all_request_header(index)) for index, row in enumerate(data)
+            Request(context.get_request_id(i), row, context.get_all_request_header(i), self.options)
+            for i, row in enumerate(data)
         ]
-        started = time.monotonic()
-        images = self._decode(requests)
-        decoded_at = time.monotonic()
-        probabilities = self._infer(images)
-        explanations = list(self._explain(images))
-        inferred_at = time.monotonic()
-        remaining, unexplained = iter(probabilities), iter(explanations)
-        answers = [
-            self._answer(request, decoded, remaining, unexplained)
-            for request, decoded in zip(requests, images, strict=True)
-        ]
-        seconds = (decoded_at - started, inferred_at - decoded_at)
-        self.metrics.record(Batch(requests, images, probabilities, answers, *seconds), context)
+        # A full batch means that more requests are in the queue.
+        with self.cores.busy(crowded=len(data) >= self.batch_size):
+            times = self._work(requests)
+        answers = [self._send(request, index, context) for index, request in enumerate(requests)]
+        self.metrics.record(requests, times)
         return answers
 
-    def _read(self, row: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | ClientError:
-        try:
-            request = read_request(row, headers, self.settings, self.labels)
-        except ClientError as error:
-            return error
-        if isinstance(request, ExplainRequest) and self.classifier is None:
-            return NoExplanation(
-                f"A {self.card.architecture} has no class activation map: its logits are no linear "
-                "function of its last features. DenseNets and ResNets, among others, have one."
+    def _work(self, requests: Sequence[Request]) -> Times:
+        """Takes the requests from their rows to their answers."""
+        for request in requests:
+            attempt(request, self._read)
+        started = time.monotonic()
+        together(requests, self._decode)
+        decoded_at = time.monotonic()
+        images = [image for request in requests if not request.error for image in request.images]
+        together([image for image in images if image.photo is None], self._classify)
+        together([image for image in images if image.photo is not None], self._explain)
+        inferred_at = time.monotonic()
+        for request in requests:
+            attempt(request, self._answer)
+        return Times(decoded_at - started, inferred_at - decoded_at)
+
+    def _read(self, request: Request) -> None:
+        inputs.read(request, self.settings, self.labels)
+        if request.purpose is Purpose.EXPLAIN and self.classifier is None:
+            raise NoExplanation(
+                f"The architecture {self.card.architecture} has no class activation map: its "
+                "logits are no linear function of its last features. DenseNets and ResNets, among "
+                "others, have one."
             )
-        return request
+        responses.check_topk(request, self.card.classes)
 
-    def _decode(self, requests: list[Request | ClientError]) -> list[list[Decoded]]:
-        """For each request, its images; those of all requests are decoded together."""
-        pictures = [self._pictures(request) for request in requests]
-        decoded = iter(
-            decode_all(
-                [picture for of_request in pictures for picture in of_request],
-                self.card.preprocessing,
-                self.pools.get(self.cores.available()),
-            )
-        )
-        return [[next(decoded) for _ in of_request] for of_request in pictures]
-
-    def _pictures(self, request: Request | ClientError) -> list[Encoded]:
-        decoder: Decoder
-        match request:
-            case ImagesRequest():
-                decoder = partial(decode, reduced=self.settings.reduced_decoding)
-                parts = request.images
-            case ExplainRequest(asked=asked, as_picture=as_picture):
-                longest_side = explain.LONGEST_SIDE if as_picture else None
-                decoder = partial(decode_photo, longest_side=longest_side)
-                parts = asked.images
-            case _:
-                return []
-        budget = PixelBudget(self.settings.max_pixels, self.settings.max_seconds)
-        return [(part.data, budget, decoder) for part in parts]
-
-    def _infer(self, images: list[list[Decoded]]) -> list[NDArray[np.float32]]:
-        """All images of the batch to classify through the model: float32 (classes,) for each.
-
-        In one call, unless several requests hold many images each: more than `max_batch` at once
-        would take the worker gigabytes, which it would keep.
-        """
-        good = [image for decoded in images for image in decoded if isinstance(image, np.ndarray)]
-        return [
-            probabilities
-            for batch in self._batches(good)
-            for probabilities in softmax(self.engine.logits(batch))
+    def _decode(self, requests: Sequence[Request]) -> None:
+        """Decodes the images of all requests together."""
+        sound = [
+            (image, self._encoded(request, image, budget))
+            for request in requests
+            for budget in [PixelBudget(self.settings.max_pixels, self.settings.max_seconds)]
+            for image in request.images
+            if image.error is None
         ]
+        pool = self.pools.get(self.cores.available())
+        decoded = decode_all([encoded for _, encoded in sound], self.card.preprocessing, pool)
+        for (image, _), result in zip(sound, decoded, strict=True):
+            match result:
+                case ClientError():
+                    image.error = result
+                case Photo():
+                    image.photo, image.pixels = result, result.pixels
+                case _:
+                    image.pixels = result
 
-    def _explain(self, images: list[list[Decoded]]) -> Iterator[tuple[NDArray[np.float32], ...]]:
-        """All images to explain: float32 (classes,) and features (channels, height, width)."""
-        good = [image.pixels for decoded in images for image in decoded if isinstance(image, Photo)]
-        for batch in self._batches(good):
-            logits, features = self.engine.logits_and_features(batch)
-            yield from zip(softmax(logits), features, strict=True)
+    def _encoded(self, request: Request, image: RequestImage, budget: PixelBudget) -> Encoded:
+        decoder: Decoder
+        if request.purpose is Purpose.EXPLAIN:
+            longest_side = explain.LONGEST_SIDE if request.as_picture else None
+            decoder = partial(
+                decode_photo,
+                longest_side=longest_side,
+                reduced=self.settings.reduced_decoding,
+            )
+        else:
+            decoder = partial(decode, reduced=self.settings.reduced_decoding)
+        return image.data, budget, decoder
 
-    def _batches(self, images: list[Pixels]) -> Iterator[Pixels]:
+    def _classify(self, images: Sequence[RequestImage]) -> None:
+        for batch, pixels in self._batches(images):
+            for image, logits in zip(batch, self.engine.logits(pixels), strict=True):
+                self._take(image, logits)
+
+    def _explain(self, images: Sequence[RequestImage]) -> None:
+        for batch, pixels in self._batches(images):
+            found = zip(*self.engine.logits_and_features(pixels), strict=True)
+            for image, (logits, features) in zip(batch, found, strict=True):
+                self._take(image, logits, features)
+
+    def _batches(
+        self, images: Sequence[RequestImage]
+    ) -> Iterator[tuple[Sequence[RequestImage], NDArray[np.uint8]]]:
+        """Images and their pixels for the model, in one batch unless several requests hold many:
+        more than `max_batch` at once would take the worker gigabytes, which it would keep.
+        """
         step = self.settings.max_batch
         for start in range(0, len(images), step):
-            yield np.stack(images[start : start + step])
+            batch = images[start : start + step]
+            yield batch, np.stack([image.pixels for image in batch if image.pixels is not None])
 
-    def _answer(
+    def _take(
         self,
-        request: Request | ClientError,
-        images: list[Decoded],
-        probabilities: Iterator[NDArray[np.float32]],
-        explanations: Iterator[tuple[NDArray[np.float32], ...]],
-    ) -> Response:
-        """Takes as many of `probabilities` or `explanations` as the request has good images."""
-        match request:
-            case ClientError():
-                return self._json(responses.error(request))
-            case DescribeRequest():
-                return self._json(self._description())
-            case PageRequest():
-                return self.page
-            case ExplainRequest():
-                return self._answer_explanation(request, images, explanations)
-            case ImagesRequest():
-                results = [
-                    responses.error(image)
-                    if isinstance(image, ClientError)
-                    else responses.classification(next(probabilities), self.labels, request.options)
-                    for image in images
-                ]
-                return self._json(responses.collect(request, results, self._model_names()))
+        image: RequestImage,
+        logits: NDArray[np.float32],
+        features: NDArray[np.float32] | None = None,
+    ) -> None:
+        """What the model made of one image: float32 (classes,) and (channels, height, width)."""
+        made = [logits] if features is None else [logits, features]
+        if not all(np.isfinite(values).all() for values in made):
+            logger.error("Not finite: the model's output for request %s", image.request_id)
+            image.error = InternalError(image.request_id)
+            return
+        image.probabilities, image.features = softmax(logits), features
 
-    def _answer_explanation(
-        self,
-        request: ExplainRequest,
-        images: list[Decoded],
-        explanations: Iterator[tuple[NDArray[np.float32], ...]],
-    ) -> Response:
-        results: list[Body] = []
-        for image in images:
-            if not isinstance(image, Photo):
-                assert isinstance(image, ClientError)
-                results.append(responses.error(image))
+    def _answer(self, request: Request) -> None:
+        match request.purpose:
+            case Purpose.PAGE:
+                response = self.page
+            case Purpose.DESCRIBE:
+                response = self._json(self._description())
+            case _:
+                response = self._answer_images(request)
+        responses.check_size(response)
+        request.response = response
+
+    def _answer_images(self, request: Request) -> Response:
+        for image in request.images:
+            if image.error is not None:
                 continue
-            probabilities, features = next(explanations)
-            index = (
-                int(probabilities.argmax()) if request.class_index is None else request.class_index
-            )
-            label, probability = self.labels[index], float(probabilities[index])
+            assert image.probabilities is not None
+            if request.purpose is Purpose.CLASSIFY:
+                image.result = responses.classification(
+                    image.probabilities, self.labels, request.options
+                )
+                continue
+            assert image.photo is not None
+            assert image.features is not None
             assert self.classifier is not None
-            activation = explain.class_activation_map(features, self.classifier[index])
+            best = int(image.probabilities.argmax())
+            index = best if request.class_index is None else request.class_index
+            label, probability = self.labels[index], float(image.probabilities[index])
+            activation = explain.class_activation_map(image.features, self.classifier[index])
+            image.result = responses.explanation(image.photo, activation, label, index, probability)
             if request.as_picture:
-                content = explain.heat_picture(image, activation)
+                content = explain.heat_picture(image.photo, activation)
                 return responses.picture(content, label, index, probability)
-            results.append(responses.explanation(image, activation, label, index, probability))
-        return self._json(
-            responses.collect(request.asked, results, self._model_names(), explained=True)
-        )
-
-    def _model_names(self) -> tuple[str, str]:
         model = self.manifest["model"]
-        return model["modelName"], model["modelVersion"]
+        names = model["modelName"], model["modelVersion"]
+        return responses.collect(request, names, self._warning())
 
     def _json(self, body: Body) -> Response:
-        if self.card.warning:
-            body = {**body, "warning": self.card.warning}
-        return responses.encode(body)
+        return responses.encode({**body, **self._warning()})
 
-    def _send(self, answer: Response, index: int, context: Context) -> bytes:
+    def _warning(self) -> Body:
+        return {"warning": self.card.warning} if self.card.warning else {}
+
+    def _send(self, request: Request, index: int, context: Context) -> bytes:
+        if request.error is not None or request.response is None:
+            error = request.error or InternalError(request.request_id)
+            request.response = self._json(responses.error(error))
+        answer = request.response
         context.set_response_content_type(index, answer.content_type)
         for name, value in answer.headers.items():
             context.set_response_header(index, name, value)
         context.set_response_header(
             index, "x-model-weights", "trained" if self.card.trained else "untrained"
         )
+        context.set_response_header(index, "x-model-name", self.manifest["model"]["modelName"])
+        context.set_response_header(index, "x-model-version", self.metrics.model_version)
         # The phrase must be ASCII: TorchServe counts its characters, but sends its bytes.
         context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
         return answer.body

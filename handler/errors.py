@@ -1,27 +1,47 @@
 """What can be wrong with a request, and with an archive.
 
-A request becomes an answer in three steps, and each has its errors:
+A request becomes an answer in four steps, and most have their errors:
 
-    row --inputs--> image bytes and options --images--> pixels --engine--> answer
-         BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption
-                              EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
+    row --inputs--> bytes and options --images--> pixels --engine--> logits --responses--> answer
+         BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption, NoExplanation
+                             EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
+                                                                           AnswerTooLarge
 
 Everything a client can cause is a `ClientError`: its class decides status and type, its message is
-written for the person who sent the request. Anything else is the server's own fault, and its
-detail stays in the server's log.
+written for the person who sent the request. Anything else, in any step, is the server's own fault:
+an `InternalError`, whose detail stays in the server's log.
 """
 
 from typing import ClassVar
 
 
-class ClientError(Exception):
-    """Something the client sent cannot be served.
+class RequestError(Exception):
+    """What a request, or one of its images, is answered instead of a result.
 
-    `str(error)` goes to the client: it says what was wrong, with what, and what to do.
+    `str(error)` goes to the client.
     """
 
     status: ClassVar[int]
     type: ClassVar[str]
+
+
+class InternalError(RequestError):
+    """A fault of the server's own: the client gets no more than an id to find it by in the log."""
+
+    status = 500
+    type = "InternalError"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"The server failed on this request; its log has the cause under id {request_id}."
+        )
+
+
+class ClientError(RequestError):
+    """Something the client sent cannot be served.
+
+    `str(error)` says what was wrong, with what, and what to do.
+    """
 
 
 class BadRequest(ClientError):
@@ -80,8 +100,15 @@ class TooManyImages(ClientError):
     type = "TooManyImages"
 
 
+class AnswerTooLarge(ClientError):
+    """The answer would be larger than TorchServe passes on."""
+
+    status = 413
+    type = "AnswerTooLarge"
+
+
 class UnsupportedFormat(ClientError):
-    """A well-known file format, but not an accepted picture format."""
+    """A well-known file format, or kind of pixels, but not one that is read."""
 
     status = 415
     type = "UnsupportedFormat"

@@ -23,9 +23,9 @@ CLASSIFIER = "classifier.npy"
 # over TorchServe's max_response_size of 6.5 MB would end the worker.
 LONGEST_SIDE = 1024
 
-# Black, purple, red, orange, pale yellow: brighter means more to every kind of colour vision. The
-# page uses the same five.
-_HEAT_COLOURS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
+# Viridis (matplotlib, CC0), from purple to yellow: even steps to the eye, and brighter means more
+# to every kind of colour vision. The page uses the same five.
+HEAT_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 # The hottest place covers this much of the photo; the coldest covers nothing.
 _HOTTEST_ALPHA = 0.65
@@ -92,11 +92,13 @@ def heat_picture(photo: Photo, activation: NDArray[np.float32]) -> bytes:
         a PNG of the preview's size.
     """
     assert photo.preview is not None
-    picture = photo.preview.point(lambda value: value * _UNSEEN_BRIGHTNESS)
+    # Grey, so that the only colours are the map's.
+    grey = photo.preview.convert("L").convert("RGB")
+    picture = grey.point(lambda value: value * _UNSEEN_BRIGHTNESS)
     scale = photo.preview.width / photo.size[0], photo.preview.height / photo.size[1]
     left, right = _span(photo.crop[0] * scale[0], photo.crop[2] * scale[0], picture.width)
     top, bottom = _span(photo.crop[1] * scale[1], photo.crop[3] * scale[1], picture.height)
-    seen = photo.preview.crop((left, top, right, bottom))
+    seen = grey.crop((left, top, right, bottom))
 
     heat = _heat(activation, seen.size)
     seen.paste(
@@ -126,8 +128,8 @@ def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
 
 def _colour_table() -> NDArray[np.uint8]:
     """uint8 (256, 3): the colour of each heat."""
-    stops = np.linspace(0, 255, len(_HEAT_COLOURS))
-    colours = np.array(_HEAT_COLOURS, np.float64)
+    stops = np.linspace(0, 255, len(HEAT_COLOURS))
+    colours = np.array(HEAT_COLOURS, np.float64)
     table = [np.interp(range(256), stops, colours[:, channel]) for channel in range(3)]
     return np.stack(table, axis=1).round().astype(np.uint8)
 

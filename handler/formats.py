@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from handler.errors import DamagedImage, TooLarge
+from handler.kinds import TIFF_BEGINNINGS
 
 # Phones write HEIC; this package decodes it and no more. An archive serves without it too.
 _HAS_HEIF = importlib.util.find_spec("pi_heif") is not None
@@ -535,13 +536,17 @@ def _walk_bmp(view: memoryview, data: bytes | bytearray) -> Survey:
     return Survey(_BMP.names, (view,))
 
 
-# --- TIFF ---
+# --- TIFF (6.0), and BigTIFF with offsets of 64 bits ---
+
+_BIG_TIFF = 43
 
 
 def _walk_tiff(view: memoryview, data: bytes | bytearray) -> Survey:
     """Counts pages; a file can chain millions, or a circle of them."""
     order = "<" if data.startswith(b"II") else ">"
-    (position,) = struct.unpack_from(f"{order}I", view, 4)
+    is_big = _BIG_TIFF in data[2:4]
+    count, entry, offset = ("Q", 20, "Q") if is_big else ("H", 12, "I")
+    (position,) = struct.unpack_from(f"{order}{offset}", view, 8 if is_big else 4)
     pages = {0}
     try:
         while position not in pages:
@@ -550,9 +555,10 @@ def _walk_tiff(view: memoryview, data: bytes | bytearray) -> Survey:
                 raise TooLarge(
                     f"The TIFF file has more than {_MOST_PAGES} pages. Send the page that counts."
                 )
-            (tags,) = struct.unpack_from(f"{order}H", view, position)
-            (position,) = struct.unpack_from(f"{order}I", view, position + 2 + 12 * tags)
-    except struct.error:
+            (tags,) = struct.unpack_from(f"{order}{count}", view, position)
+            end = position + struct.calcsize(count) + entry * tags
+            (position,) = struct.unpack_from(f"{order}{offset}", view, end)
+    except (struct.error, OverflowError):
         pass  # a damaged page: the first may still be sound
     return Survey(_TIFF.names, (view,))
 
@@ -594,7 +600,7 @@ _PNG = _Format(("PNG",), _walk_png, 1, ((0, b"\x89PNG"),))
 _WEBP = _Format(("WEBP",), _walk_webp, 16, ((8, b"WEBP"),))
 _GIF = _Format(("GIF",), _walk_gif, 1, ((0, b"GIF8"),))
 _BMP = _Format(("BMP",), _walk_bmp, 1, ((0, b"BM"),))
-_TIFF = _Format(("TIFF",), _walk_tiff, 1, ((0, b"II*\0"), (0, b"MM\0*")))
+_TIFF = _Format(("TIFF",), _walk_tiff, 1, tuple((0, start) for start in TIFF_BEGINNINGS))
 # Measured: planes of brightness and colour, RGB, and Pillow's picture.
 _AVIF = _Format(("AVIF",), _walk_boxes, 9, _brands(b"avif", b"avis"))
 # The last two brands say nothing of the coding.

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, ExifTags, Image
+from PIL import AvifImagePlugin, Image
 
 from handler import errors
 from handler.decoder_process import (
@@ -45,33 +45,10 @@ from handler.errors import (
     UnsupportedFormat,
 )
 from handler.formats import ACCEPTED, Survey, least_bytes, survey
+from handler.kinds import check_kind
+from handler.names import name_of
+from handler.rgb import orientation, to_rgb, turned, upright
 from handler.settings import DECODING_BYTES, Preprocessing, Settings
-
-# The file formats that people send by mistake, by how they begin: the answer can name them.
-_OTHER_FORMATS = {
-    b"%PDF": "a PDF",
-    b"%!PS": "a PostScript",
-    b"\xc5\xd0\xd3\xc6": "an EPS",
-    b"8BPS": "a Photoshop",
-    b"<svg": "an SVG",
-    b"<?xml": "an XML or SVG",
-    b"<!DOCTYPE": "an HTML",
-    b"<html": "an HTML",
-    b"PK\x03\x04": "a ZIP or Office",
-    b"\x1f\x8b": "a gzip",
-    b"RIFF": "an AVI or WAV",
-    b"\x1aE\xdf\xa3": "a WebM or Matroska video",
-    b"\x00\x00\x01\x00": "an icon (ICO)",
-    b"\x00\x00\x00\x0cjP  ": "a JPEG 2000",
-    b"\xff\x0a": "a JPEG XL",
-    b"\x00\x00\x00\x0cJXL ": "a JPEG XL",
-}
-
-# Enough to tell a format by, with some white space before it.
-_HEAD_BYTES = 256
-
-# So short a text in an image's place is probably the name of a file.
-_LONGEST_FILE_NAME = 255
 
 # Above this many pixels the tutorial's whole resized picture is not made, only the crop is.
 _MAX_RESIZED_PIXELS = 4_000_000
@@ -80,18 +57,8 @@ _MAX_RESIZED_PIXELS = 4_000_000
 # no pixel was further from the exact result than 3 levels of 255; with 4 it was 4, with 2 up to 8.
 _REDUCED_SIZE = 5
 
-# From the EXIF tag "Orientation" (Exif 2.3, 4.6.4) to what makes the picture upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# What of it these orientations do: rows become columns, left becomes right, top becomes bottom.
+# Orientations (Exif 2.3, 4.6.4) by what they do: rows become columns, left becomes right, top
+# becomes bottom.
 _SWAPS_SIDES = {5, 6, 7, 8}
 _MIRRORS_X = {2, 3, 6, 7}
 _MIRRORS_Y = {3, 4, 7, 8}
@@ -115,8 +82,6 @@ Pixels = NDArray[np.uint8]
 # Left, upper, right and lower edge, in pixels.
 Box = tuple[float, float, float, float]
 
-_WHITE = (255, 255, 255)
-
 
 class PixelBudget:
     """What decoding the images of one request may cost together; threads may share it."""
@@ -136,7 +101,7 @@ class PixelBudget:
         if not enough:
             raise TooLarge(
                 f"The image has {width} x {height} pixels; the images of a request may have "
-                f"{self.limit} together. Send a smaller copy, or fewer at once."
+                f"{self.limit:,} together. Send a smaller copy, or fewer at once."
             )
 
     def spend(self, seconds: float) -> None:
@@ -310,6 +275,7 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     """Finds out what the picture may cost, and decodes it where that does no harm."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
+    check_kind(data)
     found = survey(data)
     if found is None:
         raise _unidentified(data)
@@ -458,23 +424,23 @@ def _made(
         )
         if not task.is_photo:
             if is_reduced:
-                return _as_input(_reduced_crop(image, preprocessing))
-            return _as_input(resize_and_crop(_upright(image), preprocessing))
+                return _as_input(_reduced_crop(image, data, preprocessing))
+            return _as_input(resize_and_crop(upright(image, data), preprocessing))
         size = image.size
         if is_reduced:
-            if _orientation(image) in _SWAPS_SIDES:
+            if orientation(image) in _SWAPS_SIDES:
                 size = size[1], size[0]
-            pixels = _as_input(_reduced_crop(image, preprocessing))
-            upright = _upright(image)
+            pixels = _as_input(_reduced_crop(image, data, preprocessing))
+            whole = upright(image, data)
         else:
-            upright = _upright(image)
-            size = upright.size
-            pixels = _as_input(resize_and_crop(upright, preprocessing))
+            whole = upright(image, data)
+            size = whole.size
+            pixels = _as_input(resize_and_crop(whole, preprocessing))
         return Photo(
             pixels=pixels,
             size=size,
             crop=crop_box(size, preprocessing),
-            preview=None if task.longest_side is None else _shrunk(upright, task.longest_side),
+            preview=None if task.longest_side is None else _shrunk(whole, task.longest_side),
         )
 
 
@@ -544,17 +510,8 @@ def _too_much_memory(size: tuple[int, int] | None) -> TooLarge:
 
 def _unidentified(data: bytes | bytearray) -> ClientError:
     accepted = ", ".join(ACCEPTED)
-    if data.startswith(b"ftyp", 4):
-        return UnsupportedFormat(f"This is a video or a HEIC file. Accepted are: {accepted}.")
-    head = data[:_HEAD_BYTES].lstrip()
-    for beginning, name in _OTHER_FORMATS.items():
-        if head.startswith(beginning):
-            return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
-    if len(data) <= _LONGEST_FILE_NAME and data.isascii():
-        return NotAnImage(
-            "This is a short text, not a picture. To send a file with curl, write @ before its "
-            "name: curl -F file=@cat.jpg URL"
-        )
+    if (name := name_of(data)) is not None:
+        return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
     return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
 
 
@@ -567,74 +524,37 @@ def _is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
     )
 
 
-def _reduced_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _reduced_crop(image: Image.Image, data: bytes, preprocessing: Preprocessing) -> Image.Image:
     """The model's input from a large JPEG, decoded at a fraction of its size: (crop, crop), RGB.
 
     Only what the crop needs is resized, and only the crop is turned upright.
     """
-    orientation = _orientation(image)
+    held = orientation(image)
     width, height = image.size
-    upright_size = (height, width) if orientation in _SWAPS_SIDES else (width, height)
-    box = _unturned(crop_box(upright_size, preprocessing), upright_size, orientation)
+    upright_size = (height, width) if held in _SWAPS_SIDES else (width, height)
+    box = _unturned(crop_box(upright_size, preprocessing), upright_size, held)
 
     enough = _REDUCED_SIZE * preprocessing.resize
     draft = image.draft(None, (enough, enough))
     # The copy's sides are rounded up; the exact fraction keeps the crop in its place.
     fraction = draft[1][2] / width if draft is not None else 1.0
     left, top, right, bottom = (side * fraction for side in box)
-    small = _to_rgb(image).resize(
+    small = to_rgb(image, data).resize(
         (preprocessing.crop, preprocessing.crop),
         Image.Resampling.BILINEAR,
         box=(left, top, right, bottom),
     )
-    return _turned(small, orientation)
+    return turned(small, held)
 
 
-def _unturned(box: Box, size: tuple[int, int], orientation: int) -> Box:
+def _unturned(box: Box, size: tuple[int, int], held: int) -> Box:
     """From the upright picture's coordinates, `size` wide and high, to those of the file."""
     left, top, right, bottom = box
-    if orientation in _MIRRORS_X:
+    if held in _MIRRORS_X:
         left, right = size[0] - right, size[0] - left
-    if orientation in _MIRRORS_Y:
+    if held in _MIRRORS_Y:
         top, bottom = size[1] - bottom, size[1] - top
-    return (top, left, bottom, right) if orientation in _SWAPS_SIDES else (left, top, right, bottom)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it, RGB."""
-    return _turned(_to_rgb(image), _orientation(image))
-
-
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    turn = _TURNS.get(orientation)
-    return image.transpose(turn) if turn is not None else image
-
-
-def _orientation(image: Image.Image) -> int:
-    """How the camera was held; 1, upright, where the picture does not say or says nonsense."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a picture with damaged metadata is still a picture
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, three channels, transparency on white."""
-    if image.mode in {"I", "F"}:
-        raise UnsupportedFormat(
-            f"The {image.format} image has 32 bits a channel, whose range nobody can know. "
-            "Save it with 8 or 16 bits."
-        )
-    if image.mode.startswith("I;16"):
-        # Pillow would clip to 255 here; of 16-bit colour it takes the high byte, and so do we.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, _WHITE)
-        flat.paste(layer, mask=layer.getchannel("A"))
-        return flat
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return (top, left, bottom, right) if held in _SWAPS_SIDES else (left, top, right, bottom)
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

@@ -9,22 +9,20 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 
-from handler.errors import ClientError
-from handler.images import Decoded, Photo
-from handler.inputs import ImagesRequest, Request
-from handler.responses import Response
-from handler.settings import ModelCard, Settings
+from handler.errors import InternalError, RequestError
+from handler.exchange import Purpose, Request, RequestImage
+from handler.settings import ModelCard
+
+logger = logging.getLogger(__name__)
 
 # Its lines are what the log configuration puts into `requests.log`: they begin with this key.
 _request_log = logging.getLogger("densenet.requests")
@@ -44,29 +42,17 @@ _HISTOGRAMS = (
 # An id that a gateway or a client chose; anything else could forge lines of the log.
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
 _VERSION_DIGITS = 8
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch after it was answered; the sequences have an element for each request.
+class Times:
+    """How long a batch took, in seconds."""
 
-    Attributes:
-        requests: what was asked, or what was wrong with it.
-        images: for each request, for each image, what was decoded or what was wrong.
-        probabilities: float32 (classes,) for each image that was classified, in order; those that
-            were explained are not among them.
-        answers: as they were sent.
-        decode_seconds: of the whole batch.
-        inference_seconds: of the whole batch.
-    """
-
-    requests: Sequence[Request | ClientError]
-    images: Sequence[Sequence[Decoded]]
-    probabilities: Sequence[NDArray[np.float32]]
-    answers: Sequence[Response]
-    decode_seconds: float
-    inference_seconds: float
+    decoding: float
+    inference: float
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ class _Outcome:
 class Metrics:
     """Counts and logs what each batch came to."""
 
-    def __init__(self, context: Context, card: ModelCard, settings: Settings) -> None:
+    def __init__(self, context: Context, card: ModelCard) -> None:
         """Makes the metrics known to TorchServe's worker.
 
         The version label tells archives apart that carry the same version number: its digits
@@ -88,7 +74,6 @@ class Metrics:
         """
         model_version = context.manifest["model"]["modelVersion"]
         self._version = f"{model_version}+{card.inputs_sha256[:_VERSION_DIGITS]}"
-        self._threshold = settings.threshold
         self._counters = {
             name: _metric(context, name, labels, MetricTypes.COUNTER)
             for name, labels in _COUNTERS.items()
@@ -98,29 +83,51 @@ class Metrics:
             for name in _HISTOGRAMS
         }
 
-    def record(self, batch: Batch, context: Context) -> None:
-        """Takes note of a batch; costs some microseconds an image, see the README."""
-        outcomes = list(self._outcomes(batch))
-        images = Counter(outcome for request in outcomes for outcome in request)
-        for outcome, count in images.items():
-            self._count("densenet_images_total", count, outcome.name, outcome.error_type)
-        for status, count in Counter(answer.status for answer in batch.answers).items():
-            self._count("densenet_requests_total", count, str(status))
-        through_the_model = sum(n for outcome, n in images.items() if outcome.name != "refused")
-        if through_the_model:
-            self._observe("densenet_decode_seconds", batch.decode_seconds)
-            self._observe("densenet_inference_seconds", batch.inference_seconds)
-            self._observe("densenet_batch_images", through_the_model)
-        for probabilities in batch.probabilities:
-            self._observe("densenet_best_probability", float(probabilities.max()))
-        for index, answer in enumerate(batch.answers):
-            headers = {k.lower(): v for k, v in context.get_all_request_header(index).items()}
-            request_id = _request_id(headers) or str(context.get_request_id(index))
-            self._log(batch, answer, outcomes[index], request_id, _length(headers))
+    @property
+    def model_version(self) -> str:
+        """The version label, such as "1.0+1a2b3c4d"."""
+        return self._version
 
-    def failed(self, requests: int) -> None:
-        """Takes note of a batch that failed whole, by a fault of the server's own."""
-        self._count("densenet_requests_total", requests, "500")
+    def record(self, requests: Sequence[Request], times: Times) -> None:
+        """Takes note of a batch; costs some microseconds an image, see the README.
+
+        Args:
+            requests: after they were answered.
+            times: of the whole batch.
+        """
+        try:
+            self._record(requests, times)
+        except Exception:  # the answers are made: nothing that is only counted may lose them
+            logger.exception("A batch could not be counted")
+
+    def _record(self, requests: Sequence[Request], times: Times) -> None:
+        outcomes = [_outcomes(request) for request in requests]
+        for outcome, count in Counter(o for of_one in outcomes for o in of_one).items():
+            self._count("densenet_images_total", count, outcome.name, outcome.error_type)
+        statuses = Counter(request.response.status for request in requests if request.response)
+        for status, count in statuses.items():
+            self._count("densenet_requests_total", count, str(int(status)))
+        images = [image for request in requests for image in request.images]
+        classified = [image.probabilities for image in images if image.probabilities is not None]
+        if classified:
+            self._observe("densenet_decode_seconds", times.decoding)
+            self._observe("densenet_inference_seconds", times.inference)
+            self._observe("densenet_batch_images", len(classified))
+        for request in requests:
+            if request.purpose is Purpose.CLASSIFY:
+                for image in request.images:
+                    if image.probabilities is not None:
+                        best = float(image.probabilities.max())
+                        self._observe("densenet_best_probability", best)
+        batch = {
+            "batch_requests": len(requests),
+            "batch_images": len(images),
+            "decode_ms": round(times.decoding * 1000, 1),
+            "inference_ms": round(times.inference * 1000, 1),
+            "model_version": self._version,
+        }
+        for request, of_one in zip(requests, outcomes, strict=True):
+            _log(request, of_one, batch)
 
     def _count(self, name: str, value: int, *labels: str) -> None:
         self._counters[name].add_or_update(value, [*labels, self._version])
@@ -128,49 +135,39 @@ class Metrics:
     def _observe(self, name: str, value: float) -> None:
         self._histograms[name].add_or_update(f"{value:.6f}", [self._version])
 
-    def _outcomes(self, batch: Batch) -> Iterator[list[_Outcome]]:
-        """For each request what became of its images."""
-        probabilities = iter(batch.probabilities)
-        for request, images in zip(batch.requests, batch.images, strict=True):
-            if isinstance(request, ClientError):
-                yield [_Outcome("refused", request.type)]
-                continue
-            threshold = (
-                request.options.threshold if isinstance(request, ImagesRequest) else self._threshold
-            )
-            yield [
-                _Outcome("refused", image.type)
-                if isinstance(image, ClientError)
-                else _Outcome("explained")
-                if isinstance(image, Photo)
-                else _Outcome(
-                    "recognized" if next(probabilities).max() >= threshold else "unrecognized"
-                )
-                for image in images
-            ]
 
-    def _log(
-        self,
-        batch: Batch,
-        answer: Response,
-        outcomes: list[_Outcome],
-        request_id: str,
-        bytes_in: int | None,
-    ) -> None:
-        line = {
-            _FIRST_KEY: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "id": request_id,
-            "status": int(answer.status),
-            "outcomes": [o.error_type if o.name == "refused" else o.name for o in outcomes],
-            "bytes_in": bytes_in,
-            "bytes_out": len(answer.body),
-            "batch_requests": len(batch.answers),
-            "batch_images": sum(map(len, batch.images)),
-            "decode_ms": round(batch.decode_seconds * 1000, 1),
-            "inference_ms": round(batch.inference_seconds * 1000, 1),
-            "model_version": self._version,
-        }
-        _request_log.info(json.dumps(line, separators=(",", ":")))
+def _outcomes(request: Request) -> list[_Outcome]:
+    """What became of a request's images; of one that failed as a whole, what became of it."""
+    if request.error is not None:
+        return [_failure(request.error)]
+    return [_outcome(image) for image in request.images]
+
+
+def _outcome(image: RequestImage) -> _Outcome:
+    if image.error is not None:
+        return _failure(image.error)
+    result = image.result or {}
+    if "recognized" not in result:
+        return _Outcome("explained")
+    return _Outcome("recognized" if result["recognized"] else "unrecognized")
+
+
+def _failure(error: RequestError) -> _Outcome:
+    return _Outcome("failed" if isinstance(error, InternalError) else "refused", error.type)
+
+
+def _log(request: Request, outcomes: Sequence[_Outcome], batch: Mapping[str, Any]) -> None:
+    assert request.response is not None
+    line = {
+        _FIRST_KEY: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "id": _request_id(request),
+        "status": int(request.response.status),
+        "outcomes": [o.name if o.error_type == "none" else o.error_type for o in outcomes],
+        "bytes_in": _length(request),
+        "bytes_out": len(request.response.body),
+        **batch,
+    }
+    _request_log.info(json.dumps(line, separators=(",", ":")))
 
 
 def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: MetricTypes) -> Any:
@@ -181,13 +178,13 @@ def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: M
         return context.metrics.add_metric_to_cache(name, "Count", list(labels), metric_type)
 
 
-def _request_id(headers: Mapping[str, Any]) -> str | None:
+def _request_id(request: Request) -> str:
     """The id that the gateway or the client gave the request, if it is fit for a log."""
-    given = headers.get("x-request-id")
-    return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else None
+    given = request.header("x-request-id")
+    return given if _REQUEST_ID.fullmatch(given) else request.request_id
 
 
-def _length(headers: Mapping[str, Any]) -> int | None:
+def _length(request: Request) -> int | None:
     """Bytes of the request's body as announced; None over gRPC, which announces nothing."""
-    given = headers.get("content-length")
-    return int(given) if isinstance(given, str) and given.isdecimal() else None
+    given = request.header("content-length")
+    return int(given) if _DIGITS.fullmatch(given) else None

@@ -9,26 +9,37 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
 from handler.errors import ArchiveError
-from handler.responses import Response
+from handler.exchange import Response
+from handler.labels import Label
 from handler.settings import ModelCard, Settings
 
 PAGE = Path(__file__).with_name("page.html")
 
-# Where the page reads what the handler tells it.
-_SETTINGS_PLACE = '<meta name="settings" content="{}">'
+# Where the page reads what the handler tells it. JSON is full of double quotes, so that single ones
+# around it save 10 kB of escapes for 1,000 classes.
+_SETTINGS_PLACE = "<meta name=\"settings\" content='{}'>"
+
+# Names of classes that the page lists: 1,000 have 15,000 characters. A page with a million of them
+# would be larger than an answer may be.
+_LONGEST_CLASS_LIST = 250_000
 
 
-def load_page(path: Path, card: ModelCard, settings: Settings) -> Response:
+def load_page(
+    path: Path, card: ModelCard, settings: Settings, labels: Sequence[Label], model: str
+) -> Response:
     """The answer to a browser, made once.
 
     Args:
         path: `page.html`.
         card: says whether the page must warn.
-        settings: where the page's controls stand at first, and the bounds that it can tell of.
+        settings: where the page's controls stand at first.
+        labels: the classes, which the page lists unless there are too many.
+        model: the name under which TorchServe serves the model.
 
     Raises:
         ArchiveError: the file is missing, or has no place for the settings.
@@ -39,13 +50,18 @@ def load_page(path: Path, card: ModelCard, settings: Settings) -> Response:
         raise ArchiveError(f"{path.name}: cannot be read: {error}") from error
     if page.count(_SETTINGS_PLACE) != 1:
         raise ArchiveError(f"{path.name}: needs {_SETTINGS_PLACE} once")
+    names = [label.class_name for label in labels]
     told = {
+        "model": model,
+        "classes": len(names),
+        "names": names if sum(map(len, names)) <= _LONGEST_CLASS_LIST else None,
         "topk": settings.topk,
         "threshold": settings.threshold,
         "warning": card.warning,
         "explains": bool(card.features),
     }
-    filled = _SETTINGS_PLACE.replace("{}", html.escape(json.dumps(told)))
+    escaped = html.escape(json.dumps(told), quote=False).replace("'", "&#39;")
+    filled = _SETTINGS_PLACE.replace("{}", escaped)
     headers = {
         "Content-Security-Policy": _policy(page),
         "X-Content-Type-Options": "nosniff",
@@ -63,7 +79,8 @@ def _policy(page: str) -> str:
             "default-src 'none'",
             f"script-src {_hashes(page, 'script')}",
             f"style-src {_hashes(page, 'style')}",
-            # The pictures that the user chose, from the browser's memory, and the page's own icon.
+            # The pictures that the user chose, from the browser's memory, and the page's own icon
+            # and samples.
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",

@@ -5,8 +5,8 @@ one, `success` and `predictions` with `label` and `probability` for the other.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
@@ -14,9 +14,18 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.errors import ClientError
+from handler import kserve
+from handler.errors import AnswerTooLarge, RequestError
+from handler.exchange import (
+    Body,
+    Form,
+    Options,
+    Purpose,
+    Request,
+    RequestImage,
+    Response,
+)
 from handler.images import Photo
-from handler.inputs import Form, ImagesRequest, Options
 from handler.labels import Label
 
 # Digits after the point: float32 holds no more for a probability near 1.
@@ -24,94 +33,94 @@ _PROBABILITY_DIGITS = 7
 # float32's sums over a thousand channels are no more exact than this.
 _MAP_DIGITS = 6
 
-Body = dict[str, Any]
+# TorchServe's `max_response_size`, which it does not tell its workers, and the environment variable
+# by which it takes another one (with `enable_envvars_config`). A larger answer ends the worker.
+MAX_ANSWER_BYTES = int(os.environ.get("TS_MAX_RESPONSE_SIZE", "6553500"))
+
+# No prediction is shorter.
+_LEAST_PREDICTION_BYTES = len('{"label":"","probability":0.0,"class_id":"","class_index":0},')
 
 
-@dataclass(frozen=True)
-class Response:
-    """What one request is answered.
+def encode(body: Body, binary: bytes = b"") -> Response:
+    """A JSON answer, with KServe's tensors behind it where there are any.
 
-    Attributes:
-        status: HTTP status code.
-        body: the encoded body.
-        content_type: its media type.
-        headers: response headers beside that one.
-    """
-
-    status: int
-    body: bytes
-    content_type: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def encode(body: Body) -> Response:
-    """A JSON answer; an error's body carries its status.
+    An error's body carries its status.
 
     Raises:
         ValueError: the body holds NaN or infinity, which JSON does not have.
     """
     text = json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
-    return Response(body.get("code", HTTPStatus.OK), text.encode("utf-8"), "application/json")
+    content = text.encode("utf-8")
+    status = body.get("code", HTTPStatus.OK)
+    if not binary:
+        return Response(status, content, "application/json")
+    headers = {kserve.BINARY_HEADER.title(): str(len(content))}
+    return Response(status, content + binary, "application/octet-stream", headers)
 
 
-def collect(
-    request: ImagesRequest,
-    results: Sequence[Body],
-    model: tuple[str, str],
-    *,
-    explained: bool = False,
-) -> Body:
-    """The body for all images of one request, in the form in which it asked.
+def check_size(response: Response) -> None:
+    """Raises `AnswerTooLarge` for what TorchServe would not pass on."""
+    if len(response.body) > MAX_ANSWER_BYTES:
+        raise _too_large(f"{len(response.body):,}")
+
+
+def check_topk(request: Request, classes: int) -> None:
+    """Raises `AnswerTooLarge` where the predictions that are wanted cannot fit in an answer."""
+    if request.purpose is not Purpose.CLASSIFY:
+        return
+    least = len(request.images) * min(request.options.topk, classes) * _LEAST_PREDICTION_BYTES
+    if least > MAX_ANSWER_BYTES:
+        raise _too_large(f"more than {least:,}")
+
+
+def _too_large(size: str) -> AnswerTooLarge:
+    return AnswerTooLarge(
+        f"The answer would have {size} bytes; at most {MAX_ANSWER_BYTES:,} can be sent. Ask with a "
+        "smaller topk, for fewer images at once or under shorter names, or for an explanation in "
+        "numbers (Accept: application/json)."
+    )
+
+
+def collect(request: Request, model: tuple[str, str], extra: Mapping[str, Any]) -> Response:
+    """The answer for all images of one request, in the form in which it asked.
 
     Args:
-        request: what was asked.
-        results: a result or an error for each of its images. A single image's error is the
-            whole request's, with its status; among several images each has its own.
+        request: what was asked, with a result or an error for each of its images. A single image's
+            error is the whole request's, with its status; among several images each has its own.
         model: name and version of the model, which KServe V2 names in its answers.
-        explained: the results are explanations.
+        extra: what every body holds.
     """
-    if len(results) == 1 and not results[0]["success"]:
-        single = results[0]
-        return {**single, "error": single["message"]} if request.form is Form.KSERVE_V2 else single
+    results = [_result(image) for image in request.images]
+    single = results[0] if len(results) == 1 else None
+    if single is not None and not single["success"]:
+        return encode({**single, **extra})
     if request.form is Form.KSERVE_V1:
-        return {"explanations" if explained else "predictions": list(results)}
+        explained = request.purpose is Purpose.EXPLAIN
+        return encode({"explanations" if explained else "predictions": results, **extra})
     if request.form is Form.KSERVE_V2:
-        return _kserve_v2(request, results, model, explained=explained)
-    if len(results) == 1:
-        return results[0]
-    names = [part.name for part in request.images]
-    return {
+        body, binary = kserve.answer(request, results, model)
+        return encode({**body, **extra}, binary)
+    if single is not None:
+        return encode({**single, **extra})
+    named = zip(request.images, results, strict=True)
+    body = {
         "success": all(result["success"] for result in results),
-        "results": [{"name": name, **result} for name, result in zip(names, results, strict=True)],
+        "results": [{"name": image.name, **result} for image, result in named],
     }
+    return encode({**body, **extra})
 
 
-def _kserve_v2(
-    request: ImagesRequest, results: Sequence[Body], model: tuple[str, str], *, explained: bool
-) -> Body:
-    """Tensors with an element an image; `result` holds each whole result as JSON text."""
-
-    def tensor(name: str, datatype: str, data: list[Any]) -> Body:
-        return {"name": name, "datatype": datatype, "shape": [len(results)], "data": data}
-
-    outputs = [
-        tensor("class_id", "BYTES", [result.get("class_id") or "" for result in results]),
-        tensor("class_name", "BYTES", [result.get("class_name") or "" for result in results]),
-        tensor("probability", "FP32", [result.get("probability", 0.0) for result in results]),
-        tensor("result", "BYTES", [json.dumps(result, allow_nan=False) for result in results]),
-    ]
-    if not explained:
-        recognized = [result.get("recognized", False) for result in results]
-        outputs.insert(-1, tensor("recognized", "BOOL", recognized))
-    name, version = model
-    body: Body = {"model_name": name, "model_version": version, "outputs": outputs}
-    return {"id": request.request_id, **body} if request.request_id is not None else body
+def _result(image: RequestImage) -> Body:
+    if image.error is not None:
+        return error(image.error)
+    assert image.result is not None
+    return image.result
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 (N, classes) to probabilities of the same shape; each row sums to 1."""
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    result: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
+    """float32 (..., classes) to probabilities of the same shape; each row sums to 1."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: NDArray[np.float32] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return result
 
 
@@ -193,19 +202,16 @@ def _header_value(text: str) -> str:
     return quote(text, safe=" !'()*,-./;:&=+")
 
 
-def error(cause: ClientError) -> Body:
-    """The body for something the client sent that cannot be served."""
-    return _error(cause.status, cause.type, str(cause))
+def error(cause: RequestError) -> Body:
+    """The body for what cannot be answered.
 
-
-def internal_error(request_id: str) -> Body:
-    """The body for a fault of the server's own: no detail but the id to find it by in the log."""
-    return _error(
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        "InternalError",
-        f"The server failed on this request; its log has the cause under id {request_id}.",
-    )
-
-
-def _error(status: int, type_name: str, message: str) -> Body:
-    return {"success": False, "code": int(status), "type": type_name, "message": message}
+    `error` is where KServe's clients look, and a client cannot be told by a request that could not
+    be read.
+    """
+    return {
+        "success": False,
+        "code": int(cause.status),
+        "type": cause.type,
+        "message": str(cause),
+        "error": str(cause),
+    }

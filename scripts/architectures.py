@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
-from handler.engines import INCEPTIONS, empty_model
 from handler.settings import Preprocessing
+from handler.torch_models import INCEPTIONS, empty_model
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 

@@ -66,6 +66,9 @@ _CREATED_ON = "01/01/1980 00:00:00"
 
 _RANDOM_CHECK_IMAGES = 8
 
+# So many classes are printed; of more the first two and the last.
+_SHOWN_CLASSES = 4
+
 # A model's name is part of addresses and of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -108,18 +111,25 @@ def recipe(
     Raises:
         UserError: the list does not fit the weights, or the name or the engine cannot be used.
     """
-    name = weights.architecture if name is None else name
-    if _NAME.fullmatch(name) is None:
-        raise UserError(f"NAME must be letters, digits, - and _, got {name!r}.")
-    if engine not in {"onnx", "torch"}:
-        raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
+    check_choices(name, engine)
     return Recipe(
         weights,
-        name,
+        weights.architecture if name is None else name,
         _labels(weights, classes),
         preprocessing or official_preprocessing(weights.architecture),
         engine,
     )
+
+
+def check_choices(name: str | None, engine: str) -> None:
+    """Checks what needs no weights to be checked; raises `UserError`."""
+    if name is not None and _NAME.fullmatch(name) is None:
+        raise UserError(
+            "NAME must be 1 to 64 letters, digits, - and _, the first one a letter or a digit, got "
+            f"{name!r}."
+        )
+    if engine not in {"onnx", "torch"}:
+        raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
 
 
 def _labels(weights: Weights, classes: Path | None) -> Sequence[Label]:
@@ -151,6 +161,8 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     """
     weights = recipe.weights
     archive = model_store / f"{recipe.name}.mar"
+    for line in _summary(recipe):
+        step(f"Archive: {line}")
     packed = read_card(archive)
     inputs_sha256 = _inputs_digest(recipe)
     if packed is not None and packed.inputs_sha256 == inputs_sha256:
@@ -191,6 +203,31 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     return archive
 
 
+def _summary(recipe: Recipe) -> list[str]:
+    """What goes into the archive, for a person to compare with what the model was trained with."""
+    weights, wanted = recipe.weights, recipe.preprocessing
+    precision = ", ".join(
+        sorted(
+            {
+                str(t.dtype).removeprefix("torch.")
+                for t in weights.state_dict.values()
+                if t.is_floating_point()
+            }
+        )
+    )
+    names = [label.class_name for label in recipe.labels]
+    shown = names if len(names) <= _SHOWN_CLASSES else [*names[:2], "...", names[-1]]
+    mean, std = (", ".join(f"{n:g}" for n in values) for values in (wanted.mean, wanted.std))
+    engine = {"onnx": "ONNX Runtime (CPU)", "torch": "PyTorch (GPU, or CPU)"}[recipe.engine]
+    square = f"{wanted.crop} x {wanted.crop} from the centre"
+    return [
+        f"{weights.architecture} on {engine}, weights {weights.file} in {precision}",
+        f"shorter side to {wanted.resize} pixels ({wanted.interpolation}), {square}, "  # noqa: ISC004
+        f"mean {mean}, std {std}",
+        f"{weights.classes} classes: {', '.join(shown)}",
+    ]
+
+
 def _handler_files() -> list[Path]:
     """All that the handler needs at run time, in a fixed order."""
     return sorted(path for path in HANDLER.iterdir() if path.is_file())
@@ -214,7 +251,7 @@ def _inputs_digest(recipe: Recipe) -> str:
 def _exporter_digest() -> str:
     """Changes whenever an export of the same weights might."""
     digest = hashlib.sha256()
-    for path in (HANDLER / "engines.py", Path(export.__file__)):
+    for path in (HANDLER / "torch_models.py", Path(export.__file__)):
         digest.update(path.read_bytes())
     for package in ("torch", "torchvision", "onnx", "onnxscript"):
         digest.update(f"{package}=={version(package)};".encode())
@@ -385,26 +422,31 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
 ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
 Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
+InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
+NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
+EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
 
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
-    url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    weights_url: UrlOption = None,
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
+    name: NameOption = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
-    engine: Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")] = "onnx",
+    engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
     mean: Channels = None,
     std: Channels = None,
-    interpolation: Annotated[str | None, typer.Option(help="As in bicubic.")] = None,
+    interpolation: InterpolationOption = None,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
     check_architecture(arch)
+    check_choices(name, engine)
     chosen = customized(arch, resize, crop, mean, std, interpolation)
-    found = obtain(weights, url, arch)
+    found = obtain(weights, weights_url, arch)
     build(recipe(found, name, classes, chosen, engine), model_store)
 
 

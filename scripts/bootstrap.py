@@ -50,7 +50,12 @@ FAILURES = (
 def main() -> None:
     """Sets up `.venv`, or finds that it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--torch-index", default="", help="index to take torch from, by address")
+    parser.add_argument(
+        "--torch-index",
+        # As `make` passes it on.
+        default=os.environ.get("GIVEN_TORCH_INDEX", ""),
+        help="index to take torch from, by address",
+    )
     torch_index = parser.parse_args().torch_index
 
     if sys.version_info < OLDEST_PYTHON:

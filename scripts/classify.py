@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +23,20 @@ from scripts.client import (
     Client,
     ServiceError,
     UnavailableError,
+    check_address,
 )
-from scripts.pictures import find_pictures
-from scripts.results import Row, classify_now, results_file
+from scripts.pictures import Found, find_pictures
+from scripts.results import Origin, Row, classify_now, csv_columns, csv_line, labels_in_csv
+from scripts.results_file import ResultsFile, results_file
 from scripts.server import require_running
-from scripts.terminal import UserError, command, console, printable, warn
+from scripts.sources import sources, spelt
+from scripts.terminal import GIVEN, UserError, command, console, printable, warn
 
 AT_ONCE = 8
 STANDARD_INPUT = "-"
+
+# A spreadsheet has 16,384 columns, and a label takes three.
+_MOST_LABELS_IN_CSV = 5000
 
 # Exit statuses beside 0, every picture was classified, and those of every command.
 NOT_FINISHED = 3
@@ -52,7 +58,12 @@ class Format(str, Enum):
 
 
 # What is printed as soon as it is known.
-_STREAMED: dict[Format, Callable[[Row], str]] = {Format.JSONL: Row.as_json, Format.CSV: Row.as_csv}
+_STREAMED: dict[Format, Callable[[Row, Origin], str]] = {
+    Format.JSONL: Row.as_json,
+    Format.CSV: Row.as_csv,
+}
+# What has a row for each picture, with one label unless more are asked for.
+_WITH_ONE_LABEL = {Format.TABLE, Format.CSV}
 
 
 def show(picture: str, result: Classification) -> None:
@@ -69,14 +80,13 @@ def show(picture: str, result: Classification) -> None:
         warn(result.warning)
 
 
-def _as_text(row: Row) -> str:
+def _as_text(answer: Classification) -> str:
     """As the tutorials' clients print it."""
-    assert isinstance(row.answer, Classification)
     lines = [
         f"{place}. {printable(prediction.label)}: {prediction.probability:.4f}"
-        for place, prediction in enumerate(row.answer.predictions, start=1)
+        for place, prediction in enumerate(answer.predictions, start=1)
     ]
-    return "\n".join(lines if row.answer.recognized else ["nothing recognised", *lines])
+    return "\n".join(lines if answer.recognized else ["nothing recognised", *lines])
 
 
 def main(
@@ -91,7 +101,9 @@ def main(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
-    format_: Annotated[Format | None, typer.Option("--format", help="How to print.")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", envvar=f"{GIVEN}_FORMAT", help="How to print.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A .jsonl or .csv to write to, and to go on with.")
     ] = None,
@@ -115,19 +127,30 @@ def main(
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     # Names of files need not be text in any encoding.
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    asking = Asking(topk=topk, threshold=threshold, patience=patience, key=key)
-    if url is None:
-        running = require_running()
-        url = (running.serving(model) if model else running).predictions_url
+    pictures = pictures or sources("IMAGE", "IMAGES")
+    if output is not None:
+        format_ = _format_of(output, format_)
+    url = where_to_send(url, model)
     if pictures == [STANDARD_INPUT]:
         if output is not None:
             raise UserError("A picture on standard input has no name to go into a file.")
+        asking = _asking(format_ or Format.TEXT, topk, threshold, patience, key)
         return _classify_standard_input(url, asking, format_ or Format.TEXT)
-    found = find_pictures(pictures or [], files_from)
-    if output is not None:
-        format_ = _format_of(output, format_)
-    chosen = format_ or (Format.TEXT if len(found) == 1 else Format.TABLE)
-    return _classify_files(found, AsyncClient(url, asking, at_once), at_once, chosen, output)
+    found = _find(pictures, files_from)
+    chosen = format_ or (Format.TEXT if len(found.pictures) == 1 else Format.TABLE)
+    asking = _asking(chosen, topk, threshold, patience, key)
+    return _classify_files(found, url, asking, at_once, chosen, output)
+
+
+def where_to_send(url: str | None, model: str | None) -> str:
+    """The address that was given, or that of the server which runs here."""
+    if url is None:
+        running = require_running()
+        return (running.serving(model) if model else running).predictions_url
+    try:
+        return check_address(url)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _format_of(output: Path, said: Format | None) -> Format:
@@ -136,6 +159,33 @@ def _format_of(output: Path, said: Format | None) -> Format:
     if found is None or found not in by_suffix.values():
         raise UserError(f"{output} must end in .jsonl or .csv.")
     return found
+
+
+def _asking(
+    format_: Format, topk: int | None, threshold: float | None, patience: float, key: str | None
+) -> Asking:
+    if topk is None and format_ in _WITH_ONE_LABEL:
+        topk = 1
+    if format_ is Format.CSV and topk is not None and topk > _MOST_LABELS_IN_CSV:
+        raise UserError(
+            f"{spelt('topk', topk)}: CSV has three columns for each label, and a "
+            f"spreadsheet takes no more than {_MOST_LABELS_IN_CSV} labels. JSON lines take any."
+        )
+    return Asking(topk=topk, threshold=threshold, patience=patience, key=key)
+
+
+def _find(sources: Sequence[str], files_from: str | None) -> Found:
+    with _progress.status("Searching for pictures ..."):
+        found = find_pictures(sources, files_from)
+    if found.left_out is not None:
+        _say(_safe(found.left_out))
+    return found
+
+
+def _origin(url: str, asking: Asking) -> Origin:
+    """What is known of the results before anything was asked."""
+    path = url.split("?", maxsplit=1)[0].rstrip("/")
+    return Origin(path.rsplit("/", maxsplit=1)[-1], "", asking.topk, asking.threshold)
 
 
 def _classify_standard_input(url: str, asking: Asking, format_: Format) -> int:
@@ -149,53 +199,64 @@ def _classify_standard_input(url: str, asking: Asking, format_: Format) -> int:
         _say(f"[bold red]Refused:[/] {_safe(error)}")
         return SOME_REFUSED
     row = Row(STANDARD_INPUT, answer)
-    if format_ in _STREAMED:
-        sys.stdout.write(_STREAMED[format_](row))
-    else:
-        _print([row], format_)
+    origin = _origin(url, asking)
+    _print_header(format_, origin)
+    _print_row(row, format_, origin)
+    _print_rest([row], format_)
     _show_warnings([row])
     return 0
 
 
 def _classify_files(
-    pictures: Sequence[Path],
-    client: AsyncClient,
-    at_once: int,
-    format_: Format,
-    output: Path | None,
+    found: Found, url: str, asking: Asking, at_once: int, format_: Format, output: Path | None
 ) -> int:
-    began = time.monotonic()
-    rows: list[Row] = []
-    before: list[tuple[str, str]] = []
-    with ExitStack() as stack:
-        if output is not None:
-            results = stack.enter_context(results_file(output, as_csv=format_ is Format.CSV))
-            done = [str(picture) for picture in pictures if str(picture) in results.done]
-            before = [(name, error) for name in done if (error := results.done[name])]
-            if done:
-                _say(f"{len(done)} of {len(pictures)} are in {_safe(output)} already.")
-            pictures = [picture for picture in pictures if str(picture) not in results.done]
-        progress = stack.enter_context(_bar(len(pictures)))
-        task = progress.add_task("", total=len(pictures))
+    origin = _origin(url, asking)
+    run = _Run(found)
+    if output is None:
+        _print_header(format_, origin)
+        try:
+            _ask(run, url, asking, at_once, lambda row: _print_row(row, format_, origin))
+        finally:
+            _print_rest(run.rows, format_)
+    else:
+        with results_file(output, as_csv=format_ is Format.CSV, origin=origin) as results:
+            _write(run, results, url, asking, at_once)
+    _show_warnings(run.rows)
+    return run.summary()
 
-        def take(row: Row) -> None:
-            rows.append(row)
-            if output is not None and row.is_final:
-                results.write(row)
-            elif output is None and format_ in _STREAMED:
-                sys.stdout.write(_STREAMED[format_](row))
+
+def _write(run: "_Run", results: ResultsFile, url: str, asking: Asking, at_once: int) -> None:
+    """Asks for all that the file has no row for; `UserError` where it is from another model."""
+    run.go_on_from(results)
+    model = None
+    with run.stopping(), Client(url, asking) as client:
+        model = client.model()
+    if run.stopped is not None:
+        return
+    if model is not None:
+        results.made_by(model)
+    run.say_earlier(results)
+
+    def take(row: Row) -> None:
+        if row.is_final:
+            results.write(row)
+
+    _ask(run, url, asking, at_once, take)
+    with run.stopping():
+        results.keep()
+
+
+def _ask(run: "_Run", url: str, asking: Asking, at_once: int, take: Callable[[Row], None]) -> None:
+    """Asks for all pictures of the run, with a progress bar; `take` is given each row."""
+    with _bar(len(run.pictures)) as progress, run.stopping():
+        task = progress.add_task("", total=len(run.pictures))
+
+        def take_and_count(row: Row) -> None:
+            take(row)
+            run.rows.append(row)
             progress.advance(task)
 
-        try:
-            stopped = _run(pictures, client, at_once, take)
-        finally:
-            if output is None:
-                _print(rows, format_)
-            _show_warnings(rows)
-    status = _summary(rows, before, len(pictures), time.monotonic() - began, stopped)
-    if status == NOT_FINISHED and output is not None:
-        _say("Run the same command to go on.")
-    return status
+        classify_now(run.pictures, AsyncClient(url, asking, at_once), at_once, take_and_count)
 
 
 def _bar(count: int) -> Progress:
@@ -209,27 +270,29 @@ def _bar(count: int) -> Progress:
     )
 
 
-def _run(
-    pictures: Sequence[Path], client: AsyncClient, at_once: int, take: Callable[[Row], None]
-) -> str | None:
-    """Why it ended before all were done, if it did."""
-    try:
-        classify_now(pictures, client, at_once, take)
-    except ServiceError as error:
-        return str(error)
-    return None
+def _print_header(format_: Format, origin: Origin) -> None:
+    if format_ is Format.CSV:
+        sys.stdout.write(csv_line(csv_columns(labels_in_csv(origin))))
 
 
-def _print(rows: Sequence[Row], format_: Format) -> None:
-    """Prints texts or a table on standard output; the summary has what was not classified."""
-    good = [row for row in rows if isinstance(row.answer, Classification)]
-    if format_ is Format.TABLE and good:
-        _print_table(good)
+def _print_row(row: Row, format_: Format, origin: Origin) -> None:
+    """Prints what is printed at once, on standard output."""
+    if format_ in _STREAMED:
+        sys.stdout.write(_STREAMED[format_](row, origin))
+
+
+def _print_rest(rows: Sequence[Row], format_: Format) -> None:
+    """Prints texts or a table; what a single picture was refused for is in the summary."""
+    if format_ is Format.TABLE:
+        _print_table(rows)
     elif format_ is Format.TEXT:
-        for row in good:
+        for row in rows:
             if len(rows) > 1:
                 print(f"{printable(row.picture)}:")
-            print(_as_text(row))
+            if isinstance(row.answer, Classification):
+                print(_as_text(row.answer))
+            elif len(rows) > 1:
+                print(f"not classified: {printable(row.problem or '')}")
 
 
 def _show_warnings(rows: Sequence[Row]) -> None:
@@ -240,40 +303,105 @@ def _show_warnings(rows: Sequence[Row]) -> None:
 
 
 def _print_table(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
     table = Table("picture", "label", "probability")
     for row in sorted(rows, key=lambda row: row.picture):
-        assert isinstance(row.answer, Classification)
-        label = row.answer.label if row.answer.recognized else f"({row.answer.label}?)"
-        table.add_row(_safe(row.picture), _safe(label), f"{row.answer.probability:.4f}")
+        if isinstance(row.answer, Classification):
+            predictions = row.answer.predictions
+            labels = [_safe(prediction.label) for prediction in predictions]
+            if not row.answer.recognized:
+                labels[0] = f"({labels[0]}?)"
+            numbers = [f"{prediction.probability:.4f}" for prediction in predictions]
+            table.add_row(_safe(row.picture), "\n".join(labels), "\n".join(numbers))
+        else:
+            table.add_row(_safe(row.picture), f"not classified: {_safe(row.problem)}", "")
     console.print(table)
 
 
-def _summary(
-    rows: Sequence[Row],
-    before: Sequence[tuple[str, str]],
-    wanted: int,
-    seconds: float,
-    stopped: str | None,
-) -> int:
-    """Says how it went; `before` are the pictures that an earlier run was refused."""
-    problems = [(row.picture, row.problem) for row in rows if row.problem is not None]
-    left = wanted - sum(row.is_final for row in rows)
-    if wanted > 1 or problems or before or stopped:
-        rate = len(rows) / seconds if seconds > 0 else 0
+class _Run:
+    """How far a run has come, and how that is said.
+
+    Attributes:
+        pictures: what is to be asked for.
+        rows: what was.
+        stopped: why it ended before all were done, if it did.
+        can_go_on: whether the same command would do the rest.
+    """
+
+    def __init__(self, found: Found) -> None:
+        self.pictures = found.pictures
+        self.rows: list[Row] = []
+        self.stopped: str | None = None
+        self.can_go_on = False
+        self._closed = [(f"{folder}", f"cannot be read: {w}") for folder, w in found.closed.items()]
+        self._earlier = 0
+        self._refused_earlier: list[tuple[str, str]] = []
+        self._began = time.monotonic()
+
+    def go_on_from(self, results: ResultsFile) -> None:
+        """Leaves out what has a row already."""
+        done = [str(picture) for picture in self.pictures if str(picture) in results.done]
+        self.pictures = [p for p in self.pictures if str(p) not in results.done]
+        self.can_go_on = True
+        self._earlier = len(done)
+        self._refused_earlier = [(name, why) for name in done if (why := results.done[name])]
+
+    def say_earlier(self, results: ResultsFile) -> None:
+        """What earlier runs did, and with which model."""
+        if not self._earlier:
+            return
+        refused = len(self._refused_earlier)
         _say(
-            f"{len(rows) - len(problems)} classified, {len(problems) + len(before)} refused or "
-            f"failed, {left} left, in {seconds:.1f} s ({rate:.1f}/s)"
+            f"{self._earlier} of {self._earlier + len(self.pictures)} are in "
+            f"{_safe(results.path)} already: {self._earlier - refused} classified, {refused} "
+            f"refused, by {_safe(results.origin.model)} {_safe(results.origin.model_version)}"
         )
-    everything = [*before, *problems]
-    for name, problem in everything[:_SHOWN_PROBLEMS]:
-        _say(f"[bold red]{_safe(name)}[/]: {_safe(problem)}")
-    if len(everything) > _SHOWN_PROBLEMS:
-        _say(f"and {len(everything) - _SHOWN_PROBLEMS} more")
-    if stopped is not None:
-        _say(f"[bold red]Stopped:[/] {_safe(stopped)}")
-    if stopped is not None or left:
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Keeps the reason for which the run cannot go on."""
+        try:
+            yield
+        except ServiceError as error:
+            self.stopped = str(error)
+        except UserError as error:
+            # It says what to do.
+            self.stopped, self.can_go_on = str(error), False
+
+    def summary(self) -> int:
+        """Says how it went; returns the exit status."""
+        problems = [(row.picture, row.problem) for row in self.rows if row.problem is not None]
+        left = len(self.pictures) - sum(row.is_final for row in self.rows)
+        everything = [*self._closed, *self._refused_earlier, *problems]
+        if len(self.pictures) > 1 or everything or self._earlier or self.stopped:
+            self._say_counts(len(problems), left)
+        for name, problem in everything[:_SHOWN_PROBLEMS]:
+            _say(f"[bold red]{_safe(name)}[/]: {_safe(problem)}")
+        if len(everything) > _SHOWN_PROBLEMS:
+            _say(f"and {len(everything) - _SHOWN_PROBLEMS} more")
+        if self.stopped is not None:
+            _say(f"[bold red]Stopped:[/] {_safe(self.stopped)}")
+        if self.stopped is None and not left:
+            return SOME_REFUSED if everything else 0
+        if self.can_go_on:
+            _say("Run the same command to go on.")
         return NOT_FINISHED
-    return SOME_REFUSED if everything else 0
+
+    def _say_counts(self, problems: int, left: int) -> None:
+        seconds = time.monotonic() - self._began
+        rate = len(self.rows) / seconds if seconds > 0 else 0
+        good = len(self.rows) - problems
+        _say(
+            f"{good} classified, {problems} refused or failed, {left} left, "
+            f"in {seconds:.1f} s ({rate:.1f}/s)"
+        )
+        if self._earlier:
+            refused = len(self._refused_earlier)
+            _say(
+                f"with earlier runs: {good + self._earlier - refused} classified, "
+                f"{problems + refused} refused or failed"
+            )
 
 
 def _say(text: str) -> None:

@@ -10,18 +10,25 @@ restarts or loses the connection, which is safe: a classification changes nothin
 """
 
 import asyncio
-from collections.abc import Mapping
+import errno
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import stamina
 from typing_extensions import Self
 
-# The server's queue is full, or its worker was lost with the request: another try may do.
-_BUSY = {429, 502, 503, 504, 507}
+from scripts.reading import PassingError, Snapshot, check_unchanged, in_thread, read
+
+_Result = TypeVar("_Result")
+
+# The server's queue is full, its worker was lost with the request, or the network was too slow for
+# a gateway: another try may do.
+_BUSY = {408, 429, 502, 503, 504, 507}
 _LOST_WORKER = "Worker died"
 
 # Seconds.
@@ -32,14 +39,21 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 # The service's bound for a request; the form around a picture needs a little of it.
 MAX_PICTURE_BYTES = 20_971_520 - 4096
 
-# What is wrong with a picture, and not with how it was asked about.
-_PICTURE_ERRORS = {
-    "NotAnImage",
-    "DamagedImage",
-    "EmptyImage",
-    "UnsupportedFormat",
-    "TooLarge",
+# Statuses that speak of what was sent, and what they say of how it was asked, not of a picture.
+# The last two have no error of this service in them, so that they may come from anybody.
+_ABOUT_THE_BODY = {400, 413, 415}
+_ABOUT_THE_QUESTION = {
+    "BadRequest",
+    "MissingImage",
+    "RepeatedPart",
+    "TooManyImages",
+    "BadRequestException",
+    "HTTPError",
+    "NotThisService",
 }
+
+# What tells which model answered.
+_NAME_HEADER, _VERSION_HEADER = "x-model-name", "x-model-version"
 
 
 class ServiceError(Exception):
@@ -53,26 +67,50 @@ class RefusedError(ServiceError):
         code: the HTTP status.
         type: the server's name for what is wrong, such as "NotAnImage".
         message: in words.
+        model: which model said so, where one did.
     """
 
-    def __init__(self, code: int, type_: str, message: str) -> None:
+    def __init__(
+        self, code: int, type_: str, message: str, model: "ModelVersion | None" = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.type = type_
         self.message = message
+        self.model = model
 
     @property
     def is_about_the_picture(self) -> bool:
         """Whether another picture could fare better."""
-        return self.type in _PICTURE_ERRORS
+        return self.code in _ABOUT_THE_BODY and self.type not in _ABOUT_THE_QUESTION
 
 
 class UnavailableError(ServiceError):
     """The server gave no answer for as long as the client was told to be patient."""
 
 
+class UnreadableError(ServiceError):
+    """No picture can be read any more, as where a network drive is gone."""
+
+
 class _BusyError(Exception):
     """Ask again."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """Which model answered.
+
+    Attributes:
+        name: under which it is served.
+        version: of its archive; the digits at its end change with all that was packed.
+    """
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}".strip()
 
 
 @dataclass(frozen=True)
@@ -100,11 +138,13 @@ class Classification:
         predictions: best first, as many as were asked for.
         recognized: whether the best one reaches the threshold.
         warning: what must be known about the model, such as that it is untrained.
+        model: which one it was; None where the server does not say.
     """
 
     predictions: tuple[Prediction, ...]
     recognized: bool
     warning: str | None = None
+    model: ModelVersion | None = None
 
     @property
     def label(self) -> str:
@@ -117,7 +157,9 @@ class Classification:
         return self.predictions[0].probability
 
     @classmethod
-    def from_answer(cls, body: Mapping[str, Any]) -> "Classification":
+    def from_answer(
+        cls, body: Mapping[str, Any], model: ModelVersion | None = None
+    ) -> "Classification":
         """Takes the server's answer to one picture; `ValueError` where it is something else."""
         match body:
             case {"predictions": [_, *_] as rows, "recognized": bool() as recognized}:
@@ -125,7 +167,7 @@ class Classification:
             case _:
                 raise ValueError("no predictions")
         warning = body.get("warning")
-        return cls(predictions, recognized, None if warning is None else str(warning))
+        return cls(predictions, recognized, None if warning is None else str(warning), model)
 
 
 def _prediction(row: object) -> Prediction:
@@ -160,22 +202,30 @@ class Asking:
     key: str | None = None
 
     @staticmethod
-    def content(picture: Path | bytes) -> bytes:
-        """The bytes to send.
+    def load(picture: Path | bytes) -> Snapshot:
+        """The bytes to send, with what tells whether the file has changed since.
 
         Raises:
-            RefusedError: there are more of them than the service accepts.
-            OSError: the file cannot be read.
+            RefusedError: there are none, or more of them than the service accepts.
+            PassingError: the file cannot be read now.
+            OSError: the file can never be read as it is.
         """
-        size = len(picture) if isinstance(picture, bytes) else picture.stat().st_size
-        if size > MAX_PICTURE_BYTES:
+        loaded = (
+            read(picture, MAX_PICTURE_BYTES)
+            if isinstance(picture, Path)
+            else Snapshot(picture, len(picture), 0)
+        )
+        if loaded.size > MAX_PICTURE_BYTES:
+            size = f"{loaded.size / 1e6:.1f} MB"
             raise RefusedError(
-                413, "TooLarge", f"The picture has {size / 1e6:.1f} MB, more than the 20 accepted."
+                413, "TooLarge", f"The picture has {size}, more than the 20 accepted."
             )
-        return picture if isinstance(picture, bytes) else picture.read_bytes()
+        if not loaded.size:
+            raise RefusedError(400, "EmptyImage", "The picture is empty: it has no bytes.")
+        return loaded
 
-    def request(self, content: bytes) -> dict[str, Any]:
-        """The arguments of an HTTP client's `post`."""
+    def request(self, content: bytes | None) -> dict[str, Any]:
+        """The arguments of an HTTP client's `post` to classify a picture."""
         said = {"topk": self.topk, "threshold": self.threshold}
         return {
             # The name stays here: nobody needs it.
@@ -201,8 +251,8 @@ class Asking:
 
 
 def _is_worth_another_try(error: Exception) -> bool:
-    """A full server, a restart, a lost connection; not a wrong address or certificate."""
-    if isinstance(error, _BusyError):
+    """A full server, a restart, a lost connection or drive; not a wrong address or certificate."""
+    if isinstance(error, (_BusyError, PassingError)):
         return True
     hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
     return (
@@ -250,13 +300,41 @@ class Client:
         Raises:
             RefusedError: the server will not, for a reason that it gives.
             UnavailableError: it did not answer within the patience.
-            OSError: the file cannot be read.
+            PassingError: the file could not be read within the patience.
+            OSError: the file can never be read as it is.
         """
-        request = self.asking.request(self.asking.content(picture))
+        try:
+            loaded: Snapshot | None = None
+            for attempt in self.asking.retries():
+                with attempt:
+                    if loaded is None:
+                        loaded = self.asking.load(picture)
+                    request = self.asking.request(loaded.content)
+                    try:
+                        return _read(self._http.post(self.url, **request))
+                    except RefusedError:
+                        refused, loaded = loaded, None
+                        if isinstance(picture, Path):
+                            check_unchanged(picture, refused)
+                        raise
+        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
+            raise _unavailable(self.url, error) from error
+        raise AssertionError  # the last try returns or raises
+
+    def model(self) -> ModelVersion | None:
+        """Which model answers there; None where the server does not say.
+
+        Raises:
+            RefusedError: the server will not, for a reason that it gives.
+            UnavailableError: it did not answer within the patience.
+        """
         try:
             for attempt in self.asking.retries():
                 with attempt:
-                    return _read(self._http.post(self.url, **request))
+                    # There is no picture in it: the refusal says which model it is from.
+                    return _read(self._http.post(self.url)).model
+        except RefusedError as error:
+            return _who_refused(error)
         except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
@@ -299,15 +377,42 @@ class AsyncClient:
 
     async def classify(self, picture: Path | bytes) -> Classification:
         """Classifies one picture; arguments and errors are those of `Client.classify`."""
-        content = await asyncio.to_thread(self.asking.content, picture)
-        request = self.asking.request(content)
         try:
+            loaded: Snapshot | None = None
             async for attempt in self.asking.retries():
                 with attempt:
-                    return _read(await self._http.post(self.url, **request))
+                    if loaded is None:
+                        loaded = await self._in_time(partial(self.asking.load, picture))
+                    request = self.asking.request(loaded.content)
+                    try:
+                        return _read(await self._http.post(self.url, **request))
+                    except RefusedError:
+                        refused, loaded = loaded, None
+                        if isinstance(picture, Path):
+                            await self._in_time(partial(check_unchanged, picture, refused))
+                        raise
         except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
             raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
+
+    async def model(self) -> ModelVersion | None:
+        """Which model answers there; errors are those of `Client.model`."""
+        try:
+            async for attempt in self.asking.retries():
+                with attempt:
+                    return _read(await self._http.post(self.url)).model
+        except RefusedError as error:
+            return _who_refused(error)
+        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
+            raise _unavailable(self.url, error) from error
+        raise AssertionError  # the last try returns or raises
+
+    async def _in_time(self, work: Callable[[], _Result]) -> _Result:
+        """Awaits what is done with a file; a drive that does not answer is one that is away."""
+        try:
+            return await in_thread(work, self.asking.timeout)
+        except asyncio.TimeoutError as error:
+            raise PassingError(errno.ETIMEDOUT, "the drive does not answer") from error
 
 
 def _read(response: httpx2.Response) -> Classification:
@@ -320,9 +425,10 @@ def _read(response: httpx2.Response) -> Classification:
     message = str(answer.get("message", ""))
     if response.status_code in _BUSY or _LOST_WORKER in message:
         raise _BusyError(f"status {response.status_code} {message}".strip())
+    model = _model(response.headers)
     if response.is_success:
         try:
-            return Classification.from_answer(answer)
+            return Classification.from_answer(answer, model)
         except ValueError as error:
             raise RefusedError(
                 response.status_code,
@@ -333,9 +439,34 @@ def _read(response: httpx2.Response) -> Classification:
         response.status_code,
         str(answer.get("type", "HTTPError")),
         message or f"The server answered with status {response.status_code}.",
+        model,
     )
+
+
+def _model(headers: Mapping[str, str]) -> ModelVersion | None:
+    name, version = headers.get(_NAME_HEADER), headers.get(_VERSION_HEADER)
+    return ModelVersion(name, version) if name and version else None
+
+
+def _who_refused(error: RefusedError) -> ModelVersion | None:
+    """The model that was asked without a picture; raises what it is not the model that says."""
+    if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
+        raise error
+    return error.model
 
 
 def _unavailable(url: str, error: Exception) -> UnavailableError:
     reason = str(error) or type(error).__name__
     return UnavailableError(f"{url} gave no answer, however often it was asked: {reason}")
+
+
+def check_address(url: str) -> str:
+    """The address as it is, if pictures could go there; `ValueError` with a sentence otherwise."""
+    like = "such as http://127.0.0.1:8080/predictions/densenet121"
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(f"{url!r} is no address, {like}: {error}.") from error
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise ValueError(f"{url!r} must be a whole address with http:// or https://, {like}.")
+    return url

@@ -8,7 +8,8 @@ that nobody else uses and TorchServe's tokens on. It serves a copy of the archiv
 import dataclasses
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,10 +27,22 @@ from scripts.gateway import (
     Options,
     change_nodes,
     find_gateway,
+    find_lost,
+    operation,
     require_gateway,
+    stop_lost,
     wait_for_drain,
 )
-from scripts.server import HOST, RUN_DIR, Ports, find_running, model_status, ready_workers, start
+from scripts.server import (
+    HOST,
+    RUN_DIR,
+    STATE,
+    Ports,
+    find_running,
+    model_status,
+    ready_workers,
+    start,
+)
 from scripts.server import stop as stop_server
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
@@ -51,16 +64,18 @@ def keep_release(archive: Path, run_dir: Path = RUN_DIR) -> Path:
 
 
 def start_node(release: Path, workers: int, run_dir: Path = RUN_DIR) -> Node:
-    """Starts a node beside those that run, and waits until its workers are ready."""
-    taken = {path.name for path in run_dir.glob("node-*")}
+    """Starts a node beside those that run, and waits until its workers are ready.
+
+    Of one that cannot start the folder stays, for its logs, until the next one takes its name.
+    """
+    gateway = find_gateway(run_dir / GATEWAY_DIR.name)
+    # A dead node that the watch could not start again still has its place.
+    taken = {node.name for node in gateway.nodes} if gateway is not None else set()
+    taken |= {state.parent.name for state in run_dir.glob(f"node-*/{STATE}")}
     number = next(n for n in range(1, len(taken) + 2) if f"node-{n}" not in taken)
     folder = run_dir / f"node-{number}"
-    folder.mkdir(parents=True)
-    try:
-        start(release, free_ports(), workers, folder, threads=1, tokens=True)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    start(release, free_ports(), workers, folder, threads=1, tokens=True)
     return Node(str(folder.resolve()), str(release.resolve()), workers)
 
 
@@ -81,12 +96,29 @@ def start_nodes(
     return nodes
 
 
+def start_again(node: Node) -> None:
+    """Starts a node whose frontend has ended anew, in its own folder and with ports of its own."""
+    start(
+        Path(node.archive),
+        free_ports(),
+        node.workers,
+        Path(node.run_dir),
+        threads=1,
+        tokens=True,
+    )
+
+
+def is_own(node: Node) -> bool:
+    """Whether `start_node` started it; the server of `make run` is for others to end and start."""
+    return Path(node.run_dir).name.startswith("node-")
+
+
 def stop_nodes(nodes: Sequence[Node]) -> None:
     """Ends nodes that `start_node` started, and forgets them; others it leaves alone."""
     for node in nodes:
-        folder = Path(node.run_dir)
-        if not folder.name.startswith("node-"):
+        if not is_own(node):
             continue
+        folder = Path(node.run_dir)
         running = find_running(folder)
         if running is not None:
             stop_server(running, folder)
@@ -97,8 +129,13 @@ def drain(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
     """Takes nodes out and waits until they have answered what they had.
 
     Raises:
-        UserError: there is no such node, or no other would be left.
+        UserError: there is no such node, no other would be left, or another `operation` goes on.
     """
+    with operation(f"make drain of {', '.join(names)}", folder):
+        _drain(names, folder)
+
+
+def _drain(names: Sequence[str], folder: Path) -> None:
     _require(names, require_gateway(folder))
     old = change_nodes(
         lambda nodes: [
@@ -112,6 +149,11 @@ def drain(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
 
 def undrain(name: str, folder: Path = GATEWAY_DIR) -> None:
     """Lets a drained node serve again."""
+    with operation(f"make undrain of {name}", folder):
+        _undrain(name, folder)
+
+
+def _undrain(name: str, folder: Path) -> None:
     _require([name], require_gateway(folder))
     change_nodes(
         lambda nodes: [
@@ -122,28 +164,36 @@ def undrain(name: str, folder: Path = GATEWAY_DIR) -> None:
     )
 
 
+@contextmanager
+def drained(name: str, folder: Path = GATEWAY_DIR) -> Iterator[None]:
+    """Has a node drained for as long as this lasts, and serving afterwards, whatever happens.
+
+    For whoever holds the `operation`.
+    """
+    try:
+        _drain([name], folder)
+        yield
+    finally:
+        _undrain(name, folder)
+
+
 def replace(name: str, folder: Path = GATEWAY_DIR) -> Node:
     """Starts a node like this one, lets it serve, drains the old one and ends it.
 
     The old one may be dead already.
     """
-    (old,) = _require([name], require_gateway(folder))
-    fresh = start_node(Path(old.archive), old.workers, folder.parent)
-    try:
-        change_nodes(lambda nodes: [*nodes, fresh], folder)
-    except BaseException:
-        stop_nodes([fresh])
-        raise
-    remove([name], folder)
+    with operation(f"make replace of {name}", folder):
+        (old,) = _require([name], require_gateway(folder))
+        fresh = start_node(Path(old.archive), old.workers, folder.parent)
+        try:
+            change_nodes(lambda nodes: [*nodes, fresh], folder)
+        except BaseException:
+            stop_nodes([fresh])
+            raise
+        _drain([name], folder)
+        change_nodes(lambda nodes: [node for node in nodes if node.name != name], folder)
+        stop_nodes([old])
     return fresh
-
-
-def remove(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
-    """Drains nodes, takes them off the list and ends them."""
-    leaving = _require(names, require_gateway(folder))
-    drain(names, folder)
-    change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
-    stop_nodes(leaving)
 
 
 def _require(names: Sequence[str], gateway: Gateway) -> list[Node]:
@@ -179,13 +229,23 @@ def start_command(
     rate: int = Options.rate,
     burst: int = Options.burst,
     connections: int = Options.connections,
+    metrics_port: int = Options.metrics_port,
     model: Annotated[str | None, typer.Option(help="Name of the archive.")] = None,
 ) -> None:
     """Puts a gateway before the server of `make run`, or before nodes of its own."""
     if find_gateway() is not None:
         raise UserError("The gateway is running already. Stop it with: make gateway-stop")
     options = Options(
-        host, http_port, https_port, certificate, certificate_key, keys, rate, burst, connections
+        host,
+        http_port,
+        https_port,
+        certificate,
+        certificate_key,
+        keys,
+        rate,
+        burst,
+        connections,
+        metrics_port=metrics_port,
     )
     gateways.check(options)
     own = nodes is not None
@@ -208,7 +268,10 @@ def start_command(
     console.print(f"Pictures     {started.url}/predict")
     console.print(f"Page         {started.url}/")
     console.print(f"HTTPS        {started.https_url}/")
+    if options.keys:
+        console.print(f"Sign in      {started.https_url}/sign-in")
     console.print(f"Ready        {started.url}/readyz")
+    console.print(f"Metrics      http://{HOST}:{options.metrics_port}/metrics")
 
 
 def _server_of_make_run(model: str | None) -> Node:
@@ -226,13 +289,34 @@ def _server_of_make_run(model: str | None) -> Node:
 def stop_command() -> None:
     """Stops the gateway and the nodes that were started for it."""
     gateway = find_gateway()
-    if gateway is None:
+    lost = [] if gateway is not None else find_lost()
+    strays = _running_nodes()
+    if gateway is None and not lost and not strays:
         step("Gateway: not running")
         return
     with Status("Stopping the gateway ...", console=console):
-        gateways.stop(gateway)
-        stop_nodes(gateway.nodes)
+        if gateway is not None:
+            refuse_during_an_operation(gateway)
+            gateways.stop(gateway)
+        stop_lost(lost)
+        stop_nodes(strays)
     step("Gateway: stopped")
+
+
+def _running_nodes(run_dir: Path = RUN_DIR) -> list[Node]:
+    """All nodes of this folder, also those of an upgrade that was cut off."""
+    folders = sorted(run_dir.glob("node-*"))
+    return [Node(str(folder.resolve()), "", 0) for folder in folders]
+
+
+def refuse_during_an_operation(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
+    """Stops, by a `UserError`, while somebody else changes the nodes; the watch ends with nginx."""
+    try:
+        with operation("make gateway-stop", folder):
+            pass
+    except UserError as error:
+        if f"(process {gateway.watch_pid})" not in str(error):
+            raise
 
 
 @app.command("status")
@@ -245,8 +329,11 @@ def status_command() -> None:
     for node in gateway.nodes:
         table.add_row(node.name, *_describe(node))
     console.print(table)
-    if not gateways.watch_runs(gateway):
-        warn("The watch has ended: health is not checked and tokens are not renewed.")
+    if gateway.watch() is None:
+        warn(
+            "The watch has ended: hanging and dead nodes stay, tokens are not renewed, and nothing "
+            "is counted. Start the gateway anew."
+        )
 
 
 def _describe(node: Node) -> list[str]:

@@ -18,7 +18,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
 from handler.labels import Label
-from scripts.classify import AT_ONCE
+from scripts.classify import AT_ONCE, where_to_send
 from scripts.client import (
     Asking,
     AsyncClient,
@@ -27,9 +27,10 @@ from scripts.client import (
     RefusedError,
     ServiceError,
 )
-from scripts.pictures import find_pictures
+from scripts.pictures import Found, search
 from scripts.results import Row, classify_now
-from scripts.server import RUN_DIR, require_running
+from scripts.server import RUN_DIR
+from scripts.sources import asked, sources
 from scripts.terminal import UserError, command, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
@@ -42,6 +43,10 @@ _LEGIBLE_CLASSES = 50
 _WORST_PAIRS = 10
 # Pictures to learn the model's classes from; more than these are not all damaged.
 _TRIES_FOR_CLASSES = 20
+# Of the classes that a folder may be meant for, or of a model that has few.
+_SHOWN_CLASSES = 12
+# Of two names, from 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
+_SIMILAR = 0.84
 # Asks for all classes: more than a model can have.
 _ALL = 1_000_000
 
@@ -112,7 +117,7 @@ def evaluate(
     if not images.is_dir():
         raise UserError(f"{images} must be a folder with a folder of pictures for each class.")
     folders = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
-    pictures = {path: folder.name for folder in folders for path in _pictures(folder)}
+    pictures = _search(folders)
     if not pictures:
         raise UserError(f"{images} must hold a folder of pictures for each class.")
     try:
@@ -127,6 +132,9 @@ def evaluate(
     if not good:
         raise UserError(f"The server classified none of the pictures: {rows[0].problem}")
     answers = [row.answer for row in good if isinstance(row.answer, Classification)]
+    models = sorted({str(answer.model) for answer in answers if answer.model is not None})
+    if len(models) > 1:
+        raise UserError(f"The model was changed meanwhile: {', then '.join(models)}. Run it again.")
     return Evaluation(
         labels,
         np.array([truth[pictures[Path(row.picture)]] for row in good]),
@@ -141,11 +149,15 @@ def _with_topk(asking: Asking, topk: int) -> Asking:
     return Asking(topk=topk, patience=asking.patience, timeout=asking.timeout, key=asking.key)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    try:
-        return find_pictures([str(folder)])
-    except UserError:
-        return []
+def _search(folders: Sequence[Path]) -> dict[Path, str]:
+    """The pictures with the name of the folder that each is in."""
+    found = Found()
+    pictures = {path: folder.name for folder in folders for path in search(folder, found)}
+    for folder, why in found.closed.items():
+        raise UserError(f"{folder} cannot be read: {why}.")
+    if found.left_out is not None:
+        warn(found.left_out)
+    return pictures
 
 
 def _classes_of_model(pictures: Sequence[Path], client: Client) -> list[Label]:
@@ -173,14 +185,42 @@ def _match(folders: set[str], labels: Sequence[Label]) -> dict[str, int]:
     for folder in sorted(folders):
         matches = [by_id[folder]] if folder in by_id else by_name.get(_plain(folder), [])
         if not matches:
-            similar = difflib.get_close_matches(_plain(folder), by_name, 3)
-            hint = f" Similar are: {', '.join(similar)}." if similar else ""
-            raise UserError(f"The model has no class {folder!r}, as a folder is called.{hint}")
+            raise UserError(
+                f"The model has no class {folder!r}, as a folder is called. "
+                f"{_instead(folder, labels)}"
+            )
         if len(matches) > 1:
             ids = ", ".join(labels[index].class_id for index in matches)
             raise UserError(f"Several classes are called {folder!r}. Call the folder by id: {ids}.")
         found[folder] = matches[0]
     return found
+
+
+def _instead(folder: str, labels: Sequence[Label]) -> str:
+    """A sentence on the classes that a folder may be meant for; on all of them if they are few."""
+    by_name = {_plain(label.class_name): label for label in labels}
+    words = _words(folder)
+    # A folder `cat` means the cats; one whose name is nearly that of a class is misspelt.
+    found = [label for name, label in by_name.items() if words and words <= _words(name)]
+    found = found or [
+        by_name[name] for name in difflib.get_close_matches(_plain(folder), by_name, 3, _SIMILAR)
+    ]
+    if found:
+        return f"Similar are: {', '.join(map(_shown, found[:_SHOWN_CLASSES]))}."
+    if len(labels) <= _SHOWN_CLASSES:
+        return f"Its classes are: {', '.join(map(_shown, labels))}."
+    examples = ", ".join(map(_shown, labels[:2]))
+    return f"It has {len(labels)} classes, such as {examples}. Call folders by name or by id."
+
+
+def _shown(label: Label) -> str:
+    same = label.class_id == label.class_name
+    return label.class_name if same else f"{label.class_name} ({label.class_id})"
+
+
+def _words(name: str) -> set[str]:
+    """In the singular, as far as that is a matter of an s."""
+    return {word.removesuffix("s") for word in _plain(name).split()}
 
 
 def _plain(name: str) -> str:
@@ -338,7 +378,9 @@ def _plot_calibration(evaluation: Evaluation, path: Path) -> None:
 
 
 def main(
-    images: Annotated[Path, typer.Argument(help="A folder with a folder of pictures a class.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="A folder with a folder of pictures a class.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
@@ -347,10 +389,11 @@ def main(
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
-    if url is None:
-        running = require_running()
-        url = (running.serving(model) if model else running).predictions_url
-    report(evaluate(images, url, Asking(key=key), at_once), output)
+    images = images or sources("IMAGES")
+    if len(images) != 1:
+        how = "name it" if asked() is None else f"{asked()} IMAGES=folder"
+        raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
+    report(evaluate(Path(images[0]), where_to_send(url, model), Asking(key=key), at_once), output)
 
 
 if __name__ == "__main__":

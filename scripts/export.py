@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models import feature_extraction
 
-from handler.engines import with_features
 from handler.settings import Preprocessing
+from handler.torch_models import with_features
 from scripts.terminal import UserError
 
 # Larger differences than this between the exported graph's outputs and PyTorch's stop the build.

@@ -3,22 +3,26 @@
 All that the gateway needs is in one folder, `.run/gateway`: its configuration, filled in from
 `deploy/gateway/nginx.conf.jinja`, its logs, a certificate for trying, and `gateway.json`, which
 says what it is made of. Whoever changes which nodes serve does it with `change_nodes`, which holds
-a lock, writes the configuration anew and reloads nginx without cutting a connection.
+a lock, writes the configuration anew and reloads nginx without cutting a connection. What takes
+longer than that, an upgrade or a drain, is an `operation`, of which there is one at a time.
 """
 
+import base64
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import ipaddress
-import json
 import os
-import re
+import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -29,14 +33,27 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from scripts.server import HOST, RUN_DIR, find_running, living_process
+from scripts.keys import SESSION_SECONDS, read_keys
+from scripts.preflight import check_ports
+from scripts.server import HOST, RUN_DIR, find_running
+from scripts.state import (
+    forget,
+    living_process,
+    process_of,
+    recall,
+    remember,
+    started,
+    unreadable,
+)
 from scripts.terminal import UserError
+from scripts.waiting import HOLD
 
 GATEWAY_DIR = RUN_DIR / "gateway"
+STATE = "gateway.json"
 TEMPLATES = Path("deploy/gateway")
-TEMPLATE = "nginx.conf.jinja"
+SIGN_IN_PAGE = "sign-in.html.jinja"
 
 # A grey picture of one pixel, as PNG.
 _PIXEL = (
@@ -44,8 +61,12 @@ _PIXEL = (
 )
 
 _CERTIFICATE_DAYS = 90
-_KEY_LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<key>[A-Za-z0-9_-]{16,128})")
-_MOST_TRIES = 6
+# Attempts at a request that failed within so many seconds. Killing a single node's worker whenever
+# it was back cost one attempt of three its answer.
+_TRIES = 6
+_QUICK_FAILURE = 5
+# Wrong keys of one address: so many a second for long, and so many at once.
+_WRONG_KEYS = {"rate": 1, "burst": 20}
 
 # Seconds.
 _START_TIMEOUT = 10.0
@@ -68,7 +89,9 @@ class Options:
         rate: requests a second that one client may send for long.
         burst: requests that one client may send at once beyond that.
         connections: requests of one client at the same time.
-        timeout: seconds after which a node that does not answer is given up for another.
+        timeout: seconds after which a node that does not answer is given up. Longer than TorchServe
+            gives a worker (`responseTimeout`).
+        metrics_port: what the gateway counted, for Prometheus, on loopback.
     """
 
     host: str = HOST
@@ -80,7 +103,13 @@ class Options:
     rate: int = 50
     burst: int = 100
     connections: int = 64
-    timeout: int = 20
+    timeout: int = 70
+    metrics_port: int = 9145
+
+    @property
+    def address(self) -> str:
+        """The host as URLs and nginx write it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 @dataclass(frozen=True)
@@ -113,48 +142,58 @@ class Gateway:
 
     Attributes:
         pid: nginx's master process.
-        created: when that was created.
+        started: when that started, see `scripts.state`.
         sockets: folder of the nodes' sockets; a socket's path must be short.
         options: how it faces clients.
         nodes: what it stands in front of.
-        watch_pid: the process that watches the nodes' health and renews tokens; 0 for none.
+        secret: what browsers' sessions are made with, see `scripts.keys`.
+        watch_pid: the process that watches over the nodes; 0 for none.
+        watch_started: when that started.
     """
 
     pid: int
-    created: float
+    started: str
     sockets: str
     options: Options
     nodes: tuple[Node, ...]
+    secret: str
     watch_pid: int = 0
+    watch_started: str = ""
 
     @property
     def url(self) -> str:
         """Plain HTTP."""
-        return f"http://{self.options.host}:{self.options.http_port}"
+        return f"http://{self.options.address}:{self.options.http_port}"
 
     @property
     def https_url(self) -> str:
         """HTTPS."""
-        return f"https://{self.options.host}:{self.options.https_port}"
+        return f"https://{self.options.address}:{self.options.https_port}"
 
     def process(self) -> psutil.Process | None:
         """The master process of nginx; None where it has ended, or its id is another's by now."""
-        return living_process(self.pid, self.created)
+        return living_process(self.pid, self.started)
+
+    def watch(self) -> psutil.Process | None:
+        """The watch's process; None where it has ended."""
+        return living_process(self.watch_pid, self.watch_started) if self.watch_pid else None
 
 
 def find_gateway(folder: Path = GATEWAY_DIR) -> Gateway | None:
     """The gateway of this folder, if it runs."""
-    try:
-        values = json.loads((folder / "gateway.json").read_text())
-    except FileNotFoundError:
+    values = recall(folder / STATE)
+    if values is None:
         return None
-    gateway = Gateway(
-        **{
-            **values,
-            "options": Options(**values["options"]),
-            "nodes": tuple(Node(**node) for node in values["nodes"]),
-        }
-    )
+    try:
+        gateway = Gateway(
+            **{
+                **values,
+                "options": Options(**values["options"]),
+                "nodes": tuple(Node(**node) for node in values["nodes"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise unreadable(folder / STATE) from error
     return gateway if gateway.process() is not None else None
 
 
@@ -174,50 +213,100 @@ def start(
     Raises:
         UserError: nginx is missing or refuses its configuration, or the options are unsafe.
     """
+    check(options, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check(options)
     options = _with_certificate(options, folder)
     (folder / "ready.json").write_text('{"success":true,"status":"ready"}\n')
+    # What a gateway that was cut off may have left.
+    (folder / "nginx.pid").unlink(missing_ok=True)
     sockets = tempfile.mkdtemp(prefix="gateway-")
-    gateway = Gateway(0, 0, sockets, options, tuple(nodes))
+    gateway = Gateway(0, "", sockets, options, tuple(nodes), secrets.token_hex())
     try:
+        _write_sign_in_pages(folder)
         _write_config(gateway, folder)
         _nginx(folder)
         pid = int(_wait_for(lambda: _read(folder / "nginx.pid"), "nginx did not start"))
     except BaseException:
         shutil.rmtree(sockets, ignore_errors=True)
         raise
-    gateway = dataclasses.replace(gateway, pid=pid, created=psutil.Process(pid).create_time())
+    gateway = dataclasses.replace(gateway, pid=pid, started=started(pid))
+    # Before the watch starts, which ends where there is no gateway.
+    remember(folder / STATE, dataclasses.asdict(gateway))
     if watch:
-        gateway = dataclasses.replace(gateway, watch_pid=_start_watch(folder))
-    _save(gateway, folder)
+        watch_pid = _start_watch(folder)
+        gateway = dataclasses.replace(
+            gateway, watch_pid=watch_pid, watch_started=started(watch_pid)
+        )
+        with _lock(folder):
+            # The watch may have changed the nodes already.
+            now = require_gateway(folder)
+            gateway = dataclasses.replace(gateway, nodes=now.nodes)
+            remember(folder / STATE, dataclasses.asdict(gateway))
     return gateway
 
 
 def stop(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
     """Ends the watch and nginx; requests in hand are answered first."""
-    if watch_runs(gateway):
-        watch = psutil.Process(gateway.watch_pid)
-        watch.terminate()
-        psutil.wait_procs([watch], timeout=DRAIN_TIMEOUT)
-    master = gateway.process()
-    if master is not None:
-        master.send_signal(signal.SIGQUIT)
-        _, left = psutil.wait_procs([master], timeout=DRAIN_TIMEOUT)
-        for process in left:
-            process.terminate()
+    _end(gateway.watch(), signal.SIGTERM)
+    _end(gateway.process(), signal.SIGQUIT)
     shutil.rmtree(gateway.sockets, ignore_errors=True)
-    (folder / "gateway.json").unlink(missing_ok=True)
+    forget(folder / STATE)
 
 
-def watch_runs(gateway: Gateway) -> bool:
-    """Whether the watch over the nodes is alive."""
+def find_lost(folder: Path = GATEWAY_DIR) -> list[psutil.Process]:
+    """The watch and nginx of this folder, by what they run: for when the folder was removed."""
+    place = folder.resolve()
+    found = process_of("scripts.watch", str(place)), process_of("master", f"{place}/nginx.conf")
+    return [process for process in found if process is not None]
+
+
+def stop_lost(processes: Iterable[psutil.Process]) -> None:
+    """Ends what `find_lost` found; nginx answers first what it has."""
+    for process in processes:
+        _end(process, signal.SIGQUIT if process.name() == "nginx" else signal.SIGTERM)
+
+
+def _end(process: psutil.Process | None, sign: signal.Signals) -> None:
+    if process is None:
+        return
     try:
-        process = psutil.Process(gateway.watch_pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return alive and "scripts.watch" in process.cmdline()
+        process.send_signal(sign)
     except psutil.NoSuchProcess:
-        return False
+        return
+    _, left = psutil.wait_procs([process], timeout=DRAIN_TIMEOUT)
+    for slow in left:
+        slow.terminate()
+
+
+@contextmanager
+def operation(what: str, folder: Path = GATEWAY_DIR) -> Iterator[None]:
+    """Holds the right to take nodes in and out, which only one process has at a time.
+
+    The kernel takes it back from a holder that dies, however it dies.
+
+    Args:
+        what: the holder in words, for those who are refused meanwhile.
+        folder: the gateway's.
+
+    Raises:
+        UserError: somebody else has it.
+    """
+    with (folder / "operation").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "something else"
+            raise UserError(
+                f"Not now: {holder} changes which nodes serve. Ask again when that is over."
+            ) from error
+        file.truncate(0)
+        file.write(f"{what} (process {os.getpid()})")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def change_nodes(
@@ -236,7 +325,7 @@ def change_nodes(
         gateway = require_gateway(folder)
         gateway = dataclasses.replace(gateway, nodes=tuple(change(gateway.nodes)))
         changed = _write_config(gateway, folder)
-        _save(gateway, folder)
+        remember(folder / STATE, dataclasses.asdict(gateway))
         return _reload(gateway) if changed else set()
 
 
@@ -250,8 +339,8 @@ def wait_for_drain(old: set[int]) -> bool:
     return True
 
 
-def check(options: Options) -> None:
-    """Stops, by a `UserError`, what cannot work or would not be safe."""
+def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
+    """Stops, by a `UserError`, what cannot work or would not be safe; starts nothing."""
     if shutil.which("nginx") is None:
         raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
     if not _is_loopback(options.host) and not options.keys:
@@ -260,8 +349,43 @@ def check(options: Options) -> None:
             "keys with KEYS=file: a line a client, its name and a key of 16 or more letters and "
             "digits."
         )
+    for name in ("rate", "burst", "connections", "timeout"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name.upper()} must be 1 or more, got {getattr(options, name)}.")
+    if options.keys:
+        read_keys(Path(options.keys))
+    _check_certificate(options)
+    lost = find_lost(folder)
+    if lost:
+        raise UserError(
+            f"A gateway of {folder} still runs (process {lost[-1].pid}), though its folder was "
+            "removed or changed. End it with: make gateway-stop"
+        )
+    ports = {
+        "http": options.http_port,
+        "https": options.https_port,
+        "metrics": options.metrics_port,
+    }
+    check_ports(options.host, ports)
+
+
+def _check_certificate(options: Options) -> None:
     if bool(options.certificate) != bool(options.certificate_key):
         raise UserError("CERTIFICATE and CERTIFICATE_KEY belong together; give both, or neither.")
+    if not options.certificate:
+        return
+    for file in (options.certificate, options.certificate_key):
+        if not Path(file).is_file():
+            raise UserError(f"{file} is not a file.")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            options.certificate, options.certificate_key, password=""
+        )
+    except (ssl.SSLError, OSError) as error:
+        raise UserError(
+            f"{options.certificate} and {options.certificate_key} are no certificate and its "
+            f"private key, both PEM and the key without a password: {error}"
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:
@@ -274,9 +398,6 @@ def _is_loopback(host: str) -> bool:
 def _with_certificate(options: Options, folder: Path) -> Options:
     """Fills in a self-signed certificate where the options name none."""
     if options.certificate:
-        for name in (options.certificate, options.certificate_key):
-            if not Path(name).is_file():
-                raise UserError(f"{name} is not a file.")
         return dataclasses.replace(
             options,
             certificate=str(Path(options.certificate).resolve()),
@@ -319,34 +440,6 @@ def _self_signed(certificate: Path, key: Path) -> None:
     )
 
 
-def read_keys(path: Path) -> list[tuple[str, str]]:
-    """Clients' names and keys; lines that begin with `#` are comments.
-
-    Raises:
-        UserError: the file cannot be read, a line is malformed, or others may read the file.
-    """
-    try:
-        lines = path.read_text().splitlines()
-        if path.stat().st_mode & 0o077:
-            raise UserError(f"{path} can be read by others. Run: chmod 600 {path}")
-    except OSError as error:
-        raise UserError(f"The keys {path} cannot be read: {error.strerror}.") from error
-    clients = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = _KEY_LINE.fullmatch(line.strip())
-        if match is None:
-            raise UserError(
-                f"{path}, line {number}: expected a client's name and a key of 16 to 128 letters, "
-                "digits, - and _. Make a key with: openssl rand -hex 24"
-            )
-        clients.append((match["name"], match["key"]))
-    if not clients:
-        raise UserError(f"{path} holds no key.")
-    return clients
-
-
 def _write_config(gateway: Gateway, folder: Path) -> bool:
     """Writes nginx's configuration; false where it stays as it is.
 
@@ -385,33 +478,70 @@ def _config(gateway: Gateway, folder: Path) -> str:
     serving = able or willing  # where none looks healthy, each may still be lucky
     if not serving:
         raise UserError("No node would be left to serve. Add one first.")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  # nginx's configuration is no HTML
-    )
-    return environment.get_template(TEMPLATE).render(
+    keys = read_keys(Path(options.keys)) if options.keys else []
+    return _template("nginx.conf.jinja").render(
         as_root=os.geteuid() == 0,
         folder=folder.resolve(),
+        sockets=gateway.sockets,
         options=options,
         loopback=_is_loopback(options.host),
-        clients=read_keys(Path(options.keys)) if options.keys else [],
+        clients=[
+            {"name": key.name, "key": key.key, "sessions": key.sessions(gateway.secret)}
+            for key in keys
+        ],
         all=[upstream for upstream in everyone if upstream],
         serving=serving,
-        tries=min(2 * len(serving), _MOST_TRIES),
+        tries=_TRIES,
+        quick_failure=_QUICK_FAILURE,
+        hold=round(HOLD),
+        wrong_keys=_WRONG_KEYS,
+        session_seconds=SESSION_SECONDS,
+        policy=_policy(_style()),
         routes=routes(model),
         model=model,
         pixel=_PIXEL,
     )
 
 
+@functools.cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  # no HTML, or nothing of others' in it
+    )
+    return environment.get_template(name)
+
+
+def _style() -> str:
+    return (TEMPLATES / "sign-in.css").read_text()
+
+
+def _policy(style: str) -> str:
+    """The Content-Security-Policy of the sign-in page: its own style, its own form, no script."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; "
+        "base-uri 'none'; frame-ancestors 'none'"
+    )
+
+
+def _write_sign_in_pages(folder: Path) -> None:
+    for name, refused in (("sign-in.html", False), ("sign-in-refused.html", True)):
+        page = _template(SIGN_IN_PAGE).render(
+            style=_style(), refused=refused, hours=SESSION_SECONDS // 3600
+        )
+        (folder / name).write_text(page)
+
+
 def routes(model: str) -> tuple[tuple[str, str, str], ...]:
     """Address, what it is on a node, methods. Nothing else of TorchServe can be reached."""
     return (
-        ("/", f"/predictions/{model}", "GET|HEAD"),
+        # The page, and what the plain form of a page of one's own sends to its own address.
+        ("/", f"/predictions/{model}", "GET|HEAD|POST"),
         # On this address of TorchServe's, and only there, a query reaches the handler.
         ("/predict", f"/{model}/predict", "POST|PUT"),
         ("/explain", f"/explanations/{model}", "POST|PUT"),
@@ -464,7 +594,7 @@ def _start_watch(folder: Path) -> int:
     appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "scripts.watch", "--folder", str(folder)],
+        [sys.executable, "-m", "scripts.watch", "--folder", str(folder.resolve())],
         os.environ,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -486,13 +616,6 @@ def _wait_for(read: Callable[[], str], failure: str) -> str:
 
 def _read(path: Path) -> str:
     return path.read_text().strip() if path.exists() else ""
-
-
-def _save(gateway: Gateway, folder: Path) -> None:
-    """In one step: the watch and the commands read it at any time."""
-    unfinished = folder / "gateway.json.new"
-    unfinished.write_text(json.dumps(dataclasses.asdict(gateway), indent=2))
-    unfinished.replace(folder / "gateway.json")
 
 
 @contextmanager

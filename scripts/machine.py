@@ -14,8 +14,21 @@ WORKER_BYTES = 300_000_000 + ADDED_BYTES
 # Java needs beside them.
 FRONTEND_BYTES = (6 << 30) + 300_000_000
 
+# Of the memory that is free, so much may be taken.
+_MEMORY_SHARE = 0.75
+# More workers than CPUs gain nothing; far more only wait for one another.
+_MOST_WORKERS_A_CPU = 4
+
 # So many at most for one picture; what more would give was not measured.
 _MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Most:
+    """How many workers can run, and what the bound is."""
+
+    workers: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,37 @@ def plan(workers: int | None = None, models: int = 1) -> Plan:
     """
     cpus = joblib.cpu_count()
     if workers is None:
-        fit_in_memory = int(psutil.virtual_memory().available * 0.75 // WORKER_BYTES)
-        workers = max(1, min(cpus, fit_in_memory // models))
+        workers = max(1, min(cpus, _fit_in_memory(_available()) // models))
     threads = max(1, cpus // workers)
     return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))
+
+
+def most_workers(models: int = 1, ending: int = 0) -> Most:
+    """The most workers for each of so many models.
+
+    Args:
+        models: each has as many.
+        ending: workers that end before these start, so that their memory counts as free.
+    """
+    cpus = joblib.cpu_count()
+    available = _available() + ending * WORKER_BYTES
+    in_memory = max(1, _fit_in_memory(available) // models)
+    if in_memory < cpus * _MOST_WORKERS_A_CPU:
+        return Most(
+            in_memory,
+            f"each is given {WORKER_BYTES / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
+            f"{available / 1e9:.1f} GB of memory that are free",
+        )
+    return Most(
+        cpus * _MOST_WORKERS_A_CPU,
+        f"there are {cpus} CPUs, and more than {_MOST_WORKERS_A_CPU} workers a CPU only wait for "
+        "one another",
+    )
+
+
+def _available() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _fit_in_memory(available: int) -> int:
+    return int(available * _MEMORY_SHARE // WORKER_BYTES)

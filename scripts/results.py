@@ -1,30 +1,80 @@
-"""A row for each picture, and the file that keeps them so that a run can go on where it stopped."""
+"""A row for each picture: how it came to be, and how it is written as JSON or CSV."""
 
 import asyncio
 import csv
-import fcntl
+import errno
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from scripts.client import (
     AsyncClient,
     Classification,
+    ModelVersion,
     RefusedError,
     ServiceError,
     UnavailableError,
+    UnreadableError,
 )
-from scripts.terminal import UserError
+from scripts.reading import PassingError, away, in_thread
 
 # Statuses from here on are no mistake of the client's.
 _SERVERS_FAULT = 500
 
-_COLUMNS = ("picture", "label", "class_id", "probability", "recognized", "error")
+# Seconds after which a folder that cannot be looked into is not there.
+_LONGEST_LOOK = 5.0
+
+# Of CSV, around the columns of the labels.
+_FIRST_COLUMNS = ("picture",)
+_LAST_COLUMNS = (
+    "recognized",
+    "error",
+    "warning",
+    "model",
+    "model_version",
+    "topk",
+    "threshold",
+)
+_LABEL_COLUMNS = ("label", "probability", "class_id")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What results were made with. Every row says it, so that results are never mixed up.
+
+    Attributes:
+        model: the model's name.
+        model_version: its version, with the digits that tell archives apart; "" where unknown.
+        topk: how many labels were asked for; None for as many as the server gives.
+        threshold: the least probability that was asked for; None for the server's.
+    """
+
+    model: str
+    model_version: str
+    topk: int | None
+    threshold: float | None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Origin":
+        """What a row of JSON or CSV says; `ValueError`, `KeyError` or `TypeError` if nothing."""
+        topk, threshold = (row[name] for name in ("topk", "threshold"))
+        return cls(
+            str(row["model"]),
+            str(row["model_version"]),
+            None if topk in {None, ""} else int(topk),
+            None if threshold in {None, ""} else float(threshold),
+        )
+
+    def of(self, model: ModelVersion | None) -> "Origin":
+        """The same, with the model that answered, if that is known."""
+        if model is None:
+            return self
+        return replace(self, model=model.name, model_version=model.version)
 
 
 @dataclass(frozen=True)
@@ -41,10 +91,10 @@ class Row:
 
     @property
     def is_final(self) -> bool:
-        """Whether asking again would give the same: not where the server failed on it."""
-        return not isinstance(self.answer, ServiceError) or (
-            isinstance(self.answer, RefusedError) and self.answer.is_about_the_picture
-        )
+        """Whether asking again would give the same: not where server or drive failed on it."""
+        if isinstance(self.answer, ServiceError):
+            return isinstance(self.answer, RefusedError) and self.answer.is_about_the_picture
+        return not isinstance(self.answer, PassingError)
 
     @property
     def problem(self) -> str | None:
@@ -53,7 +103,13 @@ class Row:
             return f"cannot be read: {self.answer.strerror or self.answer}"
         return str(self.answer) if isinstance(self.answer, ServiceError) else None
 
-    def as_json(self) -> str:
+    @property
+    def model(self) -> ModelVersion | None:
+        """Which model answered, where one did and says so."""
+        known = isinstance(self.answer, (Classification, RefusedError))
+        return self.answer.model if known else None  # type: ignore[union-attr]
+
+    def as_json(self, origin: Origin) -> str:
         """One line of JSON."""
         values: dict[str, Any] = {"picture": self.picture}
         if isinstance(self.answer, Classification):
@@ -68,20 +124,40 @@ class Row:
                 values["warning"] = self.answer.warning
         else:
             values["error"] = self.problem
-        return json.dumps(values) + "\n"
+        return json.dumps(values | asdict(origin.of(self.model))) + "\n"
 
-    def as_csv(self) -> str:
-        """One line of CSV, in the order of the columns."""
+    def as_csv(self, origin: Origin) -> str:
+        """One line of CSV, in the order of `csv_columns`; for each label what the model gives."""
+        labels = [""] * (labels_in_csv(origin) * len(_LABEL_COLUMNS))
+        recognized = warning = ""
         if isinstance(self.answer, Classification):
-            best = self.answer.predictions[0]
+            given = [
+                value
+                for prediction in self.answer.predictions
+                for value in (prediction.label, str(prediction.probability), prediction.class_id)
+            ]
+            # A model may have fewer classes than were asked for.
+            labels = (given + labels)[: len(labels)]
             recognized = str(self.answer.recognized).lower()
-            values = [best.label, best.class_id, str(best.probability), recognized, ""]
-        else:
-            values = ["", "", "", "", self.problem or ""]
-        return _csv_line([self.picture, *values])
+            warning = self.answer.warning or ""
+        made_with = ["" if v is None else str(v) for v in vars(origin.of(self.model)).values()]
+        values = [self.picture, *labels, recognized, self.problem or "", warning, *made_with]
+        return csv_line(values)
 
 
-def _csv_line(values: Sequence[str]) -> str:
+def csv_columns(labels: int) -> tuple[str, ...]:
+    """The names of the columns of CSV with so many labels for each picture."""
+    more = (f"{name}_{place}" for place in range(2, labels + 1) for name in _LABEL_COLUMNS)
+    return (*_FIRST_COLUMNS, *_LABEL_COLUMNS, *more, *_LAST_COLUMNS)
+
+
+def labels_in_csv(origin: Origin) -> int:
+    """How many labels a row of CSV has room for."""
+    return origin.topk or 1
+
+
+def csv_line(values: Sequence[str]) -> str:
+    """A line of CSV, all in quotes."""
     line = io.StringIO(newline="")
     csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(values)
     return line.getvalue()
@@ -103,30 +179,15 @@ async def classify_all(
 
     Raises:
         UnavailableError: the server is gone; what has no row yet was not done.
-        RefusedError: it refuses how it is asked, whatever the picture.
+        UnreadableError: so is what the pictures are on.
+        RefusedError: the server refuses how it is asked, whatever the picture.
     """
+    asker = _Asker(client, pictures)
     left = iter(pictures)
-    last_answer = 0.0
 
     async def one_after_the_other() -> None:
-        nonlocal last_answer
         for picture in left:
-            began = time.monotonic()
-            try:
-                answer: Classification | ServiceError | OSError = await client.classify(picture)
-                last_answer = time.monotonic()
-            except UnavailableError as error:
-                # Where the others are answered, it is this picture that the server dies of.
-                if last_answer <= began:
-                    raise
-                answer = error
-            except RefusedError as error:
-                if not error.is_about_the_picture and error.code < _SERVERS_FAULT:
-                    raise
-                answer = error
-            except (OSError, ValueError) as error:  # the latter for a name that cannot be a file's
-                answer = error if isinstance(error, OSError) else OSError(str(error))
-            take(Row(str(picture), answer))
+            take(Row(str(picture), await asker.ask(picture)))
 
     tasks = [asyncio.create_task(one_after_the_other()) for _ in range(at_once)]
     try:
@@ -135,6 +196,70 @@ async def classify_all(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Asker:
+    """Asks for pictures, and tells what is wrong with one from what is wrong with all."""
+
+    def __init__(self, client: AsyncClient, pictures: Sequence[Path]) -> None:
+        self._client = client
+        self._last_answer = 0.0
+        # Folders that were waited for in vain, or are not there to begin with.
+        folders = {picture.parent for picture in pictures}
+        self._gone = {folder for folder in folders if not _is_there(folder)}
+
+    async def ask(self, picture: Path) -> Classification | ServiceError | OSError:
+        """What becomes of a picture; raises where the others can fare no better."""
+        if picture.parent in self._gone and (folder := await _folder_away(picture)):
+            return PassingError(errno.ENOENT, f"its folder {folder} is not there", str(picture))
+        began = time.monotonic()
+        try:
+            answer = await self._answer(picture)
+        except UnavailableError as error:
+            # Where the others are answered, it is this picture that the server dies of.
+            if not self._others_go_on(began):
+                raise
+            return error
+        except PassingError as error:
+            # The same with what it is read from.
+            if not self._others_go_on(began):
+                raise UnreadableError(
+                    f"{picture} cannot be read, however often it was tried: {error.strerror}."
+                ) from error
+            if await _folder_away(picture):
+                self._gone.add(picture.parent)
+            return error
+        except OSError as error:
+            return error
+        self._last_answer = time.monotonic()
+        return answer
+
+    async def _answer(self, picture: Path) -> Classification | RefusedError:
+        try:
+            return await self._client.classify(picture)
+        except RefusedError as error:
+            if not error.is_about_the_picture and error.code < _SERVERS_FAULT:
+                raise
+            return error
+
+    def _others_go_on(self, began: float) -> bool:
+        """Whether answers came to the end of the time for which one picture was tried."""
+        return self._last_answer > (began + time.monotonic()) / 2
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+async def _folder_away(picture: Path) -> Path | None:
+    """Its folder, if that is not there, or on a drive that does not answer."""
+    try:
+        return await in_thread(partial(away, picture), _LONGEST_LOOK)
+    except asyncio.TimeoutError:
+        return picture.parent
 
 
 def classify_now(
@@ -147,95 +272,3 @@ def classify_now(
             await classify_all(pictures, client, at_once, take)
 
     asyncio.run(all_of_them())
-
-
-class ResultsFile:
-    """Rows in a file, one at most for each picture; what was being written is written anew.
-
-    Attributes:
-        done: the pictures that have a row, each with its error, if that is what the row says.
-    """
-
-    def __init__(self, file: TextIO, *, as_csv: bool, path: Path) -> None:
-        """Reads what is there; `UserError` where it is not from this command."""
-        self._file = file
-        self._path = path
-        self._as_csv = as_csv
-        text = file.read()
-        try:
-            self.done, length = (_read_csv if as_csv else _read_jsonl)(text)
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(
-                f"{path} holds something else than results of this command. Name another file."
-            ) from error
-        if length < len(text):
-            # The last row was cut off in the middle of writing.
-            file.seek(0)
-            file.truncate()
-            self._append(text[:length])
-        if as_csv and length == 0:
-            self._append(_csv_line(_COLUMNS))
-
-    def write(self, row: Row) -> None:
-        """Adds a row; it is kept from then on, whatever happens to this process.
-
-        Raises:
-            UserError: the disk takes no more.
-        """
-        self._append(row.as_csv() if self._as_csv else row.as_json())
-
-    def _append(self, text: str) -> None:
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from error
-
-
-def _read_jsonl(text: str) -> tuple[dict[str, str | None], int]:
-    """Pictures with their errors, and how much of the text is whole rows."""
-    length = text.rfind("\n") + 1
-    if not length and text and not text.startswith('{"picture": "'[: len(text)]):
-        raise ValueError("no row")
-    rows = [json.loads(line) for line in text[:length].split("\n")[:-1]]
-    return {row["picture"]: row.get("error") for row in rows}, length
-
-
-def _read_csv(text: str) -> tuple[dict[str, str | None], int]:
-    """The same; a row may have line ends in it."""
-    header = _csv_line(_COLUMNS)
-    if not text.startswith(header):
-        if text and not header.startswith(text):
-            raise ValueError("other columns")
-        return {}, 0
-    length = text.rfind("\n") + 1
-    while True:
-        try:
-            rows = list(csv.reader(io.StringIO(text[:length], newline=""), strict=True))
-            break
-        except csv.Error:  # cut off within quotes
-            length = text.rfind("\n", 0, length - 1) + 1
-    if any(len(row) != len(_COLUMNS) for row in rows):
-        raise ValueError("other columns")
-    return {row[0]: row[-1] or None for row in rows[1:]}, length
-
-
-@contextmanager
-def results_file(path: Path, *, as_csv: bool) -> Iterator[ResultsFile]:
-    """Opens or makes a file of results for this process alone.
-
-    Raises:
-        UserError: it cannot be written, is in use, or holds something else.
-    """
-    try:
-        # Names of files need not be text in any encoding.
-        file = path.open("a+", encoding="utf-8", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"Another run writes to {path} now.") from error
-        file.seek(0)
-        yield ResultsFile(file, as_csv=as_csv, path=path)

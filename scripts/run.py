@@ -4,56 +4,86 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
+import stamina
 import typer
+from rich.status import Status
 
 from scripts.architectures import check_architecture
 from scripts.archive import (
     ArchOption,
     Channels,
+    EngineOption,
+    InterpolationOption,
+    NameOption,
     Pixels,
+    UrlOption,
     build,
+    check_choices,
     customized,
     obtain_for_trial,
     recipe,
 )
 from scripts.classify import show
-from scripts.client import Client
+from scripts.client import Client, ServiceError
+from scripts.machine import plan
 from scripts.photographs import CAT
-from scripts.server import RUN_DIR, Ports, Running, find_running, ready_workers, start, stop
+from scripts.preflight import try_archive
+from scripts.server import (
+    METRICS_CONFIG,
+    RUN_DIR,
+    Grpc,
+    Ports,
+    Running,
+    Workers,
+    check_start,
+    find_running,
+    ready_workers,
+    start,
+    stop,
+)
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
-from scripts.terminal import command, console, step
+from scripts.terminal import UserError, command, console, step
 
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
-    url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    weights_url: UrlOption = None,
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the archive.")] = None,
+    name: NameOption = None,
+    engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
     mean: Channels = None,
     std: Channels = None,
-    interpolation: str | None = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
+    interpolation: InterpolationOption = None,
+    workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
     metrics_port: int = Ports.metrics,
+    grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Builds the archive, serves it and classifies a sample photograph."""
+    stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     check_architecture(arch)
+    check_choices(name, engine)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
-    found = obtain_for_trial(weights, url, arch)
-    archive = build(recipe(found, name, classes, preprocessing))
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    running = _serve(archive, ports, workers)
+    # What runs already must not have to end for something that cannot begin.
+    check_start([], ports, workers, grpc=grpc, instead_of=find_running())
+    found = obtain_for_trial(weights, weights_url, arch)
+    archive = build(recipe(found, name, classes, preprocessing, engine))
+    running = _serve(archive, ports, workers, grpc=grpc)
 
     picture = RUN_DIR / "cat.png"
     shutil.copyfile(CAT, picture)
-    with Client(running.predictions_url) as client:
-        show(str(picture), client.classify(picture))
+    try:
+        with Client(running.predictions_url) as client:
+            show(str(picture), client.classify(picture))
+    except ServiceError as error:
+        raise UserError(f"The server runs, but did not classify {picture}: {error}") from error
 
     console.print(f"Predictions  {running.predictions_url}")
     console.print("             in a browser it is a page to drop pictures on")
@@ -63,19 +93,23 @@ def main(
     console.print("Stop it:     make stop")
 
 
-def _serve(archive: Path, ports: Ports, workers: int | None) -> Running:
+def _serve(archive: Path, ports: Ports, workers: int | None, *, grpc: bool) -> Running:
     """Keeps a server that serves this very archive where it was asked to; else starts one."""
     running = find_running()
     if running is not None:
-        served = {archive.stem: sha256(archive)}
-        up_to_date = running.models == served and running.ports == ports
+        same_archive = running.models == {archive.stem: sha256(archive)}
+        same_place = running.ports.used(grpc=running.grpc) == ports.used(grpc=grpc)
         ready = ready_workers(running)
-        if up_to_date and ready > 0 and workers in (None, ready):
+        if same_archive and same_place and ready > 0 and workers in (None, ready):
             step(f"TorchServe: already serving this archive with {ready} worker(s)")
             return running
+        check_start([archive], ports, workers, grpc=grpc, instead_of=running)
+        if not same_archive:
+            with Status("Trying the new archive ...", console=console):
+                try_archive(archive, plan(workers).threads, METRICS_CONFIG)
         step("TorchServe: stopping the running one, it differs from what was asked for")
         stop(running)
-    running = start(archive, ports, workers)
+    running = start(archive, ports, workers, grpc=grpc)
     step(f"TorchServe: {ready_workers(running)} worker(s) ready, logs in {RUN_DIR / 'logs'}")
     return running
 

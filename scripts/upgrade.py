@@ -9,7 +9,7 @@ that stays off.
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +19,9 @@ import typer
 from scripts.cluster import keep_release, start_node, stop_nodes
 from scripts.gateway import (
     GATEWAY_DIR,
-    Gateway,
     Node,
     change_nodes,
+    operation,
     require_gateway,
     wait_for_drain,
 )
@@ -54,10 +54,15 @@ def upgrade(
         folder: the gateway's.
 
     Raises:
-        UserError: a check failed; the old nodes serve as before.
+        UserError: a check failed, or another `operation` goes on; the old nodes serve as before.
     """
-    gateway = require_gateway(folder)
-    old = [node for node in gateway.nodes if not node.drained]
+    with operation(f"make upgrade to {archive.name}", folder):
+        _upgrade(archive, agreement, trial_seconds, folder)
+
+
+def _upgrade(archive: Path, agreement: float, trial_seconds: float, folder: Path) -> None:
+    old = [node for node in require_gateway(folder).nodes if not node.drained]
+    names = {node.name for node in old}
     release = keep_release(archive, folder.parent)
     _check_archive(release, old)
     fresh: list[Node] = []
@@ -66,7 +71,6 @@ def upgrade(
             fresh.append(start_node(release, node.workers, folder.parent))
             step(f"Upgrade: {fresh[-1].name} is ready beside {node.name}")
         _check_answers(fresh, old, agreement)
-        names = {node.name for node in old}
         leaving = change_nodes(
             lambda nodes: [
                 *(dataclasses.replace(n, drained=n.drained or n.name in names) for n in nodes),
@@ -77,7 +81,7 @@ def upgrade(
         step("Upgrade: switched; the old nodes finish what they have")
         _check_service(fresh, trial_seconds)
     except BaseException:
-        _go_back(gateway, fresh, folder)
+        _go_back(names, fresh, folder)
         raise
     if not wait_for_drain(leaving):
         warn("Some clients did not take their answers in time and were cut.")
@@ -86,9 +90,21 @@ def upgrade(
     step(f"Upgrade: {len(fresh)} node(s) serve {release.parent.name}")
 
 
-def _go_back(gateway: Gateway, fresh: Sequence[Node], folder: Path) -> None:
-    """Has the nodes of `gateway` serve again, and ends the new ones once nobody waits for them."""
-    wait_for_drain(change_nodes(lambda _: gateway.nodes, folder))
+def _go_back(old: Collection[str], fresh: Sequence[Node], folder: Path) -> None:
+    """Has the old nodes serve again, and ends the new ones once nobody waits for them.
+
+    In the list as it is now: what others changed in it meanwhile stays.
+    """
+    new = {node.name for node in fresh}
+    leaving = change_nodes(
+        lambda nodes: [
+            dataclasses.replace(node, drained=node.drained and node.name not in old)
+            for node in nodes
+            if node.name not in new
+        ],
+        folder,
+    )
+    wait_for_drain(leaving)
     stop_nodes(fresh)
 
 

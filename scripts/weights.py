@@ -23,7 +23,7 @@ import typer
 from rich.status import Status
 from torch import Tensor, nn
 
-from handler.engines import empty_model
+from handler.torch_models import empty_model
 from scripts import architectures
 from scripts.architectures import (
     check_architecture,
@@ -335,11 +335,13 @@ def _spread_logits(model: nn.Module, last: nn.Linear, photographs: Tensor) -> No
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="A file of your own to check.")] = None,
-    url: Annotated[str | None, typer.Option(help="A mirror of torchvision's file.")] = None,
+    weights_url: Annotated[
+        str | None, typer.Option("--url", help="A mirror of torchvision's file.")
+    ] = None,
     arch: Annotated[str, typer.Option(help="torchvision's name.")] = DEFAULT_ARCHITECTURE,
 ) -> None:
     """Fetches torchvision's weights into torch's cache, or checks a file."""
-    found = obtain(weights, url, arch)
+    found = obtain(weights, weights_url, arch)
     console.print(f"{found.file}: SHA-256 {found.sha256}, fits {arch} with {found.classes} classes")
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from scripts.photographs import CAT
+from tests import kinds
 from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
@@ -93,6 +94,8 @@ def valid() -> Iterator[Valid]:
     for name, data in _plain():
         yield Valid(name, data, seen(data))
     yield from _sixteen_bits()
+    for name, data, shown in kinds.read(np.asarray(photograph())):
+        yield Valid(name, data, Image.fromarray(shown))
 
 
 def _plain() -> Iterator[tuple[str, bytes]]:
@@ -199,6 +202,9 @@ def _sixteen_bits() -> Iterator[Valid]:
     yield Valid("TIFF 16-bit greyscale", encode(image, "TIFF"), grey.convert("RGB"))
     big_endian = Image.frombytes("I;16B", grey.size, deep_grey.astype(">u2").tobytes())
     yield Valid("TIFF 16-bit big-endian", encode(big_endian, "TIFF"), grey.convert("RGB"))
+    ten_bits = io.BytesIO()
+    pillow_heif.from_bytes("L;16", grey.size, deep_grey.tobytes()).save(ten_bits, quality=-1)
+    yield Valid("HEIC 10-bit greyscale", ten_bits.getvalue(), grey.convert("RGB"))
     deep_rgb = np.asarray(rgb).astype(np.uint16) * 257
     yield Valid("PNG 16-bit RGB", png(deep_rgb, colour_type=2), rgb)
     opaque = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
@@ -354,6 +360,15 @@ def _other_formats() -> Iterator[tuple[str, bytes]]:
     yield "AVI", b"RIFF\0\1\0\0AVI LIST" + bytes(100)
     yield "WebM", b"\x1aE\xdf\xa3" + bytes(100)
     yield "32-bit float TIFF", encode(photograph().convert("F"), "TIFF")
+    for plugin in ("PPM", "TGA", "QOI", "PCX", "SGI", "DDS", "ICNS"):
+        yield plugin, encode(photograph(), plugin)
+    yield "PGM", encode(photograph().convert("L"), "PPM")
+    yield "PBM", encode(photograph().convert("1"), "PPM")
+    yield "XBM", encode(photograph().convert("1"), "XBM")
+    yield "TGA run-length", encode(photograph(), "TGA", compression="tga_rle")
+    yield "JPEG 2000 codestream", encode(photograph(), "JPEG2000", no_jp2=True)
+    for name, data, _ in (*kinds.unread(np.asarray(photograph())), *kinds.named()):
+        yield name, data
 
 
 def _no_pictures() -> Iterator[tuple[str, bytes]]:
@@ -361,8 +376,6 @@ def _no_pictures() -> Iterator[tuple[str, bytes]]:
     yield "one byte", b"\xff"
     yield "zeros", bytes(10_000)
     yield "noise", b"\x07" + np.random.default_rng(5).bytes(100_000)
-    yield "PPM", encode(photograph(), "PPM")
-    yield "TGA", encode(photograph(), "TGA")
     yield "program", b"\x7fELF" + bytes(1000)
     yield "pickle", b"\x80\x04\x95" + bytes(100)
     yield "base64 of a JPEG", b"/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQ"

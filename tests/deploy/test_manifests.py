@@ -13,12 +13,13 @@ import pytest
 import yaml
 
 from handler.settings import ADDED_BYTES, DECODING_BYTES
-from scripts.gateway import Options
 from scripts.machine import FRONTEND_BYTES, WORKER_BYTES
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")
 VERSION = "1.30"
+# Seconds: more than a full batch of the most costly pictures takes.
+LONGEST_ANSWER = 20
 
 Manifest = dict[str, Any]
 Mistake = Callable[[Manifest], None]
@@ -98,6 +99,35 @@ def test_what_belongs_together_is_called_the_same() -> None:
     assert allowed == set(ports.values())
 
 
+def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
+    rules = _load(Path("deploy/monitoring/alerts.yaml"))["groups"][0]["rules"]
+    asked = {
+        job
+        for rule in rules
+        for jobs in re.findall(r'job=~?"([^"]+)"', rule["expr"])
+        for job in jobs.split("|")
+    }
+    selectors = [part for rule in rules for part in re.findall(r"\{([^}]*)\}", rule["expr"])]
+    assert all("job=" in selector for selector in selectors)
+    scraped = _load(Path("deploy/monitoring/prometheus.yaml"))["scrape_configs"]
+    assert asked == {config["job_name"] for config in scraped}
+
+    monitor = _load(KUBERNETES / "pod-monitor.yaml")["spec"]
+    template = _load(KUBERNETES / "deployment.yaml")["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"].items() <= labels.items()
+    # As the operator does: the job is the value of the pod's label of that name.
+    assert labels[monitor["jobLabel"]] == "densenet"
+    assert labels[monitor["jobLabel"]] in asked
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    ports = {
+        port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]
+    }
+    assert ports[endpoint["port"]] == 8082
+    # Nobody finds the pods a second time, under another job.
+    assert not any("prometheus.io" in name for name in template["metadata"].get("annotations", {}))
+
+
 def test_a_pod_asks_for_as_many_cpus_as_threads_compute() -> None:
     properties = dict(
         line.split("=", 1)
@@ -122,7 +152,7 @@ def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
         "exec"
     ]["command"]
     assert command == "sleep"
-    assert Options().timeout <= int(seconds) < pod["terminationGracePeriodSeconds"]
+    assert LONGEST_ANSWER <= int(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_dashboard_is_json_that_grafana_takes() -> None:
@@ -163,7 +193,9 @@ def test_a_pod_may_take_what_its_processes_take_at_their_limits() -> None:
 def test_what_a_worker_may_take_is_what_its_settings_say() -> None:
     """`ADDED_BYTES` counts the bodies of one batch."""
     model = yaml.safe_load(Path("handler/model-config.yaml").read_text())
-    limit = re.search(r"^max_request_size=(\d+)$", Path("config.properties").read_text(), re.M)
+    limit = re.search(
+        r"^max_request_size=(\d+)$", Path("config.properties").read_text(), re.MULTILINE
+    )
     assert limit is not None
     bodies = model["batchSize"] * int(limit[1])
     assert DECODING_BYTES + bodies < ADDED_BYTES < DECODING_BYTES + bodies + 100e6

@@ -3,7 +3,9 @@
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,14 @@ def free_port() -> int:
         return port
 
 
+def free_options(**options: Any) -> Options:
+    """Options with ports that nobody uses now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        http, https, metrics = (probe.getsockname()[1] for probe in probes)
+    return Options(http_port=http, https_port=https, metrics_port=metrics, **options)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nginx() -> None:
     if shutil.which("nginx") is None:
@@ -38,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(archive: Path, folder: Path) -> Iterator[Gateway]:
     """Two nodes of one worker each, behind a gateway with the watch."""
     nodes = start_nodes(2, archive, workers=1, run_dir=folder.parent)
-    options = Options(http_port=free_port(), https_port=free_port(), rate=1000, burst=1000)
+    options = free_options(rate=1000, burst=1000)
     started = gateways.start(options, nodes, folder)
     yield started
     last = find_gateway(folder)
@@ -59,15 +69,7 @@ def guarded(cluster: Gateway, tmp_path: Path) -> Iterator[Client]:
     keys = tmp_path / "keys"
     keys.touch(mode=0o600)
     keys.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
-    options = Options(
-        http_port=free_port(),
-        https_port=free_port(),
-        keys=str(keys),
-        rate=1,
-        burst=4,
-        connections=2,
-        timeout=5,
-    )
+    options = free_options(keys=str(keys), rate=1, burst=4, connections=2, timeout=5)
     folder = tmp_path / "guarded"
     current = find_gateway(Path(cluster.nodes[0].run_dir).parent / "gateway")
     assert current is not None

@@ -9,6 +9,7 @@ import psutil
 from scripts.cluster import drain, replace, undrain
 from scripts.gateway import Gateway, find_gateway
 from scripts.server import Running, find_running, model_status, ready_workers
+from scripts.terminal import UserError
 from scripts.upgrade import upgrade
 
 
@@ -33,38 +34,91 @@ def kill_worker(folder: Path, number: int) -> None:
     """Kills a worker of one node, of the next node each time, and waits for its successor."""
     servers = servers_of(folder)
     victim = servers[number % len(servers)]
-    for worker in model_status(victim)["workers"]:
+    worker_of(victim).kill()
+    wait_for(lambda: ready_workers(victim) > 0)
+
+
+def worker_of(server: Running) -> psutil.Process:
+    """The process of a worker that lives."""
+    for worker in model_status(server)["workers"]:
         if psutil.pid_exists(worker["pid"]):
-            psutil.Process(worker["pid"]).kill()
-            break
-    _wait(lambda: ready_workers(victim) > 0)
+            return psutil.Process(worker["pid"])
+    raise AssertionError("no worker lives")
 
 
 def kill_node(folder: Path) -> None:
     """Kills a node with its workers, as a power cut would, and puts a new one in its place."""
     name = nodes_of(folder)[0]
     server = servers_of(folder)[0]
+    cut_power(server)
+    patiently(lambda: replace(name, folder))
+
+
+def kill_frontend(folder: Path) -> None:
+    """Kills a node's frontend, and waits until the watch has started the node again."""
+    server = servers_of(folder)[0]
+    process = server.process()
+    assert process is not None
+    process.kill()
+    wait_for(lambda: serves_anew(folder, server))
+
+
+def serves_anew(folder: Path, before: Running) -> bool:
+    """Whether the first node is another process than before, and serves."""
+    node = _gateway(folder).nodes[0]
+    running = find_running(Path(node.run_dir))
+    if running is None or running.pid == before.pid:
+        return False
+    return ready_workers(running) > 0 and node.healthy
+
+
+def hang_worker(folder: Path, number: int) -> None:
+    """Stops a worker of one node, of the next each time, and waits until all nodes serve."""
+    servers = servers_of(folder)
+    worker = worker_of(servers[number % len(servers)])
+    worker.suspend()
+    wait_for(lambda: not worker.is_running())
+    wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
+
+
+def cut_power(server: Running) -> None:
+    """Ends a frontend and its workers without a warning."""
     process = server.process()
     assert process is not None
     for victim in (process, *process.children(recursive=True)):
         victim.kill()
-    replace(name, folder)
+
+
+def patiently(act: Callable[[], object]) -> None:
+    """Does what the watch may be in the way of for a moment."""
+    wait_for(lambda: not _refused(act))
+
+
+def _refused(act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except UserError as error:
+        if "Not now" in str(error):
+            return True
+        raise
+    return False
 
 
 def drain_node(folder: Path) -> None:
     """Takes a node out, and lets it serve again."""
     name = nodes_of(folder)[-1]
-    drain([name], folder)
-    undrain(name, folder)
+    patiently(lambda: drain([name], folder))
+    patiently(lambda: undrain(name, folder))
 
 
 def upgrade_all(folder: Path, archive: Path) -> None:
     """Puts another archive in the place of the one that serves."""
-    upgrade(archive, agreement=0.0, trial_seconds=1.0, folder=folder)
+    patiently(lambda: upgrade(archive, agreement=0.0, trial_seconds=1.0, folder=folder))
 
 
-def _wait(ready: Callable[[], bool]) -> None:
+def wait_for(ready: Callable[[], bool]) -> None:
+    """Waits until it is so, for a minute."""
     deadline = time.monotonic() + 60
     while not ready():
-        assert time.monotonic() < deadline, "no worker came back within a minute"
+        assert time.monotonic() < deadline, "it did not happen within a minute"
         time.sleep(0.2)

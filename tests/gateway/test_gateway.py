@@ -38,6 +38,9 @@ def test_the_tutorials_calls_work_but_for_host_and_port(client: Client) -> None:
     assert [set(row) >= {"label", "probability"} for row in r["predictions"]] == [True] * 5
     curl = _curl("-X", "POST", "-F", f"image=@{CAT}", f"{url}/predict")
     assert curl == r
+    # The plain form of a tutorial's page, which has no action, is sent to the page's own address.
+    form = requests.post(f"{url}/", files={"file": ("cat.png", image)}, timeout=60)
+    assert form.json() == r
 
 
 @pytest.mark.parametrize(
@@ -161,8 +164,29 @@ def test_a_request_keeps_its_id_from_the_client_to_the_workers_log(
     line = lines["order-4711-abc"]
     assert (line["status"], line["outcomes"]) == (200, ["recognized"])
     assert line["bytes_in"] == CAT.stat().st_size
-    log = Path(client.gateway.options.certificate).parent / "access.log"
-    _eventually(lambda: _lines(log), {"order-4711-abc", made})
+    _eventually(lambda: _lines(_log(client)), {"order-4711-abc", made})
+
+
+def _log(client: Client) -> Path:
+    return Path(client.gateway.options.certificate).parent / "access.log"
+
+
+def test_the_log_says_what_was_asked_for_where_nginx_answered_itself(guarded: Client) -> None:
+    asked = [
+        ("GET", "/nowhere", 404),
+        ("POST", "/predict", 401),
+        ("DELETE", "/predict", 405),
+        ("POST", "/sign-in", 403),
+    ]
+    for number, (method, path, status) in enumerate(asked):
+        answer = guarded.ask(
+            method, f"{path}?key=secret", headers={"X-Request-Id": f"mistake-{number}"}
+        )
+        assert answer.status_code == status
+    lines = _eventually(lambda: _lines(_log(guarded)), {f"mistake-{n}" for n in range(4)})
+    logged = [lines[f"mistake-{number}"] for number in range(4)]
+    assert [(line["method"], line["path"], line["status"]) for line in logged] == asked
+    assert "secret" not in _log(guarded).read_text()
 
 
 def _worker_lines(gateway: Gateway) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def query(
     config["global"]["scrape_interval"] = "500ms"
     config["rule_files"] = [str((MONITORING / "alerts.yaml").resolve())]
     targets = [f"127.0.0.1:{server.ports.metrics}" for server in faults.servers_of(folder)]
-    config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    of_job = {config["job_name"]: config for config in config["scrape_configs"]}
+    of_job["densenet"]["static_configs"] = [{"targets": targets}]
+    gateway = f"127.0.0.1:{cluster.options.metrics_port}"
+    of_job["densenet-gateway"]["static_configs"] = [{"targets": [gateway]}]
     (place / "prometheus.yaml").write_text(yaml.safe_dump(config))
     port = free_port()
     with (
@@ -111,6 +114,32 @@ def test_what_was_sent_is_what_prometheus_counts(query: Query, client: Client) -
         assert float(row["value"][1]) > 0
 
 
+def test_what_no_node_answered_is_counted_too(query: Query, client: Client) -> None:
+    """404 is nginx's own, as 502 and 504 are."""
+
+    def counted(path: str, status: int) -> float:
+        labels = f'job="densenet-gateway", path="{path}", status="{status}"'
+        rows = query(f"densenet_gateway_requests_total{{{labels}}}")
+        return float(rows[0]["value"][1]) if rows else 0.0
+
+    _eventually(lambda: query('up{job="densenet-gateway"} == 1'))
+    # Known before it happens, so that the first one is an increase.
+    of_predict = 'path="/predict", status=~"502|503|504"'
+    _eventually(lambda: len(query(f"densenet_gateway_requests_total{{{of_predict}}}")) == 3)
+    answered, unknown = counted("/predict", 200), counted("other", 404)
+    client.predict()
+    for number in range(3):
+        client.ask("GET", f"/nowhere/{number}")
+    _eventually(lambda: counted("/predict", 200) == answered + 1)
+    _eventually(lambda: counted("other", 404) == unknown + 3)
+
+
+def test_the_gateways_metrics_are_for_this_machine_only(cluster: Gateway, client: Client) -> None:
+    place = Path(cluster.options.certificate).parent
+    assert f"listen 127.0.0.1:{cluster.options.metrics_port};" in (place / "nginx.conf").read_text()
+    assert client.ask("GET", "/metrics").status_code == 404
+
+
 def test_every_query_of_the_dashboard_gives_data(query: Query, client: Client) -> None:
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     waiting = {
@@ -145,3 +174,33 @@ def test_the_alert_rules_do_what_their_tests_say_and_a_mistake_shows(tmp_path: P
         text = (MONITORING / name).read_text()
         (tmp_path / name).write_text(text.replace("> 0.01", "> 0.5"))
     assert promtool(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [
+        # Nothing is recognised at all: the series is absent.
+        ('outcome="recognized"}[1h])) or vector(0))', 'outcome="recognized"}[1h])))'),
+        # The very first failure of the handler.
+        ("or sum((densenet_requests_total", "and sum((densenet_requests_total"),
+        # What no node answered.
+        ('status=~"5.."', 'status="500"'),
+        ("|densenet-gateway", ""),
+    ],
+)
+def test_the_tests_of_the_alerts_notice_what_is_gone(
+    part: str, instead: str, tmp_path: Path
+) -> None:
+    rules = (MONITORING / "alerts.yaml").read_text()
+    assert part in rules
+    (tmp_path / "alerts.yaml").write_text(rules.replace(part, instead))
+    shutil.copyfile(MONITORING / "alerts.test.yaml", tmp_path / "alerts.test.yaml")
+    done = subprocess.run(
+        ["promtool", "test", "rules", "alerts.test.yaml"],  # noqa: S607
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "FAILED" in done.stdout + done.stderr

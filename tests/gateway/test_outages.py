@@ -4,9 +4,13 @@ The short form of `make outages`.
 """
 
 import dataclasses
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +19,20 @@ import psutil
 import pytest
 import requests
 
+from scripts import gateway as gateways
+from scripts import upgrade as upgrades
+from scripts import watch as watches
 from scripts.archive import build, recipe
-from scripts.cluster import drain, undrain
-from scripts.gateway import Gateway, find_gateway
+from scripts.cluster import (
+    drain,
+    refuse_during_an_operation,
+    replace,
+    start_nodes,
+    stop_nodes,
+    undrain,
+)
+from scripts.gateway import Gateway, change_nodes, find_gateway
+from scripts.server import Running
 from scripts.store import sha256
 from scripts.terminal import UserError
 from scripts.upgrade import upgrade
@@ -25,6 +40,7 @@ from scripts.watch import renew_tokens
 from scripts.weights import Weights
 from tests.gateway import faults
 from tests.gateway.client import Client, Tally, clients
+from tests.gateway.conftest import KEYS, free_options
 
 CLIENTS = 8
 
@@ -64,6 +80,33 @@ def test_tokens_are_renewed_without_an_error(cluster: Gateway, folder: Path) -> 
     assert renew_tokens(folder, before_expiry=timedelta(minutes=1)) == []
 
 
+def test_a_renewal_that_fails_leaves_no_node_drained_and_is_made_up_for(
+    cluster: Gateway, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([UserError("TorchServe refuses a new token: not today")])
+    real = watches.renew
+
+    def renew(running: Running) -> None:
+        for failure in failures:
+            raise failure
+        real(running)
+
+    monkeypatch.setattr(watches, "renew", renew)
+    with pytest.raises(UserError, match="not today"):
+        renew_tokens(folder, before_expiry=timedelta(hours=2))
+    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
+    assert Client(cluster).predict().status_code == 200
+    renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
+    assert len(renewed) == 2
+    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
+
+
+def _gateway(folder: Path) -> Gateway:
+    gateway = find_gateway(folder)
+    assert gateway is not None
+    return gateway
+
+
 def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
     cluster: Gateway, folder: Path
 ) -> None:
@@ -75,6 +118,149 @@ def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
     _nobody_noticed(tally)
     assert names[0] not in faults.nodes_of(folder)
     assert len(faults.nodes_of(folder)) == 2
+
+
+def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_error(
+    cluster: Gateway, folder: Path
+) -> None:
+    names = faults.nodes_of(folder)
+    with clients(cluster, CLIENTS) as tally:
+        time.sleep(0.5)
+        faults.kill_frontend(folder)
+        time.sleep(0.5)
+    _nobody_noticed(tally)
+    assert faults.nodes_of(folder) == names
+
+
+def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an_error(
+    archive: Path, tmp_path: Path, note: list[str]
+) -> None:
+    """There is no other node to ask: clients wait for as long as it takes."""
+    folder = tmp_path / "run" / "gateway"
+    nodes = start_nodes(1, archive, workers=1, run_dir=folder.parent)
+    gateway = gateways.start(free_options(rate=1000, burst=1000), nodes, folder)
+    try:
+        with clients(gateway, CLIENTS) as tally:
+            for number in range(3):
+                time.sleep(1)
+                faults.kill_worker(folder, number)
+            time.sleep(1)
+            (victim,) = faults.servers_of(folder)
+            faults.cut_power(victim)
+            faults.wait_for(lambda: faults.serves_anew(folder, victim))
+            time.sleep(0.5)
+        _nobody_noticed(tally)
+        longest = max(tally.seconds)
+        note.append(
+            f"one node, 3 workers and the frontend killed: the longest wait {longest:.1f} s"
+        )
+    finally:
+        last = _gateway(folder)
+        gateways.stop(last, folder)
+        stop_nodes(last.nodes)
+
+
+def test_a_hung_worker_is_ended_and_whoever_waits_for_it_is_answered(
+    cluster: Gateway, folder: Path, note: list[str]
+) -> None:
+    """A worker that is stopped takes requests, and gives no answer; nor do those behind it get one.
+
+    The other node is free, and the gateway stays ready all the time.
+    """
+    worker = faults.worker_of(faults.servers_of(folder)[0])
+    log = Path(cluster.options.certificate).parent / "watch.log"
+    before = len(log.read_text())
+    worker.suspend()
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(Client(cluster).predict) for _ in range(11)]
+        ready = set()
+        while not all(answer.done() for answer in asked):
+            ready.add(Client(cluster).ask("GET", "/readyz").status_code)
+            time.sleep(0.2)
+        answers = [answer.result() for answer in asked]
+    assert [answer.status_code for answer in answers] == [200] * 11
+    assert ready == {200}
+    assert "were idle and have been ended" in log.read_text()[before:]
+    slowest = max(answer.elapsed.total_seconds() for answer in answers)
+    note.append(f"11 requests while one of two nodes hung: the slowest took {slowest:.1f} s")
+    faults.wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
+
+
+def test_a_request_that_is_followed_by_silence_reaches_one_node(
+    cluster: Gateway, folder: Path, guarded: Client
+) -> None:
+    """Before the same nodes, a gateway without a watch that waits for 5 s."""
+    worker = faults.worker_of(faults.servers_of(folder)[0])
+    worker.suspend()
+    try:
+        answers = [guarded.predict(KEYS["alice"]) for _ in range(3)]
+    finally:
+        worker.resume()
+    silent = [answer for answer in answers if answer.status_code == 504]
+    assert silent
+    assert silent[0].json()["type"] == "Timeout"
+    time.sleep(1.5)
+    lines = (Path(guarded.gateway.options.certificate).parent / "access.log").read_text()
+    logged = {line["id"]: line for line in map(json.loads, lines.splitlines())}
+    for answer in silent:
+        assert logged[answer.headers["x-request-id"]]["node_status"] == "504"
+    faults.wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
+    assert cluster.process() is not None
+
+
+def test_one_change_of_nodes_at_a_time_and_a_dead_holder_keeps_nothing(
+    cluster: Gateway, folder: Path, archive: Path
+) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from scripts.gateway import operation\n"
+        "with operation('make upgrade to new.mar', Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    names = faults.nodes_of(folder)
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        said = rf"make upgrade to new.mar \(process {holder.pid}\) changes which nodes serve"
+        for refused in (
+            lambda: upgrade(archive, folder=folder),
+            lambda: drain([names[0]], folder),
+            lambda: undrain(names[0], folder),
+            lambda: replace(names[0], folder),
+        ):
+            with pytest.raises(UserError, match=said):
+                refused()
+        with pytest.raises(UserError, match=said):
+            refuse_during_an_operation(_gateway(folder), folder)
+        holder.kill()
+    refuse_during_an_operation(_gateway(folder), folder)
+    drain([names[0]], folder)
+    undrain(names[0], folder)
+    assert faults.nodes_of(folder) == names
+    assert Client(cluster).predict().status_code == 200
+
+
+def test_an_upgrade_that_goes_back_leaves_alone_what_others_changed(
+    cluster: Gateway,
+    folder: Path,
+    other_archive: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, last = faults.nodes_of(folder)
+    taken = _gateway(folder).nodes[1]
+
+    def fail(*_: object) -> None:
+        change_nodes(lambda nodes: [node for node in nodes if node.name != last], folder)
+        raise UserError("no")
+
+    monkeypatch.setattr(upgrades, "_check_service", fail)
+    with pytest.raises(UserError, match="no"):
+        faults.upgrade_all(folder, other_archive)
+    assert faults.nodes_of(folder) == [first]
+    assert not _gateway(folder).nodes[0].drained
+    assert Client(cluster).predict().status_code == 200
+    change_nodes(lambda nodes: [*nodes, dataclasses.replace(taken, drained=False)], folder)
 
 
 def test_the_last_node_cannot_be_drained(cluster: Gateway, folder: Path) -> None:

@@ -15,10 +15,11 @@ import psutil
 import pytest
 import requests
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from scripts.photographs import CAT
 from scripts.server import Running, model_status
-from tests.pictures import PHOTOGRAPHS
+from tests.pictures import PHOTOGRAPHS, encode
 
 TIMEOUT = 60
 
@@ -73,12 +74,13 @@ def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
     one_worker: psutil.Process,
     worker_pids: Callable[[], set[int]],
 ) -> None:
-    good = [path.read_bytes() for path in PHOTOGRAPHS[:5]]
-    bad = [b"this is text", CAT.read_bytes()[:20_000], b""]
+    good = [path.read_bytes() for path in PHOTOGRAPHS[:4]]
+    # The last is half a character in JSON.
+    bad = [b"this is text", CAT.read_bytes()[:20_000], b"", rb'{"image":"AA==","topk":"\ud800"}']
     alone = [post(running.predictions_url, content).json() for content in good]
     assert len({answer["predictions"][0]["label"] for answer in alone}) > 1
 
-    together = [good[0], bad[0], good[1], bad[1], good[2], bad[2], good[3], good[4]]
+    together = [good[0], bad[0], good[1], bad[1], good[2], bad[2], good[3], bad[3]]
     before = len(batches_in(run_dir / "logs" / "requests.log"))
     with ThreadPoolExecutor(9) as clients:
         # While the worker is halted with one request in hand, the others queue up behind it.
@@ -93,10 +95,11 @@ def test_bad_requests_in_a_batch_do_not_touch_their_neighbours(
     assert batch.startswith("8 requests, 7 images")
 
     statuses = [answer.status_code for answer in answers]
-    assert statuses == [200, 400, 200, 400, 200, 400, 200, 200]
+    assert statuses == [200, 400, 200, 400, 200, 400, 200, 422]
     assert [a.json() for a in answers if a.status_code == 200] == alone
-    refusals = [a.json() for a in answers if a.status_code == 400]
-    assert [r["type"] for r in refusals] == ["NotAnImage", "DamagedImage", "MissingImage"]
+    refusals = [a.json() for a in answers if a.status_code != 200]
+    types = ["NotAnImage", "DamagedImage", "EmptyImage", "InvalidOption"]
+    assert [r["type"] for r in refusals] == types
     assert all(r["success"] is False and len(r["message"]) > 20 for r in refusals)
     assert worker_pids() == {one_worker.pid}
 
@@ -163,6 +166,42 @@ def test_predictions_and_explanations_in_one_batch_do_not_touch_one_another(
     together, batch = in_one_batch(running, run_dir, one_worker, calls)
     assert batch.startswith("8 requests, 8 images")
     # Sums in another order than alone: ONNX Runtime rounds a batch otherwise than single images.
+    for of_batch, of_one in zip(together, alone, strict=True):
+        assert_nearly_equal(of_batch, of_one)
+
+
+def test_what_made_whole_batches_fail_is_answered_in_its_place(
+    running: Running, run_dir: Path, one_worker: psutil.Process
+) -> None:
+    """Half a character as JSON, a deep option, and a picture whose colour profile is a text."""
+    explanations = running.predictions_url.replace("/predictions/", "/explanations/")
+    pictures = [path.read_bytes() for path in PHOTOGRAPHS[:4]]
+    profile = ImageFileDirectory_v2()
+    profile[34675] = "a text"
+    odd = encode(Image.new("RGB", (300, 300)), "TIFF", tiffinfo=profile)
+    deep = b'{"image":"AA==","topk":' + b"[" * 900 + b"]" * 900 + b"}"
+
+    def predict(picture: int) -> Any:
+        return post(running.predictions_url, pictures[picture]).json()
+
+    def send(body: bytes) -> Any:
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(running.predictions_url, data=body, headers=headers, timeout=TIMEOUT)
+        return answer.status_code, answer.json()["type"]
+
+    calls: list[Callable[[], Any]] = [
+        partial(predict, 0),
+        partial(send, rb'"\ud800"'),
+        partial(predict, 1),
+        partial(send, deep),
+        partial(predict, 2),
+        lambda: post(explanations, odd).headers["content-type"],
+        partial(predict, 3),
+    ]
+    alone = [call() for call in calls]
+    together, _ = in_one_batch(running, run_dir, one_worker, calls)
+    assert together[1] == (400, "BadRequest")
+    assert together[3] == (422, "InvalidOption")
     for of_batch, of_one in zip(together, alone, strict=True):
         assert_nearly_equal(of_batch, of_one)
 

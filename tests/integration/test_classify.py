@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,14 +98,14 @@ def test_patterns_lists_and_csv(running: Running, folder: Path) -> None:
     pattern = str(folder / "**" / "*.jp*g")
     url = ("--url", running.predictions_url)
     by_pattern = run(pattern, "--format", "csv", *url)
-    assert {row[0] for row in csv.reader(io.StringIO(by_pattern.stdout))} == {
+    assert {row["picture"] for row in csv.DictReader(io.StringIO(by_pattern.stdout))} == {
         str(folder / name) for name in ("a.jpg", "broken.jpg", "sub/c.jpeg", "d,\u00e9\u2603.jpg")
     }
     names = f"{folder}/a.jpg\n{folder}/missing.jpg\n{folder}/a.jpg\n"
     by_list = run("--files-from", "-", "--format", "csv", *url, stdin=names.encode())
-    rows = sorted(csv.reader(io.StringIO(by_list.stdout)))
-    assert [row[0] for row in rows] == [f"{folder}/a.jpg", f"{folder}/missing.jpg"]
-    assert "cannot be read: No such file" in rows[1][-1]
+    rows = {row["picture"]: row for row in csv.DictReader(io.StringIO(by_list.stdout))}
+    assert sorted(rows) == [f"{folder}/a.jpg", f"{folder}/missing.jpg"]
+    assert "cannot be read: No such file" in rows[f"{folder}/missing.jpg"]["error"]
     assert by_list.returncode == 4
 
 
@@ -266,7 +267,10 @@ def test_a_killed_run_goes_on_where_it_was(suffix: str, running: Running, tmp_pa
     names = _names(output)
     assert len(names) == 300
     assert Counter(names) == Counter(str(file) for file in place.iterdir())
-    assert re.search(r"^(\d+) of 300 are in", second.stderr)
+    earlier = re.search(r"^(\d+) of 300 are in .*: (\d+) classified, 0 refused", second.stderr)
+    assert earlier is not None, second.stderr
+    assert earlier[1] == earlier[2]
+    assert "with earlier runs: 300 classified, 0 refused" in second.stderr
     third = run(*command)
     assert (third.returncode, third.stderr[:14]) == (0, "300 of 300 are")
     assert len(_names(output)) == 300
@@ -305,10 +309,7 @@ def test_ctrl_c_keeps_what_is_done(running: Running, tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("precious.csv", "name,price\nhouse,1\n"),
-        ("precious.csv", "name,price\nhouse,1"),
-        ("precious.csv", "one line without an end"),
         ("precious.jsonl", '{"name": "house"}\n{"name": "ga'),
-        ("precious.jsonl", "one line without an end"),
     ],
 )
 def test_a_file_that_is_no_result_is_left_alone(
@@ -360,8 +361,351 @@ def test_what_is_larger_than_the_server_takes_is_not_sent(running: Running, tmp_
     assert "more than the 20 accepted" in result.stderr
 
 
-def test_an_address_without_http_is_refused_at_once() -> None:
-    began = time.monotonic()
-    result = run(str(CAT), "--url", "127.0.0.1:8080/predictions/densenet121")
+@pytest.mark.parametrize(
+    "url",
+    ["foo", "127.0.0.1:8080/predictions/densenet121", "http://", "ftp://host/x", "http://a:b"],
+)
+def test_what_is_no_address_is_told_at_once(url: str) -> None:
+    result = run(str(CAT), "--url", url)
+    assert result.returncode == 1
+    assert f"{url!r}" in result.stderr
+    assert "such as http://" in result.stderr
+
+
+URL = "--url"
+
+
+def rows_of(text: str, suffix: str) -> dict[str, dict[str, str]]:
+    """The rows of CSV or JSON lines by their pictures' file names."""
+    rows = (
+        csv.DictReader(io.StringIO(text, newline=""))
+        if suffix == "csv"
+        else map(json.loads, text.splitlines())
+    )
+    return {Path(row["picture"]).name: row for row in rows}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_results_of_another_question_or_model_are_not_mixed_in(
+    suffix: str, running: Running, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / f"results.{suffix}"
+    command = [str(folder), "--output", str(output), URL, running.predictions_url]
+    assert run(*command, "--topk", "2").returncode == 4
+    before = output.read_text()
+    row = rows_of(before, suffix)["a.jpg"]
+    assert row["model"] == "densenet121"
+    assert re.fullmatch(r"1\.0-untrained\+[0-9a-f]{8}", row["model_version"])
+    assert "untrained random weights" in row["warning"]
+
+    for others, words in (
+        (["--topk", "3"], "was made with --topk 2, and this would be --topk 3"),
+        (
+            ["--topk", "2", "--threshold", "0.5"],
+            "no --threshold, and this would be --threshold 0.5",
+        ),
+    ):
+        refused = run(*command, *others)
+        assert (refused.returncode, output.read_text()) == (1, before)
+        assert words in refused.stderr
+        assert "name another --output" in refused.stderr
+
+    # As another archive of the same name would have written them: nothing is left to be asked for.
+    other = before.replace(row["model_version"], "1.0+00000000")
+    output.write_text(other)
+    refused = run(*command, "--topk", "2")
+    assert (refused.returncode, output.read_text()) == (1, other)
+    assert "was made with densenet121 1.0+00000000" in refused.stderr
+    assert f"this would be densenet121 {row['model_version']}" in refused.stderr
+
+
+def test_a_rerun_says_what_was_done_earlier(running: Running, folder: Path, tmp_path: Path) -> None:
+    command = [str(folder), "--output", str(tmp_path / "a.csv"), URL, running.predictions_url]
+    run(*command)
+    again = run(*command)
+    assert again.returncode == 4
+    assert "5 of 5 are in" in again.stderr
+    assert "already: 4 classified, 1 refused, by densenet121 1.0-untrained+" in again.stderr
+    assert "with earlier runs: 4 classified, 1 refused" in again.stderr
+    assert "broken.jpg: This is" in again.stderr
+
+
+def test_what_a_folder_has_beside_pictures_is_counted(running: Running, folder: Path) -> None:
+    result = run(str(folder), URL, running.predictions_url)
+    assert "Left out of the folders: 1 not called as pictures (1 .txt), 1 hidden." in result.stderr
+
+
+def test_csv_on_standard_output_is_complete(running: Running, folder: Path) -> None:
+    url = (URL, running.predictions_url)
+    result = run(str(folder), "--format", "csv", "--topk", "3", *url)
+    rows = rows_of(result.stdout, "csv")
+    assert len(rows) == 5
+    with Client(running.predictions_url, Asking(topk=3)) as client:
+        expected = client.classify(folder / "a.jpg").predictions
+    row = rows["a.jpg"]
+    assert [(row[f"label{n}"], row[f"class_id{n}"]) for n in ("", "_2", "_3")] == [
+        (prediction.label, prediction.class_id) for prediction in expected
+    ]
+    assert [float(row[f"probability{n}"]) for n in ("", "_2", "_3")] == [
+        prediction.probability for prediction in expected
+    ]
+    assert "untrained" in row["warning"]
+    assert "not a picture" in rows["broken.jpg"]["error"]
+    alone = run("-", "--format", "csv", *url, stdin=CAT.read_bytes())
+    assert list(rows_of(alone.stdout, "csv")) == ["-"]
+
+
+@pytest.mark.parametrize("format_", ["text", "table"])
+def test_what_is_for_people_has_every_label_and_every_refusal(
+    format_: str, running: Running, folder: Path
+) -> None:
+    with Client(running.predictions_url, Asking(topk=3)) as client:
+        expected = client.classify(folder / "a.jpg").predictions
+    result = run(str(folder), "--format", format_, "--topk", "3", URL, running.predictions_url)
+    for prediction in expected:
+        assert prediction.label in result.stdout
+        assert f"{prediction.probability:.4f}" in result.stdout
+    assert result.stdout.count("not classified: ") == 1
+
+
+def test_more_labels_than_a_spreadsheet_has_columns_for_are_refused(running: Running) -> None:
+    url = (URL, running.predictions_url)
+    result = run(str(CAT), "--format", "csv", "--topk", "5001", *url)
+    assert result.returncode == 1
+    assert "no more than 5000 labels" in result.stderr
+    assert run(str(CAT), "--format", "jsonl", "--topk", "5001", *url).returncode == 0
+
+
+def test_an_empty_file_is_one_pictures_matter(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "empty.jpg").touch()
+    result = run(str(tmp_path), "--format", "jsonl", URL, running.predictions_url)
+    rows = rows_of(result.stdout, "jsonl")
+    assert rows["empty.jpg"]["error"] == "The picture is empty: it has no bytes."
+    assert rows["a.jpg"]["label"]
+    assert result.returncode == 4
+
+
+def test_a_drive_that_is_gone_for_a_moment_is_waited_for(running: Running, tmp_path: Path) -> None:
+    place = tmp_path / "share"
+    place.mkdir()
+    for number in range(100):
+        (place / f"{number:03}.jpg").write_bytes(picture(number))
+    output = tmp_path / "results.jsonl"
+    command = [str(place), "--output", str(output), URL, running.predictions_url]
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.classify", *command], stderr=subprocess.PIPE
+    ) as process:
+        wait_for_rows(output, 10)
+        place.rename(tmp_path / "away")
+        place.mkdir()  # what is left where a drive was mounted
+        time.sleep(1.5)
+        assert process.poll() is None
+        during = output.read_bytes().count(b"\n")
+        place.rmdir()
+        (tmp_path / "away").rename(place)
+        _, said = process.communicate(timeout=100)
+    assert during < 100, "it was done before the drive was gone: this test shows nothing"
+    assert process.returncode == 0, said
+    assert b"100 classified, 0 refused" in said
+    assert len(_names(output)) == 100
+
+
+def wait_for_rows(output: Path, least: int) -> None:
+    deadline = time.monotonic() + 60
+    while not output.exists() or output.read_bytes().count(b"\n") < least:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_drive_that_stays_away_stops_the_run_and_is_no_pictures_result(
+    running: Running, tmp_path: Path
+) -> None:
+    place = tmp_path / "share"
+    place.mkdir()
+    for number in range(100):
+        (place / f"{number:03}.jpg").write_bytes(picture(number))
+    output = tmp_path / "results.csv"
+    command = [str(place), "--output", str(output), URL, running.predictions_url]
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.classify", *command, "--patience", "2"],
+        stderr=subprocess.PIPE,
+    ) as process:
+        wait_for_rows(output, 10)
+        place.rename(tmp_path / "away")
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 3, said
+    assert f"its folder {place} is not there".encode() in said
+    assert b"Run the same command to go on" in said
+    rows = rows_of(output.read_text(), "csv")
+    assert len(rows) < 100
+    assert not any(row["error"] for row in rows.values())
+    (tmp_path / "away").rename(place)
+    assert run(*command).returncode == 0
+    assert len(_names(output)) == 100
+
+
+def test_one_picture_on_a_bad_spot_of_the_drive_stops_no_other(
+    running: Running, tmp_path: Path
+) -> None:
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for number in range(120):
+        (place / f"{number:03}.jpg").write_bytes(picture(number))
+    (place / "000.jpg").unlink()
+    (place / "000.jpg").symlink_to("/proc/self/mem")  # reading it is an input error
+    output = tmp_path / "results.jsonl"
+    command = [str(place), "--output", str(output), URL, running.predictions_url]
+    result = run(*command, "--patience", "0.5")
     assert result.returncode == 3
-    assert time.monotonic() - began < 30
+    assert "119 classified, 1 refused or failed, 1 left" in result.stderr
+    assert "000.jpg: cannot be read: Input/output error" in result.stderr
+    assert len(_names(output)) == 119
+    (place / "000.jpg").unlink()
+    (place / "000.jpg").write_bytes(picture(0))
+    assert run(*command).returncode == 0
+    assert len(_names(output)) == 120
+
+
+def test_a_list_with_a_folder_that_is_not_there_goes_on_with_the_others(
+    running: Running, folder: Path, tmp_path: Path
+) -> None:
+    names = f"{tmp_path}/gone/a.jpg\n{folder}/a.jpg\n{tmp_path}/gone/b.jpg\n"
+    output = tmp_path / "results.jsonl"
+    result = run(
+        *("--files-from", "-", "--output", str(output), URL, running.predictions_url),
+        stdin=names.encode(),
+    )
+    assert result.returncode == 3
+    assert "1 classified, 2 refused or failed, 2 left" in result.stderr
+    assert _names(output) == [str(folder / "a.jpg")]
+
+
+def test_a_picture_that_is_being_copied_is_waited_for(running: Running, tmp_path: Path) -> None:
+    whole = CAT.read_bytes()
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(whole[: len(whole) // 2])
+    rest = threading.Timer(0.7, copy.write_bytes, [whole])
+    with Client(running.predictions_url) as client:
+        expected = client.classify(whole)
+        copy.touch()
+        rest.start()
+        assert client.classify(copy) == expected
+    rest.join()
+
+
+def test_a_full_disk_stops_the_run_with_whole_rows(running: Running, tmp_path: Path) -> None:
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for number in range(40):
+        (place / f"{number:03}.jpg").write_bytes(picture(number))
+    output = tmp_path / "results.jsonl"
+    command = [str(place), "--output", str(output), URL, running.predictions_url]
+    program = (sys.executable, "-m", "scripts.classify")
+    limited = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -f 8; exec "$@"', "-", *program, *command],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=100,
+    )
+    assert limited.returncode == 3
+    assert "cannot be written: File too large" in limited.stderr
+    assert "Traceback" not in limited.stderr
+    assert output.read_bytes().endswith(b"\n")
+    assert 0 < len(_names(output)) < 40
+    assert run(*command).returncode == 0
+    assert Counter(_names(output)) == Counter(str(file) for file in place.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 0.9, 1.2])
+def test_ctrl_c_at_any_moment_shows_no_traceback(
+    seconds: float, running: Running, tmp_path: Path
+) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:03}.jpg").write_bytes(picture(number))
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import runpy; runpy.run_module('scripts.classify', run_name='__main__')"
+    )
+    arguments = [str(tmp_path), "--output", str(tmp_path / "a.csv"), URL, running.predictions_url]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE
+    ) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # nobody presses it once
+        _, said = process.communicate(timeout=60)
+    assert b"Traceback" not in said
+    assert process.returncode in {0, 130, -signal.SIGINT}
+
+
+@pytest.fixture
+def house(run_dir: Path, tmp_path: Path) -> Path:
+    """The project's folder, as it is where the shared server was started with `make run`."""
+    place = tmp_path / "house"
+    place.mkdir()
+    for name in ("Makefile", "scripts", "handler", ".venv", "config.properties"):
+        (place / name).symlink_to(Path(name).absolute())
+    (place / ".run").symlink_to(run_dir)
+    return place
+
+
+def make(house: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe as it is; what it is set up with is there already."""
+    program = shutil.which("make")
+    assert program is not None
+    return subprocess.run(
+        [program, "-o", "setup", *arguments],
+        cwd=house,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("variable", ["IMAGE", "IMAGES"])
+@pytest.mark.usefixtures("running")
+def test_make_takes_any_name_of_a_file(variable: str, house: Path) -> None:
+    strange = 'it\'s a "cat" of $(HOME) for $5.jpg'
+    (house / "my holidays").mkdir()
+    (house / strange).write_bytes(picture(1))
+    (house / "my holidays" / "x.jpg").write_bytes(picture(2))
+    alone = make(house, "classify", f"{variable}={strange}", "TOPK=2")
+    assert (alone.returncode, len(alone.stdout.splitlines())) == (0, 2), alone.stderr
+    output = house / "it's $5.jsonl"
+    both = make(house, "classify", f"{variable}='my holidays' *.jpg", f"OUTPUT={output}")
+    assert both.returncode == 0, both.stderr
+    assert sorted(_names(output)) == [strange, "my holidays/x.jpg"]
+    other = make(house, "classify", f"{variable}=my holidays", f"OUTPUT={output}", "TOPK=3")
+    assert "was made with no TOPK, and this would be TOPK=3" in other.stderr
+    assert "name another OUTPUT" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify"], "Name it: make classify IMAGE=cat.jpg"),
+        (["classify", "IMAGE=nowhere.jpg"], "nowhere.jpg: there is no such file"),
+        (["classify", "IMAGE=it's.jpg it's"], "a quote without an end"),
+        (["classify", f"IMAGE={CAT}", "TOPK=0"], "TOPK must be greater than or equal to 1"),
+        (["classify", f"IMAGE={CAT}", "TOPK=many"], "TOPK must be a valid integer"),
+        (["classify", f"IMAGE={CAT}", "FORMAT=xml"], "FORMAT"),
+        (["classify", f"IMAGE={CAT}", "OUTPUT=a.txt"], "a.txt must end in .jsonl or .csv"),
+        (["evaluate"], "make evaluate IMAGES=folder"),
+        (["evaluate", "IMAGES=a b"], "One folder is needed"),
+        (["evaluate", "IMAGES=no where"], "One folder is needed"),
+    ],
+)
+@pytest.mark.usefixtures("running")
+def test_makes_mistakes_are_told_in_makes_words(
+    arguments: list[str], message: str, house: Path
+) -> None:
+    result = make(house, *arguments)
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
+    assert "--" not in result.stderr
+    assert "Usage" not in result.stderr
+    assert "Traceback" not in result.stderr

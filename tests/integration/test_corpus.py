@@ -152,7 +152,7 @@ def _bodies() -> Iterator[tuple[str, bytes, int, str]]:
         "BadRequest",
     )
     yield "JSON: cut off", b'{"image": "', 400, "BadRequest"
-    yield "nothing", b"", 400, "MissingImage"
+    yield "nothing", b"", 400, "EmptyImage"
 
 
 def _json(text: bytes) -> bytes:

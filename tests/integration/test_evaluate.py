@@ -1,13 +1,15 @@
 """The evaluation of a served model, on pictures whose scores are known beforehand."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from handler.labels import Label
 from scripts.client import Asking, Client
-from scripts.evaluate import evaluate, report
+from scripts.evaluate import _match, evaluate, report
 from scripts.photographs import CAT
 from scripts.server import Running
 from scripts.terminal import UserError
@@ -83,13 +85,30 @@ def test_a_refused_picture_counts_nowhere_and_is_named(
     assert "broken.jpg" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_class_is_named_with_similar_ones(
-    running: Running, tmp_path: Path
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("Egyptain cat", r"Similar are: Egyptian_cat \(n02124075\)\."),
+        # No `oxcart` and no `crate`, which are spelt much the same.
+        ("cats", r"Similar are: tiger_cat \(n02123159\), Persian_cat .*Egyptian_cat .*\)\."),
+        ("Labrador", r"Similar are: Labrador_retriever \(n02099712\)\."),
+        ("other", r"It has 1000 classes, such as tench \(n01440764\), goldfish"),
+    ],
+)
+def test_a_folder_that_is_no_class_is_named_with_what_it_may_mean(
+    folder: str, words: str, running: Running, tmp_path: Path
 ) -> None:
-    (tmp_path / "Egyptain cat").mkdir()
-    (tmp_path / "Egyptain cat" / "1.png").write_bytes(encode(next(iter(photographs()))[1]))
-    with pytest.raises(UserError, match=r"no class 'Egyptain cat'.* egyptian cat"):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "1.png").write_bytes(encode(next(iter(photographs()))[1]))
+    with pytest.raises(UserError, match=f"no class '{folder}'.* {words}") as told:
         evaluate(tmp_path, running.predictions_url)
+    assert not re.search("oxcart|crate|library|otter", str(told.value))
+
+
+def test_the_classes_of_a_model_that_has_few_are_all_named() -> None:
+    labels = [Label(name, name) for name in ("zero", "one", "two")]
+    with pytest.raises(UserError, match=r"no class '1'.* Its classes are: zero, one, two\."):
+        _match({"1"}, labels)
 
 
 def test_an_ambiguous_folder_asks_for_the_id(running: Running, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from scripts.photographs import CAT
 from scripts.server import Running
 from scripts.weights import Weights
-from tests.pictures import PHOTOGRAPHS
+from tests import kinds
+from tests.pictures import PHOTOGRAPHS, encode
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
@@ -190,3 +191,31 @@ def test_the_largest_picture_comes_back_and_the_worker_lives(url: str) -> None:
     with Image.open(io.BytesIO(answer.content)) as picture:
         assert picture.size == (1024, 1024)
     assert requests.post(url, data=CAT_BYTES, timeout=TIMEOUT).status_code == 200
+
+
+def test_a_pictures_profile_is_not_in_the_answer(url: str, running: Running) -> None:
+    """One of 8 MB made an answer over max_response_size, which ended the worker."""
+    with Image.open(CAT) as cat:
+        rgb = cat.convert("RGB")
+    large = encode(rgb, "TIFF", icc_profile=bytes(8_000_000))
+    cmyk = encode(rgb.convert("CMYK"), "JPEG", icc_profile=b"of CMYK" * 1000)
+    odd = kinds.tiff(np.asarray(rgb), 8, kinds.RGB, tags={34675: kinds.shorts(7)})
+    clear = encode(rgb, transparency=rgb.getpixel((5, 5)), dpi=(300, 300))
+    plain = {}
+    for name, data in (("large", large), ("cmyk", cmyk), ("odd", odd), ("clear", clear)):
+        answer = requests.post(url, data=data, timeout=TIMEOUT)
+        assert answer.status_code == 200, name
+        assert chunks(answer.content) == {b"IHDR", b"IDAT", b"IEND"}, name
+        plain[name] = answer.content
+    assert plain["large"] == plain["odd"]
+    assert requests.post(running.predictions_url, data=CAT_BYTES, timeout=TIMEOUT).ok
+
+
+def chunks(png: bytes) -> set[bytes]:
+    """The kinds of a PNG's chunks."""
+    kinds_found, position = set(), 8
+    while position < len(png):
+        length = int.from_bytes(png[position : position + 4], "big")
+        kinds_found.add(png[position + 4 : position + 8])
+        position += 12 + length
+    return kinds_found

@@ -18,13 +18,13 @@ import requests
 from scripts import gateway as gateways
 from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import Gateway, Node, Options
+from scripts.gateway import Gateway, Node
 from scripts.photographs import CAT
 from scripts.server import HOST, Running, find_running
 from scripts.terminal import command, console
 from scripts.weights import untrained
 from tests.gateway.client import clients
-from tests.gateway.conftest import free_port
+from tests.gateway.conftest import free_options
 
 _REQUESTS = 150
 _LOAD_SECONDS = 15.0
@@ -35,7 +35,7 @@ _SLOW_ADDRESS = "127.0.0.2"
 
 @contextmanager
 def _before(nodes: list[Node], folder: Path) -> Iterator[Gateway]:
-    options = Options(http_port=free_port(), https_port=free_port(), rate=1000, burst=1000)
+    options = free_options(rate=1000, burst=1000)
     gateway = gateways.start(options, nodes, folder, watch=False)
     try:
         yield gateway

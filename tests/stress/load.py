@@ -11,6 +11,7 @@ import requests
 import typer
 from PIL import Image
 
+from benchmarks.machine import write_report
 from scripts.server import Running
 from scripts.terminal import UserError, console, run, step
 from tests.pictures import encode, photographs
@@ -41,8 +42,19 @@ def flood(running: Running, clients: int, size: int) -> Counter[str]:
     with ThreadPoolExecutor(clients) as pool:
         statuses = Counter(pool.map(lambda _: _status(running, data), range(clients)))
     memory = frontend_memory(running, collected=False)
-    console.print(f"flood: {clients} uploads of {size / 1e6:.0f} MB at once: {dict(statuses)}")
-    console.print(f"frontend: {memory / 1e6:.0f} MB afterwards")
+    write_report(
+        "flood",
+        "A flood",
+        [
+            f"{clients} uploads of {size / 1e6:.0f} MB at once. Made by `make flood`.",
+            "",
+            "| answer | uploads |",
+            "|---|---|",
+            *(f"| {status} | {count} |" for status, count in sorted(statuses.items())),
+            "",
+            f"The frontend held {memory / 1e6:.0f} MB right after.",
+        ],
+    )
     assert set(statuses) <= {"200", "503"}, f"other answers than 200 and 503: {dict(statuses)}"
     assert statuses["200"] > 0
     assert memory < MAX_FRONTEND_BYTES, f"the frontend holds {memory / 1e9:.1f} GB"

@@ -1,7 +1,7 @@
 """`make outages`: two minutes of sixteen clients for each thing that can happen to a cluster.
 
-Workers are killed, a node is killed, the model is upgraded, a node is drained: again and again, for
-as long as the clients ask. No client may see anything but 200. Prints a table.
+Workers are killed or hang, a frontend or a node is killed, the model upgraded, a node drained:
+again and again, for as long as the clients ask. No client may see anything but 200. Prints a table.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from rich.table import Table
 from scripts import gateway as gateways
 from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import Options, find_gateway
+from scripts.gateway import find_gateway
 from scripts.terminal import UserError, command, console, step
 from scripts.weights import Weights, untrained
 from tests.gateway import faults
 from tests.gateway.client import Tally, clients
-from tests.gateway.conftest import free_port
+from tests.gateway.conftest import free_options
 
 CLIENTS = 16
 SECONDS = 120.0
@@ -66,11 +66,13 @@ def main(
         folder = Path(temporary) / "run" / "gateway"
         archives = _archives(Path(temporary))
         nodes = start_nodes(2, archives[0], workers=1, run_dir=folder.parent)
-        options = Options(http_port=free_port(), https_port=free_port(), rate=1000, burst=1000)
+        options = free_options(rate=1000, burst=1000)
         gateways.start(options, nodes, folder)
         kinds: dict[str, Callable[[int], None]] = {
             "nothing": lambda _: None,
             "a worker is killed": lambda n: faults.kill_worker(folder, n),
+            "a worker hangs": lambda n: faults.hang_worker(folder, n),
+            "a frontend is killed": lambda _: faults.kill_frontend(folder),
             "a node is killed": lambda _: faults.kill_node(folder),
             "the model is upgraded": lambda n: faults.upgrade_all(folder, archives[(n + 1) % 2]),
             "a node is drained": lambda _: faults.drain_node(folder),

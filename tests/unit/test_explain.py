@@ -175,6 +175,16 @@ def test_heat_lies_over_what_the_model_saw_and_the_rest_is_dimmed() -> None:
     assert right - cell <= hottest[1] <= right + 1
 
 
+def test_the_only_colours_are_the_maps() -> None:
+    orange = Image.new("RGB", (300, 300), (240, 140, 40))
+    of = decode_photo(encode(orange), PREPROCESSING, PixelBudget(PIXELS), explain.LONGEST_SIDE)
+    picture = heat_picture(of, one_hot(0, 6)).astype(int)
+    is_grey = np.ptp(picture, axis=2) == 0
+    assert is_grey[200:, :100].all()
+    hottest = picture[20, 280]
+    assert hottest[:2].min() > hottest[2] + 50  # yellow
+
+
 def test_a_map_without_differences_is_shown_without_heat() -> None:
     picture = heat_picture(photo((300, 300)), np.full((7, 7), 2, np.float32))
     assert (picture[150, 150] == 128).all()

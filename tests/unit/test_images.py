@@ -92,8 +92,8 @@ def test_text_is_not_an_image() -> None:
         decode(b"hello" * 100, PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
-def test_a_file_name_in_place_of_a_file_is_told_so() -> None:
-    with pytest.raises(NotAnImage, match="write @ before its name"):
+def test_a_file_name_in_place_of_a_file_is_no_picture() -> None:
+    with pytest.raises(NotAnImage, match="not a picture"):
         decode(b"cat.jpg", PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
@@ -112,21 +112,23 @@ def test_a_cut_file_is_damaged(file_format: str) -> None:
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
     header_only = encode(Image.new("RGB", (3000, 2000)))[:60]
-    with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; .* may have 1000000 together"):
+    with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; .* may have 1,000,000 together"):
         decode(header_only, PREPROCESSING, PixelBudget(1_000_000))
 
 
 def test_other_plugins_of_pillow_are_never_asked() -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (10, 10)).save(encoded, "PPM")
-    with pytest.raises(NotAnImage):
+    with pytest.raises(UnsupportedFormat, match="a PPM file"):
         decode(encoded.getvalue(), PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_the_images_of_a_request_share_their_pixels() -> None:
     budget = PixelBudget(150_000)  # the cat has 135,300
     decode(CAT.read_bytes(), PREPROCESSING, budget)
-    with pytest.raises(TooLarge, match="451 x 300 pixels; the images of a request may have 150000"):
+    with pytest.raises(
+        TooLarge, match="451 x 300 pixels; the images of a request may have 150,000"
+    ):
         decode(CAT.read_bytes(), PREPROCESSING, budget)
 
 

@@ -2,20 +2,36 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from handler.errors import ArchiveError
+from handler.exchange import Response
+from handler.explain import HEAT_COLOURS
+from handler.labels import Label
 from handler.page import PAGE, load_page
 from handler.settings import ModelCard, Settings
 
 CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
 UNTRAINED = ModelCard("densenet121", 1000, False, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
+LABELS = [Label("n1", "tench"), Label("n2", 'it\'s <b>"bold"</b> & \u732b')]
+
+
+def load(
+    card: ModelCard = CARD,
+    settings: Settings | None = None,
+    labels: Sequence[Label] = LABELS,
+    path: Path = PAGE,
+) -> Response:
+    return load_page(path, card, settings or Settings(), labels, "densenet121")
 
 
 class Elements(HTMLParser):
@@ -42,22 +58,52 @@ def settings_in(page: bytes) -> dict[str, object]:
 
 
 def test_the_page_knows_the_servers_settings() -> None:
-    page = load_page(PAGE, UNTRAINED, Settings(topk=7, threshold=0.25))
+    page = load(UNTRAINED, Settings(topk=7, threshold=0.25))
     assert page.content_type == "text/html; charset=utf-8"
     assert settings_in(page.body) == {
         "topk": 7,
         "threshold": 0.25,
         "warning": UNTRAINED.warning,
         "explains": False,
+        "model": "densenet121",
+        "classes": 2,
+        "names": [label.class_name for label in LABELS],
     }
-    trained = settings_in(load_page(PAGE, CARD, Settings()).body)
-    assert trained["warning"] is None
-    explains = replace(CARD, features="relu")
-    assert settings_in(load_page(PAGE, explains, Settings()).body)["explains"] is True
+    assert settings_in(load(CARD).body)["warning"] is None
+    assert settings_in(load(replace(CARD, features="relu")).body)["explains"] is True
+
+
+def test_a_page_with_very_many_classes_only_counts_them() -> None:
+    """With their names it could be larger than an answer may be, which would end the worker."""
+    page = load(labels=[Label(f"n{i}", f"class_{i}") for i in range(100_000)])
+    told = settings_in(page.body)
+    assert (told["classes"], told["names"]) == (100_000, None)
+    assert len(page.body) < 200_000
+
+
+def test_the_page_is_light_enough_for_a_phones_network() -> None:
+    labels = json.loads(Path("handler/index_to_name.json").read_text())
+    page = load(labels=[Label(*labels[str(i)]) for i in range(1000)])
+    assert len(page.body) < 150_000
+
+
+def test_each_sample_is_a_picture_that_the_handler_accepts() -> None:
+    samples = [
+        str(attributes["src"])
+        for tag, attributes in Elements(PAGE.read_text("utf-8")).found
+        if tag == "img" and attributes.get("src")
+    ]
+    assert len(samples) == 4
+    for sample in samples:
+        content = base64.b64decode(sample.removeprefix("data:image/webp;base64,"), validate=True)
+        assert len(content) < 25_000
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            assert (picture.format, picture.size) == ("WEBP", (384, 288))
 
 
 def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
-    page = load_page(PAGE, CARD, Settings())
+    page = load()
     policy = dict(
         directive.split(" ", 1) for directive in page.headers["Content-Security-Policy"].split("; ")
     )
@@ -74,12 +120,17 @@ def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
 
 def test_the_page_loads_nothing() -> None:
     for tag, attributes in Elements(PAGE.read_text("utf-8")).found:
-        assert "src" not in attributes
+        assert str(attributes.get("src", "data:")).startswith("data:")
         assert "style" not in attributes
         assert not [name for name in attributes if name.startswith("on")]
         if "href" in attributes:
             assert tag == "link"
             assert str(attributes["href"]).startswith("data:")
+
+
+def test_page_and_server_draw_maps_in_the_same_colours() -> None:
+    (colours,) = re.findall(r"const HEAT_COLOURS = (.*);", PAGE.read_text("utf-8"))
+    assert json.loads(colours) == [list(colour) for colour in HEAT_COLOURS]
 
 
 def test_the_page_knows_how_large_a_request_may_be() -> None:
@@ -97,4 +148,4 @@ def test_a_wrong_page_is_refused(tmp_path: Path, content: str | None, message: s
     if content is not None:
         path.write_text(content)
     with pytest.raises(ArchiveError, match=rf"page\.html: {message}"):
-        load_page(path, CARD, Settings())
+        load(path=path)

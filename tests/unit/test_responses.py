@@ -1,14 +1,25 @@
 """Results and errors as clients read them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from handler import responses
-from handler.errors import NotAnImage
+from handler.errors import AnswerTooLarge, InternalError, NotAnImage, RequestError
+from handler.exchange import (
+    Body,
+    Form,
+    Options,
+    OutputTensor,
+    Purpose,
+    Request,
+    RequestImage,
+    Response,
+)
 from handler.images import Photo
-from handler.inputs import Form, ImagePart, ImagesRequest, Options
 from handler.labels import Label
 
 LABELS = [Label(f"n{i}", f"name_{i}") for i in range(4)]
@@ -63,36 +74,57 @@ def test_an_error_carries_status_type_and_message() -> None:
         "code": 400,
         "type": "NotAnImage",
         "message": "what to do",
+        "error": "what to do",
     }
 
 
+GOOD = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
+BAD = responses.error(NotAnImage("no"))
+ALL = ("class_id", "class_name", "probability", "recognized", "result")
+
+
+def request(
+    outcomes: list[Body | RequestError], form: Form = Form.PLAIN, **attributes: object
+) -> Request:
+    """Of images that came to these results or errors."""
+    images = [
+        RequestImage("id", name, error=outcome)
+        if isinstance(outcome, RequestError)
+        else RequestImage("id", name, result=outcome)
+        for name, outcome in zip("abcdefgh", outcomes, strict=False)
+    ]
+    made = Request(
+        "id", {}, {}, Options(topk=1, threshold=0), images=images, form=form, client_id="42"
+    )
+    made.outputs = [OutputTensor(name) for name in ALL]
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def collected(of: Request) -> Body:
+    body: Body = json.loads(responses.collect(of, MODEL, {}).body)
+    return body
+
+
 def test_several_images_are_listed_by_name_and_fail_alone() -> None:
-    good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
-    body = responses.collect(request(), [good, responses.error(NotAnImage("no"))], MODEL)
-    assert body["success"] is False
+    answer = responses.collect(request([GOOD, NotAnImage("no")]), MODEL, {"warning": "w"})
+    body = json.loads(answer.body)
+    assert (body["success"], body["warning"]) == (False, "w")
     assert [(r["name"], r["success"]) for r in body["results"]] == [("a", True), ("b", False)]
-    assert responses.encode(body).status == 200
-
-
-def request(form: Form = Form.PLAIN, names: str = "ab") -> ImagesRequest:
-    images = [ImagePart(name, b"") for name in names]
-    return ImagesRequest(images, Options(topk=1, threshold=0), form, request_id="42")
+    assert answer.status == 200
 
 
 def test_kserve_v1_lists_predictions() -> None:
-    good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
-    bad = responses.error(NotAnImage("no"))
-    v1 = request(Form.KSERVE_V1)
-    assert responses.collect(v1, [good, bad], MODEL) == {"predictions": [good, bad]}
-    one = request(Form.KSERVE_V1, "a")
-    assert responses.collect(one, [good], MODEL) == {"predictions": [good]}
+    both = request([GOOD, NotAnImage("no")], Form.KSERVE_V1)
+    assert collected(both) == {"predictions": [GOOD, BAD]}
+    assert collected(request([GOOD], Form.KSERVE_V1)) == {"predictions": [GOOD]}
 
 
 def test_kserve_v2_gives_tensors_of_one_length() -> None:
-    good = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
-    bad = responses.error(NotAnImage("no"))
-    body = responses.collect(request(Form.KSERVE_V2), [good, bad], MODEL)
+    body = collected(request([GOOD, NotAnImage("no")], Form.KSERVE_V2))
     assert (body["id"], body["model_name"], body["model_version"]) == ("42", "densenet121", "1.0")
+    assert tuple(tensor["name"] for tensor in body["outputs"]) == ALL
     outputs = {tensor["name"]: tensor for tensor in body["outputs"]}
     assert all(tensor["shape"] == [2] == [len(tensor["data"])] for tensor in outputs.values())
     assert outputs["class_id"]["data"] == ["n1", ""]
@@ -102,10 +134,31 @@ def test_kserve_v2_gives_tensors_of_one_length() -> None:
         "shape": [2],
         "data": [0.6, 0.0],
     }
-    assert [json.loads(text) for text in outputs["result"]["data"]] == [good, bad]
+    assert [json.loads(text) for text in outputs["result"]["data"]] == [GOOD, BAD]
 
 
-def explanation(label: Label = LABELS[1]) -> responses.Body:
+def test_kserve_v2_gives_the_tensors_that_are_asked_for_in_their_order() -> None:
+    outputs = [OutputTensor("result"), OutputTensor("class_id")]
+    body = collected(request([GOOD], Form.KSERVE_V2, outputs=outputs))
+    assert [tensor["name"] for tensor in body["outputs"]] == ["result", "class_id"]
+
+
+def test_kserve_v2_answers_in_binary_where_asked() -> None:
+    outputs = [OutputTensor(name, binary=name != "result") for name in ALL]
+    asked = request([GOOD, NotAnImage("no")], Form.KSERVE_V2, outputs=outputs)
+    answer = responses.collect(asked, MODEL, {})
+    length = int(answer.headers["Inference-Header-Content-Length"])
+    assert answer.content_type == "application/octet-stream"
+    tensors = {t["name"]: t for t in json.loads(answer.body[:length])["outputs"]}
+    sizes = [t["parameters"]["binary_data_size"] for n, t in tensors.items() if n != "result"]
+    assert sizes == [10, 14, 8, 2]
+    assert not [name for name, t in tensors.items() if ("data" in t) is not (name == "result")]
+    expected = b"\2\0\0\0n1\0\0\0\0" + b"\6\0\0\0name_1\0\0\0\0"
+    expected += np.array([0.6, 0], "<f4").tobytes() + b"\1\0"
+    assert answer.body[length:] == expected
+
+
+def explanation(label: Label = LABELS[1]) -> Body:
     photo = Photo(np.zeros((3, 4, 4), np.uint8), (30, 20), (5.5, 0, 25.5, 20), None)
     activation = np.array([[0.25, -1 / 3], [0, 1e-9]], np.float32)
     return responses.explanation(photo, activation, label, class_index=1, probability=0.6)
@@ -125,11 +178,8 @@ def test_an_explanation_says_what_was_seen_of_the_image() -> None:
 
 
 def test_kserve_explanations() -> None:
-    v1 = responses.collect(request(Form.KSERVE_V1, "a"), [explanation()], MODEL, explained=True)
-    assert v1 == {"explanations": [explanation()]}
-    v2 = responses.collect(request(Form.KSERVE_V2, "a"), [explanation()], MODEL, explained=True)
-    names = [tensor["name"] for tensor in v2["outputs"]]
-    assert names == ["class_id", "class_name", "probability", "result"]
+    asked = request([explanation()], Form.KSERVE_V1, purpose=Purpose.EXPLAIN)
+    assert collected(asked) == {"explanations": [explanation()]}
 
 
 def test_a_pictures_headers_are_ascii_without_line_ends_whatever_a_class_is_called() -> None:
@@ -142,12 +192,56 @@ def test_a_pictures_headers_are_ascii_without_line_ends_whatever_a_class_is_call
 
 @pytest.mark.parametrize("form", list(Form))
 def test_a_single_images_error_is_the_requests(form: Form) -> None:
-    body = responses.collect(request(form, "a"), [responses.error(NotAnImage("no"))], MODEL)
-    assert responses.encode(body).status == 400
-    assert body["type"] == "NotAnImage"
-    assert body.get("error") == ("no" if form is Form.KSERVE_V2 else None)
+    answer = responses.collect(request([NotAnImage("no")], form), MODEL, {})
+    body = json.loads(answer.body)
+    assert answer.status == 400
+    # KServe's clients look under "error".
+    assert (body["type"], body["message"], body["error"]) == ("NotAnImage", "no", "no")
+
+
+def test_a_fault_of_the_servers_own_tells_no_more_than_an_id() -> None:
+    answer = responses.collect(request([InternalError("my-id")]), MODEL, {})
+    assert answer.status == 500
+    assert "under id my-id" in json.loads(answer.body)["message"]
 
 
 def test_what_is_not_json_is_never_sent() -> None:
     with pytest.raises(ValueError, match="JSON"):
         responses.encode({"probability": float("nan")})
+
+
+# --- The largest answer ---
+
+
+@pytest.mark.parametrize("config", ["config.properties", "deploy/container/config.properties"])
+def test_the_largest_answer_is_what_the_frontend_takes(config: str) -> None:
+    text = Path(config).read_text()
+    (configured,) = re.findall(r"^max_response_size=(\d+)$", text, re.MULTILINE)
+    assert int(configured) == responses.MAX_ANSWER_BYTES
+
+
+def test_a_larger_answer_is_refused_with_what_to_ask_for() -> None:
+    def sized(size: int) -> Response:
+        return Response(200, bytes(size), "text/plain")
+
+    responses.check_size(sized(responses.MAX_ANSWER_BYTES))
+    with pytest.raises(AnswerTooLarge, match=r"6,553,501 bytes; at most 6,553,500.*smaller topk"):
+        responses.check_size(sized(responses.MAX_ANSWER_BYTES + 1))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_made() -> None:
+    images: list[Body | RequestError] = [GOOD] * 8
+    fits = request(images, options=Options(topk=100_000, threshold=0))
+    responses.check_topk(fits, 1_000)
+    with pytest.raises(AnswerTooLarge, match="more than"):
+        responses.check_topk(fits, 20_000)
+    fits.options = Options(topk=10, threshold=0)
+    responses.check_topk(fits, 20_000)
+
+
+def test_no_prediction_is_shorter_than_is_taken() -> None:
+    (prediction,) = responses.classification(
+        np.array([1], np.float32), [Label("", "")], Options(topk=1, threshold=0)
+    )["predictions"]
+    text = json.dumps(prediction, separators=(",", ":")) + ","
+    assert len(text) == responses._LEAST_PREDICTION_BYTES

@@ -1,0 +1,36 @@
+"""torchvision's classifiers as modules: what the PyTorch engine and the archive builder share.
+
+torchvision costs a process 160 MB, so that workers with another engine never import this.
+"""
+
+from typing import Any
+
+import torchvision
+from torchvision.models import feature_extraction
+
+INCEPTIONS = ("googlenet", "inception_v3")
+
+
+def empty_model(architecture: str, classes: int) -> Any:
+    """One of torchvision's classifiers, its parameters yet to be loaded, in evaluation mode.
+
+    The two Inceptions come without the auxiliary classifiers that only training uses, and scale
+    their input as torchvision's weights expect. Vision transformers are made for the size of
+    picture that their best weights were trained with.
+    """
+    options: dict[str, Any] = {"num_classes": classes}
+    if architecture.startswith("vit_"):
+        # A vision transformer is made for pictures of one size.
+        preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+        options["image_size"] = preset.crop_size[0]
+    if architecture in INCEPTIONS:
+        options |= {"aux_logits": False, "transform_input": True, "init_weights": False}
+    return torchvision.models.get_model(architecture, weights=None, **options).eval()
+
+
+def with_features(model: Any, node: str) -> Any:
+    """A model that gives a dict of "logits" and "features", the latter from a node of its graph."""
+    last = feature_extraction.get_graph_node_names(model, suppress_diff_warning=True)[1][-1]
+    return feature_extraction.create_feature_extractor(
+        model, {last: "logits", node: "features"}, suppress_diff_warning=True
+    ).eval()

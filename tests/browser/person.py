@@ -1,0 +1,86 @@
+"""What a person does with the page, and what the server says without one."""
+
+from pathlib import Path
+from typing import Any
+
+import requests
+from playwright.sync_api import FilePayload, Locator, Page, expect
+
+from scripts.photographs import CAT
+from scripts.server import Running
+from tests.pictures import PHOTOGRAPHS
+
+TIMEOUT = 60
+CAT_BYTES = CAT.read_bytes()
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+NOTES = b"These are notes. " * 30
+
+
+def ask(running: Running, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
+    """What the server answers without a browser."""
+    answer = requests.post(
+        running.predictions_url, files={"file": content}, data=fields, timeout=TIMEOUT
+    )
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def explain(running: Running, **fields: str) -> dict[str, Any]:
+    """The numbers of the cat's map."""
+    answer = requests.post(
+        running.predictions_url.replace("/predictions/", "/explanations/"),
+        files={"file": CAT_BYTES},
+        data=fields,
+        headers={"Accept": "application/json"},
+        timeout=TIMEOUT,
+    )
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def choose(page: Page, *files: Path | FilePayload) -> None:
+    """As with the button for it."""
+    page.set_input_files("#choose", list(files))  # type: ignore[arg-type]
+
+
+def payload(name: str, content: bytes = CAT_BYTES, kind: str = "image/png") -> FilePayload:
+    """A file that is on no disk."""
+    return {"name": name, "mimeType": kind, "buffer": content}
+
+
+def answered(page: Page) -> Locator:
+    """The answered pictures' certainties."""
+    return page.locator(".sure:not(:empty)")
+
+
+def in_words(label: str) -> str:
+    """As the page writes a class name."""
+    return label.replace("_", " ")
+
+
+def expect_the_cats_answer(page: Page, running: Running) -> None:
+    """Of the picture that is open."""
+    predictions = ask(running)["predictions"]
+    opened = page.locator(".result.open")
+    expect(opened.locator(".toggle")).to_have_text(in_words(predictions[0]["label"]))
+    names = [in_words(row["label"]) for row in predictions]
+    expect(opened.locator(".guess .name")).to_have_text(names)
+    percentages = [f"{row['probability'] * 100:.1f} %" for row in predictions]
+    expect(opened.locator(".guess .percent")).to_have_text(percentages)
+    expect(opened.locator(".sure")).to_have_text(percentages[0])
+
+
+def everything(page: Page) -> None:
+    """Each state that a picture can be in, on one page."""
+    choose(page, payload("notes.txt", NOTES, "text/plain"))
+    expect(page.locator(".failed")).to_have_count(1)
+    choose(page, PHOTOGRAPHS[5])
+    expect(answered(page)).to_have_count(1)
+    choose(page, payload("a" * 200 + ".png"))
+    expect(answered(page)).to_have_count(2)
+    page.locator(".guess:visible").first.click()
+    expect(page.locator(".seen:visible")).to_have_count(1)
+    page.locator(".copy:visible").click()
+    expect(page.locator(".curl:visible")).to_have_count(1)
+    for summary in page.locator("summary").all():
+        summary.click()

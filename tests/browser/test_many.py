@@ -1,0 +1,140 @@
+"""Many pictures: sent side by side, shown as a list, taken away as a file."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, Route, expect
+
+from scripts.server import Running
+from tests.browser.conftest import Console
+from tests.browser.person import NOTES, answered, ask, choose, payload
+from tests.pictures import PHOTOGRAPHS
+
+TEN = PHOTOGRAPHS[:10]
+
+
+def names(page: Page) -> list[str]:
+    return [text.split(",")[0] for text in page.locator(".file").all_text_contents()]
+
+
+def test_several_pictures_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
+    choose(page, *TEN)
+    expect(page.locator(".result")).to_have_count(10)
+    for done in range(10):
+        expected = min(4, 10 - done)
+        while len(held) < expected:
+            page.wait_for_timeout(20)
+        page.wait_for_timeout(100)
+        assert len(held) == expected
+        expect(page.locator("#all-progress")).to_have_js_property("value", done)
+        held.pop(0).continue_()
+        expect(answered(page)).to_have_count(done + 1)
+    expect(page.locator("#all-progress")).not_to_be_visible()
+    assert names(page) == [picture.name for picture in TEN]
+
+
+def test_many_pictures_are_a_list_that_opens_and_the_latest_come_first(page: Page) -> None:
+    choose(page, TEN[0])
+    expect(page.locator(".body:visible")).to_have_count(1)
+    choose(page, *TEN[1:4])
+    expect(answered(page)).to_have_count(4)
+    assert names(page) == [picture.name for picture in (*TEN[1:4], TEN[0])]
+    expect(page.locator("#summary")).to_have_text("4 pictures, the latest first. 4 answered.")
+    expect(page.locator(".body:visible")).to_have_count(0)
+    toggle = page.locator(".toggle").nth(2)
+    expect(toggle).to_have_attribute("aria-expanded", "false")
+    toggle.click()
+    expect(toggle).to_have_attribute("aria-expanded", "true")
+    expect(page.locator(".body:visible .guess")).to_have_count(5)
+    assert page.locator(".photo img:visible").get_attribute("alt") == TEN[3].name
+    toggle.click()
+    expect(page.locator(".body:visible")).to_have_count(0)
+
+
+def test_one_picture_or_all_can_be_taken_off(page: Page) -> None:
+    choose(page, *TEN[:3])
+    page.get_by_role("button", name=f"Remove {TEN[1].name}").click()
+    expect(page.locator("#summary")).to_contain_text("2 pictures")
+    assert names(page) == [TEN[0].name, TEN[2].name]
+    page.get_by_role("button", name="Clear all").click()
+    expect(page.locator(".result")).to_have_count(0)
+    expect(page.locator("#toolbar")).not_to_be_visible()
+    choose(page, TEN[0])
+    expect(answered(page)).to_have_count(1)
+
+
+def test_a_picture_that_was_taken_off_is_not_sent(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
+    choose(page, *TEN)
+    while len(held) < 4:
+        page.wait_for_timeout(20)
+    page.get_by_role("button", name="Clear all").click()
+    page.wait_for_timeout(200)
+    assert len(held) == 4
+    page.unroute_all(behavior="ignoreErrors")
+
+
+def save(page: Page, button: str, folder: Path) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def test_the_results_can_be_taken_away_as_they_are_shown(
+    page: Page, running: Running, console: Console, tmp_path: Path
+) -> None:
+    formula, notes = '=HYPERLINK("http://example.org").png', "notes, mine.txt"
+    choose(
+        page,
+        payload(formula, TEN[0].read_bytes()),
+        payload(notes, NOTES, "text/plain"),
+        TEN[1],
+    )
+    page.locator("#threshold").fill("0.05")
+    page.get_by_label("Guesses shown").select_option("3")
+    expect(answered(page)).to_have_count(2)
+    expect(page.locator(".failed")).to_have_count(1)
+    console.expect("status of 400")
+
+    def expected(name: str, path: Path) -> dict[str, Any]:
+        body = ask(running, path.read_bytes(), topk="3", threshold="0.05")
+        best = body["predictions"][0]
+        keys = ("label", "class_id", "probability")
+        return {
+            "picture": name,
+            **{key: best[key] for key in keys},
+            "recognized": body["recognized"],
+            "predictions": body["predictions"],
+            "warning": body["warning"],
+        }
+
+    rows = [
+        expected(formula, TEN[0]),
+        {"picture": notes, "error": ask(running, NOTES)["message"]},
+        expected(TEN[1].name, TEN[1]),
+    ]
+    assert json.loads(save(page, "Save JSON", tmp_path).read_text("utf-8")) == rows
+
+    with save(page, "Save CSV", tmp_path).open(encoding="utf-8-sig", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["picture"] for row in table] == [f"'{formula}", notes, TEN[1].name]
+    assert [row["error"] for row in table] == ["", rows[1]["error"], ""]
+    for written, row in zip(table, rows, strict=True):
+        assert written["label"] == row.get("label", "")
+        assert written["probability"] == str(row.get("probability", ""))
+        assert written["recognized"] == str(row.get("recognized", "")).lower()
+
+
+def test_no_more_pictures_are_taken_than_a_person_looks_through(page: Page) -> None:
+    page.route("**/predictions/**", lambda _: None)
+    choose(page, *[payload(f"{i}.png", b"") for i in range(502)])
+    expect(page.locator(".result")).to_have_count(500)
+    expect(page.locator("#notice")).to_have_text("These are the first 500; 2 more were left out.")
+    page.unroute_all(behavior="ignoreErrors")

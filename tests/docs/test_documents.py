@@ -1,0 +1,207 @@
+"""The commands and programs of README and docs, run as a reader would, with what they print.
+
+All of them run in a copy of the project, against the server that the copy's `make run` started: on
+ports of its own, so that those of the text stand for them. In a `console` block a line that begins
+with `$` is a command, and what follows is what it prints; in a `python` block the comments at its
+end are. `...` stands for what varies, and white space counts once.
+"""
+
+import dataclasses
+import doctest
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import SkipTest
+
+import pytest
+from sybil import Document, Example
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+
+from scripts.cluster import free_ports
+from scripts.server import Ports
+from tests.gateway.conftest import free_port
+
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+TIMEOUT = 280  # seconds
+
+# The beginnings of commands that are not run, and why.
+NOT_RUN = {
+    "make test": "it is what runs this",
+    "make bench": "it takes ten minutes",
+}
+
+# What the text calls these, beside TorchServe's ports.
+GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443}
+
+# Where nobody answers: `make run` goes on with random weights then.
+_NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"
+
+# curl shows its progress where it does not write to a terminal.
+_AS_ON_A_TERMINAL = 'curl() { command curl --silent "$@"; }; '
+
+OUTPUT = doctest.OutputChecker()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A copy of the project in which commands run.
+
+    Attributes:
+        folder: the copy.
+        server: the variable of `make run` for each port of the text, and what stands for it here.
+        gateway: the same for `make gateway`.
+    """
+
+    folder: Path
+    server: dict[str, tuple[int, int]]
+    gateway: dict[str, tuple[int, int]]
+
+    @property
+    def ports(self) -> dict[int, int]:
+        """Those of the text, and what stands for each here."""
+        return dict([*self.server.values(), *self.gateway.values()])
+
+    def run(self, command: str) -> tuple[int, str]:
+        """Runs a command of the text; its status and what it prints, in the text's own terms."""
+        return self._run(
+            ["bash", "-c", _AS_ON_A_TERMINAL + self._with_variables(self.here(command))]
+        )
+
+    def run_python(self, code: str) -> tuple[int, str]:
+        """The same for a program."""
+        return self._run([".venv/bin/python", "-c", self.here(code)])
+
+    def _run(self, command: list[str]) -> tuple[int, str]:
+        found = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "COLUMNS": "100", "MAKEFLAGS": "", "PYTHONWARNINGS": "default"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        return found.returncode, self.there(found.stdout)
+
+    def _with_variables(self, command: str) -> str:
+        """Has make use these ports, and the random weights with which the text was written."""
+
+        def told(match: re.Match[str]) -> str:
+            chosen = self.gateway if match[1] == "gateway" else self.server
+            weights = f" WEIGHTS_URL={_NO_WEIGHTS}" if match[1] == "run" else ""
+            return (
+                match[0]
+                + "".join(f" {name}={mine}" for name, (_, mine) in chosen.items())
+                + weights
+            )
+
+        return re.sub(r"\bmake (run|start|gateway)\b(?!-)", told, command)
+
+    def here(self, text: str) -> str:
+        """The text with this workspace's ports for its own."""
+        return _replaced(text, self.ports)
+
+    def there(self, text: str) -> str:
+        """The text with the documented ports for this workspace's."""
+        return _replaced(text, {mine: documented for documented, mine in self.ports.items()})
+
+
+def _replaced(text: str, ports: dict[int, int]) -> str:
+    return re.sub(r"(?<=:)\d{4,5}\b", lambda m: str(ports.get(int(m[0]), m[0])), text)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """The project as git has it, with this environment's packages."""
+    folder = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if Path(name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, folder / name)
+    (folder / ".venv").symlink_to(Path(".venv").resolve())
+    documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
+    server = {
+        "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
+        for use in documented
+    }
+    gateway = {name: (port, free_port()) for name, port in GATEWAY_PORTS.items()}
+    yield Workspace(folder, server, gateway)
+    for command in ("gateway-stop", "stop"):
+        subprocess.run(["make", command], cwd=folder, capture_output=True, check=False)  # noqa: S607
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_says_what_its_commands_print(
+    page: Path, workspace: Workspace, note: list[str]
+) -> None:
+    parsers = [CodeBlockParser("console", _run_console), CodeBlockParser("python", _run_python)]
+    document = Document.parse(str(page), SkipParser(), *parsers)
+    document.namespace.update(workspace=workspace, ran=[], left=[])
+    for example in document.examples():
+        _evaluate(example)
+    ran, left = document.namespace["ran"], document.namespace["left"]
+    note.append(f"{page}: {len(ran)} commands and programs were run, {len(left)} not: {left}")
+
+
+def _evaluate(example: Example) -> None:
+    try:
+        example.evaluate()
+    except SkipTest as skip:
+        example.namespace["left"].append(f"line {example.line}: {skip}")
+
+
+def _run_console(example: Example) -> str | None:
+    """What is wrong with a block, if anything."""
+    workspace: Workspace = example.namespace["workspace"]
+    for command, expected in _commands(str(example.parsed)):
+        reason = next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+        if reason is not None:
+            example.namespace["left"].append(f"{command}: {reason}")
+            continue
+        status, printed = workspace.run(command)
+        wrong = _difference(expected, printed)
+        # A command that shows how something fails prints so.
+        if wrong is not None or (status != 0 and "Error" not in expected):
+            return f"$ {command}\nended with status {status}; {wrong or printed}"
+        example.namespace["ran"].append(command)
+    return None
+
+
+def _run_python(example: Example) -> str | None:
+    workspace: Workspace = example.namespace["workspace"]
+    code = str(example.parsed)
+    expected = re.search(r"(?:^# .*\n?)*\Z", code, re.MULTILINE)
+    assert expected is not None
+    status, printed = workspace.run_python(code)
+    wrong = _difference(re.sub("^# ", "", expected[0], flags=re.MULTILINE), printed)
+    if status != 0 or wrong is not None:
+        return f"{code}\nended with status {status}; {wrong or printed}"
+    example.namespace["ran"].append(code)
+    return None
+
+
+def _commands(block: str) -> Iterator[tuple[str, str]]:
+    """Each command of a block, with what the block says that it prints."""
+    for match in re.finditer(r"^\$ ((?:.*\\\n)*.*)\n?((?:(?!\$ ).*\n?)*)", block, re.MULTILINE):
+        yield match[1], match[2]
+
+
+def _difference(expected: str, printed: str) -> str | None:
+    """What a reader would see instead; None where the text is right, or says nothing."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    if not expected.strip() or OUTPUT.check_output(expected, printed, flags):
+        return None
+    return OUTPUT.output_difference(doctest.Example("", expected), printed, flags)
