@@ -12,7 +12,9 @@ written for the person who sent the request. Anything else, in any step, is the 
 an `InternalError`, whose detail stays in the server's log.
 """
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+_Error = TypeVar("_Error", bound="RequestError")
 
 
 class RequestError(Exception):
@@ -23,6 +25,11 @@ class RequestError(Exception):
 
     status: ClassVar[int]
     type: ClassVar[str]
+
+    def bare(self: _Error) -> _Error:  # noqa: PYI019  # Python 3.10 has no Self
+        """Itself without its traceback and causes, which keep whole bodies and pictures alive."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
 
 class InternalError(RequestError):
@@ -87,7 +94,7 @@ class DamagedImage(ClientError):
 
 
 class TooLarge(ClientError):
-    """A picture has more pixels than the server accepts."""
+    """A picture has more pixels than the server accepts, or takes more memory or time."""
 
     status = 413
     type = "TooLarge"

@@ -180,7 +180,7 @@ def attempt(one: _T, stage: Callable[[_T], None]) -> None:
     try:
         stage(one)
     except RequestError as error:
-        one.error = error
+        one.error = error.bare()
     except Exception:  # whatever it is, RecursionError and MemoryError too: see above
         logger.exception("Failed on request %s", one.request_id)
         one.error = InternalError(one.request_id)

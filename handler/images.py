@@ -201,7 +201,7 @@ def decode_all(
         try:
             return decoder(data, preprocessing, budget)
         except ClientError as error:
-            return error
+            return error.bare()
 
     with _without_warnings():
         if pool is None or len(pictures) < 2:  # noqa: PLR2004  # one waits for no other thread

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -25,6 +26,7 @@ from handler.errors import (
     TooManyImages,
 )
 from handler.exchange import Form, Options, Purpose, Request, RequestImage, attempt
+from handler.json_body import read_json
 from handler.kserve import BINARY_HEADER, BinaryData, read_outputs, read_request_id, read_tensor
 from handler.labels import Label
 from handler.settings import Settings
@@ -133,6 +135,8 @@ def _read_images(request: Request, max_images: int) -> None:
     document, binary = _json_document(request)
     if document is not None:
         _read_json(request, document, binary, max_images)
+        del binary
+        _release(request.row.get("body"))
     else:
         _check_nothing_was_lost(request)
         request.images = list(_image_parts(request, fields))
@@ -320,12 +324,19 @@ def _json_document(request: Request) -> tuple[dict[str, Any] | None, BinaryData]
         if not announced and not _begins_as_an_object(body):
             return None, binary
         try:
-            body = json.loads(body)
+            body = read_json(body)
         except (ValueError, RecursionError) as error:
             raise BadRequest("The body is not valid JSON.") from error
     if not isinstance(body, dict):
         raise BadRequest('The JSON body must be an object, such as {"image": "<base64>"}.')
     return body, binary
+
+
+def _release(body: object) -> None:
+    """The memory of a body whose images were taken out of it; TorchServe holds on to the body."""
+    if isinstance(body, bytearray):
+        with suppress(BufferError):  # an image is still a part of it
+            body.clear()
 
 
 def _begins_as_an_object(body: bytes | bytearray | str) -> bool:
@@ -429,9 +440,9 @@ def _read_options(values: Mapping[str, Any], options: Options) -> Options:
         options = replace(options, threshold=_read_threshold(values["threshold"]))
     # Only an explanation needs these two, and checks them.
     if "class_index" in values:
-        options = replace(options, class_index=_as_text(values["class_index"]))
+        options = replace(options, class_index=_as_text(values["class_index"])[:_LONGEST_NAME])
     if "class_id" in values:
-        options = replace(options, class_id=_as_text(values["class_id"]))
+        options = replace(options, class_id=_as_text(values["class_id"])[:_LONGEST_NAME])
     return options
 
 

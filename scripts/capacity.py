@@ -15,16 +15,15 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
+from scripts.machine import FRONTEND_BYTES, WORKER_BYTES
 from scripts.terminal import command, console
 
 BATCH = 8  # batchSize in handler/model-config.yaml
 # Of what a worker can do at most; above that waiting grows without bounds.
 UTILISATION = 0.7
 WORKERS_A_NODE = 16
-# What a worker took after load (scripts/machine.py), and a frontend at its limits
-# (config.properties).
-WORKER_GB = 0.5
-FRONTEND_GB = 6.0
+WORKER_GB = WORKER_BYTES / 1e9
+FRONTEND_GB = FRONTEND_BYTES / 1e9
 # Of a photo as phones and web pages send it, and of an answer with its headers.
 REQUEST_BYTES = 500_000
 RESPONSE_BYTES = 1_100

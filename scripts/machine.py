@@ -5,8 +5,14 @@ from dataclasses import dataclass
 import joblib
 import psutil
 
-# A worker after load was measured at 300 MB with ONNX Runtime; this leaves room for large requests.
-_WORKER_BYTES = 500_000_000
+from handler.settings import ADDED_BYTES
+
+# A worker after load was measured at 300 MB with ONNX Runtime; requests add so much at most.
+WORKER_BYTES = 300_000_000 + ADDED_BYTES
+
+# A frontend at its limits: heap and buffers (`vmargs` in config.properties), 2 and 4 GiB, and what
+# Java needs beside them.
+FRONTEND_BYTES = (6 << 30) + 300_000_000
 
 # Of the memory that is free, so much may be taken.
 _MEMORY_SHARE = 0.75
@@ -63,12 +69,12 @@ def most_workers(models: int = 1, ending: int = 0) -> Most:
         ending: workers that end before these start, so that their memory counts as free.
     """
     cpus = joblib.cpu_count()
-    available = _available() + ending * _WORKER_BYTES
+    available = _available() + ending * WORKER_BYTES
     in_memory = max(1, _fit_in_memory(available) // models)
     if in_memory < cpus * _MOST_WORKERS_A_CPU:
         return Most(
             in_memory,
-            f"each is given {_WORKER_BYTES / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
+            f"each is given {WORKER_BYTES / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
             f"{available / 1e9:.1f} GB of memory that are free",
         )
     return Most(
@@ -83,4 +89,4 @@ def _available() -> int:
 
 
 def _fit_in_memory(available: int) -> int:
-    return int(available * _MEMORY_SHARE // _WORKER_BYTES)
+    return int(available * _MEMORY_SHARE // WORKER_BYTES)

@@ -144,7 +144,7 @@ def _jpegs() -> Iterator[Kind]:
 
 
 def _more_jpegs() -> Iterator[Kind]:
-    yield "JPEG: noise of 20 MB", lambda: encode(noise(2600), "JPEG", quality=99, subsampling=0)
+    yield "JPEG: noise of 20 MB", lambda: encode(noise(2350), "JPEG", quality=99, subsampling=0)
     yield "JPEG: 100 scans of 64 megapixels", lambda: _many_scans(8000, 8000, 90)
     yield "JPEG: 100 scans of 12 megapixels", lambda: _many_scans(4000, 3000, 90)
     yield "JPEG: 100 scans of 4 megapixels", lambda: _many_scans(2000, 2000, 90)

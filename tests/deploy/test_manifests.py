@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from handler.settings import ADDED_BYTES, DECODING_BYTES
+from scripts.machine import FRONTEND_BYTES, WORKER_BYTES
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")
@@ -158,3 +160,42 @@ def test_the_dashboard_is_json_that_grafana_takes() -> None:
     assert dashboard["uid"]
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids)) >= 8
+
+
+def _limits(path: Path) -> Iterator[float]:
+    """Memory limits of the containers, in bytes."""
+    manifest = _load(path)
+    template = manifest["spec"]["template"]["spec"] if "template" in manifest["spec"] else None
+    for container in (template or manifest["spec"])["containers"]:
+        limit = container["resources"]["limits"]["memory"]
+        assert limit.endswith("Gi")
+        yield float(limit[:-2]) * 2**30
+
+
+def test_a_pod_may_take_what_its_processes_take_at_their_limits() -> None:
+    configuration = dict(
+        line.split("=", 1)
+        for line in Path("deploy/container/config.properties").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    java = sum(
+        int(gigabytes) << 30
+        for gigabytes in re.findall(r"(?:-Xmx|MaxDirectMemorySize=)(\d+)g", configuration["vmargs"])
+    )
+    assert java < FRONTEND_BYTES < java + 1e9
+    workers = int(configuration["default_workers_per_model"])
+    needed = FRONTEND_BYTES + workers * WORKER_BYTES
+    for path in (KUBERNETES / "deployment.yaml", Path("deploy/kserve/runtime.yaml")):
+        (limit,) = _limits(path)
+        assert needed < limit < needed + 1e9, path
+
+
+def test_what_a_worker_may_take_is_what_its_settings_say() -> None:
+    """`ADDED_BYTES` counts the bodies of one batch."""
+    model = yaml.safe_load(Path("handler/model-config.yaml").read_text())
+    limit = re.search(
+        r"^max_request_size=(\d+)$", Path("config.properties").read_text(), re.MULTILINE
+    )
+    assert limit is not None
+    bodies = model["batchSize"] * int(limit[1])
+    assert DECODING_BYTES + bodies < ADDED_BYTES < DECODING_BYTES + bodies + 100e6

@@ -47,7 +47,7 @@ def test_ports_of_grpc_count_only_where_it_is_on() -> None:
 def test_more_workers_than_fit_are_refused_with_the_number_that_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "_available", lambda: 4 * machine._WORKER_BYTES)
+    monkeypatch.setattr(machine, "_available", lambda: 4 * machine.WORKER_BYTES)
     monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     check_workers(3)
     with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
@@ -63,7 +63,7 @@ def test_more_workers_than_fit_are_refused_with_the_number_that_fits(
 
 
 def test_what_is_chosen_unless_said_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for available in (0, machine._WORKER_BYTES, 10**12):
+    for available in (0, machine.WORKER_BYTES, 10**12):
         for cpus in (1, 2, 64):
             monkeypatch.setattr(machine, "_available", lambda value=available: value)
             monkeypatch.setattr("joblib.cpu_count", lambda value=cpus: value)

@@ -1,0 +1,63 @@
+"""JSON within bounds of memory, and bodies whose memory goes back."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from handler.errors import BadRequest
+from handler.json_body import read_json
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from handler.errors import BadRequest
+from handler.json_body import read_json
+from tests.costs import kilobytes
+body = eval(sys.argv[1])
+before = kilobytes("VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")
+try:
+    read_json(body)
+except (ValueError, RecursionError, BadRequest):
+    pass
+print((kilobytes("VmHWM:") - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "b'[' + b'[],' * 7_000_000 + b'1]'",
+        "b'[' + b'{},' * 7_000_000 + b'1]'",
+        "b'[' * 20_900_000",
+        "b'[' + b'1,' * 10_000_000 + b'1]'",
+        """b'{"a":"' + b'A' * 20_900_000 + b'"}'""",
+        """b'{"a":"' + '\\U0001f600'.encode() + b'A' * 20_900_000 + b'"}'""",
+        """b'{"a":' + b'9' * 20_900_000 + b'.5}'""",
+    ],
+)
+def test_no_json_body_takes_more_than_other_bodies_in_hand_leave(body: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, body],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert int(result.stdout) < 210_000_000
+
+
+def test_what_images_need_is_read() -> None:
+    image = base64.b64encode(bytes(1000)).decode()
+    document = {"instances": [{"b64": image, "name": "\u732b"}] * 16, "topk": 3}
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        assert read_json(json.dumps(document, ensure_ascii=False).encode(encoding)) == document
+
+
+def test_a_body_of_too_many_parts_is_refused_by_name() -> None:
+    with pytest.raises(BadRequest, match="more than 100,000 lists, objects and values"):
+        read_json(b"[" + b"1," * 200_000 + b"1]")
