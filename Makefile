@@ -54,7 +54,7 @@ export GIVEN_TO := make $(goals)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
+.PHONY: help variables setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -150,6 +150,9 @@ bench-pipe: setup $(BENCHMARK_PACKAGES) ## what each setting of the server is wo
 
 bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, about 5 minutes
 	@$(VENV_PYTHON) -m benchmarks.scaling
+
+bench-stages: setup $(BENCHMARK_PACKAGES) ## what each stage of a request costs, a few minutes
+	@$(VENV_PYTHON) -m benchmarks.stages
 
 bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu

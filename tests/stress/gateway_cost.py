@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import requests
 
+from benchmarks.machine import write_report
 from scripts import gateway as gateways
 from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
@@ -70,7 +71,7 @@ def _added(gateway: Gateway) -> None:
     ]
     without, with_it = np.median(pairs, axis=0) * 1000
     added = np.median(np.diff(pairs, axis=1)) * 1000
-    console.print(
+    _say(
         f"one client, median of {_REQUESTS}: {without:.1f} ms direct, {with_it:.1f} ms through the "
         f"gateway; median of the differences {added:+.2f} ms"
     )
@@ -130,7 +131,7 @@ def _poisson(running: Running, rate: float) -> None:
     with ThreadPoolExecutor(64) as pool:
         latencies = list(pool.map(send, arrivals))
     median, late = np.quantile(latencies, (0.5, 0.95)) * 1000
-    console.print(
+    _say(
         f"one node, {rate:.1f} images/s at random for 20 s: median {median:.0f} ms, 95 % under "
         f"{late:.0f} ms"
     )
@@ -143,10 +144,18 @@ def _slowloris(gateway: Gateway) -> None:
     with _slow_connections(gateway):
         time.sleep(2)
         slow = np.median([_seconds(session, url, {}) for _ in range(_REQUESTS)]) * 1000
-    console.print(
+    _say(
         f"one client, median of {_REQUESTS}: {quiet:.1f} ms alone, {slow:.1f} ms beside "
         f"{_SLOW_CONNECTIONS} slow connections ({slow / quiet - 1:+.0%})"
     )
+
+
+_lines: list[str] = []
+
+
+def _say(text: str) -> None:
+    console.print(text)
+    _lines.append(f"- {text}")
 
 
 def main() -> None:
@@ -168,7 +177,7 @@ def main() -> None:
                     alone.append(_throughput(gateway))
             with _before(nodes, place / "both") as gateway:
                 both = _throughput(gateway)
-            console.print(
+            _say(
                 f"16 clients: {alone[0]:.1f} and {alone[1]:.1f} images/s alone, {both:.1f} "
                 f"together, {both / sum(alone):.2f} of the sum"
             )
@@ -180,6 +189,7 @@ def main() -> None:
         finally:
             os.sched_setaffinity(0, cpus)
             stop_nodes(nodes)
+    write_report("gateway", "What the gateway costs", ["Made by `make gateway-cost`.", "", *_lines])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 
+from benchmarks.machine import write_report
 from scripts import gateway as gateways
 from scripts.archive import build, recipe
 from scripts.cluster import start_nodes, stop_nodes
 from scripts.gateway import find_gateway
-from scripts.terminal import UserError, command, console, step
+from scripts.terminal import UserError, command, step
 from scripts.weights import Weights, untrained
 from tests.gateway import faults
 from tests.gateway.client import Tally, clients
@@ -58,9 +58,7 @@ def main(
     only: Annotated[str | None, typer.Option(help="One kind of outage.")] = None,
 ) -> None:
     """Lets workers and nodes die and be replaced under load, and counts what clients see."""
-    table = Table(title=f"{CLIENTS} clients, {seconds:.0f} s each, 2 nodes of 1 worker")
-    for heading in ("what happens", "times", "requests", "failed", "median", "longest"):
-        table.add_column(heading)
+    rows = []
     failed = 0
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run" / "gateway"
@@ -83,8 +81,11 @@ def main(
                     continue
                 tally, times = _run(folder, seconds, happen)
                 median, longest = np.median(tally.seconds), max(tally.seconds)
-                row = (str(times), str(tally.outcomes.total()), str(tally.failed))
-                table.add_row(name, *row, f"{median:.2f} s", f"{longest:.2f} s")
+                rows.append(
+                    f"| {name} | {times} | {tally.outcomes.total()} | {tally.failed} "
+                    f"| {median:.2f} s | {longest:.2f} s |"
+                )
+                step(rows[-1])
                 failed += tally.failed
                 if tally.failed:
                     step(f"{name}: {dict(tally.outcomes)} {tally.examples}")
@@ -93,7 +94,18 @@ def main(
             if last is not None:
                 gateways.stop(last, folder)
                 stop_nodes(last.nodes)
-    console.print(table)
+    if only is None:
+        write_report(
+            "outages",
+            "Outages",
+            [
+                f"{CLIENTS} clients, {seconds:.0f} s each, 2 nodes of 1 worker: `make outages`.",
+                "",
+                "| what happens | times | requests | failed | median | longest |",
+                "|---|---|---|---|---|---|",
+                *rows,
+            ],
+        )
     if failed:
         raise UserError(f"{failed} requests failed.")
 
