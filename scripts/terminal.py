@@ -118,7 +118,8 @@ def _about_variable(error: Any) -> str | None:
     if value is None:
         return None
     # As in "Input should be a valid integer, unable to parse string as an integer".
-    said = error.message.replace("Input should be", "must be").split(", unable")[0]
+    said = error.message.removeprefix("Value error, ").removesuffix(".")
+    said = said.replace("Input should be", "must be").split(", unable")[0]
     return f"{name} {said}, got {value!r}."
 
 
