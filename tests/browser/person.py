@@ -48,6 +48,11 @@ def payload(name: str, content: bytes = CAT_BYTES, kind: str = "image/png") -> F
     return {"name": name, "mimeType": kind, "buffer": content}
 
 
+def copy_of(path: Path) -> FilePayload:
+    """The same picture in memory; the driver mixes no files of both kinds."""
+    return payload(path.name, path.read_bytes())
+
+
 def answered(page: Page) -> Locator:
     """The answered pictures' certainties."""
     return page.locator(".sure:not(:empty)")

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, Route, expect
 
 from scripts.server import Running
 from tests.browser.conftest import Console
-from tests.browser.person import NOTES, answered, ask, choose, payload
+from tests.browser.person import NOTES, answered, ask, choose, copy_of, payload
 from tests.pictures import PHOTOGRAPHS
 
 TEN = PHOTOGRAPHS[:10]
@@ -95,7 +95,7 @@ def test_the_results_can_be_taken_away_as_they_are_shown(
         page,
         payload(formula, TEN[0].read_bytes()),
         payload(notes, NOTES, "text/plain"),
-        TEN[1],
+        copy_of(TEN[1]),
     )
     page.locator("#threshold").fill("0.05")
     page.get_by_label("Guesses shown").select_option("3")
@@ -132,9 +132,12 @@ def test_the_results_can_be_taken_away_as_they_are_shown(
         assert written["recognized"] == str(row.get("recognized", "")).lower()
 
 
-def test_no_more_pictures_are_taken_than_a_person_looks_through(page: Page) -> None:
+def test_no_more_pictures_are_taken_than_a_person_looks_through(
+    page: Page, console: Console
+) -> None:
     page.route("**/predictions/**", lambda _: None)
     choose(page, *[payload(f"{i}.png", b"x") for i in range(502)])
     expect(page.locator(".result")).to_have_count(500)
     expect(page.locator("#notice")).to_have_text("These are the first 500; 2 more were left out.")
     page.unroute_all(behavior="ignoreErrors")
+    console.expect("status of 400", optional=True)
