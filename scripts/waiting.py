@@ -62,16 +62,18 @@ class Attempts:
             between spaces.
         statuses: `$upstream_status` of each; 500 where a worker was at work on the request.
         took: `$upstream_response_time`, the seconds of each.
+        node: the addresses that were tried last, where `tried` does not say.
     """
 
     tried: str
     statuses: str
     took: str
+    node: str = ""
 
     @property
     def last(self) -> str:
         """The address that was tried last."""
-        return re.split(r"[, ]+", self.tried)[-1]
+        return re.split(r"[, ]+", self.node or self.tried)[-1]
 
     @property
     def rounds(self) -> int:
@@ -142,7 +144,8 @@ class _Answer(BaseHTTPRequestHandler):
                 self._send(HTTPStatus.NOT_FOUND)
 
     def _wait(self) -> None:
-        said = (self.headers.get(name, "") for name in ("X-Tried", "X-Statuses", "X-Took"))
+        names = ("X-Tried", "X-Statuses", "X-Took", "X-Node")
+        said = (self.headers.get(name, "") for name in names)
         attempts, nodes = Attempts(*said), self.server.nodes
         again = False
         if self.server.places.acquire(blocking=False):

@@ -6,13 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import requests
+from prometheus_client import CollectorRegistry
 
 from scripts import gateway as gateways
 from scripts.gateway import (
@@ -26,7 +31,7 @@ from scripts.gateway import (
 )
 from scripts.state import remember, started
 from scripts.terminal import UserError
-from scripts.waiting import Attempts, may_be_sent_again
+from scripts.waiting import Attempts, answering, may_be_sent_again
 from scripts.watch import Starts
 from tests.gateway.conftest import free_options, free_port
 
@@ -177,8 +182,8 @@ def test_a_watch_ends_where_its_gateway_does(serving: Gateway, tmp_path: Path) -
 class _Nodes:
     """What the watch says of nodes, given here."""
 
-    def __init__(self, verdict: str, *, ready: bool = True) -> None:
-        self._verdict, self._ready = verdict, ready
+    def __init__(self, verdict: str, node: str = "node-2", *, ready: bool = True) -> None:
+        self._verdict, self._node, self._ready = verdict, node, ready
 
     def ready(self) -> bool:
         return self._ready
@@ -187,7 +192,7 @@ class _Nodes:
         return True
 
     def verdict(self, socket: str) -> Any:
-        assert socket == "unix:/tmp/b/node-2.sock"
+        assert socket.endswith(f"/{self._node}.sock")
         return self._verdict
 
 
@@ -195,7 +200,7 @@ FIRST = "unix:/tmp/b/node-1.sock, unix:/tmp/b/node-2.sock"
 
 
 def _held(rounds: int) -> str:
-    return FIRST + " : unix:/tmp/b/watch.sock : unix:/tmp/b/node-2.sock" * rounds
+    return FIRST + " : unix:/tmp/b/watch.sock : unix:/tmp/b/again.sock" * rounds
 
 
 @pytest.mark.parametrize(
@@ -206,10 +211,10 @@ def _held(rounds: int) -> str:
         (_Nodes("no"), Attempts(FIRST, "500", "25.1"), False),
         # Its worker was ended because it hung: once more, and no further.
         (_Nodes("once"), Attempts(FIRST, "500", "8.2"), True),
-        (_Nodes("once"), Attempts(_held(1), "500 : 200 : 500", "8.2 : 0.5 : 8.1"), False),
+        (_Nodes("once"), Attempts(_held(1), "500 : 200 : 500", "8.2 : 0.5 : 8.1", FIRST), False),
         # Whatever the request does to workers, it does to six at most, and for a minute.
-        (_Nodes("again"), Attempts(_held(1), "500, 500, 500, 500, 500, 500", "0.1"), False),
-        (_Nodes("again"), Attempts(_held(4), "503", "0.1"), False),
+        (_Nodes("again"), Attempts(_held(1), "500, 500, 500, 500, 500, 500", "0.1", FIRST), False),
+        (_Nodes("again"), Attempts(_held(4), "503", "0.1", FIRST), False),
         (_Nodes("again", ready=False), Attempts(FIRST, "503", "59.9"), False),
     ],
 )
@@ -235,3 +240,67 @@ def test_a_node_that_dies_again_and_again_is_started_more_and_more_seldom(
     starts.count()
     starts.over()
     assert starts.pause == 5
+
+
+def test_a_held_request_goes_by_the_nodes_that_are_there_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of nginx that has it knows none of them any more."""
+    ports: dict[str, int] = {}
+    monkeypatch.setattr(
+        gateways,
+        "_upstream",
+        lambda node, sockets: {
+            "name": node.name,
+            "port": ports[node.name],
+            "authorization": "",
+            "socket": f"{sockets}/{node.name}.sock",
+        },
+    )
+    asked = threading.Event()
+    ended = threading.Event()
+
+    class Old(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.set()
+            ended.wait(20)
+            self.connection.close()
+
+    class New(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"{self.path} {len(body)}".encode())
+
+    folder = tmp_path / "gateway"
+    old, new = (HTTPServer(("127.0.0.1", 0), handler) for handler in (Old, New))
+    threads = [threading.Thread(target=server.serve_forever) for server in (old, new)]
+    for thread in threads:
+        thread.start()
+    ports.update({"node-1": old.server_port, "node-2": new.server_port})
+    first, second = (Node(str(tmp_path / name), "densenet121.mar", 1) for name in ports)
+    gateway = gateways.start(free_options(), [first], folder, watch=False)
+    nodes = _Nodes("again", "node-1")
+    try:
+        with (
+            answering(Path(gateway.sockets) / "watch.sock", nodes, CollectorRegistry()),
+            ThreadPoolExecutor(1) as pool,
+        ):
+            answer = pool.submit(
+                requests.post, f"{gateway.url}/predict?topk=2", data=bytes(300_000), timeout=30
+            )
+            assert asked.wait(10)
+            gateways.change_nodes(lambda _: [second], folder)
+            old.shutdown()
+            ended.set()
+            old.server_close()
+            assert answer.result().text == "/densenet121/predict?topk=2 300000"
+    finally:
+        ended.set()
+        gateways.stop(gateway, folder)
+        for server in (old, new):
+            server.shutdown()
+            server.server_close()
+        for thread in threads:
+            thread.join()
