@@ -48,59 +48,60 @@ GATEWAY_OPTIONS = $(call option,model,$(MODEL)) $(call option,nodes,$(NODES)) $(
 	$(call option,rate,$(RATE)) $(call option,burst,$(BURST)) \
 	$(call option,connections,$(CONNECTIONS))
 
-.PHONY: help setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
+.PHONY: help setup setup-tests setup-benchmarks run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: ## make the virtual environment and install the pinned packages
-	@$(PYTHON) scripts/bootstrap.py $(call option,torch-index,$(TORCH_INDEX))
+	@$(PYTHON) scripts/bootstrap.py
+
+setup-tests: ## the same, and the tools of tests and checks
+	@$(PYTHON) scripts/bootstrap.py tests
+
+setup-benchmarks: ## the same, and what the benchmarks compare with
+	@$(PYTHON) scripts/bootstrap.py benchmarks
 
 run: setup ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) $(SERVER_OPTIONS)
 
-test: setup ## run all tests, those against a real TorchServe and in a browser too
+test: setup-tests ## run all tests, those against a real TorchServe and in a browser too
 	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
 
-test-unit: setup ## run the tests that need no server
+test-unit: setup-tests ## run the tests that need no server
 	@$(VENV_PYTHON) -m pytest tests/unit
 
-fuzz: setup ## corrupted pictures, by the thousand
+fuzz: setup-tests ## corrupted pictures, by the thousand
 	@$(VENV_PYTHON) -m tests.stress.fuzz
 
-chaos: setup ## five minutes of bad clients and killed workers
+chaos: setup-tests ## five minutes of bad clients and killed workers
 	@$(VENV_PYTHON) -m tests.stress.chaos
 
-flood: setup ## 200 uploads of 19 MB at once
+flood: setup-tests ## 200 uploads of 19 MB at once
 	@$(VENV_PYTHON) -m tests.stress.load flood
 
-soak: setup ## 5,000 requests of mixed sizes
+soak: setup-tests ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m tests.stress.load soak
 
-BENCHMARK_PACKAGES := .venv/benchmarks-installed
-$(BENCHMARK_PACKAGES): benchmarks/requirements.in benchmarks/requirements.lock | setup
-	@$(VENV_PYTHON) -m pip install --quiet -r benchmarks/requirements.in -c benchmarks/requirements.lock
-	@touch $@
-
-bench: setup $(BENCHMARK_PACKAGES) ## compare with other servers, about 10 minutes
+bench: setup-benchmarks ## compare with other servers, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.bench
 
-bench-engines: setup $(BENCHMARK_PACKAGES) ## compare engines and their options, about 20 minutes
+bench-engines: setup-benchmarks ## compare engines and their options, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.engines
 
-bench-pipe: setup $(BENCHMARK_PACKAGES) ## what each setting of the server is worth, about 10 minutes
+bench-pipe: setup-benchmarks ## what each setting of the server is worth, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.pipe
 
-bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, about 5 minutes
+bench-scaling: setup-benchmarks ## more workers, larger pictures, about 5 minutes
 	@$(VENV_PYTHON) -m benchmarks.scaling
 
-bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there is one
+bench-gpu: setup-benchmarks ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
 
-gateway-cost: setup ## what the gateway costs, and what two nodes give
+gateway-cost: setup-tests ## what the gateway costs, and what two nodes give
 	@$(VENV_PYTHON) -m tests.stress.gateway_cost
 
-outages: setup ## ten minutes of clients while workers and nodes die and are replaced
+outages: setup-tests ## ten minutes of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m tests.stress.outages
 
 archive: setup ## production: build an archive, with trained weights only
@@ -154,20 +155,29 @@ evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-cl
 digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
 
-lint: setup ## check style and types
+lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/vermin --target=3.10- --no-tips --quiet handler scripts examples tests deploy
+	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
-format: setup ## put the code into the common style
+format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-lock: setup ## pin all packages anew, from requirements.in
-	@$(VENV_PYTHON) -m pip install --quiet uv
-	@$(VENV_PYTHON) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-		--no-header --no-annotate requirements.in -o requirements.lock
+# What the run group pins is left out of the other two locks, which only stand on it.
+PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--generate-hashes --no-header --no-annotate
+lock: setup ## pin all packages anew, from the three requirements.in
+	@$(PIN) requirements.in -o requirements.lock
+	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
+	$(PIN) $$pinned -c requirements.lock tests/requirements.in -o tests/requirements.lock && \
+	$(PIN) $$pinned -c requirements.lock -c tests/requirements.lock benchmarks/requirements.in \
+		-o benchmarks/requirements.lock
+
+lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
+	@$(VENV_PYTHON) -m tests.locks
 
 clean: ## stop the server and remove all that was built; .venv stays
 	@if [ -x $(VENV_PYTHON) ]; then $(VENV_PYTHON) -m scripts.server stop; fi
