@@ -54,13 +54,13 @@ help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: ## make the virtual environment and install the pinned packages
-	@$(PYTHON) scripts/bootstrap.py
+	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py tests
+	@$(PYTHON) scripts/bootstrap.py run tests
 
 setup-benchmarks: ## the same, and what the benchmarks compare with
-	@$(PYTHON) scripts/bootstrap.py benchmarks
+	@$(PYTHON) scripts/bootstrap.py run benchmarks
 
 run: setup ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run $(WEIGHTS_OPTIONS) $(PREPROCESSING_OPTIONS) $(SERVER_OPTIONS)

@@ -62,7 +62,7 @@ def main() -> None:
             % (OLDEST_PYTHON + (sys.version.split()[0],))
         )
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=list(GROUPS))
+    parser.add_argument("groups", nargs="+", choices=list(GROUPS))
     asked = parser.parse_args().groups
     torch_index = os.environ.get("TORCH_INDEX", "")
 
@@ -199,7 +199,7 @@ def install(group: str, choice: str) -> None:
 
 
 def torch_from(choice: str) -> "list[str]":
-    """uv's options for the pinned versions of PyTorch, from its CPU index or from an address."""
+    """What tells uv to take the pinned PyTorch from its CPU index or from an address."""
     pinned = packages(GROUPS["run"][0])
     versions = {name: re.sub(r"\\\n *--hash=\S+ *", "", pinned[name]) for name in TORCH}
     where = ["--torch-backend", CPU] if choice == CPU else ["--index-url", choice]

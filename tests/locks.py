@@ -33,7 +33,7 @@ SOURCES = {"run": (), "tests": ("sslyze",), "benchmarks": ("jstyleson",)}
 
 
 def platform_of(group: str, platform: str) -> str:
-    """uv's name of a platform; OpenVINO, of the benchmarks, wants a newer C library on ARM64."""
+    """What uv calls a platform; OpenVINO, of the benchmarks, wants a newer C library on ARM64."""
     name = PLATFORMS[platform]
     return name.replace("2_28", "2_35") if (group, platform) == EXCEPTION else name
 
