@@ -202,7 +202,7 @@ def torch_from(choice: str) -> "list[str]":
     """What tells uv to take the pinned PyTorch from its CPU index or from an address."""
     pinned = packages(GROUPS["run"][0])
     versions = {name: re.sub(r"\\\n *--hash=\S+ *", "", pinned[name]) for name in TORCH}
-    where = ["--torch-backend", CPU] if choice == CPU else ["--index-url", choice]
+    where = ["--torch-backend", CPU] if choice == CPU else ["--default-index", choice]
     return where + ["-r", write("torch.txt", versions)]
 
 
@@ -258,11 +258,9 @@ def least_free() -> "tuple[float, Path]":
 
 def packages(lock: Path) -> "dict[str, str]":
     """Each package's lines in a lock; of one with a version a Python all of them."""
-    found = {}
-    for text in re.split(r"^(?=\w)", lock.read_text(), flags=re.MULTILINE):
-        name = text.split("==")[0]
-        found[name] = found.get(name, "") + text
-    return found
+    texts = re.split(r"^(?=\w)", lock.read_text(), flags=re.MULTILINE)
+    names = [text.split("==")[0] for text in texts]
+    return {name: "".join(t for t in texts if t.startswith(name + "==")) for name in names if name}
 
 
 def write(name: str, wanted: "dict[str, str]") -> str:

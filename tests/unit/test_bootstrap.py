@@ -6,12 +6,15 @@ whose address only uv knows, included.
 
 import hashlib
 import os
+import resource
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -32,66 +35,82 @@ HERE = "127.0.0.1"
 Signed = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
+class Answers(BaseHTTPRequestHandler):
+    """What a `Server` answers; TLS to any host ends here."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def do_CONNECT(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        context = self.server.index.context(self.path.rpartition(":")[0])
+        self.connection = context.wrap_socket(self.connection, server_side=True)
+        self.rfile = self.connection.makefile("rb")
+        self.wfile = self.connection.makefile("wb", 0)
+        self.close_connection = False
+
+    def do_GET(self) -> None:
+        index = self.server.index
+        index.asked.append(self.path)
+        elsewhere = isinstance(self.connection, ssl.SSLSocket)
+        if elsewhere:
+            index.closed.wait(index.seconds_until_cpu_answers)
+        parts = urllib.parse.unquote(self.path).strip("/").split("/")
+        if parts[0] == "files":
+            body = (index.folder / parts[-1]).read_bytes()
+        else:
+            body = index.page(parts[-1], cpu=elsewhere or parts[0] == "cpu").encode()
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+class Server(ThreadingHTTPServer):
+    index: "Index"
+
+    def handle_error(self, *_: object) -> None:
+        """Who stopped waiting for an answer is no error."""
+
+
 class Index:
     """Package indexes at an address, at its `cpu`, and at all that is asked for through it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.seconds_until_cpu_answers = 0.0
+        # Longer than anybody waits for it.
+        self.seconds_until_cpu_answers = bootstrap.PROBE_SECONDS + 2.0
+        self.closed = threading.Event()
         self.asked: list[str] = []
         self._authority = _certificate(None, "tests")
         (folder / "ca.pem").write_bytes(_pem(self._authority[0]))
-        index = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_CONNECT(self) -> None:
-                host = self.path.rpartition(":")[0]
-                self.send_response(200)
-                self.end_headers()
-                self.connection = index.context(host).wrap_socket(self.connection, server_side=True)
-                self.rfile = self.connection.makefile("rb")
-                self.wfile = self.connection.makefile("wb", 0)
-                self.close_connection = False
-
-            def do_GET(self) -> None:
-                index.asked.append(self.path)
-                proxied = isinstance(self.connection, ssl.SSLSocket)
-                parts = self.path.strip("/").split("/")
-                if parts[0] == "files":
-                    return self._answer((folder / parts[-1]).read_bytes())
-                cpu = proxied or parts[0] == "cpu"
-                if proxied:
-                    time.sleep(index.seconds_until_cpu_answers)
-                return self._answer(index.page(parts[-1], cpu=cpu).encode())
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def _answer(self, body: bytes) -> None:
-                self.send_response(200 if body else 404)
-                self.send_header("Content-Type", "text/html")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer((HERE, 0), Handler)
+        self._server = Server((HERE, 0), Answers)
+        self._server.index = self
         self.address = f"http://{HERE}:{self._server.server_port}/"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
     def context(self, host: str) -> ssl.SSLContext:
         """A server's side of TLS, as any host."""
         certificate, key = _certificate(self._authority, host)
-        pem = self.folder / f"{host}.pem"
+        pem = self.folder / f"{host}-{threading.get_ident()}.pem"
         private = key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -168,9 +187,12 @@ class Project:
         (folder / "scripts").mkdir()
         shutil.copy("scripts/bootstrap.py", folder / "scripts")
         uv = Path(sys.executable).parent / "uv"
+        for name in ("torch", "torchvision"):
+            index.add(name, f"{VERSION}+cpu")
         names = ("torch", "torchvision", "nvidia-fake", "library")
-        self.lock = index.add("uv", version("uv"), uv) + "".join(map(index.add, names))
-        self.write("requirements.lock", self.lock)
+        self.locked = {name: index.add(name) for name in names}
+        self.locked["uv"] = index.add("uv", version("uv"), uv)
+        self.write("requirements.lock", "".join(self.locked.values()))
         self.write("tests/requirements.lock", index.add("tool"))
         self.write("benchmarks/requirements.lock", index.add("peer"))
 
@@ -179,7 +201,13 @@ class Project:
         (self.folder / name).write_text(text)
 
     def setup(self, *groups: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs the installer with nothing but the index to ask."""
+        """Runs the installer to its end."""
+        with self.start(*groups, **variables) as process:
+            output, errors = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def start(self, *groups: str, **variables: str) -> subprocess.Popen[str]:
+        """Starts the installer with nothing but the index to ask."""
         own = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "TORCH"))}
         own |= {
             "PIP_CONFIG_FILE": os.devnull,
@@ -189,13 +217,14 @@ class Project:
             "NO_PROXY": HERE,
             "SSL_CERT_FILE": str(self.index.folder / "ca.pem"),
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "scripts/bootstrap.py", "run", *groups],
             cwd=self.folder,
             env=own | variables,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
+            start_new_session=True,
         )
 
     def installed(self) -> dict[str, str]:
@@ -223,46 +252,69 @@ AS_LOCKED = {"torch": VERSION, "torchvision": VERSION, "nvidia_fake": VERSION, "
 CPU_BUILD = {"torch": f"{VERSION}+cpu", "torchvision": f"{VERSION}+cpu", "library": VERSION}
 
 
-def test_a_group_is_installed_once_and_another_beside_it(project: Project) -> None:
+def test_groups_are_installed_once_each_beside_the_others_and_mended(project: Project) -> None:
+    # What somebody left who stopped it.
+    (project.folder / ".venv").mkdir()
     first = project.setup()
     assert first.returncode == 0, first.stderr
     assert project.installed() == AS_LOCKED
-    announced = next(line for line in first.stdout.splitlines() if "to fetch" in line)
-    assert "5 for running with CUDA: up to " in announced or "4 for running" in announced
+    assert "4 for running with CUDA: up to " in first.stdout
 
+    # A finished installation is found without starting anything.
+    uv = project.folder / ".venv/bin/uv"
+    (project.folder / "uv").hardlink_to(uv)
+    uv.unlink()
     project.index.asked.clear()
-    assert project.setup().stdout == ""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = project.setup()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
     assert not project.index.asked
+    uv.hardlink_to(project.folder / "uv")
 
     second = project.setup("tests")
     assert second.returncode == 0, second.stderr
-    assert project.installed() == AS_LOCKED | {"tool": VERSION}
     assert "1 for tests" in second.stdout
+    assert project.installed() == AS_LOCKED | {"tool": VERSION}
     assert project.setup("benchmarks").returncode == 0
-    assert project.installed() == AS_LOCKED | {"tool": VERSION, "peer": VERSION}
+    everything = AS_LOCKED | {"tool": VERSION, "peer": VERSION}
+    assert project.installed() == everything
 
-    before = project.index.add("library")
-    project.write(
-        "requirements.lock", project.lock.replace(before, project.index.add("library", "100"))
-    )
+    project.locked["library"] = project.index.add("library", "100")
+    project.write("requirements.lock", "".join(project.locked.values()))
     assert project.setup().returncode == 0
-    assert project.installed() == AS_LOCKED | {"library": "100", "tool": VERSION, "peer": VERSION}
+    assert project.installed() == everything | {"library": "100"}
+
+    (project.folder / ".venv/bin/python").unlink()
+    assert project.setup().returncode == 0
+    assert project.installed() == AS_LOCKED | {"library": "100"}
 
 
-def test_a_file_that_is_not_the_locks_is_not_installed(project: Project) -> None:
+def test_what_cannot_be_installed_is_said_in_a_sentence(project: Project) -> None:
+    script = project.folder / "scripts/bootstrap.py"
+    text = script.read_text()
+    script.write_text(text.replace('"run": (0.3, 0.9)', '"run": (0.3, 1e9)'))
+    too_large = project.setup()
+    assert too_large.returncode == 1
+    assert "GB are free on the disk of " in too_large.stderr
+
+    script.write_text(text)
     wheel = next(project.index.folder.glob("library-*.whl"))
     with zipfile.ZipFile(wheel, "a") as altered:
         altered.writestr("library_too.py", "")
-    done = project.setup()
-    assert done.returncode == 1
-    assert "library" not in project.installed()
-    assert "Hash mismatch" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Error: uv could not install the packages")
+    not_the_locks = project.setup()
+    assert not_the_locks.returncode == 1
+    assert "Hash mismatch" in not_the_locks.stderr
+    assert not_the_locks.stderr.splitlines()[-1].startswith("Error: uv could not install")
+
+    script.write_text(text.replace("FULL_GIGABYTES = 0.2", "FULL_GIGABYTES = 1e9"))
+    full = project.setup()
+    assert full.stderr.splitlines()[-1].startswith("Error: The disk of ")
+    assert project.installed() == {}
 
 
 def test_torch_comes_from_the_index_that_was_named_and_stays(project: Project) -> None:
-    for name in ("torch", "torchvision"):
-        project.index.add(name, f"{VERSION}+cpu")
     done = project.setup(TORCH_INDEX=project.index.address + "cpu")
     assert done.returncode == 0, done.stderr
     assert project.installed() == CPU_BUILD
@@ -272,29 +324,31 @@ def test_torch_comes_from_the_index_that_was_named_and_stays(project: Project) -
 
     # Another choice is another environment.
     assert project.setup(TORCH_INDEX=project.index.address).returncode == 0
-    assert project.installed()["torch"] == VERSION
+    assert project.installed() == {k: v for k, v in AS_LOCKED.items() if "nvidia" not in k}
 
 
 @pytest.mark.skipif(
     bootstrap.has_nvidia_driver() or sys.platform != "linux",
     reason="the CPU build is for Linux without an NVIDIA driver",
 )
-def test_a_machine_without_a_driver_gets_the_cpu_build_if_its_index_answers(
+def test_a_machine_without_a_driver_gets_the_cpu_build_and_ctrl_c_can_be_gone_on_from(
     project: Project,
 ) -> None:
-    for name in ("torch", "torchvision"):
-        project.index.add(name, f"{VERSION}+cpu")
-    project.index.seconds_until_cpu_answers = bootstrap.PROBE_SECONDS + 1
-    done = project.setup()
-    assert done.returncode == 0, done.stderr
-    assert project.installed() == AS_LOCKED
+    project.index.seconds_until_cpu_answers = 60
+    with project.start() as process:
+        while not any(path.endswith("/torch/") for path in project.index.asked):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Stopped by Ctrl-C. Run the same command again" in errors
 
-    shutil.rmtree(project.folder / ".venv")
     project.index.seconds_until_cpu_answers = 0
     done = project.setup()
     assert done.returncode == 0, done.stderr
+    assert "making" not in done.stdout
     assert project.installed() == CPU_BUILD
-    assert "nvidia" not in "".join(p for p in project.index.asked[-40:] if "files" in p)
     assert project.setup().stdout == ""
 
     # A driver that came later.
@@ -304,39 +358,6 @@ def test_a_machine_without_a_driver_gets_the_cpu_build_if_its_index_answers(
     done = project.setup(PATH=f"{programs}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
     assert project.installed() == AS_LOCKED
-
-
-@pytest.mark.parametrize("broken", ["python", "pip", "stopped"])
-def test_a_broken_environment_is_mended(project: Project, broken: str) -> None:
-    if broken == "stopped":
-        (project.folder / ".venv").mkdir()
-    else:
-        assert project.setup().returncode == 0
-    if broken == "python":
-        (project.folder / ".venv/bin/python").unlink()
-    if broken == "pip":
-        shutil.rmtree(project.site / "pip")
-        (project.folder / "requirements.lock").write_text(project.lock + "\n")
-    done = project.setup()
-    assert done.returncode == 0, done.stderr
-    assert project.installed() == AS_LOCKED
-
-
-def test_too_little_disk_is_said_before_the_download(project: Project) -> None:
-    script = project.folder / "scripts/bootstrap.py"
-    script.write_text(script.read_text().replace("(0.3, 0.9)", "(0.3, 1e9)"))
-    done = project.setup()
-    assert done.returncode == 1
-    assert project.installed() == {}
-    assert "GB are free on the disk of " in done.stderr
-
-
-def test_ctrl_c_says_how_to_go_on(project: Project) -> None:
-    project.index.seconds_until_cpu_answers = 60
-
-
-def test_a_finished_installation_is_found_at_once() -> None:
-    """Without another process: it takes a twentieth of a second, before every command."""
 
 
 @pytest.mark.parametrize(
