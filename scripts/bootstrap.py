@@ -36,11 +36,11 @@ GROUPS = {
 
 # GB to fetch, and GB on the disk; how they were measured is in benchmarks/results/install.md.
 GIGABYTES = {
-    "run": (0.3, 0.9),
+    "run": (0.3, 0.8),
     "tests": (0.2, 0.5),
     "benchmarks": (0.2, 0.6),
-    "torch with CUDA": (2.5, 5.0),
-    "torch": (0.2, 0.9),
+    "torch with CUDA": (3.0, 5.5),
+    "torch": (0.2, 0.8),
 }
 
 # PyTorch, and what only its CUDA build brings.

@@ -294,7 +294,7 @@ def test_groups_are_installed_once_each_beside_the_others_and_mended(project: Pr
 def test_what_cannot_be_installed_is_said_in_a_sentence(project: Project) -> None:
     script = project.folder / "scripts/bootstrap.py"
     text = script.read_text()
-    script.write_text(text.replace('"run": (0.3, 0.9)', '"run": (0.3, 1e9)'))
+    script.write_text(text.replace('"run": (0.3, 0.8)', '"run": (0.3, 1e9)'))
     too_large = project.setup()
     assert too_large.returncode == 1
     assert "GB are free on the disk of " in too_large.stderr
@@ -307,6 +307,11 @@ def test_what_cannot_be_installed_is_said_in_a_sentence(project: Project) -> Non
     assert not_the_locks.returncode == 1
     assert "Hash mismatch" in not_the_locks.stderr
     assert not_the_locks.stderr.splitlines()[-1].startswith("Error: uv could not install")
+
+    project.write("requirements.lock", "".join(project.locked.values()) + "another==1.0\n")
+    without_a_hash = project.setup()
+    assert without_a_hash.returncode == 1
+    assert "must have a hash" in without_a_hash.stderr
 
     script.write_text(text.replace("FULL_GIGABYTES = 0.2", "FULL_GIGABYTES = 1e9"))
     full = project.setup()
