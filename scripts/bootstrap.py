@@ -37,8 +37,8 @@ GROUPS = {
 # GB to fetch, and GB on the disk; how they were measured is in benchmarks/results/install.md.
 GIGABYTES = {
     "run": (0.3, 0.8),
-    "tests": (0.2, 0.5),
-    "benchmarks": (0.2, 0.6),
+    "tests": (0.2, 0.6),
+    "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),
     "torch": (0.2, 0.8),
 }
@@ -195,7 +195,7 @@ def install(group: str, choice: str) -> None:
     for step in steps if names else []:
         execute("uv", uv_install(*step))
     stamp_of(group).touch()
-    say("Packages: what %s needs is in %s" % (purpose, VENV))
+    say("Packages: those for %s are in %s" % (purpose, VENV))
 
 
 def torch_from(choice: str) -> "list[str]":
@@ -223,7 +223,7 @@ def missing(options: "list[str]") -> "list[str]":
 
 def announce(group: str, purpose: str, names: "list[str]") -> None:
     """Says what will be fetched, and stops before a download that cannot fit."""
-    with_cuda = any(CUDA.match(name) for name in names)
+    with_cuda = "torch" in names and any(CUDA.match(name) for name in names)
     parts = [group]
     if "torch" in names:
         parts.append("torch with CUDA" if with_cuda else "torch")
