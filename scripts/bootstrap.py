@@ -164,7 +164,7 @@ def choose() -> str:
     environment = dict(os.environ, UV_HTTP_TIMEOUT=str(PROBE_SECONDS), UV_HTTP_RETRIES="0")
     try:
         probe = subprocess.run(
-            uv_install("--dry-run", *torch_from(CPU)),
+            uv_install("--dry-run", "--reinstall", *torch_from(CPU)),
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -284,10 +284,10 @@ def execute(program: str, command: "list[str]") -> None:
 def blame(program: str) -> NoReturn:
     """What to do after a program's own words."""
     free, where = least_free() if UV.exists() else (shutil.disk_usage(".").free / 1e9, VENV)
-    again = "Then run the same command again; what was fetched is kept."
+    again = "then run the same command again; what was fetched is kept."
     if free < FULL_GIGABYTES:
-        fail("The disk of %s is full. Free some space. %s" % (where, again))
-    fail("%s could not install the packages, see above. Mend that. %s" % (program, again))
+        fail("The disk of %s is full. Free some space, %s" % (where, again))
+    fail("%s could not install the packages, for the reason above. Mend it, %s" % (program, again))
 
 
 def say(text: str) -> None:

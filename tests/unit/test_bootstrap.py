@@ -365,6 +365,17 @@ def test_a_machine_without_a_driver_gets_the_cpu_build_and_ctrl_c_can_be_gone_on
     assert project.installed() == AS_LOCKED
 
 
+def test_make_hands_the_index_on_as_it_is() -> None:
+    address = "http://me:it's\"secret\" @127.0.0.1/cpu"
+    done = subprocess.run(
+        ["make", "--silent", "setup", f"TORCH_INDEX={address}", "PYTHON=printenv TORCH_INDEX; :"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{address}\n"
+
+
 @pytest.mark.parametrize(
     "python", sorted(Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python")) or [None]
 )
