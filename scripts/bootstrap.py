@@ -250,10 +250,12 @@ def least_free() -> "tuple[float, Path]":
 
     On one disk the environment's files are links to those of uv's cache, so they count once.
     """
-    cache = Path(subprocess.check_output([str(UV), "cache", "dir"]).decode().strip())
-    while not cache.exists():
-        cache = cache.parent
-    return min((shutil.disk_usage(str(where)).free / 1e9, where) for where in (VENV, cache))
+    places = [VENV]
+    if UV.exists():
+        told = subprocess.run([str(UV), "cache", "dir"], stdout=subprocess.PIPE, check=False)
+        cache = Path(told.stdout.decode().strip())
+        places += [place for place in (cache, *cache.parents) if place.exists()][:1]
+    return min((shutil.disk_usage(str(place)).free / 1e9, place) for place in places)
 
 
 def packages(lock: Path) -> "dict[str, str]":
@@ -283,7 +285,7 @@ def execute(program: str, command: "list[str]") -> None:
 
 def blame(program: str) -> NoReturn:
     """What to do after a program's own words."""
-    free, where = least_free() if UV.exists() else (shutil.disk_usage(".").free / 1e9, VENV)
+    free, where = least_free()
     again = "then run the same command again; what was fetched is kept."
     if free < FULL_GIGABYTES:
         fail("The disk of %s is full. Free some space, %s" % (where, again))
