@@ -179,7 +179,9 @@ def choose() -> str:
 def install(group: str, choice: str) -> None:
     """Installs one group: from its lock, by hash, but for a PyTorch that comes from elsewhere."""
     lock, purpose = GROUPS[group]
-    steps = [["--require-hashes", "--build-constraints", str(GROUPS["run"][0]), "-r", str(lock)]]
+    # What a package without a wheel is built with comes from the lock, too.
+    building = ["--require-build-hashes", "--build-constraints", str(GROUPS["run"][0])]
+    steps = [["--require-hashes", *building, "-r", str(lock)]]
     if group == "run" and choice != LOCKED:
         # Another build of the same versions has other hashes, and needs no CUDA.
         others = {
@@ -230,7 +232,7 @@ def announce(group: str, purpose: str, names: "list[str]") -> None:
     fetch, disk = (sum(GIGABYTES[part][column] for part in parts) for column in (0, 1))
     free, where = least_free()
     say(
-        "Packages: %d for %s%s: up to %.1f GB to fetch, %.1f GB of the %.0f GB that are free"
+        "Packages: %d for %s%s: up to %.1f GB to fetch, %.1f GB of the %.1f GB that are free"
         % (len(names), purpose, " with CUDA" if with_cuda else "", fetch, disk, free)
     )
     if free < disk:
