@@ -166,15 +166,17 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# What the run group pins is left out of the other two locks, which only stand on it.
+# Running and testing are resolved together, so that one gives way to the other; the benchmarks give
+# way to both. What the run group pins is left out of the other two locks, which only stand on it.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 lock: setup ## pin all packages anew, from the three requirements.in
-	@$(PIN) requirements.in -o requirements.lock
+	@$(PIN) requirements.in tests/requirements.in -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt requirements.in -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	$(PIN) $$pinned -c requirements.lock tests/requirements.in -o tests/requirements.lock && \
-	$(PIN) $$pinned -c requirements.lock -c tests/requirements.lock benchmarks/requirements.in \
-		-o benchmarks/requirements.lock
+	for group in tests benchmarks; do \
+		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
+	done
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

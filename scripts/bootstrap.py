@@ -97,13 +97,18 @@ def is_another(torch_index: str) -> bool:
 
 def is_installed(group: str) -> bool:
     """Whether a group is as its lock says, as far as can be seen without starting anything."""
-    return PYTHON.exists() and stamp_of(group).exists()
+    stamp = stamp_of(group)
+    return PYTHON.exists() and stamp.exists() and stamp.read_text() == fingerprint(group)
 
 
 def stamp_of(group: str) -> Path:
-    """A file that is there once a group is installed: from this lock, for this Python."""
-    digest = hashlib.sha256(GROUPS[group][0].read_bytes() + sys.version.encode()).hexdigest()
-    return VENV / ("installed-%s-%s" % (group, digest[:16]))
+    """What says that a group was installed, and from which lock."""
+    return VENV / ("installed-" + group)
+
+
+def fingerprint(group: str) -> str:
+    """Changes whenever the installation of a group should be looked at."""
+    return hashlib.sha256(GROUPS[group][0].read_bytes() + sys.version.encode()).hexdigest()
 
 
 def works() -> bool:
@@ -180,7 +185,7 @@ def install(group: str, choice: str) -> None:
     """Installs one group: from its lock, by hash, but for a PyTorch that comes from elsewhere."""
     lock, purpose = GROUPS[group]
     # What a package without a wheel is built with comes from the lock, too.
-    building = ["--require-build-hashes", "--build-constraints", str(GROUPS["run"][0])]
+    building = ["--build-constraints", str(GROUPS["run"][0])]
     steps = [["--require-hashes", *building, "-r", str(lock)]]
     if group == "run" and choice != LOCKED:
         # Another build of the same versions has other hashes, and needs no CUDA.
@@ -194,9 +199,10 @@ def install(group: str, choice: str) -> None:
     names = [name for step in steps for name in missing(step)]
     if names:
         announce(group, purpose, names)
+        stamp_of(group).write_text("unfinished")
     for step in steps if names else []:
         execute("uv", uv_install(*step))
-    stamp_of(group).touch()
+    stamp_of(group).write_text(fingerprint(group))
     say("Packages: those for %s are in %s" % (purpose, VENV))
 
 

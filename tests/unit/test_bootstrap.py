@@ -281,10 +281,16 @@ def test_groups_are_installed_once_each_beside_the_others_and_mended(project: Pr
     everything = AS_LOCKED | {"tool": VERSION, "peer": VERSION}
     assert project.installed() == everything
 
-    project.locked["library"] = project.index.add("library", "100")
-    project.write("requirements.lock", "".join(project.locked.values()))
-    assert project.setup().returncode == 0
-    assert project.installed() == everything | {"library": "100"}
+    older = project.locked["library"]
+    for lines, number in (
+        (project.index.add("library", "100"), "100"),
+        (older, VERSION),
+        (project.index.add("library", "100"), "100"),
+    ):
+        project.locked["library"] = lines
+        project.write("requirements.lock", "".join(project.locked.values()))
+        assert project.setup().returncode == 0
+        assert project.installed() == everything | {"library": number}
 
     (project.folder / ".venv/bin/python").unlink()
     assert project.setup().returncode == 0
