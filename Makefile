@@ -54,7 +54,7 @@ export GIVEN_TO := make $(goals)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
+.PHONY: help variables setup setup-tests setup-benchmarks run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -117,72 +117,84 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.upgrade
 
 ##@ Tests
-test: setup ## run all tests, those against a real TorchServe and in a browser too
+test: setup-tests ## run all tests, those against a real TorchServe and in a browser too
 	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
 
-test-unit: setup ## run the tests that need no server
+test-unit: setup-tests ## run the tests that need no server
 	@$(VENV_PYTHON) -m pytest tests/unit
 
-fuzz: setup ## corrupted pictures, by the thousand
+fuzz: setup-tests ## corrupted pictures, by the thousand
 	@$(VENV_PYTHON) -m tests.stress.fuzz
 
-chaos: setup ## five minutes of bad clients and killed workers
+chaos: setup-tests ## five minutes of bad clients and killed workers
 	@$(VENV_PYTHON) -m tests.stress.chaos
 
-flood: setup ## 200 uploads of 19 MB at once
+flood: setup-tests ## 200 uploads of 19 MB at once
 	@$(VENV_PYTHON) -m tests.stress.load flood
 
-soak: setup ## 5,000 requests of mixed sizes
+soak: setup-tests ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m tests.stress.load soak
 
-outages: setup ## ten minutes of clients while workers and nodes die and are replaced
+outages: setup-tests ## ten minutes of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m tests.stress.outages
 
 ##@ Benchmarks
-bench: setup $(BENCHMARK_PACKAGES) ## compare with other servers, about 10 minutes
+bench: setup-benchmarks ## compare with other servers, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.bench
 
-bench-engines: setup $(BENCHMARK_PACKAGES) ## compare engines and their options, about 20 minutes
+bench-engines: setup-benchmarks ## compare engines and their options, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.engines
 
-bench-pipe: setup $(BENCHMARK_PACKAGES) ## what each setting of the server is worth, about 10 minutes
+bench-pipe: setup-benchmarks ## what each setting of the server is worth, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.pipe
 
-bench-scaling: setup $(BENCHMARK_PACKAGES) ## more workers, larger pictures, about 5 minutes
+bench-scaling: setup-benchmarks ## more workers, larger pictures, about 5 minutes
 	@$(VENV_PYTHON) -m benchmarks.scaling
 
-bench-stages: setup $(BENCHMARK_PACKAGES) ## what each stage of a request costs, a few minutes
+bench-stages: setup-benchmarks ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
-bench-gpu: setup $(BENCHMARK_PACKAGES) ## the PyTorch engine on a GPU, if there is one
+bench-gpu: setup-benchmarks ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
 
-gateway-cost: setup ## what the gateway costs, and what two nodes give
+gateway-cost: setup-tests ## what the gateway costs, and what two nodes give
 	@$(VENV_PYTHON) -m tests.stress.gateway_cost
-
-BENCHMARK_PACKAGES := .venv/benchmarks-installed
-$(BENCHMARK_PACKAGES): benchmarks/requirements.in benchmarks/requirements.lock | setup
-	@$(VENV_PYTHON) -m pip install --quiet -r benchmarks/requirements.in -c benchmarks/requirements.lock
-	@touch $@
 
 ##@ Maintenance
 setup: variables ## make the virtual environment and install the pinned packages
-	@$(PYTHON) scripts/bootstrap.py
+	@$(PYTHON) scripts/bootstrap.py run
 
-lint: setup ## check style and types
+setup-tests: variables ## the same, and the tools of tests and checks
+	@$(PYTHON) scripts/bootstrap.py run tests
+
+setup-benchmarks: variables ## the same, and what the benchmarks compare with
+	@$(PYTHON) scripts/bootstrap.py run benchmarks
+
+lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/vermin --target=3.10- --no-tips --quiet handler scripts examples tests deploy
+	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
-format: setup ## put the code into the common style
+format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-lock: setup ## pin all packages anew, from requirements.in
-	@$(VENV_PYTHON) -m pip install --quiet uv
-	@$(VENV_PYTHON) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-		--no-header --no-annotate requirements.in -o requirements.lock
+# Running and testing are resolved together, so that one gives way to the other; the benchmarks give
+# way to both. What the run group pins is left out of the other two locks, which only stand on it.
+PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--generate-hashes --no-header --no-annotate
+lock: setup ## pin all packages anew, from the three requirements.in
+	@$(PIN) requirements.in tests/requirements.in -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt requirements.in -o requirements.lock
+	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
+	for group in tests benchmarks; do \
+		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
+	done
+
+lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
+	@$(VENV_PYTHON) -m tests.locks
 
 clean: variables ## stop gateway and server, remove all that was built; .venv stays
 	@if [ -x $(VENV_PYTHON) ]; then \

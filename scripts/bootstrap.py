@@ -1,113 +1,129 @@
-"""Makes the virtual environment and installs what the lock file pins, once.
+"""Makes the virtual environment and installs what the lock files pin, a group at a time, once.
+
+What running needs is one group; the tools of the tests and those of the benchmarks are two more.
+Python makes the environment, pip brings uv into it, and uv installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
 and stays readable to Pythons older than the project supports, to be able to say so.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-VENV = Path(".venv")
-PYTHON = VENV / "bin" / "python"
-STAMP = VENV / "installed"
-REQUIREMENTS = Path("requirements.in")
-LOCK = Path("requirements.lock")
-
 OLDEST_PYTHON = (3, 10)
 
-# What an installation took, and half as much again.
-GIGABYTES_WITH_CUDA = 9
-GIGABYTES_CPU_ONLY = 3
+VENV = Path(".venv")
+PYTHON = VENV / "bin" / "python"
+UV = VENV / "bin" / "uv"
+# Which build of PyTorch is here: LOCKED, CPU, or the address of the index that it came from.
+CHOICE = VENV / "torch"
+LOCKED = "locked"
+CPU = "cpu"
 
-# What pip prints when it fails, and what to tell a person.
-FAILURES = (
-    (
-        "No space left on device",
-        "The disk is full. Free some space (TMPDIR chooses another disk for temporary files).",
-    ),
-    (
-        "Python.h",
-        "A package must be compiled, and Python's headers are missing. Install them "
-        "(on Debian and Ubuntu: python3-dev), or use a Python version for which it is prebuilt.",
-    ),
-    ("No matching distribution", "A pinned package is not to be had for this Python or machine."),
-    ("error: command", "A package must be compiled, and the compiler failed or is missing."),
-    ("HTTPSConnectionPool", "The package index cannot be reached. Check the network."),
-    ("HTTPConnectionPool", "The package index cannot be reached. Check the network."),
-    ("Temporary failure in name resolution", "The package index cannot be reached."),
-    ("IncompleteRead", "The connection to the package index was lost."),
-)
+# Each group's name, its lock, and for whom it is. The first is part of every other.
+GROUPS = {
+    "run": (Path("requirements.lock"), "running"),
+    "tests": (Path("tests", "requirements.lock"), "tests and checks"),
+    "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
+}
+
+# GB to fetch, and GB on the disk; how they were measured is in benchmarks/results/install.md.
+GIGABYTES = {
+    "run": (0.3, 0.8),
+    "tests": (0.2, 0.6),
+    "benchmarks": (0.1, 0.4),
+    "torch with CUDA": (3.0, 5.5),
+    "torch": (0.2, 0.8),
+}
+
+# PyTorch, and what only its CUDA build brings.
+TORCH = ("torch", "torchvision")
+CUDA = re.compile(r"(triton|nvidia-.+|cuda-.+)$")
+
+# How long PyTorch's CPU index may take to answer.
+PROBE_SECONDS = 3
+
+# Below this a failed installation is blamed on the disk.
+FULL_GIGABYTES = 0.2
 
 
 def main() -> None:
     """Sets up `.venv`, or finds that it is as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--torch-index",
-        # As `make` passes it on.
-        default=os.environ.get("GIVEN_TORCH_INDEX", ""),
-        help="index to take torch from, by address",
-    )
-    torch_index = parser.parse_args().torch_index
-
     if sys.version_info < OLDEST_PYTHON:
         fail(
             "Python %d.%d or newer is needed, this is %s. Choose another with PYTHON=python3.12"
             % (OLDEST_PYTHON + (sys.version.split()[0],))
         )
-    wanted = fingerprint(torch_index)
-    if STAMP.exists() and STAMP.read_text() == wanted and works():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="+", choices=list(GROUPS))
+    asked = parser.parse_args().groups
+    torch_index = os.environ.get("TORCH_INDEX", "")
+
+    another_torch = is_another(torch_index)
+    groups = [g for g in GROUPS if g == "run" or g in asked]
+    if not another_torch:
+        groups = [group for group in groups if not is_installed(group)]
+    if not groups:
         return
-    check_disk(GIGABYTES_CPU_ONLY if torch_index else GIGABYTES_WITH_CUDA)
-    if STAMP.exists():
-        STAMP.unlink()
-    if not works():
+    if another_torch or not works():
         make_venv()
-    install(torch_index)
-    STAMP.write_text(wanted)
-    say("Packages: installed into %s" % VENV)
+    # In networks where a mirror stands in for the package index, pip was told so.
+    if "PIP_INDEX_URL" in os.environ:
+        os.environ.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
+    get_uv()
+    if not CHOICE.exists():
+        choice = torch_index or choose()
+        # An address may hold a password.
+        CHOICE.touch(mode=0o600)
+        CHOICE.write_text(choice)
+    for group in groups:
+        install(group, CHOICE.read_text())
 
 
-def fingerprint(torch_index: str) -> str:
-    """Changes whenever the installation should."""
-    digest = hashlib.sha256()
-    for part in (REQUIREMENTS.read_bytes(), LOCK.read_bytes(), torch_index.encode()):
-        digest.update(part)
-    return digest.hexdigest()
+def is_another(torch_index: str) -> bool:
+    """Whether the environment has another build of PyTorch than it should have now."""
+    if not CHOICE.exists():
+        return False
+    before = CHOICE.read_text()
+    return torch_index != before if torch_index else before == CPU and has_nvidia_driver()
+
+
+def is_installed(group: str) -> bool:
+    """Whether a group is as its lock says, as far as can be seen without starting anything."""
+    stamp = stamp_of(group)
+    return PYTHON.exists() and stamp.exists() and stamp.read_text() == fingerprint(group)
+
+
+def stamp_of(group: str) -> Path:
+    """What says that a group was installed, and from which lock."""
+    return VENV / ("installed-" + group)
+
+
+def fingerprint(group: str) -> str:
+    """Changes whenever the installation of a group should be looked at."""
+    return hashlib.sha256(GROUPS[group][0].read_bytes() + sys.version.encode()).hexdigest()
 
 
 def works() -> bool:
-    """Whether the environment's Python starts and is of this version."""
+    """Whether the environment's Python starts, is whole, and is of this version."""
     if not PYTHON.exists():
         return False
     code = "import sys, pip; print(sys.version)"
-    result = subprocess.run([str(PYTHON), "-c", code], stdout=subprocess.PIPE, check=False)
+    result = subprocess.run(
+        [str(PYTHON), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    )
     return result.stdout.decode().strip() == sys.version
 
 
-def check_disk(gigabytes: float) -> None:
-    """Stops before a download that cannot fit."""
-    free = shutil.disk_usage(".").free / 1e9
-    if free < gigabytes and not VENV.exists():
-        fail(
-            "Only %.1f GB are free here, and the packages need up to %d GB. Free some space%s."
-            % (free, gigabytes, "" if gigabytes == GIGABYTES_CPU_ONLY else CPU_HINT)
-        )
-
-
-CPU_HINT = ", or set TORCH_INDEX to the address of PyTorch's CPU-only index (3 GB)"
-
-
 def make_venv() -> None:
-    """Makes the virtual environment; what is left of a broken one goes first."""
+    """Makes the virtual environment; what is left of another one goes first."""
     say("Packages: making the virtual environment %s" % VENV)
     if VENV.exists():
         shutil.rmtree(str(VENV))
@@ -128,34 +144,160 @@ def make_venv() -> None:
         fail("The virtual environment cannot be made: %s" % output.strip()[-300:])
 
 
-def install(torch_index: str) -> None:
-    """Runs pip with the lock file as constraints: a CPU-only torch then needs no CUDA packages."""
-    size = "about 1 GB" if torch_index else "about 3 GB"
-    say("Packages: installing, %s to download; this takes some minutes" % size)
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-c", str(LOCK)]
-    if torch_index:
-        run_pip(pip + ["--index-url", torch_index, "torch", "torchvision"])
-    run_pip(pip + ["-r", str(REQUIREMENTS)])
-
-
-def run_pip(command: list[str]) -> None:
-    """Shows pip's progress as it is, and turns its errors into a sentence."""
-    errors = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            text = line.decode(errors="replace")
-            if "WARNING" not in text:
-                sys.stderr.write(text)
-                errors.append(text)
-    if process.returncode == 0:
+def get_uv() -> None:
+    """Installs the uv that the lock pins, by pip."""
+    pinned = {"uv": packages(GROUPS["run"][0])["uv"]}
+    name = pinned["uv"].split()[0].replace("==", "-") + ".dist-info"
+    if UV.exists() and list(VENV.glob("lib/python*/site-packages/" + name)):
         return
-    output = "".join(errors)
-    for sign, sentence in FAILURES:
-        if sign in output:
-            fail("%s Then run the same command again; what was installed is kept." % sentence)
-    last = [line for line in errors if line.startswith("ERROR")] or errors or ["no reason given"]
-    fail("pip failed: %s" % last[-1].strip()[:500])
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    execute("pip", pip + options + ["-r", write("uv.txt", pinned)])
+
+
+def has_nvidia_driver() -> bool:
+    """Whether programs can use an NVIDIA GPU here, told without starting one."""
+    signs = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"))
+    return shutil.which("nvidia-smi") is not None or any(sign.exists() for sign in signs)
+
+
+def choose() -> str:
+    """PyTorch's CPU build for a machine that cannot use CUDA, if its index answers in time."""
+    # Elsewhere the pinned build has no CUDA in it.
+    if not sys.platform.startswith("linux") or has_nvidia_driver():
+        return LOCKED
+    environment = dict(os.environ, UV_HTTP_TIMEOUT=str(PROBE_SECONDS), UV_HTTP_RETRIES="0")
+    try:
+        probe = subprocess.run(
+            uv_install("--dry-run", "--reinstall", *torch_from(CPU)),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return LOCKED
+    return CPU if probe.returncode == 0 else LOCKED
+
+
+def install(group: str, choice: str) -> None:
+    """Installs one group: from its lock, by hash, but for a PyTorch that comes from elsewhere."""
+    lock, purpose = GROUPS[group]
+    # What a package without a wheel is built with comes from the lock, too.
+    building = ["--build-constraints", str(GROUPS["run"][0])]
+    steps = [["--require-hashes", *building, "-r", str(lock)]]
+    if group == "run" and choice != LOCKED:
+        # Another build of the same versions has other hashes, and needs no CUDA.
+        others = {
+            name: text
+            for name, text in packages(lock).items()
+            if name not in TORCH and not CUDA.match(name)
+        }
+        steps[0][-1] = write("without-torch.txt", others)
+        steps.insert(0, torch_from(choice))
+    names = [name for step in steps for name in missing(step)]
+    if names:
+        announce(group, purpose, names)
+        stamp_of(group).write_text("unfinished")
+    for step in steps if names else []:
+        execute("uv", uv_install(*step))
+    stamp_of(group).write_text(fingerprint(group))
+    say("Packages: those for %s are in %s" % (purpose, VENV))
+
+
+def torch_from(choice: str) -> "list[str]":
+    """What tells uv to take the pinned PyTorch from its CPU index or from an address."""
+    pinned = packages(GROUPS["run"][0])
+    versions = {name: re.sub(r"\\\n *--hash=\S+ *", "", pinned[name]) for name in TORCH}
+    where = ["--torch-backend", CPU] if choice == CPU else ["--default-index", choice]
+    return where + ["-r", write("torch.txt", versions)]
+
+
+def missing(options: "list[str]") -> "list[str]":
+    """Names of the packages that uv would install."""
+    result = subprocess.run(
+        uv_install("--dry-run", *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    output = result.stdout.decode(errors="replace")
+    if result.returncode != 0:
+        sys.stderr.write(output)
+        blame("uv")
+    return re.findall(r"^ \+ ([^=\s]+)", output, re.MULTILINE)
+
+
+def announce(group: str, purpose: str, names: "list[str]") -> None:
+    """Says what will be fetched, and stops before a download that cannot fit."""
+    with_cuda = "torch" in names and any(CUDA.match(name) for name in names)
+    parts = [group]
+    if "torch" in names:
+        parts.append("torch with CUDA" if with_cuda else "torch")
+    fetch, disk = (sum(GIGABYTES[part][column] for part in parts) for column in (0, 1))
+    free, where = least_free()
+    say(
+        "Packages: %d for %s%s: up to %.1f GB to fetch, %.1f GB of the %.1f GB that are free"
+        % (len(names), purpose, " with CUDA" if with_cuda else "", fetch, disk, free)
+    )
+    if free < disk:
+        fail(
+            "Only %.1f GB are free on the disk of %s, and the packages need up to %.1f GB. "
+            "Free some space%s." % (free, where, disk, CPU_HINT if with_cuda else "")
+        )
+
+
+CPU_HINT = ", or set TORCH_INDEX to the address of PyTorch's CPU-only index (%.1f GB)" % (
+    GIGABYTES["run"][1] + GIGABYTES["torch"][1]
+)
+
+
+def least_free() -> "tuple[float, Path]":
+    """The least GB free, and where: here, or where uv keeps what it fetched, if that is elsewhere.
+
+    On one disk the environment's files are links to those of uv's cache, so they count once.
+    """
+    places = [VENV]
+    if UV.exists():
+        told = subprocess.run([str(UV), "cache", "dir"], stdout=subprocess.PIPE, check=False)
+        cache = Path(told.stdout.decode().strip())
+        places += [place for place in (cache, *cache.parents) if place.exists()][:1]
+    return min((shutil.disk_usage(str(place)).free / 1e9, place) for place in places)
+
+
+def packages(lock: Path) -> "dict[str, str]":
+    """Each package's lines in a lock; of one with a version a Python all of them."""
+    texts = re.split(r"^(?=\w)", lock.read_text(), flags=re.MULTILINE)
+    names = [text.split("==")[0] for text in texts]
+    return {name: "".join(t for t in texts if t.startswith(name + "==")) for name in names if name}
+
+
+def write(name: str, wanted: "dict[str, str]") -> str:
+    """Requirements as a file in the environment; its path."""
+    path = VENV / name
+    path.write_text("".join(wanted.values()))
+    return str(path)
+
+
+def uv_install(*options: str) -> "list[str]":
+    """A lock is complete, so that uv need not look for more."""
+    return [str(UV), "pip", "install", "--python", str(PYTHON), "--no-deps", *options]
+
+
+def execute(program: str, command: "list[str]") -> None:
+    """Shows what a program says as it is, and ends with a sentence where it fails."""
+    if subprocess.call(command) != 0:
+        blame(program)
+
+
+def blame(program: str) -> NoReturn:
+    """What to do after a program's own words."""
+    free, where = least_free()
+    again = "then run the same command again; what was fetched is kept."
+    if free < FULL_GIGABYTES:
+        fail("The disk of %s is full. Free some space, %s" % (where, again))
+    fail("%s could not install the packages, for the reason above. Mend it, %s" % (program, again))
 
 
 def say(text: str) -> None:
