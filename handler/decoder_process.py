@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock, Timer
 from typing import IO, Any
@@ -92,18 +92,20 @@ class DecoderProcess:
         with self._lock:
             for _ in range(2):
                 process = self._process or self._start()
-                timer = Timer(_STUCK_SECONDS, process.kill)
-                timer.start()
                 try:
-                    _send(process.stdin, {**question, "limit": seconds}, pieces)
-                    return _receive(process.stdout)
+                    with _not_stuck(process):
+                        _send(process.stdin, {**question, "limit": seconds}, pieces)
+                        return _receive(process.stdout)
                 except (OSError, EOFError):
                     code = self._ended(process)
                     if code:
                         break
                     # It had been idle for too long just then.
-                finally:
-                    timer.cancel()
+                except BaseException:
+                    # An answer that nobody took would be the next picture's.
+                    process.kill()
+                    self._ended(process)
+                    raise
             raise DecoderEndedError(max(0, -code))
 
     def close(self) -> None:
@@ -134,7 +136,8 @@ class DecoderProcess:
             env={**os.environ, **_ALLOCATOR},
         )
         try:
-            _receive(process.stdout)
+            with _not_stuck(process):
+                _receive(process.stdout)
         except EOFError as error:
             code = str(self._ended(process))
             raise RuntimeError(
@@ -150,6 +153,17 @@ class DecoderProcess:
                 with contextlib.suppress(OSError):
                     pipe.close()
         return process.wait()
+
+
+@contextlib.contextmanager
+def _not_stuck(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Ends the process where it does nothing for too long."""
+    timer = Timer(_STUCK_SECONDS, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _send(
@@ -187,11 +201,15 @@ def serve(answer: Answer) -> None:
         answer: question and encoded picture -> (JSON, bytes). After an answer whose JSON has
             `ends` the process ends, because of what the picture may have left behind.
     """
-    source, target = sys.stdin.buffer, sys.stdout.buffer
+    source = sys.stdin.buffer
+    # What a library prints must not be taken for an answer.
+    target = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _bound_memory()
     _send(target, {}, [])
     # Decoders warn of strangers' files. Only now, so that what kept it from starting is in the log.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     while select.select([source], [], [], IDLE_SECONDS)[0]:
         try:
             question, data = _receive(source)

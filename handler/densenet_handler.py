@@ -147,6 +147,9 @@ class DenseNetHandler:
             match result:
                 case ClientError():
                     image.error = result
+                case Exception():
+                    logger.error("Failed on request %s", image.request_id, exc_info=result)
+                    image.error = InternalError(image.request_id)
                 case Photo():
                     image.photo, image.pixels = result, result.pixels
                 case _:

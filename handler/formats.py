@@ -178,7 +178,10 @@ _SOF_HUFFMAN = {0xC0, 0xC1, 0xC2}
 _SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _SOS, _EOI = 0xDA, 0xD9
-_STANDALONE = {0x01, *range(0xD0, 0xD9)}
+# Alone, without a length; 0xFF 0x00 is skipped by decoders wherever a marker could stand.
+_STANDALONE = {0x00, 0x01, *range(0xD0, 0xD9)}
+# Huffman and quantisation tables, arithmetic conditioning, restart interval.
+_TABLES = {0xC4, 0xCC, 0xDB, 0xDD}
 _APP0, _APP1, _APP14, _COM = 0xE0, 0xE1, 0xEE, 0xFE
 _APPLICATION = {*range(0xE0, 0xF0), _COM}
 # Colours depend on these two; both are short.
@@ -242,6 +245,9 @@ def _walk_jpeg(  # noqa: C901  # one loop with a case for each segment that coun
             if frame is not None:
                 raise DamagedImage("The JPEG image is damaged: it has two frames.")
             frame = _Frame.read(marker, segment)
+        elif marker != _SOS and marker not in _TABLES:
+            # A decoder may take it for something else than it is taken for here.
+            raise DamagedImage(f"The JPEG image is damaged: it has a marker 0x{marker:02X}.")
         if marker != _SOS:
             pieces.append(segment)
             continue
@@ -295,11 +301,14 @@ def _survey_of_jpeg(
     ending = b"\xff\xd9" if not is_cut else b"" if several else _LOOK_AHEAD
     pixels = frame.size[0] * frame.size[1]
     length = sum(map(len, pieces))
+    # Should a decoder see more scans than this walk, in what a table may hold by chance or on
+    # purpose, then not in the worker.
+    hidden = sum(bytes(piece).count(b"\xff\xda") for piece in pieces) > scans
     return Survey(
         names=_JPEG.names,
         pieces=(b"\xff\xd8", exif, *pieces, ending),
         size=frame.size,
-        isolated=frame.marker not in _SOF_HUFFMAN or frame.bits != 8,  # noqa: PLR2004
+        isolated=frame.marker not in _SOF_HUFFMAN or frame.bits != 8 or hidden,  # noqa: PLR2004
         seconds=pixels * scans * _JPEG_PIXEL_SECONDS + length * _JPEG_BYTE_SECONDS,
         fixed_bytes=length + (frame.coefficients() * _COEFFICIENT_BYTES if several else 0),
         pixel_bytes=_JPEG_PIXEL_BYTES,
@@ -332,8 +341,9 @@ def _end_of_scan(data: bytes | bytearray, position: int, *, is_only: bool) -> in
 
 # --- PNG (W3C, Portable Network Graphics) ---
 
-_PNG_BEGINNING = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS"}
+# The header comes first and has one length.
+_PNG_BEGINNING = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"
+_PNG_KEPT = {b"PLTE", b"tRNS"}
 # The longest of them: 256 colours of 3 bytes.
 _LONGEST_PNG_KEPT = 768
 _PNG_XMP = b"XML:com.adobe.xmp\0\0\0\0\0"
@@ -345,12 +355,12 @@ _PNG_PIXEL_BYTES = 9
 def _walk_png(  # noqa: C901  # one loop with a case for each chunk that counts
     view: memoryview, data: bytes | bytearray
 ) -> Survey:
-    if data[:8] != _PNG_BEGINNING:
+    if data[: len(_PNG_BEGINNING)] != _PNG_BEGINNING:
         raise DamagedImage("The PNG image is damaged: its first bytes were changed.")
-    pieces: list[Piece] = []
+    pieces: list[Piece] = [view[8:33]]
     pixels: list[Piece] = []
     orientation = _Orientation()
-    position, after_pixels = 8, False
+    position, after_pixels = 33, False
     for _ in range(_MOST_CHUNKS):
         if position + 8 > len(view):
             break
@@ -358,8 +368,8 @@ def _walk_png(  # noqa: C901  # one loop with a case for each chunk that counts
         content = view[position + 8 : position + 8 + length]
         whole = view[position : position + 12 + length]
         position += 12 + length
-        if not kind.isalpha():
-            break  # damage; what comes behind cannot be found any more
+        if not kind.isalpha() or kind == b"IHDR":
+            break  # damage; what comes behind cannot be found any more, or is another's
         if kind == b"IDAT" and not after_pixels:
             pixels.append(content)
             continue
@@ -384,7 +394,7 @@ def _walk_png(  # noqa: C901  # one loop with a case for each chunk that counts
     return Survey(
         names=_PNG.names,
         pieces=(
-            _PNG_BEGINNING,
+            _PNG_BEGINNING[:8],
             *pieces,
             *(_png_chunk(b"eXIf", [block]) if block else ()),
             *_png_chunk(b"IDAT", pixels),
@@ -432,6 +442,8 @@ def _walk_webp(  # noqa: C901  # one loop with a case for each chunk that counts
         position += 8 + length + length % 2
         if kind == b"VP8X" and extended is None:
             extended = bytes(content[:_VP8X_HEADER])
+            if len(extended) < _VP8X_HEADER:
+                raise DamagedImage("The WEBP image is damaged: its header is too short.")
         elif kind in {b"VP8 ", b"VP8L", b"ANMF"} and not has_picture:
             has_picture, is_lossy = True, kind == b"VP8 "
             pieces.append(whole)
@@ -494,7 +506,6 @@ _GIF_IMAGE, _GIF_EXTENSION, _GIF_CONTROL = 0x2C, 0x21, 0xF9
 
 def _walk_gif(view: memoryview, data: bytes | bytearray) -> Survey:
     del data
-    size = struct.unpack_from("<HH", view, 6)
     flags = view[10]
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     head, control = view[:position], view[:0]
@@ -507,8 +518,8 @@ def _walk_gif(view: memoryview, data: bytes | bytearray) -> Survey:
             if not in_extension and view[start + 1] == _GIF_CONTROL:
                 control = view[start:position]
         elif length == _GIF_IMAGE:
-            # The decoder stops where the picture does.
-            return Survey(_GIF.names, (head, control, view[position:]), size)
+            # The decoder stops where the picture does. A frame may be larger than the screen.
+            return Survey(_GIF.names, (head, control, view[position:]))
         else:
             in_extension = length == _GIF_EXTENSION
             start = position

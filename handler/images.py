@@ -171,8 +171,8 @@ class Photo:
     preview: Image.Image | None
 
 
-# What was decoded, or what is wrong with it.
-Decoded = Pixels | Photo | ClientError
+# What was decoded, or what is wrong with it; other errors are the server's own.
+Decoded = Pixels | Photo | Exception
 Decoder = Callable[[bytes | bytearray, Preprocessing, PixelBudget], Pixels | Photo]
 
 # Encoded bytes (or what was wrong with the request's part), what they may cost, and what to make.
@@ -202,6 +202,8 @@ def decode_all(
             return decoder(data, preprocessing, budget)
         except ClientError as error:
             return error.bare()
+        except Exception as error:  # the server's own fault, with this picture alone
+            return error
 
     with _without_warnings():
         if pool is None or len(pictures) < 2:  # noqa: PLR2004  # one waits for no other thread
@@ -288,9 +290,19 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
             budget.seconds_left()
             budget.spend(found.seconds)
             with _room.taken(memory), _without_warnings():
-                return _made(found.cleaned(), found.names, task)
+                return _made(found.cleaned(), found.names, task, _same_as(found.size))
     with _room.taken(DECODING_BYTES):
         return _decode_isolated(found, task, budget)
+
+
+def _same_as(size: tuple[int, int]) -> Callable[[tuple[int, int]], None]:
+    """A check that the decoder sees the size for which room was taken."""
+
+    def check(seen: tuple[int, int]) -> None:
+        if seen != size:
+            raise DamagedImage("The image is damaged: its header gives two sizes.")
+
+    return check
 
 
 def _memory(found: Survey, size: tuple[int, int], task: _Task) -> int:
@@ -405,7 +417,7 @@ def _made(
     data: bytes,
     names: Sequence[str],
     task: _Task,
-    check: Callable[[tuple[int, int]], None] = lambda _: None,
+    check: Callable[[tuple[int, int]], None],
 ) -> Pixels | Photo:
     """Decodes a cleaned file.
 

@@ -128,6 +128,8 @@ def read_tensor(
         raise BadRequest(_ACCEPTED)
     name = tensor.get("name")
     name = name if isinstance(name, str) else "input"
+    if len(name) > _LONGEST_ID:  # each picture's own name would begin with it
+        raise BadRequest(f'A tensor\'s "name" may have {_LONGEST_ID} characters.')
     size = _parameters(tensor).get("binary_data_size")
     shape = _shape(tensor)
     if tensor["datatype"] == "BYTES":

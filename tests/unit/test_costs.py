@@ -13,14 +13,15 @@ from threading import Event, Thread
 
 import psutil
 import pytest
+from PIL import Image
 
-from handler import images
+from handler import decoder_process, images
 from handler.decoder_process import DecoderEndedError, DecoderProcess
-from handler.errors import DamagedImage, TooLarge
+from handler.errors import ClientError, DamagedImage, TooLarge
 from handler.images import PixelBudget, Room, decode, decode_all
 from handler.settings import ADDED_BYTES, DECODING_BYTES, Preprocessing
 from tests import costs
-from tests.corpus import photograph
+from tests.corpus import chunk, photograph
 from tests.pictures import encode
 
 PREPROCESSING = Preprocessing()
@@ -202,12 +203,71 @@ def test_the_worker_is_told_what_was_wrong_in_the_decoder_process() -> None:
     whole = encode(photograph(), "GIF")
     with pytest.raises(DamagedImage, match="GIF image is damaged or cut off"):
         decode(whole[: len(whole) // 2], PREPROCESSING, PixelBudget(MAX_PIXELS))
-    with pytest.raises(TooLarge, match="320 x 240 pixels; the images of a request may have 1000"):
+    with pytest.raises(TooLarge, match="320 x 240 pixels; the images of a request may have 1,000"):
         decode(encode(photograph(), "AVIF"), PREPROCESSING, PixelBudget(1000))
     with pytest.raises(TooLarge, match="needs more than 210 MB of memory"):
         decode(costs._black(8000, 8000, 8, 6), PREPROCESSING, PixelBudget(MAX_PIXELS))
     with pytest.raises(TooLarge, match=r"takes too long to decode; the images .* may take 0.3 s"):
         decode(costs._bmp_of_runs(2800, 1, b"\1\1"), PREPROCESSING, PixelBudget(MAX_PIXELS, 0.3))
+
+
+def test_an_answer_that_nobody_took_is_no_other_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = _Process("return {}, data")
+    try:
+        assert process.ask({}, [b"one"], 1.0)[1] == b"one"
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_process, "_receive", _fail)
+            with pytest.raises(MemoryError):
+                process.ask({}, [b"two"], 1.0)
+        assert process.ask({}, [b"three"], 1.0)[1] == b"three"
+    finally:
+        process.close()
+
+
+def _fail(_: object) -> None:
+    raise MemoryError
+
+
+def test_what_a_decoder_prints_is_no_answer() -> None:
+    process = _Process("import os\nos.write(1, b'a warning')\nreturn {}, data")
+    try:
+        assert process.ask({}, [b"one"], 1.0)[1] == b"one"
+    finally:
+        process.close()
+
+
+def _hidden_in_jpeg() -> bytes:
+    """A small picture after what looks like a segment, in which decoders find a costly one."""
+    tiny = encode(Image.new("RGB", (16, 16)), "JPEG", progressive=True)
+    scan_without_data = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\0"
+    hidden = costs._with_size(tiny[2:-2], 4000, 4000) + 600 * scan_without_data + b"\xff\xd9"
+    whole = encode(photograph(), "JPEG")
+    return whole[:2] + b"\xff\0" + struct.pack(">H", len(hidden) + 2) + hidden + whole[2:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(_hidden_in_jpeg(), id="JPEG"),
+        pytest.param(
+            costs._header(300, 300, 8, 2)[:8]
+            + chunk(b"tEXt", costs._header(300, 300, 8, 2)[16:29])
+            + costs._black(8000, 8000, 8, 6)[8:],
+            id="PNG",
+        ),
+        pytest.param(
+            encode(photograph(), "PNG")[:33] + costs._black(8000, 8000, 8, 6)[8:], id="PNG twice"
+        ),
+    ],
+)
+def test_a_picture_that_hides_another_costs_no_more_than_it_says(data: bytes) -> None:
+    before = time.process_time()
+    with pytest.raises(ClientError):
+        decode(data, PREPROCESSING, PixelBudget(1_000_000, 0.5))
+    images._decoder_process.close()
+    assert time.process_time() - before < 0.5
 
 
 def test_ordinary_pictures_need_no_other_process() -> None:

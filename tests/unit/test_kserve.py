@@ -197,6 +197,12 @@ def test_a_tensor_of_another_kind_is_refused(refused: dict[str, object]) -> None
         read({"inputs": [refused]})
 
 
+def test_a_tensors_name_is_bounded() -> None:
+    """Each picture is named after it."""
+    with pytest.raises(BadRequest, match="may have 200 characters"):
+        read({"inputs": [{**tensor(data=[ONE]), "name": "x" * 201}]})
+
+
 def test_more_images_than_allowed_are_refused_in_every_kind_of_tensor() -> None:
     many = binary(*[b""] * 2_000_000)
     for document, tail in (
