@@ -17,6 +17,7 @@ than its header says, in a process that the kernel bounds (`handler.decoder_proc
 
 import atexit
 import io
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -109,6 +110,21 @@ class PixelBudget:
         with self._lock:
             self._seconds -= seconds
 
+    @contextmanager
+    def reserved(self, seconds: float) -> Iterator[None]:
+        """Takes CPU time before it is spent, at most so much, and gives back what this thread left.
+
+        Raises:
+            TooLarge: hardly any is left.
+        """
+        self.seconds_left()
+        self.spend(seconds)
+        started = time.thread_time()
+        try:
+            yield
+        finally:
+            self.spend(time.thread_time() - started - seconds)
+
     def seconds_left(self) -> float:
         """CPU time for the next image; raises `TooLarge` where hardly any is left."""
         with self._lock:
@@ -121,7 +137,8 @@ class PixelBudget:
         """The error for an image that takes too long."""
         return TooLarge(
             "The image takes too long to decode; the images of a request may take "
-            f"{self._most_seconds:g} s together. Send a smaller copy, or save it as a JPEG."
+            f"{self._most_seconds:g} s together. Send a smaller copy, or save it as a JPEG, or "
+            "send fewer at once."
         )
 
 
@@ -287,9 +304,7 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     if not found.isolated and found.size is not None:
         memory = _memory(found, found.size, task)
         if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
-            budget.seconds_left()
-            budget.spend(found.seconds)
-            with _room.taken(memory), _without_warnings():
+            with budget.reserved(found.seconds), _room.taken(memory), _without_warnings():
                 return _made(found.cleaned(), found.names, task, _same_as(found.size))
     with _room.taken(DECODING_BYTES):
         return _decode_isolated(found, task, budget)

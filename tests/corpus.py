@@ -93,6 +93,7 @@ def valid() -> Iterator[Valid]:
     """Every format and variant that a person's picture may have."""
     for name, data in _plain():
         yield Valid(name, data, seen(data))
+    yield from _with_faults_that_do_not_matter()
     yield from _sixteen_bits()
     for name, data, shown in kinds.read(np.asarray(photograph())):
         yield Valid(name, data, Image.fromarray(shown))
@@ -188,6 +189,44 @@ def _others(rgb: Image.Image) -> Iterator[tuple[str, bytes]]:
     yield "HEIC alpha", encode(half_clear, "HEIF")
     yield "HEIC greyscale", encode(rgb.convert("L"), "HEIF")
     yield "HEIC orientation 6", encode(rgb, "HEIF", exif=_exif(6))
+
+
+def _with_faults_that_do_not_matter() -> Iterator[Valid]:
+    """What the plain library refuses, though all of the picture is there."""
+    rgb = photograph()
+    jpeg, progressive, whole = (
+        encode(rgb, "JPEG"),
+        encode(rgb, "JPEG", progressive=True),
+        encode(rgb),
+    )
+    film = b"\xff\xda\0\1" * 50_000
+    for name, data, sound in (
+        ("JPEG without its last marker", jpeg[:-2], jpeg),
+        ("JPEG after a script's blank lines", b"\xef\xbb\xbf\r\n\r\n" + jpeg, jpeg),
+        ("JPEG with a film behind it", progressive + film, progressive),
+        ("PNG after a script's blank lines", b"\n\n" + whole, whole),
+        (
+            "PNG with 100 MB of text in 100 kB",
+            _after_header(whole, _bomb(b"zTXt", b"Comment")),
+            whole,
+        ),
+        ("PNG with a profile of 100 MB", _after_header(whole, _bomb(b"iCCP", b"ICC")), whole),
+        (
+            "PNG with a wrong checksum in its text",
+            _after_header(whole, chunk(b"tEXt", b"Comment\0x")[:-1] + b"?"),
+            whole,
+        ),
+        ("PNG without its last chunk", whole[:-12], whole),
+    ):
+        yield Valid(name, data, seen(sound))
+
+
+def _after_header(png_file: bytes, part: bytes) -> bytes:
+    return png_file[:33] + part + png_file[33:]
+
+
+def _bomb(kind: bytes, name: bytes) -> bytes:
+    return chunk(kind, name + b"\0\0" + zlib.compress(bytes(100_000_000), 9))
 
 
 def _sixteen_bits() -> Iterator[Valid]:

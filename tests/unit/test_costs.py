@@ -340,6 +340,46 @@ print(kilobytes("VmHWM:") - before)
 """
 
 
+_ONE_AFTER_ANOTHER = """
+import sys
+from pathlib import Path
+from handler import images, settings
+from tests.costs import kilobytes
+
+data = sys.stdin.buffer.read()
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS:")
+jobs = [(data, images.PixelBudget(10**9), images.decode) for _ in range(30)]
+done = images.decode_all(jobs, settings.Preprocessing(), None)
+assert all(isinstance(error, images.DamagedImage) for error in done), done
+assert images._decoder_process.pid is None
+print(kilobytes("VmHWM:") - before)
+"""
+
+
+def test_what_was_wrong_with_a_picture_does_not_keep_the_picture() -> None:
+    """An exception's traceback would, until the whole batch is answered."""
+    jpeg = encode(photograph().resize((2500, 2500)), "JPEG")
+    result = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_ANOTHER],
+        input=jpeg[: len(jpeg) // 2],
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert int(result.stdout) * 1024 < 2 * 2500 * 2500 * 4
+
+
+def test_what_a_picture_did_not_take_of_its_time_is_left_for_the_next() -> None:
+    budget = PixelBudget(MAX_PIXELS, 0.5)
+    for _ in range(5):
+        with budget.reserved(0.4):
+            pass
+    with pytest.raises(TooLarge), budget.reserved(0.5), budget.reserved(0.1):
+        pass
+
+
 def test_large_pictures_in_eight_threads_stay_within_the_bound_together() -> None:
     progressive = encode(photograph().resize((4000, 3000)), "JPEG", progressive=True)
     whole = encode(photograph().resize((2500, 2500)), "JPEG")
