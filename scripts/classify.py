@@ -131,16 +131,15 @@ def main(
     pictures = pictures or sources("IMAGE", "IMAGES")
     if output is not None:
         format_ = _format_of(output, format_)
-    url = where_to_send(url, model)
     if pictures == [STANDARD_INPUT]:
         if output is not None:
             raise UserError("A picture on standard input has no name to go into a file.")
         asking = _asking(format_ or Format.TEXT, topk, threshold, patience, key)
-        return _classify_standard_input(url, asking, format_ or Format.TEXT)
+        return _classify_standard_input(where_to_send(url, model), asking, format_ or Format.TEXT)
     found = _find(pictures, files_from)
     chosen = format_ or (Format.TEXT if len(found.pictures) == 1 else Format.TABLE)
     asking = _asking(chosen, topk, threshold, patience, key)
-    return _classify_files(found, url, asking, at_once, chosen, output)
+    return _classify_files(found, where_to_send(url, model), asking, at_once, chosen, output)
 
 
 def where_to_send(url: str | None, model: str | None) -> str:

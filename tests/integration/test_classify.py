@@ -535,6 +535,7 @@ def test_a_drive_that_stays_away_stops_the_run_and_is_no_pictures_result(
         place.rename(tmp_path / "away")
         _, said = process.communicate(timeout=100)
     assert process.returncode == 3, said
+    assert re.search(rb"Stopped: .*/\d+\.jpg cannot be read, however often it was tried", said)
     assert f"its folder {place} is not there".encode() in said
     assert b"Run the same command to go on" in said
     rows = rows_of(output.read_text(), "csv")
