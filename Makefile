@@ -57,8 +57,8 @@ lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=
 .PHONY: help variables setup run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock clean
 
 help: variables
-	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } \
-		/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 } \
+	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 } \
 		/^#:/ { text = text "\n" substr($$0, 3) } END { print text }' $(firstword $(MAKEFILE_LIST))
 
 variables:

@@ -5,18 +5,26 @@ other worker of the server is busy and nobody waits in the queue it takes them a
 lone client the shortest wait.
 
 Each busy worker holds a lock on one byte of a file that all of them share, and on another one for
-as long as it lives; both bytes' place is its process id. The kernel drops a dead worker's locks,
-so that nothing is left to clean up.
+as long as it lives, both at a place that was free when it started: process ids would not do, since
+two containers that share the file can have equal ones. The kernel drops a dead worker's locks, so
+that nothing is left to clean up. No lock is ever waited for.
 """
 
 import fcntl
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Where the bytes of the living begin, behind those of the busy: no process id is as large.
-_LIVING = 1 << 32
+# Where the bytes of the living begin, behind those of the busy: more than any machine has workers.
+_LIVING = 1 << 16
+
+# `struct flock`, as fcntl(2) has it: kind, whence, start, length, process; on BSDs and macOS start,
+# length, process, kind, whence.
+_ON_LINUX = sys.platform == "linux"
+_FLOCK = "hhqqi4x" if _ON_LINUX else "qqihh"
 
 
 class Cores:
@@ -38,9 +46,18 @@ class Cores:
         self.share = share
         self.all = max(share, everything)
         self._file = os.open(meeting_place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._position = os.getpid()
+        self._position = self._free_position()
         self._crowded = False
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _LIVING + self._position)
+
+    def _free_position(self) -> int:
+        """The first place that no living worker holds; from now on this one does."""
+        for position in range(_LIVING):
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LIVING + position)
+            except OSError:
+                continue
+            return position
+        raise OSError(f"{_LIVING} workers share one file")
 
     @contextmanager
     def busy(self, *, crowded: bool) -> Iterator[None]:
@@ -50,26 +67,34 @@ class Cores:
             crowded: more work is waiting, so that the others will be busy in a moment.
         """
         self._crowded = crowded
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._position)
+        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._position)
         try:
             yield
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._position)
 
     def available(self) -> int:
-        """Threads to use for the next piece of work; ask again for each (2 microseconds)."""
+        """Threads to use for the next piece of work; ask again for each (1 microsecond)."""
         if self.all == self.share:
             return self.share
         # Where more work is waiting, whoever else lives will be busy in a moment.
         return self.all if self._is_only_one(_LIVING if self._crowded else 0) else self.share
 
     def _is_only_one(self, start: int) -> bool:
-        """Whether nobody else holds a byte from there on; what is not this worker's is let go."""
-        mine = start + self._position
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, _LIVING, start)
-        except OSError:
-            return False
-        fcntl.lockf(self._file, fcntl.LOCK_UN, mine - start, start)
-        fcntl.lockf(self._file, fcntl.LOCK_UN, start + _LIVING - mine - 1, mine + 1)
-        return True
+        """Whether nobody else holds a byte from there on. Looks only, and takes none itself."""
+        found = fcntl.fcntl(self._file, fcntl.F_GETLK, _request(start, _LIVING))
+        return _kind(found) == fcntl.F_UNLCK
+
+
+def _request(start: int, length: int) -> bytes:
+    """The kernel's `struct flock`: who keeps me from all of these bytes?"""
+    if _ON_LINUX:
+        return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    return struct.pack(_FLOCK, start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+
+
+def _kind(answer: bytes) -> int:
+    """The kind of lock that the kernel found; `F_UNLCK` where there is none."""
+    fields = struct.unpack(_FLOCK, answer)
+    kind: int = fields[0] if _ON_LINUX else fields[3]
+    return kind

@@ -29,7 +29,16 @@ from scripts.gateway import (
     require_gateway,
     wait_for_drain,
 )
-from scripts.server import HOST, RUN_DIR, Ports, find_running, model_status, ready_workers, start
+from scripts.server import (
+    HOST,
+    RUN_DIR,
+    STATE,
+    Ports,
+    find_running,
+    model_status,
+    ready_workers,
+    start,
+)
 from scripts.server import stop as stop_server
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, console, run, step, warn
@@ -51,16 +60,15 @@ def keep_release(archive: Path, run_dir: Path = RUN_DIR) -> Path:
 
 
 def start_node(release: Path, workers: int, run_dir: Path = RUN_DIR) -> Node:
-    """Starts a node beside those that run, and waits until its workers are ready."""
-    taken = {path.name for path in run_dir.glob("node-*")}
+    """Starts a node beside those that run, and waits until its workers are ready.
+
+    Of one that cannot start the folder stays, for its logs, until the next one takes its name.
+    """
+    taken = {state.parent.name for state in run_dir.glob(f"node-*/{STATE}")}
     number = next(n for n in range(1, len(taken) + 2) if f"node-{n}" not in taken)
     folder = run_dir / f"node-{number}"
-    folder.mkdir(parents=True)
-    try:
-        start(release, free_ports(), workers, folder, threads=1, tokens=True)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    folder.mkdir(parents=True, exist_ok=True)
+    start(release, free_ports(), workers, folder, threads=1, tokens=True)
     return Node(str(folder.resolve()), str(release.resolve()), workers)
 
 

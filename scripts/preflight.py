@@ -24,12 +24,14 @@ _TRIAL_TIMEOUT = 120.0
 
 # What a worker does with its archive before it says that it is ready, by TorchServe's own code.
 _TRIAL = """
-import json, logging, sys
+import importlib, json, logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 folder, metrics_config = sys.argv[1:]
 model = json.load(open(folder + "/MAR-INF/MANIFEST.json"))["model"]
+# Where this fails, TorchServe looks for a handler of its own instead and forgets why.
+importlib.import_module(model["handler"].removesuffix(".py"))
 cache = MetricsCacheYamlImpl(config_file_path=metrics_config)
 cache.initialize_cache()
 cache.model_name = model["modelName"]
@@ -63,7 +65,7 @@ def check_ports(host: str, ports: Mapping[str, int], held: Collection[int] = ())
                 f"Free it, or choose another with {_variable(use)}=..."
             )
     if wrong:
-        raise UserError("\n".join(wrong))
+        raise UserError(" ".join(wrong))
 
 
 def _variable(use: str) -> str:
@@ -155,18 +157,26 @@ def _damaged(archive: Path) -> bool:
 
 
 def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
-    """Has a process load an archive as a worker does, and end.
+    """Has a process load an archive as a worker does, and end; arguments as in `why_not_loaded`.
 
-    For a server that is to be stopped for this archive's sake; TorchServe itself says as much only
-    once the other one is gone.
+    For a server that is to be stopped for this archive's sake: TorchServe itself would say as much
+    only once the other one is gone.
+
+    Raises:
+        UserError: it cannot be loaded, and why.
+    """
+    reason = why_not_loaded(archive, threads, metrics_config)
+    if reason is not None:
+        raise UserError(f"{archive} cannot be loaded: {reason.rstrip('.')}.")
+
+
+def why_not_loaded(archive: Path, threads: int, metrics_config: Path) -> str | None:
+    """Why a process that loads an archive as a worker does fails; None where it does not.
 
     Args:
         archive: what would be served.
         threads: of the worker.
         metrics_config: TorchServe's list of metrics.
-
-    Raises:
-        UserError: it cannot be loaded, and why.
     """
     with tempfile.TemporaryDirectory(prefix="trial-") as folder:
         with zipfile.ZipFile(archive) as content:
@@ -184,13 +194,11 @@ def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
                 timeout=_TRIAL_TIMEOUT,
                 check=False,
             )
-        except subprocess.TimeoutExpired as error:
-            raise UserError(
-                f"{archive} cannot be loaded: it was not ready after {_TRIAL_TIMEOUT:.0f} s."
-            ) from error
-    if done.returncode != 0:
-        reason = cause(done.stdout.splitlines()) or _how_it_ended(done.returncode)
-        raise UserError(f"{archive} cannot be loaded: {reason}")
+        except subprocess.TimeoutExpired:
+            return f"it was not ready after {_TRIAL_TIMEOUT:.0f} s"
+    if done.returncode == 0:
+        return None
+    return cause(done.stdout.splitlines()) or _how_it_ended(done.returncode)
 
 
 def _how_it_ended(status: int) -> str:

@@ -24,7 +24,7 @@ from scripts.archive import (
     recipe,
 )
 from scripts.classify import show
-from scripts.client import Client
+from scripts.client import Client, ServiceError
 from scripts.machine import plan
 from scripts.photographs import CAT
 from scripts.preflight import try_archive
@@ -42,7 +42,7 @@ from scripts.server import (
     stop,
 )
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
-from scripts.terminal import command, console, step
+from scripts.terminal import UserError, command, console, step
 
 
 def main(
@@ -79,8 +79,11 @@ def main(
 
     picture = RUN_DIR / "cat.png"
     shutil.copyfile(CAT, picture)
-    with Client(running.predictions_url) as client:
-        show(str(picture), client.classify(picture))
+    try:
+        with Client(running.predictions_url) as client:
+            show(str(picture), client.classify(picture))
+    except ServiceError as error:
+        raise UserError(f"The server runs, but did not classify {picture}: {error}") from error
 
     console.print(f"Predictions  {running.predictions_url}")
     console.print("             in a browser it is a page to drop pictures on")

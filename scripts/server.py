@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from scripts.preflight import (
     check_ports,
     check_workers,
     java_home,
+    why_not_loaded,
 )
 from scripts.state import (
     forget,
@@ -288,7 +290,7 @@ def start(
         raise
     try:
         remember(run_dir / STATE, dataclasses.asdict(running))
-        _wait_until_ready(running, chosen.workers, logs, model_log)
+        _wait_until_ready(running, archives, chosen.workers, logs, model_log)
     except BaseException:
         stop(running, run_dir)
         raise
@@ -334,9 +336,9 @@ def _decided_at_start(
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_inference_address={HOST if grpc else _nowhere()}\n"
         f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
-        f"grpc_management_address={HOST if grpc else _NOWHERE}\n"
+        f"grpc_management_address={HOST if grpc else _nowhere()}\n"
         f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
         f"model_store={archives[0].parent.resolve()}\n"
         f"load_models={','.join(archive.name for archive in archives)}\n"
@@ -344,6 +346,18 @@ def _decided_at_start(
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
         f"disable_token_authorization={str(not tokens).lower()}\n"
     )
+
+
+def _nowhere() -> str:
+    """Where gRPC cannot be reached; loopback, at a port that nobody is told, where this kernel does
+    not let anybody listen there (macOS, gVisor).
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((_NOWHERE, 0))
+        except OSError:
+            return HOST
+    return _NOWHERE
 
 
 def _launch(
@@ -397,7 +411,9 @@ def _launch(
         ) from error
 
 
-def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: NewLines) -> None:
+def _wait_until_ready(
+    running: Running, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
+) -> None:
     """Raises `UserError` as soon as a worker ends, which a sound one never does."""
     killed_before = _killed_for_memory()
     seen: set[int] = set()
@@ -408,7 +424,11 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: New
                 raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
             now = {process.pid for process in _workers(running)}
             if seen - now or says_died(model_log.read()):
-                raise UserError(_why_it_died(model_log, killed_before, logs))
+                reason = _why_it_died(archives, model_log, killed_before)
+                raise UserError(
+                    f"The archive cannot be loaded: {reason.rstrip('.')}. The worker's log is "
+                    f"{logs / 'model.log'}."
+                )
             seen.update(now)
             ready = [ready_workers(running.serving(model)) for model in running.models]
             wanted = workers * len(ready)
@@ -421,14 +441,21 @@ def _wait_until_ready(running: Running, workers: int, logs: Path, model_log: New
             )
 
 
-def _why_it_died(model_log: NewLines, killed_before: int, logs: Path) -> str:
+def _why_it_died(archives: Sequence[Path], model_log: NewLines, killed_before: int) -> str:
     _poll(lambda: cause(model_log.read()) is not None, _LOG_DELAY)
     reason = cause(model_log.read())
-    if reason is None and _killed_for_memory() > killed_before:
-        reason = "the kernel killed a process for want of memory; try fewer with WORKERS=1"
-    if reason is None:
-        reason = "it ended without a word, as when somebody kills it"
-    return f"The archive cannot be loaded: {reason}. The worker's log is {logs / 'model.log'}."
+    if _killed_for_memory() > killed_before:
+        return reason or "the kernel killed a process for want of memory; try WORKERS=1"
+    if reason is not None and _HANDLER_NOT_IMPORTED not in reason:
+        return reason
+    # Loading it once more tells more than the log.
+    again = (why_not_loaded(archive, 1, METRICS_CONFIG) for archive in archives)
+    found = next((why for why in again if why is not None), reason)
+    return found or "its worker ended without a word, as when somebody kills it"
+
+
+# TorchServe looks for a handler of its own where the archive's cannot be imported, and forgets why.
+_HANDLER_NOT_IMPORTED = "ts.torch_handler."
 
 
 def _killed_for_memory() -> int:
@@ -492,8 +519,16 @@ def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
         workers = model_status(running, timeout)["workers"]
     except (requests.RequestException, OSError, ValueError):
         return 0  # not up, or the file of tokens is not there or not whole yet
-    living = {process.pid for process in _workers(running)}
-    return sum(worker["status"] == "READY" and worker["pid"] in living for worker in workers)
+    return sum(worker["status"] == "READY" and _lives(worker["pid"], running) for worker in workers)
+
+
+def _lives(pid: int, running: Running) -> bool:
+    """Whether a living process of that id is the frontend's own, and not another's by now."""
+    try:
+        process = psutil.Process(pid)
+        return process.ppid() == running.pid and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def scale(running: Running, workers: int) -> None:
@@ -523,8 +558,8 @@ def scale(running: Running, workers: int) -> None:
             raise UserError(f"No {workers} workers were ready after {SCALE_TIMEOUT:.0f} s.")
         if not _poll(lambda: ready_workers(running) == workers, _REPLACED_WITHIN):
             raise UserError(
-                f"TorchServe counts {workers} worker(s), but only {ready_workers(running)} of them "
-                f"are alive, and it puts none in their place. {_AFRESH}"
+                f"TorchServe counts {workers} worker(s), of which {ready_workers(running)} "
+                f"live, and it puts none in the others' place. {_AFRESH}"
             )
         if not _poll(lambda: _answers(running), SCALE_TIMEOUT):
             raise UserError(f"{workers} worker(s) are alive, but none answers. {_AFRESH}")
@@ -535,7 +570,10 @@ _AFRESH = "Start it afresh: make stop, then make run or make start."
 
 def _settled(running: Running, workers: int) -> bool:
     """Whether TorchServe counts so many workers as ready, and no other."""
-    states = [worker["status"] for worker in model_status(running)["workers"]]
+    try:
+        states = [worker["status"] for worker in model_status(running)["workers"]]
+    except requests.RequestException:
+        return False  # busy; it is asked again
     return states == ["READY"] * workers
 
 
@@ -591,13 +629,13 @@ def start_command(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Serves archives in the background; refuses one without trained weights."""
+    if find_running() is not None:
+        raise UserError("TorchServe is running already. Stop it with: make stop")
     archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
     if not archives:
         raise UserError("MODELS names no model.")
     for archive in archives:
         _check_trained(archive)
-    if find_running() is not None:
-        raise UserError("TorchServe is running already. Stop it with: make stop")
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     began = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
     for model in began.models:
@@ -656,9 +694,8 @@ def status_command() -> None:
         models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
         raise _not_answering(running) from error
-    living = {process.pid for process in _workers(running)}
     for model in models:
-        _show_workers(model, living)
+        _show_workers(model, running)
         queue = model["jobQueueStatus"]
         console.print(
             f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
@@ -669,7 +706,7 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
-    dead = sum(_ended(worker, living) for model in models for worker in model["workers"])
+    dead = sum(_ended(worker, running) for model in models for worker in model["workers"])
     if dead:
         warn(
             f"{dead} worker(s) that TorchServe counts as ready have ended. If it puts no others in "
@@ -677,19 +714,19 @@ def status_command() -> None:
         )
 
 
-def _show_workers(model: dict[str, Any], living: set[int]) -> None:
+def _show_workers(model: dict[str, Any], running: Running) -> None:
     table = Table(title=f"{model['modelName']} {model['modelVersion']}")
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        state = "ended" if _ended(worker, living) else worker["status"]
+        state = "ended" if _ended(worker, running) else worker["status"]
         table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
     console.print(table)
 
 
-def _ended(worker: dict[str, Any], living: set[int]) -> bool:
+def _ended(worker: dict[str, Any], running: Running) -> bool:
     """Whether TorchServe calls a worker ready whose process is gone."""
-    return worker["status"] == "READY" and worker["pid"] not in living
+    return worker["status"] == "READY" and not _lives(worker["pid"], running)
 
 
 def _memory(pid: int) -> str:

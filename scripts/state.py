@@ -102,8 +102,8 @@ def unreadable(path: Path) -> UserError:
     """What a person can do about a file of another version, or one that something else wrote."""
     return UserError(
         f"{path} says which processes run here, and cannot be understood: another version of this "
-        "project wrote it, or something else. Stop them with that version, or end them yourself; "
-        "then remove the file."
+        "project wrote it, or something else. Remove it: what runs here is then found by what it "
+        "was started with."
     )
 
 

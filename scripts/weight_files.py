@@ -86,8 +86,7 @@ def _loaded(content: bytes, path: Path) -> Mapping[str, Tensor]:
         return _from_safetensors(content, path)
     names: list[str] = []
     if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = archive.namelist()
+        names = [entry.filename for entry in _zip_entries(content, path)]
     if any(name.endswith("/constants.pkl") for name in names):
         return _from_torchscript(_zip_members(content, path), path)
     if any(name.endswith(_EXPORTED_INDEX) for name in names):
@@ -95,8 +94,8 @@ def _loaded(content: bytes, path: Path) -> Mapping[str, Tensor]:
     return _from_pickle(content, path)
 
 
-def _zip_members(content: bytes, path: Path) -> dict[str, bytes]:
-    """The files in a zip file, by name.
+def _zip_entries(content: bytes, path: Path) -> list[zipfile.ZipInfo]:
+    """The files in a zip file, before any of them is unpacked.
 
     Raises:
         UserError: two of them have the same name but for case, or they are far larger than they
@@ -104,10 +103,17 @@ def _zip_members(content: bytes, path: Path) -> dict[str, bytes]:
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = archive.infolist()
-        if len({entry.filename.casefold() for entry in entries}) < len(entries):
-            raise UserError(f"{path} holds two files of one name. Save its state dict.")
-        if sum(entry.file_size for entry in entries) > 2 * len(content) + _PACKED_CODE_BYTES:
-            raise UserError(f"{path} is far larger than it looks. Save its state dict.")
+    if len({entry.filename.casefold() for entry in entries}) < len(entries):
+        raise UserError(f"{path} holds two files of one name. Save its state dict.")
+    if sum(entry.file_size for entry in entries) > 2 * len(content) + _PACKED_CODE_BYTES:
+        raise UserError(f"{path} is far larger than it looks. Save its state dict.")
+    return entries
+
+
+def _zip_members(content: bytes, path: Path) -> dict[str, bytes]:
+    """What the files in a zip file hold, by name; raises as `_zip_entries` does."""
+    entries = _zip_entries(content, path)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {entry.filename: archive.read(entry) for entry in entries}
 
 

@@ -45,8 +45,7 @@ def says_died(lines: Iterable[str]) -> bool:
 def cause(lines: Iterable[str]) -> str | None:
     """Why a worker ended, in its own words; None where it says nothing.
 
-    The first exception of a run of tracebacks is the cause, those behind it are consequences:
-    TorchServe takes a module that the handler lacks for a handler that it lacks itself.
+    The first exception of a run of tracebacks is the cause, those behind it are consequences.
 
     Args:
         lines: what the worker printed, with or without TorchServe's prefixes.

@@ -2,6 +2,7 @@
 really run.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ from scripts.archive import build, recipe
 from scripts.cluster import free_ports
 from scripts.server import Running, start, stop
 from scripts.weights import Weights, untrained
+
+# What `make test` tells this process is not for the commands that tests start.
+for _name in list(os.environ):
+    if _name.startswith("GIVEN_") or _name in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TEST_OPTIONS"}:
+        del os.environ[_name]
 
 _seconds: dict[str, float] = defaultdict(float)
 _counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))

@@ -1,10 +1,15 @@
 """The image, as far as it goes without building one: lint, pins, and what starts inside it."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -91,3 +96,40 @@ def test_the_probe_is_ready_while_a_worker_is_and_not_without(server: Running) -
 
     assert probe(server.ports.management) == 0
     assert probe(server.ports.metrics) == 1
+
+
+class _SaysReady(BaseHTTPRequestHandler):
+    """A management API that calls READY what is no worker, as TorchServe's does after a stream."""
+
+    pids: ClassVar[list[int]]
+
+    def do_GET(self) -> None:
+        body = json.dumps([{"workers": [{"pid": p, "status": "READY"} for p in self.pids]}])
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_probe_believes_processes_and_not_the_management_api() -> None:
+    ended = subprocess.Popen(["true"])  # noqa: S607
+    with HTTPServer(("127.0.0.1", 0), _SaysReady) as api:
+        thread = threading.Thread(target=api.serve_forever)
+        thread.start()
+        # A zombie, this test, and an id that no process has.
+        _SaysReady.pids = [ended.pid, os.getpid(), 2**22 + 1]
+        try:
+            done = subprocess.run(
+                [sys.executable, CONTAINER / "ready.py"],
+                env={"MANAGEMENT_PORT": str(api.server_port)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        finally:
+            api.shutdown()
+            thread.join()
+            ended.wait()
+    assert (done.returncode, done.stderr.strip()) == (1, "not ready: no worker is")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,10 @@ import psutil
 import pytest
 import requests
 
-from scripts.cluster import free_ports
-from scripts.server import Running, find_running, model_status, start
+from scripts import run, server
+from scripts.cluster import free_ports, start_node
+from scripts.preflight import try_archive
+from scripts.server import METRICS_CONFIG, Running, find_running, model_status, start
 from scripts.terminal import UserError
 
 TIMEOUT = 60
@@ -43,25 +46,112 @@ def weights_of_another_model(_: bytes) -> bytes:
     return array.getvalue()
 
 
-@pytest.mark.parametrize(
+def that_begins_with(line: str) -> Callable[[bytes], bytes]:
+    return lambda program: f"{line}\n".encode() + program
+
+
+HANDLER = "densenet_handler.py"
+BROKEN = pytest.mark.parametrize(
     ("part", "change", "reason"),
     [
-        ("model.onnx", cut, r"model\.onnx"),
+        ("model.onnx", cut, r"model\.onnx: cannot be loaded"),
         ("classifier.npy", weights_of_another_model, r"the model gives features of shape"),
+        (
+            HANDLER,
+            that_begins_with("import nothing_like_this"),
+            "ModuleNotFoundError: No module named 'nothing_like_this'",
+        ),
+        (HANDLER, that_begins_with("raise MemoryError('all of it')"), "MemoryError: all of it"),
+        (
+            HANDLER,
+            that_begins_with("import os; os.kill(os.getpid(), 9)"),
+            "its process was ended by SIGKILL",
+        ),
     ],
+    ids=["model", "classifier", "module", "memory", "killed"],
 )
-def test_an_archive_that_cannot_be_loaded_stops_the_start_with_the_reason(
-    archive: Path, tmp_path: Path, part: str, change: Callable[[bytes], bytes], reason: str
-) -> None:
-    broken = tmp_path / "store" / archive.name
+
+
+def broken_archive(
+    archive: Path, folder: Path, part: str, change: Callable[[bytes], bytes]
+) -> Path:
+    """A whole archive with another content in one of its files."""
+    broken = folder / "store" / archive.name
     broken.parent.mkdir()
     with zipfile.ZipFile(archive) as good, zipfile.ZipFile(broken, "w") as bad:
         for name in good.namelist():
             content = good.read(name)
             bad.writestr(name, change(content) if name == part else content)
-    with pytest.raises(UserError, match=f"cannot be loaded: {reason}"):
+    return broken
+
+
+@BROKEN
+def test_an_archive_that_cannot_be_loaded_stops_the_start_with_the_reason(
+    archive: Path, tmp_path: Path, part: str, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    broken = broken_archive(archive, tmp_path, part, change)
+    with pytest.raises(UserError, match=f"cannot be loaded: ({reason})"):
         start(broken, free_ports(), workers=1, run_dir=tmp_path / "run")
     assert find_running(tmp_path / "run") is None
+    assert not _servers_of(tmp_path)
+    assert (tmp_path / "run" / "logs" / "model.log").exists()
+
+
+def test_a_node_that_cannot_start_says_why_and_keeps_its_logs(
+    archive: Path, tmp_path: Path
+) -> None:
+    broken = broken_archive(archive, tmp_path, "model.onnx", cut)
+    with pytest.raises(UserError, match=r"model\.onnx.* The worker's log is .*node-1/logs"):
+        start_node(broken, 1, tmp_path)
+    assert "ArchiveError" in (tmp_path / "node-1" / "logs" / "model.log").read_text()
+    assert find_running(tmp_path / "node-1") is None
+
+
+@BROKEN
+def test_it_is_tried_before_a_server_is_stopped_for_it(
+    archive: Path, tmp_path: Path, part: str, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    broken = broken_archive(archive, tmp_path, part, change)
+    with pytest.raises(UserError, match=f"cannot be loaded: .*({reason})"):
+        try_archive(broken, 1, METRICS_CONFIG)
+
+
+def test_an_archive_that_is_sound_passes_the_trial(archive: Path) -> None:
+    try_archive(archive, 1, METRICS_CONFIG)
+
+
+@pytest.fixture
+def in_its_folder(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the shared server had been started in this folder."""
+    (tmp_path / ".run").symlink_to(run_dir)
+    (tmp_path / METRICS_CONFIG).symlink_to(METRICS_CONFIG.resolve())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_its_folder")
+def test_a_server_that_serves_is_not_stopped_for_one_that_cannot_start(
+    running: Running, archive: Path, tmp_path: Path, worker_pids: Callable[[], set[int]]
+) -> None:
+    before = worker_pids()
+    broken = broken_archive(archive, tmp_path, "model.onnx", cut)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        other = replace(running.ports, metrics=taken.getsockname()[1])
+        for wrong, ports, workers, said in (
+            (broken, running.ports, None, r"model\.onnx: cannot be loaded"),
+            (archive, running.ports, 999, "WORKERS=999 is more than this machine can run"),
+            (archive, other, None, "METRICS_PORT="),
+            (archive, replace(running.ports, inference=0), None, "PORT must be 1 to 65535"),
+        ):
+            with pytest.raises(UserError, match=said):
+                run._serve(wrong, ports, workers, grpc=False)
+    assert worker_pids() == before
+    assert find_running() == running
+    assert run._serve(archive, running.ports, None, grpc=False) == running
+
+
+def test_an_archive_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no archive"):
+        start(tmp_path / "none.mar", free_ports(), run_dir=tmp_path / "run")
     assert not _servers_of(tmp_path)
 
 
@@ -103,27 +193,64 @@ def test_ctrl_c_while_starting_leaves_nothing_behind(archive: Path, tmp_path: Pa
     assert list(temporary.iterdir()) == []
 
 
-def test_a_killed_server_is_noticed_and_cleaned_up(archive: Path, tmp_path: Path) -> None:
-    server = start(archive, free_ports(), workers=1, run_dir=tmp_path)
-    process = server.process()
+def test_a_server_whose_folder_was_removed_is_still_ones_own(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a killed one is noticed, and cleared by who starts or stops, not by who looks."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(".run")
+    config, log_config = (
+        Path(__file__).parents[2] / name for name in (server.CONFIG, server.LOG_CONFIG)
+    )
+    (tmp_path / METRICS_CONFIG).symlink_to(config.parent / METRICS_CONFIG)
+    running = start(
+        archive, free_ports(), 1, folder, tokens=True, config=config, log_config=log_config
+    )
+    shutil.rmtree(folder)
+    found = find_running()
+    assert found == running
+    assert model_status(found)["workers"][0]["status"] == "READY"
+    server.scale_command(2)
+
+    process = found.process()
     assert process is not None
     workers = process.children(recursive=True)
     process.kill()
     psutil.wait_procs([process, *workers], timeout=TIMEOUT)
-    assert find_running(tmp_path) is None
-    assert not Path(server.temporary).exists()
+    assert find_running() is None
+    assert Path(running.temporary).exists()
+    shutil.rmtree(running.temporary)
+
+    folder.mkdir()
+    again = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
+    shutil.rmtree(folder)
+    server.stop_command()
+    assert again.process() is None
+    assert not Path(again.temporary).exists()
 
 
-def test_the_server_listens_on_loopback_only(running: Running) -> None:
+def listening(running: Running) -> set[tuple[str, int]]:
     process = running.process()
     assert process is not None
-    listening = {
-        connection.laddr[0].removeprefix("::ffff:")
+    return {
+        (connection.laddr[0].removeprefix("::ffff:"), connection.laddr[1])
         for member in (process, *process.children(recursive=True))
         for connection in member.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening == {"127.0.0.1"}
+
+
+def test_the_server_listens_on_loopback_only_and_nobody_reaches_its_grpc(running: Running) -> None:
+    """TorchServe always listens for gRPC: at an address from which the kernel never answers."""
+    places = listening(running)
+    grpc = {(host, port) for host, port in places if host == server._NOWHERE}
+    assert len(grpc) == 2
+    assert {host for host, _ in places - grpc} == {"127.0.0.1"}
+    assert {port for _, port in places - grpc} == set(running.ports.used(grpc=False).values())
+    for host, port in grpc:
+        for address in (host, "127.0.0.1", "::1"):
+            with pytest.raises(OSError, match=r"unreachable|refused|assign"):
+                socket.create_connection((address, port), timeout=2).close()
 
 
 def test_nobody_can_register_a_model(running: Running, archive: Path) -> None:

@@ -5,6 +5,8 @@ import importlib
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import grpc
 import pytest
 import requests
 
+from scripts import server
+from scripts.cluster import free_ports
 from scripts.photographs import CAT
-from scripts.server import HOST, Running
+from scripts.server import HOST, Running, ready_workers, scale, start, stop
+from scripts.terminal import UserError
 from tests.pictures import PHOTOGRAPHS
 
 TIMEOUT = 60
@@ -180,11 +185,20 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
 
 
+@pytest.fixture(scope="module")
+def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that was asked for gRPC; the tests end its workers."""
+    folder = tmp_path_factory.mktemp("grpc")
+    running = start(archive, free_ports(), 1, folder, grpc=True)
+    yield running
+    stop(running, folder)
+
+
 def test_grpc_predictions(
-    running: Running, expected: dict[str, Any], stubs: tuple[Any, Any]
+    grpc_server: Running, expected: dict[str, Any], stubs: tuple[Any, Any]
 ) -> None:
     messages, services = stubs
-    with grpc.insecure_channel(f"{HOST}:{running.ports.grpc_inference}") as channel:
+    with grpc.insecure_channel(f"{HOST}:{grpc_server.ports.grpc_inference}") as channel:
         client = services.InferenceAPIsServiceStub(channel)
         request = messages.PredictionsRequest(
             model_name="densenet121", input={"data": CAT_BYTES, "topk": b"2"}
@@ -196,3 +210,37 @@ def test_grpc_predictions(
         # TorchServe has no status for it: over gRPC the body tells.
         refusal = json.loads(client.Predictions(bad, timeout=TIMEOUT).prediction)
         assert (refusal["success"], refusal["code"]) == (False, 400)
+
+
+def test_a_worker_that_a_grpc_stream_ended_is_not_believed_to_be_ready(
+    grpc_server: Running,
+    stubs: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Why gRPC is off unless asked for. Goes last: it leaves nothing that answers."""
+    messages, services = stubs
+    request = messages.PredictionsRequest(
+        model_name="densenet121", input={"data": CAT_BYTES}, sequence_id="1"
+    )
+    with grpc.insecure_channel(f"{HOST}:{grpc_server.ports.grpc_inference}") as channel:
+        client = services.InferenceAPIsServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            list(client.StreamPredictions2(iter([request]), timeout=TIMEOUT))
+    deadline = time.monotonic() + TIMEOUT
+    while ready_workers(grpc_server) > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (worker,) = server.model_status(grpc_server)["workers"]
+    assert worker["status"] == "READY", "this is what TorchServe says of it"
+
+    monkeypatch.setattr(server, "require_running", lambda: grpc_server)
+    server.status_command()
+    shown = capsys.readouterr().out
+    assert "ended" in shown
+    assert "READY" not in shown
+    assert "1 worker(s) that TorchServe counts as ready have ended" in shown
+
+    monkeypatch.setattr(server, "_REPLACED_WITHIN", 1.0)
+    with pytest.raises(UserError, match=r"counts 1 worker\(s\), of which 0 live"):
+        scale(grpc_server, 1)

@@ -171,3 +171,17 @@ def test_the_class_index_in_the_archive_is_the_committed_one(archive: Path) -> N
         assert json.load(io.BytesIO(content.read(CLASS_INDEX))) == json.loads(
             Path("handler/index_to_name.json").read_text()
         )
+
+
+def test_what_is_packed_is_said(
+    weights: Weights, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To be compared with what the model was trained with."""
+    assert build(recipe(weights), archive.parent) == archive
+    said = capsys.readouterr().out
+    assert "densenet121 on ONNX Runtime (CPU), weights seeded random numbers in float32" in said
+    assert (
+        "shorter side to 255 pixels (bilinear), 224 x 224 from the centre, "
+        "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in said
+    )
+    assert "1000 classes: tench, goldfish, ..., toilet_tissue" in said

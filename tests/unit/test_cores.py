@@ -1,8 +1,12 @@
 """How workers share the cores, with real processes."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from handler.cores import Cores
 
@@ -21,9 +25,11 @@ with cores.busy(crowded=False) if sys.argv[2] == "busy" else nullcontext():
 """
 
 
-def other_worker(meeting_place: Path, state: str = "busy") -> subprocess.Popen[str]:
+def other_worker(
+    meeting_place: Path, state: str = "busy", prelude: str = ""
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(meeting_place), state],
+        [sys.executable, "-c", prelude + OTHER, str(meeting_place), state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -43,6 +49,32 @@ def test_a_worker_alone_takes_all_cores_and_keeps_to_its_share_beside_another(
             assert cores.available() == SHARE
             other.communicate()
         assert cores.available() == ALL
+
+
+@pytest.mark.timeout(30)
+def test_workers_of_two_containers_can_have_equal_process_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the file, and neither waits for the other."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    cores = Cores(SHARE, ALL, tmp_path / "busy")
+    prelude = "import os\nos.getpid = lambda: 7\n"
+    with cores.busy(crowded=False), other_worker(tmp_path / "busy", prelude=prelude) as other:
+        assert cores.available() == SHARE
+        other.communicate()
+
+
+def test_a_look_at_the_others_takes_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts or becomes busy at that moment would find its byte taken."""
+    cores = Cores(SHARE, ALL, tmp_path / "busy")
+    with other_worker(tmp_path / "busy") as other:
+        with cores.busy(crowded=False):
+            monkeypatch.setattr(fcntl, "lockf", lambda *_: pytest.fail("a lock was taken"))
+            assert cores.available() == SHARE
+            monkeypatch.undo()
+        other.communicate()
 
 
 def test_a_killed_worker_does_not_count_as_busy(tmp_path: Path) -> None:

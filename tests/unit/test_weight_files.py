@@ -171,6 +171,23 @@ def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path: Path) -> Non
         load(tmp_path / "huge.pth", ARCHITECTURE)
 
 
+def test_a_packed_file_that_unpacks_to_far_more_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch packs nothing, but unpacks what others packed: 40 MB of zeros from 40 kB."""
+    torch.save({"classifier.1.weight": torch.zeros(10_000_000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry))
+    assert (tmp_path / "bomb.pth").stat().st_size < 100_000
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(UserError, match="far larger than it looks"):
+        load(tmp_path / "bomb.pth", ARCHITECTURE)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -227,5 +244,5 @@ def test_the_classes_must_be_named_and_be_as_many(model: nn.Module, tmp_path: Pa
     (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
     mine = recipe(weights, "pets", tmp_path / "classes.txt")
     assert [label.class_name for label in mine.labels] == ["cat", "dog", "bird"]
-    with pytest.raises(UserError, match="NAME must be letters"):
+    with pytest.raises(UserError, match="NAME must be 1 to 64 letters"):
         recipe(weights, "../pets", tmp_path / "classes.txt")

@@ -1,0 +1,110 @@
+"""What is refused before anything is started or stopped."""
+
+import io
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from handler.settings import MODEL_CARD, ModelCard
+from scripts import machine
+from scripts.preflight import check_archives, check_ports, check_workers, java_home
+from scripts.server import HOST, Ports
+from scripts.terminal import UserError
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(UserError, match=f"METRICS_PORT must be 1 to 65535, got {port}"):
+        check_ports(HOST, {"metrics": port})
+
+
+def test_all_that_is_wrong_with_ports_is_said_at_once() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError) as refused:
+            check_ports(HOST, {"inference": port, "management": 0, "metrics": port})
+    said = str(refused.value)
+    assert f"Port {port} (inference) cannot be used: Address already in use" in said
+    assert "MANAGEMENT_PORT must be 1 to 65535" in said
+    assert f"PORT and METRICS_PORT are both {port}" in said
+
+
+def test_the_port_of_the_server_that_ends_is_free() -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        check_ports(HOST, {"inference": port}, held=[port])
+        with pytest.raises(UserError, match="PORT="):
+            check_ports(HOST, {"inference": port})
+
+
+def test_ports_of_grpc_count_only_where_it_is_on() -> None:
+    assert set(Ports().used(grpc=False)) == {"inference", "management", "metrics"}
+    assert len(Ports().used(grpc=True)) == 5
+
+
+def test_more_workers_than_fit_are_refused_with_the_number_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "_available", lambda: 4 * machine._WORKER_BYTES)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16)
+    check_workers(3)
+    with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
+        check_workers(4)
+    check_workers(4, ending=2)
+    with pytest.raises(UserError, match="at most 1 for each model"):
+        check_workers(2, models=2)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 1)
+    monkeypatch.setattr(machine, "_available", lambda: 10**12)
+    check_workers(4)
+    with pytest.raises(UserError, match=r"WORKERS=999 .*at most 4, since there are 1 CPUs"):
+        check_workers(999)
+
+
+def test_what_is_chosen_unless_said_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available in (0, machine._WORKER_BYTES, 10**12):
+        for cpus in (1, 2, 64):
+            monkeypatch.setattr(machine, "_available", lambda value=available: value)
+            monkeypatch.setattr("joblib.cpu_count", lambda value=cpus: value)
+            check_workers(machine.plan().workers)
+            check_workers(machine.plan(models=3).workers, models=3)
+
+
+def test_a_java_home_without_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"JAVA_HOME=.* holds no bin/java"):
+        java_home()
+
+
+def an_archive(path: Path) -> bytes:
+    card = ModelCard(
+        "resnet50", 2, trained=True, weights_file="w", weights_sha256="0", inputs_sha256="0"
+    )
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("model.onnx", b"model" * 1000)
+        archive.writestr(MODEL_CARD, card.to_json())
+    path.write_bytes(content.getvalue())
+    return content.getvalue()
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "model.mar"
+    whole = an_archive(archive)
+    check_archives([archive])
+    flipped = bytearray(whole)
+    flipped[500] ^= 1
+    for content in (whole[:1000], bytes(flipped), b"", b"no archive"):
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.mar is damaged, cut off, or no archive"):
+            check_archives([archive])
+    archive.unlink()
+    with pytest.raises(UserError, match="There is no archive"):
+        check_archives([archive])
+
+
+def test_a_model_named_twice_is_refused(tmp_path: Path) -> None:
+    an_archive(tmp_path / "a.mar")
+    with pytest.raises(UserError, match="named twice: a, a"):
+        check_archives([tmp_path / "a.mar", tmp_path / "a.mar"])

@@ -1,0 +1,142 @@
+"""`make` itself: its variables, and what it says there is."""
+
+import os
+import re
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from scripts import run
+from scripts.archive import Recipe
+from scripts.cluster import free_ports
+from scripts.terminal import UserError
+from scripts.weights import Weights
+
+MAKEFILE = Path("Makefile").read_text()
+COMMANDS = re.findall(
+    r"^([a-z-]+):[^\n]*##[^\n]*\n\t@\$\(VENV_PYTHON\) -m (scripts\.\w+)(?: (\S+))?$",
+    MAKEFILE,
+    re.MULTILINE,
+)
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *arguments],  # noqa: S607
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def variables_of(command: str) -> list[str]:
+    return make("--eval", f"print: ; @echo $(variables-{command})", "print").stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run", "WORKER=2"], "WORKER is no variable of make run. Did you mean WORKERS?"),
+        (["run", "workers=2"], "workers is no variable of make run. Did you mean WORKERS?"),
+        (["start", "ENGINE=torch"], "ENGINE is no variable of make start, but of: make archive, "),
+        (["stop", "FOO=it's"], "FOO is no variable of make stop. It has none."),
+        (["FOO=1"], "FOO is no variable of make help."),
+        (["clean", "FOO=1"], "FOO is no variable of make clean."),
+    ],
+)
+def test_what_is_no_variable_of_a_command_is_refused(command: list[str], said: str) -> None:
+    done = make(*command)
+    assert said in done.stderr
+    assert done.returncode == 2
+    assert "==>" not in done.stdout, "nothing was begun"
+
+
+def test_several_commands_share_their_variables() -> None:
+    assert make("-n", "archive", "start", "ENGINE=torch", "MODELS=a").returncode == 0
+
+
+def test_every_variable_of_a_command_is_an_option_of_its_program() -> None:
+    assert len(COMMANDS) > 12
+    for command, module, part in COMMANDS:
+        program = import_module(module)
+        if part:
+            parsed = typer.main.get_command(program.app).commands[part]  # type: ignore[attr-defined]
+        else:
+            app = typer.Typer()
+            app.command()(program.main)
+            parsed = typer.main.get_command(app)
+        options = {option.name.upper() for option in parsed.params if option.name}
+        assert set(variables_of(command)) <= options, command
+
+
+def test_only_the_command_line_counts() -> None:
+    """A shell or a Windows beside it sets NAME and HOST, a hosting platform PORT."""
+    done = make("--eval", "print: ; @env", "print", NAME="machine", PORT="80")
+    assert "GIVEN_NAME" not in done.stdout
+    assert "GIVEN_PORT" not in done.stdout
+
+
+def test_quotes_and_spaces_in_a_value_survive() -> None:
+    done = make("archive", """WEIGHTS=it's "my" file; echo.pth""")
+    assert """The weights it's "my" file; echo.pth cannot be read""" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["scale", "WORKERS=0"], "Error: WORKERS must be greater than or equal to 1, got '0'."),
+        (["scale"], "Error: WORKERS is missing, as in: make scale WORKERS=..."),
+        (["start", "PORT=http"], "Error: PORT must be a valid integer, got 'http'."),
+        (["drain"], "Error: NODE is missing, as in: make drain NODE=..."),
+    ],
+)
+def test_usage_errors_speak_of_variables(command: list[str], said: str) -> None:
+    done = make(*command)
+    assert said in done.stderr
+    assert "python" not in done.stderr
+    assert "--" not in done.stderr
+
+
+def test_help_names_every_command_and_variable_on_two_screens() -> None:
+    done = make()
+    assert done.stderr == ""
+    for command in re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split():
+        assert f"\n  {command} " in done.stdout or command in {"help", "variables"}
+    for command, _, _ in COMMANDS:
+        for variable in variables_of(command):
+            assert re.search(rf"\b{variable}\b", done.stdout), variable
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 90
+    assert max(map(len, lines)) <= 100
+    groups = ("Serve", "Classify", "Own models", "Production", "Tests", "Benchmarks", "Maintenance")
+    assert [line for line in lines if line in groups] == list(groups)
+
+
+def test_run_packs_the_engine_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence about an export that failed sends people to `make run ENGINE=torch`."""
+    packed = []
+
+    def build(asked: Recipe) -> Path:
+        packed.append(asked.engine)
+        raise UserError("enough")
+
+    weights = Weights({}, "mine.pth", "0", trained=True)
+    monkeypatch.setattr(run, "obtain_for_trial", lambda *_: weights)
+    monkeypatch.setattr(run, "build", build)
+    ports = free_ports().used(grpc=False)
+    for engine in ("torch", "onnx"):
+        with pytest.raises(UserError, match="enough"):
+            run.main(
+                engine=engine,
+                port=ports["inference"],
+                management_port=ports["management"],
+                metrics_port=ports["metrics"],
+            )
+    assert packed == ["torch", "onnx"]
+    with pytest.raises(UserError, match="ENGINE must be onnx or torch, got 'tensorflow'"):
+        run.main(engine="tensorflow")

@@ -1,0 +1,95 @@
+"""Finding the reason in the logs of a worker that ended."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.worker_log import cause, last_words, says_died
+
+PREFIX = "2026-11-21T17:00:00,123 [INFO ] W-9000-densenet121_1.0-stdout MODEL_LOG - "
+
+MISSING_MODULE = """\
+Backend worker process died.
+Traceback (most recent call last):
+  File "/venv/ts/model_loader.py", line 108, in load
+    module, function_name = self._load_handler_file(handler)
+  File "/tmp/models/x/densenet_handler.py", line 3, in <module>
+    import handler
+  File "/tmp/models/x/handler/images.py", line 9, in <module>
+    import PIL
+ModuleNotFoundError: No module named 'PIL'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "/venv/ts/model_service_worker.py", line 301, in <module>
+    worker.run_server()
+RuntimeError: this is a consequence
+"""
+ARCHIVE = """\
+Failed to load model densenet121, exception model.onnx: cannot be loaded: Protobuf parsing failed.
+Traceback (most recent call last):
+  File "/tmp/models/x/handler/engines.py", line 69, in load_engine
+    return OnnxEngine(model_file, cores)
+onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf: [ONNXRuntimeError] : 7
+The above exception was the direct cause of the following exception:
+Traceback (most recent call last):
+handler.errors.ArchiveError: model.onnx: cannot be loaded: Protobuf parsing failed.
+Backend worker process died.
+Traceback (most recent call last):
+RuntimeError: 500 - Unknown exception
+"""
+MEMORY = """\
+Load model densenet121 cpu OOM, exception
+Traceback (most recent call last):
+  File "/tmp/models/x/densenet_handler.py", line 70, in initialize
+    self.engine = load_engine(
+numpy.core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB
+MemoryError
+Backend worker process died.
+RuntimeError: 507 - System out of memory
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        (MISSING_MODULE, "ModuleNotFoundError: No module named 'PIL'"),
+        (ARCHIVE, "model.onnx: cannot be loaded: Protobuf parsing failed."),
+        (MEMORY, "MemoryError"),
+        ("python: error while loading shared libraries: libpython3.11.so.1.0: missing", "python: "),
+    ],
+)
+def test_the_first_cause_is_found(printed: str, reason: str) -> None:
+    lines = printed.splitlines()
+    for logged in (lines, [PREFIX + line for line in lines]):
+        found = cause(logged)
+        assert found is not None
+        assert found.startswith(reason)
+
+
+def test_a_healthy_start_has_no_cause() -> None:
+    lines = [
+        "Torch worker started.",
+        "model_name: densenet121, batchSize: 8",
+        "UserWarning: Error: this is printed by a library and no traceback",
+        "Ready: densenet121 on ONNX Runtime 1.31.1, CPU, 1 to 2 thread(s)",
+    ]
+    assert cause(lines) is None
+    assert not says_died(lines)
+    assert says_died(MISSING_MODULE.splitlines())
+
+
+def test_a_missing_gpu_is_not_why_the_frontend_ended(tmp_path: Path) -> None:
+    (tmp_path / "server.log").write_text(
+        "2026-11-21 [ERROR] main SystemInfo - nvidia-smi not available or failed: Cannot run "
+        'program "nvidia-smi": error=2, No such file\n'
+        "2026-11-21 [ERROR] main ModelServer - Failed to bind: Address already in use\n"
+        "\tat java.base/sun.nio.ch.Net.bind0(Native Method)\n"
+    )
+    said = last_words(tmp_path)
+    assert "Address already in use" in said
+    assert "nvidia-smi" not in said
+    assert str(tmp_path) in said
+    (tmp_path / "server.log").write_text("")
+    assert last_words(tmp_path) == f"See the logs in {tmp_path}."
