@@ -37,7 +37,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from scripts.keys import SESSION_SECONDS, read_keys
 from scripts.preflight import check_ports
-from scripts.server import HOST, RUN_DIR, find_running
+from scripts.server import HOST, PIXEL, RUN_DIR, find_running
 from scripts.state import (
     forget,
     living_process,
@@ -54,11 +54,6 @@ GATEWAY_DIR = RUN_DIR / "gateway"
 STATE = "gateway.json"
 TEMPLATES = Path("deploy/gateway")
 SIGN_IN_PAGE = "sign-in.html.jinja"
-
-# A grey picture of one pixel, as PNG.
-_PIXEL = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
-)
 
 _CERTIFICATE_DAYS = 90
 # Attempts at a request that failed within so many seconds. Killing a single node's worker whenever
@@ -499,7 +494,7 @@ def _config(gateway: Gateway, folder: Path) -> str:
         policy=_policy(_style()),
         routes=routes(model),
         model=model,
-        pixel=_PIXEL,
+        pixel=base64.b64encode(PIXEL).decode(),
     )
 
 
