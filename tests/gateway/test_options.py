@@ -216,6 +216,14 @@ def _held(rounds: int) -> str:
         (_Nodes("again"), Attempts(_held(1), "500, 500, 500, 500, 500, 500", "0.1", FIRST), False),
         (_Nodes("again"), Attempts(_held(4), "503", "0.1", FIRST), False),
         (_Nodes("again", ready=False), Attempts(FIRST, "503", "59.9"), False),
+        (_Nodes("again"), Attempts(FIRST, "503, 503", "30.0, 30.1"), False),
+        # TorchServe gave up a worker that was silent for a minute, or a new one half of that.
+        (_Nodes("again"), Attempts(FIRST, "500", "60.1"), False),
+        (_Nodes("again"), Attempts(FIRST, "503, 500", "0.1, 26.0"), False),
+        (_Nodes("again"), Attempts(_held(1), "503 : 200 : 500", "0 : 0.5 : 26.0", FIRST), False),
+        # The frontend was what took long, or the watch was, which waited for a node.
+        (_Nodes("again"), Attempts(FIRST, "503, 500", "30.0, 0.1"), True),
+        (_Nodes("again"), Attempts(_held(1), "503 : 200 : 500", "0 : 40.1 : 0.1", FIRST), True),
     ],
 )
 def test_what_may_be_sent_again(nodes: _Nodes, attempts: Attempts, *, again: bool) -> None:
