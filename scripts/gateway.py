@@ -569,7 +569,16 @@ def routes(model: str) -> tuple[tuple[str, str, str], ...]:
         ("/explain", f"/explanations/{model}", "POST|PUT"),
         (f"/predictions/{model}", f"/predictions/{model}", "GET|HEAD|POST|PUT"),
         (f"/explanations/{model}", f"/explanations/{model}", "POST|PUT"),
+        # KServe's own, versions 1 and 2.
+        *((path, path, "POST") for path in _kserve(model)),
     )
+
+
+def _kserve(model: str) -> Iterator[str]:
+    for verb in ("predict", "explain"):
+        yield f"/v1/models/{model}:{verb}"
+    for verb in ("infer", "explain"):
+        yield f"/v2/models/{model}/{verb}"
 
 
 def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:

@@ -468,9 +468,11 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
     class New(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            length = self.headers["Inference-Header-Content-Length"]
             self.send_response(200)
+            self.send_header("Inference-Header-Content-Length", "34")
             self.end_headers()
-            self.wfile.write(f"{self.path} {len(body)}".encode())
+            self.wfile.write(f"{self.path} {len(body)} {length}".encode())
 
     folder = tmp_path / "gateway"
     old, new = (HTTPServer(("127.0.0.1", 0), handler) for handler in (Old, New))
@@ -487,14 +489,19 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
             ThreadPoolExecutor(1) as pool,
         ):
             answer = pool.submit(
-                requests.post, f"{gateway.url}/predict?topk=2", data=bytes(300_000), timeout=30
+                requests.post,
+                f"{gateway.url}/predict?topk=2",
+                data=bytes(300_000),
+                headers={"Inference-Header-Content-Length": "12"},
+                timeout=30,
             )
             assert asked.wait(10)
             gateways.change_nodes(lambda _: [second], folder)
             old.shutdown()
             ended.set()
             old.server_close()
-            assert answer.result().text == "/densenet121/predict?topk=2 300000"
+            assert answer.result().text == "/densenet121/predict?topk=2 300000 12"
+            assert answer.result().headers["Inference-Header-Content-Length"] == "34"
     finally:
         ended.set()
         gateways.stop(gateway, folder)
