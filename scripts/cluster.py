@@ -26,6 +26,7 @@ from scripts.gateway import (
     Node,
     Options,
     change_nodes,
+    check_keys,
     find_gateway,
     find_lost,
     operation,
@@ -125,6 +126,13 @@ def stop_nodes(nodes: Sequence[Node]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def stop_unused(nodes: Sequence[Node], folder: Path = GATEWAY_DIR) -> None:
+    """Ends those of these nodes that the gateway of this folder does not have."""
+    gateway = find_gateway(folder)
+    used = {node.run_dir for node in gateway.nodes} if gateway is not None else set()
+    stop_nodes([node for node in nodes if node.run_dir not in used])
+
+
 def drain(names: Sequence[str], folder: Path = GATEWAY_DIR) -> None:
     """Takes nodes out and waits until they have answered what they had.
 
@@ -188,7 +196,7 @@ def replace(name: str, folder: Path = GATEWAY_DIR) -> Node:
         try:
             change_nodes(lambda nodes: [*nodes, fresh], folder)
         except BaseException:
-            stop_nodes([fresh])
+            stop_unused([fresh], folder)
             raise
         _drain([name], folder)
         change_nodes(lambda nodes: [node for node in nodes if node.name != name], folder)
@@ -329,6 +337,10 @@ def status_command() -> None:
     for node in gateway.nodes:
         table.add_row(node.name, *_describe(node))
     console.print(table)
+    try:
+        check_keys(gateway)
+    except UserError as error:
+        warn(str(error))
     if gateway.watch() is None:
         warn(
             "The watch has ended: hanging and dead nodes stay, tokens are not renewed, and nothing "
@@ -346,7 +358,7 @@ def _describe(node: Node) -> list[str]:
         model = model_status(running)
     except (requests.RequestException, OSError, ValueError):
         return [str(running.ports.inference), "not answering", "-", "-", "-", archive]
-    ready = sum(worker["status"] == "READY" for worker in model["workers"])
+    ready = ready_workers(running)
     waiting = model["jobQueueStatus"]["pendingRequests"]
     port = str(running.ports.inference)
     return [port, state, str(ready), str(waiting), model["modelVersion"], archive]

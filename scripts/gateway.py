@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -35,9 +35,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from scripts.keys import SESSION_SECONDS, read_keys
+from scripts.keys import SESSION_SECONDS, Key, read_keys
 from scripts.preflight import check_ports
-from scripts.server import HOST, RUN_DIR, find_running
+from scripts.server import HOST, PIXEL, RUN_DIR, find_running
 from scripts.state import (
     forget,
     living_process,
@@ -54,11 +54,6 @@ GATEWAY_DIR = RUN_DIR / "gateway"
 STATE = "gateway.json"
 TEMPLATES = Path("deploy/gateway")
 SIGN_IN_PAGE = "sign-in.html.jinja"
-
-# A grey picture of one pixel, as PNG.
-_PIXEL = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
-)
 
 _CERTIFICATE_DAYS = 90
 # Attempts at a request that failed within so many seconds. Killing a single node's worker whenever
@@ -149,6 +144,7 @@ class Gateway:
         secret: what browsers' sessions are made with, see `scripts.keys`.
         watch_pid: the process that watches over the nodes; 0 for none.
         watch_started: when that started.
+        keys: the clients' keys as they were last read without a mistake.
     """
 
     pid: int
@@ -159,6 +155,7 @@ class Gateway:
     secret: str
     watch_pid: int = 0
     watch_started: str = ""
+    keys: tuple[Key, ...] = ()
 
     @property
     def url(self) -> str:
@@ -190,6 +187,7 @@ def find_gateway(folder: Path = GATEWAY_DIR) -> Gateway | None:
                 **values,
                 "options": Options(**values["options"]),
                 "nodes": tuple(Node(**node) for node in values["nodes"]),
+                "keys": tuple(Key(**key) for key in values.get("keys", ())),
             }
         )
     except (TypeError, KeyError) as error:
@@ -220,28 +218,34 @@ def start(
     # What a gateway that was cut off may have left.
     (folder / "nginx.pid").unlink(missing_ok=True)
     sockets = tempfile.mkdtemp(prefix="gateway-")
-    gateway = Gateway(0, "", sockets, options, tuple(nodes), secrets.token_hex())
+    keys = _read_keys(options)
+    gateway = Gateway(0, "", sockets, options, tuple(nodes), secrets.token_hex(), keys=keys)
     try:
         _write_sign_in_pages(folder)
         _write_config(gateway, folder)
         _nginx(folder)
         pid = int(_wait_for(lambda: _read(folder / "nginx.pid"), "nginx did not start"))
+        gateway = dataclasses.replace(gateway, pid=pid, started=started(pid))
+        # Before the watch starts, which ends where there is no gateway.
+        remember(folder / STATE, dataclasses.asdict(gateway))
+        if watch:
+            gateway = _watched(gateway, folder)
     except BaseException:
+        stop_lost(find_lost(folder))
+        forget(folder / STATE)
         shutil.rmtree(sockets, ignore_errors=True)
         raise
-    gateway = dataclasses.replace(gateway, pid=pid, started=started(pid))
-    # Before the watch starts, which ends where there is no gateway.
-    remember(folder / STATE, dataclasses.asdict(gateway))
-    if watch:
-        watch_pid = _start_watch(folder)
-        gateway = dataclasses.replace(
-            gateway, watch_pid=watch_pid, watch_started=started(watch_pid)
-        )
-        with _lock(folder):
-            # The watch may have changed the nodes already.
-            now = require_gateway(folder)
-            gateway = dataclasses.replace(gateway, nodes=now.nodes)
-            remember(folder / STATE, dataclasses.asdict(gateway))
+    return gateway
+
+
+def _watched(gateway: Gateway, folder: Path) -> Gateway:
+    """Starts the watch."""
+    pid = _start_watch(folder)
+    gateway = dataclasses.replace(gateway, watch_pid=pid, watch_started=started(pid))
+    with _lock(folder):
+        # The watch may have changed the nodes already.
+        gateway = dataclasses.replace(gateway, nodes=require_gateway(folder).nodes)
+        remember(folder / STATE, dataclasses.asdict(gateway))
     return gateway
 
 
@@ -256,7 +260,10 @@ def stop(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
 def find_lost(folder: Path = GATEWAY_DIR) -> list[psutil.Process]:
     """The watch and nginx of this folder, by what they run: for when the folder was removed."""
     place = folder.resolve()
-    found = process_of("scripts.watch", str(place)), process_of("master", f"{place}/nginx.conf")
+    found = (
+        process_of("scripts.watch", str(place)),
+        process_of("nginx", "-c", f"{place}/nginx.conf"),
+    )
     return [process for process in found if process is not None]
 
 
@@ -324,9 +331,24 @@ def change_nodes(
     with _lock(folder):
         gateway = require_gateway(folder)
         gateway = dataclasses.replace(gateway, nodes=tuple(change(gateway.nodes)))
+        # A mistake in that file keeps no node from being changed; `check_keys` says it.
+        with suppress(UserError):
+            gateway = dataclasses.replace(gateway, keys=_read_keys(gateway.options))
         changed = _write_config(gateway, folder)
         remember(folder / STATE, dataclasses.asdict(gateway))
         return _reload(gateway) if changed else set()
+
+
+def check_keys(gateway: Gateway) -> None:
+    """Stops, by a `UserError`, where the file of keys is not what counts."""
+    try:
+        _read_keys(gateway.options)
+    except UserError as error:
+        raise UserError(f"The keys that were read last still count. {error}") from error
+
+
+def _read_keys(options: Options) -> tuple[Key, ...]:
+    return tuple(read_keys(Path(options.keys))) if options.keys else ()
 
 
 def wait_for_drain(old: set[int]) -> bool:
@@ -352,8 +374,7 @@ def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
     for name in ("rate", "burst", "connections", "timeout"):
         if getattr(options, name) < 1:
             raise UserError(f"{name.upper()} must be 1 or more, got {getattr(options, name)}.")
-    if options.keys:
-        read_keys(Path(options.keys))
+    _read_keys(options)
     _check_certificate(options)
     lost = find_lost(folder)
     if lost:
@@ -366,7 +387,9 @@ def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
         "https": options.https_port,
         "metrics": options.metrics_port,
     }
-    check_ports(options.host, ports)
+    # Metrics are on loopback, whatever the host is.
+    check_ports(options.host, ports, held=[options.metrics_port])
+    check_ports(HOST, {"metrics": options.metrics_port})
 
 
 def _check_certificate(options: Options) -> None:
@@ -478,7 +501,6 @@ def _config(gateway: Gateway, folder: Path) -> str:
     serving = able or willing  # where none looks healthy, each may still be lucky
     if not serving:
         raise UserError("No node would be left to serve. Add one first.")
-    keys = read_keys(Path(options.keys)) if options.keys else []
     return _template("nginx.conf.jinja").render(
         as_root=os.geteuid() == 0,
         folder=folder.resolve(),
@@ -487,7 +509,7 @@ def _config(gateway: Gateway, folder: Path) -> str:
         loopback=_is_loopback(options.host),
         clients=[
             {"name": key.name, "key": key.key, "sessions": key.sessions(gateway.secret)}
-            for key in keys
+            for key in gateway.keys
         ],
         all=[upstream for upstream in everyone if upstream],
         serving=serving,
@@ -499,7 +521,7 @@ def _config(gateway: Gateway, folder: Path) -> str:
         policy=_policy(_style()),
         routes=routes(model),
         model=model,
-        pixel=_PIXEL,
+        pixel=base64.b64encode(PIXEL).decode(),
     )
 
 
@@ -547,7 +569,16 @@ def routes(model: str) -> tuple[tuple[str, str, str], ...]:
         ("/explain", f"/explanations/{model}", "POST|PUT"),
         (f"/predictions/{model}", f"/predictions/{model}", "GET|HEAD|POST|PUT"),
         (f"/explanations/{model}", f"/explanations/{model}", "POST|PUT"),
+        # KServe's own, versions 1 and 2.
+        *((path, path, "POST") for path in _kserve(model)),
     )
+
+
+def _kserve(model: str) -> Iterator[str]:
+    for verb in ("predict", "explain"):
+        yield f"/v1/models/{model}:{verb}"
+    for verb in ("infer", "explain"):
+        yield f"/v2/models/{model}/{verb}"
 
 
 def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:

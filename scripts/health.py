@@ -9,7 +9,13 @@ from pathlib import Path
 import psutil
 import requests
 
-from scripts.server import Running, find_running, model_status, ready_workers
+from scripts.server import (
+    Running,
+    find_running,
+    model_status,
+    ready_workers,
+    worker_processes,
+)
 
 # Seconds without any answer, while a question waits for one, after which a node
 SILENT = 3.0  # is asked no more, if there are others
@@ -56,7 +62,7 @@ class Health:
     def steady(self) -> bool:
         """Whether none of its workers has ended for some seconds."""
         running = find_running(self.run_dir)
-        if running is None or {worker.pid for worker in _workers(running)} != self._pids:
+        if running is None or _pids(running) != self._pids:
             return False
         return time.monotonic() - self._changed > _STEADY
 
@@ -77,7 +83,7 @@ class Health:
             return self._end_frontend(running) if own and running is not None else ""
         now = time.monotonic()
         self._managed = self._alive = now
-        pids = {worker.pid for worker in _workers(running)}
+        pids = _pids(running)
         if pids != self._pids:
             self._pids, self._changed = pids, now
         silent = self._silence(running, now)
@@ -114,11 +120,11 @@ class Health:
         busy = _cpu_seconds(running) - self._asked.cpu_before > _IDLE_SHARE * silent
         if busy and silent < STUCK:
             return ""
-        workers = _workers(running)
         self.ended = (time.monotonic(), busy)
         self._asked = None
-        for worker in workers:
-            _kill(worker)
+        for worker in worker_processes(running):
+            for process in _with_children(worker):
+                _kill(process)
         doing = "at work" if busy else "idle"
         return f"no answer for {silent:.0f} s, its workers were {doing} and have been ended"
 
@@ -139,7 +145,7 @@ class Health:
         frontend = running.process()
         if silent < limit or frontend is None:
             return ""
-        for process in (*_workers(running), frontend):
+        for process in _with_children(frontend):
             _kill(process)
         self._managed = self._alive = now
         return f"{why} for {silent:.0f} s and has been ended"
@@ -177,20 +183,33 @@ def _others_wait(running: Running) -> bool:
         return True
 
 
-def _workers(running: Running) -> list[psutil.Process]:
-    frontend = running.process()
-    return [] if frontend is None else frontend.children(recursive=True)
+def _pids(running: Running) -> set[int]:
+    """Of the workers, without the processes in which they decode: those come and go."""
+    return {worker.pid for worker in worker_processes(running)}
+
+
+def _with_children(process: psutil.Process) -> list[psutil.Process]:
+    """The processes that it started, and theirs, and itself; none where it has ended."""
+    try:
+        return [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _cpu_seconds(running: Running) -> float:
-    """What the workers have computed so far."""
+    """What the workers have computed so far, in the processes too in which they decode.
+
+    Those end again and again; what the ended ones used is counted with their worker, so that this
+    does not fall as long as the workers live.
+    """
     total = 0.0
-    for worker in _workers(running):
-        try:
-            times = worker.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
+    for worker in worker_processes(running):
+        for process in _with_children(worker):
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system + times.children_user + times.children_system
     return total
 
 

@@ -62,7 +62,7 @@ HOST = "127.0.0.1"
 _NOWHERE = "224.0.0.1"
 
 # A grey picture of one pixel, as PNG.
-_PIXEL = base64.b64decode(
+PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEANl9ngAAAAABJRU5ErkJggg=="
 )
 
@@ -322,7 +322,7 @@ def check_start(
     ending = 0
     if instead_of is not None:
         held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
-        ending = len(_workers(instead_of))
+        ending = len(worker_processes(instead_of))
     check_ports(HOST, ports.used(grpc=grpc), held)
     check_workers(workers, max(1, len(archives)), ending)
     check_archives(archives)
@@ -422,7 +422,7 @@ def _wait_until_ready(
         def check() -> bool:
             if running.process() is None:
                 raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
-            now = {process.pid for process in _workers(running)}
+            now = {process.pid for process in worker_processes(running)}
             if seen - now or says_died(model_log.read()):
                 reason = _why_it_died(archives, model_log, killed_before)
                 raise UserError(
@@ -467,7 +467,7 @@ def _killed_for_memory() -> int:
         return 0
 
 
-def _workers(running: Running) -> list[psutil.Process]:
+def worker_processes(running: Running) -> list[psutil.Process]:
     """The living worker processes of all models."""
     frontend = running.process()
     if frontend is None:
@@ -582,7 +582,7 @@ def _answers(running: Running) -> bool:
     try:
         return requests.post(
             running.predictions_url,
-            data=_PIXEL,
+            data=PIXEL,
             headers={"Content-Type": "image/png", **running.authorization("inference")},
             timeout=HTTP_TIMEOUT,
         ).ok

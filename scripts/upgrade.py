@@ -13,10 +13,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import requests
 import typer
 
-from scripts.cluster import keep_release, start_node, stop_nodes
+from scripts.cluster import keep_release, start_node, stop_nodes, stop_unused
 from scripts.gateway import (
     GATEWAY_DIR,
     Node,
@@ -66,6 +67,7 @@ def _upgrade(archive: Path, agreement: float, trial_seconds: float, folder: Path
     release = keep_release(archive, folder.parent)
     _check_archive(release, old)
     fresh: list[Node] = []
+    gone: list[Node] = []
     try:
         for node in old:
             fresh.append(start_node(release, node.workers, folder.parent))
@@ -80,32 +82,44 @@ def _upgrade(archive: Path, agreement: float, trial_seconds: float, folder: Path
         )
         step("Upgrade: switched; the old nodes finish what they have")
         _check_service(fresh, trial_seconds)
+        if not wait_for_drain(leaving):
+            warn("Some clients did not take their answers in time and were cut.")
+        gone = [node for node in require_gateway(folder).nodes if node.name in names]
+        change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
     except BaseException:
-        _go_back(names, fresh, folder)
+        try:
+            _go_back(names, fresh, gone, folder)
+        except (UserError, OSError, psutil.Error) as error:
+            # What failed first is what the caller is told.
+            warn(f"The old nodes could not be put back: {error} See: make gateway-status")
         raise
-    if not wait_for_drain(leaving):
-        warn("Some clients did not take their answers in time and were cut.")
-    change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
     _end(old)
     step(f"Upgrade: {len(fresh)} node(s) serve {release.parent.name}")
 
 
-def _go_back(old: Collection[str], fresh: Sequence[Node], folder: Path) -> None:
+def _go_back(
+    old: Collection[str], fresh: Sequence[Node], gone: Sequence[Node], folder: Path
+) -> None:
     """Has the old nodes serve again, and ends the new ones once nobody waits for them.
 
-    In the list as it is now: what others changed in it meanwhile stays.
+    In the list as it is now: what others changed in it meanwhile stays, and only those nodes come
+    back into it that this upgrade took out. New nodes that cannot be taken out serve on.
     """
     new = {node.name for node in fresh}
-    leaving = change_nodes(
-        lambda nodes: [
+
+    def with_old(nodes: Sequence[Node]) -> list[Node]:
+        kept = [node for node in nodes if node.name not in new]
+        present = {node.name for node in kept}
+        kept += [node for node in gone if node.name not in present]
+        return [
             dataclasses.replace(node, drained=node.drained and node.name not in old)
-            for node in nodes
-            if node.name not in new
-        ],
-        folder,
-    )
-    wait_for_drain(leaving)
-    stop_nodes(fresh)
+            for node in kept
+        ]
+
+    try:
+        wait_for_drain(change_nodes(with_old, folder))
+    finally:
+        stop_unused(fresh, folder)
 
 
 def _end(nodes: Sequence[Node]) -> None:

@@ -22,6 +22,8 @@ from typing import Literal, Protocol
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from scripts.health import STUCK
+
 # Seconds for which a request is held in all, from its first attempt on.
 HOLD = 60.0
 # nginx follows ten redirects of a request, two for each time that it is held.
@@ -90,6 +92,20 @@ class Attempts:
         """For how long it has been tried and held."""
         return sum(float(number) for number in re.findall(r"\d+\.\d+", self.took))
 
+    @property
+    def fell_silent(self) -> bool:
+        """Whether a worker had it for so long that it may be what silences workers.
+
+        TorchServe gives such a one up after a minute (`responseTimeout`), and says 500.
+        """
+        each = zip(_parts(self.statuses), _parts(self.took), strict=False)
+        return any(status == "500" and float(took) >= STUCK for status, took in each)
+
+
+def _parts(variable: str) -> list[str]:
+    """What one of nginx's variables says of each attempt."""
+    return re.split(r", | : ", variable)
+
 
 def may_be_sent_again(nodes: Nodes, attempts: Attempts) -> bool:
     """Waits until a request can be sent again; false where it may not, or there is no node in time.
@@ -102,6 +118,8 @@ def may_be_sent_again(nodes: Nodes, attempts: Attempts) -> bool:
     if verdict == "no" or (verdict == "once" and attempts.rounds > 0):
         return False
     if attempts.rounds >= _MOST_ROUNDS or attempts.worked >= _MOST_WORKED:
+        return False
+    if attempts.fell_silent or attempts.seconds >= HOLD:
         return False
     now = time.monotonic()
     deadline = now + HOLD - attempts.seconds

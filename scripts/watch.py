@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -31,6 +31,7 @@ from scripts.gateway import (
     Gateway,
     Node,
     change_nodes,
+    check_keys,
     find_gateway,
     operation,
     require_gateway,
@@ -140,6 +141,7 @@ class Watch:
         for node in gateway.nodes:
             self.carefully(f"{node.name} cannot be started", partial(self._start_again, node))
         self.carefully("tokens cannot be renewed", partial(renew_tokens, self.folder))
+        self.carefully("clients' keys cannot be read", partial(check_keys, gateway))
         # Keys are read anew, and every half day sessions are others.
         if any(find_running(Path(node.run_dir)) for node in gateway.nodes if not node.drained):
             self.carefully("nginx keeps what it has", partial(change_nodes, tuple, self.folder))
@@ -204,12 +206,18 @@ def renew_tokens(folder: Path, before_expiry: timedelta = RENEW_BEFORE_EXPIRY) -
     if gateway is None:
         return []
     renewed = []
-    for node in gateway.nodes:
-        running = find_running(Path(node.run_dir))
-        if running is None or not running.tokens or not _expires(running, before_expiry):
+    for run_dir in [node.run_dir for node in gateway.nodes]:
+        if _expiring(run_dir, before_expiry) is None:
             continue
-        with operation(f"the watch, which renews the tokens of {node.name},", folder):
-            if _others_serve(gateway, node):
+        name = Path(run_dir).name
+        with operation(f"the watch, which renews the tokens of {name},", folder):
+            # Until now somebody else may have drained this node or others, or replaced it.
+            nodes = require_gateway(folder).nodes
+            node = next((node for node in nodes if node.run_dir == run_dir), None)
+            running = _expiring(run_dir, before_expiry)
+            if node is None or running is None:
+                continue
+            if _others_serve(nodes, node):
                 with drained(node.name, folder):
                     renew(running)
             else:
@@ -222,6 +230,14 @@ def renew_tokens(folder: Path, before_expiry: timedelta = RENEW_BEFORE_EXPIRY) -
     return renewed
 
 
+def _expiring(run_dir: str, before_expiry: timedelta) -> Running | None:
+    """The server of this folder, if its tokens expire soon."""
+    running = find_running(Path(run_dir))
+    if running is None or not running.tokens or not _expires(running, before_expiry):
+        return None
+    return running
+
+
 def _expires(running: Running, before_expiry: timedelta) -> bool:
     keys = json.loads((Path(running.temporary) / "key_file.json").read_text())
     # TorchServe writes nanoseconds, which Python 3.10 cannot read.
@@ -230,9 +246,9 @@ def _expires(running: Running, before_expiry: timedelta) -> bool:
     return datetime.now(timezone.utc) + before_expiry >= expiry
 
 
-def _others_serve(gateway: Gateway, node: Node) -> bool:
+def _others_serve(nodes: Sequence[Node], node: Node) -> bool:
     return not node.drained and any(
-        other.healthy and not other.drained for other in gateway.nodes if other != node
+        other.healthy and not other.drained for other in nodes if other.run_dir != node.run_dir
     )
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -73,6 +74,44 @@ def test_json_and_the_query_reach_the_handler(client: Client) -> None:
     by_json = client.ask("POST", "/predict", json={"image": image, "topk": 2}).json()
     by_query = client.ask("POST", "/predict?topk=2", files={"file": CAT.read_bytes()}).json()
     assert len(by_json["predictions"]) == len(by_query["predictions"]) == 2
+
+
+def test_kserves_addresses_lead_to_the_handler(client: Client) -> None:
+    image = base64.b64encode(CAT.read_bytes()).decode()
+    v1 = {"instances": [{"b64": image}]}
+    tensor = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [image]}
+    for path, document, member in (
+        ("/v1/models/densenet121:predict", v1, "predictions"),
+        ("/v1/models/densenet121:explain", v1, "explanations"),
+        ("/v2/models/densenet121/infer", {"inputs": [tensor]}, "outputs"),
+        ("/v2/models/densenet121/explain", {"inputs": [tensor]}, "outputs"),
+    ):
+        answer = client.ask("POST", path, json=document)
+        assert answer.status_code == HTTPStatus.OK, answer.text
+        assert answer.json()[member]
+        assert _error(client.ask("GET", path)) == (405, "MethodNotAllowed")
+
+
+def test_kserves_tensors_pass_in_binary(client: Client) -> None:
+    picture = CAT.read_bytes()
+    data = struct.pack("<I", len(picture)) + picture
+    tensor = {"name": "images", "shape": [1], "datatype": "BYTES"}
+    document = {
+        "inputs": [{**tensor, "parameters": {"binary_data_size": len(data)}}],
+        "outputs": [{"name": "probability", "parameters": {"binary_data": True}}],
+    }
+    text = json.dumps(document).encode()
+    answer = client.ask(
+        "POST",
+        "/v2/models/densenet121/infer",
+        data=text + data,
+        headers={"Inference-Header-Content-Length": str(len(text))},
+    )
+    assert answer.status_code == HTTPStatus.OK, answer.text
+    length = int(answer.headers["Inference-Header-Content-Length"])
+    (probability,) = struct.unpack("<f", answer.content[length:])
+    expected = client.predict().json()["predictions"][0]["probability"]
+    assert probability == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_handlers_own_errors_pass(client: Client) -> None:

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,7 +21,10 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry
 
+from scripts import cluster, server
 from scripts import gateway as gateways
+from scripts import upgrade as upgrades
+from scripts import watch as watches
 from scripts.gateway import (
     STATE,
     Gateway,
@@ -32,7 +37,7 @@ from scripts.gateway import (
 from scripts.state import remember, started
 from scripts.terminal import UserError
 from scripts.waiting import Attempts, answering, may_be_sent_again
-from scripts.watch import Starts
+from scripts.watch import Starts, Watch
 from tests.gateway.conftest import free_options, free_port
 
 
@@ -122,8 +127,8 @@ def test_a_gateway_that_has_ended_is_not_found_and_looking_removes_nothing(
 
 
 @pytest.fixture
-def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    """Nginx before a node that nobody answers for."""
+def stub_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that nobody answers for."""
     monkeypatch.setattr(
         gateways,
         "_upstream",
@@ -134,11 +139,24 @@ def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway
             "socket": f"{sockets}/{node.name}.sock",
         },
     )
+
+
+@pytest.fixture
+def serving(tmp_path: Path, stub_nodes: None) -> Iterator[Gateway]:  # noqa: ARG001
+    """Nginx before such a node, with keys."""
     folder = tmp_path / "gateway"
-    node = Node(str(tmp_path / "node-1"), "densenet121.mar", 1)
-    gateway = gateways.start(free_options(), [node], folder, watch=False)
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text("alice alices-key-0123456789\n")
+    gateway = gateways.start(
+        free_options(keys=str(keys)), [_node(tmp_path, 1)], folder, watch=False
+    )
     yield gateway
     gateways.stop(gateway, folder)
+
+
+def _node(tmp_path: Path, number: int) -> Node:
+    return Node(str(tmp_path / f"node-{number}"), "densenet121.mar", 1)
 
 
 def test_a_gateway_whose_folder_was_removed_is_found_by_what_it_runs(
@@ -179,6 +197,179 @@ def test_a_watch_ends_where_its_gateway_does(serving: Gateway, tmp_path: Path) -
         assert watch.wait(timeout=20) == 0
 
 
+def test_the_metrics_port_is_looked_at_where_nginx_listens(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = dataclasses.replace(free_options(), host="127.0.0.2", metrics_port=port)
+        with pytest.raises(UserError, match=f"{port}.*already in use.*METRICS_PORT"):
+            gateways.check(options, tmp_path)
+
+
+@pytest.mark.parametrize("fails", ["remember", "_start_watch"])
+@pytest.mark.usefixtures("stub_nodes")
+def test_a_start_that_fails_late_leaves_nothing_running(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gateway"
+
+    def fail(*_: object) -> None:
+        assert find_lost(folder), "nginx runs by then"
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(gateways, fails, fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        gateways.start(free_options(), [_node(tmp_path, 1)], folder)
+    assert find_lost(folder) == []
+    assert find_gateway(folder) is None
+    assert not (folder / STATE).exists()
+
+
+def test_a_mistake_in_the_keys_keeps_the_last_ones_and_every_change_goes_on(
+    serving: Gateway,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, keys = tmp_path / "gateway", Path(serving.options.keys)
+    config = folder / "nginx.conf"
+    keys.write_text("alice alices key\n")
+    gateways.change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
+    assert "node-2.sock" in config.read_text()
+    assert "alices-key-0123456789" in config.read_text()
+    assert (folder / STATE).stat().st_mode & 0o077 == 0
+
+    watch = Watch(folder)
+    watch.keep()
+    watch.keep()
+    assert capsys.readouterr().out.count("The keys that were read last still count.") == 1
+    monkeypatch.setattr(cluster, "require_gateway", lambda: gateways.require_gateway(folder))
+    cluster.status_command()
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "The keys that were read last still count." in shown
+    assert "line 1" in shown
+
+    keys.write_text("bob bobs-key-0123456789ab\n")
+    gateways.change_nodes(tuple, folder)
+    assert "bobs-key-0123456789ab" in config.read_text()
+    assert "alices-key-0123456789" not in config.read_text()
+    cluster.status_command()
+    assert "still count" not in "".join(capsys.readouterr())
+
+
+def test_a_worker_that_torchserve_calls_ready_and_that_is_dead_is_not_shown_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = {"status": "READY", "pid": 2**22 + 1}
+    model = {
+        "workers": [dead, dead],
+        "jobQueueStatus": {"pendingRequests": 7},
+        "modelVersion": "1.0",
+    }
+    running = SimpleNamespace(ports=server.Ports(inference=4321), pid=os.getpid())
+    for module in (cluster, server):
+        monkeypatch.setattr(module, "model_status", lambda *_: model)
+    monkeypatch.setattr(cluster, "find_running", lambda _: running)
+    assert cluster._describe(_node(tmp_path, 1))[:5] == ["4321", "serving", "0", "7", "1.0"]
+
+
+def test_a_node_that_was_drained_just_before_its_tokens_are_renewed_stays_drained(
+    serving: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gateway"
+    gateways.change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
+    first = serving.nodes[0].name
+
+    @contextmanager
+    def operation(*_: object) -> Iterator[None]:
+        """Somebody else had that right until now."""
+        gateways.change_nodes(
+            lambda nodes: [
+                dataclasses.replace(node, drained=node.drained or node.name == first)
+                for node in nodes
+            ],
+            folder,
+        )
+        yield
+
+    renewed: list[object] = []
+    monkeypatch.setattr(watches, "operation", operation)
+    monkeypatch.setattr(watches, "find_running", lambda _: SimpleNamespace(tokens=True))
+    monkeypatch.setattr(watches, "_expires", lambda *_: True)
+    monkeypatch.setattr(watches, "renew", renewed.append)
+    assert watches.renew_tokens(folder) == ["node-1", "node-2"]
+    assert len(renewed) == 2
+    assert [node.drained for node in gateways.require_gateway(folder).nodes] == [True, False]
+
+
+class _Upgrade:
+    """An upgrade of stub nodes, in which chosen changes of the gateway fail."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.ended = folder, list[str]()
+        self._changes = 0
+        self._fails: dict[int, str] = {}
+        fresh = iter([_node(folder.parent, 2), _node(folder.parent, 3)])
+        for name in ("_check_archive", "_check_answers", "_check_service", "_end"):
+            monkeypatch.setattr(upgrades, name, lambda *_: None)
+        monkeypatch.setattr(upgrades, "keep_release", lambda *_: folder / "densenet121.mar")
+        monkeypatch.setattr(upgrades, "start_node", lambda *_: next(fresh))
+        monkeypatch.setattr(upgrades, "change_nodes", self._change)
+        monkeypatch.setattr(cluster, "stop_nodes", self._stop)
+
+    def _stop(self, nodes: Any) -> None:
+        self.ended += [node.name for node in nodes]
+
+    def _change(self, change: Any, folder: Path) -> set[int]:
+        self._changes += 1
+        when = self._fails.get(self._changes)
+        if when != "before":
+            old = gateways.change_nodes(change, folder)
+        if when is not None:
+            raise UserError(f"change {self._changes} failed")
+        return old
+
+    def run(self, fails: dict[int, str]) -> str:
+        """Upgrades; returns what the caller is told."""
+        self._fails = fails
+        with pytest.raises(UserError) as raised:
+            upgrades.upgrade(Path("densenet121.mar"), folder=self.folder)
+        return str(raised.value)
+
+    def nodes(self) -> dict[str, bool]:
+        """The gateway's nodes, and whether each serves."""
+        nodes = gateways.require_gateway(self.folder).nodes
+        return {node.name: not node.drained for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("fails", "nodes", "ended"),
+    [
+        # The first change puts the new node beside the old, the second takes the old one out, and
+        # what follows goes back.
+        ({1: "before"}, {"node-1": True}, ["node-2"]),
+        ({1: "after"}, {"node-1": True}, ["node-2"]),
+        ({1: "before", 2: "before"}, {"node-1": True}, ["node-2"]),
+        ({2: "before"}, {"node-1": True}, ["node-2"]),
+        ({2: "after"}, {"node-1": True}, ["node-2"]),
+        # It cannot go back: the new node serves, and is not ended.
+        ({1: "after", 2: "before"}, {"node-1": False, "node-2": True}, []),
+        ({2: "after", 3: "before"}, {"node-2": True}, []),
+    ],
+)
+@pytest.mark.usefixtures("serving")
+def test_an_upgrade_that_fails_wherever_it_may_ends_no_node_that_serves(
+    fails: dict[int, str],
+    nodes: dict[str, bool],
+    ended: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upgrade = _Upgrade(tmp_path / "gateway", monkeypatch)
+    assert upgrade.run(fails) == f"change {min(fails)} failed"
+    assert upgrade.nodes() == nodes
+    assert upgrade.ended == ended
+
+
 class _Nodes:
     """What the watch says of nodes, given here."""
 
@@ -216,6 +407,14 @@ def _held(rounds: int) -> str:
         (_Nodes("again"), Attempts(_held(1), "500, 500, 500, 500, 500, 500", "0.1", FIRST), False),
         (_Nodes("again"), Attempts(_held(4), "503", "0.1", FIRST), False),
         (_Nodes("again", ready=False), Attempts(FIRST, "503", "59.9"), False),
+        (_Nodes("again"), Attempts(FIRST, "503, 503", "30.0, 30.1"), False),
+        # TorchServe gave up a worker that was silent for a minute, or a new one half of that.
+        (_Nodes("again"), Attempts(FIRST, "500", "60.1"), False),
+        (_Nodes("again"), Attempts(FIRST, "503, 500", "0.1, 26.0"), False),
+        (_Nodes("again"), Attempts(_held(1), "503 : 200 : 500", "0 : 0.5 : 26.0", FIRST), False),
+        # The frontend was what took long, or the watch was, which waited for a node.
+        (_Nodes("again"), Attempts(FIRST, "503, 500", "30.0, 0.1"), True),
+        (_Nodes("again"), Attempts(_held(1), "503 : 200 : 500", "0 : 40.1 : 0.1", FIRST), True),
     ],
 )
 def test_what_may_be_sent_again(nodes: _Nodes, attempts: Attempts, *, again: bool) -> None:
@@ -269,9 +468,11 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
     class New(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            length = self.headers["Inference-Header-Content-Length"]
             self.send_response(200)
+            self.send_header("Inference-Header-Content-Length", "34")
             self.end_headers()
-            self.wfile.write(f"{self.path} {len(body)}".encode())
+            self.wfile.write(f"{self.path} {len(body)} {length}".encode())
 
     folder = tmp_path / "gateway"
     old, new = (HTTPServer(("127.0.0.1", 0), handler) for handler in (Old, New))
@@ -288,14 +489,19 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
             ThreadPoolExecutor(1) as pool,
         ):
             answer = pool.submit(
-                requests.post, f"{gateway.url}/predict?topk=2", data=bytes(300_000), timeout=30
+                requests.post,
+                f"{gateway.url}/predict?topk=2",
+                data=bytes(300_000),
+                headers={"Inference-Header-Content-Length": "12"},
+                timeout=30,
             )
             assert asked.wait(10)
             gateways.change_nodes(lambda _: [second], folder)
             old.shutdown()
             ended.set()
             old.server_close()
-            assert answer.result().text == "/densenet121/predict?topk=2 300000"
+            assert answer.result().text == "/densenet121/predict?topk=2 300000 12"
+            assert answer.result().headers["Inference-Header-Content-Length"] == "34"
     finally:
         ended.set()
         gateways.stop(gateway, folder)

@@ -1,9 +1,14 @@
 """What the watch makes of a node's processes and answers, with the clock in its own hands."""
 
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from scripts import health
@@ -20,7 +25,7 @@ class Node:
         self.cpu = 0.0
         self.share = 0.0
         self.killed: list[Any] = []
-        frontend = SimpleNamespace(children=lambda recursive: [])  # noqa: ARG005
+        frontend = SimpleNamespace(children=lambda recursive=False: [])  # noqa: ARG005
         running = SimpleNamespace(process=lambda: frontend)
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(health, "find_running", lambda _: running)
@@ -118,3 +123,67 @@ def test_the_server_of_make_run_is_not_ended(node: Node, seen: Health) -> None:
     node.living = 0
     assert node.look(120, seen, own=False) == []
     assert node.killed == []
+
+
+# As the handler does: a child that computes until the kernel ends it, then the next one.
+_WORKER = """
+import subprocess, sys
+compute = (
+    "import signal; signal.setitimer(signal.ITIMER_PROF, 0.6);"
+    "print('computing', flush=True)\\nwhile True: pass"
+)
+for _ in sys.stdin:
+    child = subprocess.Popen([sys.executable, "-c", compute], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    print("started", flush=True)
+    sys.stdin.readline()
+    child.wait()
+    print("ended", flush=True)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that is told to start a decoder, and to wait for its end, line by line."""
+    program = tmp_path / "model_service_worker.py"
+    program.write_text(_WORKER)
+    with subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def _tell(worker: "subprocess.Popen[str]") -> None:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    assert worker.stdout.readline()
+
+
+def test_work_in_a_process_that_ended_counts_and_that_process_is_no_worker(
+    worker: "subprocess.Popen[str]",
+) -> None:
+    """Else the share of a worker falls with each end of its decoder, and it seems to hang."""
+    running: Any = SimpleNamespace(process=psutil.Process)
+    seen = [health._cpu_seconds(running)]
+    for _ in range(2):
+        _tell(worker)
+        assert health._pids(running) == {worker.pid}
+        seen.append(health._cpu_seconds(running))
+        _tell(worker)
+        seen.append(health._cpu_seconds(running))
+        assert health._pids(running) == {worker.pid}
+    assert seen == sorted(seen)
+    # Two decoders of 0.6 s.
+    assert seen[-1] - seen[0] > 1.0
+
+
+def test_a_frontend_that_ends_while_it_is_looked_at_has_no_workers() -> None:
+    def children(**_: object) -> list[psutil.Process]:
+        raise psutil.NoSuchProcess(1)
+
+    running: Any = SimpleNamespace(process=lambda: SimpleNamespace(children=children))
+    assert health._pids(running) == set()
+    assert health._cpu_seconds(running) == 0.0
