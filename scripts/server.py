@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -360,6 +361,15 @@ def _nowhere() -> str:
     return _NOWHERE
 
 
+def _configured(key: str, config: Path) -> str:
+    """A key's value in the configuration; the last line of a key counts."""
+    values = re.findall(rf"^{key}=(\d+)\s*$", config.read_text(), re.MULTILINE)
+    if not values:
+        raise UserError(f"{CONFIG} says nothing of {key}; a number of bytes is needed.")
+    value: str = values[-1]
+    return value
+
+
 def _launch(
     unborn: Running, model_store: Path, chosen: Plan, run_dir: Path, log_config: Path
 ) -> Running:
@@ -378,8 +388,8 @@ def _launch(
         # The frontend receives bodies outside its heap, in blocks that glibc would keep for later.
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        # The handler parses JSON itself; TorchServe would log a stack trace for each bad body.
-        "TS_DECODE_INPUT_REQUEST": "false",
+        # TorchServe does not tell its workers; the handler keeps its answers below it.
+        "TS_MAX_RESPONSE_SIZE": _configured("max_response_size", _config_of(run_dir)),
     }
     # A module path of the user's could put other modules before the archive's own.
     environment.pop("PYTHONPATH", None)

@@ -21,6 +21,8 @@ from handler.exchange import (
 )
 from handler.images import Photo
 from handler.labels import Label
+from scripts import server
+from scripts.terminal import UserError
 
 LABELS = [Label(f"n{i}", f"name_{i}") for i in range(4)]
 MODEL = ("densenet121", "1.0")
@@ -245,3 +247,11 @@ def test_no_prediction_is_shorter_than_is_taken() -> None:
     )["predictions"]
     text = json.dumps(prediction, separators=(",", ":")) + ","
     assert len(text) == responses._LEAST_PREDICTION_BYTES
+
+
+def test_workers_are_told_the_limit_that_counts(tmp_path: Path) -> None:
+    config = tmp_path / "config.properties"
+    config.write_text("max_response_size=6553500\n# max_response_size=7\nmax_response_size=1000\n")
+    assert server._configured("max_response_size", config) == "1000"
+    with pytest.raises(UserError, match="says nothing of max_request_size"):
+        server._configured("max_request_size", config)
