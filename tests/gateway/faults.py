@@ -39,11 +39,17 @@ def kill_worker(folder: Path, number: int) -> None:
 
 
 def worker_of(server: Running) -> psutil.Process:
-    """The process of a worker that lives."""
-    for worker in model_status(server)["workers"]:
-        if psutil.pid_exists(worker["pid"]):
-            return psutil.Process(worker["pid"])
-    raise AssertionError("no worker lives")
+    """The process of a worker that lives; one that was killed has a successor in a moment."""
+    alive: list[int] = []
+
+    def look() -> bool:
+        alive.extend(
+            w["pid"] for w in model_status(server)["workers"] if psutil.pid_exists(w["pid"])
+        )
+        return bool(alive)
+
+    wait_for(look)
+    return psutil.Process(alive[0])
 
 
 def kill_node(folder: Path) -> None:
