@@ -35,7 +35,7 @@ NOT_RUN = {
 }
 
 # What the text calls these, beside TorchServe's ports.
-GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443}
+GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443, "METRICS_PORT": 9145}
 
 # Where nobody answers: `make run` goes on with random weights then.
 _NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"
@@ -79,7 +79,7 @@ class Workspace:
         found = subprocess.run(
             command,
             cwd=self.folder,
-            env={**os.environ, "COLUMNS": "100", "MAKEFLAGS": "", "PYTHONWARNINGS": "default"},
+            env={**os.environ, "COLUMNS": "100", "MAKEFLAGS": "", "PYTHONWARNINGS": ""},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
