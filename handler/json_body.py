@@ -27,5 +27,8 @@ def read_json(body: bytes | bytearray | str) -> Any:
     """
     text = body if isinstance(body, str) else body.decode(json.detect_encoding(body))
     if sum(map(text.count, _PARTS)) > _MOST_PARTS:
-        raise BadRequest(f"The JSON body has more than {_MOST_PARTS:,} lists, objects and values.")
+        raise BadRequest(
+            f"The JSON body has more than {_MOST_PARTS:,} lists, objects and values. Send pictures "
+            "in base64, not as lists of numbers."
+        )
     return json.loads(text)

@@ -142,8 +142,8 @@ def _bodies() -> Iterator[tuple[str, bytes, int, str]]:
     yield (
         "JSON: a million images",
         b'{"instances":[' + b"1," * 999_999 + b"1]}",
-        413,
-        "TooManyImages",
+        400,
+        "BadRequest",
     )
     yield (
         "JSON: a number of a million digits",
