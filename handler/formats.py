@@ -193,7 +193,8 @@ _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _LOOK_AHEAD = bytes(8)
 # Measured: seconds of CPU a pixel and scan, and a byte, at most.
 _JPEG_PIXEL_SECONDS, _JPEG_BYTE_SECONDS = 2.5e-9, 40e-9
-_COEFFICIENT_BYTES = 2
+# With a tenth for what libjpeg keeps beside them: it calls a picture damaged when memory runs out.
+_COEFFICIENT_BYTES = 2.2
 # Pillow's copy and the upright RGB one.
 _JPEG_PIXEL_BYTES = 8
 
@@ -310,7 +311,7 @@ def _survey_of_jpeg(
         size=frame.size,
         isolated=frame.marker not in _SOF_HUFFMAN or frame.bits != 8 or hidden,  # noqa: PLR2004
         seconds=pixels * scans * _JPEG_PIXEL_SECONDS + length * _JPEG_BYTE_SECONDS,
-        fixed_bytes=length + (frame.coefficients() * _COEFFICIENT_BYTES if several else 0),
+        fixed_bytes=length + (int(frame.coefficients() * _COEFFICIENT_BYTES) if several else 0),
         pixel_bytes=_JPEG_PIXEL_BYTES,
     )
 
