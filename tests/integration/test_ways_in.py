@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 import httpx2
-import numpy as np
 import psutil
 import pytest
 import requests
@@ -153,37 +152,6 @@ def test_kserve_v2_in_binary(running: Running, expected: dict[str, Any]) -> None
     assert probability["parameters"] == {"binary_data_size": 8}
     first, _ = struct.unpack("<2f", answer.content[length:])
     assert first == pytest.approx(expected["probability"], abs=1e-6)
-
-
-def test_tritons_own_client(running: Running, expected: dict[str, Any]) -> None:
-    """Of its defaults the binary form is one; what it shows of an error is its member `error`."""
-    http = pytest.importorskip("tritonclient.http")
-    client = http.InferenceServerClient(f"{HOST}:{running.ports.inference}")
-    for data, datatype in (
-        (np.array([CAT_BYTES, FLOWER_BYTES], np.object_), "BYTES"),
-        (np.frombuffer(CAT_BYTES, np.uint8)[None], "UINT8"),
-    ):
-        tensor = http.InferInput("images", list(data.shape), datatype)
-        tensor.set_data_from_numpy(data)
-        result = client.infer("densenet121", [tensor], request_id="42")
-        assert result.get_response()["id"] == "42"
-        probability = result.as_numpy("probability")
-        assert probability.dtype == np.float32
-        assert probability[0] == pytest.approx(expected["probability"], abs=1e-6)
-        body = json.loads(result.as_numpy("result")[0])
-        assert body["predictions"] == expected["predictions"]
-        assert result.as_numpy("recognized").tolist()[0] is expected["recognized"]
-    only = [http.InferRequestedOutput("class_name", binary_data=binary) for binary in (True, False)]
-    for output in only:
-        result = client.infer("densenet121", [tensor], outputs=[output])
-        assert [o["name"] for o in result.get_response()["outputs"]] == ["class_name"]
-    broken = http.InferInput("images", [1], "BYTES")
-    broken.set_data_from_numpy(np.array([b"no picture"], np.object_))
-    with pytest.raises(http.InferenceServerException, match="not a picture"):
-        client.infer("densenet121", [broken])
-    unknown = [http.InferRequestedOutput("logits")]
-    with pytest.raises(http.InferenceServerException, match="asks for what is not there"):
-        client.infer("densenet121", [tensor], outputs=unknown)
 
 
 @pytest.mark.parametrize(
