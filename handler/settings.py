@@ -63,7 +63,7 @@ class Settings:
     topk: int = _bounded(5, 1, 1_000_000)
     threshold: float = _bounded(0.1, 0, 1)
     max_pixels: int = _bounded(64_000_000, 1, 1_000_000_000)
-    max_seconds: float = _bounded(1.6, 0.1, 50)
+    max_seconds: float = _bounded(1.3, 0.1, 50)
     max_images: int = _bounded(16, 1, 1_000)
     max_batch: int = _bounded(16, 1, 1_024)
     reduced_decoding: bool = True

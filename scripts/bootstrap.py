@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,8 @@ def fail(text: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Where it was started in the background too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(str(Path(__file__).resolve().parent.parent))
     try:
         main()
