@@ -48,6 +48,8 @@ SECONDS_BETWEEN_CHECKS = 1.0
 CHECKS_THAT_FAIL = 2
 # TorchServe's tokens are good for an hour, unless token_expiration_min says otherwise.
 RENEW_BEFORE_EXPIRY = timedelta(minutes=20)
+# With less time than this left a node's tokens are renewed even while no other node serves.
+LAST_CHANCE = timedelta(minutes=5)
 _HTTP_TIMEOUT = 10.0
 # A node that dies soon after its start is started again after pauses that double, in seconds.
 _FIRST_PAUSE = 5.0
@@ -217,6 +219,9 @@ def renew_tokens(folder: Path, before_expiry: timedelta = RENEW_BEFORE_EXPIRY) -
             running = _expiring(run_dir, before_expiry)
             if node is None or running is None:
                 continue
+            can_wait = len(nodes) > 1 and _expiring(run_dir, LAST_CHANCE) is None
+            if can_wait and not node.drained and not _others_serve(nodes, node):
+                continue  # the others will be back in seconds
             if _others_serve(nodes, node):
                 with drained(node.name, folder):
                     renew(running)

@@ -50,6 +50,13 @@ def _nobody_noticed(tally: Tally) -> None:
     assert tally.failed == 0, (tally.outcomes, tally.examples)
 
 
+@pytest.fixture(autouse=True)
+def _all_serve(cluster: Gateway, folder: Path) -> None:
+    """What the test before did to a node is over."""
+    assert cluster
+    faults.wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
+
+
 def test_a_killed_worker_costs_no_client_an_error(cluster: Gateway, folder: Path) -> None:
     with clients(cluster, CLIENTS) as tally:
         time.sleep(0.5)
@@ -63,6 +70,19 @@ def test_a_drained_node_costs_no_client_an_error(cluster: Gateway, folder: Path)
         faults.drain_node(folder)
         time.sleep(0.5)
     _nobody_noticed(tally)
+
+
+def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
+    cluster: Gateway, folder: Path
+) -> None:
+    names = faults.nodes_of(folder)
+    with clients(cluster, CLIENTS) as tally:
+        time.sleep(0.5)
+        faults.kill_node(folder)
+        time.sleep(0.5)
+    _nobody_noticed(tally)
+    assert names[0] not in faults.nodes_of(folder)
+    assert len(faults.nodes_of(folder)) == 2
 
 
 def test_tokens_are_renewed_without_an_error(cluster: Gateway, folder: Path) -> None:
@@ -105,19 +125,6 @@ def _gateway(folder: Path) -> Gateway:
     gateway = find_gateway(folder)
     assert gateway is not None
     return gateway
-
-
-def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
-    cluster: Gateway, folder: Path
-) -> None:
-    names = faults.nodes_of(folder)
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
-        faults.kill_node(folder)
-        time.sleep(0.5)
-    _nobody_noticed(tally)
-    assert names[0] not in faults.nodes_of(folder)
-    assert len(faults.nodes_of(folder)) == 2
 
 
 def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_error(
