@@ -590,11 +590,15 @@ def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:
         authorization = running.authorization("inference").get("Authorization", "")
     except (OSError, ValueError):
         return None  # its file of tokens is not there or not whole yet
+    port = running.ports.inference
+    # After a reload the old processes of nginx take connections for a moment still. They must not
+    # get those of the new ones: what they would send to this node is an old port or a void token.
+    current = hashlib.sha256(f"{port} {authorization}".encode()).hexdigest()[:8]
     return {
         "name": node.name,
-        "port": running.ports.inference,
+        "port": port,
         "authorization": authorization,
-        "socket": f"{sockets}/{node.name}.sock",
+        "socket": f"{sockets}/{node.name}.{current}.sock",
     }
 
 

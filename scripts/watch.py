@@ -127,7 +127,7 @@ class Watch:
         Where its worker was ended here, that may have been for this very request: it is tried no
         more if the worker was at work all the time, and once if it was not.
         """
-        name = Path(socket.removeprefix("unix:")).stem
+        name = Path(socket.removeprefix("unix:")).name.partition(".")[0]
         for run_dir, health in self.health.items():
             if Path(run_dir).name.lstrip(".") == name and health.ended is not None:
                 when, busy = health.ended

@@ -72,6 +72,53 @@ def test_a_drained_node_costs_no_client_an_error(cluster: Gateway, folder: Path)
     _nobody_noticed(tally)
 
 
+def test_tokens_are_renewed_without_an_error(cluster: Gateway, folder: Path) -> None:
+    before = [server.authorization("inference") for server in faults.servers_of(folder)]
+    with clients(cluster, CLIENTS) as tally:
+        time.sleep(0.5)
+        renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
+        time.sleep(0.5)
+    _nobody_noticed(tally)
+    servers = faults.servers_of(folder)
+    assert len(renewed) == len(servers) == 2
+    for server, old in zip(servers, before, strict=True):
+        answer = requests.post(server.predictions_url, data=b"x", headers=old, timeout=10)
+        assert answer.json()["type"] == "InvalidKeyException"
+    assert renew_tokens(folder, before_expiry=timedelta(minutes=1)) == []
+
+
+def test_what_follows_a_renewal_at_once_carries_the_new_token(
+    cluster: Gateway, folder: Path
+) -> None:
+    """The old processes of nginx take connections for a moment still."""
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(5):
+            assert len(renew_tokens(folder, before_expiry=timedelta(hours=2))) == 2
+            asked = [pool.submit(Client(cluster).predict) for _ in range(16)]
+            assert [answer.result().status_code for answer in asked] == [200] * 16
+
+
+def test_a_renewal_that_fails_leaves_no_node_drained_and_is_made_up_for(
+    cluster: Gateway, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([UserError("TorchServe refuses a new token: not today")])
+    real = watches.renew
+
+    def renew(running: Running) -> None:
+        for failure in failures:
+            raise failure
+        real(running)
+
+    monkeypatch.setattr(watches, "renew", renew)
+    with pytest.raises(UserError, match="not today"):
+        renew_tokens(folder, before_expiry=timedelta(hours=2))
+    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
+    assert Client(cluster).predict().status_code == 200
+    renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
+    assert len(renewed) == 2
+    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
+
+
 def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
     cluster: Gateway, folder: Path
 ) -> None:
@@ -335,46 +382,6 @@ def _until_first_node_is(folder: Path, *, healthy: bool) -> None:
             return
         assert time.monotonic() < deadline
         time.sleep(0.2)
-
-
-# --- Tokens: last, since what TorchServe does with renewed ones is not understood yet: a node that
-#     dies after a renewal may cost a request or two a 400 (deploy/README.md). ---
-
-
-def test_tokens_are_renewed_without_an_error(cluster: Gateway, folder: Path) -> None:
-    before = [server.authorization("inference") for server in faults.servers_of(folder)]
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
-        renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
-        time.sleep(0.5)
-    _nobody_noticed(tally)
-    servers = faults.servers_of(folder)
-    assert len(renewed) == len(servers) == 2
-    for server, old in zip(servers, before, strict=True):
-        answer = requests.post(server.predictions_url, data=b"x", headers=old, timeout=10)
-        assert answer.json()["type"] == "InvalidKeyException"
-    assert renew_tokens(folder, before_expiry=timedelta(minutes=1)) == []
-
-
-def test_a_renewal_that_fails_leaves_no_node_drained_and_is_made_up_for(
-    cluster: Gateway, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failures = iter([UserError("TorchServe refuses a new token: not today")])
-    real = watches.renew
-
-    def renew(running: Running) -> None:
-        for failure in failures:
-            raise failure
-        real(running)
-
-    monkeypatch.setattr(watches, "renew", renew)
-    with pytest.raises(UserError, match="not today"):
-        renew_tokens(folder, before_expiry=timedelta(hours=2))
-    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
-    assert Client(cluster).predict().status_code == 200
-    renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
-    assert len(renewed) == 2
-    assert [node.drained for node in _gateway(folder).nodes] == [False, False]
 
 
 def _gateway(folder: Path) -> Gateway:
