@@ -2,9 +2,9 @@
 
 Commands and programs run as a reader would run them, in a copy of the project, against the server
 that the copy's `make run` started: on ports of its own, so that those of the text stand for them.
-In a `console` block a line that begins with `$` is a command, and what follows is what it prints; in
-a `python` block the comments at its end are. `...` stands for what varies, and white space counts
-once.
+In a `console` block a line that begins with `$` is a command, and what follows is what it prints;
+in a `python` block the comments at its end are. `...` stands for what varies, and white space
+counts once.
 """
 
 import dataclasses
