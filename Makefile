@@ -69,13 +69,13 @@ run: setup ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run
 
 status: setup ## show workers, memory, queue and versions
-	@$(VENV_PYTHON) -m scripts.server status
+	@$(VENV_PYTHON) -m scripts.serve.commands status
 
 scale: setup ## change the number of workers: make scale WORKERS=2
-	@$(VENV_PYTHON) -m scripts.server scale
+	@$(VENV_PYTHON) -m scripts.serve.commands scale
 
 stop: setup ## stop the server
-	@$(VENV_PYTHON) -m scripts.server stop
+	@$(VENV_PYTHON) -m scripts.serve.commands stop
 
 ##@ Classify
 classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
@@ -89,32 +89,32 @@ digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
 
 archive: setup ## build an archive, with trained weights only
-	@$(VENV_PYTHON) -m scripts.archive
+	@$(VENV_PYTHON) -m scripts.build.commands
 
 ##@ Production
 start: setup ## serve archives, with trained weights only
-	@$(VENV_PYTHON) -m scripts.server start
+	@$(VENV_PYTHON) -m scripts.serve.commands start
 
 gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
-	@$(VENV_PYTHON) -m scripts.cluster start
+	@$(VENV_PYTHON) -m scripts.gateway.commands start
 
 gateway-status: setup ## show the nodes behind the gateway
-	@$(VENV_PYTHON) -m scripts.cluster status
+	@$(VENV_PYTHON) -m scripts.gateway.commands status
 
 gateway-stop: setup ## stop the gateway and its nodes
-	@$(VENV_PYTHON) -m scripts.cluster stop
+	@$(VENV_PYTHON) -m scripts.gateway.commands stop
 
 drain: setup ## take a node out without losing a request: make drain NODE=node-1
-	@$(VENV_PYTHON) -m scripts.cluster drain
+	@$(VENV_PYTHON) -m scripts.gateway.commands drain
 
 undrain: setup ## let a drained node serve again
-	@$(VENV_PYTHON) -m scripts.cluster undrain
+	@$(VENV_PYTHON) -m scripts.gateway.commands undrain
 
 replace: setup ## put a new node in the place of one, dead or alive
-	@$(VENV_PYTHON) -m scripts.cluster replace
+	@$(VENV_PYTHON) -m scripts.gateway.commands replace
 
 upgrade: setup ## serve the new archive instead of the old one, without a gap
-	@$(VENV_PYTHON) -m scripts.upgrade
+	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 ##@ Tests
 test: setup-tests ## run all tests, those against a real TorchServe and in a browser too
@@ -174,6 +174,7 @@ lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-cache --no-logo
 	@.venv/bin/vermin --target=3.10- --no-tips --quiet handler scripts examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
@@ -198,5 +199,5 @@ lock-check: setup ## whether the locks can be installed on each Python and platf
 
 clean: variables ## stop gateway and server, remove all that was built; .venv stays
 	@if [ -x $(VENV_PYTHON) ]; then \
-		$(VENV_PYTHON) -m scripts.cluster stop && $(VENV_PYTHON) -m scripts.server stop; fi
+		$(VENV_PYTHON) -m scripts.gateway.commands stop && $(VENV_PYTHON) -m scripts.serve.commands stop; fi
 	@rm -rf build .run .mypy_cache .ruff_cache .pytest_cache .hypothesis model_store/*.mar

@@ -31,10 +31,10 @@ from PIL import Image
 from benchmarks.machine import RESULTS, write_report
 from benchmarks.peers.common import session
 from benchmarks.servers import CORES, Server, request_body, start_ours, start_peer, start_stock
-from scripts.archive import build, recipe
-from scripts.photographs import CAT
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.samples import CAT
 from scripts.terminal import UserError, command, step, warn
-from scripts.weights import untrained
 
 mpl.use("Agg")
 

@@ -27,11 +27,11 @@ from rich.progress import track
 
 from benchmarks.machine import write_report
 from handler.settings import Preprocessing
-from scripts.archive import build, recipe
-from scripts.export import Normalized
-from scripts.photographs import sample_views
+from scripts.build.archive import build, recipe
+from scripts.build.export import Normalized
+from scripts.build.weights import build_model, untrained
+from scripts.samples import sample_views
 from scripts.terminal import command, step
-from scripts.weights import build_model, untrained
 
 Logits = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 

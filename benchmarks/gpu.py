@@ -21,10 +21,10 @@ from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
-from scripts.export import Normalized
-from scripts.photographs import CAT, sample_views
+from scripts.build.export import Normalized
+from scripts.build.weights import build_model, untrained
+from scripts.samples import CAT, sample_views
 from scripts.terminal import command, step
-from scripts.weights import build_model, untrained
 
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CPU_BATCHES = (1, 4)

@@ -26,10 +26,11 @@ from benchmarks.bench import closed_loop
 from benchmarks.machine import write_report
 from benchmarks.scaling import picture
 from benchmarks.servers import free_port
-from scripts.archive import build, recipe
-from scripts.server import CONFIG, LOG_CONFIG, Ports, Running, start, stop
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.serve.running import Ports, Running
+from scripts.serve.server import CONFIG, LOG_CONFIG, start, stop
 from scripts.terminal import command, step
-from scripts.weights import untrained
 
 CLIENTS = 16
 WARM_UP_SECONDS = 6

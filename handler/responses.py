@@ -33,7 +33,7 @@ _PROBABILITY_DIGITS = 7
 # float32's sums over a thousand channels are no more exact than this.
 _MAP_DIGITS = 6
 
-# TorchServe's `max_response_size`, which it does not tell its workers; `scripts.server` does, by
+# TorchServe's `max_response_size`, which it does not tell its workers; `scripts.serve` does, by
 # the variable that TorchServe itself has for it. A larger answer ends the worker.
 MAX_ANSWER_BYTES = int(os.environ.get("TS_MAX_RESPONSE_SIZE", "6553500"))
 

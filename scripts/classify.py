@@ -29,7 +29,7 @@ from scripts.client import (
 from scripts.pictures import Found, find_pictures
 from scripts.results import Origin, Row, classify_now, csv_columns, csv_line, labels_in_csv
 from scripts.results_file import ResultsFile, results_file
-from scripts.server import require_running
+from scripts.serve.running import require_running
 from scripts.sources import sources, spelt
 from scripts.terminal import GIVEN, UserError, command, console, printable, warn
 

@@ -29,7 +29,7 @@ from scripts.client import (
 )
 from scripts.pictures import Found, search
 from scripts.results import Row, classify_now
-from scripts.server import RUN_DIR
+from scripts.serve.running import RUN_DIR
 from scripts.sources import asked, sources
 from scripts.terminal import UserError, command, console, printable, step, warn
 

@@ -8,8 +8,9 @@ import stamina
 import typer
 from rich.status import Status
 
-from scripts.architectures import check_architecture
-from scripts.archive import (
+from scripts.build.architectures import check_architecture
+from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
+from scripts.build.commands import (
     ArchOption,
     Channels,
     EngineOption,
@@ -17,30 +18,16 @@ from scripts.archive import (
     NameOption,
     Pixels,
     UrlOption,
-    build,
-    check_choices,
-    customized,
-    obtain_for_trial,
-    recipe,
 )
 from scripts.classify import show
 from scripts.client import Client, ServiceError
-from scripts.machine import plan
-from scripts.photographs import CAT
-from scripts.preflight import try_archive
-from scripts.server import (
-    METRICS_CONFIG,
-    RUN_DIR,
-    Grpc,
-    Ports,
-    Running,
-    Workers,
-    check_start,
-    find_running,
-    ready_workers,
-    start,
-    stop,
-)
+from scripts.samples import CAT
+from scripts.serve.commands import Grpc, Workers
+from scripts.serve.machine import plan
+from scripts.serve.management import ready_workers
+from scripts.serve.preflight import try_archive
+from scripts.serve.running import RUN_DIR, Ports, Running, find_running
+from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step
 

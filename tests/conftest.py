@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.archive import build, recipe
-from scripts.cluster import free_ports
-from scripts.server import Running, start, stop
-from scripts.weights import Weights, untrained
+from scripts.build.archive import build, recipe
+from scripts.build.weights import Weights, untrained
+from scripts.gateway.nodes import free_ports
+from scripts.serve.running import Running
+from scripts.serve.server import start, stop
 
 # What `make test` tells this process is not for the commands that tests start.
 for _name in list(os.environ):

@@ -17,7 +17,7 @@ import pillow_heif
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from scripts.photographs import CAT
+from scripts.samples import CAT
 from tests import kinds
 from tests.pictures import encode
 

@@ -8,7 +8,7 @@ import numpy as np
 import sklearn
 from PIL import Image
 
-from scripts.photographs import CAT
+from scripts.samples import CAT
 
 _SKIMAGE = CAT.parent
 _SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"

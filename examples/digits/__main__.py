@@ -20,13 +20,13 @@ from examples.digits.train import (
     train,
 )
 from handler.settings import Preprocessing
-from scripts.archive import build, recipe
+from scripts.build.archive import build, recipe
+from scripts.build.weights import load as load_weights
 from scripts.client import AsyncClient, Classification
-from scripts.cluster import free_ports
+from scripts.gateway.nodes import free_ports
 from scripts.results import Row, classify_now
-from scripts.server import start, stop
+from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
-from scripts.weights import load as load_weights
 
 # Less would mean that something is wrong with the training.
 LEAST_ACCURACY = 0.97

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserType, Page, sync_playwright
 
-from scripts.server import Running
+from scripts.serve.running import Running
 
 # Debian's name, then those of others.
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -6,8 +6,8 @@ from typing import Any
 import requests
 from playwright.sync_api import FilePayload, Locator, Page, expect
 
-from scripts.photographs import CAT
-from scripts.server import Running
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from tests.pictures import PHOTOGRAPHS
 
 TIMEOUT = 60

@@ -9,8 +9,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Route, expect
 
-from scripts.photographs import CAT
-from scripts.server import HOST, Running
+from scripts.samples import CAT
+from scripts.serve.running import HOST, Running
 from tests.browser.conftest import Console
 from tests.browser.person import PHONE, answered, choose, everything
 from tests.pictures import PHOTOGRAPHS

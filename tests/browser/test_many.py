@@ -7,7 +7,7 @@ from typing import Any
 
 from playwright.sync_api import Page, Route, expect
 
-from scripts.server import Running
+from scripts.serve.running import Running
 from tests.browser.conftest import Console
 from tests.browser.person import NOTES, answered, ask, choose, copy_of, payload
 from tests.pictures import PHOTOGRAPHS

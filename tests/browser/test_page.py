@@ -17,8 +17,8 @@ import requests
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from scripts.photographs import CAT
-from scripts.server import Running
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from tests.browser.conftest import Console
 from tests.browser.person import (
     CAT_BYTES,

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 import pytest
 
-from scripts.cluster import free_ports
-from scripts.server import Running, start, stop
+from scripts.gateway.nodes import free_ports
+from scripts.serve.running import Running
+from scripts.serve.server import start, stop
 
 CONTAINER = Path("deploy/container")
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from handler.settings import ADDED_BYTES, DECODING_BYTES
-from scripts.machine import FRONTEND_BYTES, WORKER_BYTES
+from scripts.serve.machine import FRONTEND_BYTES, WORKER_BYTES
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")

@@ -22,8 +22,8 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scripts.cluster import free_ports
-from scripts.server import Ports
+from scripts.gateway.nodes import free_ports
+from scripts.serve.running import Ports
 from tests.gateway.conftest import free_port
 
 README = Path("README.md")

@@ -10,8 +10,8 @@ from typing import Any
 
 import requests
 
-from scripts.gateway import Gateway
-from scripts.photographs import CAT
+from scripts.gateway.gateway import Gateway
+from scripts.samples import CAT
 
 TIMEOUT = 60
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from scripts import gateway as gateways
-from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import Gateway, Options, find_gateway
+from scripts.gateway import start as starting
+from scripts.gateway.gateway import Gateway, Options, find_gateway
+from scripts.gateway.nodes import start_nodes, stop_nodes
 from tests.gateway.client import Client
 
 KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
@@ -49,11 +49,11 @@ def cluster(archive: Path, folder: Path) -> Iterator[Gateway]:
     """Two nodes of one worker each, behind a gateway with the watch."""
     nodes = start_nodes(2, archive, workers=1, run_dir=folder.parent)
     options = free_options(rate=1000, burst=1000)
-    started = gateways.start(options, nodes, folder)
+    started = starting.start(options, nodes, folder)
     yield started
     last = find_gateway(folder)
     assert last is not None, "nginx ended during the tests"
-    gateways.stop(last, folder)
+    starting.stop(last, folder)
     stop_nodes(last.nodes)
 
 
@@ -73,6 +73,6 @@ def guarded(cluster: Gateway, tmp_path: Path) -> Iterator[Client]:
     folder = tmp_path / "guarded"
     current = find_gateway(Path(cluster.nodes[0].run_dir).parent / "gateway")
     assert current is not None
-    started = gateways.start(options, current.nodes, folder, watch=False)
+    started = starting.start(options, current.nodes, folder, watch=False)
     yield Client(started)
-    gateways.stop(started, folder)
+    starting.stop(started, folder)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import psutil
 
-from scripts.cluster import drain, replace, undrain
-from scripts.gateway import Gateway, find_gateway
-from scripts.server import Running, find_running, model_status, ready_workers
+from scripts.gateway.gateway import Gateway, find_gateway
+from scripts.gateway.nodes import drain, replace, undrain
+from scripts.gateway.upgrade import upgrade
+from scripts.serve.management import model_status, ready_workers
+from scripts.serve.running import Running, find_running
 from scripts.terminal import UserError
-from scripts.upgrade import upgrade
 
 
 def nodes_of(folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import requests
 
-from scripts.gateway import Gateway, routes
-from scripts.photographs import CAT
+from scripts.gateway.config import routes
+from scripts.gateway.gateway import Gateway
+from scripts.samples import CAT
 from tests.gateway.client import Client
 from tests.gateway.conftest import KEYS
 

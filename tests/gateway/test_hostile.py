@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from scripts.gateway import Gateway
+from scripts.gateway.gateway import Gateway
 from tests import costs
 from tests.gateway.client import TIMEOUT, clients
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.gateway import Gateway
-from scripts.photographs import CAT
-from scripts.server import Running
+from scripts.gateway.gateway import Gateway
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from tests.gateway import faults
 from tests.gateway.raw import exchange, request, statuses
 

@@ -12,8 +12,8 @@ import pytest
 import requests
 import yaml
 
-from scripts.gateway import Gateway
-from scripts.photographs import CAT
+from scripts.gateway.gateway import Gateway
+from scripts.samples import CAT
 from tests.gateway import faults
 from tests.gateway.client import Client
 from tests.gateway.conftest import free_port

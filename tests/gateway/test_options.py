@@ -21,23 +21,20 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry
 
-from scripts import cluster, server
-from scripts import gateway as gateways
-from scripts import upgrade as upgrades
-from scripts import watch as watches
-from scripts.gateway import (
-    STATE,
-    Gateway,
-    Node,
-    Options,
-    find_gateway,
-    find_lost,
-    stop_lost,
-)
+from scripts.gateway import commands, config
+from scripts.gateway import nodes as cluster
+from scripts.gateway import start as starting
+from scripts.gateway import upgrade as upgrades
+from scripts.gateway import watch as watches
+from scripts.gateway.gateway import STATE, Gateway, Node, Options, find_gateway, require_gateway
+from scripts.gateway.nginx import change_nodes
+from scripts.gateway.start import find_lost, stop_lost
+from scripts.gateway.waiting import Attempts, answering, may_be_sent_again
+from scripts.gateway.watch import Starts, Watch
+from scripts.serve import management
+from scripts.serve.running import Ports
 from scripts.state import remember, started
 from scripts.terminal import UserError
-from scripts.waiting import Attempts, answering, may_be_sent_again
-from scripts.watch import Starts, Watch
 from tests.gateway.conftest import free_options, free_port
 
 
@@ -64,7 +61,7 @@ def test_a_wrong_option_is_refused_before_anything_starts(
     options = dataclasses.replace(free_options(), **wrong)
     folder = tmp_path / "gateway"
     with pytest.raises(UserError, match=said):
-        gateways.start(options, [], folder)
+        starting.start(options, [], folder)
     assert not folder.exists()
 
 
@@ -73,7 +70,7 @@ def test_a_port_that_is_taken_is_refused_with_its_owner(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         options = dataclasses.replace(free_options(), https_port=port)
         with pytest.raises(UserError, match=f"{port}.*already in use.*HTTPS_PORT"):
-            gateways.check(options, tmp_path)
+            starting.check(options, tmp_path)
 
 
 @pytest.fixture
@@ -130,7 +127,7 @@ def test_a_gateway_that_has_ended_is_not_found_and_looking_removes_nothing(
 def stub_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes that nobody answers for."""
     monkeypatch.setattr(
-        gateways,
+        config,
         "_upstream",
         lambda node, sockets: {
             "name": node.name,
@@ -148,11 +145,11 @@ def serving(tmp_path: Path, stub_nodes: None) -> Iterator[Gateway]:  # noqa: ARG
     keys = tmp_path / "keys"
     keys.touch(mode=0o600)
     keys.write_text("alice alices-key-0123456789\n")
-    gateway = gateways.start(
+    gateway = starting.start(
         free_options(keys=str(keys)), [_node(tmp_path, 1)], folder, watch=False
     )
     yield gateway
-    gateways.stop(gateway, folder)
+    starting.stop(gateway, folder)
 
 
 def _node(tmp_path: Path, number: int) -> Node:
@@ -168,7 +165,7 @@ def test_a_gateway_whose_folder_was_removed_is_found_by_what_it_runs(
     folder.rmdir()
     assert find_gateway(folder) is None
     with pytest.raises(UserError, match="make gateway-stop"):
-        gateways.check(free_options(), folder)
+        starting.check(free_options(), folder)
     assert find_lost(tmp_path / "other") == []
     lost = find_lost(folder)
     assert [process.pid for process in lost] == [serving.pid]
@@ -179,7 +176,9 @@ def test_a_gateway_whose_folder_was_removed_is_found_by_what_it_runs(
 
 def test_a_watch_ends_where_its_gateway_does(serving: Gateway, tmp_path: Path) -> None:
     folder = tmp_path / "gateway"
-    with subprocess.Popen([sys.executable, "-m", "scripts.watch", "--folder", folder]) as watch:
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.gateway.watch", "--folder", folder]
+    ) as watch:
         socket_path = Path(serving.sockets) / "watch.sock"
         deadline = time.monotonic() + 30
         while not socket_path.exists():
@@ -202,7 +201,7 @@ def test_the_metrics_port_is_looked_at_where_nginx_listens(tmp_path: Path) -> No
         port = taken.getsockname()[1]
         options = dataclasses.replace(free_options(), host="127.0.0.2", metrics_port=port)
         with pytest.raises(UserError, match=f"{port}.*already in use.*METRICS_PORT"):
-            gateways.check(options, tmp_path)
+            starting.check(options, tmp_path)
 
 
 @pytest.mark.parametrize("fails", ["remember", "_start_watch"])
@@ -216,9 +215,9 @@ def test_a_start_that_fails_late_leaves_nothing_running(
         assert find_lost(folder), "nginx runs by then"
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(gateways, fails, fail)
+    monkeypatch.setattr(starting, fails, fail)
     with pytest.raises(OSError, match="the disk is full"):
-        gateways.start(free_options(), [_node(tmp_path, 1)], folder)
+        starting.start(free_options(), [_node(tmp_path, 1)], folder)
     assert find_lost(folder) == []
     assert find_gateway(folder) is None
     assert not (folder / STATE).exists()
@@ -231,28 +230,28 @@ def test_a_mistake_in_the_keys_keeps_the_last_ones_and_every_change_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, keys = tmp_path / "gateway", Path(serving.options.keys)
-    config = folder / "nginx.conf"
+    written = folder / "nginx.conf"
     keys.write_text("alice alices key\n")
-    gateways.change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
-    assert "node-2.sock" in config.read_text()
-    assert "alices-key-0123456789" in config.read_text()
+    change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
+    assert "node-2.sock" in written.read_text()
+    assert "alices-key-0123456789" in written.read_text()
     assert (folder / STATE).stat().st_mode & 0o077 == 0
 
     watch = Watch(folder)
     watch.keep()
     watch.keep()
     assert capsys.readouterr().out.count("The keys that were read last still count.") == 1
-    monkeypatch.setattr(cluster, "require_gateway", lambda: gateways.require_gateway(folder))
-    cluster.status_command()
+    monkeypatch.setattr(commands, "require_gateway", lambda: require_gateway(folder))
+    commands.status_command()
     shown = " ".join("".join(capsys.readouterr()).split())
     assert "The keys that were read last still count." in shown
     assert "line 1" in shown
 
     keys.write_text("bob bobs-key-0123456789ab\n")
-    gateways.change_nodes(tuple, folder)
-    assert "bobs-key-0123456789ab" in config.read_text()
-    assert "alices-key-0123456789" not in config.read_text()
-    cluster.status_command()
+    change_nodes(tuple, folder)
+    assert "bobs-key-0123456789ab" in written.read_text()
+    assert "alices-key-0123456789" not in written.read_text()
+    commands.status_command()
     assert "still count" not in "".join(capsys.readouterr())
 
 
@@ -265,24 +264,24 @@ def test_a_worker_that_torchserve_calls_ready_and_that_is_dead_is_not_shown_as_o
         "jobQueueStatus": {"pendingRequests": 7},
         "modelVersion": "1.0",
     }
-    running = SimpleNamespace(ports=server.Ports(inference=4321), pid=os.getpid())
-    for module in (cluster, server):
+    running = SimpleNamespace(ports=Ports(inference=4321), pid=os.getpid())
+    for module in (commands, management):
         monkeypatch.setattr(module, "model_status", lambda *_: model)
-    monkeypatch.setattr(cluster, "find_running", lambda _: running)
-    assert cluster._describe(_node(tmp_path, 1))[:5] == ["4321", "serving", "0", "7", "1.0"]
+    monkeypatch.setattr(commands, "find_running", lambda _: running)
+    assert commands._describe(_node(tmp_path, 1))[:5] == ["4321", "serving", "0", "7", "1.0"]
 
 
 def test_a_node_that_was_drained_just_before_its_tokens_are_renewed_stays_drained(
     serving: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "gateway"
-    gateways.change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
+    change_nodes(lambda nodes: [*nodes, _node(tmp_path, 2)], folder)
     first = serving.nodes[0].name
 
     @contextmanager
     def operation(*_: object) -> Iterator[None]:
         """Somebody else had that right until now."""
-        gateways.change_nodes(
+        change_nodes(
             lambda nodes: [
                 dataclasses.replace(node, drained=node.drained or node.name == first)
                 for node in nodes
@@ -298,7 +297,7 @@ def test_a_node_that_was_drained_just_before_its_tokens_are_renewed_stays_draine
     monkeypatch.setattr(watches, "renew", renewed.append)
     assert watches.renew_tokens(folder) == ["node-1", "node-2"]
     assert len(renewed) == 2
-    assert [node.drained for node in gateways.require_gateway(folder).nodes] == [True, False]
+    assert [node.drained for node in require_gateway(folder).nodes] == [True, False]
 
 
 class _Upgrade:
@@ -323,7 +322,7 @@ class _Upgrade:
         self._changes += 1
         when = self._fails.get(self._changes)
         if when != "before":
-            old = gateways.change_nodes(change, folder)
+            old = change_nodes(change, folder)
         if when is not None:
             raise UserError(f"change {self._changes} failed")
         return old
@@ -337,7 +336,7 @@ class _Upgrade:
 
     def nodes(self) -> dict[str, bool]:
         """The gateway's nodes, and whether each serves."""
-        nodes = gateways.require_gateway(self.folder).nodes
+        nodes = require_gateway(self.folder).nodes
         return {node.name: not node.drained for node in nodes}
 
 
@@ -447,7 +446,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
     """The process of nginx that has it knows none of them any more."""
     ports: dict[str, int] = {}
     monkeypatch.setattr(
-        gateways,
+        config,
         "_upstream",
         lambda node, sockets: {
             "name": node.name,
@@ -481,7 +480,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
         thread.start()
     ports.update({"node-1": old.server_port, "node-2": new.server_port})
     first, second = (Node(str(tmp_path / name), "densenet121.mar", 1) for name in ports)
-    gateway = gateways.start(free_options(), [first], folder, watch=False)
+    gateway = starting.start(free_options(), [first], folder, watch=False)
     nodes = _Nodes("again", "node-1")
     try:
         with (
@@ -496,7 +495,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
                 timeout=30,
             )
             assert asked.wait(10)
-            gateways.change_nodes(lambda _: [second], folder)
+            change_nodes(lambda _: [second], folder)
             old.shutdown()
             ended.set()
             old.server_close()
@@ -504,7 +503,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
             assert answer.result().headers["Inference-Header-Content-Length"] == "34"
     finally:
         ended.set()
-        gateways.stop(gateway, folder)
+        starting.stop(gateway, folder)
         for server in (old, new):
             server.shutdown()
             server.server_close()

@@ -19,25 +19,20 @@ import psutil
 import pytest
 import requests
 
-from scripts import gateway as gateways
-from scripts import upgrade as upgrades
-from scripts import watch as watches
-from scripts.archive import build, recipe
-from scripts.cluster import (
-    drain,
-    refuse_during_an_operation,
-    replace,
-    start_nodes,
-    stop_nodes,
-    undrain,
-)
-from scripts.gateway import Gateway, change_nodes, find_gateway
-from scripts.server import Running
+from scripts.build.archive import build, recipe
+from scripts.build.weights import Weights
+from scripts.gateway import start as starting
+from scripts.gateway import upgrade as upgrades
+from scripts.gateway import watch as watches
+from scripts.gateway.commands import refuse_during_an_operation
+from scripts.gateway.gateway import Gateway, find_gateway
+from scripts.gateway.nginx import change_nodes
+from scripts.gateway.nodes import drain, replace, start_nodes, stop_nodes, undrain
+from scripts.gateway.upgrade import upgrade
+from scripts.gateway.watch import renew_tokens
+from scripts.serve.running import Running
 from scripts.store import sha256
 from scripts.terminal import UserError
-from scripts.upgrade import upgrade
-from scripts.watch import renew_tokens
-from scripts.weights import Weights
 from tests.gateway import faults
 from tests.gateway.client import Client, Tally, clients
 from tests.gateway.conftest import KEYS, free_options
@@ -150,7 +145,7 @@ def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an
     """There is no other node to ask: clients wait for as long as it takes."""
     folder = tmp_path / "run" / "gateway"
     nodes = start_nodes(1, archive, workers=1, run_dir=folder.parent)
-    gateway = gateways.start(free_options(rate=1000, burst=1000), nodes, folder)
+    gateway = starting.start(free_options(rate=1000, burst=1000), nodes, folder)
     try:
         with clients(gateway, CLIENTS) as tally:
             for number in range(3):
@@ -168,7 +163,7 @@ def test_a_single_node_that_loses_its_worker_and_its_frontend_costs_no_client_an
         )
     finally:
         last = _gateway(folder)
-        gateways.stop(last, folder)
+        starting.stop(last, folder)
         stop_nodes(last.nodes)
 
 
@@ -224,7 +219,7 @@ def test_one_change_of_nodes_at_a_time_and_a_dead_holder_keeps_nothing(
     cluster: Gateway, folder: Path, archive: Path
 ) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from scripts.gateway import operation\n"
+        "import sys, time; from pathlib import Path; from scripts.gateway.nginx import operation\n"
         "with operation('make upgrade to new.mar', Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)"
     )

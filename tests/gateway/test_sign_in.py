@@ -15,9 +15,9 @@ import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from scripts.gateway import change_nodes
-from scripts.keys import SESSION_SECONDS, Key
-from scripts.photographs import CAT
+from scripts.gateway.keys import SESSION_SECONDS, Key
+from scripts.gateway.nginx import change_nodes
+from scripts.samples import CAT
 from tests.browser.conftest import _chromium
 from tests.gateway.client import Client
 from tests.gateway.conftest import KEYS

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import requests
 
-from scripts import gateway as gateways
-from scripts.gateway import Gateway, Options, find_gateway
-from scripts.keys import read_keys
-from scripts.photographs import CAT
+from scripts.gateway import config
+from scripts.gateway import nginx as gateways
+from scripts.gateway import start as starting
+from scripts.gateway.gateway import Gateway, Options, find_gateway
+from scripts.gateway.keys import read_keys
+from scripts.samples import CAT
 from scripts.terminal import UserError
 from tests.gateway.client import Client
 from tests.gateway.conftest import KEYS, free_options
@@ -92,16 +94,16 @@ def test_the_scan_finds_what_is_weaker(
     current = find_gateway(Path(cluster.options.certificate).parent)
     assert current is not None
     place = tmp_path / "weak"
-    weak = gateways.start(free_options(), current.nodes, place, watch=False)
+    weak = starting.start(free_options(), current.nodes, place, watch=False)
     try:
-        config = place / "nginx.conf"
-        text = config.read_text()
+        written = place / "nginx.conf"
+        text = written.read_text()
         assert directive in text
-        config.write_text(text.replace(directive, weaker))
+        written.write_text(text.replace(directive, weaker))
         gateways._reload(weak)
         weaknesses = _weaknesses(_scan(weak.options.https_port, tmp_path / "sslyze.json"))
     finally:
-        gateways.stop(weak, place)
+        starting.stop(weak, place)
     assert any(finding in weakness for weakness in weaknesses), weaknesses
 
 
@@ -134,14 +136,14 @@ def _weaknesses(scans: dict[str, Any]) -> list[str]:
 
 def test_beyond_this_machine_keys_are_compulsory(cluster: Gateway, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nobody would need a key"):
-        gateways.start(Options(host="0.0.0.0"), cluster.nodes, tmp_path / "open", watch=False)
+        starting.start(Options(host="0.0.0.0"), cluster.nodes, tmp_path / "open", watch=False)
 
 
 def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
     cluster: Gateway, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On loopback, as all tests; only the gateway takes it for an address of the network."""
-    monkeypatch.setattr(gateways, "_is_loopback", lambda _: False)
+    monkeypatch.setattr(config, "is_loopback", lambda _: False)
     keys = tmp_path / "keys"
     keys.touch(mode=0o600)
     keys.write_text(f"alice {KEYS['alice']}\n")
@@ -150,7 +152,7 @@ def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
     assert current.pid == cluster.pid
     options = free_options(keys=str(keys))
     place = tmp_path / "public"
-    public = gateways.start(options, current.nodes, place, watch=False)
+    public = starting.start(options, current.nodes, place, watch=False)
     try:
         plain = requests.post(f"{public.url}/predict", timeout=10, allow_redirects=False)
         assert plain.status_code == 308
@@ -164,7 +166,7 @@ def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
         )
         assert answer.json()["success"] is True
     finally:
-        gateways.stop(public, place)
+        starting.stop(public, place)
 
 
 def test_a_file_of_keys_is_checked(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from scripts.server import Running, model_status, scale
+from scripts.serve.management import model_status, scale
+from scripts.serve.running import Running
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ import requests
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from scripts.photographs import CAT
-from scripts.server import Running, model_status
+from scripts.samples import CAT
+from scripts.serve.management import model_status
+from scripts.serve.running import Running
 from tests.pictures import PHOTOGRAPHS, encode
 
 TIMEOUT = 60

@@ -29,10 +29,11 @@ from scripts.client import (
     RefusedError,
     UnavailableError,
 )
-from scripts.cluster import free_ports
-from scripts.photographs import CAT
+from scripts.gateway.nodes import free_ports
 from scripts.results import Row, classify_all
-from scripts.server import Running, find_running, start, stop
+from scripts.samples import CAT
+from scripts.serve.running import Running, find_running
+from scripts.serve.server import start, stop
 
 THOUSANDS = 2000
 

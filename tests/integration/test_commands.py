@@ -19,10 +19,13 @@ import psutil
 import pytest
 import requests
 
-from scripts import run, server
-from scripts.cluster import free_ports, start_node
-from scripts.preflight import try_archive
-from scripts.server import METRICS_CONFIG, Running, find_running, model_status, start
+from scripts import run
+from scripts.gateway.nodes import free_ports, start_node
+from scripts.serve import commands, server
+from scripts.serve.management import model_status
+from scripts.serve.preflight import try_archive
+from scripts.serve.running import Running, find_running
+from scripts.serve.server import METRICS_CONFIG, start
 from scripts.terminal import UserError
 
 TIMEOUT = 60
@@ -168,7 +171,7 @@ def test_ctrl_c_while_starting_leaves_nothing_behind(archive: Path, tmp_path: Pa
     program = (
         # A terminal's program takes Ctrl-C; one in a script's background is started to ignore it.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from scripts.server import Ports, start\n"
+        "from pathlib import Path; from scripts.serve.server import Ports, start\n"
         "from scripts.terminal import command\n"
         f"command(lambda: start(Path({str(archive)!r}), {ports!r}, 1, Path({str(tmp_path)!r})))"
     )
@@ -210,7 +213,7 @@ def test_a_server_whose_folder_was_removed_is_still_ones_own(
     found = find_running()
     assert found == running
     assert model_status(found)["workers"][0]["status"] == "READY"
-    server.scale_command(2)
+    commands.scale_command(2)
 
     process = found.process()
     assert process is not None
@@ -224,7 +227,7 @@ def test_a_server_whose_folder_was_removed_is_still_ones_own(
     folder.mkdir()
     again = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
     shutil.rmtree(folder)
-    server.stop_command()
+    commands.stop_command()
     assert again.process() is None
     assert not Path(again.temporary).exists()
 

@@ -18,7 +18,8 @@ from handler.engines import Engine, load_engine
 from handler.images import resize_and_crop
 from handler.responses import softmax
 from handler.settings import Preprocessing
-from scripts.server import Running, model_status
+from scripts.serve.management import model_status
+from scripts.serve.running import Running
 from scripts.store import read_card
 from tests import corpus
 from tests.pictures import encode, photographs

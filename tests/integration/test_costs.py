@@ -10,7 +10,7 @@ import psutil
 import requests
 
 from handler.settings import ADDED_BYTES
-from scripts.server import Running
+from scripts.serve.running import Running
 from tests import costs
 from tests.corpus import photograph
 from tests.pictures import encode

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from handler.labels import Label
+from scripts.build.weights import Weights, build_model
 from scripts.client import Asking, Client
 from scripts.evaluate import _match, evaluate, report
-from scripts.photographs import CAT
-from scripts.server import Running
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from scripts.terminal import UserError
-from scripts.weights import Weights, build_model
 from tests.pictures import encode, photographs
 from tests.unit.test_images import TUTORIAL
 

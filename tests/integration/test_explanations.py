@@ -12,9 +12,9 @@ import pytest
 import requests
 from PIL import Image
 
-from scripts.photographs import CAT
-from scripts.server import Running
-from scripts.weights import Weights
+from scripts.build.weights import Weights
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from tests import kinds
 from tests.pictures import PHOTOGRAPHS, encode
 

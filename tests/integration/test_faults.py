@@ -11,8 +11,9 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from scripts.photographs import CAT
-from scripts.server import Running, model_status, ready_workers, scale
+from scripts.samples import CAT
+from scripts.serve.management import model_status, ready_workers, scale
+from scripts.serve.running import Running
 from tests.stress import chaos, fuzz, load
 from tests.stress.servers import post
 

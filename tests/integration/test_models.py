@@ -9,11 +9,13 @@ import requests
 import torch
 from torchvision.models import get_model_weights
 
-from scripts.archive import build, recipe
-from scripts.cluster import free_ports
-from scripts.photographs import CAT
-from scripts.server import Running, model_status, ready_workers, scale, start, stop
-from scripts.weights import Weights, build_model, untrained
+from scripts.build.archive import build, recipe
+from scripts.build.weights import Weights, build_model, untrained
+from scripts.gateway.nodes import free_ports
+from scripts.samples import CAT
+from scripts.serve.management import model_status, ready_workers, scale
+from scripts.serve.running import Running
+from scripts.serve.server import start, stop
 from tests.pictures import encode, photographs
 from tests.unit.test_images import TUTORIAL
 

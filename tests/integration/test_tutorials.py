@@ -9,9 +9,9 @@ import requests
 import torch
 
 from handler.settings import Preprocessing
-from scripts.photographs import CAT
-from scripts.server import Running
-from scripts.weights import Weights, build_model
+from scripts.build.weights import Weights, build_model
+from scripts.samples import CAT
+from scripts.serve.running import Running
 from tests.pictures import encode, generated, photographs
 from tests.unit.test_images import TUTORIAL, is_very_long
 

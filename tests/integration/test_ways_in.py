@@ -18,10 +18,12 @@ import pytest
 import requests
 from PIL import Image
 
-from scripts import server
-from scripts.cluster import free_ports
-from scripts.photographs import CAT
-from scripts.server import HOST, Running, ready_workers, scale, start, stop
+from scripts.gateway.nodes import free_ports
+from scripts.samples import CAT
+from scripts.serve import commands, management
+from scripts.serve.management import ready_workers, scale
+from scripts.serve.running import HOST, Running
+from scripts.serve.server import start, stop
 from scripts.terminal import UserError
 from tests.pictures import PHOTOGRAPHS, encode
 
@@ -412,16 +414,16 @@ def test_a_worker_that_a_grpc_stream_ended_is_not_believed_to_be_ready(
     while ready_workers(grpc_server) > 0:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (worker,) = server.model_status(grpc_server)["workers"]
+    (worker,) = management.model_status(grpc_server)["workers"]
     assert worker["status"] == "READY", "this is what TorchServe says of it"
 
-    monkeypatch.setattr(server, "require_running", lambda: grpc_server)
-    server.status_command()
+    monkeypatch.setattr(commands, "require_running", lambda: grpc_server)
+    commands.status_command()
     shown = capsys.readouterr().out
     assert "ended" in shown
     assert "READY" not in shown
     assert "1 worker(s) that TorchServe counts as ready have ended" in shown
 
-    monkeypatch.setattr(server, "_REPLACED_WITHIN", 1.0)
+    monkeypatch.setattr(management, "REPLACED_WITHIN", 1.0)
     with pytest.raises(UserError, match=r"counts 1 worker\(s\), of which 0 live"):
         scale(grpc_server, 1)

@@ -19,7 +19,8 @@ import requests
 import typer
 from rich.table import Table
 
-from scripts.server import HOST, Running, ready_workers
+from scripts.serve.management import ready_workers
+from scripts.serve.running import HOST, Running
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
 from tests.pictures import PHOTOGRAPHS

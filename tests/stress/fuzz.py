@@ -23,7 +23,7 @@ from rich.progress import Progress, track
 from handler.errors import ClientError
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing, Settings
-from scripts.server import Running
+from scripts.serve.running import Running
 from scripts.terminal import UserError, command, console
 from tests import corpus, costs
 from tests.stress import servers

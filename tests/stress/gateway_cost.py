@@ -16,14 +16,14 @@ import numpy as np
 import requests
 
 from benchmarks.machine import write_report
-from scripts import gateway as gateways
-from scripts.archive import build, recipe
-from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import Gateway, Node
-from scripts.photographs import CAT
-from scripts.server import HOST, Running, find_running
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.gateway import start as starting
+from scripts.gateway.gateway import Gateway, Node
+from scripts.gateway.nodes import start_nodes, stop_nodes
+from scripts.samples import CAT
+from scripts.serve.running import HOST, Running, find_running
 from scripts.terminal import command, console
-from scripts.weights import untrained
 from tests.gateway.client import clients
 from tests.gateway.conftest import free_options
 
@@ -37,11 +37,11 @@ _SLOW_ADDRESS = "127.0.0.2"
 @contextmanager
 def _before(nodes: list[Node], folder: Path) -> Iterator[Gateway]:
     options = free_options(rate=1000, burst=1000)
-    gateway = gateways.start(options, nodes, folder, watch=False)
+    gateway = starting.start(options, nodes, folder, watch=False)
     try:
         yield gateway
     finally:
-        gateways.stop(gateway, folder)
+        starting.stop(gateway, folder)
 
 
 def _running(node: Node) -> Running:

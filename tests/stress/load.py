@@ -12,7 +12,7 @@ import typer
 from PIL import Image
 
 from benchmarks.machine import write_report
-from scripts.server import Running
+from scripts.serve.running import Running
 from scripts.terminal import UserError, console, run, step
 from tests.pictures import encode, photographs
 from tests.stress.servers import frontend_memory, post, served, worker_memory

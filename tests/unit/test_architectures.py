@@ -9,18 +9,18 @@ from torchvision.models import get_model_weights
 
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
-from scripts.architectures import (
+from scripts.build.architectures import (
     architectures,
     check_architecture,
     class_layer,
     last_layer,
     official_preprocessing,
 )
-from scripts.archive import customized
-from scripts.export import Normalized, WithFeatures, features_node
-from scripts.photographs import sample_batch
+from scripts.build.archive import customized
+from scripts.build.export import Normalized, WithFeatures, features_node
+from scripts.build.weights import build_model, untrained
+from scripts.samples import sample_batch
 from scripts.terminal import UserError
-from scripts.weights import build_model, untrained
 from tests.pictures import encode, photographs
 
 

@@ -18,12 +18,12 @@ from handler.engines import load_engine
 from handler.errors import ArchiveError
 from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
-from scripts import export
-from scripts.archive import build, recipe
-from scripts.photographs import sample_batch
+from scripts.build import export
+from scripts.build.archive import build, recipe
+from scripts.build.weights import Weights, build_model
+from scripts.samples import sample_batch
 from scripts.store import read_card
 from scripts.terminal import UserError
-from scripts.weights import Weights, build_model
 
 # DenseNet's last ReLU, as torchvision names it.
 NODE = "relu"
@@ -114,11 +114,11 @@ def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_p
     assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
 
 
-@pytest.mark.parametrize("command", ["scripts.archive", "scripts.server start"])
+@pytest.mark.parametrize("command", ["scripts.build.archive", "scripts.serve.server start"])
 def test_production_refuses_untrained_weights(command: str, archive: Path, tmp_path: Path) -> None:
     """No host is reachable at this address, and the archive in the store is untrained."""
     unreachable = "http://127.0.0.1:9/densenet121-a639ec97.pth"
-    options = ["--url", unreachable] if command == "scripts.archive" else []
+    options = ["--url", unreachable] if command == "scripts.build.archive" else []
     result = subprocess.run(
         [sys.executable, "-m", *command.split(), *options, "--model-store", str(archive.parent)],
         capture_output=True,

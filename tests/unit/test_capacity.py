@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from scripts import capacity
-from scripts.capacity import Worker, simulate
+from benchmarks import capacity
+from benchmarks.capacity import Worker, simulate
 
 
 def test_the_measurements_come_out_again() -> None:

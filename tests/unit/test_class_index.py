@@ -3,7 +3,7 @@
 import json
 
 from handler.labels import CLASS_INDEX, load_class_index
-from scripts.class_index import TARGET, as_json, class_index
+from scripts.build.class_index import TARGET, as_json, class_index
 
 
 def test_the_committed_file_is_what_the_script_makes() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from handler.labels import Label
-from scripts.class_names import read_class_names
+from scripts.build.class_names import read_class_names
 from scripts.terminal import UserError
 
 CAT_AND_DOG = [Label("cat", "cat"), Label("dog", "dog")]

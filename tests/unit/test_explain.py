@@ -16,8 +16,8 @@ from handler.engines import Engine, load_engine
 from handler.errors import ArchiveError
 from handler.images import Photo, PixelBudget, decode, decode_photo
 from handler.settings import Preprocessing
+from scripts.build.weights import Weights
 from scripts.store import read_card
-from scripts.weights import Weights
 from tests.pictures import encode, photographs
 
 PREPROCESSING = Preprocessing()

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from scripts import health
-from scripts.health import DEAD_WORKERS, HUNG, SILENT, STUCK, Health
+from scripts.gateway import health
+from scripts.gateway.health import DEAD_WORKERS, HUNG, SILENT, STUCK, Health
 
 
 class Node:

@@ -14,8 +14,8 @@ from torchvision import transforms
 from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
 from handler.images import PixelBudget, decode, decode_all
 from handler.settings import Preprocessing
-from scripts.export import Normalized
-from scripts.photographs import CAT
+from scripts.build.export import Normalized
+from scripts.samples import CAT
 from tests.pictures import encode, generated, large_jpegs, photographs
 
 PREPROCESSING = Preprocessing()

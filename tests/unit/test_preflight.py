@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from handler.settings import MODEL_CARD, ModelCard
-from scripts import machine
-from scripts.preflight import check_archives, check_ports, check_workers, java_home
-from scripts.server import HOST, Ports
+from scripts.serve import machine
+from scripts.serve.preflight import check_archives, check_ports, check_workers, java_home
+from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
 
 

@@ -21,7 +21,7 @@ from handler.exchange import (
 )
 from handler.images import Photo
 from handler.labels import Label
-from scripts import server
+from scripts.serve import server
 from scripts.terminal import UserError
 
 LABELS = [Label(f"n{i}", f"name_{i}") for i in range(4)]

@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from scripts import run, server
+from scripts import run
+from scripts.serve import commands
+from scripts.serve.running import find_running, require_running
 from scripts.state import living_process, process_of, recall, remember, started
 from scripts.terminal import UserError
 
@@ -106,12 +108,12 @@ def a_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     "look",
     [
-        server.find_running,
-        server.require_running,
-        server.status_command,
-        lambda: server.scale_command(1),
-        server.stop_command,
-        server.start_command,
+        find_running,
+        require_running,
+        commands.status_command,
+        lambda: commands.scale_command(1),
+        commands.stop_command,
+        commands.start_command,
         run.main,
     ],
     ids=["find", "require", "status", "scale", "stop", "start", "run"],
@@ -141,10 +143,10 @@ def test_stop_clears_what_a_dead_server_left(
     path.parent.mkdir()
     dead = {"pid": 2**22 + 1, "started": "boot/1", "temporary": str(temporary), "model": "m"}
     remember(path, {**dead, "ports": {}, "models": {"m": "0"}})
-    assert server.find_running() is None
+    assert find_running() is None
     assert path.exists(), "who only looks removes nothing"
     assert temporary.exists()
-    server.stop_command()
+    commands.stop_command()
     assert "what it left is cleared" in capsys.readouterr().out
     assert not path.exists()
     assert not temporary.exists()

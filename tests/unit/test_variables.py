@@ -10,14 +10,14 @@ import pytest
 import typer
 
 from scripts import run
-from scripts.archive import Recipe
-from scripts.cluster import free_ports
+from scripts.build.archive import Recipe
+from scripts.build.weights import Weights
+from scripts.gateway.nodes import free_ports
 from scripts.terminal import UserError
-from scripts.weights import Weights
 
 MAKEFILE = Path("Makefile").read_text()
 COMMANDS = re.findall(
-    r"^([a-z-]+):[^\n]*##[^\n]*\n\t@\$\(VENV_PYTHON\) -m (scripts\.\w+)(?: (\S+))?$",
+    r"^([a-z-]+):[^\n]*##[^\n]*\n\t@\$\(VENV_PYTHON\) -m (scripts\.[\w.]+)(?: (\S+))?$",
     MAKEFILE,
     re.MULTILINE,
 )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from scripts.archive import recipe
+from scripts.build.archive import recipe
+from scripts.build.weights import load
 from scripts.terminal import UserError
-from scripts.weights import load
 
 # The smallest of torchvision's classifiers: 3 MB.
 ARCHITECTURE = "squeezenet1_1"

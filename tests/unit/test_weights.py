@@ -17,11 +17,9 @@ import pytest
 import torch
 
 from handler.settings import Preprocessing
-from scripts import weights as weights_module
-from scripts.export import Normalized
-from scripts.photographs import sample_batch
-from scripts.terminal import UserError
-from scripts.weights import (
+from scripts.build import weights as weights_module
+from scripts.build.export import Normalized
+from scripts.build.weights import (
     HostUnreachableError,
     Weights,
     build_model,
@@ -31,6 +29,8 @@ from scripts.weights import (
     official_url,
     untrained,
 )
+from scripts.samples import sample_batch
+from scripts.terminal import UserError
 
 
 class WeightsHost(BaseHTTPRequestHandler):
@@ -181,7 +181,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(
     host: str, cache: Path, official_file: Path
 ) -> None:
     """In a process of its own that may write one megabyte, which a full disk is like."""
-    program = f"from scripts.weights import obtain; obtain(url='{host}/{official_file.name}')"
+    program = f"from scripts.build.weights import obtain; obtain(url='{host}/{official_file.name}')"
     result = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

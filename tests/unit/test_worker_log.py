@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.worker_log import cause, last_words, says_died
+from scripts.serve.worker_log import cause, last_words, says_died
 
 PREFIX = "2026-11-21T17:00:00,123 [INFO ] W-9000-densenet121_1.0-stdout MODEL_LOG - "
 

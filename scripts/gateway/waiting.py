@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from scripts.health import STUCK
+from scripts.gateway.health import STUCK
 
 # Seconds for which a request is held in all, from its first attempt on.
 HOLD = 60.0

@@ -23,24 +23,23 @@ import requests
 import typer
 from prometheus_client import CollectorRegistry
 
-from scripts.cluster import drained, is_own, start_again
-from scripts.counting import Counting
-from scripts.gateway import (
+from scripts.gateway.config import routes
+from scripts.gateway.counting import Counting
+from scripts.gateway.gateway import (
     GATEWAY_DIR,
     STATE,
     Gateway,
     Node,
-    change_nodes,
-    check_keys,
     find_gateway,
     operation,
     require_gateway,
-    routes,
 )
-from scripts.health import Health
-from scripts.server import HOST, Running, find_running
+from scripts.gateway.health import Health
+from scripts.gateway.nginx import change_nodes, check_keys
+from scripts.gateway.nodes import drained, is_own, start_again
+from scripts.gateway.waiting import Verdict, answering
+from scripts.serve.running import HOST, Running, find_running
 from scripts.terminal import UserError, command
-from scripts.waiting import Verdict, answering
 
 SECONDS_BETWEEN_CHECKS = 1.0
 # A node goes after so many checks that failed one after the other, and comes back with the first

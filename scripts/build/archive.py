@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
 from rich.status import Status
 from torch import nn
@@ -31,18 +30,14 @@ from handler.errors import ArchiveError
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts import export
-from scripts.architectures import (
-    check_architecture,
+from scripts.build import export
+from scripts.build.architectures import (
     last_layer,
     official_preprocessing,
 )
-from scripts.class_index import as_json
-from scripts.class_names import read_class_names
-from scripts.photographs import sample_batch
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
-from scripts.terminal import UserError, command, console, step, warn
-from scripts.weights import (
+from scripts.build.class_index import as_json
+from scripts.build.class_names import read_class_names
+from scripts.build.weights import (
     IMAGENET_CLASSES,
     HostUnreachableError,
     Weights,
@@ -50,6 +45,9 @@ from scripts.weights import (
     obtain,
     untrained,
 )
+from scripts.samples import sample_batch
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
+from scripts.terminal import UserError, console, step, warn
 
 BUILD = Path("build")
 HANDLER = Path("handler")
@@ -417,38 +415,3 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     except ValueError as error:
         raise UserError(f"{name} must be numbers with commas between, got {text!r}.") from error
     return numbers * 3 if len(numbers) == 1 else numbers
-
-
-ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
-Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
-Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
-InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
-NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
-EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
-UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
-
-
-def main(
-    weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
-    weights_url: UrlOption = None,
-    arch: ArchOption = DEFAULT_ARCHITECTURE,
-    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
-    name: NameOption = None,
-    model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
-    engine: EngineOption = "onnx",
-    resize: Pixels = None,
-    crop: Pixels = None,
-    mean: Channels = None,
-    std: Channels = None,
-    interpolation: InterpolationOption = None,
-) -> None:
-    """Builds the archive with trained weights; without any it stops."""
-    check_architecture(arch)
-    check_choices(name, engine)
-    chosen = customized(arch, resize, crop, mean, std, interpolation)
-    found = obtain(weights, weights_url, arch)
-    build(recipe(found, name, classes, chosen, engine), model_store)
-
-
-if __name__ == "__main__":
-    command(main)

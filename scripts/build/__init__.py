@@ -1,0 +1,1 @@
+"""All that ends in an archive: weights, classes, architectures, export, packing."""

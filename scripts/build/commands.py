@@ -1,0 +1,50 @@
+"""`make archive`, and the options that say what goes into an archive."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scripts.build.architectures import (
+    check_architecture,
+)
+from scripts.build.archive import build, check_choices, customized, recipe
+from scripts.build.weights import (
+    obtain,
+)
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE
+from scripts.terminal import command
+
+ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
+Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
+Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
+InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
+NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
+EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
+
+
+def main(
+    weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
+    weights_url: UrlOption = None,
+    arch: ArchOption = DEFAULT_ARCHITECTURE,
+    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
+    name: NameOption = None,
+    model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
+    engine: EngineOption = "onnx",
+    resize: Pixels = None,
+    crop: Pixels = None,
+    mean: Channels = None,
+    std: Channels = None,
+    interpolation: InterpolationOption = None,
+) -> None:
+    """Builds the archive with trained weights; without any it stops."""
+    check_architecture(arch)
+    check_choices(name, engine)
+    chosen = customized(arch, resize, crop, mean, std, interpolation)
+    found = obtain(weights, weights_url, arch)
+    build(recipe(found, name, classes, chosen, engine), model_store)
+
+
+if __name__ == "__main__":
+    command(main)

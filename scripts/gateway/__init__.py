@@ -1,0 +1,1 @@
+"""nginx before several TorchServes: nodes come and go, and no client notices."""

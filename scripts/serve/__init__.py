@@ -1,0 +1,1 @@
+"""One TorchServe: start, stop, scale, status; how many workers suit the machine."""
