@@ -1,128 +1,134 @@
-"""A flood of the largest uploads, and a long run of ordinary ones: `make flood`, `make soak`."""
+"""A flood of the largest uploads, and the costliest pictures among them: `make flood`.
 
-import random
+The server has the memory that a pod of the Kubernetes deployment has, where this machine lets such a
+limit be set.
+"""
+
 import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated
 
-import requests
 import typer
 from PIL import Image
 
 from benchmarks.machine import write_report
+from benchmarks.memory_limit import MemoryGroup, memory_group, pod_limit
+from benchmarks.pictures import costly, encode
+from benchmarks.served import frontend_memory, outcome, post, served, worker_pids
 from scripts.serve.running import Running
-from scripts.terminal import UserError, console, run, step
-from tests.pictures import encode, photographs
-from tests.stress.servers import frontend_memory, post, served, worker_memory
+from scripts.terminal import UserError, command, step
 
-FLOOD_CLIENTS = 200
-FLOOD_BYTES = 19_000_000
+CLIENTS = 200
+UPLOAD_BYTES = 19_000_000
+# Each of the costly pictures so often.
+COSTLY_TIMES = 4
 # The frontend's heap limit in config.properties, as much again outside it for buffers on their way
 # in, and what the Java runtime needs itself.
 MAX_FRONTEND_BYTES = 5_000_000_000
 
-SOAK_SETTLED = 500
-MAX_SOAK_GROWTH = 0.05
+
+@dataclass(frozen=True)
+class Flood:
+    """What came of a flood.
+
+    Attributes:
+        uploads: how often each status was seen.
+        costly: the same of the costly pictures.
+        frontend_bytes: memory of the frontend right after.
+    """
+
+    uploads: Counter[str]
+    costly: Counter[str]
+    frontend_bytes: float
 
 
-def flood(running: Running, clients: int, size: int) -> Counter[str]:
-    """Uploads a picture of `size` bytes from so many clients at once.
-
-    Returns:
-        how often each status was seen.
+def flood(
+    running: Running, clients: int, size: int, costly_pictures: Sequence[bytes] = ()
+) -> Flood:
+    """Uploads a picture of `size` bytes from so many clients at once, and the costly pictures.
 
     Raises:
-        AssertionError: a status other than 200 and 503, or the frontend took too much memory or
-            ended.
+        AssertionError: a status other than 200 and 503 (or 413, for a costly picture), or the
+            frontend took too much memory, or a worker or the frontend ended.
     """
-    picture = encode(Image.effect_noise((2000, 1500), 80), "JPEG")
+    picture = encode(Image.effect_noise((2000, 1500), 80))
     data = picture + bytes(size - len(picture))  # decoders ignore what follows a picture
-    with ThreadPoolExecutor(clients) as pool:
-        statuses = Counter(pool.map(lambda _: _status(running, data), range(clients)))
-    memory = frontend_memory(running, collected=False)
+    workers = worker_pids(running)
+    with ThreadPoolExecutor(clients + len(costly_pictures)) as pool:
+        uploads = [pool.submit(outcome, running, data) for _ in range(clients)]
+        others = [pool.submit(outcome, running, one) for one in costly_pictures]
+        found = Flood(
+            Counter(upload.result() for upload in uploads),
+            Counter(other.result() for other in others),
+            frontend_memory(running, collected=False),
+        )
+    assert set(found.uploads) <= {"200", "503"}, f"other answers: {dict(found.uploads)}"
+    assert found.uploads["200"] > 0
+    assert set(found.costly) <= {"200", "413", "503"}, f"other answers: {dict(found.costly)}"
+    memory = found.frontend_bytes
+    assert memory < MAX_FRONTEND_BYTES, f"the frontend holds {memory / 1e9:.1f} GB"
+    assert post(running, picture).status_code == 200
+    assert worker_pids(running) == workers, "a worker was replaced"
+    return found
+
+
+def main(clients: Annotated[int, typer.Option(min=1)] = CLIENTS) -> None:
+    """Many uploads of 19 MB and the costliest pictures at once; writes the result's page."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
+    pictures = list(costly()) * COSTLY_TIMES
+    limit = pod_limit()
+    try:
+        with memory_group(limit) as group:
+            with served(inside=group and group.entered()) as running:
+                found = flood(running, clients, UPLOAD_BYTES, pictures)
+            within = _within(group, limit)
+    except AssertionError as failure:
+        raise UserError(str(failure)) from failure
     write_report(
         "flood",
         "A flood",
         [
-            f"{clients} uploads of {size / 1e6:.0f} MB at once. Made by `make flood`.",
+            f"{clients} uploads of {UPLOAD_BYTES / 1e6:.0f} MB and {len(pictures)} of the costliest "
+            "pictures at once, two workers. Made by `make flood`.",
             "",
-            "| answer | uploads |",
-            "|---|---|",
-            *(f"| {status} | {count} |" for status, count in sorted(statuses.items())),
+            "| answer | uploads | costly pictures |",
+            "|---|---|---|",
+            *(
+                f"| {status} | {found.uploads[status]} | {found.costly[status]} |"
+                for status in sorted(found.uploads | found.costly)
+            ),
             "",
-            f"The frontend held {memory / 1e6:.0f} MB right after.",
+            "The same workers served before and after. The frontend held "
+            f"{found.frontend_bytes / 1e6:.0f} MB right after.",
+            "",
+            within,
         ],
     )
-    assert set(statuses) <= {"200", "503"}, f"other answers than 200 and 503: {dict(statuses)}"
-    assert statuses["200"] > 0
-    assert memory < MAX_FRONTEND_BYTES, f"the frontend holds {memory / 1e9:.1f} GB"
-    assert post(running, picture).status_code == 200
-    return statuses
+    step(within)
 
 
-def _status(running: Running, data: bytes) -> str:
-    try:
-        return str(post(running, data, timeout=300).status_code)
-    except requests.RequestException as error:
-        return type(error).__name__
-
-
-def soak(running: Running, requests_count: int, seed: int) -> float:
-    """Sends requests of mixed sizes from eight clients.
-
-    Returns:
-        the growth of a worker's memory after the first 500, as a fraction.
-
-    Raises:
-        AssertionError: a request failed, or memory grew.
-    """
-    pictures = [encode(image, "PNG", compress_level=1) for _, image in photographs()]
-    pictures += [encode(Image.effect_noise((w, w * 3 // 4), 50), "JPEG") for w in (2000, 4000)]
-    chance = random.Random(seed)
-    order = [chance.choice(pictures) for _ in range(requests_count)]
-    with ThreadPoolExecutor(8) as pool:
-        settled = Counter(pool.map(lambda data: _status(running, data), order[:SOAK_SETTLED]))
-        before = worker_memory(running)
-        rest = Counter(pool.map(lambda data: _status(running, data), order[SOAK_SETTLED:]))
-    growth = worker_memory(running) / before - 1
-    console.print(
-        f"soak: {requests_count} requests of {len(pictures)} pictures, a worker's memory "
-        f"{before / 1e6:.0f} MB after {SOAK_SETTLED}, {growth:+.1%} at the end"
+def _within(group: MemoryGroup | None, limit: int) -> str:
+    """A sentence on the memory; `AssertionError` where the kernel had to end a process."""
+    if group is None:
+        return (
+            "The server ran without a limit to its memory: that takes root and a memory cgroup "
+            "below which groups can be made."
+        )
+    kills, peak = group.kills, group.peak
+    assert kills == 0, f"the kernel ended {kills} processes of the server for want of memory"
+    most = (
+        "an amount that this kernel does not count" if peak is None else f"{peak / 2**30:.2f} GiB"
     )
-    assert set(settled + rest) == {"200"}, f"failed: {dict(settled + rest)}"
-    assert growth < MAX_SOAK_GROWTH, f"memory grew by {growth:.1%}"
-    return growth
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command("flood")
-def flood_command(clients: Annotated[int, typer.Option(min=1)] = FLOOD_CLIENTS) -> None:
-    """Many uploads of 19 MB at once."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
-    _checked(lambda running: flood(running, clients, FLOOD_BYTES))
-
-
-@app.command("soak")
-def soak_command(
-    requests_count: Annotated[int, typer.Option("--requests", min=SOAK_SETTLED + 1)] = 5_000,
-) -> None:
-    """Thousands of ordinary requests of mixed sizes."""
-    _checked(lambda running: soak(running, requests_count, seed=1))
-
-
-def _checked(load: Callable[[Running], object]) -> None:
-    try:
-        with served() as running:
-            load(running)
-    except AssertionError as failure:
-        raise UserError(str(failure)) from failure
-    step("The server held")
+    return (
+        f"The server ran within {limit / 2**30:g} GiB, a pod's limit in the Kubernetes deployment, "
+        f"and took {most} at most, the kernel's cache of its files included; no process was ended "
+        "for want of memory."
+    )
 
 
 if __name__ == "__main__":
-    run(app)
+    command(main)

@@ -4,8 +4,6 @@ Images a second of the engine for growing batches, how far its logits are from f
 handler calls, from JPEG bytes to answers.
 """
 
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +14,7 @@ import torch
 import typer
 
 from benchmarks.machine import write_report
+from benchmarks.timing import rate
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
@@ -28,16 +27,6 @@ from scripts.terminal import command, step
 
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CPU_BATCHES = (1, 4)
-
-
-def rate(run: Callable[[], Any], images: int, seconds: float) -> float:
-    """Images a second; the engine gives its answer to the CPU, so nothing is left running."""
-    run()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        run()
-        count += images
-    return count / elapsed
 
 
 def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:

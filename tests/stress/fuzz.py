@@ -6,7 +6,6 @@ corrupted further. Last through a real server: no 5xx, and the same workers befo
 """
 
 import gc
-import os
 import random
 import time
 from collections import Counter
@@ -20,13 +19,14 @@ import requests
 import typer
 from rich.progress import Progress, track
 
+from benchmarks import served as servers
+from benchmarks.timing import cpu_seconds
 from handler.errors import ClientError
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing, Settings
 from scripts.serve.running import Running
 from scripts.terminal import UserError, command, console
 from tests import corpus, costs
-from tests.stress import servers
 
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 2.0
@@ -172,18 +172,6 @@ def _keep(found: Found, name: str) -> Path:
     path = folder / f"slowest-{name}"
     path.write_bytes(found.data)
     return path
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and its children, ended or not, in seconds."""
-    times = os.times()
-    alive = (child.cpu_times() for child in psutil.Process().children())
-    return (
-        time.process_time()
-        + times.children_user
-        + times.children_system
-        + sum(child.user + child.system for child in alive)
-    )
 
 
 def _memory() -> int:
