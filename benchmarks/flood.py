@@ -1,7 +1,6 @@
 """A flood of the largest uploads, and the costliest pictures among them: `make flood`.
 
-The server has the memory that a pod of the Kubernetes deployment has, where this machine lets such a
-limit be set.
+The server has the memory of a pod of the Kubernetes deployment, where such a limit can be set.
 """
 
 import resource
@@ -17,7 +16,7 @@ from PIL import Image
 from benchmarks.machine import write_report
 from benchmarks.memory_limit import MemoryGroup, memory_group, pod_limit
 from benchmarks.pictures import costly, encode
-from benchmarks.served import frontend_memory, outcome, post, served, worker_pids
+from benchmarks.served import frontend_memory, outcome, served, worker_pids
 from scripts.serve.running import Running
 from scripts.terminal import UserError, command, step
 
@@ -70,7 +69,7 @@ def flood(
     assert set(found.costly) <= {"200", "413", "503"}, f"other answers: {dict(found.costly)}"
     memory = found.frontend_bytes
     assert memory < MAX_FRONTEND_BYTES, f"the frontend holds {memory / 1e9:.1f} GB"
-    assert post(running, picture).status_code == 200
+    assert outcome(running, picture) == "200"
     assert worker_pids(running) == workers, "a worker was replaced"
     return found
 
@@ -92,8 +91,10 @@ def main(clients: Annotated[int, typer.Option(min=1)] = CLIENTS) -> None:
         "flood",
         "A flood",
         [
-            f"{clients} uploads of {UPLOAD_BYTES / 1e6:.0f} MB and {len(pictures)} of the costliest "
-            "pictures at once, two workers. Made by `make flood`.",
+            (
+                f"{clients} uploads of {UPLOAD_BYTES / 1e6:.0f} MB and {len(pictures)} of the "
+                "costliest pictures at once, two workers. Made by `make flood`."
+            ),
             "",
             "| answer | uploads | costly pictures |",
             "|---|---|---|",
@@ -102,8 +103,10 @@ def main(clients: Annotated[int, typer.Option(min=1)] = CLIENTS) -> None:
                 for status in sorted(found.uploads | found.costly)
             ),
             "",
-            "The same workers served before and after. The frontend held "
-            f"{found.frontend_bytes / 1e6:.0f} MB right after.",
+            (
+                "The same workers served before and after. The frontend held "
+                f"{found.frontend_bytes / 1e6:.0f} MB right after."
+            ),
             "",
             within,
         ],
@@ -120,13 +123,10 @@ def _within(group: MemoryGroup | None, limit: int) -> str:
         )
     kills, peak = group.kills, group.peak
     assert kills == 0, f"the kernel ended {kills} processes of the server for want of memory"
-    most = (
-        "an amount that this kernel does not count" if peak is None else f"{peak / 2**30:.2f} GiB"
-    )
+    most = "" if peak is None else f"{peak / 2**30:.2f} GiB at most, the cache of files included; "
     return (
-        f"The server ran within {limit / 2**30:g} GiB, a pod's limit in the Kubernetes deployment, "
-        f"and took {most} at most, the kernel's cache of its files included; no process was ended "
-        "for want of memory."
+        f"The server ran within {limit / 2**30:g} GiB, a pod's limit in the Kubernetes deployment: "
+        f"{most}no process was ended for want of memory."
     )
 
 

@@ -1,4 +1,4 @@
-"""A server of this project's own to measure or to torment, and how much memory its processes hold."""
+"""A server of this project to measure or to attack, and how much memory its processes hold."""
 
 import subprocess
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How everything here is timed: warm-up, alternating rounds, medians, and quiet between two loads."""
+"""How everything here is timed: warm-up, alternating rounds, medians, quiet between two loads."""
 
 import os
 import time

@@ -14,7 +14,7 @@ BATCH = 8
 DELAY_S = 0.005
 
 
-class Classifier(litserve.LitAPI):  # type: ignore[misc]
+class Classifier(litserve.LitAPI):
     """Takes an upload under `file`, answers JSON."""
 
     def setup(self, device: str) -> None:
