@@ -8,7 +8,6 @@ to decode and nobody to answer.
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,11 +29,11 @@ from benchmarks.machine import CORES, RESULTS, write_report
 from benchmarks.peers.common import session
 from benchmarks.pictures import encode, noisy, photograph
 from benchmarks.servers import Server, request_body, start_ours, start_peer, start_stock
-from benchmarks.timing import in_turn, rate, wait_until_quiet
-from benchmarks.wrk import Body, closed_loop, environment
+from benchmarks.timing import images_a_second, in_turn, wait_until_quiet
+from benchmarks.wrk import Body, closed_loop, environment, require_wrk
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
-from scripts.terminal import UserError, command, step, warn
+from scripts.terminal import command, step, warn
 
 mpl.use("Agg")
 
@@ -86,8 +85,7 @@ def main(
     seconds: Annotated[int, typer.Option(min=3, help="Load on each server a round.")] = 6,
 ) -> None:
     """Compares this project with its peers; writes benchmarks/results/."""
-    if shutil.which("wrk") is None:
-        raise UserError("The load is made by wrk, which is not installed (on Debian: wrk).")
+    require_wrk()
     samples: dict[Key, list[Sample]] = {}
     bare: dict[int, list[float]] = {1: [], 8: []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -237,7 +235,11 @@ def bare(batch: float, threads: float, seconds: float) -> None:
     """Prints the rate; runs in a process of its own."""
     model = session(int(threads))
     images = np.random.default_rng(0).integers(0, 256, (int(batch), 3, 224, 224), dtype=np.uint8)
-    print(json.dumps(rate(lambda: model.run(["logits"], {"images": images}), len(images), seconds)))
+
+    def run() -> None:
+        model.run(["logits"], {"images": images})
+
+    print(json.dumps(images_a_second(run, len(images), seconds)))
 
 
 def _ratios(samples: dict[Key, list[Sample]], bare: dict[int, list[float]]) -> dict[str, float]:

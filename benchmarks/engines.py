@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from benchmarks.machine import CORES, write_report
-from benchmarks.timing import in_turn, rate
+from benchmarks.timing import images_a_second, in_turn
 from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.export import Normalized
@@ -170,9 +170,9 @@ def measure(name: str, work: Path, threads: int, batch: int, seconds: float) -> 
         np.save(work / "logits.npy", np.concatenate([logits(i[None]) for i in images]))
         return
     part = np.ascontiguousarray(images[:batch])
-    images_a_second = rate(lambda: logits(part), batch, seconds)
+    rate = images_a_second(lambda: logits(part), batch, seconds)
     memory = psutil.Process().memory_full_info().pss
-    print(json.dumps({"rate": images_a_second, "first": first, "memory": memory}))
+    print(json.dumps({"rate": rate, "first": first, "memory": memory}))
 
 
 def _child(*arguments: str) -> dict[str, float] | None:

@@ -5,6 +5,7 @@ handler calls, from JPEG bytes to answers.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import torch
 import typer
 
 from benchmarks.machine import write_report
-from benchmarks.timing import rate
+from benchmarks.timing import images_a_second
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
@@ -74,9 +75,9 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
                 return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
 
             rates = [
-                rate(lambda part=part: engine.logits(part), batch, seconds),  # type: ignore[misc]
-                rate(lambda part=part: run_eager(part), batch, seconds),  # type: ignore[misc]
-                rate(from_bytes, batch, seconds),
+                images_a_second(partial(engine.logits, part), batch, seconds),
+                images_a_second(partial(run_eager, part), batch, seconds),
+                images_a_second(from_bytes, batch, seconds),
             ]
             lines.append(f"| {batch} | " + " | ".join(f"{r:.1f}" for r in rates) + " |")
             step(lines[-1])

@@ -22,7 +22,7 @@ import yaml
 from benchmarks.machine import CORES, write_report
 from benchmarks.pictures import LARGE, SMALL, jpeg
 from benchmarks.timing import in_turn, wait_until_quiet
-from benchmarks.wrk import Body, closed_loop
+from benchmarks.wrk import Body, closed_loop, require_wrk
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
 from scripts.serve.running import Running, free_ports
@@ -104,6 +104,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="These variants.")] = None,
 ) -> None:
     """Measures every variant and writes benchmarks/results/pipe.md."""
+    require_wrk()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
         bodies = {size: Body(jpeg(megapixels)) for size, megapixels in PICTURES.items()}

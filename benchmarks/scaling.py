@@ -11,7 +11,7 @@ from benchmarks.machine import CORES, RESULTS, write_report
 from benchmarks.pictures import SMALL, form, jpeg
 from benchmarks.served import served
 from benchmarks.timing import medians
-from benchmarks.wrk import Body, closed_loop
+from benchmarks.wrk import Body, closed_loop, require_wrk
 from scripts.serve.management import scale
 from scripts.serve.running import Running
 from scripts.terminal import command, step
@@ -28,6 +28,7 @@ def main(
     seconds: Annotated[int, typer.Option(min=2)] = 4,
 ) -> None:
     """Measures; writes benchmarks/results/scaling.md and scaling.png."""
+    require_wrk()
     with served(workers=None) as running:
         small = Body(jpeg(SMALL))
 

@@ -12,6 +12,7 @@ import psutil
 import requests
 
 from benchmarks.machine import CORES
+from benchmarks.peers.common import BATCH
 from benchmarks.pictures import form_body
 from benchmarks.wrk import Body
 from scripts.serve.running import HOST, Running, free_ports, unused_ports
@@ -19,7 +20,6 @@ from scripts.serve.server import start, stop
 
 # Of the peers with workers: one a core with one thread each, the best for all of them.
 START_TIMEOUT = 120.0
-BATCH = 8
 BATCH_DELAY_MS = 5
 
 

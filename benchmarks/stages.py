@@ -23,7 +23,7 @@ from benchmarks.machine import CORES, write_report
 from benchmarks.pictures import KINDS, SMALL, jpeg
 from benchmarks.servers import start_ours
 from benchmarks.timing import Cost, cost, in_turn, medians
-from benchmarks.wrk import Body, closed_loop
+from benchmarks.wrk import Body, closed_loop, require_wrk
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
@@ -42,6 +42,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="In each round.")] = 20,
 ) -> None:
     """Measures, and writes benchmarks/results/stages.md."""
+    require_wrk()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         archive = build(recipe(untrained()), work / "store")

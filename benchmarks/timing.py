@@ -67,8 +67,8 @@ def cost(work: Callable[[], object], repeats: int) -> Cost:
     return Cost(median(times), (cpu_seconds() - before) / repeats)
 
 
-def rate(work: Callable[[], object], images: int, seconds: float) -> float:
-    """Images a second, for so many seconds, of a call that works on `images`; one warms up."""
+def images_a_second(work: Callable[[], object], images: int, seconds: float) -> float:
+    """The rate, over so many seconds, of a call that works on `images`; one warms up."""
     work()
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+
+from scripts.terminal import UserError
 
 
 class Body(NamedTuple):
@@ -13,6 +16,12 @@ class Body(NamedTuple):
 
     data: bytes
     content_type: str = "image/jpeg"
+
+
+def require_wrk() -> None:
+    """`UserError` where it is not installed: before anything is started."""
+    if shutil.which("wrk") is None:
+        raise UserError("The load is made by wrk, which is not installed (on Debian: wrk).")
 
 
 def closed_loop(url: str, body: Body, clients: int, seconds: int) -> dict[str, float]:

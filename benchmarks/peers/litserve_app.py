@@ -7,10 +7,8 @@ import litserve
 import numpy as np
 from fastapi import Request
 
-from benchmarks.peers.common import answer, decode, session
+from benchmarks.peers.common import BATCH, WORKERS, answer, decode, session
 
-WORKERS = 2
-BATCH = 8
 DELAY_S = 0.005
 
 
