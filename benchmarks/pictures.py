@@ -85,7 +85,9 @@ def costly() -> Iterator[bytes]:
 def _bmp_of_runs(side: int) -> bytes:
     """A run-length encoded BMP, each run of one pixel."""
     pixels = (b"\1\1" * side + b"\0\0") * side
-    plain = encode(Image.new("P", (side, side)), "BMP")
+    image = Image.new("P", (side, side))
+    image.putpalette(bytes(768))
+    plain = encode(image, "BMP")
     (offset,) = struct.unpack_from("<I", plain, 10)
     head = bytearray(plain[:offset])
     struct.pack_into("<I", head, 2, offset + len(pixels))

@@ -18,7 +18,6 @@ from benchmarks.wrk import Body
 from scripts.serve.running import HOST, Running, free_ports, unused_ports
 from scripts.serve.server import start, stop
 
-# Of the peers with workers: one a core with one thread each, the best for all of them.
 START_TIMEOUT = 120.0
 BATCH_DELAY_MS = 5
 

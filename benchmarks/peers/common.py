@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks.machine import CORES
 
+# A worker a core with one thread each is the best for all of them.
 WORKERS = CORES
 BATCH = 8
 
