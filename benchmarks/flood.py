@@ -82,7 +82,7 @@ def main(clients: Annotated[int, typer.Option(min=1)] = CLIENTS) -> None:
     limit = pod_limit()
     try:
         with memory_group(limit) as group:
-            with served(inside=group and group.entered()) as running:
+            with served(inside=group.entered() if group else None) as running:
                 found = flood(running, clients, UPLOAD_BYTES, pictures)
             within = _within(group, limit)
     except AssertionError as failure:

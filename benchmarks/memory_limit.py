@@ -77,7 +77,7 @@ class MemoryGroup:
     def kills(self) -> int:
         """How many of its processes the kernel ended for want of memory."""
         lines = (self.folder / self.version.events).read_text().splitlines()
-        return int(dict(line.split() for line in lines)["oom_kill"])
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
 def pod_limit() -> int:

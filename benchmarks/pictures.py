@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import requests
@@ -14,7 +15,7 @@ from scripts.samples import CAT
 SMALL, LARGE = 0.5, 12.0  # megapixels
 
 
-def encode(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
+def encode(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
     """The picture as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
@@ -34,7 +35,7 @@ def noisy(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def jpeg(megapixels: float, **options: object) -> bytes:
+def jpeg(megapixels: float, **options: Any) -> bytes:
     """A JPEG of a photograph, 4 to 3, with a camera's noise."""
     width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
     height = round(megapixels * 1e6 / width)
