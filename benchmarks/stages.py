@@ -1,8 +1,9 @@
 """What a request's stages cost, and what this project's own choices in them are worth.
 
 Each table is the same work done in several ways, in turn: a forward pass with one thread and with
-all, pictures decoded with and without freed memory kept, large JPEGs exact and at a fraction of
-their size, a server whose workers do without PyTorch and one whose workers import it.
+all, pictures of several kinds decoded, JPEGs with and without freed memory kept, large ones exact
+and at a fraction of their size, a server whose workers do without PyTorch and one whose workers
+import it.
 """
 
 import json
@@ -54,7 +55,8 @@ def main(
         "A request's stages",
         [
             (
-                f"Medians of {rounds} alternating rounds of {repeats} times. Made by "
+                f"Medians of {rounds} alternating rounds of {repeats} times; CPU milliseconds are "
+                "means of a round's, with those of the decoder process. Made by "
                 "`make bench-stages`."
             ),
             "",

@@ -19,7 +19,7 @@ import requests
 import typer
 from rich.progress import Progress, track
 
-from benchmarks import served as servers
+from benchmarks.served import served, worker_pids
 from benchmarks.timing import cpu_seconds
 from handler.errors import ClientError
 from handler.images import PixelBudget, decode
@@ -187,7 +187,7 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
     """
     pictures = [picture.data for picture in corpus.valid() if len(picture.data) < 200_000]
     chance = random.Random(seed)
-    workers = servers.worker_pids(running)
+    workers = worker_pids(running)
     outcomes: Counter[str] = Counter()
     session = requests.Session()
     for number in track(range(count), "Real server ...", console=console, transient=True):
@@ -199,7 +199,7 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
             answer = session.post(running.predictions_url, data=data, headers=headers, timeout=60)
         outcomes[str(answer.status_code)] += 1
         assert answer.status_code < 500, f"picture {number} of seed {seed}: {answer.text}"
-    assert servers.worker_pids(running) == workers, "a worker was replaced"
+    assert worker_pids(running) == workers, "a worker was replaced"
     console.print(f"real server: {count} corrupted pictures, the same workers serve: {workers}")
     return outcomes
 
@@ -207,15 +207,17 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
 def main(
     images: Annotated[int, typer.Option(help="Pictures through the image stage.")] = 20_000,
     search: Annotated[float, typer.Option(help="Seconds of CPU to search for costly ones.")] = 120,
-    served: Annotated[int, typer.Option(help="Pictures through a real server.")] = 1_000,
+    to_server: Annotated[
+        int, typer.Option("--served", help="Pictures through a real server.")
+    ] = 1_000,
     seed: Annotated[int, typer.Option(help="Which pictures.")] = 1,
 ) -> None:
     """Fuzzes the image stage and a real server with corrupted pictures."""
     try:
         console.print(dict(fuzz_images(images, seed)))
         search_costs(search, seed)
-        with servers.served() as running:
-            console.print(dict(fuzz_server(running, served, seed)))
+        with served() as running:
+            console.print(dict(fuzz_server(running, to_server, seed)))
     except AssertionError as failure:
         raise UserError(str(failure)) from failure
 
