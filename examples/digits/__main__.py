@@ -23,8 +23,8 @@ from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.weights import load as load_weights
 from scripts.client import AsyncClient, Classification
-from scripts.gateway.nodes import free_ports
 from scripts.results import Row, classify_now
+from scripts.serve.running import free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
 

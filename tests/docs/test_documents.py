@@ -22,9 +22,7 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scripts.gateway.nodes import free_ports
-from scripts.serve.running import Ports
-from tests.gateway.conftest import free_port
+from scripts.serve.running import Ports, free_ports, unused_ports
 
 README = Path("README.md")
 # The README comes first: it starts the server.
@@ -151,7 +149,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
         for use in documented
     }
-    gateway = {name: (port, free_port()) for name, port in GATEWAY_PORTS.items()}
+    unused = unused_ports(len(GATEWAY_PORTS))
+    gateway = {
+        name: (port, mine) for (name, port), mine in zip(GATEWAY_PORTS.items(), unused, strict=True)
+    }
     yield Workspace(folder, server, gateway)
     for command in ("gateway-stop", "stop"):
         subprocess.run(["make", command], cwd=folder, capture_output=True, check=False)  # noqa: S607

@@ -29,10 +29,9 @@ from scripts.client import (
     RefusedError,
     UnavailableError,
 )
-from scripts.gateway.nodes import free_ports
 from scripts.results import Row, classify_all
 from scripts.samples import CAT
-from scripts.serve.running import Running, find_running
+from scripts.serve.running import Running, find_running, free_ports
 from scripts.serve.server import start, stop
 
 THOUSANDS = 2000

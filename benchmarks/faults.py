@@ -1,6 +1,5 @@
-"""What happens to a cluster while clients keep asking; used by a test and by `make outages`."""
+"""What happens to a cluster while clients keep asking; used by tests and by `make outages`."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import psutil
 from scripts.gateway.gateway import Gateway, find_gateway
 from scripts.gateway.nodes import drain, replace, undrain
 from scripts.gateway.upgrade import upgrade
-from scripts.serve.management import model_status, ready_workers
+from scripts.serve.management import model_status, poll, ready_workers
 from scripts.serve.running import Running, find_running
 from scripts.terminal import UserError
 
@@ -125,7 +124,4 @@ def upgrade_all(folder: Path, archive: Path) -> None:
 
 def wait_for(ready: Callable[[], bool]) -> None:
     """Waits until it is so, for a minute."""
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
-        time.sleep(0.2)
+    assert poll(ready, 60), "it did not happen within a minute"
