@@ -60,18 +60,22 @@ def kill_node(folder: Path) -> None:
     patiently(lambda: replace(name, folder))
 
 
-def kill_frontend(folder: Path) -> None:
-    """Kills a node's frontend, and waits until the watch has started the node again."""
-    server = servers_of(folder)[0]
-    process = server.process()
+def kill_frontend(folder: Path, number: int) -> None:
+    """Kills the frontend of one node, of the next each time, and waits for the watch to mend it.
+
+    The watch starts a node that dies again and again after pauses that double.
+    """
+    servers = servers_of(folder)
+    place = number % len(servers)
+    process = servers[place].process()
     assert process is not None
     process.kill()
-    wait_for(lambda: serves_anew(folder, server))
+    wait_for(lambda: serves_anew(folder, servers[place], place))
 
 
-def serves_anew(folder: Path, before: Running) -> bool:
-    """Whether the first node is another process than before, and serves."""
-    node = _gateway(folder).nodes[0]
+def serves_anew(folder: Path, before: Running, place: int = 0) -> bool:
+    """Whether the node in this place is another process than before, and serves."""
+    node = _gateway(folder).nodes[place]
     running = find_running(Path(node.run_dir))
     if running is None or running.pid == before.pid:
         return False

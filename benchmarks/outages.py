@@ -69,7 +69,7 @@ def main(
             "nothing": lambda _: None,
             "a worker is killed": lambda n: faults.kill_worker(folder, n),
             "a worker hangs": lambda n: faults.hang_worker(folder, n),
-            "a frontend is killed": lambda _: faults.kill_frontend(folder),
+            "a frontend is killed": lambda n: faults.kill_frontend(folder, n),
             "a node is killed": lambda _: faults.kill_node(folder),
             "the model is upgraded": lambda n: faults.upgrade_all(folder, archives[(n + 1) % 2]),
             "a node is drained": lambda _: faults.drain_node(folder),

@@ -134,7 +134,7 @@ def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_er
     names = faults.nodes_of(folder)
     with clients(cluster, CLIENTS) as tally:
         time.sleep(0.5)
-        faults.kill_frontend(folder)
+        faults.kill_frontend(folder, 0)
         time.sleep(0.5)
     _nobody_noticed(tally)
     assert faults.nodes_of(folder) == names
