@@ -251,7 +251,7 @@ def _too_many(max_images: int) -> TooManyImages:
 
 
 def answer(request: Request, results: Sequence[Body], model: tuple[str, str]) -> tuple[Body, bytes]:
-    """The tensors that a request wants, with an element an image, and the bytes behind the JSON.
+    """The tensors that a request wants, with one element per image, and the bytes behind the JSON.
 
     `result` holds each whole result as JSON text. What an image that failed lacks is empty, zero or
     false.

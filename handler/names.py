@@ -117,7 +117,7 @@ _NETPBM = {
 }
 
 _TGA_FOOTER = b"TRUEVISION-XFILE.\x00"
-# Of a TGA without that footer: colour maps, image types and bits a pixel that there are.
+# Of a TGA without that footer: colour maps, image types and bits per pixel that there are.
 _TGA_TYPES = {0: {2, 3, 10, 11}, 1: {1, 9}}
 _TGA_BITS = {8, 15, 16, 24, 32}
 _TGA_MAP_BITS = {15, 16, 24, 32}

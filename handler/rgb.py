@@ -1,4 +1,4 @@
-"""From an opened picture to what a person sees: upright, RGB, 8 bits a channel.
+"""From an opened picture to what a person sees: upright, RGB, 8 bits per channel.
 
 The pixels are those that the file states: 16 bits become the higher 8 of them, transparency is laid
 on white, colour profiles and gamma are left aside, as the tutorial's transform leaves them. What
@@ -79,7 +79,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
-    """8 bits a channel, three channels, transparency on white; not turned.
+    """8 bits per channel, three channels, transparency on white; not turned.
 
     Args:
         image: as Pillow opened it; it is decoded here.
