@@ -46,7 +46,6 @@ from handler.errors import (
     UnsupportedFormat,
 )
 from handler.formats import ACCEPTED, Survey, least_bytes, survey
-from handler.kinds import check_kind
 from handler.names import name_of
 from handler.rgb import orientation, to_rgb, turned, upright
 from handler.settings import DECODING_BYTES, Preprocessing, Settings
@@ -294,7 +293,6 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     """Finds out what the picture may cost, and decodes it where that does no harm."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
-    check_kind(data)
     found = survey(data)
     if found is None:
         raise _unidentified(data)
