@@ -346,6 +346,11 @@ def _decode_isolated(found: Survey, task: _Task, budget: PixelBudget) -> Pixels 
             budget.spend(limit)
             raise budget.too_slow() from error
         budget.spend(RESTART_SECONDS)
+        if error.was_killed:
+            raise TooLarge(
+                "The image needs more memory to decode than the server has left. Send a smaller "
+                "copy, or save it as a JPEG."
+            ) from error
         raise DamagedImage(
             f"The {found.names[0]} image is damaged: it ended the program that decodes it."
         ) from error

@@ -135,6 +135,56 @@ def test_a_decoder_that_hangs_or_crashes_is_ended_and_replaced(decoder: str, how
         process.close()
 
 
+@pytest.mark.parametrize(
+    ("decoder", "ran_out_of_time"),
+    [
+        ("import time; time.sleep(60)", True),
+        # As the kernel does where memory is short.
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False),
+    ],
+)
+def test_a_decoder_that_is_stuck_is_told_from_one_that_somebody_else_killed(
+    monkeypatch: pytest.MonkeyPatch, decoder: str, *, ran_out_of_time: bool
+) -> None:
+    process = _Process(f"if question['bad']:\n    {decoder}\nreturn {{}}, data")
+    try:
+        process.ask({"bad": False}, [b"good"], 1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_process, "_STUCK_SECONDS", 1)
+            with pytest.raises(DecoderEndedError) as ended:
+                process.ask({"bad": True}, [b"bad"], 1.0)
+        assert ended.value.signal == signal.SIGKILL
+        assert ended.value.ran_out_of_time == ran_out_of_time
+        assert ended.value.was_killed != ran_out_of_time
+        assert process.ask({"bad": False}, [b"good"], 1.0)[1] == b"good"
+    finally:
+        process.close()
+
+
+def test_a_picture_whose_decoder_the_kernel_killed_needs_too_much_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = _Process("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(images, "_decoder_process", process)
+    with pytest.raises(TooLarge, match="needs more memory to decode than the server has left"):
+        decode(encode(photograph(), "GIF"), PREPROCESSING, PixelBudget(MAX_PIXELS))
+
+
+def test_a_decoder_that_was_killed_while_idle_is_no_pictures_fault() -> None:
+    process = _Process("return {}, data")
+    try:
+        process.ask({}, [b"one"], 1.0)
+        first = process.pid
+        assert first is not None
+        # Not waited for: its end must be found out by the next question.
+        psutil.Process(first).kill()
+        while psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert process.ask({}, [b"two"], 1.0)[1] == b"two"
+    finally:
+        process.close()
+
+
 def test_a_decoder_gets_no_more_memory_than_its_bound() -> None:
     process = _Process(
         "try:\n    bytearray(question['bytes'])\n"
