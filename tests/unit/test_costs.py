@@ -18,7 +18,7 @@ from PIL import Image
 from handler import decoder_process, images
 from handler.decoder_process import DecoderEndedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
-from handler.images import PixelBudget, Room, decode
+from handler.images import MemoryBudget, PixelBudget, decode
 from handler.settings import (
     ADDED_BYTES,
     DECODING_BYTES,
@@ -351,12 +351,12 @@ def test_ordinary_pictures_need_no_other_process() -> None:
 # --- Memory of several at once ---
 
 
-def test_pictures_that_do_not_fit_wait_for_room() -> None:
-    room, inside, leave = Room(100), Event(), Event()
+def test_pictures_that_do_not_fit_wait_for_memory() -> None:
+    memory, inside, leave = MemoryBudget(100), Event(), Event()
     entered: list[str] = []
 
     def take(name: str, needed: int) -> None:
-        with room.taken(needed):
+        with memory.reserved(needed):
             entered.append(name)
             inside.set()
             assert leave.wait(10)
@@ -377,8 +377,8 @@ def test_pictures_that_do_not_fit_wait_for_room() -> None:
     assert entered == ["first", "small", "large"]
 
 
-def test_a_picture_that_needs_more_than_all_room_gets_all_of_it() -> None:
-    with Room(100).taken(1000):
+def test_a_picture_that_needs_more_than_all_memory_gets_all_of_it() -> None:
+    with MemoryBudget(100).reserved(1000):
         pass
 
 
