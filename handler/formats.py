@@ -134,14 +134,13 @@ class _Format:
         beginnings: offset and bytes, one of which a file of it has.
         walk: what finds out what a file of it holds.
         least_pixel_bytes: of memory that a pixel takes at least while it is decoded.
-        cost: of files that are decoded in the worker itself.
+        cost: in the worker itself; none where files always go to the decoder process.
     """
 
     names: tuple[str, ...]
     beginnings: tuple[tuple[int, bytes], ...]
     walk: Callable[[bytes | bytearray], Contents]
     least_pixel_bytes: int
-    # Of the others, only those in the decoder process.
     cost: _Cost = _Cost()
 
 

@@ -76,7 +76,7 @@ _BASE64_GROUP = 4
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,4000}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]{0,400})?|\.[0-9]{1,400})([eE][+-]?[0-9]{1,9})?")
 
-HOW_TO_SEND = (
+_HOW_TO_SEND = (
     "Send the file as the body (curl -T cat.jpg URL) or in a form (curl -F file=@cat.jpg URL)."
 )
 
@@ -143,7 +143,7 @@ def _read_images(request: Request, max_images: int) -> None:
         _check_count(len(request.images), max_images)
     if not request.images:
         _refuse_json_in_a_form(request)
-        raise MissingImage(f"The request holds no image. {HOW_TO_SEND}")
+        raise MissingImage(f"The request holds no image. {_HOW_TO_SEND}")
 
 
 def _wants_picture(request: Request) -> bool:

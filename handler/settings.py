@@ -16,7 +16,7 @@ from handler.errors import ArchiveError
 
 MODEL_CARD = "model-card.json"
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 _CHANNELS = 3
 
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
@@ -99,8 +99,8 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            allowed = ", ".join(INTERPOLATIONS)
+        if self.interpolation not in _INTERPOLATIONS:
+            allowed = ", ".join(_INTERPOLATIONS)
             raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
