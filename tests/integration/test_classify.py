@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.client import (
+from classification_client import (
     Asking,
     AsyncClient,
     Classification,
@@ -29,8 +29,8 @@ from scripts.client import (
     RefusedError,
     UnavailableError,
 )
+from classification_client.results import Row, classify_all
 from scripts.gateway.nodes import free_ports
-from scripts.results import Row, classify_all
 from scripts.samples import CAT
 from scripts.serve.running import Running, find_running
 from scripts.serve.server import start, stop

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification_client import Asking, Client
 from handler.labels import Label
 from scripts.build.weights import Weights, build_model
-from scripts.client import Asking, Client
 from scripts.evaluate import _match, evaluate, report
 from scripts.samples import CAT
 from scripts.serve.running import Running

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.reading import PassingError, check_unchanged, in_thread, judged, read
+from classification_client.reading import PassingError, check_unchanged, in_thread, judged, read
 
 MOST = 1000
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.client import Classification, ModelVersion, Prediction, RefusedError
-from scripts.reading import PassingError
-from scripts.results import Origin, Row
-from scripts.results_file import ResultsFile, results_file
+from classification_client import Classification, ModelVersion, Prediction, RefusedError
+from classification_client.reading import PassingError
+from classification_client.results import Origin, Row
+from classification_client.results_file import ResultsFile, results_file
 from scripts.terminal import UserError
 
 ORIGIN = Origin("densenet121", "1.0+12345678", topk=3, threshold=None)
