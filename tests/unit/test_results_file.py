@@ -162,7 +162,7 @@ def test_what_a_file_was_made_with_is_in_makes_words_under_make(
 KILLED_AT_EVERY_LINE = """
 import os, shutil, sys
 from pathlib import Path
-from scripts import results_file as program
+from classification_client import results_file as program
 from tests.unit.test_results_file import NAMES, classified, opened
 
 original, path, work = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
