@@ -21,7 +21,7 @@ from scripts.gateway.gateway import GATEWAY_DIR, Node, operation, require_gatewa
 from scripts.gateway.nginx import change_nodes, wait_for_drain
 from scripts.gateway.nodes import keep_release, start_node, stop_nodes, stop_unused
 from scripts.samples import sample_photographs
-from scripts.serve.management import asking, ready_workers
+from scripts.serve.management import client_of, ready_workers
 from scripts.serve.running import Running, find_running
 from scripts.serve.server import stop as stop_server
 from scripts.store import read_card, sha256
@@ -165,7 +165,7 @@ def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float)
 
 def _first_labels(node: Node, photographs: Sequence[bytes]) -> list[str]:
     try:
-        with asking(_running(node), patience=_CHECK_TIMEOUT) as client:
+        with client_of(_running(node), patience=_CHECK_TIMEOUT) as client:
             return [client.classify(photograph).label for photograph in photographs]
     except RefusedError as error:
         raise UserError(

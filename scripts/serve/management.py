@@ -85,7 +85,7 @@ def scale(running: Running, workers: int) -> None:
                 f"live, and it puts none in the others' place. {AFRESH}"
             )
         try:
-            with asking(running, patience=SCALE_TIMEOUT) as client:
+            with client_of(running, patience=SCALE_TIMEOUT) as client:
                 client.classify(PIXEL)
         except ServiceError as error:
             raise UserError(f"{workers} worker(s) are alive, but none answers. {AFRESH}") from error
@@ -119,10 +119,9 @@ def _settled(running: Running, workers: int) -> bool:
     return states == ["READY"] * workers
 
 
-def asking(running: Running, patience: float = HTTP_TIMEOUT) -> Client:
+def client_of(running: Running, patience: float) -> Client:
     """A client of this server; `patience` in seconds."""
-    headers = running.authorization("inference")
-    options = RequestOptions(patience=patience, timeout=HTTP_TIMEOUT, headers=headers)
+    options = RequestOptions(patience=patience, headers=running.authorization("inference"))
     return Client(running.predictions_url, options)
 
 
