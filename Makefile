@@ -54,7 +54,7 @@ export GIVEN_TO := make $(goals)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-benchmarks run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -129,15 +129,6 @@ fuzz: setup-tests ## corrupted pictures, by the thousand
 chaos: setup-tests ## five minutes of bad clients and killed workers
 	@$(VENV_PYTHON) -m tests.stress.chaos
 
-flood: setup-tests ## 200 uploads of 19 MB at once
-	@$(VENV_PYTHON) -m tests.stress.load flood
-
-soak: setup-tests ## 5,000 requests of mixed sizes
-	@$(VENV_PYTHON) -m tests.stress.load soak
-
-outages: setup-tests ## ten minutes of clients while workers and nodes die and are replaced
-	@$(VENV_PYTHON) -m tests.stress.outages
-
 ##@ Benchmarks
 bench: setup-benchmarks ## compare with other servers, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.bench
@@ -145,20 +136,29 @@ bench: setup-benchmarks ## compare with other servers, about 10 minutes
 bench-engines: setup-benchmarks ## compare engines and their options, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.engines
 
-bench-pipe: setup-benchmarks ## what each setting of the server is worth, about 10 minutes
+bench-pipe: setup ## what each setting of the server is worth, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.pipe
 
-bench-scaling: setup-benchmarks ## more workers, larger pictures, about 5 minutes
+bench-scaling: setup ## more workers, larger pictures, about 5 minutes
 	@$(VENV_PYTHON) -m benchmarks.scaling
 
-bench-stages: setup-benchmarks ## what each stage of a request costs, a few minutes
+bench-stages: setup ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
-bench-gpu: setup-benchmarks ## the PyTorch engine on a GPU, if there is one
+bench-gpu: setup ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
 
-gateway-cost: setup-tests ## what the gateway costs, and what two nodes give
-	@$(VENV_PYTHON) -m tests.stress.gateway_cost
+gateway-cost: setup ## what the gateway costs, and what two nodes give
+	@$(VENV_PYTHON) -m benchmarks.gateway_cost
+
+flood: setup ## 200 uploads of 19 MB at once, within the memory of a pod
+	@$(VENV_PYTHON) -m benchmarks.flood
+
+soak: setup ## 5,000 requests of mixed sizes
+	@$(VENV_PYTHON) -m benchmarks.soak
+
+outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
+	@$(VENV_PYTHON) -m benchmarks.outages
 
 ##@ Maintenance
 setup: variables ## make the virtual environment and install the pinned packages
@@ -175,7 +175,7 @@ lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache --no-logo
-	@.venv/bin/vermin --target=3.10- --no-tips --quiet client handler scripts examples tests deploy
+	@.venv/bin/vermin --target=3.10- --no-tips --quiet client handler scripts benchmarks examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
 format: setup-tests ## put the code into the common style

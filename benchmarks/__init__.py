@@ -1,1 +1,1 @@
-"""Measurements: the engine alone, the settings one by one, and whole servers beside their peers."""
+"""Every program that measures; each writes a page of `results`."""

@@ -8,11 +8,9 @@ to decode and nobody to answer.
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,15 +24,16 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
-from PIL import Image
 
-from benchmarks.machine import RESULTS, write_report
+from benchmarks.machine import CORES, RESULTS, write_report
 from benchmarks.peers.common import session
-from benchmarks.servers import CORES, Server, request_body, start_ours, start_peer, start_stock
+from benchmarks.pictures import encode, noisy, photograph
+from benchmarks.servers import Server, request_body, start_ours, start_peer, start_stock
+from benchmarks.timing import images_a_second, in_turn, wait_until_quiet
+from benchmarks.wrk import Body, closed_loop, environment, require_wrk
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
-from scripts.samples import CAT
-from scripts.terminal import UserError, command, step, warn
+from scripts.terminal import command, step, warn
 
 mpl.use("Agg")
 
@@ -49,8 +48,6 @@ OPEN_SHARE, OPEN_USERS = 0.6, 64
 BARE_SECONDS = 4.0
 # Java compiles its hot code under load; the other servers need less.
 WARM_UP_SECONDS = 8
-# A server that still works on what was given up counts as quiet below this share of a core.
-QUIET, QUIET_TIMEOUT = 0.2, 90.0
 # Answers a request in a thread or a process of its own: 64 at once only make a backlog.
 UNBATCHED = ("Flask tutorial", "Flask, gunicorn")
 
@@ -88,8 +85,7 @@ def main(
     seconds: Annotated[int, typer.Option(min=3, help="Load on each server a round.")] = 6,
 ) -> None:
     """Compares this project with its peers; writes benchmarks/results/."""
-    if shutil.which("wrk") is None:
-        raise UserError("The load is made by wrk, which is not installed (on Debian: wrk).")
+    require_wrk()
     samples: dict[Key, list[Sample]] = {}
     bare: dict[int, list[float]] = {1: [], 8: []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -98,14 +94,14 @@ def main(
         servers = list(_start(archive, work, stack))
         for server in servers:
             _load(server, work, "small", 16, WARM_UP_SECONDS)
-        for number in range(rounds):
-            step(f"Round {number + 1} of {rounds}")
-            for batch, rates in bare.items():
-                rates.append(_bare(batch))
-            for server, picture, clients in _plan(servers, number):
-                sample = _load(server, work, picture, clients, seconds)
-                samples.setdefault((server.name, picture, str(clients)), []).append(sample)
-                step(f"{server.name}, {picture}, {clients} clients: {sample.rate:.1f}/s")
+        for batch_or_load in in_turn([*bare, *_plan(servers)], rounds):
+            if isinstance(batch_or_load, int):
+                bare[batch_or_load].append(_bare(batch_or_load))
+                continue
+            server, picture, clients = batch_or_load
+            sample = _load(server, work, picture, clients, seconds)
+            samples.setdefault((server.name, picture, str(clients)), []).append(sample)
+            step(f"{server.name}, {picture}, {clients} clients: {sample.rate:.1f}/s")
         rate = OPEN_SHARE * median(bare[8])
         for server in servers:
             if server.name in UNBATCHED:
@@ -124,13 +120,9 @@ def _prepare(work: Path) -> Path:
         (work / "model.onnx").write_bytes(content.read("model.onnx"))
     (work / "index_to_name.json").write_bytes(Path("handler/index_to_name.json").read_bytes())
     torch.save(weights.state_dict, work / "weights.pth")
-    with Image.open(CAT.parent / "astronaut.png") as photograph:
-        rgb = photograph.convert("RGB")
-    rgb.resize((720, 720), Image.Resampling.BICUBIC).save(work / "small.jpg", quality=90)
-    # A photograph of a telephone's size; noise as its sensor has makes the file as large.
-    large = np.asarray(rgb.resize((4000, 3000), Image.Resampling.BICUBIC)).astype(np.float32)
-    large += np.random.default_rng(0).normal(0, 4, (3000, 4000, 1))
-    Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(work / "large.jpg", quality=85)
+    (work / "small.jpg").write_bytes(encode(photograph(720, 720), quality=90))
+    # A photograph of a telephone's size.
+    (work / "large.jpg").write_bytes(encode(noisy(photograph(4000, 3000)), quality=85))
     return archive
 
 
@@ -156,25 +148,25 @@ def _start(archive: Path, work: Path, stack: ExitStack) -> Iterator[Server]:
         yield server
 
 
-def _plan(servers: list[Server], number: int) -> Iterator[tuple[Server, str, int]]:
-    """What one round asks; the order turns, so that no server always follows the same one."""
-    turn = number % len(servers)
-    turned = servers[turn:] + servers[:turn]
+def _plan(servers: list[Server]) -> Iterator[tuple[Server, str, int]]:
+    """What one round asks: server, picture and clients."""
     for clients in CLIENTS:
-        for server in turned:
+        for server in servers:
             if clients <= CLIENTS[1] or server.name not in UNBATCHED:
                 yield server, "small", clients
     # Only where it is compared: 12 megapixels take the others seconds each.
-    yield from ((server, "large", 16) for server in turned if server.name in (OURS, STOCK, "mosec"))
+    yield from (
+        (server, "large", 16) for server in servers if server.name in (OURS, STOCK, "mosec")
+    )
 
 
 def _load(server: Server, work: Path, picture: str, clients: int, seconds: int) -> Sample:
     """Closed loop: each client waits for its answer and asks again."""
-    environment = _request(server, work, picture)
+    body = _body(server, work, picture)
     before = server.cpu_seconds()
-    found = closed_loop(server.url, environment, clients, seconds)
+    found = closed_loop(server.url, body, clients, seconds)
     used = server.cpu_seconds() - before
-    _wait_until_quiet(server)
+    wait_until_quiet(server.name, server.cpu_seconds)
     return Sample(
         rate=found["count"] / found["seconds"],
         p50=found["p50"],
@@ -183,26 +175,6 @@ def _load(server: Server, work: Path, picture: str, clients: int, seconds: int) 
         failures=int(found["failures"]),
         cpu_ms=1000 * used / max(1, found["count"]),
     )
-
-
-def closed_loop(
-    url: str, environment: dict[str, str], clients: int, seconds: int
-) -> dict[str, float]:
-    """Runs wrk; see wrk.lua for what it reads from the environment and what it gives."""
-    result = subprocess.run(
-        [
-            *("wrk", "--threads", "1", "--connections", str(clients)),
-            *("--duration", f"{seconds}s", "--timeout", "60s"),
-            *("--script", "benchmarks/wrk.lua", url),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
-    found: dict[str, float] = json.loads(line.removeprefix("RESULT"))
-    return found
 
 
 def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: int) -> Sample:
@@ -218,7 +190,7 @@ def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: i
             *("--host", f"{address.scheme}://{address.netloc}", "--loglevel", "ERROR"),
         ],
         env={
-            **_request(server, work, picture),
+            **environment(_body(server, work, picture), work),
             "BENCHMARK_PATH": address.path,
             "BENCHMARK_RATE": str(rate / OPEN_USERS),
         },
@@ -227,7 +199,7 @@ def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: i
         check=False,  # locust's status is 1 where a request failed; failures are counted
     )
     used = server.cpu_seconds() - before
-    _wait_until_quiet(server)
+    wait_until_quiet(server.name, server.cpu_seconds)
     with Path(f"{prefix}_stats.csv").open() as table:
         total = next(row for row in csv.DictReader(table) if row["Name"] == "Aggregated")
     return Sample(
@@ -240,24 +212,8 @@ def _open_load(server: Server, work: Path, picture: str, rate: float, seconds: i
     )
 
 
-def _wait_until_quiet(server: Server) -> None:
-    """A load's last requests are given up by their clients, but not by every server: the next
-    server must not pay for them.
-    """
-    deadline = time.monotonic() + QUIET_TIMEOUT
-    while time.monotonic() < deadline:
-        before, began = server.cpu_seconds(), time.monotonic()
-        time.sleep(0.5)
-        if (server.cpu_seconds() - before) / (time.monotonic() - began) < QUIET:
-            return
-    warn(f"{server.name} is still busy after {QUIET_TIMEOUT:.0f} s without requests.")
-
-
-def _request(server: Server, work: Path, picture: str) -> dict[str, str]:
-    """Writes the body that the load sends; the environment that says where it is."""
-    body, content_type = request_body(server, (work / f"{picture}.jpg").read_bytes())
-    (work / "body").write_bytes(body)
-    return {**os.environ, "BENCHMARK_BODY": str(work / "body"), "BENCHMARK_TYPE": content_type}
+def _body(server: Server, work: Path, picture: str) -> Body:
+    return request_body(server, (work / f"{picture}.jpg").read_bytes())
 
 
 def _bare(batch: int) -> float:
@@ -279,12 +235,11 @@ def bare(batch: float, threads: float, seconds: float) -> None:
     """Prints the rate; runs in a process of its own."""
     model = session(int(threads))
     images = np.random.default_rng(0).integers(0, 256, (int(batch), 3, 224, 224), dtype=np.uint8)
-    model.run(["logits"], {"images": images})
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
+
+    def run() -> None:
         model.run(["logits"], {"images": images})
-        count += len(images)
-    print(json.dumps(count / elapsed))
+
+    print(json.dumps(images_a_second(run, len(images), seconds)))
 
 
 def _ratios(samples: dict[Key, list[Sample]], bare: dict[int, list[float]]) -> dict[str, float]:

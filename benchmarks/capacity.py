@@ -24,9 +24,8 @@ UTILISATION = 0.7
 WORKERS_A_NODE = 16
 WORKER_GB = WORKER_BYTES / 1e9
 FRONTEND_GB = FRONTEND_BYTES / 1e9
-# Of a photo as phones and web pages send it, and of an answer with its headers.
+# Of a photo as phones and web pages send it.
 REQUEST_BYTES = 500_000
-RESPONSE_BYTES = 1_100
 _IMAGES = 20_000
 
 

@@ -25,7 +25,8 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
-from benchmarks.machine import write_report
+from benchmarks.machine import CORES, write_report
+from benchmarks.timing import images_a_second, in_turn
 from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.export import Normalized
@@ -169,13 +170,9 @@ def measure(name: str, work: Path, threads: int, batch: int, seconds: float) -> 
         np.save(work / "logits.npy", np.concatenate([logits(i[None]) for i in images]))
         return
     part = np.ascontiguousarray(images[:batch])
-    logits(part)
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        logits(part)
-        count += batch
+    rate = images_a_second(lambda: logits(part), batch, seconds)
     memory = psutil.Process().memory_full_info().pss
-    print(json.dumps({"rate": count / elapsed, "first": first, "memory": memory}))
+    print(json.dumps({"rate": rate, "first": first, "memory": memory}))
 
 
 def _child(*arguments: str) -> dict[str, float] | None:
@@ -209,17 +206,14 @@ def main(
         names = only or [*ONNX_OPTIONS, *OTHERS]
         expected = _reference(work)
         accuracy = {name: _accuracy(name, work, expected) for name in names}
-        cores = psutil.cpu_count()
-        setups = [(1, 1), (1, 2), (1, 8), (cores, 1), (cores, 8)]
+        setups = [(1, 1), (1, 2), (1, 8), (CORES, 1), (CORES, 8)]
+        ways = [(name, *setup) for name in names if accuracy[name] for setup in setups]
         samples: dict[tuple[str, int, int], list[dict[str, float]]] = {}
-        for _ in track(range(rounds), "Measuring ..."):
-            for name in names:
-                for threads, batch in setups:
-                    if accuracy[name] is None:
-                        continue
-                    values = _child(name, str(work), str(threads), str(batch), str(seconds))
-                    if values:
-                        samples.setdefault((name, threads, batch), []).append(values)
+        for way in track(in_turn(ways, rounds), "Measuring ...", total=len(ways) * rounds):
+            name, threads, batch = way
+            values = _child(name, str(work), str(threads), str(batch), str(seconds))
+            if values:
+                samples.setdefault(way, []).append(values)
     _write(names, setups, samples, accuracy)
 
 

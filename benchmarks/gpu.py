@@ -4,9 +4,8 @@ Images a second of the engine for growing batches, how far its logits are from f
 handler calls, from JPEG bytes to answers.
 """
 
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ import torch
 import typer
 
 from benchmarks.machine import write_report
+from benchmarks.timing import images_a_second
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
@@ -28,16 +28,6 @@ from scripts.terminal import command, step
 
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CPU_BATCHES = (1, 4)
-
-
-def rate(run: Callable[[], Any], images: int, seconds: float) -> float:
-    """Images a second; the engine gives its answer to the CPU, so nothing is left running."""
-    run()
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        run()
-        count += images
-    return count / elapsed
 
 
 def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
@@ -85,9 +75,9 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
                 return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
 
             rates = [
-                rate(lambda part=part: engine.logits(part), batch, seconds),  # type: ignore[misc]
-                rate(lambda part=part: run_eager(part), batch, seconds),  # type: ignore[misc]
-                rate(from_bytes, batch, seconds),
+                images_a_second(partial(engine.logits, part), batch, seconds),
+                images_a_second(partial(run_eager, part), batch, seconds),
+                images_a_second(from_bytes, batch, seconds),
             ]
             lines.append(f"| {batch} | " + " | ".join(f"{r:.1f}" for r in rates) + " |")
             step(lines[-1])

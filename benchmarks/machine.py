@@ -11,6 +11,7 @@ import psutil
 from scripts.terminal import step
 
 RESULTS = Path("benchmarks/results")
+CORES = psutil.cpu_count()
 
 PACKAGES = (
     "torch",

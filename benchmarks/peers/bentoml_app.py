@@ -6,10 +6,8 @@ import bentoml
 import numpy as np
 from PIL import Image as PillowImage
 
-from benchmarks.peers.common import answer, session
+from benchmarks.peers.common import BATCH, WORKERS, answer, session
 
-WORKERS = 2
-BATCH = 8
 LATENCY_MS = 10_000
 
 

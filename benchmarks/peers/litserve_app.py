@@ -7,14 +7,12 @@ import litserve
 import numpy as np
 from fastapi import Request
 
-from benchmarks.peers.common import answer, decode, session
+from benchmarks.peers.common import BATCH, WORKERS, answer, decode, session
 
-WORKERS = 2
-BATCH = 8
 DELAY_S = 0.005
 
 
-class Classifier(litserve.LitAPI):  # type: ignore[misc]
+class Classifier(litserve.LitAPI):
     """Takes an upload under `file`, answers JSON."""
 
     def setup(self, device: str) -> None:

@@ -5,10 +5,8 @@ from typing import Any
 import numpy as np
 from mosec import Server, Worker
 
-from benchmarks.peers.common import answer, decode, session
+from benchmarks.peers.common import BATCH, WORKERS, answer, decode, session
 
-WORKERS = 2
-BATCH = 8
 DELAY_MS = 5
 
 

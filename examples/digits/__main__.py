@@ -24,7 +24,7 @@ from examples.digits.train import (
 from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.weights import load as load_weights
-from scripts.gateway.nodes import free_ports
+from scripts.serve.running import free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
 

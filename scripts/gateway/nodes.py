@@ -7,7 +7,6 @@ that nobody else uses and TorchServe's tokens on. It serves a copy of the archiv
 
 import dataclasses
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from scripts.gateway.gateway import (
     require_gateway,
 )
 from scripts.gateway.nginx import change_nodes, wait_for_drain
-from scripts.serve.running import HOST, RUN_DIR, STATE, Ports, find_running
+from scripts.serve.running import RUN_DIR, STATE, find_running, free_ports
 from scripts.serve.server import start
 from scripts.serve.server import stop as stop_server
 from scripts.store import sha256
@@ -191,12 +190,3 @@ def _require(names: Sequence[str], gateway: Gateway) -> list[Node]:
     if unknown:
         raise UserError(f"There is no node {unknown[0]!r}. There are: {', '.join(known)}.")
     return [known[name] for name in names]
-
-
-def free_ports() -> Ports:
-    """Ports that nobody uses now."""
-    sockets = [socket.create_server((HOST, 0)) for _ in dataclasses.fields(Ports)]
-    numbers = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return Ports(*numbers)

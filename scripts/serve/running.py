@@ -7,6 +7,8 @@ folder and ports each.
 import dataclasses
 import json
 import shutil
+import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +44,18 @@ class Ports:
         """Those on which it listens."""
         ports = dataclasses.asdict(self)
         return ports if grpc else {use: port for use, port in ports.items() if "grpc" not in use}
+
+
+def unused_ports(count: int) -> list[int]:
+    """So many different ports of loopback that nobody uses yet."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def free_ports() -> Ports:
+    """Ports for a server, of which nobody uses one yet."""
+    return Ports(*unused_ports(len(dataclasses.fields(Ports))))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect
 
-from scripts.gateway.nodes import free_ports
 from scripts.samples import CAT
 from scripts.serve.management import model_status
-from scripts.serve.running import HOST, Running
+from scripts.serve.running import HOST, Running, free_ports
 from scripts.serve.server import start, stop
 from tests.browser.conftest import Console
 from tests.browser.person import (

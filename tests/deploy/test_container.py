@@ -13,8 +13,7 @@ from typing import ClassVar
 
 import pytest
 
-from scripts.gateway.nodes import free_ports
-from scripts.serve.running import Running
+from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 
 CONTAINER = Path("deploy/container")

@@ -1,9 +1,10 @@
-"""The commands and programs of README and docs, run as a reader would, with what they print.
+"""What the documents say: their commands and programs, with what they print, and their links.
 
-All of them run in a copy of the project, against the server that the copy's `make run` started: on
-ports of its own, so that those of the text stand for them. In a `console` block a line that begins
-with `$` is a command, and what follows is what it prints; in a `python` block the comments at its
-end are. `...` stands for what varies, and white space counts once.
+Commands and programs run as a reader would run them, in a copy of the project, against the server
+that the copy's `make run` started: on ports of its own, so that those of the text stand for them.
+In a `console` block a line that begins with `$` is a command, and what follows is what it prints;
+in a `python` block the comments at its end are. `...` stands for what varies, and white space
+counts once.
 """
 
 import dataclasses
@@ -21,11 +22,13 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scripts.gateway.nodes import free_ports
-from scripts.serve.running import Ports
-from tests.gateway.conftest import free_port
+from scripts.serve.running import Ports, free_ports, unused_ports
 
-PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+README = Path("README.md")
+# The README comes first: it starts the server.
+PAGES = [README, *sorted(Path("docs").glob("*.md")), Path("deploy/README.md")]
+# Of the README, so that a reader reaches its end.
+MOST_LINES = 220
 TIMEOUT = 280  # seconds
 
 # The beginnings of commands that are not run, and why.
@@ -64,6 +67,12 @@ class Workspace:
     def ports(self) -> dict[int, int]:
         """Those of the text, and what stands for each here."""
         return dict([*self.server.values(), *self.gateway.values()])
+
+    def serve(self) -> None:
+        """Does what each page takes for granted, `make run`, unless it has been done."""
+        if not (self.folder / ".run/cat.png").exists():
+            status, printed = self.run("make run")
+            assert status == 0, printed
 
     def run(self, command: str) -> tuple[int, str]:
         """Runs a command of the text; its status and what it prints, in the text's own terms."""
@@ -116,27 +125,34 @@ def _replaced(text: str, ports: dict[int, int]) -> str:
     return re.sub(r"(?<=:)\d{4,5}\b", lambda m: str(ports.get(int(m[0]), m[0])), text)
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """The project as git has it, with this environment's packages."""
-    folder = tmp_path_factory.mktemp("project")
+def _files() -> list[Path]:
+    """The project's files as git has them, with those that are not committed yet."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
         capture_output=True,
         check=True,
         text=True,
     ).stdout
-    for name in filter(None, listed.split("\0")):
-        if Path(name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(name, folder / name)
+    return [path for path in map(Path, filter(None, listed.split("\0"))) if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """The project as git has it, with this environment's packages."""
+    folder = tmp_path_factory.mktemp("project")
+    for path in _files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / path)
     (folder / ".venv").symlink_to(Path(".venv").resolve())
     documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
     server = {
         "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
         for use in documented
     }
-    gateway = {name: (port, free_port()) for name, port in GATEWAY_PORTS.items()}
+    unused = unused_ports(len(GATEWAY_PORTS))
+    gateway = {
+        name: (port, mine) for (name, port), mine in zip(GATEWAY_PORTS.items(), unused, strict=True)
+    }
     yield Workspace(folder, server, gateway)
     for command in ("gateway-stop", "stop"):
         subprocess.run(["make", command], cwd=folder, capture_output=True, check=False)  # noqa: S607
@@ -147,6 +163,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_a_page_says_what_its_commands_print(
     page: Path, workspace: Workspace, note: list[str]
 ) -> None:
+    if page != README:
+        workspace.serve()
     parsers = [CodeBlockParser("console", _run_console), CodeBlockParser("python", _run_python)]
     document = Document.parse(str(page), SkipParser(), *parsers)
     document.namespace.update(workspace=workspace, ran=[], left=[])
@@ -205,3 +223,45 @@ def _difference(expected: str, printed: str) -> str | None:
     if not expected.strip() or OUTPUT.check_output(expected, printed, flags):
         return None
     return OUTPUT.output_difference(doctest.Example("", expected), printed, flags)
+
+
+# --- Links ---
+
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+_ELSEWHERE = re.compile(r"[a-z]+:")
+
+
+def test_links_lead_to_files_and_headings_that_are_there() -> None:
+    dead = [
+        f"{page}: {link}"
+        for page in _files()
+        if page.suffix == ".md"
+        for link in _LINK.findall(_prose(page))
+        if not _ELSEWHERE.match(link) and not _leads_somewhere(link, page)
+    ]
+    assert not dead
+
+
+def _leads_somewhere(link: str, page: Path) -> bool:
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    return target.exists() and (not anchor or anchor in _anchors(target))
+
+
+def _prose(page: Path) -> str:
+    return _FENCED.sub("", page.read_text(encoding="utf-8"))
+
+
+def _anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings; none of them stands there twice."""
+    headings: list[str] = _HEADING.findall(_prose(page))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    missing = [str(page) for page in PAGES if page != README and f"({page})" not in text]
+    assert not missing

@@ -1,19 +1,13 @@
-"""How the tests ask a gateway, and clients that keep asking while something happens to it."""
+"""How the tests ask a gateway."""
 
-import threading
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import requests
 
+from benchmarks.cluster import TIMEOUT
 from scripts.gateway.gateway import Gateway
 from scripts.samples import CAT
-
-TIMEOUT = 60
 
 
 @dataclass(frozen=True)
@@ -30,62 +24,3 @@ class Client:
         """Classifies a photograph."""
         headers = {"X-API-Key": key} if key else {}
         return self.ask("POST", "/predict", files={"file": CAT.read_bytes()}, headers=headers)
-
-
-@dataclass
-class Tally:
-    """What clients saw, and how long it took them.
-
-    Attributes:
-        outcomes: how often each status, or kind of lost connection, was seen.
-        seconds: of each request that was answered 200.
-        examples: an answer of each other status, for people to read.
-    """
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> int:
-        """Requests that were not answered 200."""
-        return self.outcomes.total() - self.outcomes["200"]
-
-
-@contextmanager
-def clients(gateway: Gateway, count: int) -> Iterator[Tally]:
-    """Keeps so many clients asking, each the next request after the last answer.
-
-    Half of them connect anew for each request, as the tutorials' do; half keep their connection.
-    """
-    tally = Tally()
-    done = threading.Event()
-    photograph = CAT.read_bytes()
-
-    def work(number: int) -> None:
-        session = requests.Session()
-        while not done.is_set():
-            sender = session if number % 2 else requests
-            started = time.monotonic()
-            try:
-                answer = sender.post(
-                    f"{gateway.url}/predict", files={"file": photograph}, timeout=TIMEOUT
-                )
-                outcome, text = str(answer.status_code), answer.text
-            except requests.RequestException as error:
-                outcome, text = type(error).__name__, str(error)
-            tally.outcomes[outcome] += 1
-            if outcome == "200":
-                tally.seconds.append(time.monotonic() - started)
-            else:
-                tally.examples[outcome] = text[:300]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield tally
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()

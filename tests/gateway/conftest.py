@@ -1,35 +1,18 @@
 """A gateway before two real nodes, started once for all tests here."""
 
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks.cluster import free_options
 from scripts.gateway import start as starting
-from scripts.gateway.gateway import Gateway, Options, find_gateway
+from scripts.gateway.gateway import Gateway, find_gateway
 from scripts.gateway.nodes import start_nodes, stop_nodes
 from tests.gateway.client import Client
 
 KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def free_options(**options: Any) -> Options:
-    """Options with ports that nobody uses now."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        http, https, metrics = (probe.getsockname()[1] for probe in probes)
-    return Options(http_port=http, https_port=https, metrics_port=metrics, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import faults
 from scripts.gateway.gateway import Gateway
 from scripts.samples import CAT
 from scripts.serve.running import Running
-from tests.gateway import faults
 from tests.gateway.raw import exchange, request, statuses
 
 PAGE = Path("docs/known-faults.md")

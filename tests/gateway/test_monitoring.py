@@ -12,11 +12,11 @@ import pytest
 import requests
 import yaml
 
+from benchmarks import faults
 from scripts.gateway.gateway import Gateway
 from scripts.samples import CAT
-from tests.gateway import faults
+from scripts.serve.running import unused_ports
 from tests.gateway.client import Client
-from tests.gateway.conftest import free_port
 
 MONITORING = Path("deploy/monitoring")
 DEADLINE = 40.0
@@ -46,7 +46,7 @@ def query(
     gateway = f"127.0.0.1:{cluster.options.metrics_port}"
     of_job["densenet-gateway"]["static_configs"] = [{"targets": [gateway]}]
     (place / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    port = free_port()
+    (port,) = unused_ports(1)
     with (
         (place / "log").open("w") as log,
         subprocess.Popen(

@@ -21,6 +21,7 @@ import pytest
 import requests
 from prometheus_client import CollectorRegistry
 
+from benchmarks.cluster import free_options
 from scripts.gateway import commands, config
 from scripts.gateway import nodes as cluster
 from scripts.gateway import start as starting
@@ -32,10 +33,10 @@ from scripts.gateway.start import find_lost, stop_lost
 from scripts.gateway.waiting import Attempts, answering, may_be_sent_again
 from scripts.gateway.watch import Starts, Watch
 from scripts.serve import management
-from scripts.serve.running import Ports
+from scripts.serve.management import poll
+from scripts.serve.running import Ports, unused_ports
 from scripts.state import remember, started
 from scripts.terminal import UserError
-from tests.gateway.conftest import free_options, free_port
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def stub_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         "_upstream",
         lambda node, sockets: {
             "name": node.name,
-            "port": free_port(),
+            "port": unused_ports(1)[0],
             "authorization": "",
             "socket": f"{sockets}/{node.name}.sock",
         },
@@ -180,10 +181,7 @@ def test_a_watch_ends_where_its_gateway_does(serving: Gateway, tmp_path: Path) -
         [sys.executable, "-m", "scripts.gateway.watch", "--folder", folder]
     ) as watch:
         socket_path = Path(serving.sockets) / "watch.sock"
-        deadline = time.monotonic() + 30
-        while not socket_path.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert poll(socket_path.exists, 30)
         # What it cannot understand it reports, and goes on.
         state = (folder / STATE).read_text()
         (folder / STATE).write_text("{")

@@ -19,6 +19,8 @@ import psutil
 import pytest
 import requests
 
+from benchmarks import faults
+from benchmarks.cluster import Tally, clients, free_options
 from scripts.build.archive import build, recipe
 from scripts.build.weights import Weights
 from scripts.gateway import start as starting
@@ -33,9 +35,8 @@ from scripts.gateway.watch import renew_tokens
 from scripts.serve.running import Running
 from scripts.store import sha256
 from scripts.terminal import UserError
-from tests.gateway import faults
-from tests.gateway.client import Client, Tally, clients
-from tests.gateway.conftest import KEYS, free_options
+from tests.gateway.client import Client
+from tests.gateway.conftest import KEYS
 
 CLIENTS = 8
 
@@ -133,7 +134,7 @@ def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_er
     names = faults.nodes_of(folder)
     with clients(cluster, CLIENTS) as tally:
         time.sleep(0.5)
-        faults.kill_frontend(folder)
+        faults.kill_frontend(folder, 0)
         time.sleep(0.5)
     _nobody_noticed(tally)
     assert faults.nodes_of(folder) == names
@@ -326,10 +327,7 @@ def test_ready_tells_the_truth_when_all_workers_are_gone(cluster: Gateway, folde
         assert answer.status_code == 503, answer.text
         assert answer.json()["type"] == "ServiceUnavailable"
         assert client.ask("GET", "/healthz").status_code == 200
-    deadline = time.monotonic() + 60
-    while client.ask("GET", "/readyz").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    faults.wait_for(lambda: client.ask("GET", "/readyz").status_code == 200)
 
 
 @contextmanager
@@ -360,23 +358,12 @@ def test_a_node_that_hangs_is_taken_out_and_comes_back(cluster: Gateway, folder:
     assert process is not None
     process.suspend()
     try:
-        _until_first_node_is(folder, healthy=False)
+        faults.wait_for(lambda: not _gateway(folder).nodes[0].healthy)
         for _ in range(4):
             assert Client(cluster).predict().status_code == 200
     finally:
         process.resume()
-    _until_first_node_is(folder, healthy=True)
-
-
-def _until_first_node_is(folder: Path, *, healthy: bool) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        gateway = find_gateway(folder)
-        assert gateway is not None
-        if gateway.nodes[0].healthy == healthy:
-            return
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    faults.wait_for(lambda: _gateway(folder).nodes[0].healthy)
 
 
 def _gateway(folder: Path) -> Gateway:

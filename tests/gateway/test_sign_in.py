@@ -15,13 +15,13 @@ import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from benchmarks.faults import wait_for
 from scripts.gateway.keys import SESSION_SECONDS, Key
 from scripts.gateway.nginx import change_nodes
 from scripts.samples import CAT
 from tests.browser.conftest import _chromium
 from tests.gateway.client import Client
 from tests.gateway.conftest import KEYS
-from tests.gateway.faults import wait_for
 
 HTML = {"Accept": "text/html"}
 _CODE = re.compile(r"[0-9a-f]{64}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import requests
 
+from benchmarks.cluster import free_options
 from scripts.gateway import config
 from scripts.gateway import nginx as gateways
 from scripts.gateway import start as starting
@@ -17,7 +18,7 @@ from scripts.gateway.keys import read_keys
 from scripts.samples import CAT
 from scripts.terminal import UserError
 from tests.gateway.client import Client
-from tests.gateway.conftest import KEYS, free_options
+from tests.gateway.conftest import KEYS
 
 
 def test_https_serves_with_the_certificate_and_http2(client: Client) -> None:

@@ -17,6 +17,7 @@ import requests
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from benchmarks.faults import wait_for
 from scripts.samples import CAT
 from scripts.serve.management import model_status
 from scripts.serve.running import Running
@@ -34,13 +35,6 @@ def post(url: str, content: bytes) -> requests.Response:
 def queued(running: Running) -> int:
     waiting: int = model_status(running)["jobQueueStatus"]["pendingRequests"]
     return waiting
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def batches_in(log: Path) -> list[str]:

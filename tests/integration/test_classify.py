@@ -31,9 +31,8 @@ from classification_client import (
     UnavailableError,
 )
 from classification_client.results import Row, classify_all
-from scripts.gateway.nodes import free_ports
 from scripts.samples import CAT
-from scripts.serve.running import Running, find_running
+from scripts.serve.running import Running, find_running, free_ports
 from scripts.serve.server import start, stop
 
 THOUSANDS = 2000

@@ -20,11 +20,11 @@ import pytest
 import requests
 
 from scripts import run
-from scripts.gateway.nodes import free_ports, start_node
+from scripts.gateway.nodes import start_node
 from scripts.serve import commands, server
 from scripts.serve.management import model_status
 from scripts.serve.preflight import try_archive
-from scripts.serve.running import Running, find_running
+from scripts.serve.running import Running, find_running, free_ports
 from scripts.serve.server import METRICS_CONFIG, start
 from scripts.terminal import UserError
 

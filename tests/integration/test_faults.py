@@ -1,7 +1,6 @@
 """What goes wrong in production: workers that die or hang, a full queue, a flood, bad clients."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,21 +10,16 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from benchmarks.faults import wait_for
+from benchmarks.flood import flood
+from benchmarks.served import post
 from scripts.samples import CAT
 from scripts.serve.management import model_status, ready_workers, scale
 from scripts.serve.running import Running
-from tests.stress import chaos, fuzz, load
-from tests.stress.servers import post
+from tests.stress import chaos, fuzz
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_killed_worker_costs_no_right_answer_and_comes_back(
@@ -72,7 +66,7 @@ def test_a_client_that_goes_away_costs_the_others_nothing(running: Running) -> N
 
 def test_a_flood_of_large_uploads_is_answered_200_or_503(running: Running) -> None:
     """The short form of `make flood`."""
-    load.flood(running, clients=80, size=5_000_000)
+    flood(running, clients=80, size=5_000_000)
 
 
 def test_corrupted_pictures_do_no_harm(running: Running, note: list[str]) -> None:

@@ -11,10 +11,9 @@ from torchvision.models import get_model_weights
 
 from scripts.build.archive import build, recipe
 from scripts.build.weights import Weights, build_model, untrained
-from scripts.gateway.nodes import free_ports
 from scripts.samples import CAT
 from scripts.serve.management import model_status, ready_workers, scale
-from scripts.serve.running import Running
+from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 from tests.pictures import encode, photographs
 from tests.unit.test_images import TUTORIAL

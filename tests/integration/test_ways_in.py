@@ -6,7 +6,6 @@ import json
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import pytest
 import requests
 from PIL import Image
 
-from scripts.gateway.nodes import free_ports
 from scripts.samples import CAT
 from scripts.serve import commands, management
-from scripts.serve.management import ready_workers, scale
-from scripts.serve.running import HOST, Running
+from scripts.serve.management import poll, ready_workers, scale
+from scripts.serve.running import HOST, Running, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError
 from tests.pictures import PHOTOGRAPHS, encode
@@ -410,10 +408,7 @@ def test_a_worker_that_a_grpc_stream_ended_is_not_believed_to_be_ready(
         client = services.InferenceAPIsServiceStub(channel)
         with pytest.raises(grpc.RpcError):
             list(client.StreamPredictions2(iter([request]), timeout=TIMEOUT))
-    deadline = time.monotonic() + TIMEOUT
-    while ready_workers(grpc_server) > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert poll(lambda: ready_workers(grpc_server) == 0, TIMEOUT)
     (worker,) = management.model_status(grpc_server)["workers"]
     assert worker["status"] == "READY", "this is what TorchServe says of it"
 

@@ -1,1 +1,1 @@
-"""Long runs against the image stage and a real server; a short form of each is a test."""
+"""Long searches for failures; a short form of each is a test."""

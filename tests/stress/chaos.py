@@ -19,12 +19,12 @@ import requests
 import typer
 from rich.table import Table
 
-from scripts.serve.management import ready_workers
+from benchmarks.served import frontend_memory, post, served, worker_memory, worker_pids
+from scripts.serve.management import poll, ready_workers
 from scripts.serve.running import HOST, Running
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
 from tests.pictures import PHOTOGRAPHS
-from tests.stress.servers import frontend_memory, post, served, worker_memory, worker_pids
 
 CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0
@@ -179,10 +179,7 @@ def rehearse(seconds: float, warm_up: float, seed: int) -> Chaos:
 
 def _settled_memory(running: Running) -> dict[str, float]:
     """After the server answers again, with both workers, and has done some of its usual work."""
-    deadline = time.monotonic() + 60
-    while ready_workers(running) < 2:
-        assert time.monotonic() < deadline, "the killed worker did not come back"
-        time.sleep(0.2)
+    assert poll(lambda: ready_workers(running) == 2, 60), "the killed worker did not come back"
     usual = PHOTOGRAPHS[0].read_bytes()
     clients = [
         threading.Thread(target=lambda: [post(running, usual) for _ in range(8)])

@@ -6,7 +6,6 @@ corrupted further. Last through a real server: no 5xx, and the same workers befo
 """
 
 import gc
-import os
 import random
 import time
 from collections import Counter
@@ -20,13 +19,14 @@ import requests
 import typer
 from rich.progress import Progress, track
 
+from benchmarks.served import served, worker_pids
+from benchmarks.timing import cpu_seconds
 from handler.errors import ClientError
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing, Settings
 from scripts.serve.running import Running
 from scripts.terminal import UserError, command, console
 from tests import corpus, costs
-from tests.stress import servers
 
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 2.0
@@ -174,18 +174,6 @@ def _keep(found: Found, name: str) -> Path:
     return path
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and its children, ended or not, in seconds."""
-    times = os.times()
-    alive = (child.cpu_times() for child in psutil.Process().children())
-    return (
-        time.process_time()
-        + times.children_user
-        + times.children_system
-        + sum(child.user + child.system for child in alive)
-    )
-
-
 def _memory() -> int:
     gc.collect()
     return int(psutil.Process().memory_info().rss)
@@ -199,7 +187,7 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
     """
     pictures = [picture.data for picture in corpus.valid() if len(picture.data) < 200_000]
     chance = random.Random(seed)
-    workers = servers.worker_pids(running)
+    workers = worker_pids(running)
     outcomes: Counter[str] = Counter()
     session = requests.Session()
     for number in track(range(count), "Real server ...", console=console, transient=True):
@@ -211,7 +199,7 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
             answer = session.post(running.predictions_url, data=data, headers=headers, timeout=60)
         outcomes[str(answer.status_code)] += 1
         assert answer.status_code < 500, f"picture {number} of seed {seed}: {answer.text}"
-    assert servers.worker_pids(running) == workers, "a worker was replaced"
+    assert worker_pids(running) == workers, "a worker was replaced"
     console.print(f"real server: {count} corrupted pictures, the same workers serve: {workers}")
     return outcomes
 
@@ -219,15 +207,17 @@ def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
 def main(
     images: Annotated[int, typer.Option(help="Pictures through the image stage.")] = 20_000,
     search: Annotated[float, typer.Option(help="Seconds of CPU to search for costly ones.")] = 120,
-    served: Annotated[int, typer.Option(help="Pictures through a real server.")] = 1_000,
+    to_server: Annotated[
+        int, typer.Option("--served", help="Pictures through a real server.")
+    ] = 1_000,
     seed: Annotated[int, typer.Option(help="Which pictures.")] = 1,
 ) -> None:
     """Fuzzes the image stage and a real server with corrupted pictures."""
     try:
         console.print(dict(fuzz_images(images, seed)))
         search_costs(search, seed)
-        with servers.served() as running:
-            console.print(dict(fuzz_server(running, served, seed)))
+        with served() as running:
+            console.print(dict(fuzz_server(running, to_server, seed)))
     except AssertionError as failure:
         raise UserError(str(failure)) from failure
 

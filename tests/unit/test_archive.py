@@ -114,11 +114,11 @@ def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_p
     assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
 
 
-@pytest.mark.parametrize("command", ["scripts.build.archive", "scripts.serve.server start"])
+@pytest.mark.parametrize("command", ["scripts.build.commands", "scripts.serve.commands start"])
 def test_production_refuses_untrained_weights(command: str, archive: Path, tmp_path: Path) -> None:
     """No host is reachable at this address, and the archive in the store is untrained."""
     unreachable = "http://127.0.0.1:9/densenet121-a639ec97.pth"
-    options = ["--url", unreachable] if command == "scripts.build.archive" else []
+    options = ["--url", unreachable] if command == "scripts.build.commands" else []
     result = subprocess.run(
         [sys.executable, "-m", *command.split(), *options, "--model-store", str(archive.parent)],
         capture_output=True,

@@ -30,7 +30,7 @@ def test_a_command_ends_with_a_sentence(raised: str, status: int, message: str) 
 
 def test_a_wrong_option_is_named() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "scripts.serve.server", "scale", "--workers", "0"],
+        [sys.executable, "-m", "scripts.serve.commands", "scale", "--workers", "0"],
         capture_output=True,
         text=True,
         check=False,

@@ -12,7 +12,7 @@ import typer
 from scripts import run
 from scripts.build.archive import Recipe
 from scripts.build.weights import Weights
-from scripts.gateway.nodes import free_ports
+from scripts.serve.running import free_ports
 from scripts.terminal import UserError
 
 MAKEFILE = Path("Makefile").read_text()

@@ -1,6 +1,5 @@
-"""What happens to a cluster while clients keep asking; used by a test and by `make outages`."""
+"""What happens to a cluster while clients keep asking; used by tests and by `make outages`."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import psutil
 from scripts.gateway.gateway import Gateway, find_gateway
 from scripts.gateway.nodes import drain, replace, undrain
 from scripts.gateway.upgrade import upgrade
-from scripts.serve.management import model_status, ready_workers
+from scripts.serve.management import model_status, poll, ready_workers
 from scripts.serve.running import Running, find_running
 from scripts.terminal import UserError
 
@@ -61,18 +60,22 @@ def kill_node(folder: Path) -> None:
     patiently(lambda: replace(name, folder))
 
 
-def kill_frontend(folder: Path) -> None:
-    """Kills a node's frontend, and waits until the watch has started the node again."""
-    server = servers_of(folder)[0]
-    process = server.process()
+def kill_frontend(folder: Path, number: int) -> None:
+    """Kills the frontend of one node, of the next each time, and waits for the watch to mend it.
+
+    The watch starts a node that dies again and again after pauses that double.
+    """
+    servers = servers_of(folder)
+    place = number % len(servers)
+    process = servers[place].process()
     assert process is not None
     process.kill()
-    wait_for(lambda: serves_anew(folder, server))
+    wait_for(lambda: serves_anew(folder, servers[place], place))
 
 
-def serves_anew(folder: Path, before: Running) -> bool:
-    """Whether the first node is another process than before, and serves."""
-    node = _gateway(folder).nodes[0]
+def serves_anew(folder: Path, before: Running, place: int = 0) -> bool:
+    """Whether the node in this place is another process than before, and serves."""
+    node = _gateway(folder).nodes[place]
     running = find_running(Path(node.run_dir))
     if running is None or running.pid == before.pid:
         return False
@@ -125,7 +128,4 @@ def upgrade_all(folder: Path, archive: Path) -> None:
 
 def wait_for(ready: Callable[[], bool]) -> None:
     """Waits until it is so, for a minute."""
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline, "it did not happen within a minute"
-        time.sleep(0.2)
+    assert poll(ready, 60), "it did not happen within a minute"

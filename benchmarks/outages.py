@@ -14,6 +14,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks import faults
+from benchmarks.cluster import Tally, clients, free_options
 from benchmarks.machine import write_report
 from scripts.build.archive import build, recipe
 from scripts.build.weights import Weights, untrained
@@ -21,9 +23,6 @@ from scripts.gateway import start as starting
 from scripts.gateway.gateway import find_gateway
 from scripts.gateway.nodes import start_nodes, stop_nodes
 from scripts.terminal import UserError, command, step
-from tests.gateway import faults
-from tests.gateway.client import Tally, clients
-from tests.gateway.conftest import free_options
 
 CLIENTS = 16
 SECONDS = 120.0
@@ -70,7 +69,7 @@ def main(
             "nothing": lambda _: None,
             "a worker is killed": lambda n: faults.kill_worker(folder, n),
             "a worker hangs": lambda n: faults.hang_worker(folder, n),
-            "a frontend is killed": lambda _: faults.kill_frontend(folder),
+            "a frontend is killed": lambda n: faults.kill_frontend(folder, n),
             "a node is killed": lambda _: faults.kill_node(folder),
             "the model is upgraded": lambda n: faults.upgrade_all(folder, archives[(n + 1) % 2]),
             "a node is drained": lambda _: faults.drain_node(folder),

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import requests
 
+from benchmarks.cluster import clients, free_options
 from benchmarks.machine import write_report
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
@@ -24,8 +25,6 @@ from scripts.gateway.nodes import start_nodes, stop_nodes
 from scripts.samples import CAT
 from scripts.serve.running import HOST, Running, find_running
 from scripts.terminal import command, console
-from tests.gateway.client import clients
-from tests.gateway.conftest import free_options
 
 _REQUESTS = 150
 _LOAD_SECONDS = 15.0

@@ -1,8 +1,8 @@
-"""A server of the long runs' own, and how much memory its processes hold."""
+"""A server of this project to measure or to attack, and how much memory its processes hold."""
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,19 +12,26 @@ import requests
 
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
-from scripts.gateway.nodes import free_ports
 from scripts.serve.management import model_status
-from scripts.serve.running import Running
+from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 
 
 @contextmanager
-def served(workers: int = 2) -> Iterator[Running]:
-    """A real TorchServe on free ports, ended afterwards."""
+def served(
+    workers: int | None = 2, inside: AbstractContextManager[object] | None = None
+) -> Iterator[Running]:
+    """A real TorchServe on free ports, ended afterwards.
+
+    Args:
+        workers: processes; None for as many as suit the machine.
+        inside: what is entered only while the server starts, for its processes to inherit.
+    """
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         archive = build(recipe(untrained()), Path(folder) / "model_store")
-        running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
+        with inside or nullcontext():
+            running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
         try:
             yield running
         finally:
@@ -60,3 +67,11 @@ def post(running: Running, data: bytes, timeout: float = 120) -> requests.Respon
         headers={"Content-Type": "application/octet-stream"},
         timeout=timeout,
     )
+
+
+def outcome(running: Running, data: bytes) -> str:
+    """The status of a request, or how its connection was lost."""
+    try:
+        return str(post(running, data, timeout=300).status_code)
+    except requests.RequestException as error:
+        return type(error).__name__
