@@ -202,12 +202,10 @@ class RequestOptions:
         given = {"topk": self.topk, "threshold": self.threshold}
         return {name: str(value) for name, value in given.items() if value is not None}
 
-    def authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Adds key and headers; as authorization, so that no .netrc replaces them."""
-        request.headers.update(self.headers)
-        if self.key is not None:
-            request.headers["X-API-Key"] = self.key
-        return request
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers with the key among them."""
+        return {**self.headers, **({} if self.key is None else {"X-API-Key": self.key})}
 
 
 class Client:
@@ -226,7 +224,8 @@ class Client:
         self.url = url
         self.options = options or RequestOptions()
         self._session = requests.Session()
-        self._session.auth = self.options.authorize
+        self._session.headers.update(self.options.all_headers)
+        self._session.auth = lambda request: request  # none of .netrc, which would replace a token
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
@@ -321,7 +320,7 @@ class Client:
         """Says in this module's terms that the last try had no answer."""
         try:
             yield
-        except (requests.RequestException, _BusyError) as error:
+        except (requests.RequestException, _BusyError, UnicodeError) as error:
             raise UnavailableError(
                 f"{self.url} gave no answer, however often it was asked: {_reason(error)}"
             ) from error

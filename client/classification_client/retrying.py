@@ -20,8 +20,8 @@ def tries(on: On, patience: float) -> Any:
     """
     return stamina.retry_context(
         on=on,
-        attempts=None,
-        timeout=patience,
+        attempts=None if patience else 1,
+        timeout=patience or None,
         wait_initial=_FIRST_WAIT,
         wait_max=_LONGEST_WAIT,
         wait_jitter=_FIRST_WAIT,
