@@ -4,6 +4,7 @@ It asks again where the server is full, restarts or loses the connection, which 
 classification changes nothing.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -318,11 +319,12 @@ class Client:
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Says in this module's terms that the last try had no answer."""
+        before = sys.exc_info()[1]  # the caller's own, which it may be handling
         try:
             yield
         except (requests.RequestException, _BusyError, UnicodeError) as error:
             raise UnavailableError(
-                f"{self.url} gave no answer, however often it was asked: {_reason(error)}"
+                f"{self.url} gave no answer, however often it was asked: {_reason(error, before)}"
             ) from error
 
 
@@ -334,10 +336,16 @@ def _is_worth_another_try(error: Exception) -> bool:
     return isinstance(error, lost) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
-def _reason(error: BaseException) -> str:
-    """What happened in the end, without what each library says of it."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
+def _reason(error: BaseException, before: BaseException | None) -> str:
+    """What happened in the end, without what each library says of it.
+
+    Args:
+        error: the last one.
+        before: one that has nothing to do with it.
+    """
+    cause: BaseException | None = error
+    while cause is not None and cause is not before:
+        error, cause = cause, cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__
 
 

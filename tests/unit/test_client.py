@@ -91,6 +91,16 @@ def test_without_patience_there_is_one_try(act: int | str, reason: str, server: 
     assert len(server.asked) == 1
 
 
+def test_the_reason_is_the_requests_own(server: Server) -> None:
+    server.acts = [LOST]
+    asking = client(server, RequestOptions(patience=0))
+    try:
+        {}["a mistake that the caller is handling"]
+    except KeyError:
+        with asking, pytest.raises(UnavailableError, match="Remote end closed connection"):
+            asking.classify(b"picture")
+
+
 @pytest.mark.parametrize("key", ["two\nlines", "\u2603"])
 def test_a_key_that_cannot_be_sent_is_told(key: str, server: Server) -> None:
     with client(server, RequestOptions(key=key)) as asking, pytest.raises(UnavailableError):
