@@ -15,6 +15,7 @@ from benchmarks.machine import CORES
 from benchmarks.peers.common import BATCH
 from benchmarks.pictures import form_body
 from benchmarks.wrk import Body
+from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.running import HOST, Running, free_ports, unused_ports
 from scripts.serve.server import start, stop
 
@@ -125,7 +126,7 @@ def start_stock(work: Path) -> Server:
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
         f"grpc_inference_port={ports.grpc_inference}\n"
         f"grpc_management_port={ports.grpc_management}\n"
-        "disable_token_authorization=true\nmax_request_size=20971520\n"
+        f"disable_token_authorization=true\nmax_request_size={MAX_REQUEST_BYTES}\n"
         "load_models=stock.mar\nasync_logging=true\nmetrics_mode=prometheus\n"
         "disable_system_metrics=true\n"
     )

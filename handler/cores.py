@@ -35,17 +35,17 @@ class Cores:
         all: threads that it may use while it alone is busy, `share` or more.
     """
 
-    def __init__(self, share: int, everything: int, meeting_place: Path) -> None:
-        """Opens the shared file.
+    def __init__(self, share: int, everything: int, lock_file: Path) -> None:
+        """Opens the lock file.
 
         Args:
             share: see the class.
             everything: becomes `all`; less than `share` counts as `share`.
-            meeting_place: the shared file, made if it is not there; the same for all workers.
+            lock_file: made if it is not there; the same for all workers.
         """
         self.share = share
         self.all = max(share, everything)
-        self._file = os.open(meeting_place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._position = self._free_position()
         self._crowded = False
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Lock, Timer
+from threading import Event, Lock, Timer
 from typing import IO, Any
 
 from handler.settings import DECODING_BYTES
@@ -54,16 +54,27 @@ Answer = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
 
 
 class DecoderEndedError(Exception):
-    """The process ended on this picture; `signal` says how, 0 for an exit."""
+    """The process ended on this picture.
 
-    def __init__(self, signal_number: int) -> None:
+    Attributes:
+        signal: that ended it; 0 for an exit.
+        was_stuck: the worker sent that signal, because nothing happened for too long.
+    """
+
+    def __init__(self, signal_number: int, *, was_stuck: bool) -> None:
         super().__init__(f"the decoder process ended with signal {signal_number}")
         self.signal = signal_number
+        self.was_stuck = was_stuck
 
     @property
     def ran_out_of_time(self) -> bool:
         """The kernel's timer ended it, or it was stuck."""
-        return self.signal in {signal.SIGPROF, signal.SIGKILL}
+        return self.signal == signal.SIGPROF or self.was_stuck
+
+    @property
+    def was_killed(self) -> bool:
+        """Somebody else ended it: the kernel, where the machine has no memory left."""
+        return self.signal == signal.SIGKILL and not self.was_stuck
 
 
 class DecoderProcess:
@@ -91,9 +102,10 @@ class DecoderProcess:
         """
         with self._lock:
             for _ in range(2):
-                process = self._process or self._start()
+                process = self._living() or self._start()
+                stuck = Event()
                 try:
-                    with _not_stuck(process):
+                    with _not_stuck(process, stuck):
                         _send(process.stdin, {**question, "limit": seconds}, pieces)
                         return _receive(process.stdout)
                 except (OSError, EOFError):
@@ -106,7 +118,7 @@ class DecoderProcess:
                     process.kill()
                     self._ended(process)
                     raise
-            raise DecoderEndedError(max(0, -code))
+            raise DecoderEndedError(max(0, -code), was_stuck=stuck.is_set())
 
     def close(self) -> None:
         """Ends the process, if there is one."""
@@ -127,6 +139,12 @@ class DecoderProcess:
             "from handler.images import serve_decoding; serve_decoding()"
         )
 
+    def _living(self) -> "subprocess.Popen[bytes] | None":
+        """The process, unless it ended while it was idle: no picture is to blame for that."""
+        if self._process is not None and self._process.poll() is not None:
+            self._ended(self._process)
+        return self._process
+
     def _start(self) -> subprocess.Popen[bytes]:
         # Isolated from the environment: TorchServe's, and what the archive does at Python's start.
         process = subprocess.Popen(
@@ -136,7 +154,7 @@ class DecoderProcess:
             env={**os.environ, **_ALLOCATOR},
         )
         try:
-            with _not_stuck(process):
+            with _not_stuck(process, Event()):
                 _receive(process.stdout)
         except EOFError as error:
             code = str(self._ended(process))
@@ -156,9 +174,14 @@ class DecoderProcess:
 
 
 @contextlib.contextmanager
-def _not_stuck(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Ends the process where it does nothing for too long."""
-    timer = Timer(_STUCK_SECONDS, process.kill)
+def _not_stuck(process: "subprocess.Popen[bytes]", stuck: Event) -> Iterator[None]:
+    """Ends the process where it does nothing for too long, and then sets `stuck`."""
+
+    def end() -> None:
+        stuck.set()
+        process.kill()
+
+    timer = Timer(_STUCK_SECONDS, end)
     timer.start()
     try:
         yield

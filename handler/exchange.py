@@ -6,10 +6,11 @@ beside it as its `error`, and the later stages leave it out.
 
 import enum
 import logging
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,8 @@ class Purpose(enum.Enum):
     DESCRIBE = enum.auto()
 
 
-class Form(enum.Enum):
-    """How a request asked, which is how it is answered."""
+class Protocol(enum.Enum):
+    """What a request speaks, and its answer too."""
 
     PLAIN = "plain"
     KSERVE_V1 = "KServe V1"
@@ -126,8 +127,8 @@ class Request:
         options: of the whole request; the defaults until others are read.
         purpose: what it wants.
         images: in the order in which they were sent; at least one to classify or explain.
-        form: how to answer.
-        client_id: the client's own id for it, where the form has one.
+        protocol: which the answer follows too.
+        client_id: the client's own id for it, where the protocol has one.
         outputs: the tensors that a KServe V2 request wants, in order.
         class_index: the class to explain; None for each image's best one.
         as_picture: explain with a picture instead of numbers; then there is one image.
@@ -141,7 +142,7 @@ class Request:
     options: Options
     purpose: Purpose = Purpose.CLASSIFY
     images: list[RequestImage] = field(default_factory=list)
-    form: Form = Form.PLAIN
+    protocol: Protocol = Protocol.PLAIN
     client_id: str | None = None
     outputs: Sequence[OutputTensor] = ()
     class_index: int | None = None
@@ -162,7 +163,7 @@ class Request:
         return found
 
 
-class _Fallible(Protocol):
+class _Fallible(typing.Protocol):
     request_id: str
     error: RequestError | None
 

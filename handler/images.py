@@ -46,7 +46,6 @@ from handler.errors import (
     UnsupportedFormat,
 )
 from handler.formats import ACCEPTED, Survey, least_bytes, survey
-from handler.kinds import check_kind
 from handler.names import name_of
 from handler.rgb import orientation, to_rgb, turned, upright
 from handler.settings import DECODING_BYTES, Preprocessing, Settings
@@ -142,18 +141,18 @@ class PixelBudget:
         )
 
 
-class Room:
+class MemoryBudget:
     """The memory that the pictures being decoded may take together; threads share it."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, limit: int) -> None:
         """Args: bytes."""
-        self._room = self._left = room
+        self._limit = self._left = limit
         self._changed = Condition()
 
     @contextmanager
-    def taken(self, needed: int) -> Iterator[None]:
-        """Waits until there is so much room, in bytes; no more than all of it."""
-        needed = min(needed, self._room)
+    def reserved(self, needed: int) -> Iterator[None]:
+        """Waits until so many bytes are left, or all where more are needed, and takes them."""
+        needed = min(needed, self._limit)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= needed)
             self._left -= needed
@@ -165,7 +164,7 @@ class Room:
                 self._changed.notify_all()
 
 
-_room = Room(DECODING_BYTES)
+_memory_budget = MemoryBudget(DECODING_BYTES)
 _decoder_process = DecoderProcess()
 atexit.register(_decoder_process.close)
 
@@ -294,7 +293,6 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     """Finds out what the picture may cost, and decodes it where that does no harm."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
-    check_kind(data)
     found = survey(data)
     if found is None:
         raise _unidentified(data)
@@ -304,14 +302,18 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     if not found.isolated and found.size is not None:
         memory = _memory(found, found.size, task)
         if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
-            with budget.reserved(found.seconds), _room.taken(memory), _without_warnings():
+            with (
+                budget.reserved(found.seconds),
+                _memory_budget.reserved(memory),
+                _without_warnings(),
+            ):
                 return _made(found.cleaned(), found.names, task, _same_as(found.size))
-    with _room.taken(DECODING_BYTES):
+    with _memory_budget.reserved(DECODING_BYTES):
         return _decode_isolated(found, task, budget)
 
 
 def _same_as(size: tuple[int, int]) -> Callable[[tuple[int, int]], None]:
-    """A check that the decoder sees the size for which room was taken."""
+    """A check that the decoder sees the size for which memory was reserved."""
 
     def check(seen: tuple[int, int]) -> None:
         if seen != size:
@@ -348,6 +350,11 @@ def _decode_isolated(found: Survey, task: _Task, budget: PixelBudget) -> Pixels 
             budget.spend(limit)
             raise budget.too_slow() from error
         budget.spend(RESTART_SECONDS)
+        if error.was_killed:
+            raise TooLarge(
+                "The image needs more memory to decode than the server has left. Send a smaller "
+                "copy, or save it as a JPEG."
+            ) from error
         raise DamagedImage(
             f"The {found.names[0]} image is damaged: it ended the program that decodes it."
         ) from error

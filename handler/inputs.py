@@ -25,7 +25,7 @@ from handler.errors import (
     RepeatedPart,
     TooManyImages,
 )
-from handler.exchange import Form, Options, Purpose, Request, RequestImage, attempt
+from handler.exchange import Options, Protocol, Purpose, Request, RequestImage, attempt
 from handler.json_body import read_json
 from handler.kserve import BINARY_HEADER, BinaryData, read_outputs, read_request_id, read_tensor
 from handler.labels import Label
@@ -76,13 +76,13 @@ _BASE64_GROUP = 4
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,4000}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]{0,400})?|\.[0-9]{1,400})([eE][+-]?[0-9]{1,9})?")
 
-HOW_TO_SEND = (
+_HOW_TO_SEND = (
     "Send the file as the body (curl -T cat.jpg URL) or in a form (curl -F file=@cat.jpg URL)."
 )
 
 
 def read(request: Request, settings: Settings, labels: Sequence[Label]) -> None:
-    """Finds out what a request wants: fills in its purpose, images, options and form.
+    """Finds out what a request wants: fills in its purpose, images, options and protocol.
 
     Args:
         request: with its row, its headers, and the options of one that chooses nothing.
@@ -143,12 +143,12 @@ def _read_images(request: Request, max_images: int) -> None:
         _check_count(len(request.images), max_images)
     if not request.images:
         _refuse_json_in_a_form(request)
-        raise MissingImage(f"The request holds no image. {HOW_TO_SEND}")
+        raise MissingImage(f"The request holds no image. {_HOW_TO_SEND}")
 
 
 def _wants_picture(request: Request) -> bool:
-    """A picture, unless the `Accept` header or KServe's form asks for JSON."""
-    if request.form is not Form.PLAIN or _prefers(request, "application/json", "image/png"):
+    """A picture, unless the `Accept` header or KServe's protocol asks for JSON."""
+    if request.protocol is not Protocol.PLAIN or _prefers(request, "application/json", "image/png"):
         return False
     if len(request.images) > 1:
         raise BadRequest(
@@ -306,7 +306,7 @@ def _as_bytes(value: bytes | bytearray | str) -> bytes | bytearray:
 
 
 def _json_document(request: Request) -> tuple[dict[str, Any] | None, BinaryData]:
-    """The body, where it is JSON, and what follows it in KServe V2's binary form.
+    """The body, where it is JSON, and the binary data that follow it in KServe V2.
 
     TorchServe decodes it only if its content type says so, if at all. No image format begins with a
     brace, so that a body of another content type is noticed too, as a browser's `fetch` sends it.
@@ -362,13 +362,13 @@ def _read_json(
         request.options = _read_options(parameters, request.options)
     request.options = _read_options(document, request.options)
     if "instances" in document:
-        request.form = Form.KSERVE_V1
+        request.protocol = Protocol.KSERVE_V1
         instances = _list(document, "instances")
         _check_count(len(instances), max_images)
         values = {f"instances[{i}]": _instance(value) for i, value in enumerate(instances)}
         request.images = [_image(request, name, value) for name, value in values.items()]
     elif "inputs" in document:
-        request.form = Form.KSERVE_V2
+        request.protocol = Protocol.KSERVE_V2
         request.client_id = read_request_id(document)
         request.outputs = read_outputs(document, explained=request.purpose is Purpose.EXPLAIN)
         tensors = _list(document, "inputs")

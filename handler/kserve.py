@@ -89,20 +89,22 @@ def read_request_id(document: Mapping[str, Any]) -> str | None:
 
 def read_outputs(document: Mapping[str, Any], *, explained: bool) -> list[OutputTensor]:
     """The tensors to answer with: those that are asked for, in that order, or all."""
-    there_are = [name for name in _OUTPUTS if not (explained and name == _NOT_EXPLAINED)]
+    available = [name for name in _OUTPUTS if not (explained and name == _NOT_EXPLAINED)]
     binary = _flag(_parameters(document), "binary_data_output", default=False)
-    asked = document.get("outputs")
-    if asked is None or asked == []:
-        return [OutputTensor(name, binary) for name in there_are]
-    if not isinstance(asked, list) or not all(isinstance(output, dict) for output in asked):
+    requested = document.get("outputs")
+    if requested is None or requested == []:
+        return [OutputTensor(name, binary) for name in available]
+    if not isinstance(requested, list) or not all(isinstance(output, dict) for output in requested):
         raise BadRequest('"outputs" must be a list of objects, such as {"name": "result"}.')
-    if len(asked) > len(there_are):
-        raise BadRequest(f'"outputs" asks for {len(asked)} tensors; there are {len(there_are)}.')
+    if len(requested) > len(available):
+        raise BadRequest(
+            f'"outputs" asks for {len(requested)} tensors; there are {len(available)}.'
+        )
     outputs = []
-    for output in asked:
+    for output in requested:
         name = output.get("name")
-        if name not in there_are:
-            raise BadRequest(f'"outputs" asks for what is not there: {", ".join(there_are)} are.')
+        if name not in available:
+            raise BadRequest(f'"outputs" asks for what is not there: {", ".join(available)} are.')
         parameters = _parameters(output)
         for other in ("classification", "shared_memory_region"):
             if other in parameters:
@@ -251,16 +253,16 @@ def _too_many(max_images: int) -> TooManyImages:
 
 
 def answer(request: Request, results: Sequence[Body], model: tuple[str, str]) -> tuple[Body, bytes]:
-    """The tensors that a request wants, with an element an image, and the bytes behind the JSON.
+    """The tensors that a request wants, with one element per image, and the bytes behind the JSON.
 
     `result` holds each whole result as JSON text. What an image that failed lacks is empty, zero or
     false.
     """
     outputs, binary = [], b""
-    for asked in request.outputs:
-        datatype, values = _OUTPUTS[asked.name], _column(asked.name, results)
-        output: Body = {"name": asked.name, "datatype": datatype, "shape": [len(results)]}
-        if asked.binary:
+    for wanted in request.outputs:
+        datatype, values = _OUTPUTS[wanted.name], _column(wanted.name, results)
+        output: Body = {"name": wanted.name, "datatype": datatype, "shape": [len(results)]}
+        if wanted.binary:
             data = _in_binary(datatype, values)
             output["parameters"] = {"binary_data_size": len(data)}
             binary += data

@@ -1,4 +1,4 @@
-"""What a batch leaves behind for the operator: metrics for Prometheus, and a line a request.
+"""What a batch leaves behind for the operator: Prometheus metrics, and one log line per request.
 
 A metric goes from here to TorchServe's frontend as a printed line. Only those that `metrics.yaml`
 lists reach Prometheus; on a server without that file the others are dropped, and nothing fails. A
@@ -89,7 +89,7 @@ class Metrics:
         return self._version
 
     def record(self, requests: Sequence[Request], times: Times) -> None:
-        """Takes note of a batch; costs some microseconds an image, see the README.
+        """Takes note of a batch; costs some microseconds per image, see the README.
 
         Args:
             requests: after they were answered.

@@ -51,7 +51,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5"),
     (344, b"n+1\x00", "a NIfTI"),
     (0, b"\x93NUMPY", "a NumPy array"),
-    # Cameras' RAW files; those that are TIFFs are told by `handler.kinds`.
+    # Cameras' RAW files; those that are TIFFs are told by `handler.tiff`.
     (0, b"FUJIFILMCCD-RAW", "a camera RAW (RAF)"),
     (0, b"IIRO", "a camera RAW (ORF)"),
     (0, b"IIRS", "a camera RAW (ORF)"),
@@ -117,7 +117,7 @@ _NETPBM = {
 }
 
 _TGA_FOOTER = b"TRUEVISION-XFILE.\x00"
-# Of a TGA without that footer: colour maps, image types and bits a pixel that there are.
+# Of a TGA without that footer: colour maps, image types and bits per pixel that there are.
 _TGA_TYPES = {0: {2, 3, 10, 11}, 1: {1, 9}}
 _TGA_BITS = {8, 15, 16, 24, 32}
 _TGA_MAP_BITS = {15, 16, 24, 32}

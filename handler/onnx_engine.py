@@ -16,8 +16,8 @@ class OnnxEngine:
     A session's number of threads is fixed, so there is one for a worker's share of the cores and
     one for all of them, chosen anew for each image.
 
-    Images of a batch run one by one. Larger runs leave the caches: with a process a core 8 at once
-    took 18 % longer an image, and 180 MB more memory (benchmarks/results/engines.md).
+    Images of a batch run one by one. Larger runs leave the caches: with one process per core,
+    8 at once took 18 % longer per image, and 180 MB more memory (benchmarks/results/engines.md).
     """
 
     def __init__(self, model_file: Path, cores: Cores) -> None:

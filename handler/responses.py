@@ -18,8 +18,8 @@ from handler import kserve
 from handler.errors import AnswerTooLarge, RequestError
 from handler.exchange import (
     Body,
-    Form,
     Options,
+    Protocol,
     Purpose,
     Request,
     RequestImage,
@@ -82,10 +82,10 @@ def _too_large(size: str) -> AnswerTooLarge:
 
 
 def collect(request: Request, model: tuple[str, str], extra: Mapping[str, Any]) -> Response:
-    """The answer for all images of one request, in the form in which it asked.
+    """The answer for all images of one request, in its own protocol.
 
     Args:
-        request: what was asked, with a result or an error for each of its images. A single image's
+        request: with a result or an error for each of its images. A single image's
             error is the whole request's, with its status; among several images each has its own.
         model: name and version of the model, which KServe V2 names in its answers.
         extra: what every body holds.
@@ -94,10 +94,10 @@ def collect(request: Request, model: tuple[str, str], extra: Mapping[str, Any]) 
     single = results[0] if len(results) == 1 else None
     if single is not None and not single["success"]:
         return encode({**single, **extra})
-    if request.form is Form.KSERVE_V1:
+    if request.protocol is Protocol.KSERVE_V1:
         explained = request.purpose is Purpose.EXPLAIN
         return encode({"explanations" if explained else "predictions": results, **extra})
-    if request.form is Form.KSERVE_V2:
+    if request.protocol is Protocol.KSERVE_V2:
         body, binary = kserve.answer(request, results, model)
         return encode({**body, **extra}, binary)
     if single is not None:

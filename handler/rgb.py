@@ -1,8 +1,8 @@
-"""From an opened picture to what a person sees: upright, RGB, 8 bits a channel.
+"""From an opened picture to what a person sees: upright, RGB, 8 bits per channel.
 
 The pixels are those that the file states: 16 bits become the higher 8 of them, transparency is laid
 on white, colour profiles and gamma are left aside, as the tutorial's transform leaves them. What
-`handler.kinds` let pass is read exactly; anything else that Pillow opens is refused here.
+`handler.formats` let pass is read exactly; anything else that Pillow opens is refused here.
 """
 
 import io
@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
+from handler import tiff
+from handler.bmp import bits_per_pixel
 from handler.errors import UnsupportedFormat
-from handler.kinds import WHITE_IS_ZERO, bmp_bits, tiff_kind
 
 # Pillow's own reading of uncompressed TIFFs gives wrong pixels where planes have 16 bits, where
 # bits are reversed or colours subsampled; libtiff, which reads the others anyway, does not.
@@ -45,7 +46,7 @@ def upright(image: Image.Image, data: bytes | bytearray) -> Image.Image:
 
     Args:
         image: as Pillow opened it; it is decoded here.
-        data: the bytes that it was opened from, which `check_kind` let pass.
+        data: the bytes that it was opened from, which `survey` let pass.
 
     Returns:
         an RGB picture with nothing but pixels: what goes on from here carries no profile, text or
@@ -79,7 +80,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
-    """8 bits a channel, three channels, transparency on white; not turned.
+    """8 bits per channel, three channels, transparency on white; not turned.
 
     Args:
         image: as Pillow opened it; it is decoded here.
@@ -147,10 +148,10 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _tiff_to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
-    kind = tiff_kind(data)
+    kind = tiff.pixel_format(data)
     if image.mode.startswith("I;16"):
         shift = kind.bits - 8
-        inverted = 255 if kind.photometric == WHITE_IS_ZERO else 0
+        inverted = 255 if kind.photometric == tiff.WHITE_IS_ZERO else 0
 
         def to_8_bits(band: Image.Image) -> Image.Image:
             return Image.fromarray((np.asarray(band) >> shift).astype(np.uint8) ^ inverted)
@@ -225,7 +226,7 @@ def _bmp_to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     """Where a palette is black and white, or a ramp of greys, Pillow reads pixels of 4 or 8 bits as
     if they had 1 or 8.
     """
-    bits = bmp_bits(data)
+    bits = bits_per_pixel(data)
     own_bits = {"1": 1, "L": 8}.get(image.mode, bits)
     assert isinstance(image, ImageFile.ImageFile)
     (tile,) = image.tile

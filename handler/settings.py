@@ -16,11 +16,15 @@ from handler.errors import ArchiveError
 
 MODEL_CARD = "model-card.json"
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 _CHANNELS = 3
 
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
+
+# `max_request_size` of TorchServe's configuration, which cannot be read from here: 20 MB. Whatever
+# else knows this bound takes it from here, or a test compares the two.
+MAX_REQUEST_BYTES = 20 * 1024 * 1024
 
 # Bytes of memory that decoding may take in a worker at any moment: all pictures that are being
 # decoded together, in its decoder process too. A picture that needs more is refused, one that does
@@ -29,8 +33,8 @@ DECODING_BYTES = 210_000_000
 
 # The decoder process itself: Python, NumPy and Pillow.
 _DECODER_BYTES = 42_000_000
-# `batchSize` bodies of `max_request_size` (config.properties).
-_BODIES_BYTES = 8 * 20_971_520
+# The bodies of one batch: `batchSize` (model-config.yaml) of them.
+_BODIES_BYTES = 8 * MAX_REQUEST_BYTES
 
 # The most that requests of any kind add to a worker: 420 MB.
 ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
@@ -95,8 +99,8 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            allowed = ", ".join(INTERPOLATIONS)
+        if self.interpolation not in _INTERPOLATIONS:
+            allowed = ", ".join(_INTERPOLATIONS)
             raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)

@@ -18,13 +18,14 @@ import numpy as np
 import pillow_heif
 from PIL import Image
 
+from handler.settings import MAX_REQUEST_BYTES
 from tests.corpus import _tiff_of_pages, chunk, photograph, png
 from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
 
-# `max_request_size` of config.properties, less a form's own lines.
-LARGEST = 20_971_520 - 4096
+# Less a form's own lines.
+LARGEST = MAX_REQUEST_BYTES - 4096
 
 Kind = tuple[str, Callable[[], bytes]]
 

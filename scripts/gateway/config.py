@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.gateway import Gateway, Node
 from scripts.gateway.keys import SESSION_SECONDS
 from scripts.gateway.waiting import HOLD
@@ -76,6 +77,7 @@ def config(gateway: Gateway, folder: Path) -> str:
         quick_failure=_QUICK_FAILURE,
         hold=round(HOLD),
         wrong_keys=_WRONG_KEYS,
+        max_request_bytes=MAX_REQUEST_BYTES,
         session_seconds=SESSION_SECONDS,
         policy=_policy(_style()),
         routes=routes(model),

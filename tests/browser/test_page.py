@@ -17,6 +17,7 @@ import requests
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from handler.settings import MAX_REQUEST_BYTES
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from tests.browser.conftest import Console
@@ -486,7 +487,7 @@ def test_a_file_that_is_no_picture_is_answered_with_the_servers_words(
 
 def test_a_file_that_is_too_large_is_not_even_sent(page: Page, tmp_path: Path) -> None:
     large = tmp_path / "large.jpg"
-    large.write_bytes(bytes(20_971_520))
+    large.write_bytes(bytes(MAX_REQUEST_BYTES))
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.method))
     choose(page, large)

@@ -25,11 +25,9 @@ with cores.busy(crowded=False) if sys.argv[2] == "busy" else nullcontext():
 """
 
 
-def other_worker(
-    meeting_place: Path, state: str = "busy", prelude: str = ""
-) -> subprocess.Popen[str]:
+def other_worker(lock_file: Path, state: str = "busy", prelude: str = "") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", prelude + OTHER, str(meeting_place), state],
+        [sys.executable, "-c", prelude + OTHER, str(lock_file), state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -18,8 +18,14 @@ from PIL import Image
 from handler import decoder_process, images
 from handler.decoder_process import DecoderEndedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
-from handler.images import PixelBudget, Room, decode
-from handler.settings import ADDED_BYTES, DECODING_BYTES, Preprocessing, Settings
+from handler.images import MemoryBudget, PixelBudget, decode
+from handler.settings import (
+    ADDED_BYTES,
+    DECODING_BYTES,
+    MAX_REQUEST_BYTES,
+    Preprocessing,
+    Settings,
+)
 from tests import costs
 from tests.corpus import chunk, photograph
 from tests.pictures import encode
@@ -30,7 +36,7 @@ MAX_SECONDS = 2.0
 # What a decoder process takes to start, of CPU, on the machine that the limit was chosen on.
 SECONDS_TO_START = 0.16
 # Of one picture: what decoding may take, the decoder process, and the body.
-MAX_MEGABYTES = (ADDED_BYTES - 7 * 20_971_520) / 1e6
+MAX_MEGABYTES = (ADDED_BYTES - 7 * MAX_REQUEST_BYTES) / 1e6
 
 
 @pytest.fixture
@@ -125,6 +131,56 @@ def test_a_decoder_that_hangs_or_crashes_is_ended_and_replaced(decoder: str, how
         assert ended.value.signal == how
         assert process.ask({"bad": False}, [b"good", b" again"], 1.0)[1] == b"good again"
         assert process.pid != first
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    ("decoder", "ran_out_of_time"),
+    [
+        ("import time; time.sleep(60)", True),
+        # As the kernel does where memory is short.
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False),
+    ],
+)
+def test_a_decoder_that_is_stuck_is_told_from_one_that_somebody_else_killed(
+    monkeypatch: pytest.MonkeyPatch, decoder: str, *, ran_out_of_time: bool
+) -> None:
+    process = _Process(f"if question['bad']:\n    {decoder}\nreturn {{}}, data")
+    try:
+        process.ask({"bad": False}, [b"good"], 1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder_process, "_STUCK_SECONDS", 1)
+            with pytest.raises(DecoderEndedError) as ended:
+                process.ask({"bad": True}, [b"bad"], 1.0)
+        assert ended.value.signal == signal.SIGKILL
+        assert ended.value.ran_out_of_time == ran_out_of_time
+        assert ended.value.was_killed != ran_out_of_time
+        assert process.ask({"bad": False}, [b"good"], 1.0)[1] == b"good"
+    finally:
+        process.close()
+
+
+def test_a_picture_whose_decoder_the_kernel_killed_needs_too_much_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = _Process("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(images, "_decoder_process", process)
+    with pytest.raises(TooLarge, match="needs more memory to decode than the server has left"):
+        decode(encode(photograph(), "GIF"), PREPROCESSING, PixelBudget(MAX_PIXELS))
+
+
+def test_a_decoder_that_was_killed_while_idle_is_no_pictures_fault() -> None:
+    process = _Process("return {}, data")
+    try:
+        process.ask({}, [b"one"], 1.0)
+        first = process.pid
+        assert first is not None
+        # Not waited for: its end must be found out by the next question.
+        psutil.Process(first).kill()
+        while psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert process.ask({}, [b"two"], 1.0)[1] == b"two"
     finally:
         process.close()
 
@@ -295,12 +351,12 @@ def test_ordinary_pictures_need_no_other_process() -> None:
 # --- Memory of several at once ---
 
 
-def test_pictures_that_do_not_fit_wait_for_room() -> None:
-    room, inside, leave = Room(100), Event(), Event()
+def test_pictures_that_do_not_fit_wait_for_memory() -> None:
+    memory, inside, leave = MemoryBudget(100), Event(), Event()
     entered: list[str] = []
 
     def take(name: str, needed: int) -> None:
-        with room.taken(needed):
+        with memory.reserved(needed):
             entered.append(name)
             inside.set()
             assert leave.wait(10)
@@ -321,8 +377,8 @@ def test_pictures_that_do_not_fit_wait_for_room() -> None:
     assert entered == ["first", "small", "large"]
 
 
-def test_a_picture_that_needs_more_than_all_room_gets_all_of_it() -> None:
-    with Room(100).taken(1000):
+def test_a_picture_that_needs_more_than_all_memory_gets_all_of_it() -> None:
+    with MemoryBudget(100).reserved(1000):
         pass
 
 

@@ -29,6 +29,7 @@ from ts.service import Service
 
 from handler import densenet_handler, images, inputs, responses
 from handler.densenet_handler import DenseNetHandler
+from handler.exchange import Request
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
@@ -340,6 +341,53 @@ def test_a_fault_in_any_stage_is_one_requests_500(  # noqa: PLR0913, PLR0917  # 
     assert [answers[i].json for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
     assert "Failed on request id-1" in caplog.text
     assert "the secret of the house" in caplog.text
+
+
+BAD = [
+    HOSTILE["half a character as JSON"],
+    HOSTILE["half a character as an image"],
+    HOSTILE["a deep threshold"],
+    HOSTILE["deep data"],
+    HOSTILE["a list as datatype"],
+    raw(RED[:40]),
+    raw(b""),
+]
+FAULTY = raw(RED, fault="yes")
+
+
+@pytest.mark.parametrize(
+    ("bad", "statuses"),
+    [
+        pytest.param(BAD, {400, 422}, id="the clients' faults"),
+        pytest.param([FAULTY], {500}, id="a fault of the server's own"),
+    ],
+)
+def test_two_hundred_requests_are_answered_beside_a_bad_one_in_each_batch(  # noqa: PLR0913, PLR0917
+    serve: Serve,
+    handler: DenseNetHandler,
+    alone: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    bad: list[Sent],
+    statuses: set[int],
+) -> None:
+    """In batches of the configured size; the bad one's place moves."""
+
+    def read(request: Request, *arguments: Any) -> None:
+        if "fault" in request.headers:
+            raise RuntimeError("unforeseen")
+        as_it_is(request, *arguments)
+
+    as_it_is = inputs.read
+    monkeypatch.setattr(inputs, "read", read)
+    good, step = list(range(200)), handler.batch_size - 1
+    for number, start in enumerate(range(0, len(good), step)):
+        of_batch = good[start : start + step]
+        batch = [GOOD[i % len(GOOD)] for i in of_batch]
+        place = number % (len(batch) + 1)
+        answers = serve(*batch[:place], bad[number % len(bad)], *batch[place:])
+        assert answers.pop(place).status in statuses
+        assert [answer.status for answer in answers] == [200] * len(batch)
+        assert [answer.json for answer in answers] == [alone[i % len(GOOD)] for i in of_batch]
 
 
 def test_a_fault_of_the_decoder_loses_only_its_request(

@@ -21,7 +21,7 @@ from handler.errors import (
     RepeatedPart,
     TooManyImages,
 )
-from handler.exchange import Form, Options, Purpose, Request
+from handler.exchange import Options, Protocol, Purpose, Request
 from handler.labels import Label
 from handler.settings import Settings
 
@@ -471,7 +471,7 @@ def test_json_holds_an_image_in_base64_and_options(prefix: str) -> None:
 def test_kserve_v1_instances(instance: object) -> None:
     for row in as_sent({"instances": [instance, instance], "parameters": {"topk": 2}}):
         request = read(row)
-        assert request.form is Form.KSERVE_V1
+        assert request.protocol is Protocol.KSERVE_V1
         assert contents(request) == [("instances[0]", b"x"), ("instances[1]", b"x")]
         assert request.options == Options(2, 0.1)
 
@@ -480,7 +480,7 @@ def test_kserve_v2_inputs() -> None:
     tensor = {"name": "photo", "shape": [2], "datatype": "BYTES", "data": [in_base64(b"x")] * 2}
     for row in as_sent({"id": "42", "inputs": [tensor], "parameters": {"threshold": 0.9}}):
         request = read(row)
-        assert request.form is Form.KSERVE_V2
+        assert request.protocol is Protocol.KSERVE_V2
         assert request.client_id == "42"
         assert contents(request) == [("photo[0]", b"x"), ("photo[1]", b"x")]
         assert request.options == Options(5, 0.9)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handler import inputs
 from handler.errors import BadRequest, ClientError, TooManyImages
-from handler.exchange import Form, Options, OutputTensor, Request
+from handler.exchange import Options, OutputTensor, Protocol, Request
 from handler.labels import Label
 from handler.settings import Settings
 
@@ -73,7 +73,7 @@ def binary(*elements: bytes) -> bytes:
 )
 def test_bytes_in_json(values: dict[str, Any], expected: list[bytes]) -> None:
     request = read({"inputs": [tensor(**values)]})
-    assert request.form is Form.KSERVE_V2
+    assert request.protocol is Protocol.KSERVE_V2
     assert contents(request) == expected
 
 

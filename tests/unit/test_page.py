@@ -133,13 +133,6 @@ def test_page_and_server_draw_maps_in_the_same_colours() -> None:
     assert json.loads(colours) == [list(colour) for colour in HEAT_COLOURS]
 
 
-def test_the_page_knows_how_large_a_request_may_be() -> None:
-    (configured,) = re.findall(
-        r"^max_request_size=(\d+)$", Path("config.properties").read_text(), re.MULTILINE
-    )
-    assert f"const MAX_REQUEST_BYTES = {configured};" in PAGE.read_text("utf-8")
-
-
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "cannot be read"), ("<p>", "needs <meta name=.settings")]
 )

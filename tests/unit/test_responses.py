@@ -11,9 +11,9 @@ from handler import responses
 from handler.errors import AnswerTooLarge, InternalError, NotAnImage, RequestError
 from handler.exchange import (
     Body,
-    Form,
     Options,
     OutputTensor,
+    Protocol,
     Purpose,
     Request,
     RequestImage,
@@ -86,7 +86,7 @@ ALL = ("class_id", "class_name", "probability", "recognized", "result")
 
 
 def request(
-    outcomes: list[Body | RequestError], form: Form = Form.PLAIN, **attributes: object
+    outcomes: list[Body | RequestError], protocol: Protocol = Protocol.PLAIN, **attributes: object
 ) -> Request:
     """Of images that came to these results or errors."""
     images = [
@@ -96,7 +96,7 @@ def request(
         for name, outcome in zip("abcdefgh", outcomes, strict=False)
     ]
     made = Request(
-        "id", {}, {}, Options(topk=1, threshold=0), images=images, form=form, client_id="42"
+        "id", {}, {}, Options(topk=1, threshold=0), images=images, protocol=protocol, client_id="42"
     )
     made.outputs = [OutputTensor(name) for name in ALL]
     for name, value in attributes.items():
@@ -118,13 +118,13 @@ def test_several_images_are_listed_by_name_and_fail_alone() -> None:
 
 
 def test_kserve_v1_lists_predictions() -> None:
-    both = request([GOOD, NotAnImage("no")], Form.KSERVE_V1)
+    both = request([GOOD, NotAnImage("no")], Protocol.KSERVE_V1)
     assert collected(both) == {"predictions": [GOOD, BAD]}
-    assert collected(request([GOOD], Form.KSERVE_V1)) == {"predictions": [GOOD]}
+    assert collected(request([GOOD], Protocol.KSERVE_V1)) == {"predictions": [GOOD]}
 
 
 def test_kserve_v2_gives_tensors_of_one_length() -> None:
-    body = collected(request([GOOD, NotAnImage("no")], Form.KSERVE_V2))
+    body = collected(request([GOOD, NotAnImage("no")], Protocol.KSERVE_V2))
     assert (body["id"], body["model_name"], body["model_version"]) == ("42", "densenet121", "1.0")
     assert tuple(tensor["name"] for tensor in body["outputs"]) == ALL
     outputs = {tensor["name"]: tensor for tensor in body["outputs"]}
@@ -141,13 +141,13 @@ def test_kserve_v2_gives_tensors_of_one_length() -> None:
 
 def test_kserve_v2_gives_the_tensors_that_are_asked_for_in_their_order() -> None:
     outputs = [OutputTensor("result"), OutputTensor("class_id")]
-    body = collected(request([GOOD], Form.KSERVE_V2, outputs=outputs))
+    body = collected(request([GOOD], Protocol.KSERVE_V2, outputs=outputs))
     assert [tensor["name"] for tensor in body["outputs"]] == ["result", "class_id"]
 
 
 def test_kserve_v2_answers_in_binary_where_asked() -> None:
     outputs = [OutputTensor(name, binary=name != "result") for name in ALL]
-    asked = request([GOOD, NotAnImage("no")], Form.KSERVE_V2, outputs=outputs)
+    asked = request([GOOD, NotAnImage("no")], Protocol.KSERVE_V2, outputs=outputs)
     answer = responses.collect(asked, MODEL, {})
     length = int(answer.headers["Inference-Header-Content-Length"])
     assert answer.content_type == "application/octet-stream"
@@ -180,7 +180,7 @@ def test_an_explanation_says_what_was_seen_of_the_image() -> None:
 
 
 def test_kserve_explanations() -> None:
-    asked = request([explanation()], Form.KSERVE_V1, purpose=Purpose.EXPLAIN)
+    asked = request([explanation()], Protocol.KSERVE_V1, purpose=Purpose.EXPLAIN)
     assert collected(asked) == {"explanations": [explanation()]}
 
 
@@ -192,9 +192,9 @@ def test_a_pictures_headers_are_ascii_without_line_ends_whatever_a_class_is_call
     assert headers["X-Probability"] == "0.6000000"
 
 
-@pytest.mark.parametrize("form", list(Form))
-def test_a_single_images_error_is_the_requests(form: Form) -> None:
-    answer = responses.collect(request([NotAnImage("no")], form), MODEL, {})
+@pytest.mark.parametrize("protocol", list(Protocol))
+def test_a_single_images_error_is_the_requests(protocol: Protocol) -> None:
+    answer = responses.collect(request([NotAnImage("no")], protocol), MODEL, {})
     body = json.loads(answer.body)
     assert answer.status == 400
     # KServe's clients look under "error".

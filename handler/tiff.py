@@ -1,153 +1,21 @@
-"""Which kinds of pixels are read: those of which it is exactly known how.
+"""TIFF (6.0), and BigTIFF: which are read, and what a file holds.
 
 Pillow's mode says too little. It opens a TIFF of signed bytes as one of unsigned ones, and one of
 12 bits as one of 16; and what it does not open at all may be a sound file of a kind that few
-programs read. So the file's own header is read here, before anything else of it, and a kind that
-is not in the tables below is refused with its name: never guessed, and never called damaged.
+programs read. So the tags are read here, and a kind that is not in the tables below is refused with
+its name: never guessed, and never called damaged.
 """
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from handler.errors import UnsupportedFormat
-
-_ADVICE = "Save it as a JPEG, or as a PNG with 8 bits a channel."
-
-
-def check_kind(data: bytes | bytearray) -> None:
-    """Refuses kinds of pixels that are not read; a header that makes no sense is not judged.
-
-    Args:
-        data: the encoded picture, of any format.
-
-    Raises:
-        UnsupportedFormat: with what the file is, and what to save it as.
-    """
-    kind: str | None = None
-    if data.startswith(b"\xff\xd8"):
-        kind = _unread_jpeg(data)
-    elif data.startswith(b"\x89PNG"):
-        kind = _unread_png(data)
-    elif data.startswith(b"BM"):
-        kind = _unread_bmp(data)
-    elif data.startswith(TIFF_BEGINNINGS):
-        kind = _unread_tiff(data)
-    if kind is not None:
-        raise UnsupportedFormat(f"This is {kind}, which this server does not read. {_ADVICE}")
-
-
-# --- JPEG ---
-
-# Processes that libjpeg-turbo decodes (ITU-T T.81, table B.1), by the marker of the frame.
-_JPEG_READ = {
-    0xC0,  # baseline
-    0xC1,  # extended sequential
-    0xC2,  # progressive
-    0xC3,  # lossless
-    0xC9,  # sequential, arithmetic
-    0xCA,  # progressive, arithmetic
-}
-_JPEG_UNREAD = {
-    0xC5: "a hierarchical JPEG",
-    0xC6: "a hierarchical JPEG",
-    0xC7: "a hierarchical JPEG",
-    0xCB: "a lossless JPEG with arithmetic coding",
-    0xCD: "a hierarchical JPEG",
-    0xCE: "a hierarchical JPEG",
-    0xCF: "a hierarchical JPEG",
-    0xDE: "a hierarchical JPEG",
-    0xF7: "a JPEG-LS",
-}
-_JPEG_START_OF_SCAN = 0xDA
-# Grey, three colours, or CMYK. That CMYK is stored inverted, as Adobe's programs do, is what
-# Pillow and all browsers take for granted, whether the file has Adobe's marker or not.
-_JPEG_CHANNELS = {1, 3, 4}
-# Cameras write some tens of segments before the frame. A file can hold millions.
-_MAX_JPEG_SEGMENTS = 10_000
-
-
-def _unread_jpeg(data: bytes | bytearray) -> str | None:
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        header = data[position : position + 10]
-        if len(header) < 10 or header[0] != 0xFF or header[1] == _JPEG_START_OF_SCAN:  # noqa: PLR2004
-            return None
-        marker = header[1]
-        if marker in _JPEG_UNREAD:
-            return _JPEG_UNREAD[marker]
-        if marker in _JPEG_READ:
-            bits, channels = header[4], header[9]
-            if bits != 8:  # noqa: PLR2004
-                return f"a JPEG with {bits} bits a channel"
-            return None if channels in _JPEG_CHANNELS else f"a JPEG with {channels} channels"
-        # 0xFF before a marker is padding.
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(header[2:4], "big")  # noqa: PLR2004
-    return None
-
-
-# --- PNG: every kind that its standard has is read ---
-
-
-def _unread_png(data: bytes | bytearray) -> str | None:
-    return "a PNG in the form that only iOS reads (CgBI)" if data[12:16] == b"CgBI" else None
-
-
-# --- BMP ---
-
-_BMP_BITS = {1, 4, 8, 16, 24, 32}
-_BMP_UNREAD = {4: "a BMP with a JPEG inside", 5: "a BMP with a PNG inside"}
-_BMP_BIT_FIELDS = 3
-# The sizes of its header, of which the second begins with what is read here.
-_BMP_OLDEST_HEADER, _BMP_INFO_HEADER, _BMP_OS2_HEADER, _BMP_ALPHA_HEADER = 12, 40, 64, 56
-# Which bits of a pixel are red, green, blue and transparency, by the bits a pixel has.
-_BMP_MASKS = {
-    (16, 0x7C00, 0x3E0, 0x1F, 0),
-    (16, 0xF800, 0x7E0, 0x1F, 0),
-    (24, 0xFF0000, 0xFF00, 0xFF, 0),
-    (32, 0xFF0000, 0xFF00, 0xFF, 0),
-    (32, 0xFF0000, 0xFF00, 0xFF, 0xFF000000),
-    (32, 0xFF, 0xFF00, 0xFF0000, 0xFF000000),
-    (32, 0xFF000000, 0xFF0000, 0xFF00, 0),
-    (32, 0xFF000000, 0xFF0000, 0xFF00, 0xFF),
-    (32, 0xFF000000, 0xFF00, 0xFF, 0),
-    (32, 0xFF000000, 0xFF00, 0xFF, 0xFF0000),
-}
-_MOST_BMP_BITS = 64
-
-
-def bmp_bits(data: bytes | bytearray) -> int:
-    """Bits a pixel of a BMP whose header is whole."""
-    (header,) = struct.unpack_from("<I", data, 14)
-    bits: int
-    (bits,) = struct.unpack_from("<H", data, 24 if header == _BMP_OLDEST_HEADER else 28)
-    return bits
-
-
-def _unread_bmp(data: bytes | bytearray) -> str | None:
-    if len(data) < 14 + _BMP_INFO_HEADER:
-        return None
-    bits = bmp_bits(data)
-    if bits not in _BMP_BITS and 0 < bits <= _MOST_BMP_BITS:
-        return f"a BMP with {bits} bits a pixel"
-    header, compression = struct.unpack_from("<I12xI", data, 14)
-    if header < _BMP_INFO_HEADER:
-        return None
-    if header == _BMP_OS2_HEADER and compression >= _BMP_BIT_FIELDS:
-        return "a BMP with a compression of OS/2"
-    if compression == _BMP_BIT_FIELDS and len(data) >= 14 + _BMP_ALPHA_HEADER:
-        *masks, alpha = struct.unpack_from("<4I", data, 14 + _BMP_INFO_HEADER)
-        if header < _BMP_ALPHA_HEADER or bits != 32:  # noqa: PLR2004
-            alpha = 0
-        if (bits, *masks, alpha) not in _BMP_MASKS:
-            return f"a BMP with {bits} bits a pixel in an unusual order"
-    return _BMP_UNREAD.get(compression)
-
-
-# --- TIFF ---
+from handler.encoded import Contents, unsupported
+from handler.errors import TooLarge
 
 # Pillow opens the third and fourth too, whose two bytes stand the wrong way round.
-TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
+BEGINNINGS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+")
 _BIG_TIFF = 43
 
 # The tags that decide how pixels are read (TIFF 6.0, section 8, and later supplements).
@@ -183,11 +51,11 @@ _TAGS = {
 }
 
 # Of the tags' types, those of whole numbers.
-_TIFF_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+_TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 # A palette of 8 bits has the most values of the tags above.
-_MAX_TIFF_VALUES = 3 * 256
+_MAX_VALUES = 3 * 256
 # Sound files have some tens of tags.
-_MAX_TIFF_TAGS = 1000
+_MAX_TAGS = 1000
 # Cameras' files have up to five.
 _MAX_SUB_IFDS = 8
 
@@ -268,7 +136,7 @@ _JPEG_COMPRESSION = 7
 # What is read, of unsigned whole numbers: colours and bits a sample, and which samples may come
 # beside the colours. Each was compared with numpy for both orders of bytes, in chunks and planes.
 _ALPHA = ((), (_UNSPECIFIED,), (_PREMULTIPLIED,), (_STRAIGHT,))
-_TIFF_READ: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
+_READ: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     (WHITE_IS_ZERO, 1): ((),),
     (WHITE_IS_ZERO, 2): ((),),
     (WHITE_IS_ZERO, 4): ((),),
@@ -310,9 +178,15 @@ _REVERSED_READ = {
     (RGB, 8),
 }
 
+# A file of more pages is a document; which of them would be the picture?
+_MOST_PAGES = 100
+
+# What `_Tiff` raises where a directory, or a tag's value, stands past the file's end.
+_PAST_THE_END = (struct.error, OverflowError)
+
 
 @dataclass(frozen=True)
-class TiffKind:
+class PixelFormat:
     """How a TIFF that is read keeps its pixels.
 
     Attributes:
@@ -326,31 +200,60 @@ class TiffKind:
     undeclared_alpha: bool
 
 
-def tiff_kind(data: bytes | bytearray) -> TiffKind:
-    """Of a TIFF that `check_kind` let pass."""
-    tags = _Tiff(data).first
+def pixel_format(data: bytes | bytearray) -> PixelFormat:
+    """Of a TIFF that `walk` let pass."""
+    tags = _Tiff(data).first_page().tags
     photometric = _one(tags, _PHOTOMETRIC, WHITE_IS_ZERO)
     bits, samples = _one(tags, _BITS_PER_SAMPLE, 1), _one(tags, _SAMPLES_PER_PIXEL, 1)
     declared = _CHANNELS.get(photometric, 1) + len(tags.get(_EXTRA_SAMPLES, ()))
-    return TiffKind(photometric, bits, undeclared_alpha=samples > declared)
+    return PixelFormat(photometric, bits, undeclared_alpha=samples > declared)
 
 
-def _unread_tiff(data: bytes | bytearray) -> str | None:
+def walk(data: bytes | bytearray) -> Contents:
+    """A TIFF, all of it.
+
+    Raises:
+        UnsupportedFormat: it is of a kind that is not read.
+        TooLarge: it has more pages than any picture.
+        struct.error: its header is cut off.
+    """
+    tiff = _Tiff(data)
+    if (kind := _unread(tiff)) is not None:
+        raise unsupported(kind)
+    _check_pages(tiff)
+    return Contents((memoryview(data),))
+
+
+def _check_pages(tiff: "_Tiff") -> None:
+    """A file can chain millions of pages, or a circle of them."""
+    position, pages = tiff.start, {0}
+    # A damaged page ends the chain: the first may still be sound.
+    with suppress(*_PAST_THE_END):
+        while position not in pages:
+            pages.add(position)
+            if len(pages) > _MOST_PAGES + 1:
+                raise TooLarge(
+                    f"The TIFF file has more than {_MOST_PAGES} pages. Send the page that counts."
+                )
+            position = tiff.next_directory(position)
+
+
+def _unread(tiff: "_Tiff") -> str | None:
     try:
-        tiff = _Tiff(data)
-    except (struct.error, OverflowError):  # a directory, or a tag's value, past the file's end
+        page = tiff.first_page()
+    except _PAST_THE_END:
         return None
-    if tiff.tags > _MAX_TIFF_TAGS:
-        return f"a TIFF with more than {_MAX_TIFF_TAGS} tags"
-    if not tiff.first:
+    if page.entries > _MAX_TAGS:
+        return f"a TIFF with more than {_MAX_TAGS} tags"
+    if not page.tags:
         return None
-    if data[8:10] == b"CR":
+    if tiff.is_cr2:
         return "a camera RAW (CR2)"
     return (
-        _unread_camera_file(tiff.first, tiff.below)
-        or _unread_compression(tiff.first)
-        or _unread_samples(tiff.first)
-        or _unread_arrangement(tiff)
+        _unread_camera_file(page.tags, page.below)
+        or _unread_compression(page.tags)
+        or _unread_samples(page.tags)
+        or _unread_arrangement(tiff, page.tags)
     )
 
 
@@ -388,23 +291,22 @@ def _unread_samples(tags: Tags) -> str | None:
         return f"a TIFF of {colours} with samples of different kinds"
     (size,), (number,) = bits, formats
     numbers = _NUMBERS.get(number, "unknown ")
-    if number != _UNSIGNED or (photometric, size) not in _TIFF_READ:
+    if number != _UNSIGNED or (photometric, size) not in _READ:
         return f"a TIFF of {numbers}{size}-bit {colours}"
     if _one(tags, _INK_SET, 1) != 1:
         return f"a TIFF of {size}-bit inks other than CMYK"
     channels, extra = _CHANNELS.get(photometric, 1), tags.get(_EXTRA_SAMPLES, ())
     samples = _one(tags, _SAMPLES_PER_PIXEL, 1)
     undeclared = photometric == RGB and samples == channels + 1 and not extra
-    if extra not in _TIFF_READ[photometric, size] or (
+    if extra not in _READ[photometric, size] or (
         samples != channels + len(extra) and not undeclared
     ):
         return f"a TIFF of {size}-bit {colours} with {samples} samples a pixel"
     return None
 
 
-def _unread_arrangement(tiff: "_Tiff") -> str | None:
+def _unread_arrangement(tiff: "_Tiff", tags: Tags) -> str | None:
     """In which order the numbers stand."""
-    tags = tiff.first
     photometric, size = _one(tags, _PHOTOMETRIC, -1), _one(tags, _BITS_PER_SAMPLE, 1)
     samples, extra = _one(tags, _SAMPLES_PER_PIXEL, 1), tags.get(_EXTRA_SAMPLES, ())
     what = f"a TIFF of {size}-bit {_COLOURS[photometric]}"
@@ -430,42 +332,73 @@ def _one(tags: Tags, tag: int, default: int) -> int:
     return values[0] if values else default
 
 
+@dataclass(frozen=True)
+class _Page:
+    """What decides of a TIFF's first page.
+
+    Attributes:
+        entries: how many tags its directory has.
+        tags: those that decide.
+        below: those of the pages that it points to.
+    """
+
+    entries: int
+    tags: Tags
+    below: list[Tags]
+
+
 class _Tiff:
-    """What decides of a TIFF's first page, and of those below it; raises `struct.error`.
+    """Reads the directories of a file, one for each page; raises `struct.error` or `OverflowError`.
 
     Attributes:
         order: of its bytes, as `struct` writes it.
         is_big: a BigTIFF, whose offsets have 64 bits.
-        tags: how many the first page has.
-        first: the deciding tags of the first page.
-        below: those of the pages that it points to.
+        is_cr2: a camera's RAW file, by the mark behind the header.
+        start: where the first directory stands.
     """
 
     def __init__(self, data: bytes | bytearray) -> None:
-        self.order = "<" if data.startswith(b"II") else ">"
-        (version,) = struct.unpack_from(f"{self.order}H", data, 2)
-        self.is_big = version == _BIG_TIFF
         self._data = data
-        offset = self._unpack("Q", 8) if self.is_big else self._unpack("I", 4)
-        self.tags = self._unpack("Q" if self.is_big else "H", offset[0])[0]
-        self.first = dict(self._entries(offset[0]))
-        pages = self.first.get(_SUB_IFDS, ())[:_MAX_SUB_IFDS]
-        self.below = [dict(self._entries(page)) for page in pages]
+        self.order = "<" if data.startswith(b"II") else ">"
+        self.is_big = self._unpack("H", 2)[0] == _BIG_TIFF
+        self.is_cr2 = data[8:10] == b"CR"
+        # As `struct` writes the numbers; an entry's values follow it, or an offset to them.
+        self._offset, self._count, self._entry = (
+            ("Q", "Q", "HHQ") if self.is_big else ("I", "H", "HHI")
+        )
+        self._inline = struct.calcsize(f"={self._offset}")
+        self._entry_size = struct.calcsize(f"={self._entry}") + self._inline
+        (self.start,) = self._unpack(self._offset, 8 if self.is_big else 4)
+
+    def first_page(self) -> _Page:
+        """The first page, and up to eight that it points to."""
+        tags = dict(self._entries(self.start))
+        pages = tags.get(_SUB_IFDS, ())[:_MAX_SUB_IFDS]
+        below = [dict(self._entries(page)) for page in pages]
+        return _Page(self._length(self.start), tags, below)
+
+    def next_directory(self, position: int) -> int:
+        """Where the directory after this one stands; 0 where this is the last."""
+        end = self._first_entry(position) + self._entry_size * self._length(position)
+        return self._unpack(self._offset, end)[0]
+
+    def _length(self, position: int) -> int:
+        return self._unpack(self._count, position)[0]
+
+    def _first_entry(self, position: int) -> int:
+        return position + struct.calcsize(f"={self._count}")
+
+    def _entries(self, position: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The deciding tags of one directory, with their numbers."""
+        start, count = self._first_entry(position), min(self._length(position), _MAX_TAGS)
+        for entry in range(start, start + count * self._entry_size, self._entry_size):
+            tag, kind, number = self._unpack(self._entry, entry)
+            if tag not in _TAGS or kind not in _TYPES or not 0 < number <= _MAX_VALUES:
+                continue
+            values, at = f"{number}{_TYPES[kind]}", entry + self._entry_size - self._inline
+            if struct.calcsize(f"={values}") > self._inline:
+                (at,) = self._unpack(self._offset, at)
+            yield tag, self._unpack(values, at)
 
     def _unpack(self, format_: str, offset: int) -> tuple[int, ...]:
         return struct.unpack_from(self.order + format_, self._data, offset)
-
-    def _entries(self, offset: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """The deciding tags of one directory, with their numbers."""
-        count_format, format_, inline = ("Q", "HHQ", 8) if self.is_big else ("H", "HHI", 4)
-        (count,) = self._unpack(count_format, offset)
-        start = offset + struct.calcsize(f"={count_format}")
-        size = struct.calcsize(f"={format_}") + inline
-        for position in range(start, start + min(count, _MAX_TIFF_TAGS) * size, size):
-            tag, kind, number = self._unpack(format_, position)
-            if tag not in _TAGS or kind not in _TIFF_TYPES or not 0 < number <= _MAX_TIFF_VALUES:
-                continue
-            values, at = f"{number}{_TIFF_TYPES[kind]}", position + size - inline
-            if struct.calcsize(f"={values}") > inline:
-                (at,) = self._unpack("Q" if self.is_big else "I", at)
-            yield tag, self._unpack(values, at)
