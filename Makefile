@@ -175,7 +175,7 @@ lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache --no-logo
-	@.venv/bin/vermin --target=3.10- --no-tips --quiet handler scripts benchmarks examples tests deploy
+	@.venv/bin/vermin --target=3.10- --no-tips --quiet client handler scripts benchmarks examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
 format: setup-tests ## put the code into the common style
@@ -186,9 +186,10 @@ format: setup-tests ## put the code into the common style
 # way to both. What the run group pins is left out of the other two locks, which only stand on it.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
-lock: setup ## pin all packages anew, from the three requirements.in
-	@$(PIN) requirements.in tests/requirements.in -o .venv/pins.txt >/dev/null
-	@$(PIN) -c .venv/pins.txt requirements.in -o requirements.lock
+RUNNING := requirements.in client/pyproject.toml
+lock: setup ## pin all packages anew, from the three requirements.in and the client's needs
+	@$(PIN) $(RUNNING) tests/requirements.in -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
 	for group in tests benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \

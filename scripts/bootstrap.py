@@ -1,7 +1,8 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
-What running needs is one group; the tools of the tests and those of the benchmarks are two more.
-Python makes the environment, pip brings uv into it, and uv installs the rest.
+What running needs is one group, this project's own client included; the tools of the tests and
+those of the benchmarks are two more. Python makes the environment, pip brings uv into it, and uv
+installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
 and stays readable to Pythons older than the project supports, to be able to say so.
@@ -34,6 +35,9 @@ GROUPS = {
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
+
+# The package that the run group has beside its lock, as it is in its folder.
+CLIENT = Path("client")
 
 # GB to fetch, and GB on the disk; how they were measured is in benchmarks/results/install.md.
 GIGABYTES = {
@@ -109,7 +113,10 @@ def stamp_of(group: str) -> Path:
 
 def fingerprint(group: str) -> str:
     """Changes whenever the installation of a group should be looked at."""
-    return hashlib.sha256(GROUPS[group][0].read_bytes() + sys.version.encode()).hexdigest()
+    contents = [GROUPS[group][0].read_bytes(), sys.version.encode()]
+    if group == "run":
+        contents.append((CLIENT / "pyproject.toml").read_bytes())
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def works() -> bool:
@@ -203,6 +210,9 @@ def install(group: str, choice: str) -> None:
         stamp_of(group).write_text("unfinished")
     for step in steps if names else []:
         execute("uv", uv_install(*step))
+    if group == "run":
+        # uv builds it by itself, so that there is nothing to fetch.
+        execute("uv", uv_install("--quiet", "--offline", "--editable", str(CLIENT)))
     stamp_of(group).write_text(fingerprint(group))
     say("Packages: those for %s are in %s" % (purpose, VENV))
 

@@ -3,12 +3,11 @@
 import csv
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import stamina
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -17,21 +16,21 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
-from handler.labels import Label
-from scripts.classify import AT_ONCE, where_to_send
-from scripts.client import (
-    Asking,
-    AsyncClient,
+from classification_client import (
     Classification,
     Client,
     RefusedError,
+    RequestOptions,
     ServiceError,
 )
-from scripts.pictures import Found, search
-from scripts.results import Row, classify_now
-from scripts.serve.running import RUN_DIR
-from scripts.sources import asked, sources
-from scripts.terminal import UserError, command, console, printable, step, warn
+from classification_client.client import check_address
+from classification_client.command import AT_ONCE, KeyOption
+from classification_client.pictures import Found, search
+from classification_client.results import Row, classify_all
+from handler.labels import Label
+from scripts.serve.running import RUN_DIR, require_running
+from scripts.sources import sources
+from scripts.terminal import UserError, asked, command, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -100,20 +99,20 @@ class Evaluation:
 
 
 def evaluate(
-    images: Path, url: str, asking: Asking | None = None, at_once: int = AT_ONCE
+    images: Path, url: str, options: RequestOptions | None = None, at_once: int = AT_ONCE
 ) -> Evaluation:
     """Classifies all pictures of a folder with a folder a class.
 
     Args:
         images: its folders are called as the classes, by id or by name.
         url: where pictures go.
-        asking: how to ask; how many predictions is decided here.
+        options: how to ask; how many predictions is decided here.
         at_once: requests at a time.
 
     Raises:
         UserError: a folder is no class, there is no picture, or the server cannot be asked.
     """
-    asking = asking or Asking()
+    options = options or RequestOptions()
     if not images.is_dir():
         raise UserError(f"{images} must be a folder with a folder of pictures for each class.")
     folders = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
@@ -121,11 +120,10 @@ def evaluate(
     if not pictures:
         raise UserError(f"{images} must hold a folder of pictures for each class.")
     try:
-        labels = _classes_of_model(list(pictures), Client(url, _with_topk(asking, _ALL)))
+        labels = _classes_of_model(list(pictures), Client(url, replace(options, topk=_ALL)))
         truth = _match(set(pictures.values()), labels)
-        rows = _classify(
-            list(pictures), AsyncClient(url, _with_topk(asking, _TOP), at_once), at_once
-        )
+        client = Client(url, replace(options, topk=_TOP), at_once)
+        rows = _classify(list(pictures), client, at_once)
     except ServiceError as error:
         raise UserError(str(error)) from error
     good = [row for row in rows if isinstance(row.answer, Classification)]
@@ -143,10 +141,6 @@ def evaluate(
         [row for row in rows if row.problem is not None],
         answers[0].warning,
     )
-
-
-def _with_topk(asking: Asking, topk: int) -> Asking:
-    return Asking(topk=topk, patience=asking.patience, timeout=asking.timeout, key=asking.key)
 
 
 def _search(folders: Sequence[Path]) -> dict[Path, str]:
@@ -227,7 +221,7 @@ def _plain(name: str) -> str:
     return name.replace("_", " ").replace("-", " ").strip().lower()
 
 
-def _classify(pictures: Sequence[Path], client: AsyncClient, at_once: int) -> list[Row]:
+def _classify(pictures: Sequence[Path], client: Client, at_once: int) -> list[Row]:
     rows: list[Row] = []
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -237,7 +231,8 @@ def _classify(pictures: Sequence[Path], client: AsyncClient, at_once: int) -> li
             rows.append(row)
             progress.advance(task)
 
-        classify_now(pictures, client, at_once, take)
+        with client:
+            classify_all(pictures, client, at_once, take)
     return rows
 
 
@@ -385,15 +380,26 @@ def main(
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
-    key: Annotated[str | None, typer.Option(envvar="CLASSIFY_KEY", help="For a gateway.")] = None,
+    key: KeyOption = None,
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
-    stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     images = images or sources("IMAGES")
     if len(images) != 1:
         how = "name it" if asked() is None else f"{asked()} IMAGES=folder"
         raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
-    report(evaluate(Path(images[0]), where_to_send(url, model), Asking(key=key), at_once), output)
+    options = RequestOptions(key=key)
+    report(evaluate(Path(images[0]), _where_to_send(url, model), options, at_once), output)
+
+
+def _where_to_send(url: str | None, model: str | None) -> str:
+    """The address that was given, or that of the server which runs here."""
+    if url is None:
+        running = require_running()
+        return (running.serving(model) if model else running).predictions_url
+    try:
+        return check_address(url)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

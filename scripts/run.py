@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-import stamina
 import typer
 from rich.status import Status
 
+from classification_client import Client, ServiceError
+from classification_client.printing import show
 from scripts.build.architectures import check_architecture
 from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
@@ -19,8 +20,6 @@ from scripts.build.commands import (
     Pixels,
     UrlOption,
 )
-from scripts.classify import show
-from scripts.client import Client, ServiceError
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan
@@ -53,7 +52,6 @@ def main(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Builds the archive, serves it and classifies a sample photograph."""
-    stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     check_architecture(arch)
     check_choices(name, engine)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)

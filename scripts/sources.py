@@ -1,4 +1,4 @@
-"""What a person typed: make's variables or a command's options.
+"""Which files, folders and patterns a person named in make's variables.
 
 Make's variables come through the environment (see the Makefile), where spaces, quotes and dollars
 in the name of a file survive.
@@ -8,20 +8,7 @@ import glob
 import os
 import shlex
 
-from scripts.terminal import ASKED, GIVEN, UserError
-
-
-def asked() -> str | None:
-    """The command as make was asked for it, such as "make classify"; None without make."""
-    return os.environ.get(ASKED)
-
-
-def spelt(option: str, value: object = None) -> str:
-    """An option as the person would give it: TOPK=3 or --topk 3."""
-    given = "" if value is None else str(value)
-    if asked() is not None:
-        return f"{option.upper()}={given}" if given else option.upper()
-    return f"--{option} {given}".rstrip()
+from scripts.terminal import GIVEN, UserError
 
 
 def sources(*names: str) -> list[str]:

@@ -1,120 +1,90 @@
-"""How the commands speak to a person: steps, results, and one sentence when they cannot go on.
+"""How make's commands speak to a person.
 
-Where `make` runs a command, each of its options is a variable of make's: `make run WORKERS=2` sets
-`GIVEN_WORKERS` for it (see the Makefile), and what is wrong with it is said in make's words.
+Each option of such a command is a variable of make's: `make run WORKERS=2` sets `GIVEN_WORKERS` for
+it (see the Makefile), and what is wrong with it is said in make's words.
 """
 
 import os
 import sys
 import tempfile
 import traceback
-import unicodedata
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-console = Console(highlight=False, soft_wrap=True)
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+from classification_client import terminal
+from classification_client.terminal import (
+    UserError,
+    asked,
+    console,
+    explain_usage,
+    fail,
+    printable,
+    program,
+    step,
+    warn,
+)
 
+__all__ = [
+    "GIVEN",
+    "UserError",
+    "asked",
+    "command",
+    "console",
+    "printable",
+    "run",
+    "step",
+    "warn",
+]
 
 # Where what no person should have to read goes.
 LOGS = Path(".run/logs")
 _DETAILS = "errors.log"
 
-# How the Makefile passes variables on; and, under that name, the command that it was asked for.
+# How the Makefile passes variables on.
 GIVEN = "GIVEN"
-ASKED = "GIVEN_TO"
-
-# The shell's status of a program that Ctrl-C ended.
-INTERRUPTED = 130
 
 
-# Control characters, and halves of characters, as names of files can hold.
-_NOT_PRINTED = {"Cc", "Cs"}
-
-
-class UserError(Exception):
-    """The command cannot go on, for a reason that the person at the terminal can change.
-
-    `str(error)` says what is wrong and what to do; no traceback is shown.
-    """
-
-
-def printable(text: str) -> str:
-    """Text from elsewhere, such as the name of a file, without what a terminal would obey."""
-    return "".join("\ufffd" if unicodedata.category(c) in _NOT_PRINTED else c for c in text)
-
-
-def step(text: str) -> None:
-    """Says what is being done or was found."""
-    console.print(f"[bold cyan]==>[/] {escape(text)}")
-
-
-def warn(text: str) -> None:
-    """Says something that must not be missed."""
-    console.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(printable(text))}[/]")
-
-
-def command(function: Callable[..., int | None]) -> None:
+def command(function: Callable[..., int | None]) -> NoReturn:
     """Runs `function` as a command line made from its signature, with errors as sentences.
 
     Exit status: what the function returns, 0 for nothing; 1 for a `UserError` or a mistake of the
     program's own, 2 for a bad command line, 130 for Ctrl-C.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
-    run(app)
+    _run(program(function))
 
 
-def run(app: typer.Typer) -> None:
+def run(app: typer.Typer) -> NoReturn:
     """Runs a command line with the conventions of `command`."""
-    parsed = typer.main.get_command(app)
+    _run(typer.main.get_command(app))
+
+
+def _run(parsed: Any) -> NoReturn:
     for part in (parsed, *getattr(parsed, "commands", {}).values()):
         part.context_settings["auto_envvar_prefix"] = GIVEN
-    try:
-        # Where the command is interrupted, typer gives back the exit status and raises nothing.
-        status = parsed.main(standalone_mode=False)
-    except UserError as error:
-        fail(str(error))
-    except BrokenPipeError:
-        # Whoever read standard output has had enough, as in `make status | head -1`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        # typer's own errors carry their exit status and know how to print themselves.
-        show, status = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if show is None or status is None:
-            fail(_unexpected(error))
-        sentence = _about_variable(error)
-        if sentence is not None:
-            fail(sentence, status)
-        show()
-        sys.exit(status)
-    if status == INTERRUPTED:
-        _errors.print("[bold red]Stopped by Ctrl-C.[/] Run the same command again to go on.")
-    sys.exit(status or 0)
+    terminal.run(parsed, _explain)
 
 
-def fail(sentence: str, status: int = 1) -> NoReturn:
-    """Ends the command with a sentence for the person."""
-    _errors.print(f"[bold red]Error:[/] {escape(printable(sentence))}")
-    sys.exit(status)
+def _explain(error: Any) -> NoReturn:
+    sentence = _about_variable(error)
+    if sentence is not None:
+        fail(sentence, error.exit_code)
+    explain_usage(error)
+    fail(_unexpected(error))
 
 
 def _about_variable(error: Any) -> str | None:
     """What is wrong with one of make's variables; None where the person gave options."""
-    asked, parameter = os.environ.get(ASKED), getattr(error, "param", None)
-    if not asked or parameter is None or parameter.name is None:
+    parameter = getattr(error, "param", None)
+    if asked() is None or parameter is None or parameter.name is None:
         return None
     name = parameter.name.rstrip("_").upper()
     value = os.environ.get(f"{GIVEN}_{name}")
     if hasattr(error, "param_type"):  # typer's error for what was not given at all
-        return f"{name} is missing, as in: {asked} {name}=..."
+        return f"{name} is missing, as in: {asked()} {name}=..."
     if value is None:
         return None
     # As in "Input should be a valid integer, unable to parse string as an integer".

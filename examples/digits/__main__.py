@@ -7,6 +7,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from classification_client import Classification, Client
+from classification_client.results import Row, classify_all
 from examples.digits.train import (
     EPOCHS,
     FOLDER,
@@ -22,8 +24,6 @@ from examples.digits.train import (
 from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.weights import load as load_weights
-from scripts.client import AsyncClient, Classification
-from scripts.results import Row, classify_now
 from scripts.serve.running import free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
@@ -80,7 +80,8 @@ def _ask(files: Sequence[Path], url: str) -> list[int]:
             raise UserError(f"{row.picture}: {row.problem}")
         found[row.picture] = NAMES.index(row.answer.label)
 
-    classify_now(files, AsyncClient(url, connections=_AT_ONCE), _AT_ONCE, take)
+    with Client(url, connections=_AT_ONCE) as client:
+        classify_all(files, client, _AT_ONCE, take)
     return [found[str(file)] for file in files]
 
 

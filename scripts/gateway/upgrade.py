@@ -11,16 +11,17 @@ import re
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import requests
 
+from classification_client import RefusedError, ServiceError
+from classification_client.retrying import tries
 from scripts.gateway.gateway import GATEWAY_DIR, Node, operation, require_gateway
 from scripts.gateway.nginx import change_nodes, wait_for_drain
 from scripts.gateway.nodes import keep_release, start_node, stop_nodes, stop_unused
 from scripts.samples import sample_photographs
-from scripts.serve.management import ready_workers
+from scripts.serve.management import client_of, ready_workers
 from scripts.serve.running import Running, find_running
 from scripts.serve.server import stop as stop_server
 from scripts.store import read_card, sha256
@@ -147,9 +148,9 @@ def _check_archive(release: Path, old: Sequence[Node]) -> None:
 def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float) -> None:
     """Compares answers to sample photographs: of each new node, and of the old ones."""
     photographs = list(sample_photographs())
-    before = [_first_label(old[0], photograph) for photograph in photographs]
+    before = _first_labels(old[0], photographs)
     for node in fresh:
-        after = [_first_label(node, photograph) for photograph in photographs]
+        after = _first_labels(node, photographs)
         if len(set(after)) == 1:
             raise UserError(f"The new archive answers {after[0]!r} to every sample photograph.")
         same = sum(a == b for a, b in zip(before, after, strict=True)) / len(photographs)
@@ -162,27 +163,16 @@ def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float)
             )
 
 
-def _first_label(node: Node, photograph: bytes) -> str:
-    running = _running(node)
+def _first_labels(node: Node, photographs: Sequence[bytes]) -> list[str]:
     try:
-        answer = requests.post(
-            running.predictions_url,
-            data=photograph,
-            headers={
-                "Content-Type": "application/octet-stream",
-                **running.authorization("inference"),
-            },
-            timeout=_CHECK_TIMEOUT,
-        )
-    except requests.RequestException as error:
-        raise UserError(f"{node.name} does not answer a sample photograph: {error}") from error
-    if not answer.ok:
+        with client_of(_running(node), patience=_CHECK_TIMEOUT) as client:
+            return [client.classify(photograph).label for photograph in photographs]
+    except RefusedError as error:
         raise UserError(
-            f"{node.name} answers {answer.status_code} to a sample photograph: {answer.text[:300]}"
-        )
-    body: dict[str, Any] = answer.json()
-    label: str = body["predictions"][0]["label"]
-    return label
+            f"{node.name} answers {error.code} to a sample photograph: {error.message[:300]}"
+        ) from error
+    except ServiceError as error:
+        raise UserError(f"{node.name} does not answer a sample photograph: {error}") from error
 
 
 def _check_service(fresh: Sequence[Node], trial_seconds: float) -> None:
@@ -202,7 +192,9 @@ def _check_service(fresh: Sequence[Node], trial_seconds: float) -> None:
 
 def _failures(running: Running) -> float:
     """How many requests this server answered with a 5xx since it started."""
-    text = requests.get(running.metrics_url, timeout=_CHECK_TIMEOUT).text
+    for attempt in tries(requests.RequestException, patience=_CHECK_TIMEOUT):
+        with attempt:
+            text = requests.get(running.metrics_url, timeout=_CHECK_TIMEOUT).text
     return sum(float(n) for n in re.findall(r"^Requests5XX\{[^}]*\} (\S+)$", text, re.MULTILINE))
 
 

@@ -7,13 +7,11 @@ from http import HTTPStatus
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
 from rich.status import Status
-from urllib3.util import Retry
 
-from scripts.serve.preflight import (
-    check_workers,
-)
+from classification_client import Client, RequestOptions, ServiceError
+from classification_client.retrying import tries
+from scripts.serve.preflight import check_workers
 from scripts.serve.running import Running, lives
 from scripts.terminal import UserError, console
 
@@ -72,19 +70,10 @@ def scale(running: Running, workers: int) -> None:
         UserError: TorchServe refuses, the machine is too small, or they are not ready in time.
     """
     check_workers(workers, ending=ready_workers(running))
-    with requests.Session() as session:
-        # Under load TorchServe now and then answers 500 ConcurrentModificationException.
-        again = Retry(total=5, backoff_factor=0.2, status_forcelist=[500], allowed_methods=["PUT"])
-        session.mount("http://", HTTPAdapter(max_retries=again))
-        try:
-            answer = session.put(
-                running.model_url,
-                params={"min_worker": workers, "max_worker": workers},
-                headers=running.authorization("management"),
-                timeout=HTTP_TIMEOUT,
-            )
-        except requests.RequestException as error:
-            raise not_answering(running) from error
+    try:
+        answer = _ask_for_workers(running, workers)
+    except requests.RequestException as error:
+        raise not_answering(running) from error
     if answer.status_code != HTTPStatus.ACCEPTED:
         raise UserError(f"TorchServe refused to scale: {answer.text.strip()[:300]}")
     with Status(f"Scaling to {workers} workers ...", console=console):
@@ -95,8 +84,27 @@ def scale(running: Running, workers: int) -> None:
                 f"TorchServe counts {workers} worker(s), of which {ready_workers(running)} "
                 f"live, and it puts none in the others' place. {AFRESH}"
             )
-        if not poll(lambda: _answers(running), SCALE_TIMEOUT):
-            raise UserError(f"{workers} worker(s) are alive, but none answers. {AFRESH}")
+        try:
+            with client_of(running, patience=SCALE_TIMEOUT) as client:
+                client.classify(PIXEL)
+        except ServiceError as error:
+            raise UserError(f"{workers} worker(s) are alive, but none answers. {AFRESH}") from error
+
+
+def _ask_for_workers(running: Running, workers: int) -> requests.Response:
+    for attempt in tries(requests.RequestException, patience=HTTP_TIMEOUT):
+        with attempt:
+            answer = requests.put(
+                running.model_url,
+                params={"min_worker": workers, "max_worker": workers},
+                headers=running.authorization("management"),
+                timeout=HTTP_TIMEOUT,
+            )
+            # Under load TorchServe now and then answers 500 ConcurrentModificationException.
+            if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                answer.raise_for_status()
+            return answer
+    raise AssertionError  # the last try returns or raises
 
 
 AFRESH = "Start it afresh: make stop, then make run or make start."
@@ -111,17 +119,10 @@ def _settled(running: Running, workers: int) -> bool:
     return states == ["READY"] * workers
 
 
-def _answers(running: Running) -> bool:
-    """Whether a picture gets an answer; 503 is a full queue."""
-    try:
-        return requests.post(
-            running.predictions_url,
-            data=PIXEL,
-            headers={"Content-Type": "image/png", **running.authorization("inference")},
-            timeout=HTTP_TIMEOUT,
-        ).ok
-    except requests.RequestException:
-        return False
+def client_of(running: Running, patience: float) -> Client:
+    """A client of this server; `patience` in seconds."""
+    options = RequestOptions(patience=patience, headers=running.authorization("inference"))
+    return Client(running.predictions_url, options)
 
 
 def not_answering(running: Running) -> UserError:

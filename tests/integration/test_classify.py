@@ -1,6 +1,5 @@
 """The client and its command, with pictures by the thousand and a server that goes away."""
 
-import asyncio
 import csv
 import io
 import json
@@ -14,32 +13,35 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
+import requests
 from PIL import Image
+from requests.adapters import HTTPAdapter
 
-from scripts.client import (
-    Asking,
-    AsyncClient,
+from classification_client import (
     Classification,
     Client,
     RefusedError,
+    RequestOptions,
     UnavailableError,
 )
-from scripts.results import Row, classify_all
+from classification_client.results import Row, classify_all
 from scripts.samples import CAT
 from scripts.serve.running import Running, find_running, free_ports
 from scripts.serve.server import start, stop
 
 THOUSANDS = 2000
+CLASSIFY = (sys.executable, "-m", "classification_client")
 
 
 def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "scripts.classify", *arguments],
+        [*CLASSIFY, *arguments],
         input=stdin,
         capture_output=True,
         check=False,
@@ -148,7 +150,7 @@ def test_a_server_that_is_not_there_is_given_up() -> None:
     result = run(str(CAT), "--patience", "1", "--url", nobody)
     assert result.returncode == 3
     assert "gave no answer" in result.stderr
-    with Client(nobody, Asking(patience=0.5)) as client, pytest.raises(UnavailableError):
+    with Client(nobody, RequestOptions(patience=0.5)) as client, pytest.raises(UnavailableError):
         client.classify(CAT)
 
 
@@ -157,23 +159,21 @@ def test_another_page_is_not_taken_for_the_service(running: Running) -> None:
         client.classify(CAT)
 
 
-def test_the_clients_answer_alike(running: Running) -> None:
-    asking = Asking(topk=3, threshold=0.0)
-    with Client(running.predictions_url, asking) as client:
+def test_a_program_has_answers_and_errors_and_threads_share_a_client(running: Running) -> None:
+    options = RequestOptions(topk=3, threshold=0.0)
+    with Client(running.predictions_url, options) as client:
         alone = client.classify(CAT)
         with pytest.raises(RefusedError) as refused:
             client.classify(b"%PDF-1.7 ...")
         with pytest.raises(FileNotFoundError):
             client.classify(Path("nowhere.jpg"))
+        with ThreadPoolExecutor(8) as threads:
+            answers = threads.map(client.classify, [CAT.read_bytes()] * 24)
+            together = {answer.label for answer in answers}
     assert (refused.value.code, refused.value.type) == (415, "UnsupportedFormat")
     assert len(alone.predictions) == 3
     assert alone.recognized
-
-    async def ask() -> Classification:
-        async with AsyncClient(running.predictions_url, asking) as client:
-            return await client.classify(CAT.read_bytes())
-
-    assert asyncio.run(ask()) == alone
+    assert together == {alone.label}
 
 
 @pytest.fixture
@@ -195,19 +195,21 @@ def test_thousands_of_pictures_survive_a_restart_of_the_server(
     rows: list[Row] = []
     asked: Counter[str] = Counter()
     succeeded: Counter[str] = Counter()
-    enough = threading.Event()
+    enough, lock = threading.Event(), threading.Lock()
 
-    def name_in(request: httpx2.Request) -> str:
-        body = request.content
-        return contents[body[body.index(b"\xff\xd8") : body.rindex(b"\xff\xd9") + 2]]
-
-    async def count_question(request: httpx2.Request) -> None:
-        await request.aread()
-        asked[name_in(request)] += 1
-
-    async def count_answer(response: httpx2.Response) -> None:
-        if response.status_code == 200:
-            succeeded[name_in(response.request)] += 1
+    class Counting(HTTPAdapter):
+        def send(
+            self, request: requests.PreparedRequest, *arguments: Any, **options: Any
+        ) -> requests.Response:
+            body = request.body
+            assert isinstance(body, bytes)
+            name = contents[body[body.index(b"\xff\xd8") : body.rindex(b"\xff\xd9") + 2]]
+            with lock:
+                asked[name] += 1
+            response = super().send(request, *arguments, **options)
+            with lock:
+                succeeded[name] += response.status_code == 200
+            return response
 
     def take(row: Row) -> None:
         rows.append(row)
@@ -219,15 +221,12 @@ def test_thousands_of_pictures_survive_a_restart_of_the_server(
         stop(own_server, tmp_path / "run")
         start(archive, own_server.ports, workers=2, run_dir=tmp_path / "run")
 
-    async def all_of_them() -> None:
-        async with AsyncClient(own_server.predictions_url, connections=16) as client:
-            client._http.event_hooks = {"request": [count_question], "response": [count_answer]}
-            await classify_all(files, client, 16, take)
-
     operator = threading.Thread(target=restart)
     operator.start()
     try:
-        asyncio.run(all_of_them())
+        with Client(own_server.predictions_url) as client:
+            client._session.mount("http://", Counting(pool_maxsize=16))
+            classify_all(files, client, 16, take)
     finally:
         enough.set()
         operator.join()
@@ -250,9 +249,7 @@ def test_a_killed_run_goes_on_where_it_was(suffix: str, running: Running, tmp_pa
         (place / f"{number:03}.jpg").write_bytes(picture(number))
     output = tmp_path / f"results.{suffix}"
     command = [str(place), "--output", str(output), "--url", running.predictions_url]
-    with subprocess.Popen(
-        [sys.executable, "-m", "scripts.classify", *command], stderr=subprocess.DEVNULL
-    ) as first:
+    with subprocess.Popen([*CLASSIFY, *command], stderr=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 60
         while not output.exists() or output.read_bytes().count(b"\n") < 60:
             assert time.monotonic() < deadline
@@ -289,7 +286,7 @@ def test_ctrl_c_keeps_what_is_done(running: Running, tmp_path: Path) -> None:
     program = (
         # A terminal's program takes Ctrl-C; one in a script's background is started to ignore it.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from scripts.classify import main; from scripts.terminal import command; command(main)"
+        "from classification_client.command import start; start()"
     )
     arguments = [str(tmp_path), "--output", str(output), "--url", running.predictions_url]
     with subprocess.Popen(
@@ -440,7 +437,7 @@ def test_csv_on_standard_output_is_complete(running: Running, folder: Path) -> N
     result = run(str(folder), "--format", "csv", "--topk", "3", *url)
     rows = rows_of(result.stdout, "csv")
     assert len(rows) == 5
-    with Client(running.predictions_url, Asking(topk=3)) as client:
+    with Client(running.predictions_url, RequestOptions(topk=3)) as client:
         expected = client.classify(folder / "a.jpg").predictions
     row = rows["a.jpg"]
     assert [(row[f"label{n}"], row[f"class_id{n}"]) for n in ("", "_2", "_3")] == [
@@ -459,7 +456,7 @@ def test_csv_on_standard_output_is_complete(running: Running, folder: Path) -> N
 def test_what_is_for_people_has_every_label_and_every_refusal(
     format_: str, running: Running, folder: Path
 ) -> None:
-    with Client(running.predictions_url, Asking(topk=3)) as client:
+    with Client(running.predictions_url, RequestOptions(topk=3)) as client:
         expected = client.classify(folder / "a.jpg").predictions
     result = run(str(folder), "--format", format_, "--topk", "3", URL, running.predictions_url)
     for prediction in expected:
@@ -493,9 +490,7 @@ def test_a_drive_that_is_gone_for_a_moment_is_waited_for(running: Running, tmp_p
         (place / f"{number:03}.jpg").write_bytes(picture(number))
     output = tmp_path / "results.jsonl"
     command = [str(place), "--output", str(output), URL, running.predictions_url]
-    with subprocess.Popen(
-        [sys.executable, "-m", "scripts.classify", *command], stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([*CLASSIFY, *command], stderr=subprocess.PIPE) as process:
         wait_for_rows(output, 10)
         place.rename(tmp_path / "away")
         place.mkdir()  # what is left where a drive was mounted
@@ -528,7 +523,7 @@ def test_a_drive_that_stays_away_stops_the_run_and_is_no_pictures_result(
     output = tmp_path / "results.csv"
     command = [str(place), "--output", str(output), URL, running.predictions_url]
     with subprocess.Popen(
-        [sys.executable, "-m", "scripts.classify", *command, "--patience", "2"],
+        [*CLASSIFY, *command, "--patience", "2"],
         stderr=subprocess.PIPE,
     ) as process:
         wait_for_rows(output, 10)
@@ -602,9 +597,8 @@ def test_a_full_disk_stops_the_run_with_whole_rows(running: Running, tmp_path: P
         (place / f"{number:03}.jpg").write_bytes(picture(number))
     output = tmp_path / "results.jsonl"
     command = [str(place), "--output", str(output), URL, running.predictions_url]
-    program = (sys.executable, "-m", "scripts.classify")
     limited = subprocess.run(
-        ["/bin/sh", "-c", 'ulimit -f 8; exec "$@"', "-", *program, *command],
+        ["/bin/sh", "-c", 'ulimit -f 8; exec "$@"', "-", *CLASSIFY, *command],
         capture_output=True,
         check=False,
         text=True,
@@ -623,10 +617,9 @@ def test_a_full_disk_stops_the_run_with_whole_rows(running: Running, tmp_path: P
 def test_results_that_cannot_be_printed_are_told(
     format_: str, running: Running, folder: Path
 ) -> None:
-    program = (sys.executable, "-m", "scripts.classify")
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(
-            [*program, str(folder), "--format", format_, URL, running.predictions_url],
+            [*CLASSIFY, str(folder), "--format", format_, URL, running.predictions_url],
             stdout=full,
             stderr=subprocess.PIPE,
             check=False,
@@ -638,29 +631,6 @@ def test_results_that_cannot_be_printed_are_told(
     assert "Exception ignored" not in result.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 0.9, 1.2])
-def test_ctrl_c_at_any_moment_shows_no_traceback(
-    seconds: float, running: Running, tmp_path: Path
-) -> None:
-    for number in range(100):
-        (tmp_path / f"{number:03}.jpg").write_bytes(picture(number))
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import runpy; runpy.run_module('scripts.classify', run_name='__main__')"
-    )
-    arguments = [str(tmp_path), "--output", str(tmp_path / "a.csv"), URL, running.predictions_url]
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE
-    ) as process:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGINT)  # nobody presses it once
-        _, said = process.communicate(timeout=60)
-    assert b"Traceback" not in said
-    assert process.returncode in {0, 130, -signal.SIGINT}
-
-
 @pytest.fixture
 def house(run_dir: Path, tmp_path: Path) -> Path:
     """The project's folder, as it is where the shared server was started with `make run`."""
@@ -670,6 +640,31 @@ def house(run_dir: Path, tmp_path: Path) -> Path:
         (place / name).symlink_to(Path(name).absolute())
     (place / ".run").symlink_to(run_dir)
     return place
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.5, 0.7, 0.9, 1.2])
+@pytest.mark.usefixtures("running")
+def test_ctrl_c_at_any_moment_shows_no_traceback(seconds: float, house: Path) -> None:
+    (house / "pictures").mkdir()
+    for number in range(100):
+        (house / "pictures" / f"{number:03}.jpg").write_bytes(picture(number))
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import runpy; runpy.run_module('scripts.classify', run_name='__main__')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=house,
+        env=os.environ | {"GIVEN_IMAGES": "pictures", "GIVEN_OUTPUT": "a.csv"},
+        stderr=subprocess.PIPE,
+    ) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # nobody presses it once
+        _, said = process.communicate(timeout=60)
+    assert b"Traceback" not in said
+    assert process.returncode in {0, 130, -signal.SIGINT}
 
 
 def make(house: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

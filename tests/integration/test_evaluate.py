@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification_client import Client, RequestOptions
 from handler.labels import Label
 from scripts.build.weights import Weights, build_model
-from scripts.client import Asking, Client
 from scripts.evaluate import _match, evaluate, report
 from scripts.samples import CAT
 from scripts.serve.running import Running
@@ -42,7 +42,7 @@ def folders(running: Running, weights: Weights, tmp_path_factory: pytest.TempPat
 
 
 def _labels(running: Running) -> dict[int, tuple[str, str]]:
-    with Client(running.predictions_url, Asking(topk=1000)) as client:
+    with Client(running.predictions_url, RequestOptions(topk=1000)) as client:
         rows = client.classify(CAT).predictions
     return {row.class_index: (row.class_id, row.label) for row in rows}
 

@@ -6,6 +6,7 @@ whose address only uv knows, included.
 
 import hashlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -186,6 +187,7 @@ class Project:
         self.site = folder / ".venv/lib" / f"python3.{sys.version_info[1]}" / "site-packages"
         (folder / "scripts").mkdir()
         shutil.copy("scripts/bootstrap.py", folder / "scripts")
+        shutil.copytree("client", folder / "client")
         uv = Path(sys.executable).parent / "uv"
         for name in ("torch", "torchvision"):
             index.add(name, f"{VERSION}+cpu")
@@ -233,6 +235,15 @@ class Project:
         versions = dict(name.split("-") for name in found)
         return {k: v for k, v in versions.items() if k not in {"pip", "setuptools", "uv"}}
 
+    def imported(self, package: str) -> Path:
+        """The file that a package is imported from, without what it needs."""
+        program = f"from importlib.util import find_spec; print(find_spec({package!r}).origin)"
+        python = self.folder / ".venv/bin/python"
+        done = subprocess.run(
+            [python, "-I", "-c", program], capture_output=True, check=True, text=True
+        )
+        return Path(done.stdout.strip())
+
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[Index]:
@@ -248,8 +259,9 @@ def project(index: Index, tmp_path: Path) -> Project:
     return Project(tmp_path / "project", index)
 
 
-AS_LOCKED = {"torch": VERSION, "torchvision": VERSION, "nvidia_fake": VERSION, "library": VERSION}
-CPU_BUILD = {"torch": f"{VERSION}+cpu", "torchvision": f"{VERSION}+cpu", "library": VERSION}
+OWN = {"classification_client": version("classification-client"), "library": VERSION}
+AS_LOCKED = OWN | {"torch": VERSION, "torchvision": VERSION, "nvidia_fake": VERSION}
+CPU_BUILD = OWN | {"torch": f"{VERSION}+cpu", "torchvision": f"{VERSION}+cpu"}
 
 
 def test_groups_are_installed_once_each_beside_the_others_and_mended(project: Project) -> None:
@@ -292,9 +304,21 @@ def test_groups_are_installed_once_each_beside_the_others_and_mended(project: Pr
         assert project.setup().returncode == 0
         assert project.installed() == everything | {"library": number}
 
+    metadata = (project.folder / "client/pyproject.toml").read_text()
+    project.write(
+        "client/pyproject.toml",
+        re.sub('^version = ".*"', 'version = "99"', metadata, flags=re.MULTILINE),
+    )
+    assert project.setup().returncode == 0
+    assert project.installed() == everything | {"library": "100", "classification_client": "99"}
+    assert (
+        project.imported("classification_client").parent
+        == project.folder / "client/classification_client"
+    )
+
     (project.folder / ".venv/bin/python").unlink()
     assert project.setup().returncode == 0
-    assert project.installed() == AS_LOCKED | {"library": "100"}
+    assert project.installed() == AS_LOCKED | {"library": "100", "classification_client": "99"}
 
 
 def test_what_cannot_be_installed_is_said_in_a_sentence(project: Project) -> None:

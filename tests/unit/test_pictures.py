@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.pictures import find_pictures
+from classification_client.pictures import find_pictures
 from scripts.terminal import UserError
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.client import Classification, ModelVersion, Prediction, RefusedError
-from scripts.reading import PassingError
-from scripts.results import Origin, Row
-from scripts.results_file import ResultsFile, results_file
+from classification_client import Classification, ModelVersion, Prediction, RefusedError
+from classification_client.reading import PassingError
+from classification_client.results import Origin, Row
+from classification_client.results_file import ResultsFile, results_file
 from scripts.terminal import UserError
 
 ORIGIN = Origin("densenet121", "1.0+12345678", topk=3, threshold=None)
@@ -162,7 +162,7 @@ def test_what_a_file_was_made_with_is_in_makes_words_under_make(
 KILLED_AT_EVERY_LINE = """
 import os, shutil, sys
 from pathlib import Path
-from scripts import results_file as program
+from classification_client import results_file as program
 from tests.unit.test_results_file import NAMES, classified, opened
 
 original, path, work = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.sources import sources, spelt
+from classification_client.terminal import spelt
+from scripts.sources import sources
 from scripts.terminal import UserError
 
 VARIABLES = ("IMAGE", "IMAGES")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from classification_client.client import MAX_PICTURE_BYTES
 from handler.page import PAGE
 from handler.settings import MAX_REQUEST_BYTES
-from scripts.client import MAX_PICTURE_BYTES
 
 # What the lines and headers of a form around one picture take at most.
 FORM_BYTES = 4096

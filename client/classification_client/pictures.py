@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.reading import PassingError, judged
-from scripts.sources import asked
-from scripts.terminal import UserError
+from classification_client.reading import PassingError, judged
+from classification_client.terminal import UserError, asked
 
 # What is taken from a folder; a file that is named is sent whatever it is called.
 SUFFIXES = frozenset(

@@ -1,27 +1,28 @@
 """A row for each picture: how it came to be, and how it is written as JSON or CSV."""
 
-import asyncio
 import csv
 import errno
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from scripts.client import (
-    AsyncClient,
+from classification_client.client import (
     Classification,
+    Client,
     ModelVersion,
     RefusedError,
     ServiceError,
     UnavailableError,
     UnreadableError,
 )
-from scripts.reading import PassingError, away, in_thread
+from classification_client.reading import PassingError, away, in_thread
 
 # Statuses from here on are no mistake of the client's.
 _SERVERS_FAULT = 500
@@ -163,19 +164,19 @@ def csv_line(values: Sequence[str]) -> str:
     return line.getvalue()
 
 
-async def classify_all(
-    pictures: Sequence[Path],
-    client: AsyncClient,
-    at_once: int,
-    take: Callable[[Row], None],
+def classify_all(
+    pictures: Sequence[Path], client: Client, at_once: int, take: Callable[[Row], None]
 ) -> None:
-    """Classifies pictures, each as soon as it is its turn.
+    """Classifies pictures, several at the same time.
+
+    Where it raises, or is interrupted, no other picture is begun, and nobody waits for those that
+    are being asked for.
 
     Args:
         pictures: files.
         client: who asks.
         at_once: how many at the same time.
-        take: is given a row for each picture, in the order in which they are done.
+        take: is given a row for each picture, in the order in which they are done; in this thread.
 
     Raises:
         UnavailableError: the server is gone; what has no row yet was not done.
@@ -183,38 +184,52 @@ async def classify_all(
         RefusedError: the server refuses how it is asked, whatever the picture.
     """
     asker = _Asker(client, pictures)
-    left = iter(pictures)
+    waiting: SimpleQueue[Path] = SimpleQueue()
+    for picture in pictures:
+        waiting.put(picture)
+    done: SimpleQueue[Row | Exception] = SimpleQueue()
+    stopped = threading.Event()
 
-    async def one_after_the_other() -> None:
-        for picture in left:
-            take(Row(str(picture), await asker.ask(picture)))
+    def one_after_the_other() -> None:
+        try:
+            while not stopped.is_set():
+                picture = waiting.get_nowait()
+                done.put(Row(str(picture), asker.ask(picture)))
+        except Empty:
+            return
+        except Exception as error:
+            done.put(error)
 
-    tasks = [asyncio.create_task(one_after_the_other()) for _ in range(at_once)]
+    for _ in range(min(at_once, len(pictures))):
+        # A server or a drive that hangs must not keep the program.
+        threading.Thread(target=one_after_the_other, daemon=True).start()
     try:
-        await asyncio.gather(*tasks)
+        for _ in pictures:
+            row = done.get()
+            if isinstance(row, Exception):
+                raise row
+            take(row)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        stopped.set()
 
 
 class _Asker:
     """Asks for pictures, and tells what is wrong with one from what is wrong with all."""
 
-    def __init__(self, client: AsyncClient, pictures: Sequence[Path]) -> None:
+    def __init__(self, client: Client, pictures: Sequence[Path]) -> None:
         self._client = client
         self._last_answer = 0.0
         # Folders that were waited for in vain, or are not there to begin with.
         folders = {picture.parent for picture in pictures}
         self._gone = {folder for folder in folders if not _is_there(folder)}
 
-    async def ask(self, picture: Path) -> Classification | ServiceError | OSError:
+    def ask(self, picture: Path) -> Classification | ServiceError | OSError:
         """What becomes of a picture; raises where the others can fare no better."""
-        if picture.parent in self._gone and (folder := await _folder_away(picture)):
+        if picture.parent in self._gone and (folder := _folder_away(picture)):
             return PassingError(errno.ENOENT, f"its folder {folder} is not there", str(picture))
         began = time.monotonic()
         try:
-            answer = await self._answer(picture)
+            answer = self._answer(picture)
         except UnavailableError as error:
             # Where the others are answered, it is this picture that the server dies of.
             if not self._others_go_on(began):
@@ -226,7 +241,7 @@ class _Asker:
                 raise UnreadableError(
                     f"{picture} cannot be read, however often it was tried: {error.strerror}."
                 ) from error
-            if await _folder_away(picture):
+            if _folder_away(picture):
                 self._gone.add(picture.parent)
             return error
         except OSError as error:
@@ -234,9 +249,9 @@ class _Asker:
         self._last_answer = time.monotonic()
         return answer
 
-    async def _answer(self, picture: Path) -> Classification | RefusedError:
+    def _answer(self, picture: Path) -> Classification | RefusedError:
         try:
-            return await self._client.classify(picture)
+            return self._client.classify(picture)
         except RefusedError as error:
             if not error.is_about_the_picture and error.code < _SERVERS_FAULT:
                 raise
@@ -254,21 +269,9 @@ def _is_there(folder: Path) -> bool:
         return False
 
 
-async def _folder_away(picture: Path) -> Path | None:
+def _folder_away(picture: Path) -> Path | None:
     """Its folder, if that is not there, or on a drive that does not answer."""
     try:
-        return await in_thread(partial(away, picture), _LONGEST_LOOK)
-    except asyncio.TimeoutError:
+        return in_thread(partial(away, picture), _LONGEST_LOOK)
+    except PassingError:
         return picture.parent
-
-
-def classify_now(
-    pictures: Sequence[Path], client: AsyncClient, at_once: int, take: Callable[[Row], None]
-) -> None:
-    """`classify_all` for callers without an event loop; ends the client's connections."""
-
-    async def all_of_them() -> None:
-        async with client:
-            await classify_all(pictures, client, at_once, take)
-
-    asyncio.run(all_of_them())

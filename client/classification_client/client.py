@@ -1,30 +1,25 @@
-"""A client for the service, for programs: one picture at a time, or many at once.
+"""A client for the service: classifies pictures, and asks again where that is worth it.
 
-    from scripts.client import Client
-
-    with Client("http://127.0.0.1:8080/predictions/densenet121") as client:
-        print(client.classify(Path("cat.jpg")).label)
-
-`AsyncClient` is the same with `async with` and `await`. Both ask again where the server is full,
-restarts or loses the connection, which is safe: a classification changes nothing.
+It asks again where the server is full, restarts or loses the connection, which is safe: a
+classification changes nothing.
 """
 
-import asyncio
-import errno
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import urlsplit
 
-import httpx2
-import stamina
-from typing_extensions import Self
+import requests
+from requests.adapters import HTTPAdapter
 
-from scripts.reading import PassingError, Snapshot, check_unchanged, in_thread, read
+from classification_client.reading import PassingError, Snapshot, check_unchanged, in_thread, read
+from classification_client.retrying import tries
 
-_Result = TypeVar("_Result")
+_SUCCESS = range(200, 300)
 
 # The server's queue is full, its worker was lost with the request, or the network was too slow for
 # a gateway: another try may do.
@@ -34,7 +29,6 @@ _LOST_WORKER = "Worker died"
 # Seconds.
 PATIENCE = 120.0
 TIMEOUT = 60.0
-_FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 
 # The service's bound for a request; the form around a picture needs a little of it.
 MAX_PICTURE_BYTES = 20_971_520 - 4096
@@ -184,15 +178,16 @@ def _prediction(row: object) -> Prediction:
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestOptions:
     """How to ask.
 
     Attributes:
         topk: predictions wanted; None for as many as the server gives.
         threshold: least probability, 0 to 1, that counts as recognised; None for the server's.
-        patience: seconds for which one picture is tried again and again.
+        patience: seconds for which one picture is tried again and again; 0 for one try.
         timeout: seconds that one try may take.
         key: a client's key, where a gateway asks for one.
+        headers: more headers of HTTP, such as a token's.
     """
 
     topk: int | None = None
@@ -200,96 +195,50 @@ class Asking:
     patience: float = PATIENCE
     timeout: float = TIMEOUT
     key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
-    @staticmethod
-    def load(picture: Path | bytes) -> Snapshot:
-        """The bytes to send, with what tells whether the file has changed since.
+    @property
+    def fields(self) -> dict[str, str]:
+        """The form's fields beside the picture."""
+        given = {"topk": self.topk, "threshold": self.threshold}
+        return {name: str(value) for name, value in given.items() if value is not None}
 
-        Raises:
-            RefusedError: there are none, or more of them than the service accepts.
-            PassingError: the file cannot be read now.
-            OSError: the file can never be read as it is.
-        """
-        loaded = (
-            read(picture, MAX_PICTURE_BYTES)
-            if isinstance(picture, Path)
-            else Snapshot(picture, len(picture), 0)
-        )
-        if loaded.size > MAX_PICTURE_BYTES:
-            size = f"{loaded.size / 1e6:.1f} MB"
-            raise RefusedError(
-                413, "TooLarge", f"The picture has {size}, more than the 20 accepted."
-            )
-        if not loaded.size:
-            raise RefusedError(400, "EmptyImage", "The picture is empty: it has no bytes.")
-        return loaded
-
-    def request(self, content: bytes | None) -> dict[str, Any]:
-        """The arguments of an HTTP client's `post` to classify a picture."""
-        said = {"topk": self.topk, "threshold": self.threshold}
-        return {
-            # The name stays here: nobody needs it.
-            "files": {"file": ("picture", content, "application/octet-stream")},
-            "data": {name: str(value) for name, value in said.items() if value is not None},
-        }
-
-    def options(self) -> dict[str, Any]:
-        """The arguments that make an HTTP client."""
-        headers = {} if self.key is None else {"X-API-Key": self.key}
-        return {"timeout": self.timeout, "headers": headers}
-
-    def retries(self) -> Any:
-        """An iterable of tries, with growing and random pauses between them."""
-        return stamina.retry_context(
-            on=_is_worth_another_try,
-            attempts=None,
-            timeout=self.patience,
-            wait_initial=_FIRST_WAIT,
-            wait_max=_LONGEST_WAIT,
-            wait_jitter=_FIRST_WAIT,
-        )
-
-
-def _is_worth_another_try(error: Exception) -> bool:
-    """A full server, a restart, a lost connection or drive; not a wrong address or certificate."""
-    if isinstance(error, (_BusyError, PassingError)):
-        return True
-    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
-    return (
-        isinstance(error, httpx2.TransportError)
-        and not isinstance(error, hopeless)
-        and "CERTIFICATE_VERIFY_FAILED" not in str(error)
-    )
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers with the key among them."""
+        return {**self.headers, **({} if self.key is None else {"X-API-Key": self.key})}
 
 
 class Client:
     """Classifies pictures; several threads may share one."""
 
-    def __init__(self, url: str, asking: Asking | None = None) -> None:
+    def __init__(
+        self, url: str, options: RequestOptions | None = None, connections: int = 16
+    ) -> None:
         """Connects when it is first used.
 
         Args:
             url: where pictures go, such as "http://127.0.0.1:8080/predictions/densenet121".
-            asking: how to ask.
+            options: how to ask.
+            connections: how many stay open, for as many threads.
         """
         self.url = url
-        self.asking = asking or Asking()
-        self._http = httpx2.Client(**self.asking.options())
+        self.options = options or RequestOptions()
+        self._session = requests.Session()
+        self._session.headers.update(self.options.all_headers)
+        self._session.auth = lambda request: request  # none of .netrc, which would replace a token
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Client":  # noqa: PYI034  # Self is younger than Python 3.10
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Ends the connections."""
-        self._http.close()
+        self._session.close()
 
     def classify(self, picture: Path | bytes) -> Classification:
         """Classifies one picture.
@@ -303,22 +252,22 @@ class Client:
             PassingError: the file could not be read within the patience.
             OSError: the file can never be read as it is.
         """
-        try:
-            loaded: Snapshot | None = None
-            for attempt in self.asking.retries():
+        loaded: Snapshot | None = None
+        with self._answering():
+            for attempt in tries(_is_worth_another_try, self.options.patience):
                 with attempt:
                     if loaded is None:
-                        loaded = self.asking.load(picture)
-                    request = self.asking.request(loaded.content)
+                        loaded = self._load(picture)
                     try:
-                        return _read(self._http.post(self.url, **request))
+                        # The name stays here: nobody needs it.
+                        file = ("picture", loaded.content, "application/octet-stream")
+                        return self._post(files={"file": file}, data=self.options.fields)
                     except RefusedError:
                         refused, loaded = loaded, None
                         if isinstance(picture, Path):
-                            check_unchanged(picture, refused)
+                            check = partial(check_unchanged, picture, refused)
+                            in_thread(check, self.options.timeout)
                         raise
-        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
-            raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
 
     def model(self) -> ModelVersion | None:
@@ -329,93 +278,78 @@ class Client:
             UnavailableError: it did not answer within the patience.
         """
         try:
-            for attempt in self.asking.retries():
-                with attempt:
-                    # There is no picture in it: the refusal says which model it is from.
-                    return _read(self._http.post(self.url)).model
+            with self._answering():
+                for attempt in tries(_is_worth_another_try, self.options.patience):
+                    with attempt:
+                        # There is no picture in it: the refusal says which model it is from.
+                        return self._post().model
         except RefusedError as error:
             return _who_refused(error)
-        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
-            raise _unavailable(self.url, error) from error
         raise AssertionError  # the last try returns or raises
 
+    def _load(self, picture: Path | bytes) -> Snapshot:
+        """The bytes to send, with what tells whether the file has changed since.
 
-class AsyncClient:
-    """Classifies pictures, many at once in one thread."""
-
-    def __init__(self, url: str, asking: Asking | None = None, connections: int = 16) -> None:
-        """Connects when it is first used.
-
-        Args:
-            url: where pictures go, such as "http://127.0.0.1:8080/predictions/densenet121".
-            asking: how to ask.
-            connections: most requests at the same time; others wait for their turn.
+        Raises:
+            RefusedError: there are none, or more of them than the service accepts.
+            PassingError: the file cannot be read now.
+            OSError: the file can never be read as it is.
         """
-        self.url = url
-        self.asking = asking or Asking()
-        # Waiting for one's turn is not part of a request's time.
-        timeout = httpx2.Timeout(self.asking.timeout, pool=None)
-        self._http = httpx2.AsyncClient(
-            **{**self.asking.options(), "timeout": timeout},
-            limits=httpx2.Limits(max_connections=connections),
+        if isinstance(picture, Path):
+            loaded = in_thread(partial(read, picture, MAX_PICTURE_BYTES), self.options.timeout)
+        else:
+            loaded = Snapshot(picture, len(picture), 0)
+        if loaded.size > MAX_PICTURE_BYTES:
+            size = f"{loaded.size / 1e6:.1f} MB"
+            raise RefusedError(
+                413, "TooLarge", f"The picture has {size}, more than the 20 accepted."
+            )
+        if not loaded.size:
+            raise RefusedError(400, "EmptyImage", "The picture is empty: it has no bytes.")
+        return loaded
+
+    def _post(self, **body: Any) -> Classification:
+        """Asks once."""
+        return _read(
+            self._session.post(
+                self.url, **body, timeout=self.options.timeout, allow_redirects=False
+            )
         )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Ends the connections."""
-        await self._http.aclose()
-
-    async def classify(self, picture: Path | bytes) -> Classification:
-        """Classifies one picture; arguments and errors are those of `Client.classify`."""
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Says in this module's terms that the last try had no answer."""
+        before = sys.exc_info()[1]  # the caller's own, which it may be handling
         try:
-            loaded: Snapshot | None = None
-            async for attempt in self.asking.retries():
-                with attempt:
-                    if loaded is None:
-                        loaded = await self._in_time(partial(self.asking.load, picture))
-                    request = self.asking.request(loaded.content)
-                    try:
-                        return _read(await self._http.post(self.url, **request))
-                    except RefusedError:
-                        refused, loaded = loaded, None
-                        if isinstance(picture, Path):
-                            await self._in_time(partial(check_unchanged, picture, refused))
-                        raise
-        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
-            raise _unavailable(self.url, error) from error
-        raise AssertionError  # the last try returns or raises
-
-    async def model(self) -> ModelVersion | None:
-        """Which model answers there; errors are those of `Client.model`."""
-        try:
-            async for attempt in self.asking.retries():
-                with attempt:
-                    return _read(await self._http.post(self.url)).model
-        except RefusedError as error:
-            return _who_refused(error)
-        except (httpx2.RequestError, httpx2.InvalidURL, _BusyError) as error:
-            raise _unavailable(self.url, error) from error
-        raise AssertionError  # the last try returns or raises
-
-    async def _in_time(self, work: Callable[[], _Result]) -> _Result:
-        """Awaits what is done with a file; a drive that does not answer is one that is away."""
-        try:
-            return await in_thread(work, self.asking.timeout)
-        except asyncio.TimeoutError as error:
-            raise PassingError(errno.ETIMEDOUT, "the drive does not answer") from error
+            yield
+        except (requests.RequestException, _BusyError, UnicodeError) as error:
+            raise UnavailableError(
+                f"{self.url} gave no answer, however often it was asked: {_reason(error, before)}"
+            ) from error
 
 
-def _read(response: httpx2.Response) -> Classification:
+def _is_worth_another_try(error: Exception) -> bool:
+    """A full server, a restart, a lost connection or drive; not a wrong address or certificate."""
+    if isinstance(error, (_BusyError, PassingError)):
+        return True
+    lost = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, lost) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
+
+
+def _reason(error: BaseException, before: BaseException | None) -> str:
+    """What happened in the end, without what each library says of it.
+
+    Args:
+        error: the last one.
+        before: one that has nothing to do with it.
+    """
+    cause: BaseException | None = error
+    while cause is not None and cause is not before:
+        error, cause = cause, cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
+
+
+def _read(response: requests.Response) -> Classification:
     """The answer; raises `_BusyError` where it is worth asking again, else `RefusedError`."""
     try:
         body = response.json()
@@ -426,7 +360,7 @@ def _read(response: httpx2.Response) -> Classification:
     if response.status_code in _BUSY or _LOST_WORKER in message:
         raise _BusyError(f"status {response.status_code} {message}".strip())
     model = _model(response.headers)
-    if response.is_success:
+    if response.status_code in _SUCCESS:
         try:
             return Classification.from_answer(answer, model)
         except ValueError as error:
@@ -455,18 +389,14 @@ def _who_refused(error: RefusedError) -> ModelVersion | None:
     return error.model
 
 
-def _unavailable(url: str, error: Exception) -> UnavailableError:
-    reason = str(error) or type(error).__name__
-    return UnavailableError(f"{url} gave no answer, however often it was asked: {reason}")
-
-
 def check_address(url: str) -> str:
     """The address as it is, if pictures could go there; `ValueError` with a sentence otherwise."""
     like = "such as http://127.0.0.1:8080/predictions/densenet121"
     try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
+        parsed = urlsplit(url)
+        if parsed.scheme in {"http", "https"} and parsed.hostname:
+            requests.Request("POST", url).prepare()
+            return url
+    except ValueError as error:  # what requests raises is one, too
         raise ValueError(f"{url!r} is no address, {like}: {error}.") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ValueError(f"{url!r} must be a whole address with http:// or https://, {like}.")
-    return url
+    raise ValueError(f"{url!r} must be a whole address with http:// or https://, {like}.")

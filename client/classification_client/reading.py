@@ -4,14 +4,13 @@ A network drive that is away for a moment says much the same as a file that is n
 wrong with one file alone is final; whatever else fails may be better in a minute.
 """
 
-import asyncio
 import errno
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -132,33 +131,30 @@ def away(file: Path) -> Path | None:
         return None
 
 
-async def in_thread(work: Callable[[], _Result], timeout: float) -> _Result:
-    """Awaits `work`, done in a thread that is left to itself if it takes too long.
+def in_thread(work: Callable[[], _Result], timeout: float) -> _Result:
+    """Does `work` in a thread that is left to itself if it takes too long.
 
     A read from a network drive that hangs cannot be ended; it must not keep the program.
 
     Args:
-        work: what to do.
+        work: what to do with a file.
         timeout: seconds.
 
     Raises:
-        asyncio.TimeoutError: it is not done in that time.
+        PassingError: it is not done in that time.
+        Exception: what `work` raises.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[_Result] = loop.create_future()
-
-    def tell(how: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # nobody waits any more
-            loop.call_soon_threadsafe(lambda: None if done.done() else how())
+    done: Future[_Result] = Future()
 
     def run() -> None:
         try:
-            result = work()
+            done.set_result(work())
         except BaseException as error:
-            failure = error  # `error` ends with this block
-            tell(lambda: done.set_exception(failure))
-        else:
-            tell(lambda: done.set_result(result))
+            done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wait_for(done, timeout)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        raise PassingError(errno.ETIMEDOUT, "the drive does not answer")
+    return done.result()

@@ -16,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scripts.client import ModelVersion
-from scripts.results import Origin, Row, csv_columns, csv_line, labels_in_csv
-from scripts.sources import spelt
-from scripts.terminal import UserError
+from classification_client.client import ModelVersion
+from classification_client.results import Origin, Row, csv_columns, csv_line, labels_in_csv
+from classification_client.terminal import UserError, spelt
 
 # How a row of JSON lines begins.
 _JSON_BEGINS = b'{"picture": "'

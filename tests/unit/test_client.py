@@ -1,0 +1,120 @@
+"""When the client asks again and when it gives up, at a server that does as it is told."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from classification_client import Client, RefusedError, RequestOptions, UnavailableError
+
+PREDICTION = {"label": "cat", "probability": 0.5, "class_id": "n1", "class_index": 0}
+ANSWER = json.dumps({"predictions": [PREDICTION], "recognized": True}).encode()
+LOST, HALF, SLOW = "loses the connection", "half an answer", "slow"
+
+
+class Answers(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(dict(self.headers))
+        act = self.server.acts.pop(0) if self.server.acts else 200
+        self.close_connection = act in {LOST, HALF}
+        if act == LOST:
+            return
+        if act == SLOW:
+            time.sleep(1)
+        self.send_response(act if isinstance(act, int) else 200)
+        self.send_header("Location", "/elsewhere")
+        self.send_header("Content-Length", str(len(ANSWER) * (2 if act == HALF else 1)))
+        self.end_headers()
+        self.wfile.write(ANSWER)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+class Server(ThreadingHTTPServer):
+    """Does what `acts` says, one for each request, then answers; `asked` has each one's headers."""
+
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.acts: list[int | str] = []
+        self.asked: list[dict[str, str]] = []
+
+    def handle_error(self, *_: object) -> None:
+        """A client that stopped waiting is no error."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def client(server: Server, options: RequestOptions | None = None) -> Client:
+    return Client(f"http://127.0.0.1:{server.server_port}/predictions/cats", options)
+
+
+def test_what_may_pass_is_asked_again(server: Server) -> None:
+    server.acts = [503, LOST, 429, HALF, SLOW]
+    with client(server, RequestOptions(timeout=0.5)) as asking:
+        assert asking.classify(b"picture").label == "cat"
+    assert len(server.asked) == 6
+
+
+@pytest.mark.parametrize("status", [302, 404, 413, 500])
+def test_what_will_not_change_is_asked_once(status: int, server: Server) -> None:
+    server.acts = [status]
+    with client(server) as asking, pytest.raises(RefusedError) as refused:
+        asking.classify(b"picture")
+    assert (refused.value.code, len(server.asked)) == (status, 1)
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"), [(503, "status 503"), (SLOW, "timed out"), (LOST, "without response")]
+)
+def test_without_patience_there_is_one_try(act: int | str, reason: str, server: Server) -> None:
+    server.acts = [act]
+    options = RequestOptions(patience=0, timeout=0.5)
+    with client(server, options) as asking, pytest.raises(UnavailableError, match=reason):
+        asking.classify(b"picture")
+    assert len(server.asked) == 1
+
+
+def test_the_reason_is_the_requests_own(server: Server) -> None:
+    server.acts = [LOST]
+    asking = client(server, RequestOptions(patience=0))
+    try:
+        {}["a mistake that the caller is handling"]
+    except KeyError:
+        with asking, pytest.raises(UnavailableError, match="Remote end closed connection"):
+            asking.classify(b"picture")
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "\u2603"])
+def test_a_key_that_cannot_be_sent_is_told(key: str, server: Server) -> None:
+    with client(server, RequestOptions(key=key)) as asking, pytest.raises(UnavailableError):
+        asking.classify(b"picture")
+    assert not server.asked
+
+
+def test_a_token_is_not_replaced_by_what_the_user_has_for_other_servers(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    options = RequestOptions(key="mine", headers={"Authorization": "Bearer token"})
+    with client(server, options) as asking:
+        asking.classify(b"picture")
+    assert server.asked[0]["Authorization"] == "Bearer token"
+    assert server.asked[0]["X-API-Key"] == "mine"
