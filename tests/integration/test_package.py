@@ -26,22 +26,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     place = tmp_path_factory.mktemp("elsewhere")
     own = place / "venv"
+    name = "classification-client"
     for command in (
-        ["build", "--wheel", "--out-dir", place, "client"],
-        ["venv", "--python", sys.executable, own],
-        [
-            "pip",
-            "install",
-            "--python",
-            own,
-            "--no-deps",
-            "--find-links",
-            place,
-            "classification-client",
-        ],
+        f"build --wheel --out-dir {place} client",
+        f"venv --python {sys.executable} {own}",
+        f"pip install --python {own} --no-deps --find-links {place} {name}",
     ):
         subprocess.run(
-            [UV, "--offline", "--quiet", *command],
+            [UV, "--offline", "--quiet", *command.split()],
             env=os.environ | {"UV_CACHE_DIR": str(place / "cache")},
             check=True,
         )
