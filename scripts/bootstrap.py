@@ -1,6 +1,6 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
-What running needs is one group; the tools of the tests and those of the benchmarks are two more.
+What running needs is one group; the tests, lower precision and the benchmarks have one more each.
 Python makes the environment, pip brings uv into it, and uv installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
@@ -32,6 +32,7 @@ CPU = "cpu"
 GROUPS = {
     "run": (Path("requirements.lock"), "running"),
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
+    "precision": (Path("precision", "requirements.lock"), "lower precision"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
 
@@ -39,6 +40,7 @@ GROUPS = {
 GIGABYTES = {
     "run": (0.3, 0.8),
     "tests": (0.2, 0.6),
+    "precision": (0.1, 0.3),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),
     "torch": (0.2, 0.8),

@@ -11,14 +11,21 @@ from rich.status import Status
 from scripts.build.architectures import check_architecture
 from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
+    AgreementOption,
     ArchOption,
+    CalibrateOption,
     Channels,
     EngineOption,
+    EvaluateOption,
     InterpolationOption,
+    MaxLossOption,
     NameOption,
     Pixels,
+    PrecisionOption,
     UrlOption,
 )
+from scripts.build.guard import Bounds
+from scripts.build.lower_precision import chosen
 from scripts.classify import show
 from scripts.client import Client, ServiceError
 from scripts.samples import CAT
@@ -44,6 +51,11 @@ def main(
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    precision: PrecisionOption = "float32",
+    calibrate: CalibrateOption = None,
+    evaluate: EvaluateOption = None,
+    max_loss: MaxLossOption = Bounds.max_loss,
+    agreement: AgreementOption = Bounds.agreement,
     workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -55,13 +67,14 @@ def main(
     """Builds the archive, serves it and classifies a sample photograph."""
     stamina.instrumentation.set_on_retry_hooks([])  # each try would be a line of a log
     check_architecture(arch)
-    check_choices(name, engine)
+    lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
+    check_choices(name, engine, lower)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
     found = obtain_for_trial(weights, weights_url, arch)
-    archive = build(recipe(found, name, classes, preprocessing, engine))
+    archive = build(recipe(found, name, classes, preprocessing, engine, lower))
     running = _serve(archive, ports, workers, grpc=grpc)
 
     picture = RUN_DIR / "cat.png"
