@@ -61,7 +61,7 @@ export GIVEN_TO := make $(goals)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos flood soak outages bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -160,6 +160,9 @@ bench-scaling: setup-benchmarks ## more workers, larger pictures, about 5 minute
 
 bench-stages: setup-benchmarks ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
+
+bench-precision: setup-precision setup-benchmarks ## float32, bf16 and int8: speed and accuracy, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.precision
 
 bench-gpu: setup-benchmarks ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu

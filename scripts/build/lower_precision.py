@@ -148,7 +148,7 @@ def make(
         raise UserError(
             f"PRECISION={wanted.name} needs packages that are not here: make setup-precision"
         ) from error
-    for_calibration, for_evaluation, classes = _split(wanted, labels)
+    for_calibration, for_evaluation, classes = split(wanted, labels)
     calibration = list(_decoded(for_calibration, card.preprocessing).values())
     decoded = _decoded(for_evaluation, card.preprocessing)
     evaluation = list(decoded.values())
@@ -193,8 +193,8 @@ def _int8(
     costs: list[tuple[str, float]] = []
     for count in _KEPT:
         kept = [name for name, _ in costs[:count]]
-        with Status("Quantising the model (a minute) ...", console=console):
-            quantise(model_file, calibration, target, kept)
+        step(f"Precision: quantising, calibrated on {len(calibration)} pictures")
+        quantise(model_file, calibration, target, kept)
         engine, found = measured(target)
         if not found.excess(wanted.bounds):
             break
@@ -260,7 +260,7 @@ def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, 
     return found
 
 
-def _split(
+def split(
     wanted: LowerPrecision, labels: Sequence[Label]
 ) -> tuple[list[Path], list[Path], dict[Path, int] | None]:
     """Pictures to calibrate on, others to measure on, and the latter's classes, if known.

@@ -52,6 +52,10 @@ def quantise(
             names=[op.get_friendly_name() for op in _layers(model) if _name(op) in kept]
         ),
     )
+    for number, op in enumerate(result.get_ordered_ops()):
+        # What OpenVINO made is numbered through the process: the same model would have other bytes.
+        if op.get_type_name() not in (*_QUANTISED, "Parameter"):
+            op.set_friendly_name(f"{op.get_type_name()}_{number}")
     openvino.save_model(result, target, compress_to_fp16=False)
 
 
