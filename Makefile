@@ -51,13 +51,12 @@ variables-upgrade := ARCHIVE AGREEMENT
 variables-test := TEST_OPTIONS
 everywhere := PYTHON TORCH_INDEX SHELL MAKEFLAGS
 
-# Installed only where it is asked for.
-with-precision := $(if $(filter bf16 int8,$(PRECISION)),setup-precision)
-
 goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
+# Installed only where it is asked for.
+with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
@@ -161,7 +160,7 @@ bench-scaling: setup-benchmarks ## more workers, larger pictures, about 5 minute
 bench-stages: setup-benchmarks ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
-bench-precision: setup-precision setup-benchmarks ## float32, bf16 and int8: speed and accuracy, about 20 minutes
+bench-precision: setup-benchmarks ## float32, bf16 and int8: speed and accuracy, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.precision
 
 bench-gpu: setup-benchmarks ## the PyTorch engine on a GPU, if there is one
@@ -175,7 +174,7 @@ setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests
+	@$(PYTHON) scripts/bootstrap.py run tests precision
 
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision

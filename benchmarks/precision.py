@@ -217,12 +217,8 @@ def _write(
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, precision), server in servers.items():
-        failed = sum(
-            s.failures
-            for key, found in samples.items()
-            for s in found
-            if key[:2] == (name, precision)
-        )
+        mine = [found for key, found in samples.items() if key[:2] == (name, precision)]
+        failed = sum(sample.failures for found in mine for sample in found)
         large = middle(name, precision, "large", 16, "rate")
         lines.append(
             f"| {name} | {precision} | {middle(name, precision, 'small', 16, 'rate'):.1f} "
@@ -238,7 +234,7 @@ def _write(
             "not see, with 95 % intervals."
         ),
         "",
-        "| precision | top 1 | points lost | first label as float32's | largest change of a probability |",
+        "| precision | top 1 | points lost | first label as in float32 | largest change of one |",
         "|---|---|---|---|---|",
     ]
     for precision, found in accuracy.items():
