@@ -109,9 +109,9 @@ class Comparison:
             bound = f"that {bounds.agreement:.2%} agree"
         if shown:
             return ""
+        so_many = f"it takes {enough} or more, the more the closer it is" if enough else "any are"
         return (
-            f"{self.pictures} pictures are too few to be {CONFIDENCE:.0%} sure {bound}: it takes "
-            f"{enough} or more, the more the closer it is"
+            f"{self.pictures} pictures are too few to be {CONFIDENCE:.0%} sure {bound}: {so_many}"
         )
 
 
@@ -174,6 +174,6 @@ def _unseen(count: int) -> float:
     return float(1 - (1 - CONFIDENCE) ** (1 / count))
 
 
-def _enough(holds: Callable[[int], bool]) -> int:
-    """About how many pictures it takes for something to hold."""
-    return next((count for count in _COUNTS if holds(count)), _COUNTS[-1])
+def _enough(holds: Callable[[int], bool]) -> int | None:
+    """About how many pictures it takes for something to hold; None where it never does."""
+    return next((count for count in _COUNTS if holds(count)), None)

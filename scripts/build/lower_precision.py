@@ -201,7 +201,7 @@ def _int8(
             break
         with Status("Looking for the layers that cost most ...", console=console):
             costs = costs or costliest(model_file, target, calibration)
-        worst = ", ".join(f"{name} ({noise:.1%})" for name, noise in costs[:_SHOWN_LAYERS])
+        worst = ", ".join(f"{name} ({noise:.0e})" for name, noise in costs[:_SHOWN_LAYERS])
         step(f"Precision: {found.excess(wanted.bounds)}. Most noise is added by: {worst}")
     _judge(wanted, found, ", ".join(name for name, _ in costs[:_SHOWN_LAYERS]))
     if kept:

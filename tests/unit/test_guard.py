@@ -58,6 +58,9 @@ def test_too_few_pictures_are_said_and_enough_are_not() -> None:
     assert "100 pictures are too few to be 95% sure that 99.00% agree" in few.doubt(Bounds())
     assert "it takes 400 or more" in few.doubt(Bounds())
     assert compare(answers(400), answers(400)).doubt(Bounds()) == ""
+    assert "100.00% agree: any are" in compare(answers(400), answers(400)).doubt(
+        Bounds(agreement=1)
+    )
     known = compare(answers(400), answers(400), [3] * 400)
     assert "that less than 0.5 points are lost: it takes 600 or more" in known.doubt(Bounds())
     assert compare(answers(600), answers(600), [3] * 600).doubt(Bounds()) == ""
