@@ -12,6 +12,9 @@
 #:  CLASSES=file        classes of your own, a name a line, or JSON
 #:  NAME=name           of the archive and of the model; otherwise the architecture's
 #:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
+#:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
+#:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
+#:                      and top 5, or AGREEMENT=share of first labels, that it may cost
 #:  MODELS="a b"        which archives to start, side by side
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
@@ -30,7 +33,8 @@ VENV_PYTHON := .venv/bin/python
 # environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
-packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION
+packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
+	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
 variables-archive := $(packing)
@@ -51,10 +55,12 @@ goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
+# Installed only where it is asked for.
+with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -65,7 +71,7 @@ variables:
 	@$(if $(foreign),$(PYTHON) scripts/variables.py '$(goals)' '$(foreign)' $(lists),:)
 
 ##@ Serve
-run: setup ## do everything: weights, archive, server, and a first answer
+run: setup $(with-precision) ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run
 
 status: setup ## show workers, memory, queue and versions
@@ -88,7 +94,7 @@ evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-cl
 digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
 
-archive: setup ## build an archive, with trained weights only
+archive: setup $(with-precision) ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands
 
 ##@ Production
@@ -117,10 +123,10 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 ##@ Tests
-test: setup-tests ## run all tests, those against a real TorchServe and in a browser too
+test: setup-tests setup-precision ## run all tests, those against a real TorchServe and in a browser too
 	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
 
-test-unit: setup-tests ## run the tests that need no server
+test-unit: setup-tests setup-precision ## run the tests that need no server
 	@$(VENV_PYTHON) -m pytest tests/unit
 
 fuzz: setup-tests ## corrupted pictures, by the thousand
@@ -145,6 +151,9 @@ bench-scaling: setup ## more workers, larger pictures, about 5 minutes
 bench-stages: setup ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
+bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and accuracy, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.precision
+
 bench-gpu: setup ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
 
@@ -165,7 +174,10 @@ setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests
+	@$(PYTHON) scripts/bootstrap.py run tests precision
+
+setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
+	@$(PYTHON) scripts/bootstrap.py run precision
 
 setup-benchmarks: variables ## the same, and what the benchmarks compare with
 	@$(PYTHON) scripts/bootstrap.py run benchmarks
@@ -182,16 +194,17 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# Running and testing are resolved together, so that one gives way to the other; the benchmarks give
-# way to both. What the run group pins is left out of the other two locks, which only stand on it.
+# Running, testing and lower precision are resolved together, so that one gives way to the other; the
+# benchmarks give way to all. What the run group pins is left out of the other locks, which only
+# stand on it.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-lock: setup ## pin all packages anew, from the three requirements.in and the client's needs
-	@$(PIN) $(RUNNING) tests/requirements.in -o .venv/pins.txt >/dev/null
+lock: setup ## pin all packages anew, from the four requirements.in and the client's needs
+	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	for group in tests benchmarks; do \
+	for group in tests precision benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
 

@@ -20,7 +20,6 @@ from ts.context import Context
 from handler import explain, inputs, responses
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
-from handler.engines import load_engine
 from handler.errors import ArchiveError, ClientError, InternalError, NoExplanation
 from handler.exchange import (
     Body,
@@ -36,6 +35,7 @@ from handler.images import Decoder, Encoded, Photo, PixelBudget, decode, decode_
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.metrics import Metrics, Times
 from handler.page import PAGE, load_page
+from handler.precision import load_precise
 from handler.responses import softmax
 from handler.settings import MODEL_CARD, ModelCard, Settings
 
@@ -66,11 +66,12 @@ class DenseNetHandler:
             for threads in {self.cores.share, self.cores.all}
             if threads > 1
         }
-        self.engine = load_engine(
+        self.engine, self.fallback = load_precise(
             model_dir / context.manifest["model"]["serializedFile"],
             self.card,
             self.cores,
             gpu=context.system_properties.get("gpu_id"),
+            required=self.settings.require_precision,
         )
         self.classifier = (
             explain.load_classifier(model_dir / explain.CLASSIFIER, self.card.classes)
@@ -80,7 +81,7 @@ class DenseNetHandler:
         model = self.manifest["model"]["modelName"]
         self.page = load_page(PAGE, self.card, self.settings, self.labels, model)
         self._warm_up()
-        self.metrics = Metrics(context, self.card)
+        self.metrics = Metrics(context, self.card, self.engine.precision)
         # Not before: what loading took must go back.
         keep_freed_memory()
         self.initialized = True
@@ -259,6 +260,7 @@ class DenseNetHandler:
         )
         context.set_response_header(index, "x-model-name", self.manifest["model"]["modelName"])
         context.set_response_header(index, "x-model-version", self.metrics.model_version)
+        context.set_response_header(index, "x-model-precision", self.engine.precision)
         # The phrase must be ASCII: TorchServe counts its characters, but sends its bytes.
         context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
         return answer.body
@@ -272,6 +274,9 @@ class DenseNetHandler:
             "weights_file": self.card.weights_file,
             "weights_sha256": self.card.weights_sha256,
             "engine": self.engine.name,
+            "precision": self.engine.precision,
+            "archive_precision": self.card.precision,
+            "fallback": self.fallback or None,
             "explains": self.classifier is not None,
             "preprocessing": asdict(self.card.preprocessing),
             "settings": asdict(self.settings),

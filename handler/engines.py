@@ -1,8 +1,8 @@
 """From a batch of images to logits: ONNX Runtime on CPUs, PyTorch on GPUs.
 
-Which engine serves is decided by the model file in the archive: `.onnx` or `.pth`. Each has a
-module of its own, imported only where it serves. All take the same uint8 batch and normalise it
-themselves.
+Which engine serves is decided by the model file in the archive: `.onnx` or `.pth`; lower precision
+is OpenVINO's, see `handler.precision`. Each has a module of its own, imported only where it serves.
+All take the same uint8 batch and normalise it themselves.
 """
 
 from pathlib import Path
@@ -21,9 +21,11 @@ class Engine(Protocol):
 
     Attributes:
         name: what runs the model, with version and device, for people to read.
+        precision: what it computes in: float32, float16, bf16 or int8.
     """
 
     name: str
+    precision: str
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Runs the model once.

@@ -31,6 +31,7 @@ _FIRST_KEY = "time"
 _COUNTERS = {
     "densenet_images_total": ("outcome", "error_type", "model_version"),
     "densenet_requests_total": ("status", "model_version"),
+    "densenet_precision_images_total": ("precision", "archive_precision", "model_version"),
 }
 _HISTOGRAMS = (
     "densenet_decode_seconds",
@@ -66,14 +67,17 @@ class _Outcome:
 class Metrics:
     """Counts and logs what each batch came to."""
 
-    def __init__(self, context: Context, card: ModelCard) -> None:
+    def __init__(self, context: Context, card: ModelCard, precision: str) -> None:
         """Makes the metrics known to TorchServe's worker.
+
+        `precision` is what serves, which may be another than the archive's.
 
         The version label tells archives apart that carry the same version number: its digits
         change with the weights and with the handler.
         """
         model_version = context.manifest["model"]["modelVersion"]
         self._version = f"{model_version}+{card.inputs_sha256[:_VERSION_DIGITS]}"
+        self._precisions = precision, card.precision
         self._counters = {
             name: _metric(context, name, labels, MetricTypes.COUNTER)
             for name, labels in _COUNTERS.items()
@@ -113,6 +117,7 @@ class Metrics:
             self._observe("densenet_decode_seconds", times.decoding)
             self._observe("densenet_inference_seconds", times.inference)
             self._observe("densenet_batch_images", len(classified))
+            self._count("densenet_precision_images_total", len(classified), *self._precisions)
         for request in requests:
             if request.purpose is Purpose.CLASSIFY:
                 for image in request.images:

@@ -20,6 +20,8 @@ class OnnxEngine:
     8 at once took 18 % longer per image, and 180 MB more memory (benchmarks/results/engines.md).
     """
 
+    precision = "float32"
+
     def __init__(self, model_file: Path, cores: Cores) -> None:
         self._cores = cores
         self._sessions = {

@@ -17,6 +17,7 @@ from handler.errors import ArchiveError
 MODEL_CARD = "model-card.json"
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+PRECISIONS = ("float32", "bf16", "int8")
 _CHANNELS = 3
 
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
@@ -62,6 +63,8 @@ class Settings:
         max_batch: images that go through the model in one call; what they need stays the worker's.
         reduced_decoding: decode large JPEGs at a fraction of their size, twice as fast;
             within 3 levels of 255 of the exact result.
+        require_precision: stop where the archive's precision fails its check on this processor,
+            rather than serve float32.
     """
 
     topk: int = _bounded(5, 1, 1_000_000)
@@ -71,6 +74,7 @@ class Settings:
     max_images: int = _bounded(16, 1, 1_000)
     max_batch: int = _bounded(16, 1, 1_024)
     reduced_decoding: bool = True
+    require_precision: bool = False
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":
@@ -129,6 +133,7 @@ class ModelCard:
         features: the node of the architecture's graph, in torchvision's naming, that gives the
             last features; empty where logits are no linear function of their means, so that
             there is no class activation map.
+        precision: what the model was checked to compute in, of `PRECISIONS`.
     """
 
     architecture: str
@@ -139,6 +144,12 @@ class ModelCard:
     inputs_sha256: str
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     features: str = ""
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise ArchiveError(f"{MODEL_CARD}: precision must be {allowed}, got {self.precision!r}")
 
     @classmethod
     def load(cls, path: Path) -> "ModelCard":

@@ -38,8 +38,9 @@ class TorchEngine:
             if self._device.type == "cuda"
             else {}
         )
-        precision = "half precision" if self._graphs else f"{threads} thread(s)"
-        self.name = f"PyTorch {torch.__version__}, {self._device}, {precision}"
+        self.precision = str(self._dtype).removeprefix("torch.")
+        how = "half precision" if self._graphs else f"{threads} thread(s)"
+        self.name = f"PyTorch {torch.__version__}, {self._device}, {how}"
 
     def _channels(self, values: tuple[float, float, float]) -> Any:
         return torch.tensor(values, device=self._device).view(1, 3, 1, 1)

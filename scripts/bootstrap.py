@@ -1,7 +1,7 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
-What running needs is one group, this project's own client included; the tools of the tests and
-those of the benchmarks are two more. Python makes the environment, pip brings uv into it, and uv
+What running needs is one group, this project's own client included; the tests, lower precision and
+the benchmarks have one more each. Python makes the environment, pip brings uv into it, and uv
 installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
@@ -33,6 +33,7 @@ CPU = "cpu"
 GROUPS = {
     "run": (Path("requirements.lock"), "running"),
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
+    "precision": (Path("precision", "requirements.lock"), "lower precision"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
 
@@ -43,6 +44,7 @@ CLIENT = Path("client")
 GIGABYTES = {
     "run": (0.3, 0.8),
     "tests": (0.2, 0.6),
+    "precision": (0.1, 0.3),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),
     "torch": (0.2, 0.8),

@@ -12,14 +12,21 @@ from classification_client.printing import show
 from scripts.build.architectures import check_architecture
 from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
+    AgreementOption,
     ArchOption,
+    CalibrateOption,
     Channels,
     EngineOption,
+    EvaluateOption,
     InterpolationOption,
+    MaxLossOption,
     NameOption,
     Pixels,
+    PrecisionOption,
     UrlOption,
 )
+from scripts.build.guard import Bounds
+from scripts.build.lower_precision import chosen
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan
@@ -43,6 +50,11 @@ def main(
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    precision: PrecisionOption = "float32",
+    calibrate: CalibrateOption = None,
+    evaluate: EvaluateOption = None,
+    max_loss: MaxLossOption = Bounds.max_loss,
+    agreement: AgreementOption = Bounds.agreement,
     workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -53,13 +65,14 @@ def main(
 ) -> None:
     """Builds the archive, serves it and classifies a sample photograph."""
     check_architecture(arch)
-    check_choices(name, engine)
+    lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
+    check_choices(name, engine, lower)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
     found = obtain_for_trial(weights, weights_url, arch)
-    archive = build(recipe(found, name, classes, preprocessing, engine))
+    archive = build(recipe(found, name, classes, preprocessing, engine, lower))
     running = _serve(archive, ports, workers, grpc=grpc)
 
     picture = RUN_DIR / "cat.png"

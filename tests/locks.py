@@ -25,20 +25,19 @@ OLDEST_MACOS = "14.0"
 GROUPS = {
     "run": ("requirements.lock",),
     "tests": ("requirements.lock", "tests/requirements.lock"),
+    "precision": ("requirements.lock", "precision/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
 }
 
 # Packages of pure Python without a wheel.
-SOURCES = {"run": (), "tests": ("sslyze",), "benchmarks": ("jstyleson",)}
+SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "benchmarks": ()}
 
 
 def platform_of(group: str, platform: str) -> str:
-    """What uv calls a platform; OpenVINO, of the benchmarks, wants a newer C library on ARM64."""
+    """What uv calls a platform; OpenVINO wants a newer C library on ARM64."""
     name = PLATFORMS[platform]
-    return name.replace("2_28", "2_35") if (group, platform) == EXCEPTION else name
-
-
-EXCEPTION = ("benchmarks", "Linux ARM64")
+    newer = group in {"precision", "benchmarks"} and platform == "Linux ARM64"
+    return name.replace("2_28", "2_35") if newer else name
 
 
 def compiled(group: str, platform: str, python: str) -> tuple[str, ...]:

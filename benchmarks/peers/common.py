@@ -4,6 +4,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.machine import CORES
+from handler.cores import Cores
+from handler.precision import MODEL_FILES
 
 # A worker a core with one thread each is the best for all of them.
 WORKERS = CORES
@@ -24,8 +27,26 @@ LABELS: dict[str, list[str]] = (
 )
 
 
-def session(threads: int) -> onnxruntime.InferenceSession:
-    """The exported model with so many threads."""
+class LowerPrecision:
+    """This project's engine for lower precision, called as an ONNX Runtime session is."""
+
+    def __init__(self, precision: str, threads: int) -> None:
+        from handler.openvino_engine import OpenVinoEngine
+
+        cores = Cores(threads, threads, FILES / f"busy-{os.getpid()}")
+        self._engine = OpenVinoEngine(FILES / MODEL_FILES[precision], precision, cores)
+
+    def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[NDArray[np.float32]]:
+        """The logits of a batch."""
+        assert outputs == ["logits"]
+        return [self._engine.logits(inputs["images"])]
+
+
+def session(threads: int) -> Any:
+    """The exported model with so many threads, in the precision that the environment says."""
+    precision = os.environ.get("BENCHMARK_PRECISION", "float32")
+    if precision != "float32":
+        return LowerPrecision(precision, threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

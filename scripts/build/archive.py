@@ -30,13 +30,14 @@ from handler.errors import ArchiveError
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build import export
+from scripts.build import export, lower_precision
 from scripts.build.architectures import (
     last_layer,
     official_preprocessing,
 )
 from scripts.build.class_index import as_json
 from scripts.build.class_names import read_class_names
+from scripts.build.lower_precision import LowerPrecision, make
 from scripts.build.weights import (
     IMAGENET_CLASSES,
     HostUnreachableError,
@@ -81,6 +82,7 @@ class Recipe:
         labels: a class for each position of the logits.
         preprocessing: how a picture becomes the model's input.
         engine: "onnx" for ONNX Runtime, "torch" for PyTorch.
+        lower: instead of float32; None for float32.
     """
 
     weights: Weights
@@ -88,6 +90,12 @@ class Recipe:
     labels: Sequence[Label]
     preprocessing: Preprocessing
     engine: str = "onnx"
+    lower: LowerPrecision | None = None
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in."""
+        return self.lower.name if self.lower else "float32"
 
 
 def recipe(
@@ -96,6 +104,7 @@ def recipe(
     classes: Path | None = None,
     preprocessing: Preprocessing | None = None,
     engine: str = "onnx",
+    lower: LowerPrecision | None = None,
 ) -> Recipe:
     """Fills in what a person need not say.
 
@@ -105,21 +114,23 @@ def recipe(
         classes: the list of classes; None for ImageNet's.
         preprocessing: None for what torchvision does for this architecture.
         engine: "onnx" or "torch".
+        lower: instead of float32; None for float32.
 
     Raises:
         UserError: the list does not fit the weights, or the name or the engine cannot be used.
     """
-    check_choices(name, engine)
+    check_choices(name, engine, lower)
     return Recipe(
         weights,
         weights.architecture if name is None else name,
         _labels(weights, classes),
         preprocessing or official_preprocessing(weights.architecture),
         engine,
+        lower,
     )
 
 
-def check_choices(name: str | None, engine: str) -> None:
+def check_choices(name: str | None, engine: str, lower: LowerPrecision | None = None) -> None:
     """Checks what needs no weights to be checked; raises `UserError`."""
     if name is not None and _NAME.fullmatch(name) is None:
         raise UserError(
@@ -128,6 +139,8 @@ def check_choices(name: str | None, engine: str) -> None:
         )
     if engine not in {"onnx", "torch"}:
         raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
+    if engine == "torch" and lower is not None:
+        raise UserError(f"PRECISION={lower.name} is OpenVINO's. Leave ENGINE=torch out.")
 
 
 def _labels(weights: Weights, classes: Path | None) -> Sequence[Label]:
@@ -188,6 +201,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         inputs_sha256=inputs_sha256,
         preprocessing=recipe.preprocessing,
         features=features,
+        precision=recipe.precision,
     )
     subject = export.Exportable(model, card.preprocessing, card.features)
     model_file = _model_file(subject, card, recipe.engine, images)
@@ -195,8 +209,11 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     if card.features:
         assert isinstance(last, nn.Linear)
         classifier = last.weight.detach().float().numpy()
-    with Status("Packing the archive ...", console=console):
-        _pack(card, recipe, model_file, classifier, archive)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        if recipe.lower is not None:
+            make(recipe.lower, model_file, card, recipe.labels, Path(folder))
+        with Status("Packing the archive ...", console=console):
+            _pack(card, recipe, model_file, classifier, sorted(Path(folder).iterdir()), archive)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -217,6 +234,8 @@ def _summary(recipe: Recipe) -> list[str]:
     shown = names if len(names) <= _SHOWN_CLASSES else [*names[:2], "...", names[-1]]
     mean, std = (", ".join(f"{n:g}" for n in values) for values in (wanted.mean, wanted.std))
     engine = {"onnx": "ONNX Runtime (CPU)", "torch": "PyTorch (GPU, or CPU)"}[recipe.engine]
+    if recipe.lower is not None:
+        engine = f"OpenVINO (CPU, {recipe.precision})"
     square = f"{wanted.crop} x {wanted.crop} from the centre"
     return [
         f"{weights.architecture} on {engine}, weights {weights.file} in {precision}",
@@ -237,10 +256,11 @@ def _inputs_digest(recipe: Recipe) -> str:
     said = [
         (weights.architecture, weights.classes, weights.trained, weights.file, weights.sha256),
         (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
+        recipe.lower and recipe.lower.digest(),
         _exporter_digest(),
     ]
     digest = hashlib.sha256(json.dumps(said).encode())
-    for path in (*_handler_files(), Path(__file__)):
+    for path in (*_handler_files(), Path(__file__), Path(lower_precision.__file__)):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -292,6 +312,7 @@ def _pack(
     recipe: Recipe,
     model_file: Path,
     classifier: NDArray[np.float32] | None,
+    others: Sequence[Path],
     archive: Path,
 ) -> None:
     """Lets `torch-model-archiver` lay the archive out, then zips it the same way every time."""
@@ -303,6 +324,8 @@ def _pack(
         if classifier is not None:
             np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
         (extra / CLASS_INDEX).write_text(as_json(recipe.labels), "utf-8")
+        for path in others:
+            shutil.copy(path, extra)
         for path in _handler_files():
             if path == AT_START:
                 shutil.copy(path, extra)

@@ -9,6 +9,8 @@ from scripts.build.architectures import (
     check_architecture,
 )
 from scripts.build.archive import build, check_choices, customized, recipe
+from scripts.build.guard import Bounds
+from scripts.build.lower_precision import chosen
 from scripts.build.weights import (
     obtain,
 )
@@ -21,6 +23,15 @@ Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.48
 InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
 NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
 EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
+PrecisionOption = Annotated[str, typer.Option(help="float32, bf16 or int8.")]
+CalibrateOption = Annotated[Path | None, typer.Option(help="Pictures to calibrate int8 on.")]
+EvaluateOption = Annotated[Path | None, typer.Option(help="Pictures to measure its cost on.")]
+MaxLossOption = Annotated[
+    float, typer.Option(min=0, max=100, help="Of top 1 and top 5, in percentage points.")
+]
+AgreementOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of first labels that must stay.")
+]
 UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
 
 
@@ -37,13 +48,19 @@ def main(
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    precision: PrecisionOption = "float32",
+    calibrate: CalibrateOption = None,
+    evaluate: EvaluateOption = None,
+    max_loss: MaxLossOption = Bounds.max_loss,
+    agreement: AgreementOption = Bounds.agreement,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
     check_architecture(arch)
-    check_choices(name, engine)
-    chosen = customized(arch, resize, crop, mean, std, interpolation)
+    lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
+    check_choices(name, engine, lower)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     found = obtain(weights, weights_url, arch)
-    build(recipe(found, name, classes, chosen, engine), model_store)
+    build(recipe(found, name, classes, preprocessing, engine, lower), model_store)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,330 @@
+"""`PRECISION=bf16|int8`: calibrates on the user's pictures, and guards the accuracy.
+
+Pictures come to the model as a server decodes them. What lower precision costs is measured on
+pictures that calibration did not see; above the bounds nothing is packed.
+"""
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from rich.status import Status
+
+from classification_client.pictures import Found, search
+from handler.cores import Cores
+from handler.engines import Engine
+from handler.errors import ArchiveError, ClientError
+from handler.images import PixelBudget, decode
+from handler.labels import Label
+from handler.onnx_engine import OnnxEngine
+from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES
+from handler.responses import softmax
+from handler.settings import PRECISIONS, ModelCard, Preprocessing, Settings
+from scripts.build.guard import Bounds, Comparison, compare
+from scripts.terminal import UserError, console, step, warn
+
+# More pictures than these do not calibrate better (NNCF's own default).
+CALIBRATION_PICTURES = 300
+# Below this the ranges that calibration sees are those of a few pictures.
+_FEW_TO_CALIBRATE = 100
+
+# To measure on; the interval of 4,000 is narrow enough for every sensible bound.
+EVALUATION_PICTURES = 4_000
+
+# A worker asks its model for so many as it starts, in a third of a second.
+CHECK_PICTURES = 24
+
+# Share of the layers that stay in float32, from try to try, where all in int8 cost too much.
+_KEPT = (0, 0.05, 0.15)
+_SHOWN_LAYERS = 6
+
+Images = Sequence[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class LowerPrecision:
+    """What is asked for instead of float32.
+
+    Attributes:
+        name: "bf16" or "int8".
+        calibrate: a folder of pictures for int8 to be calibrated on.
+        evaluate: a folder of pictures to measure the cost on; None for a part of `calibrate`. Where
+            its folders are called as the classes, what counts is whether answers are right.
+        bounds: what it may cost.
+    """
+
+    name: str
+    calibrate: Path | None = None
+    evaluate: Path | None = None
+    bounds: Bounds = field(default_factory=Bounds)
+
+    def digest(self) -> str:
+        """Changes whenever the result might."""
+        digest = hashlib.sha256(f"{self.name} {self.bounds}".encode())
+        for folder in (self.calibrate, self.evaluate):
+            for path in _search(folder) if folder else []:
+                digest.update(f"{path.relative_to(folder or '')}\n".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def chosen(
+    precision: str,
+    calibrate: Path | None = None,
+    evaluate: Path | None = None,
+    max_loss: float = Bounds.max_loss,
+    agreement: float = Bounds.agreement,
+) -> LowerPrecision | None:
+    """What a person asked for, checked as far as no model is needed; None for float32.
+
+    Args:
+        precision: of `PRECISIONS`.
+        calibrate: see `LowerPrecision`.
+        evaluate: see `LowerPrecision`.
+        max_loss: see `Bounds`.
+        agreement: see `Bounds`.
+
+    Raises:
+        UserError: a choice is missing or makes no sense.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"PRECISION must be {', '.join(PRECISIONS)}, got {precision!r}.")
+    if precision == "float32":
+        if calibrate or evaluate:
+            raise UserError("CALIBRATE and EVALUATE are for PRECISION=bf16 or PRECISION=int8.")
+        return None
+    if precision == "int8" and calibrate is None:
+        raise UserError(
+            "PRECISION=int8 is calibrated on a few hundred pictures such as the model will get: "
+            "CALIBRATE=folder"
+        )
+    if precision == "bf16" and calibrate is not None:
+        raise UserError("PRECISION=bf16 needs no calibration. Leave CALIBRATE out.")
+    if precision == "bf16" and evaluate is None:
+        raise UserError(
+            "What PRECISION=bf16 costs is measured on pictures such as the model will get: "
+            "EVALUATE=folder"
+        )
+    for folder in (calibrate, evaluate):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder} must be a folder of pictures.")
+    return LowerPrecision(precision, calibrate, evaluate, Bounds(max_loss, agreement))
+
+
+def make(
+    wanted: LowerPrecision,
+    model_file: Path,
+    card: ModelCard,
+    labels: Sequence[Label],
+    folder: Path,
+) -> None:
+    """Makes all that an archive of lower precision holds beside the float32 model.
+
+    Args:
+        wanted: what is asked for.
+        model_file: the float32 model, as ONNX.
+        card: of the archive.
+        labels: the model's classes, by position.
+        folder: where to put the files.
+
+    Raises:
+        UserError: the cost is above the bounds, the weights are not trained, or a picture or a
+            package is missing.
+    """
+    if not card.trained:
+        raise UserError(
+            f"PRECISION={wanted.name} needs trained weights. Random ones answer with near ties, so "
+            "that it tells nothing of a trained model whether lower precision changes the answers."
+        )
+    try:
+        from handler.openvino_engine import OpenVinoEngine  # noqa: PLC0415  # only where asked for
+    except ImportError as error:
+        raise UserError(
+            f"PRECISION={wanted.name} needs packages that are not here: make setup-precision"
+        ) from error
+    for_calibration, for_evaluation, classes = split(wanted, labels)
+    calibration = list(_decoded(for_calibration, card.preprocessing).values())
+    decoded = _decoded(for_evaluation, card.preprocessing)
+    evaluation = list(decoded.values())
+    truth = None if classes is None else [classes[path] for path in decoded]
+    with tempfile.TemporaryDirectory() as beside:
+        cpus = joblib.cpu_count()
+        cores = Cores(cpus, cpus, Path(beside) / "busy")
+        exact = OnnxEngine(model_file, cores)
+        expected = _probabilities(exact, evaluation)
+
+        def measured(lower_file: Path) -> tuple[Engine, Comparison]:
+            try:
+                engine = OpenVinoEngine(lower_file, wanted.name, cores)
+            except ArchiveError as error:
+                raise UserError(f"PRECISION={wanted.name} cannot be checked: {error}.") from error
+            return engine, compare(expected, _probabilities(engine, evaluation), truth)
+
+        if wanted.name == "int8":
+            lower = _int8(wanted, model_file, calibration, folder, measured)
+        else:
+            lower, found = measured(model_file)
+            _judge(wanted, found, "")
+        _write_check(exact, lower, calibration or evaluation, folder)
+
+
+def _int8(
+    wanted: LowerPrecision,
+    model_file: Path,
+    calibration: Images,
+    folder: Path,
+    measured: Callable[[Path], tuple[Engine, Comparison]],
+) -> Engine:
+    """Quantises all layers, and where that costs too much, all but the costliest."""
+    from scripts.build.quantize import costliest, quantise  # noqa: PLC0415  # only where asked for
+
+    if len(calibration) < _FEW_TO_CALIBRATE:
+        warn(
+            f"{len(calibration)} pictures are few to calibrate on: their values stand for all that "
+            f"the model will get. Give it {_FEW_TO_CALIBRATE} to {CALIBRATION_PICTURES}."
+        )
+    target = folder / MODEL_FILES["int8"]
+    costs: list[tuple[str, float]] = []
+    for share in _KEPT:
+        kept = [name for name, _ in costs[: math.ceil(share * len(costs))]]
+        step(f"Precision: quantising, calibrated on {len(calibration)} pictures")
+        quantise(model_file, calibration, target, kept)
+        engine, found = measured(target)
+        if not found.excess(wanted.bounds):
+            break
+        with Status("Looking for the layers that cost most ...", console=console):
+            costs = costs or costliest(model_file, target, calibration)
+        worst = ", ".join(f"{name} ({noise:.0e})" for name, noise in costs[:_SHOWN_LAYERS])
+        step(f"Precision: {found.excess(wanted.bounds)}. Most noise is added by: {worst}")
+    _judge(wanted, found, ", ".join(name for name, _ in costs[:_SHOWN_LAYERS]))
+    if kept:
+        step(f"Precision: {len(kept)} layers stay in float32: {', '.join(kept)}")
+    return engine
+
+
+def _judge(wanted: LowerPrecision, found: Comparison, layers: str) -> None:
+    """Says what lower precision costs; raises `UserError` where that is too much."""
+    for line in found.report():
+        step(f"Precision: {line}")
+    excess = found.excess(wanted.bounds)
+    if excess:
+        where = f" Layers that cost most: {layers}." if layers else ""
+        raise UserError(
+            f"PRECISION={wanted.name} costs too much, and no archive was written: {excess}.{where} "
+            "Calibrate on more pictures such as the model will get, or allow more with "
+            f"{'MAX_LOSS' if found.loss else 'AGREEMENT'}=..."
+        )
+    doubt = found.doubt(wanted.bounds)
+    if doubt:
+        warn(doubt)
+
+
+def _write_check(exact: Engine, lower: Engine, images: Images, folder: Path) -> None:
+    """Pictures on which the two agree, from the surest answer to the nearest tie."""
+    some = np.stack(images[: 4 * CHECK_PICTURES])
+    logits = exact.logits(some)
+    labels = logits.argmax(axis=1)
+    agreed = np.flatnonzero(lower.logits(some).argmax(axis=1) == labels)
+    best = np.sort(logits[agreed], axis=1)
+    by_margin = agreed[np.argsort(best[:, -2] - best[:, -1], kind="stable")]
+    spread = np.linspace(0, len(by_margin) - 1, min(CHECK_PICTURES, len(by_margin))).astype(int)
+    np.save(folder / CHECK_IMAGES, some[by_margin[spread]], allow_pickle=False)
+    np.save(folder / CHECK_LABELS, labels[by_margin[spread]], allow_pickle=False)
+
+
+def _probabilities(engine: Engine, images: Images) -> NDArray[np.float32]:
+    """float32 (N, classes)."""
+    shown = track(images, f"Classifying with {engine.name} ...", console=console, transient=True)
+    return softmax(np.concatenate([engine.logits(image[None]) for image in shown]))
+
+
+def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, NDArray[np.uint8]]:
+    """As a server decodes them; what it refuses is left out."""
+    found, refused = {}, ""
+    for path in paths:
+        try:
+            budget = PixelBudget(Settings.max_pixels, Settings.max_seconds)
+            found[path] = decode(path.read_bytes(), preprocessing, budget)
+        except (ClientError, OSError) as error:  # noqa: PERF203  # each picture on its own
+            refused = f"{path}: {error}"
+    if refused:
+        warn(f"{len(paths) - len(found)} of {len(paths)} pictures cannot be read, as {refused}")
+    if paths and not found:
+        raise UserError("None of the pictures can be read.")
+    return found
+
+
+def split(
+    wanted: LowerPrecision, labels: Sequence[Label]
+) -> tuple[list[Path], list[Path], dict[Path, int] | None]:
+    """Pictures to calibrate on, others to measure on, and the latter's classes, if known.
+
+    Of a folder for both, half or more is held back. A picture that is there twice counts once.
+    """
+    known: set[bytes] = set()
+
+    def drawn(folder: Path) -> list[Path]:
+        """A folder's pictures, in an order that is random and always the same."""
+        found = {}
+        for path in _search(folder):
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            if digest not in known:
+                known.add(digest)
+                found[digest] = path
+        return [found[digest] for digest in sorted(found)]
+
+    given = drawn(wanted.calibrate) if wanted.calibrate else []
+    count = CALIBRATION_PICTURES
+    if wanted.evaluate is not None:
+        folder, evaluation = wanted.evaluate, drawn(wanted.evaluate)
+    else:
+        assert wanted.calibrate is not None
+        count = min(count, len(given) // 2)
+        folder, evaluation = wanted.calibrate, given[count:]
+    if not evaluation or (wanted.calibrate and not given[:count]):
+        raise UserError(
+            f"There are too few pictures in {wanted.calibrate or folder}, or the same ones as in "
+            f"{folder}."
+        )
+    evaluation = evaluation[:EVALUATION_PICTURES]
+    return given[:count], evaluation, _classes(evaluation, folder, labels)
+
+
+def _classes(
+    pictures: Sequence[Path], folder: Path, labels: Sequence[Label]
+) -> dict[Path, int] | None:
+    """The class of each picture where the folder has a folder a class; else None."""
+    named: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        named.setdefault(_plain(label.class_name), index)
+    named |= {label.class_id: index for index, label in enumerate(labels)}
+
+    def class_of(path: Path) -> int | None:
+        name = path.relative_to(folder).parts[0]
+        return named.get(name, named.get(_plain(name)))
+
+    found = {path: class_of(path) for path in pictures}
+    strange = sorted({path.relative_to(folder).parts[0] for path in found if found[path] is None})
+    if not strange:
+        return {path: index for path, index in found.items() if index is not None}
+    if len(strange) < len({path.relative_to(folder).parts[0] for path in found}):
+        raise UserError(
+            f"Some folders of {folder} are called as classes, but not {', '.join(strange[:5])}. "
+            "Name all of them so, or none."
+        )
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").strip().lower()
+
+
+def _search(folder: Path) -> list[Path]:
+    return search(folder, Found())
