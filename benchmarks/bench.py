@@ -78,6 +78,7 @@ class Sample:
 
 
 Key = tuple[str, str, str]  # server, picture, load
+Load = tuple[Server, str, int]  # server, picture, clients
 
 
 def main(
@@ -94,11 +95,12 @@ def main(
         servers = list(_start(archive, work, stack))
         for server in servers:
             _load(server, work, "small", 16, WARM_UP_SECONDS)
-        for batch_or_load in in_turn([*bare, *_plan(servers)], rounds):
-            if isinstance(batch_or_load, int):
-                bare[batch_or_load].append(_bare(batch_or_load))
+        plan: list[int | Load] = [*bare, *_plan(servers)]
+        for one in in_turn(plan, rounds):
+            if isinstance(one, int):
+                bare[one].append(_bare(one))
                 continue
-            server, picture, clients = batch_or_load
+            server, picture, clients = one
             sample = _load(server, work, picture, clients, seconds)
             samples.setdefault((server.name, picture, str(clients)), []).append(sample)
             step(f"{server.name}, {picture}, {clients} clients: {sample.rate:.1f}/s")
@@ -148,8 +150,8 @@ def _start(archive: Path, work: Path, stack: ExitStack) -> Iterator[Server]:
         yield server
 
 
-def _plan(servers: list[Server]) -> Iterator[tuple[Server, str, int]]:
-    """What one round asks: server, picture and clients."""
+def _plan(servers: list[Server]) -> Iterator[Load]:
+    """What one round asks."""
     for clients in CLIENTS:
         for server in servers:
             if clients <= CLIENTS[1] or server.name not in UNBATCHED:

@@ -76,7 +76,7 @@ def _onnx(model: Path, threads: int, options: dict[str, Any]) -> Logits:
         else:
             setattr(settings, name, value)
     session = onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]  # type: ignore[no-any-return]
+    return lambda images: session.run(["logits"], {"images": images})[0]
 
 
 def _torch(threads: int, how: str) -> Logits:
@@ -87,7 +87,7 @@ def _torch(threads: int, how: str) -> Logits:
     run: Any = model
     if how == "TorchScript frozen":
         example = torch.zeros((1, 3, 224, 224), dtype=torch.uint8)
-        run = torch.jit.freeze(torch.jit.trace(model, example))
+        run = torch.jit.freeze(torch.jit.trace(model, example))  # type: ignore[no-untyped-call]
     elif how == "torch.compile":
         from torch._inductor import config
 
@@ -115,7 +115,7 @@ def _openvino(model: Path, threads: int, precision: str) -> Logits:
         },
     )
     request = compiled.create_infer_request()
-    return lambda images: request.infer({0: images})[0].copy()  # type: ignore[no-any-return]
+    return lambda images: request.infer({0: images})[0].copy()
 
 
 def _int8(model: Path, images: NDArray[np.uint8], target: Path) -> None:

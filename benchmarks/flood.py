@@ -81,10 +81,15 @@ def main(clients: Annotated[int, typer.Option(min=1)] = CLIENTS) -> None:
     pictures = list(costly()) * COSTLY_TIMES
     limit = pod_limit()
     try:
-        with memory_group(limit) as group:
-            with served(inside=group.entered() if group else None) as running:
+        with (
+            memory_group(limit) as group,
+            served(inside=group.entered() if group else None) as running,
+        ):
+            try:
                 found = flood(running, clients, UPLOAD_BYTES, pictures)
-            within = _within(group, limit)
+            finally:
+                # Where the kernel ended a process, that explains whatever else went wrong.
+                within = _within(group, limit)
     except AssertionError as failure:
         raise UserError(str(failure)) from failure
     write_report(

@@ -11,7 +11,7 @@ import psutil
 from scripts.terminal import step
 
 RESULTS = Path("benchmarks/results")
-CORES = psutil.cpu_count()
+CORES = psutil.cpu_count() or 1
 
 PACKAGES = (
     "torch",

@@ -1,10 +1,10 @@
 """A client for an image classification service: `Client` in a program, `classify` as a command.
 
-from pathlib import Path
-from classification_client import Client
+    from pathlib import Path
+    from classification_client import Client
 
-with Client("http://127.0.0.1:8080/predictions/densenet121") as client:
-print(client.classify(Path("cat.jpg")).label)
+    with Client("http://127.0.0.1:8080/predictions/densenet121") as client:
+        print(client.classify(Path("cat.jpg")).label)
 """
 
 from classification_client.client import (

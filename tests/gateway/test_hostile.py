@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from benchmarks.cluster import TIMEOUT, clients
 from scripts.gateway.gateway import Gateway
 from tests import costs
-from tests.gateway.client import TIMEOUT, clients
 
 AT_ONCE = 18
 
