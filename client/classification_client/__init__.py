@@ -1,4 +1,6 @@
-"""A client for an image classification service: `Client` in a program, `classify` as a command.
+"""A client for an image classification service, for programs; its command is `classify`.
+
+In a program:
 
     from pathlib import Path
     from classification_client import Client
