@@ -26,20 +26,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     place = tmp_path_factory.mktemp("elsewhere")
     own = place / "venv"
-    for command in (
+    commands: list[list[str | Path]] = [
         ["build", "--wheel", "--out-dir", place, "client"],
         ["venv", "--python", sys.executable, own],
-        [
-            "pip",
-            "install",
-            "--python",
-            own,
-            "--no-deps",
-            "--find-links",
-            place,
-            "classification-client",
-        ],
-    ):
+        ["pip", "install", "--python", own, "--no-deps", "-f", place, "classification-client"],
+    ]
+    for command in commands:
         subprocess.run(
             [UV, "--offline", "--quiet", *command],
             env=os.environ | {"UV_CACHE_DIR": str(place / "cache")},
