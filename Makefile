@@ -4,7 +4,7 @@
 #:Variables, all optional, on the command line: make run WORKERS=2 PORT=9080
 #:  WORKERS=n           worker processes; otherwise as many as suit the machine
 #:  PORT=n              predictions; MANAGEMENT_PORT and METRICS_PORT likewise
-#:  GRPC=on             gRPC too, which any client can stop the service with (README);
+#:  GRPC=on             gRPC too, by which any client can stop the service (docs/operating.md);
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
@@ -16,7 +16,7 @@
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
-#:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: deploy/README.md
+#:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  NODE=name           which node
 #:  ARCHIVE=file        the new archive; AGREEMENT=share of samples that must stay
 #:  TEST_OPTIONS=...    options for pytest, such as --require-browser

@@ -89,7 +89,7 @@ class Metrics:
         return self._version
 
     def record(self, requests: Sequence[Request], times: Times) -> None:
-        """Takes note of a batch; costs some microseconds per image, see the README.
+        """Takes note of a batch; costs some microseconds per image.
 
         Args:
             requests: after they were answered.

@@ -2,9 +2,7 @@
 
 In a program:
 
-    from pathlib import Path
-    from classification_client import Client
-
+Example:
     with Client("http://127.0.0.1:8080/predictions/densenet121") as client:
         print(client.classify(Path("cat.jpg")).label)
 """
