@@ -1,7 +1,5 @@
 """A client for an image classification service, for programs; its command is `classify`.
 
-In a program:
-
 Example:
     with Client("http://127.0.0.1:8080/predictions/densenet121") as client:
         print(client.classify(Path("cat.jpg")).label)
