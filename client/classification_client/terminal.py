@@ -1,6 +1,7 @@
 """How a command speaks to a person: steps, results, and one sentence when it cannot go on."""
 
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def run(parsed: Any, explain: Callable[[Exception], None] | None = None) -> NoRe
     try:
         # Where the command is interrupted, typer gives back the exit status and raises nothing.
         status = parsed.main(standalone_mode=False)
-    except KeyboardInterrupt:  # nobody presses it once
+    except KeyboardInterrupt:
         status = INTERRUPTED
     except UserError as error:
         fail(str(error))
@@ -94,6 +95,7 @@ def run(parsed: Any, explain: Callable[[Exception], None] | None = None) -> NoRe
         (explain or explain_usage)(error)
         raise
     if status == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nobody presses it once
         _errors.print("[bold red]Stopped by Ctrl-C.[/] Run the same command again to go on.")
     sys.exit(status or 0)
 

@@ -22,6 +22,7 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
+from scripts import bootstrap
 from scripts.serve.running import Ports, free_ports, unused_ports
 
 README = Path("README.md")
@@ -143,6 +144,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     for path in _files():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path)
+    # Or the copy's commands would install into the environment that it shares, from the copy.
+    assert bootstrap.is_installed("run"), "the environment is not up to date: make setup-tests"
     (folder / ".venv").symlink_to(Path(".venv").resolve())
     documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
     server = {

@@ -26,14 +26,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     place = tmp_path_factory.mktemp("elsewhere")
     own = place / "venv"
-    name = "classification-client"
-    for command in (
-        f"build --wheel --out-dir {place} client",
-        f"venv --python {sys.executable} {own}",
-        f"pip install --python {own} --no-deps --find-links {place} {name}",
-    ):
+    commands: list[list[str | Path]] = [
+        ["build", "--wheel", "--out-dir", place, "client"],
+        ["venv", "--python", sys.executable, own],
+        ["pip", "install", "--python", own, "--no-deps", "-f", place, "classification-client"],
+    ]
+    for command in commands:
         subprocess.run(
-            [UV, "--offline", "--quiet", *command.split()],
+            [UV, "--offline", "--quiet", *command],
             env=os.environ | {"UV_CACHE_DIR": str(place / "cache")},
             check=True,
         )
