@@ -101,7 +101,7 @@ class Comparison:
         if self.loss:
             shown = all(100 * lost.high <= bounds.max_loss for lost in self.loss.values())
             # Of pictures that all keep their label, so many would do.
-            enough = _enough(lambda n: 100 * lost_of(np.zeros(n)).high <= bounds.max_loss)
+            enough = _enough(lambda n: 100 * lost_of(np.zeros(n, np.int64)).high <= bounds.max_loss)
             bound = f"that less than {bounds.max_loss:g} points are lost"
         else:
             shown = self.agreement.low >= bounds.agreement

@@ -65,7 +65,7 @@ def _train(folder: Path) -> nn.Module:
     model: nn.Module = resnet18(num_classes=len(NAMES))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(images)).split(32):
+        for batch in torch.randperm(len(images)).split(32):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[batch]), classes[batch])
             loss.backward()  # type: ignore[no-untyped-call]
@@ -270,9 +270,9 @@ def test_a_bound_that_is_too_tight_stops_the_build(folder: Path, tmp_path: Path)
     files = sorted((folder / "test").glob("*/*.png"))
     (tmp_path / "blends").mkdir()
     for number in range(40):
-        pair = [Image.open(files[i]) for i in random.integers(len(files), size=2)]
+        first, second = (Image.open(files[i]) for i in random.integers(len(files), size=2))
         for percent in range(35, 66):
-            blend = Image.blend(*pair, percent / 100)
+            blend = Image.blend(first, second, percent / 100)
             blend.save(tmp_path / "blends" / f"{number}-{percent}.png")
     wanted = _recipe(folder, "int8", evaluate=tmp_path / "blends", agreement=1.0)
     with pytest.raises(UserError, match=r"first labels are float32's, 100.00% must be"):

@@ -27,7 +27,7 @@ def model(tmp_path: Path) -> Path:
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Div", ["floats", "most"], ["x0"]),
     ]
-    values = [numpy_helper.from_array(np.float32(255), "most")]
+    values = [numpy_helper.from_array(np.array(255, np.float32), "most")]
     for number, (before, after) in enumerate(itertools.pairwise(CHANNELS), 1):
         name = f"classifier.block.conv{number}.weight"
         weights = random.normal(0, 0.2, (after, before, 3, 3)).astype(np.float32)
@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Path:
         helper.make_node("GlobalAveragePool", ["x3"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["logits"]),
     ]
-    shapes = {"logits": ["n", 16], "features": ["n", 16, SIDE, SIDE]}
+    shapes: dict[str, list[str | int]] = {"logits": ["n", 16], "features": ["n", 16, SIDE, SIDE]}
     graph = helper.make_graph(
         nodes,
         "small",
