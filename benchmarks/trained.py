@@ -6,6 +6,7 @@ of many scales and turns, and those of a third of the cells are held out. The fo
 `weights.pth`, `classes.txt`, and a folder a class in `train`, to calibrate on, and in `test`.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -119,7 +120,9 @@ def train(folder: Path) -> nn.Module:
     """Trains from random weights, the same ones every time; bfloat16 where the processor has it."""
     torch.manual_seed(SEED)
     images, classes = (torch.from_numpy(part) for part in pixels(folder / "train"))
-    model = densenet121(num_classes=int(classes.max()) + 1).to(memory_format=torch.channels_last)
+    model: nn.Module = densenet121(num_classes=int(classes.max()) + 1).to(
+        memory_format=torch.channels_last
+    )
     batches = len(images) // _BATCH
     optimizer = torch.optim.Adam(model.parameters(), _LEARNING_RATE / 3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -127,7 +130,7 @@ def train(folder: Path) -> nn.Module:
     )
     for side, times in _STAGES:
         for epoch in range(1, times + 1):
-            order = torch.randperm(len(images))[: batches * _BATCH].split(_BATCH)
+            order = torch.randperm(len(images))[: batches * _BATCH].reshape(batches, _BATCH)
             losses = []
             for chosen in track(order, f"{side} pixels, epoch {epoch}", console=console):
                 optimizer.zero_grad()
@@ -158,7 +161,8 @@ def accuracy(model: nn.Module, folder: Path) -> float:
     """Share of the held-out pictures that float32 gets right."""
     images, classes = (torch.from_numpy(part) for part in pixels(folder / "test"))
     side = Preprocessing().crop
-    guesses = [model(_normalized(part, side)).argmax(dim=1) for part in images.split(_BATCH)]
+    parts = torch.tensor_split(images, math.ceil(len(images) / _BATCH))
+    guesses = [model(_normalized(part, side)).argmax(dim=1) for part in parts]
     return float((torch.cat(guesses) == classes).float().mean())
 
 
