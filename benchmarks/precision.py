@@ -196,7 +196,8 @@ def _write(
     for peer in PEERS:
         for precision in PRECISIONS:
             value = rate(precision) / middle(peer, precision, "small", 16, "rate")
-            lines.append(f"| over {peer}, both in {precision} | 1.0 | {value:.2f} |")
+            if not np.isnan(value):
+                lines.append(f"| over {peer}, both in {precision} | 1.0 | {value:.2f} |")
     lines += [
         "",
         (
