@@ -9,6 +9,8 @@ from handler.settings import ADDED_BYTES
 
 # A worker after load was measured at 300 MB with ONNX Runtime; requests add so much at most.
 WORKER_BYTES = 300_000_000 + ADDED_BYTES
+# What OpenVINO makes of an 8-bit model takes so much more (benchmarks/results/precision.md).
+_INT8_BYTES = 350_000_000
 
 # A frontend at its limits: heap and buffers (`vmargs` in config.properties), 2 and 4 GiB, and what
 # Java needs beside them.
@@ -46,7 +48,12 @@ class Plan:
     max_threads: int
 
 
-def plan(workers: int | None = None, models: int = 1) -> Plan:
+def worker_bytes(precision: str) -> int:
+    """The memory that a worker of an archive in this precision may take."""
+    return WORKER_BYTES + (_INT8_BYTES if precision == "int8" else 0)
+
+
+def plan(workers: int | None = None, models: int = 1, each: int = WORKER_BYTES) -> Plan:
     """A worker for each CPU with one thread each; fewer workers with more threads where memory is
     short, or where `workers` says so. Each of several models has as many.
 
@@ -56,25 +63,26 @@ def plan(workers: int | None = None, models: int = 1) -> Plan:
     """
     cpus = joblib.cpu_count()
     if workers is None:
-        workers = max(1, min(cpus, _fit_in_memory(_available()) // models))
+        workers = max(1, min(cpus, _fit_in_memory(_available(), each) // models))
     threads = max(1, cpus // workers)
     return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))
 
 
-def most_workers(models: int = 1, ending: int = 0) -> Most:
+def most_workers(models: int = 1, ending: int = 0, each: int = WORKER_BYTES) -> Most:
     """The most workers for each of so many models.
 
     Args:
         models: each has as many.
         ending: workers that end before these start, so that their memory counts as free.
+        each: bytes of memory that one may take.
     """
     cpus = joblib.cpu_count()
-    available = _available() + ending * WORKER_BYTES
-    in_memory = max(1, _fit_in_memory(available) // models)
+    available = _available() + ending * each
+    in_memory = max(1, _fit_in_memory(available, each) // models)
     if in_memory < cpus * _MOST_WORKERS_A_CPU:
         return Most(
             in_memory,
-            f"each is given {WORKER_BYTES / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
+            f"each is given {each / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
             f"{available / 1e9:.1f} GB of memory that are free",
         )
     return Most(
@@ -88,5 +96,5 @@ def _available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _fit_in_memory(available: int) -> int:
-    return int(available * _MEMORY_SHARE // WORKER_BYTES)
+def _fit_in_memory(available: int, each: int) -> int:
+    return int(available * _MEMORY_SHARE // each)

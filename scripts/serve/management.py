@@ -4,6 +4,7 @@ import base64
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -11,6 +12,8 @@ from rich.status import Status
 
 from classification_client import Client, RequestOptions, ServiceError
 from classification_client.retrying import tries
+from handler.settings import MODEL_CARD, ModelCard
+from scripts.serve.machine import WORKER_BYTES, worker_bytes
 from scripts.serve.preflight import check_workers
 from scripts.serve.running import Running, lives
 from scripts.terminal import UserError, console
@@ -69,7 +72,10 @@ def scale(running: Running, workers: int) -> None:
     Raises:
         UserError: TorchServe refuses, the machine is too small, or they are not ready in time.
     """
-    check_workers(workers, ending=ready_workers(running))
+    # TorchServe unpacks the archives there.
+    cards = map(ModelCard.load, Path(running.temporary).glob(f"models/*/{MODEL_CARD}"))
+    each = max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
+    check_workers(workers, ending=ready_workers(running), each=each)
     try:
         answer = _ask_for_workers(running, workers)
     except requests.RequestException as error:

