@@ -65,6 +65,9 @@ def run(app: typer.Typer) -> NoReturn:
 def _run(parsed: Any) -> NoReturn:
     for part in (parsed, *getattr(parsed, "commands", {}).values()):
         part.context_settings["auto_envvar_prefix"] = GIVEN
+        for parameter in part.params:
+            # These are for the Makefile, and nobody's to set; `--help` leaves them out.
+            parameter.show_envvar = getattr(parameter, "envvar", None) is not None
     terminal.run(parsed, _explain)
 
 

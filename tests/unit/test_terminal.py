@@ -40,6 +40,17 @@ def test_a_wrong_option_is_named() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_the_help_leaves_out_what_only_the_makefile_sets() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.classify", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "CLASSIFY_KEY" in result.stdout
+    assert "GIVEN" not in result.stdout
+
+
 def test_a_mistake_of_the_programs_own_is_a_sentence_with_its_details_in_a_file(
     tmp_path: Path,
 ) -> None:
