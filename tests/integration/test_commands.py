@@ -171,7 +171,8 @@ def test_ctrl_c_while_starting_leaves_nothing_behind(archive: Path, tmp_path: Pa
     program = (
         # A terminal's program takes Ctrl-C; one in a script's background is started to ignore it.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from scripts.serve.server import Ports, start\n"
+        "from pathlib import Path; from scripts.serve.running import Ports\n"
+        "from scripts.serve.server import start\n"
         "from scripts.terminal import command\n"
         f"command(lambda: start(Path({str(archive)!r}), {ports!r}, 1, Path({str(tmp_path)!r})))"
     )
