@@ -220,7 +220,8 @@ def test_one_change_of_nodes_at_a_time_and_a_dead_holder_keeps_nothing(
     cluster: Gateway, folder: Path, archive: Path
 ) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from scripts.gateway.gateway import operation\n"
+        "import sys, time; from pathlib import Path\n"
+        "from scripts.gateway.gateway import operation\n"
         "with operation('make upgrade to new.mar', Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
