@@ -23,6 +23,7 @@ SUFFIXES = frozenset(
         ".webp",
         ".gif",
         ".bmp",
+        ".dib",
         ".tif",
         ".tiff",
         ".avif",

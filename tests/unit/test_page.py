@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from classification_client.pictures import SUFFIXES
 from handler.errors import ArchiveError
 from handler.exchange import Response
 from handler.explain import HEAT_COLOURS
@@ -142,3 +143,11 @@ def test_a_wrong_page_is_refused(tmp_path: Path, content: str | None, message: s
         path.write_text(content)
     with pytest.raises(ArchiveError, match=rf"page\.html: {message}"):
         load(path=path)
+
+
+def test_page_and_client_take_files_of_the_same_names_from_folders() -> None:
+    pattern = re.search(r"PICTURE_NAMES = /(.*)/i;", PAGE.read_text())
+    assert pattern is not None
+    names = {f"x{suffix}" for suffix in SUFFIXES}
+    assert {name for name in names if not re.search(pattern[1], name)} == set()
+    assert re.search(pattern[1], "x.pdf") is None
