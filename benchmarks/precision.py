@@ -20,7 +20,7 @@ from benchmarks.machine import CORES, write_report
 from benchmarks.pictures import encode, noisy, photograph
 from benchmarks.servers import Server, request_body, start_ours, start_peer
 from benchmarks.timing import in_turn
-from benchmarks.trained import pixels, trained
+from benchmarks.trained import pixels, random, trained
 from benchmarks.wrk import closed_loop, require_wrk
 from handler.cores import Cores
 from handler.onnx_engine import OnnxEngine
@@ -80,15 +80,17 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seconds: Annotated[int, typer.Option(min=2, help="Load on each server a round.")] = 6,
     peers: Annotated[bool, typer.Option(help="Compare with other servers too.")] = True,  # noqa: FBT002
+    speed_only: Annotated[bool, typer.Option(help="Random weights; no accuracy.")] = False,  # noqa: FBT002
 ) -> None:
     """Measures the precisions and writes benchmarks/results/precision.md."""
     require_wrk()
-    model = trained()
+    model = random() if speed_only else trained()
+    bounds = {"max_loss": 100.0} if speed_only else {}
     samples: dict[Key, list[Sample]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = {precision: Path(folder) / precision for precision in PRECISIONS}
-        archives = {precision: _prepare(precision, model, work[precision]) for precision in work}
-        accuracy = _accuracy(model, work)
+        archives = {name: _prepare(name, model, folder, bounds) for name, folder in work.items()}
+        accuracy = {} if speed_only else _accuracy(model, work)
         servers: dict[tuple[str, str], Server] = {}
         for precision in PRECISIONS:
             # Peers read it as they start.
@@ -117,13 +119,14 @@ def main(
         _write(servers, samples, accuracy)
 
 
-def _prepare(precision: str, model: Path, work: Path) -> Path:
+def _prepare(precision: str, model: Path, work: Path, bounds: dict[str, float]) -> Path:
     """The archive, and its files for the peers."""
     work.mkdir(parents=True)
     lower = chosen(
         precision,
         model / "train" if precision == "int8" else None,
         None if precision == "float32" else model / "test",
+        **bounds,
     )
     weights = load_weights(model / "weights.pth")
     packed = recipe(weights, precision, model / "classes.txt", lower=lower)
@@ -180,10 +183,15 @@ def _write(
         alone("float32") / alone("int8"),
         alone("float32") / alone("bf16"),
     )
+    trained_how = (
+        "trained on photographs (`benchmarks/trained.py`)"
+        if accuracy
+        else "with random weights, which change no speed; its accuracy means nothing"
+    )
     lines = [
         (
             f"The processor has {', '.join(_instructions()) or 'none of the instructions'}. The "
-            "model is a DenseNet-121 trained on photographs (`benchmarks/trained.py`). Load: wrk, "
+            f"model is a DenseNet-121 {trained_how}. Load: wrk, "
             "closed loop, on the same cores as the servers; medians of alternating rounds. Peers "
             "run this project's engine of the same precision. Made by `make bench-precision`."
         ),
@@ -218,7 +226,13 @@ def _write(
             f"| {'' if np.isnan(large) else f'{large:.1f}'} | {failed} "
             f"| {server.memory()[0] / 1e6:.0f} | {server.first_answer:.1f} |"
         )
-    lines += [
+    if accuracy:
+        lines += _accuracy_table(accuracy)
+    write_report("precision", "Precision", lines)
+
+
+def _accuracy_table(accuracy: dict[str, Comparison]) -> list[str]:
+    lines = [
         "",
         (
             f"Accuracy on {accuracy['float32'].pictures} held-out pictures that calibration did "
@@ -235,7 +249,7 @@ def _write(
             f"({100 * lost.low:.2f} to {100 * lost.high:.2f}) | {found.agreement} "
             f"| {found.largest_change:.4f} |"
         )
-    write_report("precision", "Precision", lines)
+    return lines
 
 
 def _instructions() -> list[str]:

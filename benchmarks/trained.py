@@ -24,9 +24,10 @@ from torchvision.models import densenet121
 
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
+from scripts.build.weights import untrained
 from scripts.terminal import UserError, command, console, step
 
-FOLDER = Path("build/trained")
+FOLDER, RANDOM = Path("build/trained"), Path("build/random")
 LEAST_ACCURACY = 0.95
 SEED = 3
 
@@ -180,6 +181,15 @@ def trained(folder: Path = FOLDER) -> Path:
     if right < LEAST_ACCURACY:
         raise UserError(f"Only {right:.2%} of the held-out pictures are right, see {unchecked}.")
     unchecked.rename(weights)
+    return folder
+
+
+def random(folder: Path = RANDOM) -> Path:
+    """The same with random weights: good for measuring speed, and for nothing else."""
+    weights = folder / "weights.pth"
+    if not weights.exists():
+        write_pictures(folder)
+        torch.save(untrained(classes=len(photographs())).state_dict, weights)
     return folder
 
 
