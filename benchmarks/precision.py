@@ -133,6 +133,7 @@ def _prepare(precision: str, model: Path, work: Path, bounds: dict[str, float]) 
     archive = build(packed, work / "store")
     with zipfile.ZipFile(archive) as content:
         content.extractall(work)
+    (work / "small.jpg").write_bytes(PICTURES["small"])  # what each server is first asked
     return archive
 
 
