@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 # Answers within what people do not notice, what they do, and what they do not wait for.
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -18,8 +18,9 @@ _OWN_PATHS = {"/healthz", "/readyz", "/sign-in", "/sign-out"}
 class Counting:
     """Reads what the log gained, and counts it."""
 
-    def __init__(self, log: Path, paths: Collection[str], registry: CollectorRegistry) -> None:
-        """Args: the log; the addresses that are counted by name, all others together; where to."""
+    def __init__(self, log: Path, paths: Collection[str]) -> None:
+        """Args: the log; the addresses that are counted by name, all others together."""
+        self._metrics = CollectorRegistry()
         self._log = log
         self._paths = {*paths, *_OWN_PATHS}
         self._place = log.stat().st_size if log.exists() else 0
@@ -28,13 +29,13 @@ class Counting:
             "densenet_gateway_requests",
             "Requests by address and status, as the client saw it.",
             ["path", "status"],
-            registry=registry,
+            registry=self._metrics,
         )
         self._seconds = Histogram(
             "densenet_gateway_request_seconds",
             "From the first byte of a request to the last of its answer.",
             buckets=_SECONDS,
-            registry=registry,
+            registry=self._metrics,
         )
         # Present before the first error, so that an increase can be seen.
         for path in sorted(paths):
@@ -55,6 +56,10 @@ class Counting:
                     break
                 self._place += len(line)
                 self._count(line)
+
+    def metrics(self) -> bytes:
+        """What was counted, in Prometheus' own format."""
+        return generate_latest(self._metrics)
 
     def _count(self, line: bytes) -> None:
         try:

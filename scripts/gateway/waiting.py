@@ -11,7 +11,7 @@ import re
 import socketserver
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,7 +19,6 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Literal, Protocol
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from scripts.gateway.health import STUCK
@@ -136,11 +135,11 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     block_on_close = False
     request_queue_size = 512
 
-    def __init__(self, path: Path, nodes: Nodes, registry: CollectorRegistry) -> None:
+    def __init__(self, path: Path, nodes: Nodes, metrics: Callable[[], bytes]) -> None:
         path.unlink(missing_ok=True)
         super().__init__(str(path), _Answer)
         self.nodes = nodes
-        self.registry = registry
+        self.metrics = metrics
         self.places = threading.BoundedSemaphore(_MOST_WAITING)
 
 
@@ -156,7 +155,7 @@ class _Answer(BaseHTTPRequestHandler):
             case "/wait":
                 self._wait()
             case "/metrics":
-                body = generate_latest(self.server.registry)
+                body = self.server.metrics()
                 self._send(HTTPStatus.OK, body, {"Content-Type": CONTENT_TYPE_LATEST})
             case _:
                 self._send(HTTPStatus.NOT_FOUND)
@@ -217,9 +216,9 @@ class _Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(path: Path, nodes: Nodes, registry: CollectorRegistry) -> Iterator[None]:
+def answering(path: Path, nodes: Nodes, metrics: Callable[[], bytes]) -> Iterator[None]:
     """Answers nginx on this socket, in threads of its own."""
-    with _Server(path, nodes, registry) as server:
+    with _Server(path, nodes, metrics) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
         thread.start()
         try:

@@ -21,7 +21,6 @@ from typing import Annotated
 import psutil
 import requests
 import typer
-from prometheus_client import CollectorRegistry
 
 from scripts.gateway.config import routes
 from scripts.gateway.counting import Counting
@@ -287,10 +286,9 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     gateway = require_gateway(folder)
     watch = Watch(folder)
-    registry = CollectorRegistry()
     model = Path(gateway.nodes[0].archive).stem
     known = {path for path, _, _ in routes(model)}
-    counting = Counting(folder / "access.log", known, registry)
+    counting = Counting(folder / "access.log", known)
 
     def keep() -> None:
         while not ended.wait(SECONDS_BETWEEN_CHECKS):
@@ -303,7 +301,7 @@ def main(
     # Whoever asks finds an answer.
     check()
     keeper = threading.Thread(target=keep)
-    with answering(Path(gateway.sockets) / "watch.sock", watch, registry):
+    with answering(Path(gateway.sockets) / "watch.sock", watch, counting.metrics):
         keeper.start()
         while not ended.wait(SECONDS_BETWEEN_CHECKS) and _serves(gateway, folder):
             check()

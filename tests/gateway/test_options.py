@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from prometheus_client import CollectorRegistry
 
 from benchmarks.cluster import free_options
 from scripts.gateway import commands, config
@@ -482,7 +481,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
     nodes = _Nodes("again", "node-1")
     try:
         with (
-            answering(Path(gateway.sockets) / "watch.sock", nodes, CollectorRegistry()),
+            answering(Path(gateway.sockets) / "watch.sock", nodes, bytes),
             ThreadPoolExecutor(1) as pool,
         ):
             answer = pool.submit(
