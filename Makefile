@@ -60,7 +60,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -151,8 +151,11 @@ bench-scaling: setup ## more workers, larger pictures, about 5 minutes
 bench-stages: setup ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
-bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and accuracy, about 20 minutes
+bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and memory, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.precision
+
+bench-accuracy: setup-tests ## the same: accuracy, on models that are trained first, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.accuracy
 
 bench-gpu: setup ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu
