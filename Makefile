@@ -123,11 +123,11 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 ##@ Tests
-test: setup-tests setup-precision ## run all tests, those against a real TorchServe and in a browser too
-	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
+test: test-unit ## run all tests, those against a real TorchServe and in a browser too
+	@$(VENV_PYTHON) -m pytest --ignore=tests/unit --require-integration $(TEST_OPTIONS)
 
-test-unit: setup-tests setup-precision ## run the tests that need no server
-	@$(VENV_PYTHON) -m pytest tests/unit
+test-unit: setup-tests setup-precision ## run the tests that need no server, on all cores
+	@$(VENV_PYTHON) -m pytest tests/unit --numprocesses logical --maxprocesses 4
 
 fuzz: setup-tests ## corrupted pictures, by the thousand
 	@$(VENV_PYTHON) -m tests.stress.fuzz
