@@ -15,6 +15,8 @@
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
+#:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number, or a file of
+#:                      them, one a class
 #:  MODELS="a b"        which archives to start, side by side
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
@@ -34,7 +36,7 @@ VENV_PYTHON := .venv/bin/python
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
 packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
-	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
+	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT ACTIVATION THRESHOLDS
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
 variables-archive := $(packing)
