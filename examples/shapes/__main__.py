@@ -104,7 +104,8 @@ def main(
     for where, value in precision.items():
         console.print(f"Mean average precision {where:<11} {value:.4f}")
     # The server's answers are in the order in which they came.
-    different = float(np.abs(np.sort(served.probabilities, 0) - np.sort(expected, 0)).max())
+    order = np.argsort([picture.name for picture in served.pictures])
+    different = float(np.abs(served.probabilities[order] - expected).max())
     console.print(f"Largest difference of a probability: {different:.1e}")
     if different > MOST_DIFFERENT or not math.isclose(
         *precision.values(), abs_tol=MOST_DIFFERENT / 2

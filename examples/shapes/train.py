@@ -1,7 +1,7 @@
 """Trains a ResNet-18 to say which of six shapes are on a picture, and keeps what serving it needs.
 
 The folder gets `weights.pth`, `classes.txt`, and in `validation` and `test` pictures that training
-did not see, with their `labels.csv`: thresholds are chosen on the first, and measured on the others.
+did not see, with their `labels.csv`. Thresholds are chosen on the first and measured on the others.
 """
 
 import time

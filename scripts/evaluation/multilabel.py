@@ -54,6 +54,7 @@ class MultilabelEvaluation:
 
     Attributes:
         labels: the model's classes, by their position.
+        pictures: which were classified, in the order of the rows.
         truth: bool (N, classes), what each picture shows.
         probabilities: float (N, classes), the server's, 0 to 1.
         given: bool (N, classes), the labels that the server gave, by the archive's thresholds.
@@ -62,6 +63,7 @@ class MultilabelEvaluation:
     """
 
     labels: Sequence[Label]
+    pictures: Sequence[Path]
     truth: NDArray[np.bool_]
     probabilities: NDArray[np.float64]
     given: NDArray[np.bool_]
@@ -147,7 +149,9 @@ def evaluate_labels(
             probabilities[row, prediction.class_index] = prediction.probability
     if not truth.any():
         raise UserError("None of the pictures that the server classified has a label.")
-    return MultilabelEvaluation(labels, truth, probabilities, given, found.refused, found.warning)
+    return MultilabelEvaluation(
+        labels, found.pictures, truth, probabilities, given, found.refused, found.warning
+    )
 
 
 def choose_thresholds(
