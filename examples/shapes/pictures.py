@@ -1,4 +1,4 @@
-"""Pictures with none to four of six shapes on each, drawn from a seed: nothing is downloaded."""
+"""Pictures with none to three of six shapes on each, drawn from a seed: nothing is downloaded."""
 
 import csv
 import math
@@ -10,15 +10,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 64
-MOST_SHAPES = 4
+MOST_SHAPES = 3
 LABELS_FILE = "labels.csv"
 
 # Pixels, before turning.
-_RADII = (8, 13)
+_RADII = (10, 15)
 # So often is a place looked for where nothing is yet.
 _TRIES = 30
-# Between a shape's brightness and the ground's, of 255.
-_LEAST_CONTRAST = 45
+# Of each colour, from and to: shapes are brighter than the ground.
+_GROUND, _SHAPE = (0, 90), (110, 256)
 # Drawn so many times as large, for smooth edges.
 _SCALE = 3
 
@@ -103,7 +103,7 @@ def draw(count: int, seed: int) -> Drawn:
 
 
 def _picture(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
-    ground = random.integers(0, 256, 3)
+    ground = random.integers(*_GROUND, 3)
     large = Image.new("RGB", (SIDE * _SCALE,) * 2, tuple(int(value) for value in ground))
     pencil = ImageDraw.Draw(large)
     places: list[tuple[float, float, float]] = []
@@ -111,9 +111,7 @@ def _picture(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
         radius = random.uniform(*_RADII)
         place = _free_place(radius, places, random)
         places.append((*place, radius))
-        colour = random.integers(0, 256, 3)
-        while abs(int(colour.mean()) - int(ground.mean())) < _LEAST_CONTRAST:
-            colour = random.integers(0, 256, 3)
+        colour = random.integers(*_SHAPE, 3)
         for outline in _OUTLINES[NAMES[shape]](random.uniform(0, 2 * math.pi)):
             corners = [
                 ((place[0] + radius * x) * _SCALE, (place[1] + radius * y) * _SCALE)

@@ -24,7 +24,7 @@ from scripts.terminal import command, console, step
 
 FOLDER = Path("build/shapes")
 ARCHITECTURE = "resnet18"
-PICTURES = 2000
+PICTURES = 2400
 EPOCHS = 5
 SEED = 7
 
@@ -40,8 +40,8 @@ TRANSFORM = transforms.Compose(
     ]
 )
 
-_BATCH = 32
-_LEARNING_RATE = 3e-3
+_BATCH = 16
+_LEARNING_RATE = 2e-3
 # Pictures, and the seeds that they are drawn from.
 _TRAIN_SEED = 1
 _HELD_OUT = {"validation": (300, 2), "test": (400, 3)}
