@@ -64,7 +64,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -130,11 +130,11 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 ##@ Tests
-test: setup-tests setup-precision ## run all tests, those against a real TorchServe and in a browser too
-	@$(VENV_PYTHON) -m pytest --require-integration $(TEST_OPTIONS)
+test: test-unit ## run all tests, those against a real TorchServe and in a browser too
+	@$(VENV_PYTHON) -m pytest --ignore=tests/unit --require-integration $(TEST_OPTIONS)
 
-test-unit: setup-tests setup-precision ## run the tests that need no server
-	@$(VENV_PYTHON) -m pytest tests/unit
+test-unit: setup-tests setup-precision ## run the tests that need no server, on all cores
+	@$(VENV_PYTHON) -m pytest tests/unit --numprocesses logical --maxprocesses 4
 
 fuzz: setup-tests ## corrupted pictures, by the thousand
 	@$(VENV_PYTHON) -m tests.stress.fuzz
@@ -158,8 +158,11 @@ bench-scaling: setup ## more workers, larger pictures, about 5 minutes
 bench-stages: setup ## what each stage of a request costs, a few minutes
 	@$(VENV_PYTHON) -m benchmarks.stages
 
-bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and accuracy, about 20 minutes
+bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and memory, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.precision
+
+bench-accuracy: setup-tests ## the same: accuracy, on models that are trained first, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.accuracy
 
 bench-gpu: setup ## the PyTorch engine on a GPU, if there is one
 	@$(VENV_PYTHON) -m benchmarks.gpu

@@ -1,7 +1,7 @@
-"""What each precision gives and costs: speed as served, beside peers in the same, and accuracy.
+"""What each precision gives: speed as served, beside peers in the same, and memory.
 
-The model is trained on real photographs (`benchmarks.trained`). All servers run throughout; each
-round asks one after the other, so that a noisy minute hits all.
+The weights are random, which changes no speed; `benchmarks.accuracy` measures what is lost. All
+servers run throughout; each round asks one after the other, so that a noisy minute hits all.
 """
 
 import os
@@ -16,20 +16,14 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.machine import CORES, write_report
+from benchmarks.machine import write_report
 from benchmarks.pictures import encode, noisy, photograph
 from benchmarks.servers import Server, request_body, start_ours, start_peer
 from benchmarks.timing import in_turn
-from benchmarks.trained import pixels, random, trained
+from benchmarks.trained import random_model
 from benchmarks.wrk import closed_loop, require_wrk
-from handler.cores import Cores
-from handler.onnx_engine import OnnxEngine
-from handler.openvino_engine import OpenVinoEngine
-from handler.precision import MODEL_FILES
-from handler.responses import softmax
 from handler.settings import PRECISIONS
 from scripts.build.archive import build, recipe
-from scripts.build.guard import Comparison, compare
 from scripts.build.lower_precision import chosen
 from scripts.build.weights import load as load_weights
 from scripts.terminal import command, step, warn
@@ -80,17 +74,14 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     seconds: Annotated[int, typer.Option(min=2, help="Load on each server a round.")] = 6,
     peers: Annotated[bool, typer.Option(help="Compare with other servers too.")] = True,  # noqa: FBT002
-    speed_only: Annotated[bool, typer.Option(help="Random weights; no accuracy.")] = False,  # noqa: FBT002
 ) -> None:
     """Measures the precisions and writes benchmarks/results/precision.md."""
     require_wrk()
-    model = random() if speed_only else trained()
-    bounds = {"max_loss": 100.0} if speed_only else {}
+    model = random_model()
     samples: dict[Key, list[Sample]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = {precision: Path(folder) / precision for precision in PRECISIONS}
-        archives = {name: _prepare(name, model, folder, bounds) for name, folder in work.items()}
-        accuracy = {} if speed_only else _accuracy(model, work)
+        archives = {name: _prepare(name, model, folder) for name, folder in work.items()}
         servers: dict[tuple[str, str], Server] = {}
         for precision in PRECISIONS:
             # Peers read it as they start.
@@ -116,17 +107,17 @@ def main(
                 found = _load(server, PICTURES[picture], clients, seconds)
                 samples.setdefault((name, precision, picture, clients), []).append(found)
                 step(f"{name}, {precision}, {picture}, {clients}: {found.rate:.1f}/s")
-        _write(servers, samples, accuracy)
+        _write(servers, samples)
 
 
-def _prepare(precision: str, model: Path, work: Path, bounds: dict[str, float]) -> Path:
+def _prepare(precision: str, model: Path, work: Path) -> Path:
     """The archive, and its files for the peers."""
     work.mkdir(parents=True)
     lower = chosen(
         precision,
         model / "train" if precision == "int8" else None,
         None if precision == "float32" else model / "test",
-        **bounds,
+        max_loss=100,
     )
     weights = load_weights(model / "weights.pth")
     packed = recipe(weights, precision, model / "classes.txt", lower=lower)
@@ -135,24 +126,6 @@ def _prepare(precision: str, model: Path, work: Path, bounds: dict[str, float]) 
         content.extractall(work)
     (work / "small.jpg").write_bytes(PICTURES["small"])  # what each server is first asked
     return archive
-
-
-def _accuracy(model: Path, work: dict[str, Path]) -> dict[str, Comparison]:
-    """Each precision beside float32 on the held-out pictures."""
-    images, classes = pixels(model / "test")
-    probabilities = {}
-    for precision, folder in work.items():
-        cores = Cores(CORES, CORES, folder / "busy")
-        file = folder / MODEL_FILES[precision]
-        engine = (
-            OnnxEngine(file, cores)
-            if precision == "float32"
-            else OpenVinoEngine(file, precision, cores)
-        )
-        probabilities[precision] = softmax(engine.logits(images))
-    exact = probabilities["float32"]
-    truth = classes.tolist()
-    return {name: compare(exact, found, truth) for name, found in probabilities.items()}
 
 
 def _load(server: Server, picture: bytes, clients: int, seconds: int) -> Sample:
@@ -165,7 +138,6 @@ def _load(server: Server, picture: bytes, clients: int, seconds: int) -> Sample:
 def _write(
     servers: dict[tuple[str, str], Server],
     samples: dict[Key, list[Sample]],
-    accuracy: dict[str, Comparison],
 ) -> None:
     def middle(name: str, precision: str, picture: str, clients: int, value: str) -> float:
         found = samples.get((name, precision, picture, clients), [])
@@ -184,15 +156,10 @@ def _write(
         alone("float32") / alone("int8"),
         alone("float32") / alone("bf16"),
     )
-    trained_how = (
-        "trained on photographs (`benchmarks/trained.py`)"
-        if accuracy
-        else "with random weights, which change no speed; its accuracy means nothing"
-    )
     lines = [
         (
             f"The processor has {', '.join(_instructions()) or 'none of the instructions'}. The "
-            f"model is a DenseNet-121 {trained_how}. Load: wrk, "
+            "model is a DenseNet-121 with random weights, which change no speed. Load: wrk, "
             "closed loop, on the same cores as the servers; medians of alternating rounds. Peers "
             "run this project's engine of the same precision. Made by `make bench-precision`."
         ),
@@ -227,30 +194,7 @@ def _write(
             f"| {'' if np.isnan(large) else f'{large:.1f}'} | {failed} "
             f"| {server.memory()[0] / 1e6:.0f} | {server.first_answer:.1f} |"
         )
-    if accuracy:
-        lines += _accuracy_table(accuracy)
     write_report("precision", "Precision", lines)
-
-
-def _accuracy_table(accuracy: dict[str, Comparison]) -> list[str]:
-    lines = [
-        "",
-        (
-            f"Accuracy on {accuracy['float32'].pictures} held-out pictures that calibration did "
-            "not see, with 95 % intervals."
-        ),
-        "",
-        "| precision | top 1 | points lost | first label as in float32 | largest change of one |",
-        "|---|---|---|---|---|",
-    ]
-    for precision, found in accuracy.items():
-        lost = found.loss["top 1"]
-        lines.append(
-            f"| {precision} | {found.accuracy['top 1'][1]} | {100 * lost.value:.2f} "
-            f"({100 * lost.low:.2f} to {100 * lost.high:.2f}) | {found.agreement} "
-            f"| {found.largest_change:.4f} |"
-        )
-    return lines
 
 
 def _instructions() -> list[str]:

@@ -363,7 +363,8 @@ def test_a_node_that_hangs_is_taken_out_and_comes_back(cluster: Gateway, folder:
         for _ in range(4):
             assert Client(cluster).predict().status_code == 200
     finally:
-        process.resume()
+        with suppress(psutil.NoSuchProcess):  # the watch has started another one in its place
+            process.resume()
     faults.wait_for(lambda: _gateway(folder).nodes[0].healthy)
 
 
