@@ -293,19 +293,10 @@ def test_a_list_is_nothing_for_a_model_that_gives_one_label(
 # --- Packing ---
 
 
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        (("--activation", "tanh"), "ACTIVATION must be softmax or sigmoid, got 'tanh'."),
-        (("--thresholds", "0.5"), "THRESHOLDS is for models that give several labels a picture"),
-    ],
-)
-def test_a_choice_that_makes_no_sense_stops_before_anything_is_packed(
-    choice: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
+def test_a_choice_that_makes_no_sense_stops_before_anything_is_packed(tmp_path: Path) -> None:
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "scripts.build.commands", *choice),
+            *(sys.executable, "-m", "scripts.build.commands", "--activation", "tanh"),
             *("--model-store", str(tmp_path / "store")),
         ],
         capture_output=True,
@@ -313,7 +304,8 @@ def test_a_choice_that_makes_no_sense_stops_before_anything_is_packed(
         check=False,
         timeout=TIMEOUT,
     )
-    assert (result.returncode, message in result.stderr) == (1, True), result.stderr
+    assert result.returncode == 1
+    assert "ACTIVATION must be softmax or sigmoid, got 'tanh'." in result.stderr
     assert not (tmp_path / "store").exists()
 
 
