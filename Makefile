@@ -15,6 +15,10 @@
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
+#:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number, or a file of
+#:                      them, one a class
+#:  LABELS=file         what each picture shows, for make evaluate of such a model; MIN_PRECISION=share
+#:                      of a class's labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
@@ -34,14 +38,14 @@ VENV_PYTHON := .venv/bin/python
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
 packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
-	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
+	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT ACTIVATION THRESHOLDS
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
 variables-archive := $(packing)
 variables-start := MODELS $(serving)
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
-variables-evaluate := IMAGES MODEL
+variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
 variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
 	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT
 variables-drain := NODE
@@ -60,7 +64,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -93,6 +97,9 @@ evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-cl
 ##@ Own models
 digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
+
+shapes: setup ## a model that gives several labels a picture, likewise, about two minutes
+	@$(VENV_PYTHON) -m examples.shapes
 
 archive: setup $(with-precision) ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands

@@ -34,6 +34,7 @@ from handler.exchange import (
 from handler.images import Decoder, Encoded, Photo, PixelBudget, decode, decode_all, decode_photo
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.metrics import Metrics, Times
+from handler.multilabel import foremost, sigmoid
 from handler.page import PAGE, load_page
 from handler.precision import load_precise
 from handler.responses import softmax
@@ -55,8 +56,8 @@ class DenseNetHandler:
         self.manifest = context.manifest
         self.batch_size = int(context.system_properties["batch_size"])
         self.settings = Settings.from_model_config(context.model_yaml_config)
-        self.options = Options.defaults(self.settings)
         self.card = ModelCard.load(model_dir / MODEL_CARD)
+        self.options = Options.defaults(self.settings, self.card)
         self.labels = load_class_index(model_dir / CLASS_INDEX, self.card.classes)
         share = _threads("OMP_NUM_THREADS", 1)
         # Beside the folders of the server's models, whose workers use the same cores.
@@ -98,7 +99,13 @@ class DenseNetHandler:
             for each request, in order, an encoded body.
         """
         requests = [
-            Request(context.get_request_id(i), row, context.get_all_request_header(i), self.options)
+            Request(
+                context.get_request_id(i),
+                row,
+                context.get_all_request_header(i),
+                self.options,
+                self.card.multilabel,
+            )
             for i, row in enumerate(data)
         ]
         # A full batch means that more requests are in the queue.
@@ -203,7 +210,8 @@ class DenseNetHandler:
             logger.error("Not finite: the model's output for request %s", image.request_id)
             image.error = InternalError(image.request_id)
             return
-        image.probabilities, image.features = softmax(logits), features
+        image.probabilities = sigmoid(logits) if self.card.multilabel else softmax(logits)
+        image.features = features
 
     def _answer(self, request: Request) -> None:
         match request.purpose:
@@ -217,20 +225,25 @@ class DenseNetHandler:
         request.response = response
 
     def _answer_images(self, request: Request) -> Response:
+        responses.check_labels(request)
         for image in request.images:
             if image.error is not None:
                 continue
             assert image.probabilities is not None
             if request.purpose is Purpose.CLASSIFY:
-                image.result = responses.classification(
-                    image.probabilities, self.labels, request.options
-                )
+                answer = responses.multilabel if request.multilabel else responses.classification
+                image.result = answer(image.probabilities, self.labels, request.options)
                 continue
             assert image.photo is not None
             assert image.features is not None
             assert self.classifier is not None
-            best = int(image.probabilities.argmax())
-            index = best if request.class_index is None else request.class_index
+            index = request.class_index
+            if index is None:
+                index = (
+                    foremost(image.probabilities, request.options.threshold)
+                    if request.multilabel
+                    else int(image.probabilities.argmax())
+                )
             label, probability = self.labels[index], float(image.probabilities[index])
             activation = explain.class_activation_map(image.features, self.classifier[index])
             image.result = responses.explanation(image.photo, activation, label, index, probability)
@@ -261,6 +274,8 @@ class DenseNetHandler:
         context.set_response_header(index, "x-model-name", self.manifest["model"]["modelName"])
         context.set_response_header(index, "x-model-version", self.metrics.model_version)
         context.set_response_header(index, "x-model-precision", self.engine.precision)
+        if self.card.multilabel:
+            context.set_response_header(index, "x-model-activation", self.card.activation)
         # The phrase must be ASCII: TorchServe counts its characters, but sends its bytes.
         context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, index)
         return answer.body
@@ -276,6 +291,8 @@ class DenseNetHandler:
             "engine": self.engine.name,
             "precision": self.engine.precision,
             "archive_precision": self.card.precision,
+            "activation": self.card.activation,
+            "thresholds": self.card.thresholds,
             "fallback": self.fallback or None,
             "explains": self.classifier is not None,
             "preprocessing": asdict(self.card.preprocessing),

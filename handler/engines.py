@@ -34,7 +34,7 @@ class Engine(Protocol):
             images: uint8 (N, 3, crop, crop), 0 to 255.
 
         Returns:
-            float32 (N, classes), before softmax.
+            float32 (N, classes), before softmax or sigmoid.
         """
         ...
 

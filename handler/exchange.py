@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from handler.errors import InternalError, RequestError
 from handler.images import Photo, Pixels
-from handler.settings import Settings
+from handler.multilabel import Threshold, thresholds
+from handler.settings import ModelCard, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +48,22 @@ class Options:
 
     Attributes:
         topk: predictions wanted, 1 or more; more than there are classes gives all classes.
-        threshold: least probability, 0 to 1, that counts as recognised.
+        threshold: least probability, 0 to 1, that counts as recognised; of a model that gives
+            several labels, one for all classes or one for each.
         class_index: position of the class to explain, as the client wrote it.
         class_id: id of the class to explain, such as "n02124075".
     """
 
     topk: int
-    threshold: float
+    threshold: Threshold
     class_index: str | None = None
     class_id: str | None = None
 
     @classmethod
-    def defaults(cls, settings: Settings) -> "Options":
+    def defaults(cls, settings: Settings, card: ModelCard) -> "Options":
         """The options of a request that chooses nothing."""
-        return cls(topk=settings.topk, threshold=settings.threshold)
+        threshold = thresholds(card) if card.multilabel else settings.threshold
+        return cls(topk=settings.topk, threshold=threshold)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class RequestImage:
         error: what is wrong with it.
         pixels: uint8 (3, crop, crop), the model's input.
         photo: what an explanation needs to know of the picture.
-        probabilities: float32 (classes,), summing to 1.
+        probabilities: float32 (classes,); they sum to 1 unless the model gives several labels.
         features: float32 (channels, height, width), the last ones, of an image to explain.
         result: as it stands in the answer.
     """
@@ -125,6 +128,7 @@ class Request:
         headers: the request's headers; TorchServe mixes each part's own into them, as a mapping
             under the part's name.
         options: of the whole request; the defaults until others are read.
+        multilabel: whether the model gives several labels.
         purpose: what it wants.
         images: in the order in which they were sent; at least one to classify or explain.
         protocol: which the answer follows too.
@@ -140,6 +144,7 @@ class Request:
     row: Mapping[str, Any]
     headers: Mapping[str, Any]
     options: Options
+    multilabel: bool = False
     purpose: Purpose = Purpose.CLASSIFY
     images: list[RequestImage] = field(default_factory=list)
     protocol: Protocol = Protocol.PLAIN

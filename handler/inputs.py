@@ -370,7 +370,11 @@ def _read_json(
     elif "inputs" in document:
         request.protocol = Protocol.KSERVE_V2
         request.client_id = read_request_id(document)
-        request.outputs = read_outputs(document, explained=request.purpose is Purpose.EXPLAIN)
+        request.outputs = read_outputs(
+            document,
+            explained=request.purpose is Purpose.EXPLAIN,
+            multilabel=request.multilabel,
+        )
         tensors = _list(document, "inputs")
         _check_count(len(tensors), max_images)
         for tensor in tensors:

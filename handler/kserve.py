@@ -18,15 +18,17 @@ from handler.exchange import Body, OutputTensor, Request
 
 BINARY_HEADER = "inference-header-content-length"
 
-# Of an answer, in order, with their datatypes. An explanation lacks `recognized`.
+# Of an answer, in order, with their datatypes. An explanation lacks some, and labels are only those
+# of a model that gives several.
 _OUTPUTS = {
     "class_id": "BYTES",
     "class_name": "BYTES",
     "probability": "FP32",
     "recognized": "BOOL",
+    "labels": "BYTES",
     "result": "BYTES",
 }
-_NOT_EXPLAINED = "recognized"
+_NOT_EXPLAINED = {"recognized", "labels"}
 
 _DATATYPES = ["BYTES", "UINT8"]
 
@@ -87,9 +89,12 @@ def read_request_id(document: Mapping[str, Any]) -> str | None:
     raise BadRequest(f'"id" must be a text of at most {_LONGEST_ID} characters, or a whole number.')
 
 
-def read_outputs(document: Mapping[str, Any], *, explained: bool) -> list[OutputTensor]:
+def read_outputs(
+    document: Mapping[str, Any], *, explained: bool, multilabel: bool = False
+) -> list[OutputTensor]:
     """The tensors to answer with: those that are asked for, in that order, or all."""
-    available = [name for name in _OUTPUTS if not (explained and name == _NOT_EXPLAINED)]
+    missing = _NOT_EXPLAINED if explained else set() if multilabel else {"labels"}
+    available = [name for name in _OUTPUTS if name not in missing]
     binary = _flag(_parameters(document), "binary_data_output", default=False)
     requested = document.get("outputs")
     if requested is None or requested == []:
@@ -255,8 +260,8 @@ def _too_many(max_images: int) -> TooManyImages:
 def answer(request: Request, results: Sequence[Body], model: tuple[str, str]) -> tuple[Body, bytes]:
     """The tensors that a request wants, with one element per image, and the bytes behind the JSON.
 
-    `result` holds each whole result as JSON text. What an image that failed lacks is empty, zero or
-    false.
+    `result` holds each whole result as JSON text, `labels` the part that has all labels. What an
+    image that failed lacks is empty, zero or false.
     """
     outputs, binary = [], b""
     for wanted in request.outputs:
@@ -278,6 +283,8 @@ def _column(name: str, results: Sequence[Body]) -> list[Any]:
     match name:
         case "result":
             return [json.dumps(result, allow_nan=False) for result in results]
+        case "labels":
+            return [json.dumps(result.get(name, []), allow_nan=False) for result in results]
         case "probability":
             return [result.get(name, 0.0) for result in results]
         case "recognized":

@@ -56,10 +56,12 @@ def load_page(
         "classes": len(names),
         "names": names if sum(map(len, names)) <= _LONGEST_CLASS_LIST else None,
         "topk": settings.topk,
-        "threshold": settings.threshold,
+        "threshold": _one_threshold(card) if card.multilabel else settings.threshold,
         "warning": card.warning,
         "explains": bool(card.features),
     }
+    if card.multilabel:
+        told["multilabel"] = True
     escaped = html.escape(json.dumps(told), quote=False).replace("'", "&#39;")
     filled = _SETTINGS_PLACE.replace("{}", escaped)
     headers = {
@@ -71,6 +73,12 @@ def load_page(
     }
     body = page.replace(_SETTINGS_PLACE, filled).encode("utf-8")
     return Response(HTTPStatus.OK, body, "text/html; charset=utf-8", headers)
+
+
+def _one_threshold(card: ModelCard) -> float | None:
+    """What all classes have; None where they differ."""
+    found = set(card.thresholds)
+    return found.pop() if len(found) == 1 else None
 
 
 def _policy(page: str) -> str:

@@ -27,6 +27,7 @@ from handler.exchange import (
 )
 from handler.images import Photo
 from handler.labels import Label
+from handler.multilabel import passing
 
 # Digits after the point: float32 holds no more for a probability near 1.
 _PROBABILITY_DIGITS = 7
@@ -73,10 +74,23 @@ def check_topk(request: Request, classes: int) -> None:
         raise _too_large(f"more than {least:,}")
 
 
-def _too_large(size: str) -> AnswerTooLarge:
+def check_labels(request: Request) -> None:
+    """Raises `AnswerTooLarge` where the labels that pass cannot fit in an answer."""
+    if not request.multilabel or request.purpose is not Purpose.CLASSIFY:
+        return
+    labels = sum(
+        int((image.probabilities >= request.options.threshold).sum())
+        for image in request.images
+        if image.probabilities is not None
+    )
+    if (least := labels * _LEAST_PREDICTION_BYTES) > MAX_ANSWER_BYTES:
+        raise _too_large(f"more than {least:,}", "a higher threshold")
+
+
+def _too_large(size: str, instead: str = "a smaller topk") -> AnswerTooLarge:
     return AnswerTooLarge(
-        f"The answer would have {size} bytes; at most {MAX_ANSWER_BYTES:,} can be sent. Ask with a "
-        "smaller topk, for fewer images at once or under shorter names, or for an explanation in "
+        f"The answer would have {size} bytes; at most {MAX_ANSWER_BYTES:,} can be sent. Ask with "
+        f"{instead}, for fewer images at once or under shorter names, or for an explanation in "
         "numbers (Accept: application/json)."
     )
 
@@ -135,15 +149,7 @@ def classification(
         options: how many predictions, and when the best one counts as recognised.
     """
     best_first = np.argsort(-probabilities, kind="stable")[: options.topk]
-    predictions = [
-        {
-            "label": labels[index].class_name,
-            "probability": round(float(probabilities[index]), _PROBABILITY_DIGITS),
-            "class_id": labels[index].class_id,
-            "class_index": int(index),
-        }
-        for index in best_first
-    ]
+    predictions = [_prediction(probabilities, labels, int(index)) for index in best_first]
     best = predictions[0]
     recognized = bool(probabilities[best_first[0]] >= options.threshold)
     return {
@@ -153,6 +159,47 @@ def classification(
         "probability": best["probability"],
         "recognized": recognized,
         "predictions": predictions,
+    }
+
+
+def multilabel(
+    probabilities: NDArray[np.float32], labels: Sequence[Label], options: Options
+) -> Body:
+    """The result for one image of a model that gives several labels.
+
+    `labels` holds all that reach their threshold, most probable first, however many predictions are
+    wanted. The keys for one class are the first label's.
+
+    Args:
+        probabilities: float32 (classes,), each for itself.
+        labels: id and name of each class.
+        options: how many predictions, and when a class counts as recognised.
+    """
+    best_first = np.argsort(-probabilities, kind="stable")[: options.topk]
+    found = [
+        _prediction(probabilities, labels, int(index))
+        for index in passing(probabilities, options.threshold)
+    ]
+    predictions = [_prediction(probabilities, labels, int(index)) for index in best_first]
+    first = (found or predictions)[0]
+    return {
+        "success": True,
+        "class_id": first["class_id"] if found else None,
+        "class_name": first["label"] if found else None,
+        "probability": first["probability"],
+        "recognized": bool(found),
+        "labels": found,
+        "predictions": predictions,
+    }
+
+
+def _prediction(probabilities: NDArray[np.float32], labels: Sequence[Label], index: int) -> Body:
+    """One class and how probable it is."""
+    return {
+        "label": labels[index].class_name,
+        "probability": round(float(probabilities[index]), _PROBABILITY_DIGITS),
+        "class_id": labels[index].class_id,
+        "class_index": index,
     }
 
 

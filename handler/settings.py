@@ -18,6 +18,8 @@ MODEL_CARD = "model-card.json"
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PRECISIONS = ("float32", "bf16", "int8")
+# From logits to probabilities: one class of all, or each class for itself.
+ACTIVATIONS = ("softmax", "sigmoid")
 _CHANNELS = 3
 
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
@@ -54,7 +56,8 @@ class Settings:
     Attributes:
         topk: predictions in an answer when the request does not say, 1 or more.
         threshold: least probability, 0 to 1, at which the model counts as having recognised
-            something, when the request does not say.
+            something, when the request does not say. With the activation sigmoid the model card's
+            thresholds count instead.
         max_pixels: width times height, of all images of a request together, above which an image
             is refused before it is decoded.
         max_seconds: of CPU, to decode all images of a request together; one that takes longer is
@@ -134,6 +137,9 @@ class ModelCard:
             last features; empty where logits are no linear function of their means, so that
             there is no class activation map.
         precision: what the model was checked to compute in, of `PRECISIONS`.
+        activation: of `ACTIVATIONS`.
+        thresholds: with sigmoid, for each class the least probability, 0 to 1, that makes it one of
+            a picture's labels; empty with softmax.
     """
 
     architecture: str
@@ -145,11 +151,25 @@ class ModelCard:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     features: str = ""
     precision: str = "float32"
+    activation: str = "softmax"
+    thresholds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             allowed = ", ".join(PRECISIONS)
             raise ArchiveError(f"{MODEL_CARD}: precision must be {allowed}, got {self.precision!r}")
+        if self.activation not in ACTIVATIONS:
+            allowed = ", ".join(ACTIVATIONS)
+            raise ArchiveError(
+                f"{MODEL_CARD}: activation must be {allowed}, got {self.activation!r}"
+            )
+        expected = self.classes if self.multilabel else 0
+        if len(self.thresholds) != expected or not all(map(_is_share, self.thresholds)):
+            raise ArchiveError(
+                f"{MODEL_CARD}: for the activation {self.activation} thresholds must be {expected} "
+                "numbers from 0 to 1"
+            )
+        object.__setattr__(self, "thresholds", tuple(self.thresholds))
 
     @classmethod
     def load(cls, path: Path) -> "ModelCard":
@@ -177,11 +197,20 @@ class ModelCard:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
+    def multilabel(self) -> bool:
+        """Whether a picture can have several labels, or none."""
+        return self.activation == "sigmoid"
+
+    @property
     def warning(self) -> str | None:
         """What every answer must say about this model, if anything."""
         if self.trained:
             return None
         return "untrained random weights: this answer means nothing and only shows the service"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _checked(cls: type[_T], values: object, source: str) -> _T:

@@ -1,7 +1,6 @@
 """How good a served model is on pictures whose classes are known, through the server itself."""
 
 import csv
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,23 +10,20 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.progress import Progress
 from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
-from classification_client import (
-    Classification,
-    Client,
-    RefusedError,
-    RequestOptions,
-    ServiceError,
-)
+from classification_client import Client, RequestOptions, ServiceError
 from classification_client.client import check_address
 from classification_client.command import AT_ONCE, KeyOption
 from classification_client.pictures import Found, search
-from classification_client.results import Row, classify_all
+from classification_client.results import Row
 from handler.labels import Label
+from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
+from scripts.evaluation.labels_file import NAME as LABELS_FILE
+from scripts.evaluation.matching import match
+from scripts.evaluation.multilabel import evaluate_labels, report_labels
 from scripts.serve.running import RUN_DIR, require_running
 from scripts.sources import sources
 from scripts.terminal import UserError, asked, command, console, printable, step, warn
@@ -40,14 +36,6 @@ _BINS = 10
 # More classes than these cannot be read on the confusion picture's edges.
 _LEGIBLE_CLASSES = 50
 _WORST_PAIRS = 10
-# Pictures to learn the model's classes from; more than these are not all damaged.
-_TRIES_FOR_CLASSES = 20
-# Of the classes that a folder may be meant for, or of a model that has few.
-_SHOWN_CLASSES = 12
-# Of two names, from 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
-_SIMILAR = 0.84
-# Asks for all classes: more than a model can have.
-_ALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -120,26 +108,28 @@ def evaluate(
     if not pictures:
         raise UserError(f"{images} must hold a folder of pictures for each class.")
     try:
-        labels = _classes_of_model(list(pictures), Client(url, replace(options, topk=_ALL)))
-        truth = _match(set(pictures.values()), labels)
+        first = first_answer(list(pictures), Client(url, replace(options, topk=ALL)))
+        if first.labels is not None:
+            raise UserError(
+                "The model gives several labels a picture (ACTIVATION=sigmoid), and folders cannot "
+                f"say what each shows. Write a list with a picture and its labels a line, {images}/"
+                f"{LABELS_FILE}, or name it: LABELS=file."
+            )
+        labels = classes(first)
+        truth = match(
+            set(pictures.values()), labels, "as a folder is called", "Call the folder by id"
+        )
         client = Client(url, replace(options, topk=_TOP), at_once)
-        rows = _classify(list(pictures), client, at_once)
+        found = ask(list(pictures), client, at_once)
     except ServiceError as error:
         raise UserError(str(error)) from error
-    good = [row for row in rows if isinstance(row.answer, Classification)]
-    if not good:
-        raise UserError(f"The server classified none of the pictures: {rows[0].problem}")
-    answers = [row.answer for row in good if isinstance(row.answer, Classification)]
-    models = sorted({str(answer.model) for answer in answers if answer.model is not None})
-    if len(models) > 1:
-        raise UserError(f"The model was changed meanwhile: {', then '.join(models)}. Run it again.")
     return Evaluation(
         labels,
-        np.array([truth[pictures[Path(row.picture)]] for row in good]),
-        np.array([[p.class_index for p in answer.predictions] for answer in answers]),
-        np.array([answer.probability for answer in answers]),
-        [row for row in rows if row.problem is not None],
-        answers[0].warning,
+        np.array([truth[pictures[picture]] for picture in found.pictures]),
+        np.array([[p.class_index for p in answer.predictions] for answer in found.answers]),
+        np.array([answer.probability for answer in found.answers]),
+        found.refused,
+        found.warning,
     )
 
 
@@ -152,88 +142,6 @@ def _search(folders: Sequence[Path]) -> dict[Path, str]:
     if found.left_out is not None:
         warn(found.left_out)
     return pictures
-
-
-def _classes_of_model(pictures: Sequence[Path], client: Client) -> list[Label]:
-    """The model's classes by position, from an answer that has all of them."""
-    problem: Exception | None = None
-    with client:
-        for picture in pictures[:_TRIES_FOR_CLASSES]:
-            try:
-                answer = client.classify(picture)
-            except (OSError, RefusedError) as error:
-                problem = error
-                continue
-            rows = sorted(answer.predictions, key=lambda row: row.class_index)
-            return [Label(row.class_id, row.label) for row in rows]
-    raise UserError(f"The server classified none of the first pictures: {problem}")
-
-
-def _match(folders: set[str], labels: Sequence[Label]) -> dict[str, int]:
-    """Which class each folder means: by id, else by name, however it is spelt."""
-    by_id = {label.class_id: index for index, label in enumerate(labels)}
-    by_name: dict[str, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_name.setdefault(_plain(label.class_name), []).append(index)
-    found = {}
-    for folder in sorted(folders):
-        matches = [by_id[folder]] if folder in by_id else by_name.get(_plain(folder), [])
-        if not matches:
-            raise UserError(
-                f"The model has no class {folder!r}, as a folder is called. "
-                f"{_instead(folder, labels)}"
-            )
-        if len(matches) > 1:
-            ids = ", ".join(labels[index].class_id for index in matches)
-            raise UserError(f"Several classes are called {folder!r}. Call the folder by id: {ids}.")
-        found[folder] = matches[0]
-    return found
-
-
-def _instead(folder: str, labels: Sequence[Label]) -> str:
-    """A sentence on the classes that a folder may be meant for; on all of them if they are few."""
-    by_name = {_plain(label.class_name): label for label in labels}
-    words = _words(folder)
-    # A folder `cat` means the cats; one whose name is nearly that of a class is misspelt.
-    found = [label for name, label in by_name.items() if words and words <= _words(name)]
-    found = found or [
-        by_name[name] for name in difflib.get_close_matches(_plain(folder), by_name, 3, _SIMILAR)
-    ]
-    if found:
-        return f"Similar are: {', '.join(map(_shown, found[:_SHOWN_CLASSES]))}."
-    if len(labels) <= _SHOWN_CLASSES:
-        return f"Its classes are: {', '.join(map(_shown, labels))}."
-    examples = ", ".join(map(_shown, labels[:2]))
-    return f"It has {len(labels)} classes, such as {examples}. Call folders by name or by id."
-
-
-def _shown(label: Label) -> str:
-    same = label.class_id == label.class_name
-    return label.class_name if same else f"{label.class_name} ({label.class_id})"
-
-
-def _words(name: str) -> set[str]:
-    """In the singular, as far as that is a matter of an s."""
-    return {word.removesuffix("s") for word in _plain(name).split()}
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ").strip().lower()
-
-
-def _classify(pictures: Sequence[Path], client: Client, at_once: int) -> list[Row]:
-    rows: list[Row] = []
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Asking the server ...", total=len(pictures))
-
-        def take(row: Row) -> None:
-            rows.append(row)
-            progress.advance(task)
-
-        with client:
-            classify_all(pictures, client, at_once, take)
-    return rows
 
 
 def report(evaluation: Evaluation, folder: Path) -> None:
@@ -254,10 +162,7 @@ def report(evaluation: Evaluation, folder: Path) -> None:
     console.print(f"Top 1        {evaluation.top1:.2%} of {count} pictures")
     console.print(f"Top 5        {evaluation.top5:.2%}")
     console.print(f"Calibration  {evaluation.calibration_error:.3f} expected calibration error")
-    for row in evaluation.refused[:_WORST_PAIRS]:
-        warn(f"Not counted: {row.picture}: {row.problem}")
-    if len(evaluation.refused) > _WORST_PAIRS:
-        warn(f"Not counted: {len(evaluation.refused) - _WORST_PAIRS} more pictures")
+    warn_of_refused(evaluation.refused)
     if evaluation.warning:
         warn(evaluation.warning)
     _plot_confusion(evaluation, present, names, folder / "confusion.png")
@@ -381,14 +286,28 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
     key: KeyOption = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="What each picture shows, where that is several labels.")
+    ] = None,
+    min_precision: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of each label, for the thresholds.")
+    ] = None,
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
     images = images or sources("IMAGES")
     if len(images) != 1:
         how = "name it" if asked() is None else f"{asked()} IMAGES=folder"
         raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
-    options = RequestOptions(key=key)
-    report(evaluate(Path(images[0]), _where_to_send(url, model), options, at_once), output)
+    options, folder, address = RequestOptions(key=key), Path(images[0]), _where_to_send(url, model)
+    if labels is None and (folder / LABELS_FILE).is_file():
+        labels = folder / LABELS_FILE
+    if labels is not None:
+        several = evaluate_labels(folder, labels, address, options, at_once)
+        report_labels(several, output, min_precision)
+        return
+    if min_precision is not None:
+        raise UserError("MIN_PRECISION is for models that give several labels, and needs LABELS.")
+    report(evaluate(folder, address, options, at_once), output)
 
 
 def _where_to_send(url: str | None, model: str | None) -> str:

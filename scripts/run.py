@@ -9,9 +9,11 @@ from rich.status import Status
 
 from classification_client import Client, ServiceError
 from classification_client.printing import show
+from scripts.build.activation import SOFTMAX, choose
 from scripts.build.architectures import check_architecture
 from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
+    ActivationOption,
     AgreementOption,
     ArchOption,
     CalibrateOption,
@@ -23,6 +25,7 @@ from scripts.build.commands import (
     NameOption,
     Pixels,
     PrecisionOption,
+    ThresholdsOption,
     UrlOption,
 )
 from scripts.build.guard import Bounds
@@ -55,6 +58,8 @@ def main(
     evaluate: EvaluateOption = None,
     max_loss: MaxLossOption = Bounds.max_loss,
     agreement: AgreementOption = Bounds.agreement,
+    activation: ActivationOption = SOFTMAX.name,
+    thresholds: ThresholdsOption = None,
     workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -67,12 +72,13 @@ def main(
     check_architecture(arch)
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
+    labelling = choose(activation, thresholds)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
     found = obtain_for_trial(weights, weights_url, arch)
-    archive = build(recipe(found, name, classes, preprocessing, engine, lower))
+    archive = build(recipe(found, name, classes, preprocessing, engine, lower, labelling))
     running = _serve(archive, ports, workers, grpc=grpc)
 
     picture = RUN_DIR / "cat.png"

@@ -3,8 +3,11 @@ really run.
 """
 
 import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,51 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(archive: Path, run_dir: Path) -> Iterator[Running]:
     """The server that the tests share. It must survive them all."""
     server = start(archive, free_ports(), workers=2, run_dir=run_dir)
+    yield server
+    survived = server.process() is not None
+    stop(server, run_dir)
+    assert survived, f"TorchServe ended during the tests; see {run_dir}"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The example that gives several labels a picture, in a short form.
+
+    Attributes:
+        folder: all that it made: weights, classes, pictures with their labels, the archive.
+        said: what it printed.
+    """
+
+    folder: Path
+    said: str
+
+    @property
+    def archive(self) -> Path:
+        """With the thresholds that the evaluation chose."""
+        return self.folder / "model_store" / "shapes.mar"
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
+    """Too little training to be good, but its answers differ from picture to picture."""
+    folder = tmp_path_factory.mktemp("shapes")
+    short = ("--epochs", "2", "--pictures", "320", "--least", "0")
+    result = subprocess.run(
+        [sys.executable, "-m", "examples.shapes", "--folder", str(folder), *short],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Shapes(folder, result.stdout)
+
+
+@pytest.fixture(scope="session")
+def shapes_server(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of that archive, with gRPC."""
+    run_dir = tmp_path_factory.mktemp("run")
+    server = start(shapes.archive, free_ports(), workers=1, run_dir=run_dir, grpc=True)
     yield server
     survived = server.process() is not None
     stop(server, run_dir)

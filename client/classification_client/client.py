@@ -48,6 +48,8 @@ _ABOUT_THE_QUESTION = {
 
 # What tells which model answered.
 _NAME_HEADER, _VERSION_HEADER = "x-model-name", "x-model-version"
+# Only of a model that gives several labels, and what it says then.
+_ACTIVATION_HEADER, _EACH_FOR_ITSELF = "x-model-activation", "sigmoid"
 
 
 class ServiceError(Exception):
@@ -98,10 +100,12 @@ class ModelVersion:
     Attributes:
         name: under which it is served.
         version: of its archive; the digits at its end change with all that was packed.
+        multilabel: whether it gives several labels a picture.
     """
 
     name: str
     version: str
+    multilabel: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}".strip()
@@ -130,25 +134,34 @@ class Classification:
 
     Attributes:
         predictions: best first, as many as were asked for.
-        recognized: whether the best one reaches the threshold.
+        recognized: whether the best one reaches the threshold; of a model that gives several
+            labels, whether any class reaches its own.
         warning: what must be known about the model, such as that it is untrained.
         model: which one it was; None where the server does not say.
+        labels: all classes that reach their threshold, best first, of a model that gives several
+            labels a picture; None of any other.
     """
 
     predictions: tuple[Prediction, ...]
     recognized: bool
     warning: str | None = None
     model: ModelVersion | None = None
+    labels: tuple[Prediction, ...] | None = None
+
+    @property
+    def best(self) -> Prediction:
+        """The best label; without one the best class, recognised or not."""
+        return (self.labels or self.predictions)[0]
 
     @property
     def label(self) -> str:
         """The best class's name, recognised or not."""
-        return self.predictions[0].label
+        return self.best.label
 
     @property
     def probability(self) -> float:
         """The best class's probability, 0 to 1."""
-        return self.predictions[0].probability
+        return self.best.probability
 
     @classmethod
     def from_answer(
@@ -161,7 +174,21 @@ class Classification:
             case _:
                 raise ValueError("no predictions")
         warning = body.get("warning")
-        return cls(predictions, recognized, None if warning is None else str(warning), model)
+        return cls(
+            predictions,
+            recognized,
+            None if warning is None else str(warning),
+            model,
+            _labels(body.get("labels")),
+        )
+
+
+def _labels(rows: object) -> tuple[Prediction, ...] | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, list):
+        raise ValueError("no labels")  # noqa: TRY004  # as of any other answer
+    return tuple(_prediction(row) for row in rows)
 
 
 def _prediction(row: object) -> Prediction:
@@ -183,7 +210,8 @@ class RequestOptions:
 
     Attributes:
         topk: predictions wanted; None for as many as the server gives.
-        threshold: least probability, 0 to 1, that counts as recognised; None for the server's.
+        threshold: least probability, 0 to 1, that counts as recognised; None for the server's,
+            which may be another for each class.
         patience: seconds for which one picture is tried again and again; 0 for one try.
         timeout: seconds that one try may take.
         key: a client's key, where a gateway asks for one.
@@ -379,7 +407,8 @@ def _read(response: requests.Response) -> Classification:
 
 def _model(headers: Mapping[str, str]) -> ModelVersion | None:
     name, version = headers.get(_NAME_HEADER), headers.get(_VERSION_HEADER)
-    return ModelVersion(name, version) if name and version else None
+    multilabel = headers.get(_ACTIVATION_HEADER) == _EACH_FOR_ITSELF
+    return ModelVersion(name, version, multilabel) if name and version else None
 
 
 def _who_refused(error: RefusedError) -> ModelVersion | None:

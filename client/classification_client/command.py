@@ -16,6 +16,7 @@ from classification_client.client import (
     PATIENCE,
     Classification,
     Client,
+    ModelVersion,
     RequestOptions,
     ServiceError,
     UnavailableError,
@@ -186,7 +187,7 @@ def _classify_standard_input(url: str, options: RequestOptions, format_: Format)
         _say(f"[bold red]Refused:[/] {safe(error)}")
         return SOME_REFUSED
     row = Row(STANDARD_INPUT, answer)
-    origin = _origin(url, options)
+    origin = replace(_origin(url, options), multilabel=answer.labels is not None)
     print_header(format_, origin)
     print_row(row, format_, origin)
     print_rest([row], format_)
@@ -205,6 +206,10 @@ def _classify_files(
     origin = _origin(url, options)
     run = _Run(found)
     if output is None:
+        if format_ is Format.CSV:
+            model = run.ask_for_model(url, options)
+            # The columns depend on that; what else is known of the model says each row of its own.
+            origin = replace(origin, multilabel=model is not None and model.multilabel)
         print_header(format_, origin)
         try:
             _ask(run, url, options, at_once, lambda row: print_row(row, format_, origin))
@@ -222,9 +227,7 @@ def _write(
 ) -> None:
     """Asks for all that the file has no row for; `UserError` where it is from another model."""
     run.go_on_from(results)
-    model = None
-    with run.stopping(), Client(url, options) as client:
-        model = client.model()
+    model = run.ask_for_model(url, options)
     if run.stopped is not None:
         return
     if model is not None:
@@ -244,6 +247,8 @@ def _ask(
     run: "_Run", url: str, options: RequestOptions, at_once: int, take: Callable[[Row], None]
 ) -> None:
     """Asks for all pictures of the run, with a progress bar; `take` is given each row."""
+    if run.stopped is not None:
+        return
     with _bar(len(run.pictures)) as progress, run.stopping():
         task = progress.add_task("", total=len(run.pictures))
 
@@ -301,6 +306,12 @@ class _Run:
         self.can_go_on = True
         self._earlier = len(done)
         self._refused_earlier = [(name, why) for name in done if (why := results.done[name])]
+
+    def ask_for_model(self, url: str, options: RequestOptions) -> ModelVersion | None:
+        """Which model answers there, if the server says so."""
+        with self.stopping(), Client(url, options) as client:
+            return client.model()
+        return None
 
     def say_earlier(self, results: ResultsFile) -> None:
         """What earlier runs did, and with which model."""

@@ -9,8 +9,8 @@ from enum import Enum
 from rich.markup import escape
 from rich.table import Table
 
-from classification_client.client import Classification
-from classification_client.results import Origin, Row, csv_columns, csv_line, labels_in_csv
+from classification_client.client import Classification, Prediction
+from classification_client.results import Origin, Row, csv_header
 from classification_client.terminal import UserError, console, printable, warn
 
 
@@ -37,8 +37,11 @@ def show(picture: str, result: Classification) -> None:
     table.add_column("label")
     table.add_column("probability", justify="right")
     table.add_column("class id")
-    for row in result.predictions:
-        table.add_row(safe(row.label), f"{row.probability:.4f}", safe(row.class_id))
+    if result.labels is not None:
+        table.add_column("passes")
+    for row in _shown(result):
+        passes = ["yes" if row in result.labels else ""] if result.labels is not None else []
+        table.add_row(safe(row.label), f"{row.probability:.4f}", safe(row.class_id), *passes)
     console.print(table)
     if result.warning is not None:
         warn(result.warning)
@@ -48,9 +51,18 @@ def _as_text(answer: Classification) -> str:
     """As the tutorials' clients print it."""
     lines = [
         f"{place}. {printable(prediction.label)}: {prediction.probability:.4f}"
-        for place, prediction in enumerate(answer.predictions, start=1)
+        for place, prediction in enumerate(_shown(answer), start=1)
     ]
+    if answer.labels:
+        names = ", ".join(printable(label.label) for label in answer.labels)
+        return "\n".join([f"labels: {names}", *lines])
     return "\n".join(lines if answer.recognized else ["nothing recognised", *lines])
+
+
+def _shown(answer: Classification) -> list[Prediction]:
+    """What was asked for, and every label, most probable first."""
+    more = [label for label in answer.labels or () if label not in answer.predictions]
+    return sorted([*answer.predictions, *more], key=lambda row: -row.probability)
 
 
 @contextmanager
@@ -71,7 +83,7 @@ def print_header(format_: Format, origin: Origin) -> None:
     """Prints what stands before the first row."""
     if format_ is Format.CSV:
         with _standard_output():
-            sys.stdout.write(csv_line(csv_columns(labels_in_csv(origin))))
+            sys.stdout.write(csv_header(origin))
 
 
 def print_row(row: Row, format_: Format, origin: Origin) -> None:
@@ -106,7 +118,7 @@ def _print_table(rows: Sequence[Row]) -> None:
     table = Table("picture", "label", "probability")
     for row in sorted(rows, key=lambda row: row.picture):
         if isinstance(row.answer, Classification):
-            predictions = row.answer.predictions
+            predictions = row.answer.labels or row.answer.predictions
             labels = [safe(prediction.label) for prediction in predictions]
             if not row.answer.recognized:
                 labels[0] = f"({labels[0]}?)"

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,6 +17,7 @@ from classification_client.client import (
     Classification,
     Client,
     ModelVersion,
+    Prediction,
     RefusedError,
     ServiceError,
     UnavailableError,
@@ -42,6 +43,8 @@ _LAST_COLUMNS = (
     "threshold",
 )
 _LABEL_COLUMNS = ("label", "probability", "class_id")
+# The names of all labels as JSON, of a model that gives several.
+LABELS_COLUMN = "labels"
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,14 @@ class Origin:
         model_version: its version, with the digits that tell archives apart; "" where unknown.
         topk: how many labels were asked for; None for as many as the server gives.
         threshold: the least probability that was asked for; None for the server's.
+        multilabel: whether the model gives several labels, which the model's version implies.
     """
 
     model: str
     model_version: str
     topk: int | None
     threshold: float | None
+    multilabel: bool = field(default=False, compare=False)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Origin":
@@ -69,13 +74,21 @@ class Origin:
             str(row["model_version"]),
             None if topk in {None, ""} else int(topk),
             None if threshold in {None, ""} else float(threshold),
+            LABELS_COLUMN in row,
         )
 
     def of(self, model: ModelVersion | None) -> "Origin":
         """The same, with the model that answered, if that is known."""
         if model is None:
             return self
-        return replace(self, model=model.name, model_version=model.version)
+        return replace(
+            self, model=model.name, model_version=model.version, multilabel=model.multilabel
+        )
+
+    @property
+    def in_rows(self) -> dict[str, Any]:
+        """What every row says."""
+        return {name: value for name, value in vars(self).items() if name in _LAST_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -116,44 +129,61 @@ class Row:
         if isinstance(self.answer, Classification):
             values |= {
                 "label": self.answer.label,
-                "class_id": self.answer.predictions[0].class_id,
+                "class_id": self.answer.best.class_id,
                 "probability": self.answer.probability,
                 "recognized": self.answer.recognized,
                 "predictions": [vars(prediction) for prediction in self.answer.predictions],
             }
+            if self.answer.labels is not None:
+                values[LABELS_COLUMN] = [vars(label) for label in self.answer.labels]
             if self.answer.warning is not None:
                 values["warning"] = self.answer.warning
         else:
             values["error"] = self.problem
-        return json.dumps(values | asdict(origin.of(self.model))) + "\n"
+        return json.dumps(values | origin.of(self.model).in_rows) + "\n"
 
     def as_csv(self, origin: Origin) -> str:
         """One line of CSV, in the order of `csv_columns`; for each label what the model gives."""
         labels = [""] * (labels_in_csv(origin) * len(_LABEL_COLUMNS))
-        recognized = warning = ""
+        recognized = warning = all_labels = ""
         if isinstance(self.answer, Classification):
             given = [
                 value
-                for prediction in self.answer.predictions
+                for prediction in _best_first(self.answer)
                 for value in (prediction.label, str(prediction.probability), prediction.class_id)
             ]
             # A model may have fewer classes than were asked for.
             labels = (given + labels)[: len(labels)]
             recognized = str(self.answer.recognized).lower()
             warning = self.answer.warning or ""
-        made_with = ["" if v is None else str(v) for v in vars(origin.of(self.model)).values()]
+            names = [label.label for label in self.answer.labels or ()]
+            all_labels = json.dumps(names, ensure_ascii=False)
+        if origin.multilabel:
+            labels.append(all_labels)
+        made_with = ["" if v is None else str(v) for v in origin.of(self.model).in_rows.values()]
         values = [self.picture, *labels, recognized, self.problem or "", warning, *made_with]
         return csv_line(values)
 
 
-def csv_columns(labels: int) -> tuple[str, ...]:
+def _best_first(answer: Classification) -> list[Prediction]:
+    """The predictions; the best label, which need not be the most probable class, before others."""
+    return [answer.best, *(row for row in answer.predictions if row != answer.best)]
+
+
+def csv_header(origin: Origin) -> str:
+    """The first line of CSV."""
+    return csv_line(csv_columns(labels_in_csv(origin), multilabel=origin.multilabel))
+
+
+def csv_columns(labels: int, *, multilabel: bool = False) -> tuple[str, ...]:
     """The names of the columns of CSV with so many labels for each picture."""
     more = (f"{name}_{place}" for place in range(2, labels + 1) for name in _LABEL_COLUMNS)
-    return (*_FIRST_COLUMNS, *_LABEL_COLUMNS, *more, *_LAST_COLUMNS)
+    every = (LABELS_COLUMN,) if multilabel else ()
+    return (*_FIRST_COLUMNS, *_LABEL_COLUMNS, *more, *every, *_LAST_COLUMNS)
 
 
 def labels_in_csv(origin: Origin) -> int:
-    """How many labels a row of CSV has room for."""
+    """How many labels a row of CSV has columns for."""
     return origin.topk or 1
 
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from classification_client.client import ModelVersion
-from classification_client.results import Origin, Row, csv_columns, csv_line, labels_in_csv
+from classification_client.results import (
+    LABELS_COLUMN,
+    Origin,
+    Row,
+    csv_columns,
+    csv_header,
+    csv_line,
+)
 from classification_client.terminal import UserError, spelt
 
 # How a row of JSON lines begins.
@@ -85,7 +92,7 @@ class ResultsFile:
         self._compare(self.origin.of(row.model))
         text = row.as_csv(self.origin) if self._as_csv else row.as_json(self.origin)
         if self._as_csv and not self._length:
-            text = csv_line(csv_columns(labels_in_csv(self.origin))) + text
+            text = csv_header(self.origin) + text
         self._check_place()
         # Names of files need not be text in any encoding.
         self._append(text.encode("utf-8", "surrogateescape"))
@@ -187,12 +194,18 @@ def _read_csv(content: bytes) -> tuple[list[Mapping[str, Any]], int]:
     if not rows:
         # Nothing, or a header that was cut off, however many labels it is for.
         begun = content.count(b'"label') or 1
-        headers = [csv_line(csv_columns(labels)).encode() for labels in (begun, begun + 1)]
+        headers = [
+            csv_line(csv_columns(labels, multilabel=multilabel)).encode()
+            for labels in (begun - 1, begun, begun + 1)
+            for multilabel in (False, True)
+        ]
         if not any(header.startswith(content) for header in headers):
             raise ValueError("no header")
         return [], 0
     header, *rows = rows
-    if tuple(header) != csv_columns(sum(name.startswith("label") for name in header)):
+    multilabel = LABELS_COLUMN in header
+    labels = sum(name.startswith("label") for name in header) - multilabel
+    if tuple(header) != csv_columns(labels, multilabel=multilabel):
         raise ValueError("other columns")
     # Without a row the header may be one for another number of labels.
     return [_named(header, row) for row in rows], length if rows else 0

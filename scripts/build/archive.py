@@ -31,6 +31,7 @@ from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts.build import export, lower_precision
+from scripts.build.activation import SOFTMAX, Activation
 from scripts.build.architectures import (
     last_layer,
     official_preprocessing,
@@ -83,6 +84,8 @@ class Recipe:
         preprocessing: how a picture becomes the model's input.
         engine: "onnx" for ONNX Runtime, "torch" for PyTorch.
         lower: instead of float32; None for float32.
+        activation: how logits become probabilities, of `ACTIVATIONS`.
+        thresholds: of each class with sigmoid, 0 to 1; empty with softmax.
     """
 
     weights: Weights
@@ -91,6 +94,8 @@ class Recipe:
     preprocessing: Preprocessing
     engine: str = "onnx"
     lower: LowerPrecision | None = None
+    activation: str = SOFTMAX.name
+    thresholds: tuple[float, ...] = ()
 
     @property
     def precision(self) -> str:
@@ -105,6 +110,7 @@ def recipe(
     preprocessing: Preprocessing | None = None,
     engine: str = "onnx",
     lower: LowerPrecision | None = None,
+    activation: Activation = SOFTMAX,
 ) -> Recipe:
     """Fills in what a person need not say.
 
@@ -115,18 +121,23 @@ def recipe(
         preprocessing: None for what torchvision does for this architecture.
         engine: "onnx" or "torch".
         lower: instead of float32; None for float32.
+        activation: how logits become probabilities, and from where on a class is a label.
 
     Raises:
-        UserError: the list does not fit the weights, or the name or the engine cannot be used.
+        UserError: the list or the thresholds do not fit the weights, or the name or the engine
+            cannot be used.
     """
     check_choices(name, engine, lower)
+    labels = _labels(weights, classes)
     return Recipe(
         weights,
         weights.architecture if name is None else name,
-        _labels(weights, classes),
+        labels,
         preprocessing or official_preprocessing(weights.architecture),
         engine,
         lower,
+        activation.name,
+        activation.thresholds(labels),
     )
 
 
@@ -202,6 +213,8 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         preprocessing=recipe.preprocessing,
         features=features,
         precision=recipe.precision,
+        activation=recipe.activation,
+        thresholds=recipe.thresholds,
     )
     subject = export.Exportable(model, card.preprocessing, card.features)
     model_file = _model_file(subject, card, recipe.engine, images)
@@ -241,8 +254,16 @@ def _summary(recipe: Recipe) -> list[str]:
         f"{weights.architecture} on {engine}, weights {weights.file} in {precision}",
         f"shorter side to {wanted.resize} pixels ({wanted.interpolation}), {square}, "  # noqa: ISC004
         f"mean {mean}, std {std}",
-        f"{weights.classes} classes: {', '.join(shown)}",
+        f"{weights.classes} classes: {', '.join(shown)}{_in_words(recipe.thresholds)}",
     ]
+
+
+def _in_words(thresholds: Sequence[float]) -> str:
+    """From where on each class counts for itself; empty where one class of all is meant."""
+    if not thresholds:
+        return ""
+    low, high = (f"{number:g}" for number in (min(thresholds), max(thresholds)))
+    return f"; each for itself (sigmoid), from {low if low == high else f'{low} to {high}'} on"
 
 
 def _handler_files() -> list[Path]:
@@ -257,6 +278,7 @@ def _inputs_digest(recipe: Recipe) -> str:
         (weights.architecture, weights.classes, weights.trained, weights.file, weights.sha256),
         (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
         recipe.lower and recipe.lower.digest(),
+        (recipe.activation, recipe.thresholds),
         _exporter_digest(),
     ]
     digest = hashlib.sha256(json.dumps(said).encode())

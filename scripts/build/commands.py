@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from scripts.build.activation import SOFTMAX, choose
 from scripts.build.architectures import (
     check_architecture,
 )
@@ -32,6 +33,10 @@ MaxLossOption = Annotated[
 AgreementOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of first labels that must stay.")
 ]
+ActivationOption = Annotated[str, typer.Option(help="softmax, or sigmoid for several labels.")]
+ThresholdsOption = Annotated[
+    str | None, typer.Option(help="Of labels with sigmoid: a number, or a file of them.")
+]
 UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
 
 
@@ -53,14 +58,17 @@ def main(
     evaluate: EvaluateOption = None,
     max_loss: MaxLossOption = Bounds.max_loss,
     agreement: AgreementOption = Bounds.agreement,
+    activation: ActivationOption = SOFTMAX.name,
+    thresholds: ThresholdsOption = None,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
     check_architecture(arch)
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
+    labelling = choose(activation, thresholds)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     found = obtain(weights, weights_url, arch)
-    build(recipe(found, name, classes, preprocessing, engine, lower), model_store)
+    build(recipe(found, name, classes, preprocessing, engine, lower, labelling), model_store)
 
 
 if __name__ == "__main__":

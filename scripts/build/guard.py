@@ -50,11 +50,13 @@ class Comparison:
 
     Attributes:
         pictures: how many.
-        agreement: share of pictures whose first label is float32's.
+        agreement: share of pictures whose first label is float32's; of models that give several
+            labels, all of whose labels are.
         largest_change: of any class's probability, 0 to 1.
         accuracy: "top 1" and "top 5" to float32's and the lower precision's; empty where the
             pictures' classes are not known.
         loss: "top 1" and "top 5" to what is lost, below 0 where something is gained.
+        multilabel: whether the models give several labels.
     """
 
     pictures: int
@@ -62,11 +64,17 @@ class Comparison:
     largest_change: float
     accuracy: dict[str, tuple[Share, Share]]
     loss: dict[str, Share]
+    multilabel: bool = False
+
+    @property
+    def compared(self) -> str:
+        """What must be float32's."""
+        return "labels" if self.multilabel else "first labels"
 
     def report(self) -> list[str]:
         """A sentence a figure."""
         lines = [
-            f"first labels as in float32: {self.agreement} of {self.pictures} pictures",
+            f"{self.compared} as in float32: {self.agreement} of {self.pictures} pictures",
             (
                 f"largest change of a probability: {self.largest_change:.4f}; at most "
                 f"{_unseen(self.pictures):.2%} of such pictures change more"
@@ -87,7 +95,7 @@ class Comparison:
             if self.agreement.value >= bounds.agreement:
                 return ""
             return (
-                f"{self.agreement.value:.2%} of the first labels are float32's, "
+                f"{self.agreement.value:.2%} of the {self.compared} are float32's, "
                 f"{bounds.agreement:.2%} must be"
             )
         return ", and ".join(
@@ -119,6 +127,7 @@ def compare(
     exact: NDArray[np.float32],
     lower: NDArray[np.float32],
     truth: Sequence[int] | None = None,
+    thresholds: NDArray[np.float32] | None = None,
 ) -> Comparison:
     """Compares two models' answers to the same pictures.
 
@@ -126,9 +135,13 @@ def compare(
         exact: float32 (N, classes), float32's probabilities.
         lower: the same of the lower precision.
         truth: the right classes' positions, if they are known.
+        thresholds: float32 (classes,), of models that give several labels.
     """
-    agreeing = int((exact.argmax(axis=1) == lower.argmax(axis=1)).sum())
-    count = len(exact)
+    if thresholds is None:
+        same = exact.argmax(axis=1) == lower.argmax(axis=1)
+    else:
+        same = ((exact >= thresholds) == (lower >= thresholds)).all(axis=1)
+    agreeing, count = int(same.sum()), len(exact)
     accuracy, loss = {}, {}
     if truth is not None:
         for top in (1, _TOP):
@@ -137,7 +150,9 @@ def compare(
             accuracy[name] = share_of(int(before.sum()), count), share_of(int(after.sum()), count)
             loss[name] = lost_of(before.astype(int) - after.astype(int))
     change = float(np.abs(exact - lower).max())
-    return Comparison(count, share_of(agreeing, count), change, accuracy, loss)
+    return Comparison(
+        count, share_of(agreeing, count), change, accuracy, loss, thresholds is not None
+    )
 
 
 def _right(

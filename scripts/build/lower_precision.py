@@ -23,8 +23,9 @@ from handler.engines import Engine
 from handler.errors import ArchiveError, ClientError
 from handler.images import PixelBudget, decode
 from handler.labels import Label
+from handler.multilabel import sigmoid, thresholds
 from handler.onnx_engine import OnnxEngine
-from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES
+from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, answers
 from handler.responses import softmax
 from handler.settings import PRECISIONS, ModelCard, Preprocessing, Settings
 from scripts.build.guard import Bounds, Comparison, compare
@@ -153,26 +154,31 @@ def make(
     calibration = list(_decoded(for_calibration, card.preprocessing).values())
     decoded = _decoded(for_evaluation, card.preprocessing)
     evaluation = list(decoded.values())
-    truth = None if classes is None else [classes[path] for path in decoded]
+    # Of several labels a picture a folder could tell only one.
+    truth = None
+    if classes is not None and not card.multilabel:
+        truth = [classes[path] for path in decoded]
     with tempfile.TemporaryDirectory() as beside:
         cpus = joblib.cpu_count()
         cores = Cores(cpus, cpus, Path(beside) / "busy")
         exact = OnnxEngine(model_file, cores)
-        expected = _probabilities(exact, evaluation)
+        expected = _probabilities(exact, evaluation, card)
+        least = thresholds(card) if card.multilabel else None
 
         def measured(lower_file: Path) -> tuple[Engine, Comparison]:
             try:
                 engine = OpenVinoEngine(lower_file, wanted.name, cores)
             except ArchiveError as error:
                 raise UserError(f"PRECISION={wanted.name} cannot be checked: {error}.") from error
-            return engine, compare(expected, _probabilities(engine, evaluation), truth)
+            found = _probabilities(engine, evaluation, card)
+            return engine, compare(expected, found, truth, least)
 
         if wanted.name == "int8":
             lower = _int8(wanted, model_file, calibration, folder, measured)
         else:
             lower, found = measured(model_file)
             _judge(wanted, found, "")
-        _write_check(exact, lower, calibration or evaluation, folder)
+        _write_check(exact, lower, calibration or evaluation, card, folder)
 
 
 def _int8(
@@ -226,23 +232,37 @@ def _judge(wanted: LowerPrecision, found: Comparison, layers: str) -> None:
         warn(doubt)
 
 
-def _write_check(exact: Engine, lower: Engine, images: Images, folder: Path) -> None:
+def _write_check(
+    exact: Engine, lower: Engine, images: Images, card: ModelCard, folder: Path
+) -> None:
     """Pictures on which the two agree, from the surest answer to the nearest tie."""
     some = np.stack(images[: 4 * CHECK_PICTURES])
     logits = exact.logits(some)
-    labels = logits.argmax(axis=1)
-    agreed = np.flatnonzero(lower.logits(some).argmax(axis=1) == labels)
-    best = np.sort(logits[agreed], axis=1)
-    by_margin = agreed[np.argsort(best[:, -2] - best[:, -1], kind="stable")]
+    labels = answers(logits, card)
+    same = answers(lower.logits(some), card) == labels
+    agreed = np.flatnonzero(same.reshape(len(some), -1).all(axis=1))
+    by_margin = agreed[np.argsort(-_margins(logits[agreed], card), kind="stable")]
     spread = np.linspace(0, len(by_margin) - 1, min(CHECK_PICTURES, len(by_margin))).astype(int)
     np.save(folder / CHECK_IMAGES, some[by_margin[spread]], allow_pickle=False)
     np.save(folder / CHECK_LABELS, labels[by_margin[spread]], allow_pickle=False)
 
 
-def _probabilities(engine: Engine, images: Images) -> NDArray[np.float32]:
+def _margins(logits: NDArray[np.float32], card: ModelCard) -> NDArray[np.float32]:
+    """float32 (N,): how much must change before a picture is answered otherwise."""
+    result: NDArray[np.float32]
+    if card.multilabel:
+        result = np.abs(sigmoid(logits) - thresholds(card)).min(axis=1)
+    else:
+        best = np.sort(logits, axis=1)
+        result = best[:, -1] - best[:, -2]
+    return result
+
+
+def _probabilities(engine: Engine, images: Images, card: ModelCard) -> NDArray[np.float32]:
     """float32 (N, classes)."""
     shown = track(images, f"Classifying with {engine.name} ...", console=console, transient=True)
-    return softmax(np.concatenate([engine.logits(image[None]) for image in shown]))
+    logits = np.concatenate([engine.logits(image[None]) for image in shown])
+    return sigmoid(logits) if card.multilabel else softmax(logits)
 
 
 def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, NDArray[np.uint8]]:

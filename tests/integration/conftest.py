@@ -1,6 +1,11 @@
 """The shared server, looked at and changed more closely."""
 
+import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,3 +26,19 @@ def one_worker(running: Running) -> Iterator[psutil.Process]:
     scale(running, 1)
     yield psutil.Process(model_status(running)["workers"][0]["pid"])
     scale(running, 2)
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The gRPC client's modules, generated as a user generates them."""
+    folder = tmp_path_factory.mktemp("grpc")
+    proto = Path(__file__).with_name("inference.proto")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "grpc_tools.protoc", f"-I{proto.parent}"),
+            *(f"--python_out={folder}", f"--grpc_python_out={folder}", str(proto)),
+        ],
+        check=True,
+    )
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")

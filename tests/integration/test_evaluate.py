@@ -10,7 +10,8 @@ import torch
 from classification_client import Client, RequestOptions
 from handler.labels import Label
 from scripts.build.weights import Weights, build_model
-from scripts.evaluate import _match, evaluate, report
+from scripts.evaluate import evaluate, report
+from scripts.evaluation.matching import match
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from scripts.terminal import UserError
@@ -108,7 +109,7 @@ def test_a_folder_that_is_no_class_is_named_with_what_it_may_mean(
 def test_the_classes_of_a_model_that_has_few_are_all_named() -> None:
     labels = [Label(name, name) for name in ("zero", "one", "two")]
     with pytest.raises(UserError, match=r"no class '1'.* Its classes are: zero, one, two\."):
-        _match({"1"}, labels)
+        match({"1"}, labels, "as a folder is called", "Call the folder by id")
 
 
 def test_an_ambiguous_folder_asks_for_the_id(running: Running, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 """Every way in that the README names, against the real server."""
 
 import base64
-import importlib
 import json
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -348,22 +346,6 @@ def test_a_get_from_a_browser_is_the_page_wherever_it_may_look(running: Running)
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert answer.text.startswith("<!doctype html>")
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The gRPC client's modules, generated as a user generates them."""
-    folder = tmp_path_factory.mktemp("grpc")
-    proto = Path(__file__).with_name("inference.proto")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "grpc_tools.protoc", f"-I{proto.parent}"),
-            *(f"--python_out={folder}", f"--grpc_python_out={folder}", str(proto)),
-        ],
-        check=True,
-    )
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from classification_client import Client, RefusedError, RequestOptions, UnavailableError
+from classification_client import (
+    Classification,
+    Client,
+    RefusedError,
+    RequestOptions,
+    UnavailableError,
+)
+from classification_client.printing import Format, print_rest, show
+from classification_client.results import Row
 
 PREDICTION = {"label": "cat", "probability": 0.5, "class_id": "n1", "class_index": 0}
+SEVERAL = {**PREDICTION, "label": "dog", "class_id": "n2", "class_index": 1}
 ANSWER = json.dumps({"predictions": [PREDICTION], "recognized": True}).encode()
 LOST, HALF, SLOW = "loses the connection", "half an answer", "slow"
 
@@ -118,3 +127,32 @@ def test_a_token_is_not_replaced_by_what_the_user_has_for_other_servers(
         asking.classify(b"picture")
     assert server.asked[0]["Authorization"] == "Bearer token"
     assert server.asked[0]["X-API-Key"] == "mine"
+
+
+def test_of_several_labels_the_first_is_the_answer_though_another_class_is_more_probable() -> None:
+    body = {"predictions": [PREDICTION], "recognized": True}
+    assert Classification.from_answer(body).labels is None
+    several = Classification.from_answer({**body, "labels": [SEVERAL]})
+    assert (several.label, several.best.class_id) == ("dog", "n2")
+    none = Classification.from_answer({**body, "recognized": False, "labels": []})
+    assert (none.labels, none.label) == ((), "cat")
+    for labels in ("dog", [{"label": "dog"}]):
+        with pytest.raises(ValueError, match="no"):
+            Classification.from_answer({**body, "labels": labels})
+
+
+def test_what_is_printed_has_every_label(capsys: pytest.CaptureFixture[str]) -> None:
+    body = {"predictions": [PREDICTION], "recognized": True, "labels": [SEVERAL]}
+    row = Row("a.png", Classification.from_answer(body))
+    print_rest([row], Format.TEXT)
+    assert capsys.readouterr().out == "labels: dog\n1. cat: 0.5000\n2. dog: 0.5000\n"
+    print_rest([row], Format.TABLE)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "a.png" in line]
+    assert ("dog" in line, "cat" in line) == (True, False)
+    assert isinstance(row.answer, Classification)
+    show("a.png", row.answer)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "0.5" in line]
+    assert [("cat" in line, "dog" in line, "yes" in line) for line in lines] == [
+        (True, False, False),
+        (False, True, True),
+    ]

@@ -13,6 +13,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,8 @@ def decoded(message: bytes) -> list[Answer]:
 Serve = Callable[..., list[Answer]]
 
 
-@pytest.fixture(scope="module")
-def handler_and_service(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[DenseNetHandler, Service]]:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    folder.mkdir()
-    write_model(folder)
+def started(folder: Path) -> tuple[DenseNetHandler, Service]:
+    """The handler as TorchServe's worker loads it from an archive's files."""
     model = {"modelName": "tiny", "modelVersion": "1.0", "serializedFile": "model.onnx"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves the file open
@@ -169,8 +165,18 @@ def handler_and_service(
     )
     made.initialize(service.context)
     service.set_cl_socket(None)
+    return made, service
+
+
+@pytest.fixture(scope="module")
+def handler_and_service(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[DenseNetHandler, Service]]:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    write_model(folder)
     level = logging.getLogger().level
-    yield made, service
+    yield started(folder)
     logging.getLogger().setLevel(level)
 
 
@@ -181,13 +187,15 @@ def handler(handler_and_service: tuple[DenseNetHandler, Service]) -> DenseNetHan
 
 @pytest.fixture(scope="module")
 def serve(handler_and_service: tuple[DenseNetHandler, Service]) -> Serve:
-    def serve(*requests: Sent) -> list[Answer]:
-        batch = [request.encoded(index) for index, request in enumerate(requests)]
-        answers = decoded(bytes(handler_and_service[1].predict(batch)))
-        assert len(answers) == len(requests)
-        return answers
+    return partial(served, handler_and_service[1])
 
-    return serve
+
+def served(service: Service, *requests: Sent) -> list[Answer]:
+    """What a batch of requests is answered."""
+    batch = [request.encoded(index) for index, request in enumerate(requests)]
+    answers = decoded(bytes(service.predict(batch)))
+    assert len(answers) == len(requests)
+    return answers
 
 
 def picture(colour: tuple[int, int, int]) -> bytes:

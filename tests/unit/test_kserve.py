@@ -17,6 +17,7 @@ from handler.labels import Label
 from handler.settings import Settings
 
 SETTINGS = Settings(max_images=4)
+OPTIONS = Options(SETTINGS.topk, SETTINGS.threshold)
 LABELS = [Label("n0", "tench")]
 ONE = base64.b64encode(b"1").decode()
 
@@ -36,9 +37,7 @@ def read(
             "explain": str(explain),
             "inference-header-content-length": str(len(body)) if length is None else length,
         }
-    request = Request(
-        "id", {"body": bytearray(body + (tail or b""))}, headers, Options.defaults(SETTINGS)
-    )
+    request = Request("id", {"body": bytearray(body + (tail or b""))}, headers, OPTIONS)
     inputs.read(request, SETTINGS, LABELS)
     return request
 

@@ -95,6 +95,58 @@ def test_a_model_of_fewer_classes_leaves_columns_empty() -> None:
     ]
 
 
+# Of a model that gives several labels; the most probable class is none of them.
+SEVERAL = ModelVersion("densenet121", "1.0+12345678", multilabel=True)
+
+
+def labelled(name: str, *places: int) -> Row:
+    answer = classified(name, SEVERAL).answer
+    assert isinstance(answer, Classification)
+    labels = tuple(answer.predictions[place] for place in places)
+    return Row(name, replace(answer, labels=labels, recognized=bool(labels)))
+
+
+def test_csv_of_several_labels_has_a_column_with_all_of_them_and_is_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "results.csv"
+    for part in (
+        [refused("b.jpg"), labelled("a.jpg", 1, 2)],  # the first row has no labels to learn from
+        [labelled("c.jpg")],
+    ):
+        with opened(path) as results:
+            results.made_by(SEVERAL)
+            for row in part:
+                results.write(row)
+    whole = path.read_bytes()
+    rows = {row["picture"]: row for row in csv.DictReader(io.StringIO(whole.decode()))}
+    assert list(rows["a.jpg"])[:14] == [
+        *("picture", "label", "probability", "class_id", "label_2", "probability_2"),
+        *("class_id_2", "label_3", "probability_3", "class_id_3"),
+        *("labels", "recognized", "error", "warning"),
+    ]
+    assert {name: row["labels"] for name, row in rows.items()} == {
+        "b.jpg": "",
+        "a.jpg": '["class, 1", "class, 2"]',
+        "c.jpg": "[]",
+    }
+    # The label that counts stands first, then the others, most probable first.
+    assert [rows["a.jpg"][f"label{n}"] for n in ("", "_2", "_3")] == [
+        *("class, 1", "class, 0", "class, 2")
+    ]
+    assert (rows["c.jpg"]["label"], rows["c.jpg"]["recognized"]) == ("class, 0", "false")
+    for length in range(1, whole.index(b"\n") + 1):  # a header that was cut off is begun again
+        path.write_bytes(whole[:length])
+        assert done(path) == []
+
+
+def test_json_of_several_labels_has_all_of_them() -> None:
+    row = json.loads(labelled("a.jpg", 1, 2).as_json(ORIGIN))
+    assert (row["label"], row["class_id"], row["probability"]) == ("class, 1", "n1", 0.25)
+    assert [label["label"] for label in row["labels"]] == ["class, 1", "class, 2"]
+    assert set(row) - {"labels"} == set(json.loads(classified("a.jpg").as_json(ORIGIN)))
+
+
 OTHERS = [
     (replace(ORIGIN, topk=5), "--topk 3, and this would be --topk 5"),
     (replace(ORIGIN, topk=None), "--topk 3, and this would be no --topk"),

@@ -1,0 +1,1 @@
+"""Several shapes a picture: a ResNet trained, packed and served that gives several labels."""

@@ -1,0 +1,119 @@
+"""`make shapes`: trains, packs and serves the shapes, and compares the server with PyTorch."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from classification_client import RequestOptions
+from examples.shapes.pictures import LABELS_FILE, SIDE
+from examples.shapes.train import (
+    ARCHITECTURE,
+    EPOCHS,
+    FOLDER,
+    MEAN,
+    PICTURES,
+    STD,
+    held_out,
+    mean_average_precision,
+    probabilities,
+    save,
+    train,
+)
+from handler.settings import Preprocessing
+from scripts.build.activation import EVEN, Activation
+from scripts.build.archive import build, recipe
+from scripts.build.weights import load as load_weights
+from scripts.evaluation.multilabel import (
+    MultilabelEvaluation,
+    evaluate_labels,
+    report_labels,
+)
+from scripts.serve.running import Running, free_ports
+from scripts.serve.server import start, stop
+from scripts.terminal import UserError, command, console, step
+
+# Less would mean that something is wrong with the training.
+LEAST_PRECISION = 0.9
+# Of a probability, and of the mean average precision, from PyTorch's.
+MOST_DIFFERENT = 1e-4
+_AT_ONCE = 8
+
+
+def pack(folder: Path, threshold: float | Path) -> Path:
+    """As `make archive ACTIVATION=sigmoid THRESHOLDS=...`."""
+    weights = load_weights(folder / "weights.pth", ARCHITECTURE)
+    preprocessing = Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3)
+    packed = recipe(
+        weights,
+        "shapes",
+        folder / "classes.txt",
+        preprocessing,
+        activation=Activation("sigmoid", threshold),
+    )
+    return build(packed, folder / "model_store")
+
+
+@contextmanager
+def serving(archive: Path, folder: Path) -> Iterator[Running]:
+    """A server of the archive for as long as it is needed."""
+    running = start(archive, free_ports(), 1, run_dir=folder / "run")
+    try:
+        step(f"TorchServe: serving on {running.predictions_url}")
+        yield running
+    finally:
+        stop(running, folder / "run")
+
+
+def evaluated(folder: Path, part: str, running: Running) -> MultilabelEvaluation:
+    """As `make evaluate IMAGES=...`."""
+    images = folder / part
+    return evaluate_labels(
+        images, images / LABELS_FILE, running.predictions_url, RequestOptions(), _AT_ONCE
+    )
+
+
+def main(
+    epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
+    pictures: Annotated[int, typer.Option(min=32, help="To train on.")] = PICTURES,
+    folder: Annotated[Path, typer.Option(help="Where to put everything.")] = FOLDER,
+    least: Annotated[
+        float, typer.Option(min=0, max=1, help="Mean average precision asked for.")
+    ] = LEAST_PRECISION,
+) -> None:
+    """Trains a model that gives several labels, serves it, and checks its answers."""
+    model = train(epochs, pictures)
+    save(model, folder)
+    with serving(pack(folder, EVEN), folder) as running:
+        report_labels(evaluated(folder, "validation", running), folder / "validation-report")
+    thresholds = folder / "validation-report" / "thresholds.json"
+    with serving(pack(folder, thresholds), folder) as running:
+        served = evaluated(folder, "test", running)
+    report_labels(served, folder / "test-report")
+
+    test = held_out("test")
+    expected = probabilities(model, test)
+    precision = {
+        "in PyTorch": mean_average_precision(test.labels, expected),
+        "served": served.mean_average_precision,
+    }
+    for where, value in precision.items():
+        console.print(f"Mean average precision {where:<11} {value:.4f}")
+    # The server's answers are in the order in which they came.
+    order = np.argsort([picture.name for picture in served.pictures])
+    different = float(np.abs(served.probabilities[order] - expected).max())
+    console.print(f"Largest difference of a probability: {different:.1e}")
+    if different > MOST_DIFFERENT or not math.isclose(
+        *precision.values(), abs_tol=MOST_DIFFERENT / 2
+    ):
+        raise UserError("The server answers otherwise than PyTorch.")
+    if precision["served"] < least:
+        raise UserError(f"The mean average precision is below {least}.")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,151 @@
+"""Pictures with none to three of six shapes on each, drawn from a seed: nothing is downloaded."""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 64
+MOST_SHAPES = 3
+LABELS_FILE = "labels.csv"
+
+# Pixels, before turning.
+_RADII = (10, 15)
+# So often is a place looked for where nothing is yet.
+_TRIES = 30
+# Of each colour, from and to: shapes are brighter than the ground.
+_GROUND, _SHAPE = (0, 90), (110, 256)
+# Drawn so many times as large, for smooth edges.
+_SCALE = 3
+
+_Point = tuple[float, float]
+
+
+def _polygon(corners: int, turned: float, radii: Sequence[float] = (1,)) -> list[_Point]:
+    """Corners on circles of these radii in turn, about (0, 0)."""
+    angles = [turned + 2 * math.pi * i / corners for i in range(corners)]
+    return [
+        (radii[i % len(radii)] * math.cos(angle), radii[i % len(radii)] * math.sin(angle))
+        for i, angle in enumerate(angles)
+    ]
+
+
+def _circle(_: float) -> list[list[_Point]]:
+    return [_polygon(40, 0, (0.9,))]
+
+
+def _ring(_: float) -> list[list[_Point]]:
+    """One outline that goes round outside, and back inside."""
+    outer, inner = _polygon(40, 0, (1,)), _polygon(40, 0, (0.55,))
+    return [[*outer, outer[0], inner[0], *reversed(inner)]]
+
+
+def _square(turned: float) -> list[list[_Point]]:
+    return [_polygon(4, turned)]
+
+
+def _triangle(turned: float) -> list[list[_Point]]:
+    return [_polygon(3, turned)]
+
+
+def _star(turned: float) -> list[list[_Point]]:
+    return [_polygon(10, turned, (1.1, 0.45))]
+
+
+def _cross(turned: float) -> list[list[_Point]]:
+    def bar(angle: float) -> list[_Point]:
+        along, across = (math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))
+        ends = ((1, 0.28), (1, -0.28), (-1, -0.28), (-1, 0.28))
+        return [(a * along[0] + b * across[0], a * along[1] + b * across[1]) for a, b in ends]
+
+    return [bar(turned), bar(turned + math.pi / 2)]
+
+
+# Each gives outlines of about radius 1, turned by an angle.
+_OUTLINES: dict[str, Callable[[float], list[list[_Point]]]] = {
+    "circle": _circle,
+    "cross": _cross,
+    "ring": _ring,
+    "square": _square,
+    "star": _star,
+    "triangle": _triangle,
+}
+NAMES = tuple(_OUTLINES)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures with the shapes that are on each.
+
+    Attributes:
+        pictures: RGB, SIDE x SIDE.
+        labels: bool (N, classes), by the position in `NAMES`.
+    """
+
+    pictures: list[Image.Image]
+    labels: np.ndarray
+
+
+def draw(count: int, seed: int) -> Drawn:
+    """So many pictures; the same seed gives the same ones."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros((count, len(NAMES)), bool)
+    pictures = []
+    for row in labels:
+        shapes = random.choice(len(NAMES), random.integers(0, MOST_SHAPES + 1), replace=False)
+        row[shapes] = True
+        pictures.append(_picture(shapes, random))
+    return Drawn(pictures, labels)
+
+
+def _picture(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
+    ground = random.integers(*_GROUND, 3)
+    large = Image.new("RGB", (SIDE * _SCALE,) * 2, tuple(int(value) for value in ground))
+    pencil = ImageDraw.Draw(large)
+    places: list[tuple[float, float, float]] = []
+    for shape in shapes:
+        radius = random.uniform(*_RADII)
+        place = _free_place(radius, places, random)
+        places.append((*place, radius))
+        colour = random.integers(*_SHAPE, 3)
+        for outline in _OUTLINES[NAMES[shape]](random.uniform(0, 2 * math.pi)):
+            corners = [
+                ((place[0] + radius * x) * _SCALE, (place[1] + radius * y) * _SCALE)
+                for x, y in outline
+            ]
+            pencil.polygon(corners, fill=tuple(int(value) for value in colour))
+    small = np.asarray(large.resize((SIDE, SIDE), Image.Resampling.BOX), np.float64)
+    noisy = small + random.normal(0, 6, small.shape)
+    return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
+
+
+def _free_place(
+    radius: float, taken: Sequence[tuple[float, float, float]], random: np.random.Generator
+) -> _Point:
+    """Where the shape overlaps no other, if such a place is found."""
+    for _ in range(_TRIES):
+        x, y = (float(value) for value in random.uniform(radius, SIDE - radius, 2))
+        if all(math.hypot(x - a, y - b) > radius + other for a, b, other in taken):
+            break
+    return x, y
+
+
+def write(drawn: Drawn, folder: Path) -> list[Path]:
+    """Writes PNG files and their `labels.csv`; returns the files, in order.
+
+    Each line of the list is a picture and its labels, as many as there are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:04}.png" for number in range(len(drawn.pictures))]
+    for picture, file in zip(drawn.pictures, files, strict=True):
+        picture.save(file)
+    with (folder / LABELS_FILE).open("w", encoding="utf-8", newline="") as list_file:
+        lines = csv.writer(list_file)
+        lines.writerow(("picture", "labels"))
+        for file, row in zip(files, drawn.labels, strict=True):
+            lines.writerow((file.name, *(NAMES[index] for index in np.flatnonzero(row))))
+    return files
