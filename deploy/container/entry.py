@@ -29,8 +29,12 @@ from scripts.store import read_card
 # Seconds.
 _POLL = 0.1
 _READINESS_INTERVAL = 1.0
-# Nothing is in its hands by then.
+# nginx cuts what takes longer than an answer may, by itself.
+_NGINX_END = LONGEST_ANSWER + 5.0
+# Nothing is in its hands by then; the same for what must be killed after it.
 _TORCHSERVE_END = 3.0
+# From the signal to the end, at most.
+LONGEST_END = _NGINX_END + 2 * _TORCHSERVE_END
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -94,8 +98,7 @@ class Container:
     def _end(self, *, answer: bool) -> None:
         self._ready.unlink(missing_ok=True)
         _signal(self._nginx, signal.SIGQUIT if answer else signal.SIGTERM)
-        # nginx cuts what takes longer by itself.
-        _wait(lambda: not _lives(self._nginx), LONGEST_ANSWER + 5.0)
+        _wait(lambda: not _lives(self._nginx), _NGINX_END)
         _signal(self._java, signal.SIGTERM)
         _wait(lambda: not _lives(self._java), _TORCHSERVE_END)
         for process in psutil.Process().children(recursive=True):
