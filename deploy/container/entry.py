@@ -31,10 +31,12 @@ _POLL = 0.1
 _READINESS_INTERVAL = 1.0
 # nginx cuts what takes longer than an answer may, by itself.
 _NGINX_END = LONGEST_ANSWER + 5.0
-# Nothing is in its hands by then; the same for what must be killed after it.
-_TORCHSERVE_END = 3.0
+# Nothing is in its hands by then: it may write its log to the end. It would take 3 s for its workers.
+_TORCHSERVE_END = 1.0
+# Whoever is left is killed.
+_KILLED = 3.0
 # From the signal to the end, at most.
-LONGEST_END = _NGINX_END + 2 * _TORCHSERVE_END
+LONGEST_END = _NGINX_END + _TORCHSERVE_END + _KILLED
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -103,7 +105,7 @@ class Container:
         _wait(lambda: not _lives(self._java), _TORCHSERVE_END)
         for process in psutil.Process().children(recursive=True):
             _signal(process.pid, signal.SIGKILL)
-        _wait(lambda: not psutil.Process().children(), _TORCHSERVE_END)
+        _wait(lambda: not psutil.Process().children(), _KILLED)
 
 
 def _heaviest(serving: Serving) -> int:
