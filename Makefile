@@ -208,7 +208,7 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-lock: setup ## pin all packages anew, from the five requirements.in and the client's needs
+lock: setup ## pin all packages anew, from the requirements.in and the client's needs
 	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
@@ -216,6 +216,7 @@ lock: setup ## pin all packages anew, from the five requirements.in and the clie
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
 	@$(PIN) -c requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
+	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -31,7 +31,7 @@ _POLL = 0.1
 _READINESS_INTERVAL = 1.0
 # nginx cuts what takes longer than an answer may, by itself.
 _NGINX_END = LONGEST_ANSWER + 5.0
-# Nothing is in its hands by then: it may write its log to the end. It would take 3 s for its workers.
+# Nothing is in its hands by then: it may write its log to the end. Its workers would take it 3 s.
 _TORCHSERVE_END = 1.0
 # Whoever is left is killed.
 _KILLED = 3.0

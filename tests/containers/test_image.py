@@ -1,5 +1,6 @@
 """The image as it is built and as it runs: fenced in, asked, limited, flooded, and told to end."""
 
+import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,16 @@ def test_nothing_of_the_machine_that_built_it_is_in_it(engine: Engine, image: st
         size = f"wc -c < {path}"
         text = engine.run("run", "--rm", "--entrypoint=sh", "--user=0", image, "-c", size).stdout
         assert int(text) == 0, path
+
+
+def test_the_image_lists_its_packages(engine: Engine, image: str) -> None:
+    shown = engine.run("run", "--rm", "--entrypoint=cat", image, "/opt/densenet/sbom.json").stdout
+    listed = {part["name"]: part["version"] for part in json.loads(shown)["components"]}
+    freeze = ("/opt/venv/bin/pip", "list", "--format=json", "--disable-pip-version-check")
+    shown = engine.run("run", "--rm", f"--entrypoint={freeze[0]}", image, *freeze[1:]).stdout
+    installed = {package["name"]: package["version"] for package in json.loads(shown)}
+    assert len(installed) > 10
+    assert listed.items() >= installed.items()
 
 
 def test_a_fenced_container_answers(served: Container) -> None:
