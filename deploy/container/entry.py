@@ -20,8 +20,9 @@ import psutil
 
 from deploy.container.configuration import LONGEST_ANSWER, value_of, write_nginx, write_torchserve
 from deploy.container.limits import Limits, fitting
+from deploy.container.platforms import serving_on
 from deploy.container.ready import why_not_ready
-from deploy.container.serving import HERE, Refused, Serving, chosen
+from deploy.container.serving import HERE, Refused, Serving
 from scripts.serve.machine import WORKER_BYTES
 
 # Seconds.
@@ -54,6 +55,7 @@ class Container:
         self._java = _start_torchserve(
             write_torchserve(serving, limits, folder), serving, limits, folder
         )
+        self._grpc = None if serving.grpc_port is None else _start_grpc(serving)
 
     def _told_to_end(self, *_: object) -> None:
         self.ending = True
@@ -74,7 +76,8 @@ class Container:
         return 0
 
     def _processes(self) -> dict[str, int]:
-        return {"nginx": self._nginx, "TorchServe": self._java}
+        found = {"nginx": self._nginx, "TorchServe": self._java}
+        return found if self._grpc is None else {**found, "the gRPC server": self._grpc}
 
     def _note_readiness(self) -> None:
         now = time.monotonic()
@@ -91,6 +94,11 @@ class Container:
 
     def _end(self, *, answer: bool) -> None:
         self._ready.unlink(missing_ok=True)
+        if self._grpc is not None:
+            # It asks nginx, and answers what is in hand.
+            grpc = self._grpc
+            _signal(grpc, signal.SIGTERM if answer else signal.SIGKILL)
+            _wait(lambda: not _lives(grpc), LONGEST_ANSWER)
         _signal(self._nginx, signal.SIGQUIT if answer else signal.SIGTERM)
         # nginx cuts what takes longer by itself.
         _wait(lambda: not _lives(self._nginx), LONGEST_ANSWER + 5.0)
@@ -139,6 +147,14 @@ def _start_torchserve(config: Path, serving: Serving, limits: Limits, folder: Pa
     return int((folder / ".model_server.pid").read_text())
 
 
+def _start_grpc(serving: Serving) -> int:
+    ports = [str(serving.port), str(serving.grpc_port)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.container.grpc_server", *ports],
+        stdin=subprocess.DEVNULL,
+    ).pid
+
+
 def _adopt_orphans() -> None:
     """Java's launcher ends, and Java becomes this process's, where it is not the first one too."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -182,7 +198,7 @@ def _say(text: str) -> None:
 def main() -> int:
     """Serves until it is told to end; the container's exit status."""
     try:
-        serving = chosen(sys.argv[1:], os.environ)
+        serving = serving_on(sys.argv[1:], os.environ)
         limits = fitting(WORKER_BYTES, len(serving.archives), serving.workers)
     except Refused as error:
         _say(f"Error: {error}")

@@ -7,13 +7,14 @@ HTTP, with the limits, the readiness and the log of all other requests.
 """
 
 import json
-import os
 import re
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +26,6 @@ from deploy.container import open_inference_pb2 as messages
 from handler.settings import MAX_REQUEST_BYTES
 
 SERVICE = "inference.GRPCInferenceService"
-PORT = 9000
 
 # Each holds a message: twice 20 MB while it is read.
 _MOST_AT_ONCE = 16
@@ -64,24 +64,30 @@ class Calls:
         """Takes the port of the HTTP service, on this machine."""
         self._port = port
 
-    def ServerLive(self, _: Message, seconds: float) -> Message:
+    def server_live(self, _: Message, seconds: float) -> Message:
+        """Whether it answers at all, within so many seconds, as the others."""
         return messages.ServerLiveResponse(live=self._is("/v2/health/live", "live", seconds))
 
-    def ServerReady(self, _: Message, seconds: float) -> Message:
+    def server_ready(self, _: Message, seconds: float) -> Message:
+        """Whether each model has a worker that is ready."""
         return messages.ServerReadyResponse(ready=self._is("/v2/health/ready", "ready", seconds))
 
-    def ModelReady(self, request: Any, seconds: float) -> Message:
+    def model_ready(self, request: Any, seconds: float) -> Message:
+        """Whether a model has one."""
         path = f"{_model(request.name, request.version)}/ready"
         return messages.ModelReadyResponse(ready=self._is(path, "ready", seconds))
 
-    def ServerMetadata(self, _: Message, seconds: float) -> Message:
+    def server_metadata(self, _: Message, seconds: float) -> Message:
+        """What serves."""
         return messages.ServerMetadataResponse(**self._json("/v2", seconds))
 
-    def ModelMetadata(self, request: Any, seconds: float) -> Message:
+    def model_metadata(self, request: Any, seconds: float) -> Message:
+        """A model's tensors and version."""
         path = _model(request.name, request.version)
         return messages.ModelMetadataResponse(**self._json(path, seconds))
 
-    def ModelInfer(self, request: Any, seconds: float) -> Message:
+    def model_infer(self, request: Any, seconds: float) -> Message:
+        """Classifies pictures."""
         document, tensors = to_http(request)
         text = json.dumps(document).encode()
         headers = {
@@ -97,7 +103,7 @@ class Calls:
         try:
             return bool(self._json(path, seconds)[what])
         except Failed as error:
-            if error.status == 503:
+            if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
                 return False
             raise
 
@@ -124,7 +130,7 @@ class Calls:
             raise Failed(503, "The service cannot be asked just now. Ask again.") from error
         finally:
             connection.close()
-        if answer.status != 200:
+        if answer.status != HTTPStatus.OK:
             raise Failed(answer.status, _message(content))
         length = answer.headers.get(_JSON_LENGTH)
         return content, None if length is None else int(length)
@@ -236,10 +242,13 @@ def start(http_port: int, address: str) -> grpc.Server:
         ],
     )
     calls = Calls(http_port)
-    service = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     handlers = {
-        method.name: _handler(getattr(calls, method.name), method.input_type.name)
-        for method in service.methods
+        "ServerLive": _handler(calls.server_live, messages.ServerLiveRequest),
+        "ServerReady": _handler(calls.server_ready, messages.ServerReadyRequest),
+        "ModelReady": _handler(calls.model_ready, messages.ModelReadyRequest),
+        "ServerMetadata": _handler(calls.server_metadata, messages.ServerMetadataRequest),
+        "ModelMetadata": _handler(calls.model_metadata, messages.ModelMetadataRequest),
+        "ModelInfer": _handler(calls.model_infer, messages.ModelInferRequest),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     server.add_insecure_port(address)
@@ -247,7 +256,9 @@ def start(http_port: int, address: str) -> grpc.Server:
     return server
 
 
-def _handler(call: Callable[[Any, float], Message], request: str) -> grpc.RpcMethodHandler:
+def _handler(
+    call: Callable[[Any, float], Message], request: Any
+) -> "grpc.RpcMethodHandler[Any, Any]":
     def answer(message: Message, context: grpc.ServicerContext) -> Message:
         left = context.time_remaining()
         try:
@@ -257,17 +268,20 @@ def _handler(call: Callable[[Any, float], Message], request: str) -> grpc.RpcMet
 
     return grpc.unary_unary_rpc_method_handler(
         answer,
-        request_deserializer=getattr(messages, request).FromString,
+        request_deserializer=request.FromString,
         response_serializer=lambda message: message.SerializeToString(),
     )
 
 
 def main() -> None:
-    """Serves until SIGTERM, and answers what is in hand then."""
+    """Serves until SIGTERM, and answers what is in hand then.
+
+    The command line has the port of the HTTP service, and the port to listen on.
+    """
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    port = os.environ.get("GRPC_PORT", str(PORT))
-    server = start(int(os.environ.get("PORT", "8080")), f"[::]:{port}")
+    http_port, port = map(int, sys.argv[1:])
+    server = start(http_port, f"[::]:{port}")
     stop.wait()
     server.stop(_GRACE).wait()
 

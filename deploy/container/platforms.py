@@ -52,7 +52,7 @@ class Model:
     archive: Path
 
 
-def serving(
+def serving_on(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     kserve: Path = KSERVE,
@@ -94,9 +94,7 @@ def serving(
     )
 
 
-def _mounted(
-    vertex: Mapping[str, str], kserve: Path, sagemaker: Path | None
-) -> list[Model] | None:
+def _mounted(vertex: Mapping[str, str], kserve: Path, sagemaker: Path | None) -> list[Model] | None:
     if kserve.exists():
         return _kserve(kserve)
     if uri := vertex.get("AIP_STORAGE_URI"):

@@ -1,4 +1,4 @@
-"""Asks a server as KServe's or Triton's own client does; prints what it answered as one JSON object.
+"""Asks a server as KServe's or Triton's own client does, and prints what it answered as JSON.
 
 It runs in an environment of its own, see requirements.in beside it:
 
