@@ -130,7 +130,7 @@ def test_a_broken_configuration_is_refused_with_a_sentence(
 def test_a_broken_layout_is_refused_with_a_sentence(layout: Path) -> None:
     store = layout / "model-store"
     (store / "pets.mar").write_bytes(b"half an archive")
-    with pytest.raises(Refused, match="pets.mar is no model archive, or is cut off"):
+    with pytest.raises(Refused, match=r"pets\.mar is no model archive, or is cut off"):
         _on_kserve(layout)
     (store / "pets.mar").unlink()
     (store / "flowers.mar").unlink()
@@ -179,7 +179,7 @@ def test_vertex_ai_chooses_port_addresses_and_folder(tmp_path: Path) -> None:
 
 
 def test_vertex_ais_addresses_may_be_the_images_own() -> None:
-    """nginx refuses a location that is there twice."""
+    """A location that is there twice stops nginx."""
     serving = _on_vertex({"AIP_HEALTH_ROUTE": "/ping", "AIP_PREDICT_ROUTE": "/v2"})
     assert "location = /ping " not in serving.locations
     assert serving.locations.count("location = /v2 ") == 1
