@@ -207,6 +207,7 @@ lock: setup ## pin all packages anew, from the four requirements.in and the clie
 	for group in tests precision benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
+	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -64,7 +64,7 @@ def test_ping_is_true_only_when_a_worker_is_ready(
 _END_WORKERS = """
 import psutil
 for process in psutil.process_iter():
-    if any("model_service_worker" in part for part in process.cmdline()):
+    if any(part.endswith("model_service_worker.py") for part in process.cmdline()):
         process.kill()
 """
 
