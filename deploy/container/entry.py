@@ -31,7 +31,7 @@ from scripts.store import read_card
 _POLL = 0.1
 _READINESS_INTERVAL = 1.0
 # Nothing is in its hands by then.
-_TORCHSERVE_END = 5.0
+_TORCHSERVE_END = 3.0
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -210,8 +210,8 @@ def main() -> int:
         return 1
     _say(
         f"{', '.join(serving.models)} on port {serving.port}: {limits.workers} worker(s) each, "
-        f"{limits.threads} to {limits.max_threads} threads, {limits.queue} requests may wait, "
-        f"{limits.requests} at once, Java {limits.vmargs()}"
+        f"{limits.threads} to {limits.max_threads} threads, {limits.requests} requests at once, "
+        f"{limits.large} of them large, Java {limits.vmargs()}"
     )
     # What a container before left there, which Kubernetes keeps for the next one of the pod.
     folder = ready.folder()

@@ -101,9 +101,10 @@ def readiness(model: str | None = None) -> str:
 
 
 def passed_on(target: str) -> str:
-    """What is at another address of TorchServe's."""
+    """What is at another address of TorchServe's, within the limits of all requests."""
     return f"""
       limit_conn all @REQUESTS@;
+      limit_conn large @LARGE@;
       proxy_pass http://127.0.0.1:@TORCHSERVE_PORT@{target}$is_args$args;
 """
 

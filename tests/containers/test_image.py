@@ -38,7 +38,9 @@ def test_the_image_says_what_it_is(engine: Engine, image: str) -> None:
     assert not labels["created"].startswith("1970")
     assert config["User"] == "10001:10001"
     # docker and podman keep it in different places.
-    assert (found.get("HealthCheck") or config["Healthcheck"])["Test"][0] == "CMD"
+    assert (found.get("HealthCheck") or config.get("Healthcheck") or found)["Test"][0] == "CMD", (
+        found
+    )
 
 
 def test_nothing_of_the_machine_that_built_it_is_in_it(engine: Engine, image: str) -> None:
@@ -59,7 +61,7 @@ def test_a_fenced_container_answers(served: Container) -> None:
     assert answer.status == 200
     assert len(answer.json()["predictions"]) == 5
     assert served.execute("id", "-u").strip() == "10001"
-    with pytest.raises(Exception, match="[Rr]ead-only file system"):
+    with pytest.raises(Exception, match=r"[Rr]ead-only file system"):
         served.execute("touch", "/opt/densenet/file")
     assert served.ask("/metrics", port=8082).status == 200
     assert served.ask("/live").status == 200

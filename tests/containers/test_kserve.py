@@ -13,7 +13,7 @@ import pytest
 
 from deploy.container import open_inference_pb2 as messages
 from scripts.container.engine import Engine
-from scripts.samples import sample_photographs
+from scripts.samples import CAT
 from scripts.serve.management import poll
 from tests.containers.mounts import OTHER, other_archive, readable
 from tests.containers.running import FENCED, Container, container
@@ -38,12 +38,10 @@ model_snapshot={"name": "startup.cfg", "modelCount": 1, "models": {"cats": {"1.0
 """
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def picture() -> Path:
     """A photograph; larger than the mounted configuration would let in."""
-    path = tmp_path_factory.mktemp("pictures") / "photo.jpg"
-    path.write_bytes(next(iter(sample_photographs())))
-    return path
+    return CAT
 
 
 @pytest.fixture(scope="module")
