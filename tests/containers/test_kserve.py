@@ -80,8 +80,10 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uv, python = Path(sys.executable).with_name("uv"), folder / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     lock = CLIENTS / "requirements.lock"
-    options = ["--quiet", "--python", python, "--require-hashes", "-r", lock]
-    subprocess.run([uv, "pip", "install", *options], check=True)
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--python", python, "--require-hashes", "-r", lock],
+        check=True,
+    )
     return python
 
 
@@ -231,8 +233,9 @@ def test_of_torchserves_own_grpc_nothing_can_be_reached(pod: Container) -> None:
             "org.pytorch.serve.grpc.openinference.GRPCInferenceService/ModelInfer",
             "org.pytorch.serve.grpc.management.ManagementAPIsService/ListModels",
         ):
+            call: Any = channel.unary_unary(f"/{name}")
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary(f"/{name}")(b"", timeout=30)
+                call(b"", timeout=30)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED, name
 
 
@@ -241,6 +244,7 @@ def test_a_message_over_grpc_is_bounded_as_a_body_is(pod: Container) -> None:
     request.inputs.add(name="images", datatype="BYTES", shape=[1])
     call = "/inference.GRPCInferenceService/ModelInfer"
     with grpc.insecure_channel(f"127.0.0.1:{pod.ports[GRPC_PORT]}") as channel:
+        infer: Any = channel.unary_unary(call, lambda message: message.SerializeToString())
         for size, status in (
             # nginx's bound, which counts the JSON too, and that of a message.
             (20 << 20, grpc.StatusCode.INVALID_ARGUMENT),
@@ -248,7 +252,7 @@ def test_a_message_over_grpc_is_bounded_as_a_body_is(pod: Container) -> None:
         ):
             request.raw_input_contents[:] = [bytes(size)]
             with pytest.raises(grpc.RpcError) as refused:
-                channel.unary_unary(call)(request.SerializeToString(), timeout=60)
+                infer(request, timeout=60)
             assert refused.value.code() is status
     assert pod.ready()
 

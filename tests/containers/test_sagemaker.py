@@ -12,6 +12,8 @@ from tests.containers.mounts import OTHER, other_archive, readable
 from tests.containers.running import FENCED, READY_TIMEOUT, Container, container
 
 MOUNT = "/opt/ml/model"
+# SageMaker's, and KServe's, which are there too.
+HEALTH = ("/ping", "/v2/health/ready", "/v1/models/pets", "/v2/models/pets/ready")
 
 
 def _check_contract(running: Container) -> None:
@@ -52,11 +54,12 @@ def test_ping_is_true_only_when_a_worker_is_ready(
         assert poll(ready, READY_TIMEOUT), running.logs()
         # nginx answers long before a worker can.
         assert seen - {None} == {503, 200}
+        assert all(running.status(path) == 200 for path in HEALTH)
         _check_contract(running)
 
         def unhealthy_without_workers() -> bool:
             running.execute("python", "-c", _END_WORKERS)  # TorchServe starts others at once
-            return running.status("/ping") == 503
+            return all(running.status(path) == 503 for path in HEALTH)
 
         assert poll(unhealthy_without_workers, 60), running.logs()
 

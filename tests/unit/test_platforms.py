@@ -12,9 +12,10 @@ import pytest
 
 from deploy.container import open_inference, platforms
 from deploy.container import open_inference_pb2 as messages
-from deploy.container.grpc_server import Failed, to_http
+from deploy.container.grpc_server import Calls, Failed, to_http
 from deploy.container.serving import Refused, Serving
 from handler import kserve
+from scripts.serve.running import unused_ports
 
 NOWHERE = Path("/nowhere")
 SNAPSHOT = '{"models": {"cats": {"1.0": {"marName": "pets.mar", "minWorkers": 1}}}}'
@@ -237,6 +238,15 @@ def test_tensors_may_be_in_contents_too() -> None:
         {"binary_data_size": 11},
         {"binary_data_size": 2},
     ]
+
+
+def test_over_grpc_nobody_is_ready_where_nobody_answers() -> None:
+    (port,) = unused_ports(1)
+    calls = Calls(port)
+    assert calls.server_ready(messages.ServerReadyRequest(), 5.0) == messages.ServerReadyResponse()
+    with pytest.raises(Failed, match="cannot be asked") as failed:
+        calls.model_infer(messages.ModelInferRequest(model_name="m"), 5.0)
+    assert failed.value.status == 503
 
 
 def test_tensors_that_hold_no_pictures_are_refused() -> None:
