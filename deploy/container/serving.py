@@ -9,6 +9,7 @@ HERE = Path(__file__).resolve().parent
 # The image's own archives.
 MODEL_STORE = HERE.parents[1] / "model_store"
 _LARGEST_PORT = 65535
+_GRPC_PORT = 9000
 
 
 class Refused(Exception):  # noqa: N818
@@ -20,8 +21,10 @@ class Serving:
     """What is served, and where.
 
     Attributes:
-        archives: one or more `.mar` files of one folder.
+        archives: one or more `.mar` files of one folder, or folders with the content of one.
+        names: of their models, where those are not called as their files.
         port: where nginx listens for requests, on all addresses.
+        grpc_port: where KServe's gRPC listens, on all addresses; None where it does not.
         workers: for each model; None for as many as the container's limits hold.
         properties: lines of TorchServe's configuration, which count before those of the image.
         locations: nginx's locations beside the image's own, as text.
@@ -29,7 +32,9 @@ class Serving:
     """
 
     archives: tuple[Path, ...]
+    names: tuple[str, ...] = ()
     port: int = 8080
+    grpc_port: int | None = None
     workers: int | None = None
     properties: Mapping[str, str] = dataclasses.field(default_factory=dict)
     locations: str = ""
@@ -43,7 +48,7 @@ class Serving:
     @property
     def models(self) -> tuple[str, ...]:
         """Their names; the first one is meant where a request names none."""
-        return tuple(archive.stem for archive in self.archives)
+        return self.names or tuple(archive.stem for archive in self.archives)
 
 
 def chosen(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
@@ -51,7 +56,7 @@ def chosen(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
 
     Args:
         arguments: what stands behind the image's name on the command line.
-        environment: `PORT` and `WORKERS` of it.
+        environment: `PORT`, `WORKERS`, `GRPC` and `GRPC_PORT` of it.
 
     Raises:
         Refused: an argument or a variable cannot be used, or there is no archive.
@@ -61,8 +66,17 @@ def chosen(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
     return Serving(
         archives=archives_in(MODEL_STORE),
         port=_number(environment, "PORT", _LARGEST_PORT) or Serving.port,
+        grpc_port=_grpc_port(environment),
         workers=_number(environment, "WORKERS", 1024),
     )
+
+
+def _grpc_port(environment: Mapping[str, str]) -> int | None:
+    wanted = environment.get("GRPC", "off")
+    if wanted not in {"on", "off"}:
+        raise Refused(f"GRPC must be on or off, got {wanted[:100]!r}.")
+    port = _number(environment, "GRPC_PORT", _LARGEST_PORT) or _GRPC_PORT
+    return port if wanted == "on" else None
 
 
 def archives_in(folder: Path) -> tuple[Path, ...]:

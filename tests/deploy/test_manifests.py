@@ -55,6 +55,7 @@ def test_a_manifest_fits_kubernetes_and_a_mistake_in_it_does_not(name: str) -> N
 KSERVE_MISTAKES: dict[str, Mistake] = {
     "runtime": lambda m: m["spec"]["supportedModelFormats"][0].update(autoselect=True),
     "inference-service": lambda m: m["spec"]["predictor"]["model"].pop("modelFormat"),
+    "inference-service-grpc": lambda m: m["spec"]["predictor"].update(replicas=2),
 }
 
 
