@@ -15,10 +15,9 @@
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
-#:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number, or a file of
-#:                      them, one a class
-#:  LABELS=file         what each picture shows, for make evaluate of such a model; MIN_PRECISION=share
-#:                      of a class's labels that must be right, or else the best F-score counts
+#:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number or file
+#:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
+#:                      labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side, or to pack into an image
 #:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
 #:  MODEL=name          which of several models
