@@ -18,7 +18,8 @@
 #:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number or file
 #:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
 #:                      labels that must be right, or else the best F-score counts
-#:  MODELS="a b"        which archives to start, side by side
+#:  MODELS="a b"        which archives to start, side by side, or to pack into an image
+#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
@@ -42,6 +43,7 @@ serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GR
 variables-run := $(packing) $(serving)
 variables-archive := $(packing)
 variables-start := MODELS $(serving)
+variables-image := MODELS TAG BASE
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
@@ -63,7 +65,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -106,6 +108,9 @@ archive: setup $(with-precision) ## build an archive, with trained weights only
 ##@ Production
 start: setup ## serve archives, with trained weights only
 	@$(VENV_PYTHON) -m scripts.serve.commands start
+
+image: setup ## an image of an archive, built with docker or podman
+	@$(VENV_PYTHON) -m scripts.container.image
 
 gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
@@ -172,6 +177,9 @@ gateway-cost: setup ## what the gateway costs, and what two nodes give
 flood: setup ## 200 uploads of 19 MB at once, within the memory of a pod
 	@$(VENV_PYTHON) -m benchmarks.flood
 
+bench-containers: setup ## the image: size, start, memory, a flood, its end, some minutes
+	@$(VENV_PYTHON) -m benchmarks.containers
+
 soak: setup ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m benchmarks.soak
 
@@ -209,13 +217,16 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-lock: setup ## pin all packages anew, from the four requirements.in and the client's needs
+lock: setup ## pin all packages anew, from the requirements.in and the client's needs
 	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
 	for group in tests precision benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
+	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
+	@$(PIN) -c requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
+	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -32,11 +32,11 @@ FOLDER, RANDOM = Path("build/trained"), Path("build/random")
 LEAST_ACCURACY = 0.95
 SEED = 3
 
+# Those whose parts show what the whole is, as no background of a portrait does.
 _PHOTOGRAPHS = {
     Path(skimage.__file__).parent / "data": (
-        *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png"),
-        *("grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png"),
-        *("motorcycle_left.png", "retina.jpg", "rocket.jpg"),
+        *("brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+        *("hubble_deep_field.jpg", "ihc.png", "moon.png", "retina.jpg", "rocket.jpg"),
     ),
     Path(sklearn.__file__).parent / "datasets/images": ("china.jpg", "flower.jpg"),
 }
@@ -51,11 +51,12 @@ _LEFT_BY_TURN = 0.8
 _LEAST_CONTRAST = 12
 _SIDE = 255
 
-_TRAIN, _TEST = 120, 60  # pictures a class
+_TRAIN, _TEST = 240, 60  # pictures a class
 _BATCH = 32
 _LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 0.05
 # Sides to train at, and how often with all pictures: small ones take a part of the time.
-_STAGES = ((64, 7), (112, 3), (224, 1))
+_STAGES = ((64, 4), (112, 4), (224, 1))
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -129,7 +130,9 @@ def train(folder: Path) -> nn.Module:
         memory_format=torch.channels_last
     )
     batches = len(images) // _BATCH
-    optimizer = torch.optim.Adam(model.parameters(), _LEARNING_RATE / 3)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), _LEARNING_RATE / 3, weight_decay=_WEIGHT_DECAY
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _LEARNING_RATE, total_steps=batches * sum(times for _, times in _STAGES)
     )
@@ -140,7 +143,7 @@ def train(folder: Path) -> nn.Module:
             for chosen in track(order, f"{side} pixels, epoch {epoch}", console=console):
                 optimizer.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16):
-                    logits = model(_normalized(images[chosen], side))
+                    logits = model(_turned(_normalized(images[chosen], side)))
                 loss = nn.functional.cross_entropy(logits.float(), classes[chosen])
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -159,6 +162,12 @@ def _normalized(images: torch.Tensor, side: int) -> torch.Tensor:
     if side != preprocessing.crop:
         result = nn.functional.interpolate(result, (side, side), mode="bilinear", antialias=True)
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def _turned(inputs: torch.Tensor) -> torch.Tensor:
+    """A batch, mirrored and on its head as it happens."""
+    dimensions = [dimension for dimension in (2, 3) if torch.rand(()) < 0.5]  # noqa: PLR2004
+    return inputs.flip(dimensions)
 
 
 @torch.inference_mode()

@@ -53,7 +53,8 @@ class DenseNetHandler:
     def initialize(self, context: Context) -> None:
         """Loads the archive's parts; raises `ArchiveError` where one is missing or malformed."""
         model_dir = Path(context.system_properties["model_dir"])
-        self.manifest = context.manifest
+        # As it is served, which may be another name than the archive's.
+        self.served_as = (context.model_name, context.manifest["model"]["modelVersion"])
         self.batch_size = int(context.system_properties["batch_size"])
         self.settings = Settings.from_model_config(context.model_yaml_config)
         self.card = ModelCard.load(model_dir / MODEL_CARD)
@@ -79,8 +80,7 @@ class DenseNetHandler:
             if self.card.features
             else None
         )
-        model = self.manifest["model"]["modelName"]
-        self.page = load_page(PAGE, self.card, self.settings, self.labels, model)
+        self.page = load_page(PAGE, self.card, self.settings, self.labels, self.served_as[0])
         self._warm_up()
         self.metrics = Metrics(context, self.card, self.engine.precision)
         # Not before: what loading took must go back.
@@ -250,9 +250,7 @@ class DenseNetHandler:
             if request.as_picture:
                 content = explain.heat_picture(image.photo, activation)
                 return responses.picture(content, label, index, probability)
-        model = self.manifest["model"]
-        names = model["modelName"], model["modelVersion"]
-        return responses.collect(request, names, self._warning())
+        return responses.collect(request, self.served_as, self._warning())
 
     def _json(self, body: Body) -> Response:
         return responses.encode({**body, **self._warning()})
@@ -271,7 +269,7 @@ class DenseNetHandler:
         context.set_response_header(
             index, "x-model-weights", "trained" if self.card.trained else "untrained"
         )
-        context.set_response_header(index, "x-model-name", self.manifest["model"]["modelName"])
+        context.set_response_header(index, "x-model-name", self.served_as[0])
         context.set_response_header(index, "x-model-version", self.metrics.model_version)
         context.set_response_header(index, "x-model-precision", self.engine.precision)
         if self.card.multilabel:

@@ -27,10 +27,11 @@ GROUPS = {
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
+    "clients": ("tests/clients/requirements.lock",),
 }
 
 # Packages of pure Python without a wheel.
-SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "benchmarks": ()}
+SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "benchmarks": (), "clients": ()}
 
 
 def platform_of(group: str, platform: str) -> str:
@@ -41,7 +42,11 @@ def platform_of(group: str, platform: str) -> str:
 
 
 def compiled(group: str, platform: str, python: str) -> tuple[str, ...]:
-    """Packages that must be compiled: gevent, of the load generator, on a Mac's older Pythons."""
+    """Packages that must be compiled: gevent, of the load generator and of Triton's client, on a
+    Mac's older Pythons; on ARM64 also the older psutil that KServe's client needs.
+    """
+    if group == "clients" and platform != "Linux x86-64":
+        return ("gevent", "psutil")
     older = python in {"3.10", "3.11"}
     return ("gevent",) if (group, platform) == ("benchmarks", "macOS ARM64") and older else ()
 

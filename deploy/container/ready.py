@@ -1,8 +1,10 @@
-"""Exits 0 if a worker is ready, for probes; TorchServe's own /ping is Healthy while none is.
+"""Whether the container is ready: a worker of each model is, and it was not told to end.
 
-Uses the standard library only, and asks the management API, which nobody outside the container
-can reach. That one goes on to call a worker READY that ended behind its back, so the worker's
-process must be there too.
+TorchServe's own /ping is Healthy while no worker is ready. Its management API knows more, but goes
+on to call a worker READY that ended behind its back, so the worker's process must be there too.
+
+As a command it exits 0 if the first process found it so, for probes that run a program; others ask
+/ping. Uses the standard library only.
 """
 
 import json
@@ -10,21 +12,49 @@ import os
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-_URL = "http://127.0.0.1:{}/models/densenet121"
+_URL = "http://127.0.0.1:{}/models{}"
 _SECONDS = 3.0
 
 
+def folder() -> Path:
+    """Where the first process keeps all that it writes."""
+    return Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"  # noqa: S108
+
+
+def note() -> Path:
+    """A file that is there while the container is ready."""
+    return folder() / "ready"
+
+
 def main() -> None:
-    """Asks once."""
-    url = _URL.format(os.environ.get("MANAGEMENT_PORT", "8081"))
+    """Looks once."""
+    if not note().exists():
+        sys.exit("not ready")
+
+
+def why_not_ready() -> str | None:
+    """None where every model has a worker that is ready."""
     try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # it is http
-            workers = json.load(answer)[0]["workers"]
+        models = [model["modelName"] for model in _asked("")["models"]]
+        without = [model for model in models if not _serves(model)]
     except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"not ready: {error}")
-    if not any(worker["status"] == "READY" and _lives(worker["pid"]) for worker in workers):
-        sys.exit("not ready: no worker is")
+        return str(error)
+    if without or not models:
+        return f"no worker is ready for {', '.join(without)}" if without else "no model is there"
+    return None
+
+
+def _serves(model: str) -> bool:
+    workers = _asked(f"/{model}")[0]["workers"]
+    return any(worker["status"] == "READY" and _lives(worker["pid"]) for worker in workers)
+
+
+def _asked(path: str) -> Any:
+    url = _URL.format(os.environ.get("MANAGEMENT_PORT", "8081"), path)
+    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # it is http
+        return json.load(answer)
 
 
 def _lives(pid: int) -> bool:

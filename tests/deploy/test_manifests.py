@@ -12,15 +12,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from deploy.container import entry, limits
 from handler.settings import ADDED_BYTES, DECODING_BYTES
 from scripts.serve.machine import FRONTEND_BYTES, WORKER_BYTES
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")
 VERSION = "1.30"
-# Seconds: more than a full batch of the most costly pictures takes.
-LONGEST_ANSWER = 20
-
 Manifest = dict[str, Any]
 Mistake = Callable[[Manifest], None]
 
@@ -57,6 +55,7 @@ def test_a_manifest_fits_kubernetes_and_a_mistake_in_it_does_not(name: str) -> N
 KSERVE_MISTAKES: dict[str, Mistake] = {
     "runtime": lambda m: m["spec"]["supportedModelFormats"][0].update(autoselect=True),
     "inference-service": lambda m: m["spec"]["predictor"]["model"].pop("modelFormat"),
+    "inference-service-grpc": lambda m: m["spec"]["predictor"].update(replicas=2),
 }
 
 
@@ -128,22 +127,20 @@ def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
     assert not any("prometheus.io" in name for name in template["metadata"].get("annotations", {}))
 
 
-def test_a_pod_asks_for_as_many_cpus_as_threads_compute() -> None:
-    properties = dict(
-        line.split("=", 1)
-        for line in Path("deploy/container/config.properties").read_text().splitlines()
-        if line and not line.startswith("#")
-    )
-    dockerfile = Path("deploy/container/Dockerfile").read_text()
-    assert "OMP_NUM_THREADS=1" in dockerfile
-    for pod in (
-        _container(_load(KUBERNETES / "deployment.yaml")),
-        _load(Path("deploy/kserve/runtime.yaml"))["spec"]["containers"][0],
-    ):
-        resources = pod["resources"]
-        cpus = properties["default_workers_per_model"]
-        assert resources["requests"]["cpu"] == resources["limits"]["cpu"] == cpus
-        assert f"MAX_THREADS={cpus}" in dockerfile
+@pytest.mark.parametrize(
+    "path", [KUBERNETES / "deployment.yaml", Path("deploy/kserve/runtime.yaml")]
+)
+def test_a_pod_has_a_cpu_for_each_thread_that_computes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = _load(path)["spec"]
+    (container,) = spec.get("template", {"spec": spec})["spec"]["containers"]
+    asked, limited = (container["resources"][kind]["cpu"] for kind in ("requests", "limits"))
+    (memory,) = _limits(path)
+    monkeypatch.setattr("joblib.cpu_count", lambda: int(limited))
+    monkeypatch.setattr(limits, "most_memory", lambda: int(memory))
+    found = limits.fitting(WORKER_BYTES)
+    assert asked == limited == str(found.workers * found.threads)
 
 
 def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
@@ -152,7 +149,7 @@ def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
         "exec"
     ]["command"]
     assert command == "sleep"
-    assert LONGEST_ANSWER <= int(seconds) < pod["terminationGracePeriodSeconds"]
+    assert int(seconds) + entry.LONGEST_END < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_dashboard_is_json_that_grafana_takes() -> None:
