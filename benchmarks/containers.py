@@ -25,13 +25,13 @@ from scripts.serve.management import poll
 from scripts.terminal import command, step
 
 PREDICT = "/predictions/densenet121"
-STARTS = 3
+STARTS = 2
 IN_HAND = 16
-UPLOADS = 200
+UPLOADS = 120
 UPLOAD_BYTES = 19_000_000
 COSTLY_TIMES = 4
 CLIENTS = 8
-REQUESTS = 200
+REQUESTS = 100
 _IMAGE = "localhost/densenet-measured"
 
 _HOW = (
