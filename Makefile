@@ -20,6 +20,7 @@
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
+#:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
 #:  NODE=name           which node
 #:  ARCHIVE=file        the new archive; AGREEMENT=share of samples that must stay
 #:  TEST_OPTIONS=...    options for pytest, such as --require-browser
@@ -43,7 +44,7 @@ variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-evaluate := IMAGES MODEL
 variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
-	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT
+	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT UPSTREAMS
 variables-drain := NODE
 variables-undrain := NODE
 variables-replace := NODE
@@ -101,7 +102,7 @@ archive: setup $(with-precision) ## build an archive, with trained weights only
 start: setup ## serve archives, with trained weights only
 	@$(VENV_PYTHON) -m scripts.serve.commands start
 
-gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
+gateway: setup ## on one machine: nginx before the server of make run, or NODES=2 of its own
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
 
 gateway-status: setup ## show the nodes behind the gateway
