@@ -18,6 +18,7 @@ _LARGEST_PORT = 65535
 # Failed looks after which the watch takes a node out; one that nobody has asked yet is out.
 _UNKNOWN = 2
 _CONNECT_TIMEOUT = 2.0
+_PING_TIMEOUT = 5.0
 # Seconds without a failed question after which a node counts as steady.
 _STEADY = 3.0
 
@@ -68,7 +69,8 @@ def _node(host: str, port: int, model: str) -> Node:
 class Answers:
     """What the answers of such a node say of it; beside `scripts.gateway.health.Health`.
 
-    The question is the page, which a worker answers without looking at a picture.
+    First `/ping`, by which the image says that a worker is ready, TorchServe that its frontend
+    lives; then the page, which a worker answers without looking at a picture.
 
     Attributes:
         failures: looks after which it did not seem able to answer, one after the other.
@@ -81,7 +83,8 @@ class Answers:
         self.failures = _UNKNOWN
         self.ready = False
         self.ended: tuple[float, bool] | None = None
-        self._url = f"http://{node.address}/predictions/{Path(node.archive).stem}"
+        self._ping = f"http://{node.address}/ping"
+        self._page = f"http://{node.address}/predictions/{Path(node.archive).stem}"
         self._asked: _Question | None = None
         self._answered = self._failed = float("-inf")
 
@@ -102,11 +105,11 @@ class Answers:
                 self.failures, self._answered = 0, now
             else:
                 self.failures, self._failed = self.failures + 1, now
-            # One that refuses work may be full; one that cannot be reached can answer nothing.
+            # One that refuses a page may be full; one that gives no ping can answer nothing.
             self.ready = asked.said != "lost" and now - self._answered < STUCK
             asked = None
         if asked is None:
-            self._asked = _Question(self._url)
+            self._asked = _Question(self._ping, self._page)
         elif now - asked.since >= STUCK:
             self.failures, self._failed, self.ready = self.failures + 1, now, False
         return ""
@@ -115,19 +118,22 @@ class Answers:
 class _Question:
     """A request on its way in a thread of its own; `said` is None until it is over."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, ping: str, page: str) -> None:
         self.since = time.monotonic()
         self.said: str | None = None
-        self._url = url
+        self._ping, self._page = ping, page
         threading.Thread(target=self._ask, daemon=True).start()
 
     def _ask(self) -> None:
         try:
-            answer = requests.get(
-                self._url, headers={"Accept": "text/html"}, timeout=(_CONNECT_TIMEOUT, 2 * STUCK)
-            )
+            if _fails(self._ping, _PING_TIMEOUT):
+                self.said = "lost"
+            else:
+                self.said = "refused" if _fails(self._page, 2 * STUCK) else "answered"
         except requests.RequestException:
             self.said = "lost"
-        else:
-            failed = answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
-            self.said = "refused" if failed else "answered"
+
+
+def _fails(url: str, seconds: float) -> bool:
+    answer = requests.get(url, headers={"Accept": "text/html"}, timeout=(_CONNECT_TIMEOUT, seconds))
+    return answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
