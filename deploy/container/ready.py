@@ -1,8 +1,8 @@
-"""Exits 0 if a worker is ready, for probes; TorchServe's own /ping is Healthy while none is.
+"""Whether a worker of each model is ready; TorchServe's own /ping is Healthy while none is.
 
-Uses the standard library only, and asks the management API, which nobody outside the container
-can reach. That one goes on to call a worker READY that ended behind its back, so the worker's
-process must be there too.
+As a command it exits 0 if so, for probes. It asks the management API, which nobody outside the
+container can reach. That one goes on to call a worker READY that ended behind its back, so the
+worker's process must be there too. Uses the standard library only.
 """
 
 import json
@@ -10,21 +10,40 @@ import os
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-_URL = "http://127.0.0.1:{}/models/densenet121"
+_URL = "http://127.0.0.1:{}/models{}"
 _SECONDS = 3.0
 
 
 def main() -> None:
     """Asks once."""
-    url = _URL.format(os.environ.get("MANAGEMENT_PORT", "8081"))
+    reason = why_not_ready()
+    if reason is not None:
+        sys.exit(f"not ready: {reason}")
+
+
+def why_not_ready() -> str | None:
+    """None where every model has a worker that is ready."""
     try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # it is http
-            workers = json.load(answer)[0]["workers"]
+        models = [model["modelName"] for model in _asked("")["models"]]
+        without = [model for model in models if not _serves(model)]
     except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"not ready: {error}")
-    if not any(worker["status"] == "READY" and _lives(worker["pid"]) for worker in workers):
-        sys.exit("not ready: no worker is")
+        return str(error)
+    if without or not models:
+        return f"no worker is for {', '.join(without)}" if without else "no model is there"
+    return None
+
+
+def _serves(model: str) -> bool:
+    workers = _asked(f"/{model}")[0]["workers"]
+    return any(worker["status"] == "READY" and _lives(worker["pid"]) for worker in workers)
+
+
+def _asked(path: str) -> Any:
+    url = _URL.format(os.environ.get("MANAGEMENT_PORT", "8081"), path)
+    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # it is http
+        return json.load(answer)
 
 
 def _lives(pid: int) -> bool:

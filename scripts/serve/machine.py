@@ -1,6 +1,7 @@
 """How many workers and threads suit this machine."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import joblib
 import psutil
@@ -18,6 +19,14 @@ FRONTEND_BYTES = (6 << 30) + 300_000_000
 
 # Of the memory that is free, so much may be taken.
 _MEMORY_SHARE = 0.75
+# Where the kernel says how much a container may take and takes, in each version of cgroups; and what
+# of that are files, which give way.
+_CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+_CGROUP = Path("/sys/fs/cgroup")
+
 # More workers than CPUs gain nothing; far more only wait for one another.
 _MOST_WORKERS_A_CPU = 4
 
@@ -92,8 +101,35 @@ def most_workers(models: int = 1, ending: int = 0, each: int = WORKER_BYTES) -> 
     )
 
 
+def most_memory() -> int:
+    """Bytes that may be taken here: what a container is limited to; without a limit the usual
+    share of what is free.
+    """
+    total = int(psutil.virtual_memory().total)
+    found = _container_memory()
+    if found is None or found[0] >= total:
+        return int(_available() * _MEMORY_SHARE)
+    return found[0]
+
+
 def _available() -> int:
-    return int(psutil.virtual_memory().available)
+    machine = int(psutil.virtual_memory().available)
+    found = _container_memory()
+    return machine if found is None else max(0, min(machine, found[0] - found[1]))
+
+
+def _container_memory() -> tuple[int, int] | None:
+    """The container's limit and what is taken of it, in bytes; None where there is no limit."""
+    for limit, usage, given_back in _CGROUPS:
+        path = _CGROUP / limit
+        try:
+            most, taken = int(path.read_text()), int((_CGROUP / usage).read_text())
+            statistics = path.with_name("memory.stat").read_text().split()
+            files = int(statistics[statistics.index(given_back) + 1])
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+        return most, taken - files
+    return None
 
 
 def _fit_in_memory(available: int, each: int) -> int:

@@ -1,0 +1,1 @@
+"""What a cluster or a container engine takes: images, manifests, monitoring."""

@@ -1,0 +1,174 @@
+"""`make image`: an image of archives, built with docker or podman."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scripts.container.base import debian_base, engine_options
+from scripts.container.engine import Engine, require_engine, scratch
+from scripts.serve.preflight import check_archives
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
+from scripts.terminal import UserError, command, step
+
+DOCKERFILE = Path("deploy/container/Dockerfile")
+NAME = "densenet-torchserve"
+VERSION = "1.0.0"
+# The packages of the image, and of others where an archive needs them.
+_LOCK = "deploy/container/requirements.lock"
+_LOCK_OF_TORCH = "requirements.lock"
+_LOCK_OF_PRECISION = "precision/requirements.lock"
+
+
+def build_image(engine: Engine, archives: Sequence[Path], tag: str, base: str | None = None) -> str:
+    """Builds the image of these archives.
+
+    Args:
+        engine: docker or podman.
+        archives: `.mar` files; each is served under its name.
+        tag: the image's name and tag.
+        base: another base than the Dockerfile's.
+
+    Returns:
+        The image's id.
+
+    Raises:
+        UserError: the build failed, with the last it said.
+    """
+    with scratch() as name:
+        folder = Path(name)
+        context = folder / "context"
+        _copy_context(context, archives)
+        options = [
+            f"--build-arg={key}={value}" for key, value in _arguments(archives, base).items()
+        ]
+        with _pip_secrets(folder) as secrets:
+            done = engine.tried(
+                "build",
+                *engine_options(engine),
+                *secrets,
+                *options,
+                *("-f", str(context / DOCKERFILE), "-t", tag, str(context)),
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode != 0:
+            raise UserError(f"The image could not be built. {done.stdout.strip()[-3000:]}")
+    return str(engine.inspect("image", tag)["Id"])
+
+
+def _copy_context(context: Path, archives: Sequence[Path]) -> None:
+    """What `.dockerignore` lets into the image, with these archives."""
+    for line in Path(".dockerignore").read_text().splitlines():
+        if not line.startswith("!") or line.startswith("!model_store"):
+            continue
+        source = Path(line[1:])
+        (context / source).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, context / source, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, context / source)
+    (context / "model_store").mkdir()
+    for archive in archives:
+        shutil.copy(archive, context / "model_store")
+
+
+def _arguments(archives: Sequence[Path], base: str | None) -> dict[str, str]:
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    arguments = {
+        "VERSION": VERSION,
+        "REVISION": revision or "unknown",
+        "CREATED": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "LOCKS": " ".join(_locks(archives)),
+    }
+    return arguments | ({"BASE": base} if base else {})
+
+
+def _locks(archives: Sequence[Path]) -> list[str]:
+    """The packages that these archives' workers need."""
+    locks = [_LOCK]
+    for archive in archives:
+        card = read_card(archive)
+        if card is not None and card.precision != "float32":
+            locks.append(_LOCK_OF_PRECISION)
+        with zipfile.ZipFile(archive) as content:
+            if any(name.endswith(".pth") for name in content.namelist()):
+                locks.insert(0, _LOCK_OF_TORCH)
+    return list(dict.fromkeys(locks))
+
+
+@contextmanager
+def _pip_secrets(folder: Path) -> Iterator[list[str]]:
+    """This machine's index and certificates for pip, for the time of the build only."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    found = configparser.ConfigParser(interpolation=None)
+    found["global"] = {}
+    for line in listed.splitlines():
+        key, _, value = line.partition("=")
+        found["global"][key.rpartition(".")[2].lower()] = value.strip("'\"")
+    certificates = found["global"].get("cert")
+    options = []
+    if certificates and os.access(certificates, os.R_OK):
+        found["global"]["cert"] = "/run/ca.crt"
+        options.append(f"--secret=id=ca,src={certificates}")
+    # Folders of this machine.
+    found.remove_option("global", "find-links")
+    extra = found["global"].get("extra-index-url", "").split()
+    found["global"]["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))
+    config = folder / "pip.conf"
+    config.touch(mode=0o600)
+    with config.open("w") as file:
+        found.write(file)
+    yield [*options, f"--secret=id=pip,src={config}"]
+    config.unlink()
+
+
+def size_of(engine: Engine, tag: str) -> int:
+    """Bytes of the image's layers together."""
+    return int(engine.inspect("image", tag)["Size"])
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Names of archives.")] = DEFAULT_ARCHITECTURE,
+    tag: Annotated[str, typer.Option(help="Name and tag of the image.")] = f"{NAME}:{VERSION}",
+    base: Annotated[
+        str | None, typer.Option(help="Another base; debian: of Debian's packages, made here.")
+    ] = None,
+) -> None:
+    """Builds the image of archives, with trained weights only; prints its size and digest."""
+    archives = [MODEL_STORE / f"{name}.mar" for name in models.replace(",", " ").split()]
+    check_archives(archives)
+    for archive in archives:
+        card = read_card(archive)
+        if card is not None and not card.trained:
+            raise UserError(
+                f"{archive} holds untrained random weights. Build it with trained ones."
+            )
+    engine = require_engine()
+    if base == "debian":
+        base = debian_base(engine)
+    step(f"Image: {engine.program} builds {tag}, which takes minutes ...")
+    image = build_image(engine, archives, tag, base)
+    step(f"Image: {tag}, {size_of(engine, tag) / 1e6:.0f} MB, {image}")
+
+
+if __name__ == "__main__":
+    command(main)
