@@ -93,7 +93,7 @@ class Pods:
             *("kube", "play", "--network", f"{NETWORK}:alias={NODES}", str(manifest)),
             timeout=_PATIENCE,
         )
-        pod = Pod(f"densenet-{name}-pod", f"densenet-{name}-pod-torchserve")
+        pod = Pod(f"densenet-{name}-pod-0", f"densenet-{name}-pod-0-torchserve")
         self.pods.append(pod)
         self.wait_until_ready(pod)
         return pod
@@ -123,7 +123,8 @@ class Pods:
     def address(self, pod: Pod) -> str:
         """Its address on the network; "" while it has none."""
         with suppress(UserError):
-            infra = self.engine.inspect("pod", pod.name)["InfraContainerID"]
+            asked = ("pod", "inspect", "--format", "{{.InfraContainerID}}", pod.name)
+            infra = self.engine.run(*asked, timeout=_PATIENCE).stdout.strip()
             networks = self.engine.inspect("container", infra)["NetworkSettings"]["Networks"]
             return str(networks[NETWORK]["IPAddress"])
         return ""
@@ -142,8 +143,29 @@ class Pods:
         return found
 
 
+# What podman 4.3 cannot do: it plays no other kind, knows no topology, opens each port of a container
+# on all addresses of this machine, and has systemd ask the probes.
+_UNPLAYED = ("HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "Service")
+_TEMPLATE = "/spec/template/spec"
+_REMOVED = (
+    f"{_TEMPLATE}/topologySpreadConstraints",
+    *(
+        f"{_TEMPLATE}/containers/0/{part}"
+        for part in ("ports", "startupProbe", "readinessProbe", "livenessProbe")
+    ),
+)
+
+
 def _kustomization(place: Path, name: str, image: str) -> str:
     image_name, _, tag = image.rpartition(":")
+    removals = [{"op": "remove", "path": path} for path in _REMOVED]
+    deletions = (
+        {
+            "target": {"kind": kind},
+            "patch": json.dumps({"$patch": "delete", "kind": kind, "metadata": {"name": "any"}}),
+        }
+        for kind in _UNPLAYED
+    )
     return json.dumps(
         {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -152,30 +174,8 @@ def _kustomization(place: Path, name: str, image: str) -> str:
             "nameSuffix": f"-{name}",
             "images": [{"name": "densenet-torchserve", "newName": image_name, "newTag": tag}],
             "patches": [
-                # podman plays neither of these, and knows no topology.
-                *(
-                    {
-                        "target": {"kind": kind},
-                        "patch": f"{{$patch: delete, kind: {kind}, metadata: {{name: any}}}}",
-                    }
-                    for kind in (
-                        "HorizontalPodAutoscaler",
-                        "PodDisruptionBudget",
-                        "NetworkPolicy",
-                        "Service",
-                    )
-                ),
-                {
-                    "target": {"kind": "Deployment"},
-                    "patch": json.dumps(
-                        [
-                            {
-                                "op": "remove",
-                                "path": "/spec/template/spec/topologySpreadConstraints",
-                            }
-                        ]
-                    ),
-                },
+                *deletions,
+                {"target": {"kind": "Deployment"}, "patch": json.dumps(removals)},
             ],
         }
     )
@@ -234,7 +234,7 @@ def _clean(engine: Engine) -> None:
     engine.tried("rm", "-f", "-t", "0", GATEWAY)
     listed = engine.tried("pod", "ls", "--format", "{{.Name}}").stdout.split()
     for name in listed:
-        if name.startswith("densenet-") and name.endswith("-pod"):
+        if name.startswith("densenet-") and name.endswith("-pod-0"):
             engine.tried("pod", "rm", "-f", "-t", "0", name)
     engine.tried("network", "rm", "-f", NETWORK)
 

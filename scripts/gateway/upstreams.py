@@ -101,18 +101,22 @@ class Answers:
         now = time.monotonic()
         asked = self._asked
         if asked is not None and asked.said is not None:
-            if asked.said == "answered":
-                self.failures, self._answered = 0, now
-            else:
-                self.failures, self._failed = self.failures + 1, now
-            # One that refuses a page may be full; one that gives no ping can answer nothing.
-            self.ready = asked.said != "lost" and now - self._answered < STUCK
+            self._note(asked.said, now)
             asked = None
         if asked is None:
             self._asked = _Question(self._ping, self._page)
         elif now - asked.since >= STUCK:
             self.failures, self._failed, self.ready = self.failures + 1, now, False
         return ""
+
+
+    def _note(self, said: str, now: float) -> None:
+        if said == "answered":
+            self.failures, self._answered = 0, now
+        elif said != "silent" or now - self._answered >= STUCK:
+            self.failures, self._failed = self.failures + 1, now
+        # One that is slow, or refuses a page, may be busy; one that cannot be reached answers nothing.
+        self.ready = said != "lost" and now - self._answered < STUCK
 
 
 class _Question:
@@ -130,6 +134,8 @@ class _Question:
                 self.said = "lost"
             else:
                 self.said = "refused" if _fails(self._page, 2 * STUCK) else "answered"
+        except requests.ReadTimeout:
+            self.said = "silent"
         except requests.RequestException:
             self.said = "lost"
 
