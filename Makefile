@@ -15,7 +15,8 @@
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
-#:  MODELS="a b"        which archives to start, side by side
+#:  MODELS="a b"        which archives to start, side by side, or to pack into an image
+#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
@@ -40,6 +41,7 @@ serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GR
 variables-run := $(packing) $(serving)
 variables-archive := $(packing)
 variables-start := MODELS $(serving)
+variables-image := MODELS TAG BASE
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-evaluate := IMAGES MODEL
@@ -61,7 +63,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables image setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages replicas archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -101,6 +103,9 @@ archive: setup $(with-precision) ## build an archive, with trained weights only
 ##@ Production
 start: setup ## serve archives, with trained weights only
 	@$(VENV_PYTHON) -m scripts.serve.commands start
+
+image: setup ## an image of an archive, built with docker or podman
+	@$(VENV_PYTHON) -m scripts.container.image
 
 gateway: setup ## on one machine: nginx before the server of make run, or NODES=2 of its own
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
@@ -170,6 +175,9 @@ soak: setup ## 5,000 requests of mixed sizes
 outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m benchmarks.outages
 
+replicas: setup ## the same with containers that end, are replaced and cut off (podman)
+	@$(VENV_PYTHON) -m benchmarks.replicas
+
 ##@ Maintenance
 setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
@@ -201,13 +209,14 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-lock: setup ## pin all packages anew, from the four requirements.in and the client's needs
+lock: setup ## pin all packages anew, from the five requirements.in and the client's needs
 	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
 	for group in tests precision benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
+	@$(PIN) -c requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

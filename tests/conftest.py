@@ -40,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail unless the tests of the gateway ran, which need nginx and Prometheus",
     )
+    parser.addoption(
+        "--require-containers",
+        action="store_true",
+        help="fail unless the tests of the image ran, which need docker or podman",
+    )
 
 
 def _kind(nodeid: str) -> str:
@@ -71,12 +76,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if session.config.getoption(f"--require-{kind}") and not passed:
             _notes.append(f"No {kind} test passed: these tests did not show {shown}.")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    gateway = _counts.get("gateway", {})
-    if session.config.getoption("--require-gateway") and (
-        not gateway.get("passed") or gateway.get("skipped")
+    for kind, missing in (
+        ("gateway", "Not every test of the gateway ran: nginx or Prometheus is missing."),
+        ("containers", "Not every test of the image ran: docker or podman is missing."),
     ):
-        _notes.append("Not every test of the gateway ran: nginx or Prometheus is missing.")
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        counts = _counts.get(kind, {})
+        required = session.config.getoption(f"--require-{kind}")
+        if required and (not counts.get("passed") or counts.get("skipped")):
+            _notes.append(missing)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from deploy.container.limits import Limits
+from deploy.container.limits import QUEUE, Limits
 from deploy.container.serving import HERE, Serving
 from handler.settings import MAX_REQUEST_BYTES
 
@@ -21,7 +21,7 @@ def write_torchserve(serving: Serving, limits: Limits, folder: Path) -> Path:
         "model_store": str(serving.model_store),
         "load_models": ",".join(archive.name for archive in serving.archives),
         "default_workers_per_model": str(limits.workers),
-        "job_queue_size": str(limits.queue),
+        "job_queue_size": str(QUEUE),
         "vmargs": f"{value_of('vmargs', base)} {limits.vmargs()}",
         **serving.properties,
     }
@@ -55,6 +55,7 @@ def write_nginx(serving: Serving, limits: Limits, folder: Path, ready: Path) -> 
         "TORCHSERVE_PORT": str(TORCHSERVE_PORT),
         "LONGEST_ANSWER": str(LONGEST_ANSWER),
         "REQUESTS": str(limits.requests),
+        "LARGE": str(limits.large),
         "MAX_REQUEST_BYTES": str(MAX_REQUEST_BYTES),
         "MAX_REQUEST_MB": str(MAX_REQUEST_BYTES >> 20),
     }

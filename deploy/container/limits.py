@@ -1,7 +1,8 @@
 """How many workers, threads and how much memory for Java the container's limits hold.
 
 Workers and threads for a number of CPUs are those of `make start` (`scripts.serve.machine`). What
-is decided here is how a limit to memory is shared between workers and frontend.
+is decided here is how a limit to memory is shared between workers and frontend. What the frontend
+holds is bounded by nginx, which counts large requests for themselves.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ _MIB = 1 << 20
 _BESIDE_BYTES = 350_000_000
 # Requests that TorchServe hands to a worker at once: `batchSize` in the archive.
 _BATCH = 8
-# Requests that wait for a worker of a model: at most, and where memory is short.
-_LONGEST_QUEUE = 64
-_SHORTEST_QUEUE = 4
-# Heap for each request that waits or is in a worker's hands: its body, and a fourth of that.
-_HEAP_EACH = MAX_REQUEST_BYTES * 5 // 4
-# Bodies on their way in are outside the heap, twice as much.
-_JAVA_PARTS = 3
+# Requests that wait for a worker of a model (`job_queue_size`).
+QUEUE = 64
+# What a request takes of the heap in a worker's hands: its body, and the batch's message, a buffer
+# that grows by copying into one of twice its size.
+_COPIES = 4
+# Requests below are small; their length has fewer digits (nginx.conf).
+SMALL_BYTES = 1_000_000
+# Larger ones at once: at least for each worker, and at most.
+_LEAST_LARGE = 4
+_MOST_LARGE = 100
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,19 @@ class Limits:
         workers: processes of each model.
         threads: CPU threads that are each worker's own.
         max_threads: CPU threads that a worker may use while the others are idle.
-        queue: requests that may wait for a worker, of each model.
+        requests: that the container takes at once.
+        large: how many of them may be larger than `SMALL_BYTES`, or of unknown length.
         heap_bytes: Java's heap.
         direct_bytes: Java's buffers outside the heap.
-        requests: that the container takes at once; their bodies fit into the buffers.
     """
 
     workers: int
     threads: int
     max_threads: int
-    queue: int
+    requests: int
+    large: int
     heap_bytes: int
     direct_bytes: int
-
-    @property
-    def requests(self) -> int:
-        return self.direct_bytes // MAX_REQUEST_BYTES
 
     def vmargs(self) -> str:
         """Java's arguments."""
@@ -81,24 +82,39 @@ def fitting(each: int, models: int = 1, workers: int | None = None) -> Limits:
         )
     chosen = plan(fit, models, each)
     java = memory - _BESIDE_BYTES - fit * models * each
-    heap = min(java // _JAVA_PARTS, _heap(_LONGEST_QUEUE, fit, models))
-    queue = heap // models // _HEAP_EACH - fit * _BATCH
+    large = _MOST_LARGE
+    while _heap(large, fit, models) + _direct(large, fit, models) > java:
+        large -= 1
     return Limits(
         workers=fit,
         threads=chosen.threads,
         max_threads=chosen.max_threads,
-        queue=min(queue, _LONGEST_QUEUE),
-        heap_bytes=heap,
-        direct_bytes=heap * (_JAVA_PARTS - 1),
+        requests=_requests(fit, models) + large,
+        large=large,
+        heap_bytes=_heap(large, fit, models),
+        direct_bytes=_direct(large, fit, models),
     )
 
 
-def _heap(queue: int, workers: int, models: int) -> int:
-    """Bytes of heap that so many requests take at most."""
-    return models * (queue + workers * _BATCH) * _HEAP_EACH
+def _requests(workers: int, models: int) -> int:
+    """That wait and that are in the workers' hands, at most."""
+    return models * (QUEUE + workers * _BATCH)
+
+
+def _heap(large: int, workers: int, models: int) -> int:
+    """Bytes of heap that so many large requests take beside all small ones."""
+    in_hand = min(large, models * workers * _BATCH)
+    bodies = large + (_COPIES - 1) * in_hand
+    return bodies * MAX_REQUEST_BYTES + _COPIES * _requests(workers, models) * SMALL_BYTES
+
+
+def _direct(large: int, workers: int, models: int) -> int:
+    """The same outside the heap: bodies on their way in."""
+    return large * MAX_REQUEST_BYTES + _requests(workers, models) * SMALL_BYTES
 
 
 def _needed(workers: int, models: int, each: int) -> int:
     """Bytes that a container takes at the least."""
-    java = _JAVA_PARTS * _heap(_SHORTEST_QUEUE, workers, models)
+    large = _LEAST_LARGE * workers * models
+    java = _heap(large, workers, models) + _direct(large, workers, models)
     return _BESIDE_BYTES + java + workers * models * each

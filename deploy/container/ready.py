@@ -1,8 +1,10 @@
-"""Whether a worker of each model is ready; TorchServe's own /ping is Healthy while none is.
+"""Whether the container is ready: a worker of each model is, and it was not told to end.
 
-As a command it exits 0 if so, for probes. It asks the management API, which nobody outside the
-container can reach. That one goes on to call a worker READY that ended behind its back, so the
-worker's process must be there too. Uses the standard library only.
+TorchServe's own /ping is Healthy while no worker is ready. Its management API knows more, but goes
+on to call a worker READY that ended behind its back, so the worker's process must be there too.
+
+As a command it exits 0 if the first process found it so, for probes that run a program; others ask
+/ping. Uses the standard library only.
 """
 
 import json
@@ -16,11 +18,20 @@ _URL = "http://127.0.0.1:{}/models{}"
 _SECONDS = 3.0
 
 
+def folder() -> Path:
+    """Where the first process keeps all that it writes."""
+    return Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"  # noqa: S108
+
+
+def note() -> Path:
+    """A file that is there while the container is ready."""
+    return folder() / "ready"
+
+
 def main() -> None:
-    """Asks once."""
-    reason = why_not_ready()
-    if reason is not None:
-        sys.exit(f"not ready: {reason}")
+    """Looks once."""
+    if not note().exists():
+        sys.exit("not ready")
 
 
 def why_not_ready() -> str | None:

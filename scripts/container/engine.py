@@ -80,11 +80,12 @@ class Engine:
         return found
 
     def has_image(self, name: str) -> bool:
+        """Whether it is on this machine."""
         return self.tried("image", "inspect", name, timeout=_ASKED).returncode == 0
 
 
 def find_engine() -> Engine | None:
-    """docker where its daemon answers, else podman; None where neither is."""
+    """What there is: docker where its daemon answers, else podman; None where neither is."""
     if shutil.which("docker") and Engine("docker").tried("info", timeout=_ASKED).returncode == 0:
         return Engine("docker")
     return Engine("podman") if shutil.which("podman") else None

@@ -19,8 +19,9 @@ FRONTEND_BYTES = (6 << 30) + 300_000_000
 
 # Of the memory that is free, so much may be taken.
 _MEMORY_SHARE = 0.75
-# Where the kernel says how much a container may take and takes, in each version of cgroups; and what
-# of that are files, which give way.
+
+# Where the kernel says how much a container may take and takes, in each version of cgroups; and
+# what of that are files, which give way.
 _CGROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),

@@ -19,7 +19,7 @@ _USUAL_BASE = "python:3.11.14-slim-bookworm"
 
 @pytest.fixture(scope="session")
 def found_engine() -> Engine:
-    """docker or podman, as it is."""
+    """What builds images: docker or podman, as it is."""
     engine = find_engine()
     if engine is None:
         pytest.skip("NOT RUN: no docker or podman (on Debian: apt install podman)")
@@ -41,7 +41,7 @@ def base(found_engine: Engine) -> str:
 
 @pytest.fixture(scope="session")
 def engine(found_engine: Engine, base: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """docker or podman, so that it runs containers here."""
+    """The same, so that it runs containers here."""
     return runnable(found_engine, base, tmp_path_factory.mktemp("engine"))
 
 

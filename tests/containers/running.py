@@ -63,7 +63,7 @@ class Container:
             OSError: there was none.
         """
         url = f"http://127.0.0.1:{self.ports[port]}{path}"
-        request = urllib.request.Request(url, body, dict(headers or {}))  # noqa: S310
+        request = urllib.request.Request(url, body, dict(headers or {}))
         if body is not None and not request.has_header("Content-type"):
             request.add_header("Content-Type", "application/octet-stream")
         try:
@@ -110,7 +110,7 @@ class Container:
 
 
 @contextmanager
-def container(
+def container(  # noqa: PLR0913
     engine: Engine,
     image: str,
     *arguments: str,
