@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import requests
 
@@ -25,10 +24,8 @@ from scripts.serve.management import poll
 from scripts.serve.running import unused_ports
 from scripts.terminal import UserError
 
-NETWORK = "densenet-replicas"
-# The name that stands for all pods, as the Service without an address of its own does in Kubernetes.
+# Stands for all pods, as the Service without an address of its own does in Kubernetes.
 NODES = "densenet-nodes"
-GATEWAY = "densenet-replicas-gateway"
 _OVERLAY = Path("deploy/kubernetes/overlays/cpu")
 # As in deploy/kubernetes/overlays/gateway: a pod that says nothing any more is noticed within 9 s.
 SYSCTLS = {"time": 5, "intvl": 2, "probes": 2}
@@ -57,6 +54,7 @@ class Pods:
     Attributes:
         engine: podman.
         folder: for manifests.
+        label: in the names of all that is made, so that several may be there at once.
         url: of the gateway.
         metrics: likewise, what Prometheus reads.
         pods: those that run, the oldest first.
@@ -64,13 +62,24 @@ class Pods:
 
     engine: Engine
     folder: Path
+    label: str
     url: str = ""
     metrics: str = ""
     pods: list[Pod] = field(default_factory=list)
     _started: int = 0
 
+    @property
+    def network(self) -> str:
+        """Of pods and gateway."""
+        return f"densenet-{self.label}"
+
+    @property
+    def gateway(self) -> str:
+        """The gateway's container."""
+        return f"densenet-{self.label}-gateway"
+
     def manifest(self, name: str, image: str) -> Path:
-        """Writes what `podman kube play` is given: the overlay's Deployment with this name's end."""
+        """Writes what podman plays: the overlay's Deployment, its name with this one's end."""
         place = self.folder / name
         place.mkdir(parents=True, exist_ok=True)
         (place / "kustomization.yaml").write_text(_kustomization(place, name, image))
@@ -85,12 +94,12 @@ class Pods:
         return path
 
     def start(self, image: str) -> Pod:
-        """Starts a pod and waits until it is ready, as the Deployment does before it ends another."""
+        """Starts a pod and waits until it is ready, as a rollout does before it ends another."""
         self._started += 1
-        name = str(self._started)
+        name = f"{self.label}-{self._started}"
         manifest = self.manifest(name, image)
         self.engine.run(
-            *("kube", "play", "--network", f"{NETWORK}:alias={NODES}", str(manifest)),
+            *("kube", "play", "--network", f"{self.network}:alias={NODES}", str(manifest)),
             timeout=_PATIENCE,
         )
         pod = Pod(f"densenet-{name}-pod-0", f"densenet-{name}-pod-0-torchserve")
@@ -126,25 +135,24 @@ class Pods:
             asked = ("pod", "inspect", "--format", "{{.InfraContainerID}}", pod.name)
             infra = self.engine.run(*asked, timeout=_PATIENCE).stdout.strip()
             networks = self.engine.inspect("container", infra)["NetworkSettings"]["Networks"]
-            return str(networks[NETWORK]["IPAddress"])
+            return str(networks[self.network]["IPAddress"])
         return ""
 
     def process(self, pod: Pod) -> int:
         """The first process of TorchServe's container, as this machine counts it; 0 for none."""
         return int(self.engine.inspect("container", pod.container)["State"]["Pid"])
 
-    def status(self) -> dict[str, Any]:
-        """What the gateway counted: answers by path and status."""
-        found: dict[str, Any] = {}
-        for line in requests.get(f"{self.metrics}/metrics", timeout=10).text.splitlines():
-            name, _, value = line.rpartition(" ")
-            if name.startswith("densenet_gateway_requests_total"):
-                found[name] = float(value)
-        return found
+    def counted(self) -> dict[str, float]:
+        """What the gateway counted: how many answers, by their labels as Prometheus writes them."""
+        text = requests.get(f"{self.metrics}/metrics", timeout=10).text
+        name = "densenet_gateway_requests_total"
+        rows = (line.rpartition(" ") for line in text.splitlines() if line.startswith(name))
+        return {labels.removeprefix(name): float(value) for labels, _, value in rows}
 
 
-# What podman 4.3 cannot do: it plays no other kind, knows no topology, opens each port of a container
-# on all addresses of this machine, and has systemd ask the probes.
+# What podman 4.3 cannot do: it plays no other kind, knows no topology, opens each port of a
+# container on all addresses of this machine, and has systemd ask the probes. An emptyDir is a volume
+# of its name, which pods would share: each gets its own.
 _UNPLAYED = ("HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "Service")
 _TEMPLATE = "/spec/template/spec"
 _REMOVED = (
@@ -158,7 +166,11 @@ _REMOVED = (
 
 def _kustomization(place: Path, name: str, image: str) -> str:
     image_name, _, tag = image.rpartition(":")
-    removals = [{"op": "remove", "path": path} for path in _REMOVED]
+    changes: list[dict[str, str]] = [{"op": "remove", "path": path} for path in _REMOVED]
+    changes += [
+        {"op": "replace", "path": f"{_TEMPLATE}/{part}/0/name", "value": f"densenet-{name}-tmp"}
+        for part in ("volumes", "containers/0/volumeMounts")
+    ]
     deletions = (
         {
             "target": {"kind": kind},
@@ -175,7 +187,7 @@ def _kustomization(place: Path, name: str, image: str) -> str:
             "images": [{"name": "densenet-torchserve", "newName": image_name, "newTag": tag}],
             "patches": [
                 *deletions,
-                {"target": {"kind": "Deployment"}, "patch": json.dumps(removals)},
+                {"target": {"kind": "Deployment"}, "patch": json.dumps(changes)},
             ],
         }
     )
@@ -183,27 +195,27 @@ def _kustomization(place: Path, name: str, image: str) -> str:
 
 @contextmanager
 def replicas(
-    engine: Engine, image: str, gateway_image: str, folder: Path, count: int = 2
+    engine: Engine, image: str, gateway_image: str, folder: Path, label: str = "replicas"
 ) -> Iterator[Pods]:
-    """So many pods of this image behind the gateway; all of it is gone afterwards.
+    """Two pods of this image behind the gateway; all of it is gone afterwards.
 
     Args:
         engine: podman.
         image: of TorchServe with an archive, with its tag.
         gateway_image: of the gateway, likewise.
         folder: for what is written meanwhile; inside the repository or not.
-        count: how many pods.
+        label: see `Pods`.
     """
-    pods = Pods(engine, folder)
-    _clean(engine)
-    engine.run("network", "create", NETWORK)
+    pods = Pods(engine, folder, label)
+    _clean(pods)
+    engine.run("network", "create", pods.network)
     try:
-        for _ in range(count):
+        for _ in range(2):
             pods.start(image)
         _start_gateway(pods, gateway_image)
         yield pods
     finally:
-        _clean(engine)
+        _clean(pods)
 
 
 def _start_gateway(pods: Pods, image: str) -> None:
@@ -211,8 +223,8 @@ def _start_gateway(pods: Pods, image: str) -> None:
     pods.url, pods.metrics = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}"
     sysctls = [f"--sysctl=net.ipv4.tcp_keepalive_{key}={value}" for key, value in SYSCTLS.items()]
     pods.engine.run(
-        *("run", "-d", "--name", GATEWAY, "--network", NETWORK, "--read-only", "--cap-drop=ALL"),
-        *("--tmpfs=/tmp", *sysctls),
+        *("run", "-d", "--name", pods.gateway, "--network", pods.network, "--tmpfs=/tmp"),
+        *("--read-only", "--cap-drop=ALL", *sysctls),
         *(f"--publish=127.0.0.1:{http}:5000", f"--publish=127.0.0.1:{metrics}:9145", image),
         *(f"--upstreams={NODES}:8080", "--published=127.0.0.1", "--metrics-host=0.0.0.0"),
         *("--rate=1000", "--burst=1000"),
@@ -226,21 +238,22 @@ def _start_gateway(pods: Pods, image: str) -> None:
             return False
 
     if not poll(serves, _PATIENCE):
-        raise UserError(f"The gateway is not ready: {pods.engine.tried('logs', GATEWAY)}")
+        raise UserError(f"The gateway is not ready: {pods.engine.tried('logs', pods.gateway)}")
 
 
-def _clean(engine: Engine) -> None:
+def _clean(pods: Pods) -> None:
     """Removes pods, gateway and network, also those of a run that was cut off."""
-    engine.tried("rm", "-f", "-t", "0", GATEWAY)
-    listed = engine.tried("pod", "ls", "--format", "{{.Name}}").stdout.split()
-    for name in listed:
-        if name.startswith("densenet-") and name.endswith("-pod-0"):
-            engine.tried("pod", "rm", "-f", "-t", "0", name)
-    engine.tried("network", "rm", "-f", NETWORK)
+    engine, own = pods.engine, f"densenet-{pods.label}-"
+    engine.tried("rm", "-f", "-t", "0", pods.gateway)
+    for kind, forced in (("pod", ("-f", "-t", "0")), ("volume", ("-f",))):
+        for name in engine.tried(kind, "ls", "--format", "{{.Name}}").stdout.split():
+            if name.startswith(own):
+                engine.tried(kind, "rm", *forced, name)
+    engine.tried("network", "rm", "-f", pods.network)
 
 
 def kill(pods: Pods, _: str) -> None:
-    """Kills TorchServe's container as the kernel would; podman starts it again, as a kubelet does."""
+    """Kills a container as the kernel would; podman starts it again, as a kubelet does."""
     pod = pods.pods[0]
     before = pods.process(pod)
     os.kill(before, signal.SIGKILL)

@@ -104,9 +104,7 @@ def main(
     happenings = {"nothing": lambda *_: None, **FAULTS}
     with _engine() as (engine, base), TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images = build_images(
-            engine, build(recipe(untrained()), folder / "archive"), base, folder
-        )
+        images = build_images(engine, build(recipe(untrained()), folder / "archive"), base, folder)
         step(json.dumps(asdict(images)))
         with replicas(engine, images.first, images.gateway, folder / "manifests") as pods:
             for name, happen in happenings.items():
@@ -121,15 +119,13 @@ def main(
                 failed += tally.failed
                 if tally.failed:
                     step(f"{name}: {dict(tally.outcomes)} {tally.examples}")
-                    step(engine.tried("logs", "--tail", "60", "densenet-replicas-gateway").stdout)
+                    step(engine.tried("logs", "--tail", "60", pods.gateway).stdout)
     if only is None:
         write_report(
             "replicas",
             "Replicas",
             [
-                f"{CLIENTS} clients, {seconds:.0f} s each and until the last fault is over, before "
-                f"the gateway's container and two pods of deploy/kubernetes, run by podman "
-                f"{_podman()}: `make replicas`.",
+                _how(seconds),
                 "",
                 "| what happens | times | requests | failed | median | slowest |",
                 "|---|---|---|---|---|---|",
@@ -140,9 +136,18 @@ def main(
         raise UserError(f"{failed} requests failed.")
 
 
-def _podman() -> str:
-    said = subprocess.run(["podman", "--version"], capture_output=True, text=True, check=True)  # noqa: S607
-    return said.stdout.split()[-1]
+def _how(seconds: float) -> str:
+    podman = subprocess.run(
+        ["podman", "--version"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()[-1]
+    return (
+        f"{CLIENTS} clients, {seconds:.0f} s each and until the last fault is over, before the "
+        f"gateway's container and two pods of deploy/kubernetes, run by podman {podman}: "
+        "`make replicas`."
+    )
 
 
 if __name__ == "__main__":

@@ -109,13 +109,12 @@ class Answers:
             self.failures, self._failed, self.ready = self.failures + 1, now, False
         return ""
 
-
     def _note(self, said: str, now: float) -> None:
         if said == "answered":
             self.failures, self._answered = 0, now
         elif said != "silent" or now - self._answered >= STUCK:
             self.failures, self._failed = self.failures + 1, now
-        # One that is slow, or refuses a page, may be busy; one that cannot be reached answers nothing.
+        # Slow, or refusing a page, it may be busy; what cannot be reached answers nothing.
         self.ready = said != "lost" and now - self._answered < STUCK
 
 
