@@ -151,8 +151,8 @@ class Pods:
 
 
 # What podman 4.3 cannot do: it plays no other kind, knows no topology, opens each port of a
-# container on all addresses of this machine, and has systemd ask the probes. An emptyDir is a volume
-# of its name, which pods would share: each gets its own.
+# container on all addresses of this machine, and has systemd ask the probes. An emptyDir is a
+# volume of its name, which pods would share: each gets its own.
 _UNPLAYED = ("HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "Service")
 _TEMPLATE = "/spec/template/spec"
 _REMOVED = (
