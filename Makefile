@@ -63,7 +63,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables image setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages replicas archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables image setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu bench-containers gateway-cost flood soak outages replicas archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -168,6 +168,9 @@ gateway-cost: setup ## what the gateway costs, and what two nodes give
 
 flood: setup ## 200 uploads of 19 MB at once, within the memory of a pod
 	@$(VENV_PYTHON) -m benchmarks.flood
+
+bench-containers: setup ## the image: size, start, memory, a flood, its end, some minutes
+	@$(VENV_PYTHON) -m benchmarks.containers
 
 soak: setup ## 5,000 requests of mixed sizes
 	@$(VENV_PYTHON) -m benchmarks.soak

@@ -29,8 +29,14 @@ from scripts.store import read_card
 # Seconds.
 _POLL = 0.1
 _READINESS_INTERVAL = 1.0
-# Nothing is in its hands by then.
-_TORCHSERVE_END = 3.0
+# nginx cuts what takes longer than an answer may, by itself.
+_NGINX_END = LONGEST_ANSWER + 5.0
+# Nothing is in its hands by then: it may write its log to the end. It would take 3 s for its workers.
+_TORCHSERVE_END = 1.0
+# Whoever is left is killed.
+_KILLED = 3.0
+# From the signal to the end, at most.
+LONGEST_END = _NGINX_END + _TORCHSERVE_END + _KILLED
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -94,13 +100,12 @@ class Container:
     def _end(self, *, answer: bool) -> None:
         self._ready.unlink(missing_ok=True)
         _signal(self._nginx, signal.SIGQUIT if answer else signal.SIGTERM)
-        # nginx cuts what takes longer by itself.
-        _wait(lambda: not _lives(self._nginx), LONGEST_ANSWER + 5.0)
+        _wait(lambda: not _lives(self._nginx), _NGINX_END)
         _signal(self._java, signal.SIGTERM)
         _wait(lambda: not _lives(self._java), _TORCHSERVE_END)
         for process in psutil.Process().children(recursive=True):
             _signal(process.pid, signal.SIGKILL)
-        _wait(lambda: not psutil.Process().children(), _TORCHSERVE_END)
+        _wait(lambda: not psutil.Process().children(), _KILLED)
 
 
 def _heaviest(serving: Serving) -> int:

@@ -42,7 +42,7 @@ def why_not_ready() -> str | None:
     except (OSError, ValueError, LookupError) as error:
         return str(error)
     if without or not models:
-        return f"no worker is for {', '.join(without)}" if without else "no model is there"
+        return f"no worker is ready for {', '.join(without)}" if without else "no model is there"
     return None
 
 

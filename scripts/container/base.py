@@ -62,9 +62,13 @@ def debian_base(engine: Engine) -> str:
 
 
 def engine_options(engine: Engine) -> list[str]:
-    """What podman's builds need beside docker's: no network of their own, and where it cannot run
-    a container with its usual runtime, none of that either. Docker's metadata (HEALTHCHECK) stays.
+    """What a build is told.
+
+    It uses this machine's network, for indexes that are reached from here only. podman builds
+    without a container, which its usual runtime may not make here; keeps what is Docker's own
+    (HEALTHCHECK), and keeps none of the steps between.
     """
+    network = ["--network", "host"]
     if engine.program == "docker":
-        return ["--network", "host"]
-    return ["--network", "host", "--isolation", "chroot", "--format", "docker"]
+        return network
+    return [*network, "--isolation", "chroot", "--format", "docker", "--layers=false"]

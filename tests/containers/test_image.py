@@ -1,21 +1,16 @@
 """The image as it is built and as it runs: fenced in, asked, limited, flooded, and told to end."""
 
-import json
-import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from http.client import HTTPResponse
 
 import pytest
 
+from benchmarks.containerized import FENCED, READY_TIMEOUT, Container, container, in_hand, status_on
 from benchmarks.pictures import costly
 from scripts.container.engine import Engine
 from scripts.samples import CAT
 from scripts.serve.management import poll
-from tests.containers.running import FENCED, READY_TIMEOUT, Container, container
 
 PREDICT = "/predictions/densenet121"
 # Requests in hand when the container is told to end, and seconds from the last answer to the end.
@@ -99,54 +94,31 @@ def test_the_programs_probe_says_what_ping_says(served: Container) -> None:
     assert served.engine.tried(*probe).returncode == 0
 
 
-@pytest.fixture
-def in_hand(engine: Engine, image: str) -> Iterator[tuple[Container, list[socket.socket]]]:
-    """A container of its own and connections whose requests it has begun to read."""
-    with container(engine, image) as running, ExitStack() as stack:
-        body = CAT.read_bytes()
-        head = (
-            f"POST {PREDICT} HTTP/1.1\r\nHost: container\r\nContent-Type: image/png\r\n"
-            f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
-        )
-        connections = []
-        for _ in range(IN_HAND):
-            address = ("127.0.0.1", running.ports[8080])
-            connection = stack.enter_context(socket.create_connection(address, timeout=60))
-            connection.sendall(head.encode())
-            connections.append(connection)
-        for connection in connections:
-            # nginx read the head, and asks for the body.
-            assert b"100 Continue" in connection.recv(100)
-        yield running, connections
-
-
 def test_told_to_end_it_answers_what_is_in_hand_and_ends(
-    in_hand: tuple[Container, list[socket.socket]], note: list[str]
+    engine: Engine, image: str, note: list[str]
 ) -> None:
-    running, connections = in_hand
     body = CAT.read_bytes()
-    # Some are with TorchServe by then, of some nginx has no more than the head.
-    for connection in connections[: IN_HAND // 2]:
-        connection.sendall(body)
-    running.signal("TERM")
-    assert poll(lambda: not running.ready(), 30)
-    for connection in connections[IN_HAND // 2 :]:
-        connection.sendall(body)
-    statuses = Counter(_answer(connection) for connection in connections)
-    answered = time.monotonic()
-    assert poll(lambda: not running.runs(), 60)
-    seconds = time.monotonic() - answered
-    note.append(f"container told to end: {dict(statuses)}, ended {seconds:.1f} s after the last")
-    assert statuses == {200: IN_HAND}
-    assert running.state()["ExitCode"] in {0, 143}
-    assert seconds < MOST_SECONDS
-
-
-def _answer(connection: socket.socket) -> int:
-    response = HTTPResponse(connection)
-    response.begin()
-    json.loads(response.read())
-    return response.status
+    with (
+        container(engine, image) as running,
+        in_hand(running, PREDICT, body, IN_HAND) as connections,
+    ):
+        # Some are with TorchServe by then, of some nginx has no more than the head.
+        for connection in connections[: IN_HAND // 2]:
+            connection.sendall(body)
+        running.signal("TERM")
+        assert poll(lambda: not running.ready(), 30)
+        for connection in connections[IN_HAND // 2 :]:
+            connection.sendall(body)
+        statuses = Counter(status_on(connection) for connection in connections)
+        answered = time.monotonic()
+        assert poll(lambda: not running.runs(), 60)
+        seconds = time.monotonic() - answered
+        note.append(
+            f"container told to end: {dict(statuses)}, ended {seconds:.1f} s after the last"
+        )
+        assert statuses == {200: IN_HAND}
+        assert running.state()["ExitCode"] in {0, 143}
+        assert seconds < MOST_SECONDS
 
 
 def test_it_ends_while_it_starts(engine: Engine, image: str) -> None:
@@ -178,7 +150,7 @@ def test_a_small_container_stands_a_flood_and_ends_with_its_frontend(
         assert small.ask(PREDICT, picture).status == 200
         note.append(
             f"container of 2 GiB: {len(bodies)} large uploads and costly pictures: "
-            f"{dict(statuses)}, {_peak(small) / 1e9:.2f} GB at most"
+            f"{dict(statuses)}, {small.peak_bytes() / 1e9:.2f} GB at most"
         )
         small.execute("sh", "-c", "kill -9 $(cat /tmp/densenet/.model_server.pid)")
         assert poll(lambda: not small.runs(), 60)
@@ -191,14 +163,6 @@ def _status(running: Container, body: bytes) -> int | str:
         return running.ask(PREDICT, body, timeout=200).status
     except OSError as error:
         return repr(error)
-
-
-def _peak(running: Container) -> int:
-    """Bytes of memory at most, of either version of cgroups."""
-    files = "/sys/fs/cgroup/memory/memory.max_usage_in_bytes", "/sys/fs/cgroup/memory.peak"
-    return int(
-        running.execute("sh", "-c", f"cat {' '.join(files)} 2>/dev/null || echo 0").split()[0]
-    )
 
 
 @pytest.mark.parametrize(

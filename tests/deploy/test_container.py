@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 
+from deploy.container import ready
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 
@@ -40,24 +41,32 @@ def test_the_image_ends_as_an_ordinary_user_with_files_that_exist() -> None:
     final = (CONTAINER / "Dockerfile").read_text().rsplit("\nFROM ", 1)[1]
     users = re.findall(r"^USER (\S+)", final, re.MULTILINE)
     assert users == ["10001:10001"]
-    assert not re.search(r"\b(gcc|build-essential|apt-get)\b", final)
+    assert not re.search(r"\b(gcc|build-essential|pip)\b", final)
     ignored = Path(".dockerignore").read_text().splitlines()
     kept = [line[1:] for line in ignored if line.startswith("!")]
     for line in re.findall(r"^COPY (?!--from)(.+) \S+$", final, re.MULTILINE):
-        for source in line.split():
-            assert source == "model_store/densenet121.mar" or Path(source).is_file()
+        for source in (part.rstrip("/") for part in line.split()):
+            if source == "model_store":
+                assert "model_store/densenet121.mar" in kept
+                continue
+            assert Path(source).exists(), source
             assert any(source == k or source.startswith(f"{k}/") for k in kept), source
 
 
-def test_every_package_of_the_image_is_pinned() -> None:
-    locked = {line.split("==")[0] for line in Path("requirements.lock").read_text().splitlines()}
+def test_every_package_of_the_image_is_pinned_as_in_the_run_group() -> None:
+    def pins(path: Path) -> set[str]:
+        found = re.findall(r"^([a-z0-9.-]+==[^ ]+)", path.read_text(), re.MULTILINE)
+        return set(found)
+
+    image = pins(CONTAINER / "requirements.lock")
+    assert image <= pins(Path("requirements.lock"))
     wanted = [
         line
-        for line in (CONTAINER / "requirements.txt").read_text().splitlines()
+        for line in (CONTAINER / "requirements.in").read_text().splitlines()
         if line and not line.startswith("#")
     ]
     assert len(wanted) > 5
-    assert set(wanted) <= locked
+    assert set(wanted) <= {pin.split("==")[0] for pin in image}
 
 
 def _properties(path: Path) -> dict[str, str]:
@@ -69,7 +78,7 @@ def test_the_containers_configuration_differs_where_it_says_so() -> None:
     here, there = (_properties(p / "config.properties") for p in (Path(), CONTAINER))
     different = {key for key in here | there if here.get(key) != there.get(key)}
     assert different == {
-        "inference_address",
+        "inference_address",  # nginx is before it
         "metrics_address",
         "model_store",
         "metrics_config",
@@ -85,17 +94,27 @@ def server(archive: Path, tmp_path: Path) -> Iterator[Running]:
     stop(running, tmp_path)
 
 
-def test_the_probe_is_ready_while_a_worker_is_and_not_without(server: Running) -> None:
-    def probe(port: int) -> int:
-        return subprocess.run(
-            [sys.executable, CONTAINER / "ready.py"],
-            env={"MANAGEMENT_PORT": str(port)},
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode
+def test_it_is_ready_while_a_worker_is_and_not_without(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANAGEMENT_PORT", str(server.ports.management))
+    assert ready.why_not_ready() is None
+    monkeypatch.setenv("MANAGEMENT_PORT", str(server.ports.metrics))
+    assert ready.why_not_ready() is not None
 
-    assert probe(server.ports.management) == 0
-    assert probe(server.ports.metrics) == 1
+
+def test_the_command_says_what_the_first_process_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe() -> int:
+        command = [sys.executable, "-m", "deploy.container.ready"]
+        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert probe() == 1
+    ready.folder().mkdir()
+    ready.note().touch()
+    assert probe() == 0
 
 
 class _SaysReady(BaseHTTPRequestHandler):
@@ -104,7 +123,9 @@ class _SaysReady(BaseHTTPRequestHandler):
     pids: ClassVar[list[int]]
 
     def do_GET(self) -> None:
-        body = json.dumps([{"workers": [{"pid": p, "status": "READY"} for p in self.pids]}])
+        workers = [{"pid": pid, "status": "READY"} for pid in self.pids]
+        models = {"models": [{"modelName": "densenet121"}]}
+        body = json.dumps(models if self.path == "/models" else [{"workers": workers}])
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body.encode())
@@ -113,23 +134,20 @@ class _SaysReady(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_probe_believes_processes_and_not_the_management_api() -> None:
+def test_processes_are_believed_and_not_the_management_api(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ended = subprocess.Popen(["true"])  # noqa: S607
     with HTTPServer(("127.0.0.1", 0), _SaysReady) as api:
         thread = threading.Thread(target=api.serve_forever)
         thread.start()
+        monkeypatch.setenv("MANAGEMENT_PORT", str(api.server_port))
         # A zombie, this test, and an id that no process has.
         _SaysReady.pids = [ended.pid, os.getpid(), 2**22 + 1]
         try:
-            done = subprocess.run(
-                [sys.executable, CONTAINER / "ready.py"],
-                env={"MANAGEMENT_PORT": str(api.server_port)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            reason = ready.why_not_ready()
         finally:
             api.shutdown()
             thread.join()
             ended.wait()
-    assert (done.returncode, done.stderr.strip()) == (1, "not ready: no worker is")
+    assert reason == "no worker is ready for densenet121"

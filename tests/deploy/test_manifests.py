@@ -15,8 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deploy.container import limits
-from deploy.container.configuration import LONGEST_ANSWER
+from deploy.container import entry, limits
 from handler.settings import ADDED_BYTES, DECODING_BYTES
 from scripts.serve.machine import WORKER_BYTES
 from tests.deploy import kserve
@@ -213,21 +212,25 @@ def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
         assert not any("prometheus.io" in name for name in found)
 
 
-def test_a_pod_is_not_throttled_in_the_middle_of_a_batch() -> None:
-    """Workers and threads follow the limit."""
+def test_a_pod_has_a_cpu_for_each_thread_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = _load(Path("deploy/kserve/runtime.yaml"))["spec"]["containers"][0]
-    for container in (*(_container(_deployment(name)) for name in OVERLAYS[:3]), runtime):
-        resources = container["resources"]
-        assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
+    for container in (_container(_deployment()), _container(_deployment("int8")), runtime):
+        asked, limited = (container["resources"][kind]["cpu"] for kind in ("requests", "limits"))
+        memory = container["resources"]["limits"]["memory"]
+        assert memory.endswith("Gi")
+        bound = int(memory[:-2]) << 30
+        monkeypatch.setattr("joblib.cpu_count", lambda limited=limited: int(limited))
+        monkeypatch.setattr(limits, "most_memory", lambda bound=bound: bound)
+        found = limits.fitting(WORKER_BYTES)
+        assert asked == limited == str(found.workers * found.threads)
 
 
 def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
     pod = _deployment()["spec"]["template"]["spec"]
     (command, seconds) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
-    # What the image's first process waits for, deploy/container/entry.py.
-    ends_within = LONGEST_ANSWER + 5 + 5 + 5
-    assert int(seconds) + ends_within <= pod["terminationGracePeriodSeconds"] <= 60
+    end = int(seconds) + entry.LONGEST_END
+    assert end < pod["terminationGracePeriodSeconds"] <= end + 15
 
 
 def test_the_dashboard_is_json_that_grafana_takes() -> None:
@@ -235,21 +238,6 @@ def test_the_dashboard_is_json_that_grafana_takes() -> None:
     assert dashboard["uid"]
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids)) >= 8
-
-
-def test_the_image_starts_a_worker_for_each_cpu_within_the_pods_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    runtime = _load(Path("deploy/kserve/runtime.yaml"))["spec"]["containers"][0]
-    for container in (_container(_deployment()), runtime):
-        limit = container["resources"]["limits"]["memory"]
-        assert limit.endswith("Gi")
-        bound = int(limit[:-2]) << 30
-        monkeypatch.setattr(limits, "most_memory", lambda bound=bound: bound)
-        cpus = int(container["resources"]["limits"]["cpu"])
-        fits = limits.fitting(WORKER_BYTES, workers=cpus)
-        # Large uploads do not wait for one another before memory is what they would fill.
-        assert (fits.workers, fits.large > 16) == (cpus, True)
 
 
 def test_what_a_worker_may_take_is_what_its_settings_say() -> None:

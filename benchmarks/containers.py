@@ -1,0 +1,175 @@
+"""The image, built and run with docker or podman: `make bench-containers`."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, TypeVar
+
+import typer
+
+from benchmarks.containerized import FENCED, Container, container, in_hand, status_on
+from benchmarks.machine import write_report
+from benchmarks.memory_limit import pod_limit
+from benchmarks.pictures import costly
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.container.base import debian_base
+from scripts.container.engine import Engine, require_engine, runnable
+from scripts.container.image import build_image, size_of
+from scripts.samples import CAT
+from scripts.serve.management import poll
+from scripts.terminal import command, step
+
+PREDICT = "/predictions/densenet121"
+STARTS = 3
+IN_HAND = 16
+UPLOADS = 200
+UPLOAD_BYTES = 19_000_000
+COSTLY_TIMES = 4
+CLIENTS = 8
+REQUESTS = 200
+_IMAGE = "localhost/densenet-measured"
+
+_HOW = (
+    "Built without a cache, and run with a read-only root, no capability, an ordinary user, and "
+    "one tmpfs; random weights. Made by `make bench-containers`."
+)
+
+_T = TypeVar("_T")
+
+
+def main(
+    base: Annotated[str, typer.Option(help="Base; debian: of Debian's packages.")] = "debian",
+    engine: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+) -> None:
+    """Builds the image of random weights, runs it fenced in, and writes the result's page."""
+    name = "containers" if engine == "onnx" else f"containers-{engine}"
+    rows: list[tuple[str, str]] = []
+    with TemporaryDirectory() as folder:
+        archive = build(recipe(untrained(), engine=engine), Path(folder))
+        with _image(archive, base, Path(folder), rows) as (program, image):
+            _measure(program, image, rows)
+    write_report(
+        name,
+        "The image",
+        [
+            _HOW,
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {what} | {found} |" for what, found in rows),
+        ],
+    )
+
+
+@contextmanager
+def _image(
+    archive: Path, base: str, folder: Path, rows: list[tuple[str, str]]
+) -> Iterator[tuple[Engine, str]]:
+    engine = require_engine()
+    if base == "debian":
+        base = debian_base(engine)
+    _, seconds = _timed(lambda: build_image(engine, [archive], _IMAGE, base))
+    try:
+        rows += [
+            ("built with", f"{engine.program}, in {seconds:.0f} s beside the base"),
+            ("size", f"{size_of(engine, _IMAGE) / 1e6:.0f} MB"),
+        ]
+        yield runnable(engine, _IMAGE, folder), _IMAGE
+    finally:
+        engine.tried("image", "rm", "--force", _IMAGE)
+
+
+def _measure(engine: Engine, image: str, rows: list[tuple[str, str]]) -> None:
+    limit = pod_limit()
+    picture = CAT.read_bytes()
+    fenced = (*FENCED, f"--memory={limit}", f"--memory-swap={limit}")
+    ready = []
+    ends = []
+    for _ in range(STARTS):
+        began = time.monotonic()
+        with container(engine, image, options=fenced) as running:
+            ready.append(time.monotonic() - began)
+            running.signal("TERM")
+            ends.append(_timed(lambda: poll(lambda: not running.runs(), 60))[1])
+    rows.append((f"from `run` to ready, {STARTS} starts", _seconds(ready)))
+    rows.append(("from SIGTERM to the end with nothing in hand", _seconds(ends)))
+    with container(engine, image, options=fenced) as running:
+        _, first = _timed(lambda: _expect(running, picture))
+        rows.append(("first answer", f"{first * 1000:.0f} ms"))
+        rows.append(("memory after it", f"{running.used_bytes() / 1e6:.0f} MB"))
+        began = time.monotonic()
+        answers = _ask(running, [picture] * REQUESTS, CLIENTS)
+        rate = REQUESTS / (time.monotonic() - began)
+        rows.append(
+            (f"{REQUESTS} requests of {CLIENTS} clients", f"{_said(answers)}; {rate:.1f}/s")
+        )
+        rows.append(("memory after them", f"{running.used_bytes() / 1e6:.0f} MB"))
+        worst = list(costly()) * COSTLY_TIMES
+        large = [picture + bytes(UPLOAD_BYTES - len(picture))] * UPLOADS
+        flood = _ask(running, [*large, *worst], len(large) + len(worst))
+        state = running.state()
+        assert not state["OOMKilled"]
+        what = f"{UPLOADS} uploads of 19 MB and {len(worst)} of the costliest pictures at once"
+        peak = f"{running.peak_bytes() / 2**30:.2f} GiB at most"
+        rows.append((f"{what}, in {limit / 2**30:g} GiB", f"{_said(flood)}; {peak}"))
+        _expect(running, picture)
+        _end(running, picture, rows)
+
+
+def _end(running: Container, picture: bytes, rows: list[tuple[str, str]]) -> None:
+    """Tells the container to end while it has requests in hand."""
+    with in_hand(running, PREDICT, picture, IN_HAND) as connections:
+        for connection in connections:
+            connection.sendall(picture)
+        running.signal("TERM")
+        told = time.monotonic()
+        answers = Counter(str(status_on(connection)) for connection in connections)
+        answered = time.monotonic()
+        poll(lambda: not running.runs(), 60)
+        ended = time.monotonic()
+    status = running.state()["ExitCode"]
+    answered_in, ended_in = answered - told, ended - answered
+    found = (
+        f"{_said(answers)} in {answered_in:.1f} s; the end {ended_in:.1f} s later, status {status}"
+    )
+    rows.append((f"SIGTERM with {IN_HAND} requests in hand", found))
+
+
+def _expect(running: Container, picture: bytes) -> None:
+    answer = running.ask(PREDICT, picture)
+    assert answer.status == 200, answer.body  # noqa: PLR2004
+
+
+def _ask(running: Container, bodies: Sequence[bytes], clients: int) -> Counter[str]:
+    def outcome(body: bytes) -> str:
+        try:
+            return str(running.ask(PREDICT, body, timeout=300).status)
+        except OSError as error:
+            return type(error).__name__
+
+    with ThreadPoolExecutor(clients) as pool:
+        return Counter(pool.map(outcome, bodies))
+
+
+def _said(answers: Counter[str]) -> str:
+    return ", ".join(f"{count} times {status}" for status, count in sorted(answers.items()))
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values) + " s"
+
+
+def _timed(act: Callable[[], _T]) -> tuple[_T, float]:
+    began = time.monotonic()
+    result = act()
+    return result, time.monotonic() - began
+
+
+if __name__ == "__main__":
+    step("The image: some minutes")
+    command(main)
