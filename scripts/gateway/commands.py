@@ -90,7 +90,8 @@ def start_command(
     except BaseException:
         stop_nodes(members if own else [])
         raise
-    step(f"Gateway: {len(members)} node(s), logs in {GATEWAY_DIR}")
+    where = "of others" if upstreams else "on this machine"
+    step(f"Gateway: {len(members)} node(s) {where}, logs in {GATEWAY_DIR}")
     card = None if upstreams else read_card(Path(members[0].archive))
     if card is not None and card.warning:
         warn(card.warning)
