@@ -24,6 +24,7 @@
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
+#:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
 #:  NODE=name           which node
 #:  ARCHIVE=file        the new archive; AGREEMENT=share of samples that must stay
 #:  TEST_OPTIONS=...    options for pytest, such as --require-browser
@@ -48,7 +49,7 @@ variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
 variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
-	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT
+	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT UPSTREAMS
 variables-drain := NODE
 variables-undrain := NODE
 variables-replace := NODE
@@ -65,7 +66,7 @@ with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -112,7 +113,7 @@ start: setup ## serve archives, with trained weights only
 image: setup ## an image of an archive, built with docker or podman
 	@$(VENV_PYTHON) -m scripts.container.image
 
-gateway: setup ## nginx before the server of make run, or before NODES=2 of its own
+gateway: setup ## on one machine: nginx before the server of make run, or NODES=2 of its own
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
 
 gateway-status: setup ## show the nodes behind the gateway
@@ -185,6 +186,9 @@ soak: setup ## 5,000 requests of mixed sizes
 
 outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m benchmarks.outages
+
+replicas: setup ## the same with containers that end, are replaced and cut off (podman)
+	@$(VENV_PYTHON) -m benchmarks.replicas
 
 ##@ Maintenance
 setup: variables ## make the virtual environment and install the pinned packages

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import requests
 
-from scripts.gateway.gateway import Gateway, Options
+from scripts.gateway.gateway import Options
 from scripts.samples import CAT
 from scripts.serve.running import unused_ports
 
@@ -21,6 +21,15 @@ def free_options(**options: Any) -> Options:
     """Options of a gateway, with ports that nobody uses yet."""
     http, https, metrics = unused_ports(3)
     return Options(http_port=http, https_port=https, metrics_port=metrics, **options)
+
+
+class Gateway(Protocol):
+    """What clients must know of one."""
+
+    @property
+    def url(self) -> str:
+        """Plain HTTP."""
+        ...
 
 
 @dataclass

@@ -29,7 +29,13 @@ _LOCK_OF_TORCH = "requirements.lock"
 _LOCK_OF_PRECISION = "precision/requirements.lock"
 
 
-def build_image(engine: Engine, archives: Sequence[Path], tag: str, base: str | None = None) -> str:
+def build_image(
+    engine: Engine,
+    archives: Sequence[Path],
+    tag: str,
+    base: str | None = None,
+    dockerfile: Path = DOCKERFILE,
+) -> str:
     """Builds the image of these archives.
 
     Args:
@@ -37,6 +43,7 @@ def build_image(engine: Engine, archives: Sequence[Path], tag: str, base: str | 
         archives: `.mar` files; each is served under its name.
         tag: the image's name and tag.
         base: another base than the Dockerfile's.
+        dockerfile: another image's.
 
     Returns:
         The image's id.
@@ -57,7 +64,7 @@ def build_image(engine: Engine, archives: Sequence[Path], tag: str, base: str | 
                 *engine_options(engine),
                 *secrets,
                 *options,
-                *("-f", str(context / DOCKERFILE), "-t", tag, str(context)),
+                *("-f", str(dockerfile), "-t", tag, str(context)),
                 stderr=subprocess.STDOUT,
             )
         if done.returncode != 0:
@@ -73,7 +80,8 @@ def _copy_context(context: Path, archives: Sequence[Path]) -> None:
         source = Path(line[1:])
         (context / source).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, context / source, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, context / source, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copy(source, context / source)
     (context / "model_store").mkdir()

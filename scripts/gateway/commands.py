@@ -28,6 +28,7 @@ from scripts.gateway.nodes import (
 )
 from scripts.gateway.start import check, find_lost, start, stop, stop_lost
 from scripts.gateway.upgrade import AGREEMENT, TRIAL_SECONDS, upgrade
+from scripts.gateway.upstreams import find_nodes
 from scripts.serve.management import model_status, ready_workers
 from scripts.serve.running import HOST, RUN_DIR, find_running
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
@@ -50,6 +51,9 @@ def start_command(
     burst: int = Options.burst,
     connections: int = Options.connections,
     metrics_port: int = Options.metrics_port,
+    upstreams: Annotated[
+        str, typer.Option(help="Nodes that others start: HOST:PORT, with spaces between.")
+    ] = "",
     model: Annotated[str | None, typer.Option(help="Name of the archive.")] = None,
 ) -> None:
     """Puts a gateway before the server of `make run`, or before nodes of its own."""
@@ -66,10 +70,17 @@ def start_command(
         burst,
         connections,
         metrics_port=metrics_port,
+        upstreams=upstreams,
     )
+    if upstreams and (nodes or workers):
+        raise UserError("UPSTREAMS are started by others: leave NODES and WORKERS out.")
     check(options)
     own = nodes is not None
-    if nodes:
+    if upstreams:
+        members = find_nodes(upstreams, model or DEFAULT_ARCHITECTURE)
+        if not members:
+            raise UserError(f"UPSTREAMS has no address just now: {upstreams}")
+    elif nodes:
         archive = MODEL_STORE / f"{model or DEFAULT_ARCHITECTURE}.mar"
         members = start_nodes(nodes, archive, workers)
     else:
@@ -79,8 +90,9 @@ def start_command(
     except BaseException:
         stop_nodes(members if own else [])
         raise
-    step(f"Gateway: {len(members)} node(s), logs in {GATEWAY_DIR}")
-    card = read_card(Path(members[0].archive))
+    where = "of others" if upstreams else "on this machine"
+    step(f"Gateway: {len(members)} node(s) {where}, logs in {GATEWAY_DIR}")
+    card = None if upstreams else read_card(Path(members[0].archive))
     if card is not None and card.warning:
         warn(card.warning)
     if not options.keys:
@@ -161,6 +173,9 @@ def status_command() -> None:
 
 
 def _describe(node: Node) -> list[str]:
+    if node.address:
+        state = "drained" if node.drained else "serving" if node.healthy else "not answering"
+        return [node.address, state, "-", "-", "-", "-"]
     archive = Path(node.archive).parent.name
     running = find_running(Path(node.run_dir))
     if running is None:

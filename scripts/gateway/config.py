@@ -11,11 +11,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from handler.settings import MAX_REQUEST_BYTES
-from scripts.gateway.gateway import Gateway, Node
+from scripts.gateway.gateway import Gateway, Node, Options
 from scripts.gateway.keys import SESSION_SECONDS
 from scripts.gateway.waiting import HOLD
 from scripts.serve.management import PIXEL
-from scripts.serve.running import find_running
+from scripts.serve.running import HOST, find_running
 from scripts.terminal import UserError
 
 TEMPLATES = Path(__file__).parent
@@ -28,12 +28,20 @@ _QUICK_FAILURE = 5
 _WRONG_KEYS = {"rate": 1, "burst": 20}
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address; `UserError` where it is none."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError as error:
-        raise UserError(f"HOST must be an IP address, got {host!r}.") from error
+def is_loopback(options: Options) -> bool:
+    """Whether only this machine can reach the gateway.
+
+    Raises:
+        UserError: an address is none.
+    """
+    for name in ("host", "published", "metrics_host"):
+        address = getattr(options, name)
+        try:
+            if address or name == "host":
+                ipaddress.ip_address(address)
+        except ValueError as error:
+            raise UserError(f"{name.upper()} must be an IP address, got {address!r}.") from error
+    return ipaddress.ip_address(options.published or options.host).is_loopback
 
 
 def config(gateway: Gateway, folder: Path) -> str:
@@ -66,7 +74,7 @@ def config(gateway: Gateway, folder: Path) -> str:
         folder=folder.resolve(),
         sockets=gateway.sockets,
         options=options,
-        loopback=is_loopback(options.host),
+        loopback=is_loopback(options),
         clients=[
             {"name": key.name, "key": key.key, "sessions": key.sessions(gateway.secret)}
             for key in gateway.keys
@@ -143,8 +151,10 @@ def _kserve(model: str) -> Iterator[str]:
         yield f"/v2/models/{model}/{verb}"
 
 
-def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:
+def _upstream(node: Node, sockets: str) -> dict[str, str] | None:
     """What the template needs of a node; None where it does not run, or only begins to."""
+    if node.address:
+        return _described(node, sockets, node.address, "")
     running = find_running(Path(node.run_dir))
     if running is None:
         return None
@@ -152,13 +162,16 @@ def _upstream(node: Node, sockets: str) -> dict[str, str | int] | None:
         authorization = running.authorization("inference").get("Authorization", "")
     except (OSError, ValueError):
         return None  # its file of tokens is not there or not whole yet
-    port = running.ports.inference
+    return _described(node, sockets, f"{HOST}:{running.ports.inference}", authorization)
+
+
+def _described(node: Node, sockets: str, address: str, authorization: str) -> dict[str, str]:
     # After a reload the old processes of nginx take connections for a moment still. They must not
     # get those of the new ones: what they would send to this node is an old port or a void token.
-    current = hashlib.sha256(f"{port} {authorization}".encode()).hexdigest()[:8]
+    current = hashlib.sha256(f"{address} {authorization}".encode()).hexdigest()[:8]
     return {
         "name": node.name,
-        "port": port,
+        "address": address,
         "authorization": authorization,
         "socket": f"{sockets}/{node.name}.{current}.sock",
     }

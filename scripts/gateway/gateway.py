@@ -44,7 +44,13 @@ class Options:
         connections: requests of one client at the same time.
         timeout: seconds after which a node that does not answer is given up. Longer than TorchServe
             gives a worker (`responseTimeout`).
-        metrics_port: what the gateway counted, for Prometheus, on loopback.
+        metrics_port: what the gateway counted, for Prometheus.
+        metrics_host: address to listen on for that.
+        published: address at which others reach it, where that is not `host`: a container's ports
+            are published by whoever runs it. What is safe is decided by this one.
+        upstreams: nodes that others start, as HOST:PORT with spaces between. A name stands for all
+            its addresses, and is looked up again and again.
+        processes: of nginx; 0 for as many as there are CPUs.
     """
 
     host: str = HOST
@@ -58,11 +64,24 @@ class Options:
     connections: int = 64
     timeout: int = 70
     metrics_port: int = 9145
+    metrics_host: str = HOST
+    published: str = ""
+    upstreams: str = ""
+    processes: int = 0
 
     @property
     def address(self) -> str:
         """The host as URLs and nginx write it."""
-        return f"[{self.host}]" if ":" in self.host else self.host
+        return _bracketed(self.host)
+
+    @property
+    def metrics_address(self) -> str:
+        """The host of the metrics, likewise."""
+        return _bracketed(self.metrics_host)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,8 @@ class Node:
         workers: its worker processes.
         drained: an operator took it out.
         healthy: false where the watch found that it cannot answer.
+        address: HOST:PORT of one that somebody else started, of which nothing is known but its
+            answers; "" for one whose processes are in its folder.
     """
 
     run_dir: str
@@ -82,6 +103,7 @@ class Node:
     workers: int
     drained: bool = False
     healthy: bool = True
+    address: str = ""
 
     @property
     def name(self) -> str:

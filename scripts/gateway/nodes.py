@@ -172,6 +172,7 @@ def replace(name: str, folder: Path = GATEWAY_DIR) -> Node:
     """
     with operation(f"make replace of {name}", folder):
         (old,) = _require([name], require_gateway(folder))
+        require_own([old])
         fresh = start_node(Path(old.archive), old.workers, folder.parent)
         try:
             change_nodes(lambda nodes: [*nodes, fresh], folder)
@@ -182,6 +183,13 @@ def replace(name: str, folder: Path = GATEWAY_DIR) -> Node:
         change_nodes(lambda nodes: [node for node in nodes if node.name != name], folder)
         stop_nodes([old])
     return fresh
+
+
+def require_own(nodes: Sequence[Node]) -> None:
+    """Stops, by a `UserError`, what whoever started the nodes has to do."""
+    others = [node.name for node in nodes if node.address]
+    if others:
+        raise UserError(f"{', '.join(others)} was started by others (UPSTREAMS), who replace it.")
 
 
 def _require(names: Sequence[str], gateway: Gateway) -> list[Node]:

@@ -25,7 +25,6 @@ from scripts.gateway.gateway import (
 )
 from scripts.gateway.nginx import DRAIN_TIMEOUT, keys_of, start_nginx, write_config
 from scripts.serve.preflight import check_ports
-from scripts.serve.running import HOST
 from scripts.state import (
     forget,
     process_of,
@@ -58,7 +57,7 @@ def start(
         # Before the watch starts, which ends where there is no gateway.
         remember(folder / STATE, dataclasses.asdict(gateway))
         if watch:
-            gateway = _watched(gateway, folder)
+            gateway = start_watch(gateway, folder)
     except BaseException:
         stop_lost(find_lost(folder))
         forget(folder / STATE)
@@ -67,9 +66,9 @@ def start(
     return gateway
 
 
-def _watched(gateway: Gateway, folder: Path) -> Gateway:
-    """Starts the watch."""
-    pid = _start_watch(folder)
+def start_watch(gateway: Gateway, folder: Path) -> Gateway:
+    """Starts the watch; returns the gateway as it is remembered then."""
+    pid = _spawn_watch(folder)
     gateway = dataclasses.replace(gateway, watch_pid=pid, watch_started=started(pid))
     with lock(folder):
         # The watch may have changed the nodes already.
@@ -118,11 +117,11 @@ def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
     """Stops, by a `UserError`, what cannot work or would not be safe; starts nothing."""
     if shutil.which("nginx") is None:
         raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
-    if not is_loopback(options.host) and not options.keys:
+    if not is_loopback(options) and not options.keys:
         raise UserError(
-            f"{options.host} can be reached by others, and nobody would need a key. Give a file of "
-            "keys with KEYS=file: a line a client, its name and a key of 16 or more letters and "
-            "digits."
+            f"{options.published or options.host} can be reached by others, and nobody would need "
+            "a key. Give a file of keys with KEYS=file: a line a client, its name and a key of 16 "
+            "or more letters and digits."
         )
     for name in ("rate", "burst", "connections", "timeout"):
         if getattr(options, name) < 1:
@@ -140,12 +139,11 @@ def check(options: Options, folder: Path = GATEWAY_DIR) -> None:
         "https": options.https_port,
         "metrics": options.metrics_port,
     }
-    # Metrics are on loopback, whatever the host is.
     check_ports(options.host, ports, held=[options.metrics_port])
-    check_ports(HOST, {"metrics": options.metrics_port})
+    check_ports(options.metrics_host, {"metrics": options.metrics_port})
 
 
-def _start_watch(folder: Path) -> int:
+def _spawn_watch(folder: Path) -> int:
     """Starts the watch in a session of its own, so that Ctrl-C in this terminal does not end it."""
     appending = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return os.posix_spawn(

@@ -19,7 +19,13 @@ from classification_client import RefusedError, ServiceError
 from classification_client.retrying import tries
 from scripts.gateway.gateway import GATEWAY_DIR, Node, operation, require_gateway
 from scripts.gateway.nginx import change_nodes, wait_for_drain
-from scripts.gateway.nodes import keep_release, start_node, stop_nodes, stop_unused
+from scripts.gateway.nodes import (
+    keep_release,
+    require_own,
+    start_node,
+    stop_nodes,
+    stop_unused,
+)
 from scripts.samples import sample_photographs
 from scripts.serve.management import client_of, ready_workers
 from scripts.serve.running import Running, find_running
@@ -59,6 +65,7 @@ def upgrade(
 def _upgrade(archive: Path, agreement: float, trial_seconds: float, folder: Path) -> None:
     old = [node for node in require_gateway(folder).nodes if not node.drained]
     names = {node.name for node in old}
+    require_own(old)
     release = keep_release(archive, folder.parent)
     _check_archive(release, old)
     fresh: list[Node] = []

@@ -36,6 +36,7 @@ from scripts.gateway.gateway import (
 from scripts.gateway.health import Health
 from scripts.gateway.nginx import change_nodes, check_keys
 from scripts.gateway.nodes import drained, is_own, start_again
+from scripts.gateway.upstreams import Answers, find_nodes
 from scripts.gateway.waiting import Verdict, answering
 from scripts.serve.running import HOST, Running, find_running
 from scripts.terminal import UserError, command
@@ -61,14 +62,14 @@ _EXPECTED = (UserError, requests.RequestException, OSError, ValueError, psutil.E
 class Watch:
     """What is known of the nodes of one gateway, and what is done about it.
 
-    `check` and `keep` are called over and over, each from a thread of its own: what `keep` does can
-    take minutes, and health cannot wait so long.
+    `check`, `keep` and `find` are called over and over, each from a thread of its own: what `keep`
+    does can take minutes, and health cannot wait so long.
     """
 
     def __init__(self, folder: Path) -> None:
         """Args: folder of the gateway."""
         self.folder = folder
-        self.health: dict[str, Health] = {}
+        self.health: dict[str, Health | Answers] = {}
         self.starts: dict[str, Starts] = {}
         self._said: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(8)
@@ -78,11 +79,11 @@ class Watch:
         gateway = find_gateway(self.folder)
         if gateway is None:
             return
-        present = {node.run_dir for node in gateway.nodes}
+        present = {node.run_dir: node for node in gateway.nodes}
         # In one step, since other threads read it.
         self.health = {
-            run_dir: self.health.get(run_dir) or Health(Path(run_dir))
-            for run_dir in sorted(present)
+            run_dir: self.health.get(run_dir) or _health_of(node)
+            for run_dir, node in sorted(present.items())
         }
         for node, ended in zip(
             gateway.nodes, self._pool.map(self._look, gateway.nodes), strict=True
@@ -143,8 +144,30 @@ class Watch:
         self.carefully("tokens cannot be renewed", partial(renew_tokens, self.folder))
         self.carefully("clients' keys cannot be read", partial(check_keys, gateway))
         # Keys are read anew, and every half day sessions are others.
-        if any(find_running(Path(node.run_dir)) for node in gateway.nodes if not node.drained):
+        if any(_can_serve(node) for node in gateway.nodes if not node.drained):
             self.carefully("nginx keeps what it has", partial(change_nodes, tuple, self.folder))
+
+    def find(self) -> None:
+        """Looks up anew which addresses the names of others' nodes have."""
+        gateway = find_gateway(self.folder)
+        if gateway is None or not gateway.options.upstreams:
+            return
+        model = Path(gateway.nodes[0].archive).stem
+        found = {node.run_dir: node for node in find_nodes(gateway.options.upstreams, model)}
+        known = {node.run_dir: node for node in gateway.nodes}
+        if not found:
+            raise UserError(f"{gateway.options.upstreams} has no address; the last ones stay.")
+        if found.keys() == known.keys():
+            return
+        for name in sorted(found.keys() ^ known.keys()):
+            say(f"{name} is {'there' if name in found else 'gone'}")
+        change_nodes(
+            lambda nodes: [
+                *(node for node in nodes if node.run_dir in found),
+                *(node for name, node in found.items() if name not in known),
+            ],
+            self.folder,
+        )
 
     def carefully(self, failure: str, act: Callable[[], object]) -> None:
         """Does something; says once what keeps it from being done, and goes on."""
@@ -172,6 +195,14 @@ class Watch:
             finally:
                 starts.over()
             change_nodes(tuple, self.folder)
+
+
+def _health_of(node: Node) -> Health | Answers:
+    return Answers(node) if node.address else Health(Path(node.run_dir))
+
+
+def _can_serve(node: Node) -> bool:
+    return bool(node.address) or find_running(Path(node.run_dir)) is not None
 
 
 @dataclasses.dataclass
@@ -294,6 +325,10 @@ def main(
         while not ended.wait(SECONDS_BETWEEN_CHECKS):
             watch.carefully("nodes cannot be kept", watch.keep)
 
+    def find() -> None:
+        while not ended.wait(SECONDS_BETWEEN_CHECKS):
+            watch.carefully("nodes cannot be found", watch.find)
+
     def check() -> None:
         watch.carefully("nodes cannot be checked", watch.check)
         watch.carefully("answers cannot be counted", counting.read)
@@ -301,6 +336,8 @@ def main(
     # Whoever asks finds an answer.
     check()
     keeper = threading.Thread(target=keep)
+    # Looking names up may take seconds, which neither health nor tokens can wait for.
+    threading.Thread(target=find, daemon=True).start()
     with answering(Path(gateway.sockets) / "watch.sock", watch, counting.metrics):
         keeper.start()
         while not ended.wait(SECONDS_BETWEEN_CHECKS) and _serves(gateway, folder):

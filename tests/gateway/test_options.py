@@ -131,7 +131,7 @@ def stub_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         "_upstream",
         lambda node, sockets: {
             "name": node.name,
-            "port": unused_ports(1)[0],
+            "address": f"127.0.0.1:{unused_ports(1)[0]}",
             "authorization": "",
             "socket": f"{sockets}/{node.name}.sock",
         },
@@ -201,7 +201,7 @@ def test_the_metrics_port_is_looked_at_where_nginx_listens(tmp_path: Path) -> No
             starting.check(options, tmp_path)
 
 
-@pytest.mark.parametrize("fails", ["remember", "_start_watch"])
+@pytest.mark.parametrize("fails", ["remember", "start_watch"])
 @pytest.mark.usefixtures("stub_nodes")
 def test_a_start_that_fails_late_leaves_nothing_running(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -447,7 +447,7 @@ def test_a_held_request_goes_by_the_nodes_that_are_there_now(
         "_upstream",
         lambda node, sockets: {
             "name": node.name,
-            "port": ports[node.name],
+            "address": f"127.0.0.1:{ports[node.name]}",
             "authorization": "",
             "socket": f"{sockets}/{node.name}.sock",
         },

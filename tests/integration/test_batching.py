@@ -17,9 +17,9 @@ import requests
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from benchmarks.faults import poll, wait_for
+from benchmarks.faults import wait_for
 from scripts.samples import CAT
-from scripts.serve.management import model_status
+from scripts.serve.management import model_status, poll
 from scripts.serve.running import Running
 from tests.pictures import PHOTOGRAPHS, encode
 
