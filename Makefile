@@ -9,6 +9,7 @@
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
 #:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
+#:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
 #:  CLASSES=file        classes of your own, a name a line, or JSON
 #:  NAME=name           of the archive and of the model; otherwise the architecture's
 #:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
@@ -33,7 +34,7 @@ VENV_PYTHON := .venv/bin/python
 # environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
-packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
+packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
 	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)

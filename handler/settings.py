@@ -134,6 +134,8 @@ class ModelCard:
             last features; empty where logits are no linear function of their means, so that
             there is no class activation map.
         precision: what the model was checked to compute in, of `PRECISIONS`.
+        head: what stands in the place of one of the architecture's modules, see
+            `handler.torch_models.empty_model`; empty for its own.
     """
 
     architecture: str
@@ -145,6 +147,7 @@ class ModelCard:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     features: str = ""
     precision: str = "float32"
+    head: str = ""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -18,6 +18,7 @@ from scripts.build.commands import (
     Channels,
     EngineOption,
     EvaluateOption,
+    HeadOption,
     InterpolationOption,
     MaxLossOption,
     NameOption,
@@ -44,6 +45,7 @@ def main(
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: NameOption = None,
+    head: HeadOption = None,
     engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
@@ -71,7 +73,7 @@ def main(
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
-    found = obtain_for_trial(weights, weights_url, arch)
+    found = obtain_for_trial(weights, weights_url, arch, head)
     archive = build(recipe(found, name, classes, preprocessing, engine, lower))
     running = _serve(archive, ports, workers, grpc=grpc)
 

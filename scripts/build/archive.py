@@ -30,11 +30,8 @@ from handler.errors import ArchiveError
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build import export, lower_precision
-from scripts.build.architectures import (
-    last_layer,
-    official_preprocessing,
-)
+from scripts.build import export, heads, lower_precision
+from scripts.build.architectures import official_preprocessing
 from scripts.build.class_index import as_json
 from scripts.build.class_names import read_class_names
 from scripts.build.lower_precision import LowerPrecision, make
@@ -45,6 +42,7 @@ from scripts.build.weights import (
     build_model,
     obtain,
     untrained,
+    with_two_outputs,
 )
 from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
@@ -67,6 +65,9 @@ _RANDOM_CHECK_IMAGES = 8
 
 # So many classes are printed; of more the first two and the last.
 _SHOWN_CLASSES = 4
+
+# Classes that one output tells apart.
+_BINARY = 2
 
 # A model's name is part of addresses and of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -120,10 +121,11 @@ def recipe(
         UserError: the list does not fit the weights, or the name or the engine cannot be used.
     """
     check_choices(name, engine, lower)
+    labels = _labels(weights, classes)
     return Recipe(
-        weights,
+        with_two_outputs(weights) if weights.classes < len(labels) else weights,
         weights.architecture if name is None else name,
-        _labels(weights, classes),
+        labels,
         preprocessing or official_preprocessing(weights.architecture),
         engine,
         lower,
@@ -152,6 +154,13 @@ def _labels(weights: Weights, classes: Path | None) -> Sequence[Label]:
             )
         return load_class_index(HANDLER / CLASS_INDEX, IMAGENET_CLASSES)
     labels = read_class_names(classes)
+    if weights.classes == 1:
+        if len(labels) != _BINARY:
+            raise UserError(
+                f"{weights.file} has one output: it tells two classes apart, so CLASSES must name "
+                "two, first the one for which the output is near 0."
+            )
+        return labels
     if len(labels) != weights.classes:
         raise UserError(
             f"{classes} names {len(labels)} classes, but {weights.file} tells {weights.classes} "
@@ -182,7 +191,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     model_store.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
     model = build_model(weights)
-    last = last_layer(model, weights.architecture)
+    last = model.get_submodule(weights.last_layer.removesuffix(".weight"))
     images = sample_batch(recipe.preprocessing)
     try:
         features = export.features_node(model, last, recipe.preprocessing, images)
@@ -202,6 +211,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         preprocessing=recipe.preprocessing,
         features=features,
         precision=recipe.precision,
+        head=weights.head,
     )
     subject = export.Exportable(model, card.preprocessing, card.features)
     model_file = _model_file(subject, card, recipe.engine, images)
@@ -241,6 +251,7 @@ def _summary(recipe: Recipe) -> list[str]:
         f"{weights.architecture} on {engine}, weights {weights.file} in {precision}",
         f"shorter side to {wanted.resize} pixels ({wanted.interpolation}), {square}, "  # noqa: ISC004
         f"mean {mean}, std {std}",
+        *([f"a head of its own, {heads.described(weights.head)}"] if weights.head else []),
         f"{weights.classes} classes: {', '.join(shown)}",
     ]
 
@@ -255,6 +266,7 @@ def _inputs_digest(recipe: Recipe) -> str:
     weights = recipe.weights
     said = [
         (weights.architecture, weights.classes, weights.trained, weights.file, weights.sha256),
+        weights.head,
         (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
         recipe.lower and recipe.lower.digest(),
         _exporter_digest(),
@@ -279,7 +291,11 @@ def _exporter_digest() -> str:
 def _model_file(
     subject: export.Exportable, card: ModelCard, engine: str, images: NDArray[np.uint8]
 ) -> Path:
-    said = [card.weights_sha256, dataclasses.asdict(card.preprocessing), _exporter_digest()]
+    said = [
+        (card.weights_sha256, card.classes, card.head),
+        dataclasses.asdict(card.preprocessing),
+        _exporter_digest(),
+    ]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     if engine == "torch":
         state_dict_file = BUILD / f"{card.architecture}-{key}.pth"
@@ -384,11 +400,14 @@ def _zip(folder: Path, target: Path) -> None:
 
 
 def obtain_for_trial(
-    path: Path | None, url: str | None, architecture: str = DEFAULT_ARCHITECTURE
+    path: Path | None,
+    url: str | None,
+    architecture: str = DEFAULT_ARCHITECTURE,
+    head: str | None = None,
 ) -> Weights:
     """Trained weights, or random ones where the host of torchvision's is unreachable."""
     try:
-        return obtain(path, url, architecture)
+        return obtain(path, url, architecture, head)
     except HostUnreachableError as error:
         warn(str(error))
         warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")

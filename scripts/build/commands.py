@@ -21,6 +21,7 @@ ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
 Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
 InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
+HeadOption = Annotated[str | None, typer.Option(help="As in linear,relu,dropout,linear.")]
 NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
 EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
 PrecisionOption = Annotated[str, typer.Option(help="float32, bf16 or int8.")]
@@ -42,6 +43,7 @@ def main(
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: NameOption = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
+    head: HeadOption = None,
     engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
@@ -59,7 +61,7 @@ def main(
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
-    found = obtain(weights, weights_url, arch)
+    found = obtain(weights, weights_url, arch, head)
     build(recipe(found, name, classes, preprocessing, engine, lower), model_store)
 
 

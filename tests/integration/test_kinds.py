@@ -1,0 +1,136 @@
+"""Kinds of models that people bring, side by side: each answers as what it was made of does."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from torchvision.models import get_model, get_model_weights
+
+from scripts.build.archive import build, recipe
+from scripts.build.weights import load
+from scripts.samples import CAT
+from scripts.serve.running import Running, free_ports
+from scripts.serve.server import start, stop
+from tests.pictures import encode, photographs
+
+TIMEOUT = 60
+IMAGES = 50
+CLASSES = ("cat", "dog", "bird", "fish", "horse")
+
+# What a kind's own library makes of an RGB picture: float32 (classes,), probabilities.
+Expected = Callable[[Image.Image], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One model.
+
+    Attributes:
+        archive: as built from files that the test made.
+        expected: its own library's answers.
+        explained: whether it has maps.
+    """
+
+    archive: Path
+    expected: Expected
+    explained: bool
+
+
+def pytorch(model: nn.Module, transform: Callable[[Image.Image], Any]) -> Expected:
+    def answer(picture: Image.Image) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            found: NDArray[np.float32] = model(transform(picture)[None]).softmax(1)[0].numpy()
+        return found
+
+    return answer
+
+
+def spread(model: nn.Module, transform: Callable[[Image.Image], Any]) -> None:
+    """Gives random weights answers that differ: the last layer is scaled on the pictures."""
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    pictures = [transform(image.convert("RGB")) for _, image in list(photographs())[:IMAGES:5]]
+    with torch.inference_mode():
+        logits = model(torch.stack(pictures))
+        scale = 2 / logits.std(0)
+        last.weight *= scale[:, None]
+        last.bias.copy_((last.bias - logits.mean(0)) * scale)
+
+
+def of_a_head(folder: Path, name: str, layers: list[nn.Module], said: str | None) -> Kind:
+    torch.manual_seed(3)
+    model = get_model("resnet18", weights=None).eval()
+    model.fc = nn.Sequential(*layers).eval()
+    transform = get_model_weights("resnet18").DEFAULT.transforms()
+    spread(model, transform)
+    torch.save(model.state_dict(), folder / f"{name}.pth")
+    weights = load(folder / f"{name}.pth", "resnet18", said)
+    archive = build(recipe(weights, name, folder / "classes.txt"), folder)
+    return Kind(archive, pytorch(model, transform), explained=said is None)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    folder = tmp_path_factory.mktemp("kinds")
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
+    one = [nn.Dropout(), nn.BatchNorm1d(512), nn.Linear(512, len(CLASSES))]
+    two = [nn.Linear(512, 32), nn.GELU(), nn.Dropout(), nn.Linear(32, len(CLASSES))]
+    return {
+        "linear-head": of_a_head(folder, "linear-head", one, None),
+        "head": of_a_head(folder, "head", two, "linear,gelu,dropout,linear"),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    run_dir = tmp_path_factory.mktemp("run")
+    first, *others = (kind.archive for kind in kinds.values())
+    running = start(first, free_ports(), 1, run_dir, beside=others)
+    yield running
+    stop(running, run_dir)
+
+
+NAMES = ["linear-head", "head"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_answers_as_its_own_library(
+    name: str, server: Running, kinds: dict[str, Kind], note: list[str]
+) -> None:
+    url = server.serving(name).predictions_url
+    worst, labels = 0.0, set()
+    for title, image in list(photographs())[:IMAGES]:
+        rgb = image.convert("RGB")
+        expected = kinds[name].expected(rgb)
+        served = requests.post(url, files={"file": encode(rgb)}, timeout=TIMEOUT).json()
+        order = [row["class_index"] for row in served["predictions"]]
+        assert order == np.argsort(-expected, kind="stable")[:5].tolist(), title
+        got = np.array([row["probability"] for row in served["predictions"]])
+        worst = max(worst, float(np.abs(got - expected[order]).max()))
+        labels.add(order[0])
+    note.append(
+        f"kinds: {name} against its own library over {IMAGES} images, {len(labels)} different "
+        f"first labels, worst difference of a probability {worst:.1e}"
+    )
+    assert len(labels) >= 3
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_are_where_the_head_is_linear(
+    name: str, server: Running, kinds: dict[str, Kind]
+) -> None:
+    url = server.serving(name).predictions_url.replace("predictions", "explanations")
+    headers = {"Accept": "application/json"}
+    answer = requests.post(url, data=CAT.read_bytes(), headers=headers, timeout=TIMEOUT)
+    if kinds[name].explained:
+        assert np.array(answer.json()["map"]).shape == (7, 7)
+    else:
+        assert (answer.status_code, answer.json()["type"]) == (404, "NoExplanation")
