@@ -9,6 +9,7 @@
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
 #:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
+#:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
 #:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
 #:  CLASSES=file        classes of your own, a name a line, or JSON
 #:  NAME=name           of the archive and of the model; otherwise the architecture's
@@ -38,7 +39,7 @@ packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN ST
 	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
-variables-archive := $(packing)
+variables-archive := $(packing) MODEL_FILE
 variables-start := MODELS $(serving)
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD

@@ -10,7 +10,7 @@ from rich.status import Status
 from classification_client import Client, ServiceError
 from classification_client.printing import show
 from scripts.build.architectures import check_architecture
-from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
+from scripts.build.archive import build, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
     AgreementOption,
     ArchOption,
@@ -28,6 +28,7 @@ from scripts.build.commands import (
 )
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
+from scripts.build.packing import check_choices
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan

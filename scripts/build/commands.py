@@ -5,17 +5,12 @@ from typing import Annotated
 
 import typer
 
-from scripts.build.architectures import (
-    check_architecture,
-)
-from scripts.build.archive import build, check_choices, customized, recipe
+from scripts.build import onnx_archive
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
-from scripts.build.weights import (
-    obtain,
-)
+from scripts.build.packing import check_choices
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE
-from scripts.terminal import command
+from scripts.terminal import UserError, command
 
 ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
@@ -36,7 +31,11 @@ AgreementOption = Annotated[
 UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
 
 
+ModelFileOption = Annotated[Path | None, typer.Option(help="An ONNX file, instead of weights.")]
+
+
 def main(
+    model_file: ModelFileOption = None,
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
     weights_url: UrlOption = None,
     arch: ArchOption = DEFAULT_ARCHITECTURE,
@@ -57,9 +56,28 @@ def main(
     agreement: AgreementOption = Bounds.agreement,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
-    check_architecture(arch)
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
+    if model_file is not None:
+        others = {
+            "WEIGHTS": weights is not None,
+            "WEIGHTS_URL": weights_url is not None,
+            "HEAD": head is not None,
+            "ARCH": arch != DEFAULT_ARCHITECTURE,
+            "ENGINE": engine != "onnx",
+        }
+        for variable, value in others.items():
+            if value:
+                raise UserError(f"MODEL_FILE is a whole model. Leave {variable} out.")
+        said = onnx_archive.Said(resize, crop, mean, std, interpolation)
+        onnx_archive.build(model_file, said, name, classes, lower, model_store)
+        return
+    # PyTorch is not needed before here.
+    from scripts.build.architectures import check_architecture  # noqa: PLC0415
+    from scripts.build.archive import build, customized, recipe  # noqa: PLC0415
+    from scripts.build.weights import obtain  # noqa: PLC0415
+
+    check_architecture(arch)
     preprocessing = customized(arch, resize, crop, mean, std, interpolation)
     found = obtain(weights, weights_url, arch, head)
     build(recipe(found, name, classes, preprocessing, engine, lower), model_store)

@@ -17,12 +17,8 @@ from torchvision.models import feature_extraction
 
 from handler.settings import Preprocessing
 from handler.torch_models import with_features
+from scripts.build.differences import MAX_DIFFERENCE, scaled_difference
 from scripts.terminal import UserError
-
-# Larger differences than this between the exported graph's outputs and PyTorch's stop the build.
-# Both compute in float32 with sums in another order; 1e-5 was seen. Where outputs are above 100, it
-# is a part of a hundredth of the greatest.
-MAX_DIFFERENCE = 1e-4
 
 # Some models magnify rounding: an export may differ by a few times what float32 does in PyTorch.
 _ROUNDINGS = 4
@@ -121,16 +117,10 @@ def features_node(
             and features.dim() == 4  # noqa: PLR2004  # N, channels, height, width
             and features.shape[1] == last_layer.in_features
             and features.shape[2] * features.shape[3] > 1
-            and _scaled_difference(last_layer(features.mean((2, 3))), logits) < MAX_DIFFERENCE
+            and scaled_difference(last_layer(features.mean((2, 3))), logits) < MAX_DIFFERENCE
         ):
             return name
     return ""
-
-
-def _scaled_difference(got: Any, expected: Any) -> float:
-    """The largest difference; of values above 100 as a part of a hundredth of the greatest."""
-    got, expected = np.asarray(got), np.asarray(expected)
-    return float(np.abs(got - expected).max() / max(1.0, np.abs(expected).max() / 100))
 
 
 def export(subject: Exportable, target: Path) -> None:
@@ -218,7 +208,7 @@ def check(
         + ", ".join(f"{value:.1e} in {name}" for name, value in differences.items())
     )
     for name, difference in differences.items():
-        rounding = _scaled_difference(expected[name], exact[name])
+        rounding = scaled_difference(expected[name], exact[name])
         allowed = max(MAX_DIFFERENCE, _ROUNDINGS * rounding)
         # Written so that NaN stops the build too.
         if not difference <= allowed:
@@ -258,4 +248,4 @@ def _largest_difference(
     alone = np.concatenate(
         [session.run([output], {"images": images[i : i + 1]})[0] for i in range(len(images))]
     )
-    return float(np.max([_scaled_difference(got, expected) for got in (together, alone)]))
+    return float(np.max([scaled_difference(got, expected) for got in (together, alone)]))

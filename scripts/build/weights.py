@@ -33,13 +33,12 @@ from scripts.build.architectures import (
     official_weights,
     without_auxiliary,
 )
+from scripts.build.class_names import IMAGENET_CLASSES
 from scripts.build.export import Normalized
 from scripts.build.weight_files import layer_versions, read_state_dict, set_layer_versions
 from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step
-
-IMAGENET_CLASSES = 1000
 
 # Of layers that do not fit.
 _SHOWN_MISMATCHES = 3
