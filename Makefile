@@ -14,6 +14,7 @@
 #:  CLASSES=file        classes of your own, a name a line, or JSON
 #:  NAME=name           of the archive and of the model; otherwise the architecture's
 #:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
+#:  FIT=squash          or pad: the whole picture, instead of the square from its centre
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
@@ -35,7 +36,7 @@ VENV_PYTHON := .venv/bin/python
 # environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
-packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
+packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION FIT \
 	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)

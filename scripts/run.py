@@ -18,6 +18,7 @@ from scripts.build.commands import (
     Channels,
     EngineOption,
     EvaluateOption,
+    FitOption,
     HeadOption,
     InterpolationOption,
     MaxLossOption,
@@ -53,6 +54,7 @@ def main(
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    fit: FitOption = None,
     precision: PrecisionOption = "float32",
     calibrate: CalibrateOption = None,
     evaluate: EvaluateOption = None,
@@ -70,7 +72,7 @@ def main(
     check_architecture(arch)
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())

@@ -288,6 +288,7 @@ def customized(  # as many as there are to say
     mean: str | None = None,
     std: str | None = None,
     interpolation: str | None = None,
+    fit: str | None = None,
 ) -> Preprocessing:
     """What torchvision does for the architecture, with what a person says instead.
 
@@ -298,6 +299,7 @@ def customized(  # as many as there are to say
         mean: three numbers with commas between, on the scale 0 to 1; one counts three times.
         std: likewise.
         interpolation: nearest, bilinear or bicubic.
+        fit: crop, squash or pad; with the latter two resize is as crop where it is not said.
 
     Raises:
         UserError: a value cannot be used.
@@ -308,9 +310,13 @@ def customized(  # as many as there are to say
         "mean": numbers("MEAN", mean),
         "std": numbers("STD", std),
         "interpolation": interpolation,
+        "fit": fit,
     }
+    official = official_preprocessing(architecture)
+    if fit in {"squash", "pad"} and resize is None:
+        said["resize"] = crop or official.crop
     chosen = {key: value for key, value in said.items() if value is not None}
     try:
-        return dataclasses.replace(official_preprocessing(architecture), **chosen)
+        return dataclasses.replace(official, **chosen)
     except ArchiveError as error:
         raise UserError(f"The preprocessing cannot be used: {error}.") from error

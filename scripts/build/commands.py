@@ -16,6 +16,7 @@ ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
 Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
 InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
+FitOption = Annotated[str | None, typer.Option(help="crop, squash or pad.")]
 HeadOption = Annotated[str | None, typer.Option(help="As in linear,relu,dropout,linear.")]
 NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
 EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
@@ -49,6 +50,7 @@ def main(
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    fit: FitOption = None,
     precision: PrecisionOption = "float32",
     calibrate: CalibrateOption = None,
     evaluate: EvaluateOption = None,
@@ -69,7 +71,7 @@ def main(
         for variable, value in others.items():
             if value:
                 raise UserError(f"MODEL_FILE is a whole model. Leave {variable} out.")
-        said = onnx_archive.Said(resize, crop, mean, std, interpolation)
+        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
         onnx_archive.build(model_file, said, name, classes, lower, model_store)
         return
     # PyTorch is not needed before here.
@@ -78,7 +80,7 @@ def main(
     from scripts.build.weights import obtain  # noqa: PLC0415
 
     check_architecture(arch)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
     found = obtain(weights, weights_url, arch, head)
     build(recipe(found, name, classes, preprocessing, engine, lower), model_store)
 

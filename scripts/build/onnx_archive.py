@@ -58,6 +58,7 @@ class Said:
         mean: three numbers with commas between, or one.
         std: likewise.
         interpolation: bilinear where it is not said.
+        fit: crop where it is not said; with squash and pad resize is as crop.
     """
 
     resize: int | None = None
@@ -65,6 +66,7 @@ class Said:
     mean: str | None = None
     std: str | None = None
     interpolation: str | None = None
+    fit: str | None = None
 
 
 def build(
@@ -154,10 +156,11 @@ def _inputs_digest(*said: Any) -> str:
 def _preprocessing(model: Model, said: Said) -> Preprocessing:
     """What is said, with the size that the model takes."""
     side, inside = model.input.side, model.input.dtype == "uint8"
+    resize = said.resize or ((said.crop or side) if said.fit in {"squash", "pad"} else None)
     missing = [
         variable
         for variable, value in (
-            ("RESIZE", said.resize),
+            ("RESIZE", resize),
             ("CROP", said.crop or side),
             ("MEAN", said.mean or inside),
             ("STD", said.std or inside),
@@ -181,11 +184,12 @@ def _preprocessing(model: Model, said: Said) -> Preprocessing:
             "them itself. Leave MEAN and STD out."
         )
     values = {
-        "resize": said.resize,
+        "resize": resize,
         "crop": said.crop or side,
         "mean": (0.0,) * 3 if inside else numbers("MEAN", said.mean),
         "std": (1.0,) * 3 if inside else numbers("STD", said.std),
         "interpolation": said.interpolation or "bilinear",
+        "fit": said.fit or "crop",
     }
     try:
         return Preprocessing(**values)  # type: ignore[arg-type]

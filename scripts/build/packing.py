@@ -121,9 +121,10 @@ def labels_of(outputs: int, file: str, classes: Path | None) -> Sequence[Label]:
 def summary_of_preprocessing(wanted: Preprocessing) -> str:
     """For a person, to compare with training."""
     mean, std = (", ".join(f"{n:g}" for n in values) for values in (wanted.mean, wanted.std))
+    side = {"crop": "shorter side", "squash": "both sides", "pad": "longer side"}[wanted.fit]
     square = f"{wanted.crop} x {wanted.crop} from the centre"
     return (
-        f"shorter side to {wanted.resize} pixels ({wanted.interpolation}), {square}, "
+        f"{side} to {wanted.resize} pixels ({wanted.interpolation}), {square}, "
         f"mean {mean}, std {std}"
     )
 

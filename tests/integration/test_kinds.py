@@ -106,10 +106,8 @@ def of_onnx(folder: Path) -> Kind:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "classes.txt").write_text("\n".join(CLASSES))
-    one = [nn.Dropout(), nn.BatchNorm1d(512), nn.Linear(512, len(CLASSES))]
     two = [nn.Linear(512, 32), nn.GELU(), nn.Dropout(), nn.Linear(32, len(CLASSES))]
     return {
-        "linear-head": of_a_head(folder, "linear-head", one, None),
         "head": of_a_head(folder, "head", two, "linear,gelu,dropout,linear"),
         "from-elsewhere": of_onnx(folder),
     }
@@ -124,7 +122,7 @@ def server(kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) -> 
     stop(running, run_dir)
 
 
-NAMES = ["linear-head", "head", "from-elsewhere"]
+NAMES = ["head", "from-elsewhere"]
 
 
 @pytest.mark.parametrize("name", NAMES)
