@@ -8,6 +8,7 @@
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
+#:                      or, for make archive, timm/NAME; REVISION=commit of its weights
 #:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
 #:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
 #:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
@@ -40,7 +41,7 @@ packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN ST
 	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
-variables-archive := $(packing) MODEL_FILE
+variables-archive := $(packing) MODEL_FILE REVISION
 variables-start := MODELS $(serving)
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
@@ -60,10 +61,11 @@ $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
 # Installed only where it is asked for.
 with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
+with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
+.PHONY: help variables setup setup-tests setup-precision setup-timm setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits lint format lock lock-check clean
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -97,7 +99,7 @@ evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-cl
 digits: setup ## a model of one's own, from training to serving, about a minute
 	@$(VENV_PYTHON) -m examples.digits
 
-archive: setup $(with-precision) ## build an archive, with trained weights only
+archive: setup $(with-precision) $(with-timm) ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands
 
 ##@ Production
@@ -182,6 +184,9 @@ setup-tests: variables ## the same, and the tools of tests and checks
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision
 
+setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
+	@$(PYTHON) scripts/bootstrap.py run timm
+
 setup-benchmarks: variables ## the same, and what the benchmarks compare with
 	@$(PYTHON) scripts/bootstrap.py run benchmarks
 
@@ -203,11 +208,11 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-lock: setup ## pin all packages anew, from the four requirements.in and the client's needs
-	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
+lock: setup ## pin all packages anew, from the five requirements.in and the client's needs
+	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in timm-models/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	for group in tests precision benchmarks; do \
+	for group in tests precision timm-models benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
 

@@ -26,11 +26,12 @@ GROUPS = {
     "run": ("requirements.lock",),
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
+    "timm": ("requirements.lock", "timm-models/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
 }
 
 # Packages of pure Python without a wheel.
-SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "benchmarks": ()}
+SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "timm": (), "benchmarks": ()}
 
 
 def platform_of(group: str, platform: str) -> str:

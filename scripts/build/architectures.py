@@ -16,6 +16,9 @@ from handler.torch_models import INCEPTIONS, empty_model
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 
+# Before the names of timm's models.
+TIMM = "timm/"
+
 Shapes = dict[str, torch.Size]
 
 
@@ -24,6 +27,8 @@ def check_architecture(name: str) -> str:
     names = architectures()
     if name in names:
         return name
+    if name.startswith(TIMM):
+        raise UserError(f"timm's models are built by make archive ARCH={name}; then make start.")
     family = name.rstrip("0123456789_").split("_")[0][:4].lower()
     similar = [other for other in names if family and family in other]
     raise UserError(

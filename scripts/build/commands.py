@@ -12,11 +12,12 @@ from scripts.build.packing import check_choices
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE
 from scripts.terminal import UserError, command
 
-ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
+ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's, or timm/NAME.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
 Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
 InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
 FitOption = Annotated[str | None, typer.Option(help="crop, squash or pad.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Of timm's weights, a commit.")]
 HeadOption = Annotated[str | None, typer.Option(help="As in linear,relu,dropout,linear.")]
 NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
 EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
@@ -43,6 +44,7 @@ def main(
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: NameOption = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
+    revision: RevisionOption = None,
     head: HeadOption = None,
     engine: EngineOption = "onnx",
     resize: Pixels = None,
@@ -65,6 +67,7 @@ def main(
             "WEIGHTS": weights is not None,
             "WEIGHTS_URL": weights_url is not None,
             "HEAD": head is not None,
+            "REVISION": revision is not None,
             "ARCH": arch != DEFAULT_ARCHITECTURE,
             "ENGINE": engine != "onnx",
         }
@@ -75,6 +78,17 @@ def main(
         onnx_archive.build(model_file, said, name, classes, lower, model_store)
         return
     # PyTorch is not needed before here.
+    if arch.startswith("timm/"):
+        if weights_url or head or engine != "onnx":
+            raise UserError("ARCH=timm/... has no WEIGHTS_URL, HEAD or ENGINE. Leave them out.")
+        from scripts.build import timm_models  # noqa: PLC0415
+
+        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
+        model = timm_models.obtain(arch, weights, revision)
+        timm_models.build(model, said, name, classes, lower, model_store)
+        return
+    if revision is not None:
+        raise UserError("REVISION is for ARCH=timm/... Leave it out.")
     from scripts.build.architectures import check_architecture  # noqa: PLC0415
     from scripts.build.archive import build, customized, recipe  # noqa: PLC0415
     from scripts.build.weights import obtain  # noqa: PLC0415

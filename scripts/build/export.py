@@ -136,14 +136,29 @@ def export(subject: Exportable, target: Path) -> None:
     whole = WithFeatures(model, features) if features else model
     whole = Normalized(whole, subject.preprocessing).eval()
     crop = subject.preprocessing.crop
-    example = torch.zeros((2, 3, crop, crop), dtype=torch.uint8)
+    outputs = ["logits", "features"] if features else ["logits"]
+    _write(whole, torch.zeros((2, 3, crop, crop), dtype=torch.uint8), outputs, target)
+
+
+def export_plain(model: nn.Module, crop: int, target: Path) -> None:
+    """Writes a model as ONNX as it is: from `images`, float32 (N, 3, crop, crop), normalised.
+
+    Its output is `logits`, float32 (N, classes), N free.
+
+    Raises:
+        UserError: torch cannot export this architecture.
+    """
+    _write(model, torch.zeros((2, 3, crop, crop)), ["logits"], target)
+
+
+def _write(whole: nn.Module, example: Tensor, outputs: list[str], target: Path) -> None:
     try:
         program = torch.onnx.export(
             whole,
             (example,),
             input_names=["images"],
-            output_names=["logits", "features"] if features else ["logits"],
-            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.status import Status
 
 from handler.errors import ArchiveError
+from handler.labels import Label
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.build import differences, onnx_model, onnx_trial
@@ -69,6 +70,27 @@ class Said:
     fit: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What an archive is built of.
+
+    Attributes:
+        architecture: as the model card and errors call it.
+        file: that the weights came from.
+        sha256: of that file.
+        model: reads or makes the model, once it is known to be needed.
+        packages: that took part, with their versions.
+        check: looks at the file that will be packed; raises `UserError`.
+    """
+
+    architecture: str
+    file: str
+    sha256: str
+    model: Callable[[], Model]
+    packages: Sequence[str] = ()
+    check: Callable[[Path], None] | None = None
+
+
 def build(
     path: Path,
     said: Said,
@@ -97,22 +119,48 @@ def build(
     model = onnx_model.read(path)
     preprocessing = _preprocessing(model, said)
     labels = labels_of(_outputs(classes), path.name, classes)
+    source = Source(path.name, path.name, sha256(path), lambda: model)
+    return build_of(source, preprocessing, labels, name, lower, model_store)
+
+
+def build_of(
+    source: Source,
+    preprocessing: Preprocessing,
+    labels: Sequence[Label],
+    name: str,
+    lower: LowerPrecision | None = None,
+    model_store: Path = MODEL_STORE,
+) -> Path:
+    """Builds an archive of a model in ONNX, unless the one in the model store is of the same.
+
+    Args:
+        source: the model.
+        preprocessing: of its training.
+        labels: a class for each position of the logits.
+        name: of the archive.
+        lower: as in `build`.
+        model_store: as in `build`.
+
+    Raises:
+        UserError: as `build`.
+    """
+    engine = f"OpenVINO (CPU, {lower.name})" if lower else "ONNX Runtime (CPU)"
     for line in (
-        f"{path.name} on {f'OpenVINO (CPU, {lower.name})' if lower else 'ONNX Runtime (CPU)'}",
+        f"{source.architecture} on {engine}, from {source.file}",
         summary_of_preprocessing(preprocessing),
         summary_of_classes(labels),
     ):
         step(f"Archive: {line}")
     archive = model_store / f"{name}.mar"
-    digest = sha256(path)
+    said = (source.architecture, source.file, source.sha256, source.packages, name, labels)
     card = ModelCard(
-        architecture=path.name,
+        architecture=source.architecture,
         classes=len(labels),
         trained=True,
-        weights_file=path.name,
-        weights_sha256=digest,
+        weights_file=source.file,
+        weights_sha256=source.sha256,
         inputs_sha256=_inputs_digest(
-            digest, name, labels, dataclasses.asdict(preprocessing), lower and lower.digest()
+            said, dataclasses.asdict(preprocessing), lower and lower.digest()
         ),
         preprocessing=preprocessing,
         precision=lower.name if lower else "float32",
@@ -123,8 +171,11 @@ def build(
         return archive
     model_store.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
+    model = source.model()
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         model_file, classifier = convert(model, preprocessing, len(labels), Path(folder))
+        if source.check is not None:
+            source.check(model_file)
         card = dataclasses.replace(card, features="features" if classifier is not None else "")
         extra = Path(folder, "extra")
         extra.mkdir()

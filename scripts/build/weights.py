@@ -229,7 +229,7 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE, head: str | None 
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path.name} does not fit {architecture} with {classes} classes: "
-            f"{_first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
+            f"{first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
         ) from error
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -263,7 +263,7 @@ def _count_classes(
     return int(state_dict[layer].shape[0])
 
 
-def _first_mismatches(error: Exception) -> str:
+def first_mismatches(error: Exception) -> str:
     """What torch names: keys that are missing, not expected, or of another shape, a line each."""
     lines = [" ".join(line.split()).rstrip(". ") for line in str(error).splitlines()]
     lines = lines[1:] or lines
