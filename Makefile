@@ -22,6 +22,7 @@
 #:  MODELS="a b"        which archives to start, side by side
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
+#:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  NODE=name           which node

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 Body = dict[str, Any]
 
 
+# What embeddings are called in requests and answers.
+EMBEDDING = "embedding"
+
+
 class Purpose(enum.Enum):
     """What a request wants."""
 
@@ -50,12 +54,14 @@ class Options:
         threshold: least probability, 0 to 1, that counts as recognised.
         class_index: position of the class to explain, as the client wrote it.
         class_id: id of the class to explain, such as "n02124075".
+        embedding: each result holds the pooled last features too.
     """
 
     topk: int
     threshold: float
     class_index: str | None = None
     class_id: str | None = None
+    embedding: bool = False
 
     @classmethod
     def defaults(cls, settings: Settings) -> "Options":
@@ -84,6 +90,7 @@ class RequestImage:
         photo: what an explanation needs to know of the picture.
         probabilities: float32 (classes,), summing to 1.
         features: float32 (channels, height, width), the last ones, of an image to explain.
+        embedding: float32 (channels,), the pooled last features, where they are asked for.
         result: as it stands in the answer.
     """
 
@@ -95,6 +102,7 @@ class RequestImage:
     photo: Photo | None = None
     probabilities: NDArray[np.float32] | None = None
     features: NDArray[np.float32] | None = None
+    embedding: NDArray[np.float32] | None = None
     result: Body | None = None
 
 
@@ -149,6 +157,11 @@ class Request:
     as_picture: bool = False
     error: RequestError | None = None
     response: Response | None = None
+
+    @property
+    def wants_embeddings(self) -> bool:
+        """In each result, or as a tensor of KServe V2."""
+        return self.options.embedding or any(output.name == EMBEDDING for output in self.outputs)
 
     def header(self, name: str) -> str:
         """A header of the request, whatever its case; empty where there is none."""

@@ -156,6 +156,11 @@ def classification(
     }
 
 
+def embedded(embedding: NDArray[np.float32]) -> list[float]:
+    """float32 (channels,) in the fewest digits that give the same float32 again."""
+    return [float(text) for text in map(str, embedding)]
+
+
 def explanation(
     photo: Photo,
     activation: NDArray[np.float32],

@@ -143,6 +143,8 @@ class ModelCard:
         precision: what the model was checked to compute in, of `PRECISIONS`.
         head: what stands in the place of one of the architecture's modules, see
             `handler.torch_models.empty_model`; empty for its own.
+        embedding: channels of the pooled last features, which the last layer takes; 0 where the
+            model does not give them out.
     """
 
     architecture: str
@@ -155,6 +157,7 @@ class ModelCard:
     features: str = ""
     precision: str = "float32"
     head: str = ""
+    embedding: int = _bounded(0, 0, 1_000_000)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -64,6 +64,12 @@ class TorchEngine:
             logits, features = found["logits"], found["features"]
             return logits.float().cpu().numpy(), features.float().cpu().numpy()
 
+    def logits_and_embedding(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Never asked: an archive for PyTorch has no embeddings, see `ModelCard.embedding`."""
+        raise NotImplementedError
+
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""
         with torch.inference_mode():

@@ -5,7 +5,8 @@ classification changes nothing.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,12 +134,14 @@ class Classification:
         recognized: whether the best one reaches the threshold.
         warning: what must be known about the model, such as that it is untrained.
         model: which one it was; None where the server does not say.
+        embedding: the pooled last features, where they were asked for.
     """
 
     predictions: tuple[Prediction, ...]
     recognized: bool
     warning: str | None = None
     model: ModelVersion | None = None
+    embedding: Sequence[float] | None = None
 
     @property
     def label(self) -> str:
@@ -161,7 +164,18 @@ class Classification:
             case _:
                 raise ValueError("no predictions")
         warning = body.get("warning")
-        return cls(predictions, recognized, None if warning is None else str(warning), model)
+        warning = None if warning is None else str(warning)
+        return cls(predictions, recognized, warning, model, _embedding(body))
+
+
+def _embedding(body: Mapping[str, Any]) -> Sequence[float] | None:
+    match body.get("embedding"):
+        case None:
+            return None
+        case [_, *_] as values if all(isinstance(value, (int, float)) for value in values):
+            return array("f", values)  # a tenth of a tuple's memory
+        case _:
+            raise ValueError("no embedding")
 
 
 def _prediction(row: object) -> Prediction:
@@ -184,6 +198,7 @@ class RequestOptions:
     Attributes:
         topk: predictions wanted; None for as many as the server gives.
         threshold: least probability, 0 to 1, that counts as recognised; None for the server's.
+        embedding: ask for the pooled last features too.
         patience: seconds for which one picture is tried again and again; 0 for one try.
         timeout: seconds that one try may take.
         key: a client's key, where a gateway asks for one.
@@ -196,11 +211,13 @@ class RequestOptions:
     timeout: float = TIMEOUT
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    embedding: bool = False
 
     @property
     def fields(self) -> dict[str, str]:
         """The form's fields beside the picture."""
-        given = {"topk": self.topk, "threshold": self.threshold}
+        embedding = "true" if self.embedding else None
+        given = {"topk": self.topk, "threshold": self.threshold, "embedding": embedding}
         return {name: str(value) for name, value in given.items() if value is not None}
 
     @property

@@ -23,7 +23,7 @@ from torch import nn
 from handler.errors import ArchiveError
 from handler.labels import Label
 from handler.settings import ModelCard, Preprocessing
-from scripts.build import export, heads, lower_precision
+from scripts.build import export, heads, lower_precision, onnx_model
 from scripts.build.architectures import official_preprocessing
 from scripts.build.lower_precision import LowerPrecision, make
 from scripts.build.packing import (
@@ -156,9 +156,13 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         precision=recipe.precision,
         head=weights.head,
     )
-    subject = export.Exportable(model, card.preprocessing, card.features)
+    last_name = weights.last_layer.removesuffix(".weight")
+    subject = export.Exportable(model, card.preprocessing, card.features, last_name)
     model_file = _model_file(subject, card, recipe.engine, images)
     classifier = None
+    if recipe.engine == "onnx":
+        channels = onnx_model.embedding_channels(model_file)
+        card = dataclasses.replace(card, embedding=channels)
     if card.features:
         assert isinstance(last, nn.Linear)
         classifier = last.weight.detach().float().numpy()
@@ -224,7 +228,8 @@ def _inputs_digest(recipe: Recipe) -> str:
 def _exporter_digest() -> str:
     """Changes whenever an export of the same weights might."""
     digest = hashlib.sha256()
-    for path in (HANDLER / "torch_models.py", Path(export.__file__)):
+    modules = (export.__file__, str(onnx_model.__file__))
+    for path in (HANDLER / "torch_models.py", *map(Path, modules)):
         digest.update(path.read_bytes())
     for package in ("torch", "torchvision", "onnx", "onnxscript"):
         digest.update(f"{package}=={version(package)};".encode())
@@ -251,6 +256,8 @@ def _model_file(
     unchecked = exported.with_suffix(".unchecked")
     with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
         export.export(subject, unchecked)
+        if isinstance(subject.model.get_submodule(subject.last), nn.Linear):
+            onnx_model.add_embedding(unchecked)
     with Status("Comparing the exported model with PyTorch ...", console=console):
         crop = card.preprocessing.crop
         noise = np.random.default_rng(0).integers(

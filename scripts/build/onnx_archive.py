@@ -173,10 +173,11 @@ def build_of(
     BUILD.mkdir(exist_ok=True)
     model = source.model()
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        model_file, classifier = convert(model, preprocessing, len(labels), Path(folder))
+        model_file, classifier, channels = convert(model, preprocessing, len(labels), Path(folder))
         if source.check is not None:
             source.check(model_file)
-        card = dataclasses.replace(card, features="features" if classifier is not None else "")
+        features = "features" if classifier is not None else ""
+        card = dataclasses.replace(card, features=features, embedding=channels)
         extra = Path(folder, "extra")
         extra.mkdir()
         if lower is not None:
@@ -250,7 +251,7 @@ def _preprocessing(model: Model, said: Said) -> Preprocessing:
 
 def convert(
     model: Model, preprocessing: Preprocessing, classes: int, folder: Path
-) -> tuple[Path, NDArray[np.float32] | None]:
+) -> tuple[Path, NDArray[np.float32] | None, int]:
     """Makes the model what the handler's engine takes, and compares that with the file.
 
     Args:
@@ -260,8 +261,8 @@ def convert(
         folder: where to put it.
 
     Returns:
-        the model's file, and float32 (classes, channels), what maps are made with; None where it
-        has no maps.
+        the model's file; float32 (classes, channels), what maps are made with, None where it has no
+        maps; and the number of channels of its embeddings, 0 where it has none.
 
     Raises:
         UserError: it cannot be run, or what it gives cannot be used.
@@ -273,7 +274,7 @@ def convert(
     expected = given[found.name].astype(np.float64).reshape(len(images), -1)
     last = onnx_model.head(model, found)
     target = folder / "model.onnx"
-    classifier = None
+    classifier, channels = None, 0
     # Each try leaves something out that this model does not have.
     for head in _heads(last):
         _save(onnx_model.rewritten(model, preprocessing, found, head, batch), target)
@@ -285,6 +286,7 @@ def convert(
             continue
         if head is None or _is_right(head, found, got):
             classifier = None if head is None or not head.features else _rows(head, found)
+            channels = 0 if head is None else head.weights.shape[1]
             break
     _compare(model, found, got, expected)
     notes = [
@@ -293,9 +295,10 @@ def convert(
         *([f"without its {found.activation.lower()}"] if found.activation else []),
         *(["of its probabilities the logarithm"] if found.probabilities else []),
         "maps" if classifier is not None else "no maps",
+        f"embeddings of {channels} channels" if channels else "no embeddings",
     ]
     step(f"Model: {', '.join(notes)}")
-    return target, classifier
+    return target, classifier, channels
 
 
 def _tried(

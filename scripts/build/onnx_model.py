@@ -407,6 +407,31 @@ def _is_mean(node: NodeProto) -> bool:
     return node.op_type in {"GlobalAveragePool", "ReduceMean", "AveragePool"}
 
 
+# --- Embeddings of our own exports ---
+
+
+def add_embedding(file: Path) -> None:
+    """Makes the last layer's input an output of an exported model, where the graph shows it."""
+    proto = onnx.load(file)
+    taken = Input("images", "uint8", ("NCHW",), None, None)
+    last = head(Model(file.name, proto, taken), Output("logits", "logits"))
+    if last is None:
+        return
+    proto.graph.node.append(_node("Identity", [last.pooled], ["embedding"]))
+    proto.graph.output.append(
+        helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", last.weights.shape[1]])
+    )
+    file.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def embedding_channels(file: Path) -> int:
+    """How many channels the embeddings of such a model have; 0 where it gives none."""
+    for value in onnx.load(file).graph.output:
+        if value.name == "embedding":
+            return int(value.type.tensor_type.shape.dim[1].dim_value)
+    return 0
+
+
 # --- What the engine takes ---
 
 

@@ -49,7 +49,8 @@ def converted(
     file, _ = saved(proto, folder)
     mean, std = (0.0, 1.0) if normalised else (0.5, 0.25)
     preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3)
-    target, classifier = convert(read(file), preprocessing, classes, folder)
+    target, classifier, channels = convert(read(file), preprocessing, classes, folder)
+    assert channels == 16
     card = ModelCard("mine", classes, True, "", "", "", preprocessing)  # noqa: FBT003
     engine = load_engine(target, card, Cores(1, 1, folder / "busy"))
     images = sample_batch(preprocessing, 3)
