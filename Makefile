@@ -8,10 +8,14 @@
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
+#:                      or, for make archive, timm/NAME; REVISION=commit of its weights
 #:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
+#:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
+#:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
 #:  CLASSES=file        classes of your own, a name a line, or JSON
 #:  NAME=name           of the archive and of the model; otherwise the architecture's
 #:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
+#:  FIT=squash          or pad: the whole picture, instead of the square from its centre
 #:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
 #:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
 #:                      and top 5, or AGREEMENT=share of first labels, that it may cost
@@ -22,6 +26,7 @@
 #:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
+#:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
@@ -38,11 +43,11 @@ VENV_PYTHON := .venv/bin/python
 # environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
-packing := ARCH WEIGHTS WEIGHTS_URL CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION \
+packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION FIT \
 	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT ACTIVATION THRESHOLDS
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
-variables-archive := $(packing)
+variables-archive := $(packing) MODEL_FILE REVISION
 variables-start := MODELS $(serving)
 variables-image := MODELS TAG BASE
 variables-scale := WORKERS MODEL
@@ -63,10 +68,11 @@ $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
 # Installed only where it is asked for.
 with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
+with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -103,7 +109,7 @@ digits: setup ## a model of one's own, from training to serving, about a minute
 shapes: setup ## a model that gives several labels a picture, likewise, about two minutes
 	@$(VENV_PYTHON) -m examples.shapes
 
-archive: setup $(with-precision) ## build an archive, with trained weights only
+archive: setup $(with-precision) $(with-timm) ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands
 
 ##@ Production
@@ -200,6 +206,9 @@ setup-tests: variables ## the same, and the tools of tests and checks
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision
 
+setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
+	@$(PYTHON) scripts/bootstrap.py run timm
+
 setup-benchmarks: variables ## the same, and what the benchmarks compare with
 	@$(PYTHON) scripts/bootstrap.py run benchmarks
 
@@ -222,10 +231,10 @@ PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
-	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in -o .venv/pins.txt >/dev/null
+	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in timm-models/requirements.in -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	for group in tests precision benchmarks; do \
+	for group in tests precision timm-models benchmarks; do \
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
 	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock

@@ -30,7 +30,8 @@ from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build.archive import AT_START, build, recipe
+from scripts.build.archive import build, recipe
+from scripts.build.packing import AT_START
 from scripts.build.weights import untrained
 from scripts.terminal import command, step
 

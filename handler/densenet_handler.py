@@ -20,8 +20,9 @@ from ts.context import Context
 from handler import explain, inputs, responses
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
-from handler.errors import ArchiveError, ClientError, InternalError, NoExplanation
+from handler.errors import ArchiveError, ClientError, InternalError, NoEmbedding, NoExplanation
 from handler.exchange import (
+    EMBEDDING,
     Body,
     Options,
     Purpose,
@@ -123,7 +124,11 @@ class DenseNetHandler:
         together(requests, self._decode)
         decoded_at = time.monotonic()
         images = [image for request in requests if not request.error for image in request.images]
-        together([image for image in images if image.photo is None], self._classify)
+        classified = [image for image in images if image.photo is None]
+        embedding = [request for request in requests if request.wants_embeddings]
+        embedded = {id(image) for request in embedding for image in request.images}
+        together([image for image in classified if id(image) not in embedded], self._classify)
+        together([image for image in classified if id(image) in embedded], self._embed)
         together([image for image in images if image.photo is not None], self._explain)
         inferred_at = time.monotonic()
         for request in requests:
@@ -137,6 +142,11 @@ class DenseNetHandler:
                 f"The architecture {self.card.architecture} has no class activation map: its "
                 "logits are no linear function of its last features. DenseNets and ResNets, among "
                 "others, have one."
+            )
+        if request.wants_embeddings and not self.card.embedding:
+            raise NoEmbedding(
+                "This archive gives no embeddings: it was built for PyTorch (ENGINE=torch), or its "
+                "last layer is no linear one. Those for ONNX Runtime of most architectures do."
             )
         responses.check_topk(request, self.card.classes)
 
@@ -181,6 +191,12 @@ class DenseNetHandler:
             for image, logits in zip(batch, self.engine.logits(pixels), strict=True):
                 self._take(image, logits)
 
+    def _embed(self, images: Sequence[RequestImage]) -> None:
+        for batch, pixels in self._batches(images):
+            found = zip(*self.engine.logits_and_embedding(pixels), strict=True)
+            for image, (logits, embedding) in zip(batch, found, strict=True):
+                self._take(image, logits, embedding=embedding)
+
     def _explain(self, images: Sequence[RequestImage]) -> None:
         for batch, pixels in self._batches(images):
             found = zip(*self.engine.logits_and_features(pixels), strict=True)
@@ -203,15 +219,24 @@ class DenseNetHandler:
         image: RequestImage,
         logits: NDArray[np.float32],
         features: NDArray[np.float32] | None = None,
+        embedding: NDArray[np.float32] | None = None,
     ) -> None:
-        """What the model made of one image: float32 (classes,) and (channels, height, width)."""
-        made = [logits] if features is None else [logits, features]
+        """What the model made of one image.
+
+        Args:
+            image: takes it.
+            logits: float32 (classes,).
+            features: float32 (channels, height, width).
+            embedding: float32 (channels,).
+        """
+        made = [values for values in (logits, features, embedding) if values is not None]
         if not all(np.isfinite(values).all() for values in made):
             logger.error("Not finite: the model's output for request %s", image.request_id)
             image.error = InternalError(image.request_id)
             return
         image.probabilities = sigmoid(logits) if self.card.multilabel else softmax(logits)
         image.features = features
+        image.embedding = embedding
 
     def _answer(self, request: Request) -> None:
         match request.purpose:
@@ -233,6 +258,8 @@ class DenseNetHandler:
             if request.purpose is Purpose.CLASSIFY:
                 answer = responses.multilabel if request.multilabel else responses.classification
                 image.result = answer(image.probabilities, self.labels, request.options)
+                if request.options.embedding and image.embedding is not None:
+                    image.result[EMBEDDING] = responses.embedded(image.embedding)
                 continue
             assert image.photo is not None
             assert image.features is not None
@@ -293,6 +320,7 @@ class DenseNetHandler:
             "thresholds": self.card.thresholds,
             "fallback": self.fallback or None,
             "explains": self.classifier is not None,
+            "embedding": self.card.embedding,
             "preprocessing": asdict(self.card.preprocessing),
             "settings": asdict(self.settings),
         }
@@ -311,6 +339,13 @@ class DenseNetHandler:
                 raise ArchiveError(
                     f"the model gives features of shape {features.shape}, "
                     f"{explain.CLASSIFIER} has {self.classifier.shape[1]} weights a class"
+                )
+        if self.card.embedding:
+            embedding = self.engine.logits_and_embedding(black)[1]
+            if embedding.shape != (1, self.card.embedding):
+                raise ArchiveError(
+                    f"the model gives embeddings of shape {embedding.shape}, "
+                    f"{MODEL_CARD} says {self.card.embedding} channels"
                 )
         if logits.shape != (1, self.card.classes):
             raise ArchiveError(

@@ -53,6 +53,20 @@ class Engine(Protocol):
         """
         ...
 
+    def logits_and_embedding(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Runs the model once, for the logits and what the last layer makes them of.
+
+        Args:
+            images: as in `logits`.
+
+        Returns:
+            the logits, and float32 (N, channels), the pooled last features. Only of an archive that
+            has such, see `ModelCard.embedding`.
+        """
+        ...
+
 
 def load_engine(model_file: Path, card: ModelCard, cores: Cores, gpu: int | None = None) -> Engine:
     """Loads the archive's model file with the engine for its kind.

@@ -3,7 +3,8 @@
 A request becomes an answer in four steps, and most have their errors:
 
     row --inputs--> bytes and options --images--> pixels --engine--> logits --responses--> answer
-         BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption, NoExplanation
+         BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption, NoExplanation,
+         NoEmbedding
                              EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
                                                                            AnswerTooLarge
 
@@ -133,6 +134,13 @@ class NoExplanation(ClientError):
 
     status = 404
     type = "NoExplanation"
+
+
+class NoEmbedding(ClientError):
+    """The archive gives no embeddings."""
+
+    status = 404
+    type = "NoEmbedding"
 
 
 class ArchiveError(RuntimeError):

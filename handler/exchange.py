@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 Body = dict[str, Any]
 
 
+# What embeddings are called in requests and answers.
+EMBEDDING = "embedding"
+
+
 class Purpose(enum.Enum):
     """What a request wants."""
 
@@ -52,12 +56,14 @@ class Options:
             several labels, one for all classes or one for each.
         class_index: position of the class to explain, as the client wrote it.
         class_id: id of the class to explain, such as "n02124075".
+        embedding: each result holds the pooled last features too.
     """
 
     topk: int
     threshold: Threshold
     class_index: str | None = None
     class_id: str | None = None
+    embedding: bool = False
 
     @classmethod
     def defaults(cls, settings: Settings, card: ModelCard) -> "Options":
@@ -87,6 +93,7 @@ class RequestImage:
         photo: what an explanation needs to know of the picture.
         probabilities: float32 (classes,); they sum to 1 unless the model gives several labels.
         features: float32 (channels, height, width), the last ones, of an image to explain.
+        embedding: float32 (channels,), the pooled last features, where they are asked for.
         result: as it stands in the answer.
     """
 
@@ -98,6 +105,7 @@ class RequestImage:
     photo: Photo | None = None
     probabilities: NDArray[np.float32] | None = None
     features: NDArray[np.float32] | None = None
+    embedding: NDArray[np.float32] | None = None
     result: Body | None = None
 
 
@@ -154,6 +162,11 @@ class Request:
     as_picture: bool = False
     error: RequestError | None = None
     response: Response | None = None
+
+    @property
+    def wants_embeddings(self) -> bool:
+        """In each result, or as a tensor of KServe V2."""
+        return self.options.embedding or any(output.name == EMBEDDING for output in self.outputs)
 
     def header(self, name: str) -> str:
         """A header of the request, whatever its case; empty where there is none."""

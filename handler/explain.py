@@ -7,6 +7,7 @@ gradient (Zhou et al., "Learning Deep Features for Discriminative Localization",
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,11 +97,15 @@ def heat_picture(photo: Photo, activation: NDArray[np.float32]) -> bytes:
     grey = photo.preview.convert("L").convert("RGB")
     picture = grey.point(lambda value: value * _UNSEEN_BRIGHTNESS)
     scale = photo.preview.width / photo.size[0], photo.preview.height / photo.size[1]
-    left, right = _span(photo.crop[0] * scale[0], photo.crop[2] * scale[0], picture.width)
-    top, bottom = _span(photo.crop[1] * scale[1], photo.crop[3] * scale[1], picture.height)
+    x, y = (
+        _span(photo.crop[i] * scale[i], photo.crop[i + 2] * scale[i], picture.size[i])
+        for i in (0, 1)
+    )
+    (left, right), (top, bottom) = x.seen, y.seen
     seen = grey.crop((left, top, right, bottom))
 
-    heat = _heat(activation, seen.size)
+    heat = _heat(activation, (x.end - x.start, y.end - y.start))
+    heat = heat[top - y.start : bottom - y.start, left - x.start : right - x.start]
     seen.paste(
         Image.fromarray(_COLOUR_TABLE[heat]),
         mask=Image.fromarray((heat * _HOTTEST_ALPHA).astype(np.uint8)),
@@ -111,10 +116,24 @@ def heat_picture(photo: Photo, activation: NDArray[np.float32]) -> bytes:
     return encoded.getvalue()
 
 
-def _span(start: float, end: float, length: int) -> tuple[int, int]:
-    """Whole pixels, at least one, within 0 to `length`."""
-    first = min(round(start), length - 1)
-    return first, max(first + 1, min(round(end), length))
+class _Span(NamedTuple):
+    """What the model sees along one side, in whole pixels.
+
+    Attributes:
+        start: where it begins; below 0 where the picture was padded.
+        end: where it ends.
+        seen: the part of it that is in the picture, at least one pixel.
+    """
+
+    start: int
+    end: int
+    seen: tuple[int, int]
+
+
+def _span(start: float, end: float, length: int) -> _Span:
+    first = min(max(0, round(start)), length - 1)
+    last = max(first + 1, min(round(end), length))
+    return _Span(min(round(start), first), max(round(end), last), (first, last))
 
 
 def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:

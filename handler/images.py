@@ -1,10 +1,10 @@
 """From encoded bytes to the model's input: uint8 (3, crop, crop), red, green, blue.
 
 Of an upright 8-bit RGB picture the result is that of torchvision's transforms, bit for bit, such as
-the tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit picture) and `CenterCrop(224)`.
-Other pictures
-are first made one as a person sees them: turned upright, transparency on white. Scaling to 0..1
-and normalising happen in the model, so that a batch stays four times smaller until there.
+the tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit picture) and `CenterCrop(224)`, or
+of timm's where the whole picture is squashed or padded to a square. Other pictures are first made
+one as a person sees them: turned upright, transparency on white. Scaling to 0..1 and normalising
+happen in the model, so that a batch stays four times smaller until there.
 
 A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size,
 which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
@@ -331,7 +331,10 @@ def _memory(found: Survey, size: tuple[int, int], task: _Task) -> int:
         scale = next(s for s in (8, 4, 2, 1) if s <= max(1, min(width, height) // enough))
         width, height = -(-width // scale), -(-height // scale)
     resized, _ = _resized((max(1, width), max(1, height)), task.preprocessing)
-    resizing = min(resized[0] * height + resized[0] * resized[1], 2 * _MAX_RESIZED_PIXELS) * 4
+    resizing = resized[0] * height + resized[0] * resized[1]
+    if task.preprocessing.fit != "pad":  # which makes no box of a picture that is larger
+        resizing = min(resizing, 2 * _MAX_RESIZED_PIXELS)
+    resizing *= 4
     return found.fixed_bytes + width * height * found.pixel_bytes + resizing
 
 
@@ -553,8 +556,9 @@ def _is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
     """Whether a JPEG of this size is decoded at a fraction of it."""
     return (
         min(size) >= 2 * _REDUCED_SIZE * preprocessing.resize
-        # The only one for which the difference was measured.
+        # The only ones for which the difference was measured.
         and preprocessing.interpolation == "bilinear"
+        and preprocessing.fit == "crop"
     )
 
 
@@ -592,10 +596,11 @@ def _unturned(box: Box, size: tuple[int, int], held: int) -> Box:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resizes the shorter side and cuts the centre square, as torchvision does.
+    """Resizes a picture and cuts the centre square, as torchvision does, or as timm pads.
 
     Source of the arithmetic: `_compute_resized_output_size` and `center_crop` in
-    torchvision/transforms/functional.py.
+    torchvision/transforms/functional.py, `ResizeKeepRatio` and `center_crop_or_pad` in
+    timm/data/transforms.py.
 
     Args:
         image: an RGB picture of any size.
@@ -609,6 +614,11 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     """
     crop, filter_ = preprocessing.crop, _FILTERS[preprocessing.interpolation]
     (width, height), (left, top) = _resized(image.size, preprocessing)
+    if preprocessing.fit == "pad":
+        colour = tuple(min(255, max(0, round(255 * mean))) for mean in preprocessing.mean)
+        square = Image.new("RGB", (crop, crop), colour)
+        square.paste(image.resize((width, height), filter_), (-left, -top))
+        return square
     if width * height <= _MAX_RESIZED_PIXELS:
         resized = image.resize((width, height), filter_)
         return resized.crop((left, top, left + crop, top + crop))
@@ -618,7 +628,10 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
-    """Left, top, right and bottom of the centre square, in pixels of a picture of this size."""
+    """Left, top, right and bottom of the centre square, in pixels of a picture of this size.
+
+    Where the picture is padded they are outside of it.
+    """
     crop = preprocessing.crop
     (width, height), (left, top) = _resized(size, preprocessing)
     x_scale, y_scale = size[0] / width, size[1] / height
@@ -630,7 +643,18 @@ def _resized(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height after resizing, and left and top of the centre square in that."""
     short, crop = preprocessing.resize, preprocessing.crop
-    if size[0] <= size[1]:
+    if preprocessing.fit == "squash":
+        width = height = short
+    elif preprocessing.fit == "pad":
+        ratio = max(size) / short
+        width, height = (max(1, round(side / ratio)) for side in size)
+        # Rounds half a pixel of a border down, half a pixel of a crop as torchvision does.
+        left, top = (
+            round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+            for side in (width, height)
+        )
+        return (width, height), (left, top)
+    elif size[0] <= size[1]:
         width, height = short, int(short * size[1] / size[0])
     else:
         width, height = int(short * size[0] / size[1]), short

@@ -25,7 +25,7 @@ from handler.errors import (
     RepeatedPart,
     TooManyImages,
 )
-from handler.exchange import Options, Protocol, Purpose, Request, RequestImage, attempt
+from handler.exchange import EMBEDDING, Options, Protocol, Purpose, Request, RequestImage, attempt
 from handler.json_body import read_json
 from handler.kserve import BINARY_HEADER, BinaryData, read_outputs, read_request_id, read_tensor
 from handler.labels import Label
@@ -35,7 +35,9 @@ from handler.settings import Settings
 # gRPC, and the tutorials' forms.
 _IMAGE_NAMES = ("body", "data", "file", "image")
 
-_OPTION_NAMES = ("topk", "threshold", "class_index", "class_id")
+_OPTION_NAMES = ("topk", "threshold", "class_index", "class_id", EMBEDDING)
+
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 # How alike two names are of which one is taken for the other's misspelling: "treshold" and "top_k"
 # are; "class" and "token" are not.
@@ -442,6 +444,8 @@ def _read_options(values: Mapping[str, Any], options: Options) -> Options:
         options = replace(options, topk=_read_topk(values["topk"]))
     if "threshold" in values:
         options = replace(options, threshold=_read_threshold(values["threshold"]))
+    if EMBEDDING in values:
+        options = replace(options, embedding=_read_flag(EMBEDDING, values[EMBEDDING]))
     # Only an explanation needs these two, and checks them.
     if "class_index" in values:
         options = replace(options, class_index=_as_text(values["class_index"])[:_LONGEST_NAME])
@@ -476,6 +480,13 @@ def _read_threshold(value: object) -> float:
     if not 0 <= threshold <= 1:
         raise InvalidOption(f"threshold must be a number from 0 to 1, got {_quoted(value)}.")
     return threshold
+
+
+def _read_flag(name: str, value: object) -> bool:
+    text = str(value).lower() if isinstance(value, bool) else _as_text(value).strip().lower()
+    if text not in _FLAGS:
+        raise InvalidOption(f"{name} must be true or false, got {_quoted(value)}.")
+    return _FLAGS[text]
 
 
 def _find_class(options: Options, labels: Sequence[Label]) -> int | None:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from handler.errors import BadRequest, TooManyImages
-from handler.exchange import Body, OutputTensor, Request
+from handler.exchange import EMBEDDING, Body, OutputTensor, Request
 
 BINARY_HEADER = "inference-header-content-length"
 
@@ -96,15 +97,17 @@ def read_outputs(
     missing = _NOT_EXPLAINED if explained else set() if multilabel else {"labels"}
     available = [name for name in _OUTPUTS if name not in missing]
     binary = _flag(_parameters(document), "binary_data_output", default=False)
+    all_of_them = [OutputTensor(name, binary) for name in available]
+    if not explained:  # only where they are asked for: they are long
+        available.append(EMBEDDING)
     requested = document.get("outputs")
     if requested is None or requested == []:
-        return [OutputTensor(name, binary) for name in available]
+        return all_of_them
     if not isinstance(requested, list) or not all(isinstance(output, dict) for output in requested):
         raise BadRequest('"outputs" must be a list of objects, such as {"name": "result"}.')
-    if len(requested) > len(available):
-        raise BadRequest(
-            f'"outputs" asks for {len(requested)} tensors; there are {len(available)}.'
-        )
+    most = len(all_of_them) + any(output.get("name") == EMBEDDING for output in requested)
+    if len(requested) > most:
+        raise BadRequest(f'"outputs" asks for {len(requested)} tensors; there are {most}.')
     outputs = []
     for output in requested:
         name = output.get("name")
@@ -263,10 +266,21 @@ def answer(request: Request, results: Sequence[Body], model: tuple[str, str]) ->
     `result` holds each whole result as JSON text, `labels` the part that has all labels. What an
     image that failed lacks is empty, zero or false.
     """
-    outputs, binary = [], b""
+    outputs: list[Body] = []
+    binary = b""
     for wanted in request.outputs:
+        if wanted.name == EMBEDDING:
+            vectors = _embeddings(request)
+            output: Body = {"name": EMBEDDING, "datatype": "FP32", "shape": list(vectors.shape)}
+            if wanted.binary:
+                output["parameters"] = {"binary_data_size": vectors.nbytes}
+                binary += vectors.tobytes()
+            else:
+                output["data"] = [float(text) for text in map(str, vectors.ravel())]
+            outputs.append(output)
+            continue
         datatype, values = _OUTPUTS[wanted.name], _column(wanted.name, results)
-        output: Body = {"name": wanted.name, "datatype": datatype, "shape": [len(results)]}
+        output = {"name": wanted.name, "datatype": datatype, "shape": [len(results)]}
         if wanted.binary:
             data = _in_binary(datatype, values)
             output["parameters"] = {"binary_data_size": len(data)}
@@ -277,6 +291,14 @@ def answer(request: Request, results: Sequence[Body], model: tuple[str, str]) ->
     name, version = model
     body: Body = {"model_name": name, "model_version": version, "outputs": outputs}
     return ({"id": request.client_id, **body} if request.client_id is not None else body), binary
+
+
+def _embeddings(request: Request) -> NDArray[np.float32]:
+    """float32 (images, channels), little end first; of an image that failed zeros."""
+    found = [image.embedding for image in request.images]
+    channels = next((len(vector) for vector in found if vector is not None), 0)
+    rows = [np.zeros(channels, "<f4") if vector is None else vector for vector in found]
+    return np.stack(rows).astype("<f4")
 
 
 def _column(name: str, results: Sequence[Body]) -> list[Any]:

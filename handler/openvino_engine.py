@@ -62,6 +62,13 @@ class OpenVinoEngine:
         logits, features = self._run(["logits", "features"], images)
         return logits, features
 
+    def logits_and_embedding(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `Engine.logits_and_embedding`."""
+        logits, embedding = self._run(["logits", "embedding"], images)
+        return logits, embedding
+
     def _run(self, outputs: list[str], images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         """One image a run: see above."""
         runs = []

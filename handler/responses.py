@@ -203,6 +203,11 @@ def _prediction(probabilities: NDArray[np.float32], labels: Sequence[Label], ind
     }
 
 
+def embedded(embedding: NDArray[np.float32]) -> list[float]:
+    """float32 (channels,) in the fewest digits that give the same float32 again."""
+    return [float(text) for text in map(str, embedding)]
+
+
 def explanation(
     photo: Photo,
     activation: NDArray[np.float32],

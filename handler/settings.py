@@ -16,6 +16,7 @@ from handler.errors import ArchiveError
 
 MODEL_CARD = "model-card.json"
 
+FITS = ("crop", "squash", "pad")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PRECISIONS = ("float32", "bf16", "int8")
 # From logits to probabilities: one class of all, or each class for itself.
@@ -91,12 +92,15 @@ class Preprocessing:
     """How a picture becomes the model's input; the defaults are the tutorial's.
 
     Attributes:
-        resize: length of the shorter side after resizing, in pixels.
-        crop: side of the square cut from the centre, in pixels.
+        resize: length after resizing, in pixels: of the shorter side with fit "crop", of both
+            sides with "squash", of the longer side with "pad".
+        crop: side of the square cut from the centre, in pixels; with "pad" it may be larger than
+            that, and what is around it gets the colour of the mean.
         mean: per channel (red, green, blue), on the scale 0 to 1, subtracted before dividing.
         std: per channel, on the scale 0 to 1.
         interpolation: how pixels are resized: nearest, bilinear or bicubic, the last two
             antialiased.
+        fit: what becomes of pictures that are no squares: "crop", "squash" or "pad".
     """
 
     resize: int = _bounded(255, 1, 4096)
@@ -104,18 +108,21 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
         if self.interpolation not in _INTERPOLATIONS:
             allowed = ", ".join(_INTERPOLATIONS)
             raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
+        if self.fit not in FITS:
+            raise ArchiveError(f"fit must be {', '.join(FITS)}, got {self.fit!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != _CHANNELS or not all(isinstance(v, (int, float)) for v in values):
                 raise ArchiveError(f"{name} must be three numbers, got {values!r}")
         if not all(value > 0 for value in self.std):
             raise ArchiveError(f"std must be above 0, got {self.std!r}")
-        if self.crop > self.resize:
+        if self.crop > self.resize and self.fit != "pad":
             raise ArchiveError(f"crop {self.crop} is larger than resize {self.resize}")
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
@@ -140,6 +147,10 @@ class ModelCard:
         activation: of `ACTIVATIONS`.
         thresholds: with sigmoid, for each class the least probability, 0 to 1, that makes it one of
             a picture's labels; empty with softmax.
+        head: what stands in the place of one of the architecture's modules, see
+            `handler.torch_models.empty_model`; empty for its own.
+        embedding: channels of the pooled last features, which the last layer takes; 0 where the
+            model does not give them out.
     """
 
     architecture: str
@@ -153,6 +164,8 @@ class ModelCard:
     precision: str = "float32"
     activation: str = "softmax"
     thresholds: tuple[float, ...] = ()
+    head: str = ""
+    embedding: int = _bounded(0, 0, 1_000_000)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

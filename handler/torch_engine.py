@@ -26,7 +26,7 @@ class TorchEngine:
         on_gpu = gpu is not None and torch.cuda.is_available()
         self._device = torch.device(f"cuda:{gpu}" if on_gpu else "cpu")
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        model = empty_model(card.architecture, card.classes)
+        model = empty_model(card.architecture, card.classes, card.head)
         model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True))
         self._model = model.to(self._device, self._dtype, memory_format=torch.channels_last)
         self._with_features = with_features(self._model, card.features) if card.features else None
@@ -63,6 +63,12 @@ class TorchEngine:
             found = self._with_features(self._normalized(on_device))
             logits, features = found["logits"], found["features"]
             return logits.float().cpu().numpy(), features.float().cpu().numpy()
+
+    def logits_and_embedding(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Never asked: an archive for PyTorch has no embeddings, see `ModelCard.embedding`."""
+        raise NotImplementedError
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Engine.logits`."""

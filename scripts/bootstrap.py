@@ -1,8 +1,8 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
-What running needs is one group, this project's own client included; the tests, lower precision and
-the benchmarks have one more each. Python makes the environment, pip brings uv into it, and uv
-installs the rest.
+What running needs is one group, this project's own client included; the tests, lower precision,
+timm's models and the benchmarks have one more each. Python makes the environment, pip brings uv
+into it, and uv installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
 and stays readable to Pythons older than the project supports, to be able to say so.
@@ -34,6 +34,7 @@ GROUPS = {
     "run": (Path("requirements.lock"), "running"),
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
     "precision": (Path("precision", "requirements.lock"), "lower precision"),
+    "timm": (Path("timm-models", "requirements.lock"), "timm's models"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
 
@@ -45,6 +46,7 @@ GIGABYTES = {
     "run": (0.3, 0.8),
     "tests": (0.2, 0.6),
     "precision": (0.1, 0.3),
+    "timm": (0.1, 0.1),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),
     "torch": (0.2, 0.8),

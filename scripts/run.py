@@ -11,7 +11,7 @@ from classification_client import Client, ServiceError
 from classification_client.printing import show
 from scripts.build.activation import SOFTMAX, choose
 from scripts.build.architectures import check_architecture
-from scripts.build.archive import build, check_choices, customized, obtain_for_trial, recipe
+from scripts.build.archive import build, customized, obtain_for_trial, recipe
 from scripts.build.commands import (
     ActivationOption,
     AgreementOption,
@@ -20,6 +20,8 @@ from scripts.build.commands import (
     Channels,
     EngineOption,
     EvaluateOption,
+    FitOption,
+    HeadOption,
     InterpolationOption,
     MaxLossOption,
     NameOption,
@@ -30,6 +32,7 @@ from scripts.build.commands import (
 )
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
+from scripts.build.packing import check_choices
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan
@@ -47,12 +50,14 @@ def main(
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: NameOption = None,
+    head: HeadOption = None,
     engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    fit: FitOption = None,
     precision: PrecisionOption = "float32",
     calibrate: CalibrateOption = None,
     evaluate: EvaluateOption = None,
@@ -73,11 +78,11 @@ def main(
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
     labelling = choose(activation, thresholds)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
-    found = obtain_for_trial(weights, weights_url, arch)
+    found = obtain_for_trial(weights, weights_url, arch, head)
     archive = build(recipe(found, name, classes, preprocessing, engine, lower, labelling))
     running = _serve(archive, ports, workers, grpc=grpc)
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,15 @@ _NAMES = (
 )
 
 
-def sample_batch(preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255."""
-    return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in _views()])
+def sample_batch(preprocessing: Preprocessing, every: int = 1) -> NDArray[np.uint8]:
+    """Six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255.
+
+    Args:
+        preprocessing: how to decode them.
+        every: take one of so many.
+    """
+    views = islice(_views(), 0, None, every)
+    return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in views])
 
 
 def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:

@@ -26,12 +26,20 @@ GROUPS = {
     "run": ("requirements.lock",),
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
+    "timm": ("requirements.lock", "timm-models/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
     "clients": ("tests/clients/requirements.lock",),
 }
 
 # Packages of pure Python without a wheel.
-SOURCES = {"run": (), "tests": ("sslyze",), "precision": (), "benchmarks": (), "clients": ()}
+SOURCES = {
+    "run": (),
+    "tests": ("sslyze",),
+    "precision": (),
+    "timm": (),
+    "benchmarks": (),
+    "clients": (),
+}
 
 
 def platform_of(group: str, platform: str) -> str:

@@ -5,7 +5,8 @@ classification changes nothing.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,6 +141,7 @@ class Classification:
         model: which one it was; None where the server does not say.
         labels: all classes that reach their threshold, best first, of a model that gives several
             labels a picture; None of any other.
+        embedding: the pooled last features, where they were asked for.
     """
 
     predictions: tuple[Prediction, ...]
@@ -147,6 +149,7 @@ class Classification:
     warning: str | None = None
     model: ModelVersion | None = None
     labels: tuple[Prediction, ...] | None = None
+    embedding: Sequence[float] | None = None
 
     @property
     def best(self) -> Prediction:
@@ -180,6 +183,7 @@ class Classification:
             None if warning is None else str(warning),
             model,
             _labels(body.get("labels")),
+            _embedding(body),
         )
 
 
@@ -189,6 +193,16 @@ def _labels(rows: object) -> tuple[Prediction, ...] | None:
     if not isinstance(rows, list):
         raise ValueError("no labels")  # noqa: TRY004  # as of any other answer
     return tuple(_prediction(row) for row in rows)
+
+
+def _embedding(body: Mapping[str, Any]) -> Sequence[float] | None:
+    match body.get("embedding"):
+        case None:
+            return None
+        case [_, *_] as values if all(isinstance(value, (int, float)) for value in values):
+            return array("f", values)  # a tenth of a tuple's memory
+        case _:
+            raise ValueError("no embedding")
 
 
 def _prediction(row: object) -> Prediction:
@@ -212,6 +226,7 @@ class RequestOptions:
         topk: predictions wanted; None for as many as the server gives.
         threshold: least probability, 0 to 1, that counts as recognised; None for the server's,
             which may be another for each class.
+        embedding: ask for the pooled last features too.
         patience: seconds for which one picture is tried again and again; 0 for one try.
         timeout: seconds that one try may take.
         key: a client's key, where a gateway asks for one.
@@ -224,11 +239,13 @@ class RequestOptions:
     timeout: float = TIMEOUT
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    embedding: bool = False
 
     @property
     def fields(self) -> dict[str, str]:
         """The form's fields beside the picture."""
-        given = {"topk": self.topk, "threshold": self.threshold}
+        embedding = "true" if self.embedding else None
+        given = {"topk": self.topk, "threshold": self.threshold, "embedding": embedding}
         return {name: str(value) for name, value in given.items() if value is not None}
 
     @property

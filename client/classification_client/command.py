@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from classification_client import embeddings
 from classification_client.client import (
     PATIENCE,
     Classification,
@@ -52,7 +53,8 @@ _progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 FormatOption = Annotated[Format | None, typer.Option(help="How to print.")]
 OutputOption = Annotated[
-    Path | None, typer.Option(help="A .jsonl or .csv to write to, and to go on with.")
+    Path | None,
+    typer.Option(help="A .jsonl or .csv to go on with; vectors as .npy, .parquet."),
 ]
 TopkOption = Annotated[int | None, typer.Option(min=1, help="Predictions for each.")]
 ThresholdOption = Annotated[
@@ -131,6 +133,8 @@ def classify(
     # Names of files need not be text in any encoding.
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     if output is not None:
+        if output.suffix.lower() in embeddings.SUFFIXES:
+            return _write_embeddings(_find(pictures, files_from), url, options, at_once, output)
         format_ = _format_of(output, format_)
     if list(pictures) == [STANDARD_INPUT]:
         if output is not None:
@@ -148,6 +152,26 @@ def _format_of(output: Path, said: Format | None) -> Format:
     if found is None or found not in by_suffix.values():
         raise UserError(f"{output} must end in .jsonl or .csv.")
     return found
+
+
+def _write_embeddings(
+    found: Found, url: str, options: RequestOptions, at_once: int, output: Path
+) -> int:
+    """Asks for all embeddings, and writes them in the order of the pictures."""
+    embeddings.check_writable(output)
+    run = _Run(found)
+    _ask(run, url, replace(options, embedding=True, topk=1), at_once, lambda _: None)
+    vectors = {
+        row.picture: row.answer.embedding
+        for row in run.rows
+        if isinstance(row.answer, Classification) and row.answer.embedding is not None
+    }
+    if run.stopped is None:
+        names = [str(picture) for picture in run.pictures if str(picture) in vectors]
+        embeddings.write(output, [(name, vectors[name]) for name in names])
+        _say(f"{len(names)} embeddings are in {safe(output)}")
+    _show_warnings(run.rows)
+    return run.summary()
 
 
 def _fitting(options: RequestOptions, format_: Format) -> RequestOptions:

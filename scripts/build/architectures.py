@@ -16,6 +16,9 @@ from handler.torch_models import INCEPTIONS, empty_model
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 
+# Before the names of timm's models.
+TIMM = "timm/"
+
 Shapes = dict[str, torch.Size]
 
 
@@ -24,6 +27,8 @@ def check_architecture(name: str) -> str:
     names = architectures()
     if name in names:
         return name
+    if name.startswith(TIMM):
+        raise UserError(f"timm's models are built by make archive ARCH={name}; then make start.")
     family = name.rstrip("0123456789_").split("_")[0][:4].lower()
     similar = [other for other in names if family and family in other]
     raise UserError(
@@ -95,6 +100,18 @@ def shapes(architecture: str, classes: int) -> Shapes:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
+def misfit(architecture: str, classes: int, head: str) -> str:
+    """Why a head of one's own does not take what an architecture gives it; empty where it does."""
+    crop = official_preprocessing(architecture).crop
+    with _WithoutMemory():
+        model = empty_model(architecture, classes, head).to("meta")
+    try:
+        logits = model(torch.zeros((1, 3, crop, crop), device="meta"))
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return "" if logits.shape == (1, classes) else f"it gives a shape of {list(logits.shape)}"
+
+
 def class_layer(architecture: str) -> str:
     """The name of the parameter whose first axis has an entry a class, such as "fc.weight"."""
     few, more = shapes(architecture, 2), shapes(architecture, 3)
@@ -106,14 +123,18 @@ def last_layer(model: nn.Module, architecture: str) -> nn.Module:
     return model.get_submodule(class_layer(architecture).removesuffix(".weight"))
 
 
+def fits(state_dict: Mapping[str, Tensor], architecture: str) -> bool:
+    """Whether parameters are an architecture's, for however many classes."""
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    layer = found.get(class_layer(architecture))
+    return layer is not None and (
+        len(layer) > 0 and _fit(found, shapes(architecture, layer[0]), architecture)
+    )
+
+
 def guess(state_dict: Mapping[str, Tensor]) -> str | None:
     """The architecture whose parameters these are, if torchvision has one."""
-    found = {name: tensor.shape for name, tensor in state_dict.items()}
-    for architecture in architectures():
-        layer = class_layer(architecture)
-        if found.get(layer) and _fit(found, shapes(architecture, found[layer][0]), architecture):
-            return architecture
-    return None
+    return next((name for name in architectures() if fits(state_dict, name)), None)
 
 
 def _fit(found: Shapes, expected: Shapes, architecture: str) -> bool:

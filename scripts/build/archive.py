@@ -7,13 +7,7 @@ archive while nothing that goes into it has changed. The same inputs give the sa
 import dataclasses
 import hashlib
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,50 +21,37 @@ from rich.status import Status
 from torch import nn
 
 from handler.errors import ArchiveError
-from handler.explain import CLASSIFIER
-from handler.labels import CLASS_INDEX, Label, load_class_index
-from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build import export, lower_precision
+from handler.labels import Label
+from handler.settings import ModelCard, Preprocessing
+from scripts.build import export, heads, lower_precision, onnx_model
 from scripts.build.activation import SOFTMAX, Activation
-from scripts.build.architectures import (
-    last_layer,
-    official_preprocessing,
-)
-from scripts.build.class_index import as_json
-from scripts.build.class_names import read_class_names
+from scripts.build.architectures import official_preprocessing
 from scripts.build.lower_precision import LowerPrecision, make
+from scripts.build.packing import (
+    BUILD,
+    HANDLER,
+    Contents,
+    check_choices,
+    files_that_matter,
+    labels_of,
+    numbers,
+    pack,
+    summary_of_classes,
+    summary_of_preprocessing,
+)
 from scripts.build.weights import (
-    IMAGENET_CLASSES,
     HostUnreachableError,
     Weights,
     build_model,
     obtain,
     untrained,
+    with_two_outputs,
 )
 from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
-BUILD = Path("build")
-HANDLER = Path("handler")
-ENTRY = HANDLER / "densenet_handler.py"
-# Python finds it by its name, so that it must lie beside the entry.
-AT_START = HANDLER / "sitecustomize.py"
-MODEL_CONFIG = HANDLER / "model-config.yaml"
-MANIFEST = "MAR-INF/MANIFEST.json"
-VERSION = "1.0"
-
-# Zip files cannot say an earlier time; a build's own time would make every build different.
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
-_CREATED_ON = "01/01/1980 00:00:00"
-
 _RANDOM_CHECK_IMAGES = 8
-
-# So many classes are printed; of more the first two and the last.
-_SHOWN_CLASSES = 4
-
-# A model's name is part of addresses and of file names.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -128,9 +109,10 @@ def recipe(
             cannot be used.
     """
     check_choices(name, engine, lower)
-    labels = _labels(weights, classes)
+    several = activation.name != SOFTMAX.name
+    labels = labels_of(weights.classes, weights.file, classes, several=several)
     return Recipe(
-        weights,
+        with_two_outputs(weights) if weights.classes < len(labels) else weights,
         weights.architecture if name is None else name,
         labels,
         preprocessing or official_preprocessing(weights.architecture),
@@ -139,36 +121,6 @@ def recipe(
         activation.name,
         activation.thresholds(labels),
     )
-
-
-def check_choices(name: str | None, engine: str, lower: LowerPrecision | None = None) -> None:
-    """Checks what needs no weights to be checked; raises `UserError`."""
-    if name is not None and _NAME.fullmatch(name) is None:
-        raise UserError(
-            "NAME must be 1 to 64 letters, digits, - and _, the first one a letter or a digit, got "
-            f"{name!r}."
-        )
-    if engine not in {"onnx", "torch"}:
-        raise UserError(f"ENGINE must be onnx or torch, got {engine!r}.")
-    if engine == "torch" and lower is not None:
-        raise UserError(f"PRECISION={lower.name} is OpenVINO's. Leave ENGINE=torch out.")
-
-
-def _labels(weights: Weights, classes: Path | None) -> Sequence[Label]:
-    if classes is None:
-        if weights.classes != IMAGENET_CLASSES:
-            raise UserError(
-                f"{weights.file} tells {weights.classes} classes apart, and nothing names them. "
-                "Give a list of them: CLASSES=classes.txt"
-            )
-        return load_class_index(HANDLER / CLASS_INDEX, IMAGENET_CLASSES)
-    labels = read_class_names(classes)
-    if len(labels) != weights.classes:
-        raise UserError(
-            f"{classes} names {len(labels)} classes, but {weights.file} tells {weights.classes} "
-            "apart. The list must have the model's classes, in the order of its training."
-        )
-    return labels
 
 
 def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
@@ -193,7 +145,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
     model_store.mkdir(parents=True, exist_ok=True)
     BUILD.mkdir(exist_ok=True)
     model = build_model(weights)
-    last = last_layer(model, weights.architecture)
+    last = model.get_submodule(weights.last_layer.removesuffix(".weight"))
     images = sample_batch(recipe.preprocessing)
     try:
         features = export.features_node(model, last, recipe.preprocessing, images)
@@ -213,12 +165,17 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         preprocessing=recipe.preprocessing,
         features=features,
         precision=recipe.precision,
+        head=weights.head,
         activation=recipe.activation,
         thresholds=recipe.thresholds,
     )
-    subject = export.Exportable(model, card.preprocessing, card.features)
+    last_name = weights.last_layer.removesuffix(".weight")
+    subject = export.Exportable(model, card.preprocessing, card.features, last_name)
     model_file = _model_file(subject, card, recipe.engine, images)
     classifier = None
+    if recipe.engine == "onnx":
+        channels = onnx_model.embedding_channels(model_file)
+        card = dataclasses.replace(card, embedding=channels)
     if card.features:
         assert isinstance(last, nn.Linear)
         classifier = last.weight.detach().float().numpy()
@@ -226,7 +183,17 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         if recipe.lower is not None:
             make(recipe.lower, model_file, card, recipe.labels, Path(folder))
         with Status("Packing the archive ...", console=console):
-            _pack(card, recipe, model_file, classifier, sorted(Path(folder).iterdir()), archive)
+            pack(
+                Contents(
+                    card,
+                    recipe.name,
+                    recipe.labels,
+                    model_file,
+                    classifier,
+                    sorted(Path(folder).iterdir()),
+                ),
+                archive,
+            )
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -243,32 +210,15 @@ def _summary(recipe: Recipe) -> list[str]:
             }
         )
     )
-    names = [label.class_name for label in recipe.labels]
-    shown = names if len(names) <= _SHOWN_CLASSES else [*names[:2], "...", names[-1]]
-    mean, std = (", ".join(f"{n:g}" for n in values) for values in (wanted.mean, wanted.std))
     engine = {"onnx": "ONNX Runtime (CPU)", "torch": "PyTorch (GPU, or CPU)"}[recipe.engine]
     if recipe.lower is not None:
         engine = f"OpenVINO (CPU, {recipe.precision})"
-    square = f"{wanted.crop} x {wanted.crop} from the centre"
     return [
         f"{weights.architecture} on {engine}, weights {weights.file} in {precision}",
-        f"shorter side to {wanted.resize} pixels ({wanted.interpolation}), {square}, "  # noqa: ISC004
-        f"mean {mean}, std {std}",
-        f"{weights.classes} classes: {', '.join(shown)}{_in_words(recipe.thresholds)}",
+        summary_of_preprocessing(wanted),
+        *([f"a head of its own, {heads.described(weights.head)}"] if weights.head else []),
+        summary_of_classes(recipe.labels, recipe.thresholds),
     ]
-
-
-def _in_words(thresholds: Sequence[float]) -> str:
-    """From where on each class counts for itself; empty where one class of all is meant."""
-    if not thresholds:
-        return ""
-    low, high = (f"{number:g}" for number in (min(thresholds), max(thresholds)))
-    return f"; each for itself (sigmoid), from {low if low == high else f'{low} to {high}'} on"
-
-
-def _handler_files() -> list[Path]:
-    """All that the handler needs at run time, in a fixed order."""
-    return sorted(path for path in HANDLER.iterdir() if path.is_file())
 
 
 def _inputs_digest(recipe: Recipe) -> str:
@@ -276,13 +226,14 @@ def _inputs_digest(recipe: Recipe) -> str:
     weights = recipe.weights
     said = [
         (weights.architecture, weights.classes, weights.trained, weights.file, weights.sha256),
+        weights.head,
         (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
         recipe.lower and recipe.lower.digest(),
         (recipe.activation, recipe.thresholds),
         _exporter_digest(),
     ]
     digest = hashlib.sha256(json.dumps(said).encode())
-    for path in (*_handler_files(), Path(__file__), Path(lower_precision.__file__)):
+    for path in (*files_that_matter(), Path(__file__), Path(lower_precision.__file__)):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -291,7 +242,8 @@ def _inputs_digest(recipe: Recipe) -> str:
 def _exporter_digest() -> str:
     """Changes whenever an export of the same weights might."""
     digest = hashlib.sha256()
-    for path in (HANDLER / "torch_models.py", Path(export.__file__)):
+    modules = (export.__file__, str(onnx_model.__file__))
+    for path in (HANDLER / "torch_models.py", *map(Path, modules)):
         digest.update(path.read_bytes())
     for package in ("torch", "torchvision", "onnx", "onnxscript"):
         digest.update(f"{package}=={version(package)};".encode())
@@ -301,7 +253,11 @@ def _exporter_digest() -> str:
 def _model_file(
     subject: export.Exportable, card: ModelCard, engine: str, images: NDArray[np.uint8]
 ) -> Path:
-    said = [card.weights_sha256, dataclasses.asdict(card.preprocessing), _exporter_digest()]
+    said = [
+        (card.weights_sha256, card.classes, card.head),
+        dataclasses.asdict(card.preprocessing),
+        _exporter_digest(),
+    ]
     key = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
     if engine == "torch":
         state_dict_file = BUILD / f"{card.architecture}-{key}.pth"
@@ -314,6 +270,8 @@ def _model_file(
     unchecked = exported.with_suffix(".unchecked")
     with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
         export.export(subject, unchecked)
+        if isinstance(subject.model.get_submodule(subject.last), nn.Linear):
+            onnx_model.add_embedding(unchecked)
     with Status("Comparing the exported model with PyTorch ...", console=console):
         crop = card.preprocessing.crop
         noise = np.random.default_rng(0).integers(
@@ -329,88 +287,15 @@ def _model_file(
     return exported
 
 
-def _pack(
-    card: ModelCard,
-    recipe: Recipe,
-    model_file: Path,
-    classifier: NDArray[np.float32] | None,
-    others: Sequence[Path],
-    archive: Path,
-) -> None:
-    """Lets `torch-model-archiver` lay the archive out, then zips it the same way every time."""
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        work = Path(folder)
-        extra = work / "extra"
-        (extra / HANDLER).mkdir(parents=True)
-        (extra / MODEL_CARD).write_text(card.to_json())
-        if classifier is not None:
-            np.save(extra / CLASSIFIER, classifier, allow_pickle=False)
-        (extra / CLASS_INDEX).write_text(as_json(recipe.labels), "utf-8")
-        for path in others:
-            shutil.copy(path, extra)
-        for path in _handler_files():
-            if path == AT_START:
-                shutil.copy(path, extra)
-            elif path.suffix in {".py", ".html"} and path != ENTRY:
-                shutil.copy(path, extra / HANDLER)
-        packed_model = work / f"model{model_file.suffix}"
-        shutil.copy(model_file, packed_model)
-        (work / "tmp").mkdir()
-        _run_archiver(
-            [
-                *("--model-name", recipe.name),
-                *("--version", VERSION if card.trained else f"{VERSION}-untrained"),
-                *("--handler", str(ENTRY)),
-                *("--serialized-file", str(packed_model)),
-                *("--config-file", str(MODEL_CONFIG)),
-                *("--extra-files", str(extra)),
-                *("--export-path", str(work)),
-                *("--archive-format", "no-archive"),
-            ],
-            work / "tmp",
-        )
-        laid_out = work / recipe.name
-        _fix_creation_time(laid_out / MANIFEST)
-        unfinished = archive.with_suffix(".unfinished")
-        _zip(laid_out, unfinished)
-        unfinished.replace(archive)
-
-
-def _run_archiver(arguments: list[str], temporary: Path) -> None:
-    """The archiver clears a folder of its own in TMPDIR: two builds must not share one."""
-    result = subprocess.run(
-        [sys.executable, "-m", "model_archiver.model_packaging", *arguments],
-        env={**os.environ, "TMPDIR": str(temporary.resolve())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        raise UserError(f"torch-model-archiver failed: {result.stderr.strip()[-1000:]}")
-
-
-def _fix_creation_time(manifest: Path) -> None:
-    content = json.loads(manifest.read_text())
-    content["createdOn"] = _CREATED_ON
-    manifest.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _zip(folder: Path, target: Path) -> None:
-    """Zips a folder so that the same files give the same bytes."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _ZIP_EPOCH)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, path.read_bytes())
-
-
 def obtain_for_trial(
-    path: Path | None, url: str | None, architecture: str = DEFAULT_ARCHITECTURE
+    path: Path | None,
+    url: str | None,
+    architecture: str = DEFAULT_ARCHITECTURE,
+    head: str | None = None,
 ) -> Weights:
     """Trained weights, or random ones where the host of torchvision's is unreachable."""
     try:
-        return obtain(path, url, architecture)
+        return obtain(path, url, architecture, head)
     except HostUnreachableError as error:
         warn(str(error))
         warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
@@ -424,6 +309,7 @@ def customized(  # as many as there are to say
     mean: str | None = None,
     std: str | None = None,
     interpolation: str | None = None,
+    fit: str | None = None,
 ) -> Preprocessing:
     """What torchvision does for the architecture, with what a person says instead.
 
@@ -434,6 +320,7 @@ def customized(  # as many as there are to say
         mean: three numbers with commas between, on the scale 0 to 1; one counts three times.
         std: likewise.
         interpolation: nearest, bilinear or bicubic.
+        fit: crop, squash or pad; with the latter two resize is as crop where it is not said.
 
     Raises:
         UserError: a value cannot be used.
@@ -441,22 +328,16 @@ def customized(  # as many as there are to say
     said: dict[str, Any] = {
         "resize": resize,
         "crop": crop,
-        "mean": _numbers("MEAN", mean),
-        "std": _numbers("STD", std),
+        "mean": numbers("MEAN", mean),
+        "std": numbers("STD", std),
         "interpolation": interpolation,
+        "fit": fit,
     }
+    official = official_preprocessing(architecture)
+    if fit in {"squash", "pad"} and resize is None:
+        said["resize"] = crop or official.crop
     chosen = {key: value for key, value in said.items() if value is not None}
     try:
-        return dataclasses.replace(official_preprocessing(architecture), **chosen)
+        return dataclasses.replace(official, **chosen)
     except ArchiveError as error:
         raise UserError(f"The preprocessing cannot be used: {error}.") from error
-
-
-def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{name} must be numbers with commas between, got {text!r}.") from error
-    return numbers * 3 if len(numbers) == 1 else numbers

@@ -9,6 +9,8 @@ from pathlib import Path
 from handler.labels import Label
 from scripts.terminal import UserError
 
+IMAGENET_CLASSES = 1000
+
 # Control characters, and halves of characters.
 _NO_TEXT = {"Cc", "Cs"}
 

@@ -5,23 +5,21 @@ from typing import Annotated
 
 import typer
 
+from scripts.build import onnx_archive
 from scripts.build.activation import SOFTMAX, choose
-from scripts.build.architectures import (
-    check_architecture,
-)
-from scripts.build.archive import build, check_choices, customized, recipe
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
-from scripts.build.weights import (
-    obtain,
-)
+from scripts.build.packing import check_choices
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE
-from scripts.terminal import command
+from scripts.terminal import UserError, command
 
-ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's.")]
+ArchOption = Annotated[str, typer.Option(help="A classifier of torchvision's, or timm/NAME.")]
 Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
 Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
 InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
+FitOption = Annotated[str | None, typer.Option(help="crop, squash or pad.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Of timm's weights, a commit.")]
+HeadOption = Annotated[str | None, typer.Option(help="As in linear,relu,dropout,linear.")]
 NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
 EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
 PrecisionOption = Annotated[str, typer.Option(help="float32, bf16 or int8.")]
@@ -40,19 +38,26 @@ ThresholdsOption = Annotated[
 UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
 
 
+ModelFileOption = Annotated[Path | None, typer.Option(help="An ONNX file, instead of weights.")]
+
+
 def main(
+    model_file: ModelFileOption = None,
     weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
     weights_url: UrlOption = None,
     arch: ArchOption = DEFAULT_ARCHITECTURE,
     classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
     name: NameOption = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
+    revision: RevisionOption = None,
+    head: HeadOption = None,
     engine: EngineOption = "onnx",
     resize: Pixels = None,
     crop: Pixels = None,
     mean: Channels = None,
     std: Channels = None,
     interpolation: InterpolationOption = None,
+    fit: FitOption = None,
     precision: PrecisionOption = "float32",
     calibrate: CalibrateOption = None,
     evaluate: EvaluateOption = None,
@@ -62,12 +67,43 @@ def main(
     thresholds: ThresholdsOption = None,
 ) -> None:
     """Builds the archive with trained weights; without any it stops."""
-    check_architecture(arch)
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
     labelling = choose(activation, thresholds)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation)
-    found = obtain(weights, weights_url, arch)
+    if model_file is not None:
+        others = {
+            "WEIGHTS": weights is not None,
+            "WEIGHTS_URL": weights_url is not None,
+            "HEAD": head is not None,
+            "REVISION": revision is not None,
+            "ARCH": arch != DEFAULT_ARCHITECTURE,
+            "ENGINE": engine != "onnx",
+        }
+        for variable, value in others.items():
+            if value:
+                raise UserError(f"MODEL_FILE is a whole model. Leave {variable} out.")
+        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
+        onnx_archive.build(model_file, said, name, classes, lower, model_store, labelling)
+        return
+    # PyTorch is not needed before here.
+    if arch.startswith("timm/"):
+        if weights_url or head or engine != "onnx":
+            raise UserError("ARCH=timm/... has no WEIGHTS_URL, HEAD or ENGINE. Leave them out.")
+        from scripts.build import timm_models  # noqa: PLC0415
+
+        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
+        model = timm_models.obtain(arch, weights, revision)
+        timm_models.build(model, said, name, classes, lower, model_store, labelling)
+        return
+    if revision is not None:
+        raise UserError("REVISION is for ARCH=timm/... Leave it out.")
+    from scripts.build.architectures import check_architecture  # noqa: PLC0415
+    from scripts.build.archive import build, customized, recipe  # noqa: PLC0415
+    from scripts.build.weights import obtain  # noqa: PLC0415
+
+    check_architecture(arch)
+    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
+    found = obtain(weights, weights_url, arch, head)
     build(recipe(found, name, classes, preprocessing, engine, lower, labelling), model_store)
 
 

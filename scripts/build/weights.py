@@ -13,7 +13,7 @@ import time
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from rich.status import Status
 from torch import Tensor, nn
 
 from handler.torch_models import empty_model
-from scripts.build import architectures
+from scripts.build import architectures, heads
 from scripts.build.architectures import (
     check_architecture,
     class_layer,
@@ -33,13 +33,12 @@ from scripts.build.architectures import (
     official_weights,
     without_auxiliary,
 )
+from scripts.build.class_names import IMAGENET_CLASSES
 from scripts.build.export import Normalized
 from scripts.build.weight_files import layer_versions, read_state_dict, set_layer_versions
 from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step
-
-IMAGENET_CLASSES = 1000
 
 # Of layers that do not fit.
 _SHOWN_MISMATCHES = 3
@@ -74,6 +73,7 @@ class Weights:
         trained: false for random numbers.
         architecture: name in torchvision's classification registry.
         classes: how many the model tells apart.
+        head: see `handler.torch_models.empty_model`; empty for the architecture's own.
     """
 
     state_dict: dict[str, Tensor]
@@ -82,12 +82,27 @@ class Weights:
     trained: bool
     architecture: str = DEFAULT_ARCHITECTURE
     classes: int = IMAGENET_CLASSES
+    head: str = ""
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the weight that has a row a class."""
+        return heads.last_linear(self.head) if self.head else class_layer(self.architecture)
 
 
 def obtain(
-    path: Path | None = None, url: str | None = None, architecture: str = DEFAULT_ARCHITECTURE
+    path: Path | None = None,
+    url: str | None = None,
+    architecture: str = DEFAULT_ARCHITECTURE,
+    head: str | None = None,
 ) -> Weights:
     """The user's file where `path` is given, else torchvision's, fetched if it is not there yet.
+
+    Args:
+        path: the user's file.
+        url: where to fetch torchvision's instead.
+        architecture: the one that the weights were trained with.
+        head: see `load`.
 
     Raises:
         UserError: with the reason and what to do; `HostUnreachableError` where only the network
@@ -95,7 +110,7 @@ def obtain(
     """
     check_architecture(architecture)
     found = path if path is not None else fetch(url or official_url(architecture))
-    return load(found, architecture)
+    return load(found, architecture, head)
 
 
 def official_url(architecture: str = DEFAULT_ARCHITECTURE) -> str:
@@ -183,20 +198,29 @@ def _remove_stale_partials(target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:
+def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE, head: str | None = None) -> Weights:
     """Reads a file of weights made for an architecture, with as many classes as it has.
 
     Args:
         path: in any of the forms of `read_state_dict`.
         architecture: the one that the weights were trained with.
+        head: the layers of a head of one's own, with commas between; None for what can be seen.
 
     Raises:
         UserError: the file is missing, no weights, would run code, or is for another architecture.
     """
     found, digest = read_state_dict(path)
     state_dict = _named_as_now(found, architecture)
-    classes = _count_classes(state_dict, architecture, path.name)
-    model = empty_model(architecture, classes)
+    heads.check_channels(state_dict, architecture, path.name)
+    built = ""
+    if not architectures.fits(state_dict, architecture):
+        recognised = heads.recognise(state_dict, architecture, head, path.name)
+        if recognised is not None:
+            state_dict, built = recognised.state_dict, recognised.head
+    elif head is not None:
+        raise UserError(f"{path.name} has {architecture}'s own last layers. Leave HEAD out.")
+    classes = _count_classes(state_dict, architecture, built, path.name)
+    model = empty_model(architecture, classes, built)
     # Files of other formats than torch's have none; those of the whole model decide.
     versions = layer_versions(found) or {"": (layer_versions(model.state_dict()) or {})[""]}
     set_layer_versions(state_dict, versions)
@@ -205,7 +229,7 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path.name} does not fit {architecture} with {classes} classes: "
-            f"{_first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
+            f"{first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
         ) from error
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -217,6 +241,7 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE) -> Weights:
         trained=True,
         architecture=architecture,
         classes=classes,
+        head=built,
     )
 
 
@@ -225,9 +250,11 @@ def _named_as_now(found: Mapping[str, Tensor], architecture: str) -> "OrderedDic
     return OrderedDict((_OLD_KEY.sub(r"\1\2", key), found[key]) for key in kept)
 
 
-def _count_classes(state_dict: Mapping[str, Tensor], architecture: str, name: str) -> int:
+def _count_classes(
+    state_dict: Mapping[str, Tensor], architecture: str, head: str, name: str
+) -> int:
     """As many as the last layer has outputs."""
-    layer = class_layer(architecture)
+    layer = heads.last_linear(head) if head else class_layer(architecture)
     if layer not in state_dict or state_dict[layer].dim() == 0:
         raise UserError(
             f"{name} does not fit {architecture}: it has no {layer}."
@@ -236,7 +263,7 @@ def _count_classes(state_dict: Mapping[str, Tensor], architecture: str, name: st
     return int(state_dict[layer].shape[0])
 
 
-def _first_mismatches(error: Exception) -> str:
+def first_mismatches(error: Exception) -> str:
     """What torch names: keys that are missing, not expected, or of another shape, a line each."""
     lines = [" ".join(line.split()).rstrip(". ") for line in str(error).splitlines()]
     lines = lines[1:] or lines
@@ -248,6 +275,9 @@ def _first_mismatches(error: Exception) -> str:
 def _suggestion(state_dict: Mapping[str, Tensor], architecture: str) -> str:
     with Status("Comparing with torchvision's other architectures ...", console=console):
         other = architectures.guess(state_dict)
+        alike = heads.similar(state_dict) if other is None else None
+    if alike is not None:
+        return f" All but its head is {alike}'s: ARCH={alike}"
     if other is None:
         return " It is no classifier of torchvision's."
     return f" Its layers are those of {other}: ARCH={other}" if other != architecture else ""
@@ -255,9 +285,16 @@ def _suggestion(state_dict: Mapping[str, Tensor], architecture: str) -> str:
 
 def build_model(weights: Weights) -> nn.Module:
     """The architecture with these weights, in evaluation mode, on the CPU."""
-    model: nn.Module = empty_model(weights.architecture, weights.classes)
+    model: nn.Module = empty_model(weights.architecture, weights.classes, weights.head)
     model.load_state_dict(weights.state_dict)
     return model
+
+
+def with_two_outputs(weights: Weights) -> Weights:
+    """A model of one output made one of two classes: the second has what a sigmoid gives."""
+    widened = heads.widened(weights.state_dict, weights.last_layer)
+    head = weights.head and weights.head.rpartition(":")[0] + ":2"
+    return replace(weights, state_dict=widened, classes=2, head=head)
 
 
 def untrained(architecture: str = DEFAULT_ARCHITECTURE, classes: int = IMAGENET_CLASSES) -> Weights:

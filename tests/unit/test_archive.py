@@ -20,6 +20,7 @@ from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
 from scripts.build import export
 from scripts.build.archive import build, recipe
+from scripts.build.differences import MAX_DIFFERENCE
 from scripts.build.weights import Weights, build_model
 from scripts.samples import sample_batch
 from scripts.store import read_card
@@ -143,7 +144,7 @@ def test_both_engines_give_the_same_logits(archive: Path, weights: Weights, tmp_
     ]
     assert logits[0].shape == (6, 1000)
     assert logits[0].dtype == logits[1].dtype == np.float32
-    assert np.abs(logits[0] - logits[1]).max() < export.MAX_DIFFERENCE
+    assert np.abs(logits[0] - logits[1]).max() < MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize(

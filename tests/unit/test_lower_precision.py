@@ -9,8 +9,8 @@ from PIL import Image
 
 from handler.labels import Label
 from handler.settings import ModelCard
-from scripts.build.archive import check_choices
 from scripts.build.lower_precision import LowerPrecision, chosen, make, split
+from scripts.build.packing import check_choices
 from scripts.terminal import UserError
 
 LABELS = [Label("n1", "tabby_cat"), Label("n2", "dog"), Label("n3", "container ship")]

@@ -1,0 +1,1 @@
+"""Finds pictures in a folder that are nearly the same, by their embeddings."""

@@ -1,0 +1,57 @@
+"""Prints pairs of pictures whose embeddings point in nearly the same direction.
+
+$ make classify IMAGES=folder OUTPUT=vectors.npy
+$ .venv/bin/python -m examples.duplicates vectors.npy
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from scripts.terminal import UserError, command, console
+
+# Pictures whose similarities to all others are computed at once.
+_AT_ONCE = 1000
+
+
+def pairs(vectors: NDArray[np.float32], least: float) -> list[tuple[float, int, int]]:
+    """Pairs with at least so great a cosine of the angle between them, most alike first.
+
+    Args:
+        vectors: float32 (pictures, channels).
+        least: -1 to 1.
+
+    Returns:
+        for each pair its similarity and the two positions.
+    """
+    centred = vectors - vectors.mean(axis=0)
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    unit = centred / np.maximum(lengths, np.finfo(np.float32).tiny)
+    found = []
+    for start in range(0, len(unit), _AT_ONCE):
+        alike = unit[start : start + _AT_ONCE] @ unit.T
+        for row, column in zip(*np.nonzero(alike >= least), strict=True):
+            if start + row < column:
+                found.append((float(alike[row, column]), int(start + row), int(column)))
+    return sorted(found, reverse=True)
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="As make classify writes it: a .npy.")],
+    least: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.95,
+) -> None:
+    """Prints pairs of pictures that are nearly the same."""
+    try:
+        rows = np.load(file, allow_pickle=False)
+        names, vectors = rows["picture"], rows["embedding"]
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{file} holds no embeddings: {error}.") from error
+    for similarity, one, other in pairs(vectors, least):
+        console.print(f"{similarity:.3f}  {names[one]}  {names[other]}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,158 @@
+"""Small ONNX files, made by hand as other programs than PyTorch make them."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from handler.settings import Preprocessing
+from scripts.samples import sample_batch
+
+CLASSES = 5
+CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Made:
+    """What kind of file to make: a convolution, a mean over all positions, and a linear layer.
+
+    Attributes:
+        shape: of the input; text for an axis of any length.
+        dtype: of the input.
+        nhwc: channels come last.
+        end: operators after the linear layer, such as Softmax.
+        classes: outputs of the linear layer.
+        names: of the input and the output.
+        fixed: the batch is part of the graph: its rows are made by a reshape.
+        opset: version of the operators.
+        hidden: a second linear layer, with an activation before it.
+    """
+
+    shape: tuple[int | str, ...] = ("N", 3, 64, 64)
+    dtype: int = TensorProto.FLOAT
+    nhwc: bool = False
+    end: tuple[str, ...] = ()
+    classes: int = CLASSES
+    names: tuple[str, str] = ("input", "output")
+    fixed: bool = False
+    opset: int = 17
+    hidden: bool = False
+
+
+def model(made: Made | None = None) -> ModelProto:
+    """A model whose answers differ from photograph to photograph."""
+    made = made or Made()
+    return _made(made, *_spread(made.classes, made.hidden))
+
+
+@cache
+def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # noqa: FBT001
+    """A last layer that gives logits of mean 0 and spread 2 over photographs."""
+    weight = np.random.default_rng(5).normal(0, 1, (classes, CHANNELS)).astype(np.float32)
+    bias = np.zeros(classes, np.float32)
+    made = _made(Made(classes=classes, hidden=hidden), weight, bias)
+    images = sample_batch(Preprocessing(72, 64)).astype(np.float32) / 255
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    logits = session.run(None, {"input": (images - np.float32(0.5)) / np.float32(0.25)})[0]
+    scale = 2 / logits.std(0)
+    return weight * scale[:, None], -logits.mean(0) * scale
+
+
+def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> ModelProto:
+    random = np.random.default_rng(4)
+    half = made.dtype == TensorProto.FLOAT16
+    numbers = np.float16 if half else np.float32
+    constants: dict[str, Any] = {
+        "kernel": random.normal(0, 0.4, (CHANNELS, 3, 5, 5)).astype(numbers),
+        "weight": weight.astype(numbers),
+        "bias": bias.astype(numbers),
+        "row": np.array([1, CHANNELS], np.int64),
+        "square": random.normal(0, 0.5, (CHANNELS, CHANNELS)).astype(numbers),
+    }
+    given, answer = made.names
+    tensor = given
+    nodes: list[NodeProto] = []
+
+    def add(operator: str, *others: str, **attributes: Any) -> None:
+        nonlocal tensor
+        nodes.append(
+            helper.make_node(operator, [tensor, *others], [f"t{len(nodes)}"], **attributes)
+        )
+        tensor = f"t{len(nodes) - 1}"
+
+    if made.dtype == TensorProto.UINT8:
+        add("Cast", to=TensorProto.FLOAT)
+        constants["scale"] = np.array(64, np.float32)
+        add("Div", "scale")
+    if made.nhwc:
+        add("Transpose", perm=[0, 3, 1, 2])
+    add("Conv", "kernel", strides=[4, 4])
+    add("Relu")
+    add("GlobalAveragePool")
+    if made.fixed:
+        add("Reshape", "row")
+    else:
+        add("Flatten")
+    if made.hidden:
+        add("Gemm", "square", transB=1)
+        add("Tanh")
+    add("Gemm", "weight", "bias", transB=1)
+    for operator in made.end:
+        add(operator)
+    nodes.append(helper.make_node("Identity", [tensor], [answer]))
+    output = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        "made",
+        [helper.make_tensor_value_info(given, made.dtype, list(made.shape))],
+        [helper.make_tensor_value_info(answer, output, [made.shape[0], made.classes])],
+        [numpy_helper.from_array(v, name) for name, v in constants.items() if name in used],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", made.opset)], ir_version=8
+    )
+
+
+def quantised() -> ModelProto:
+    """As a tool for 8 bits writes it: values are rounded between layers."""
+    proto = model()
+    nodes: list[NodeProto] = list(proto.graph.node)
+    relu = next(node for node in nodes if node.op_type == "Relu")
+    after = f"{relu.output[0]}_rounded"
+    for node in nodes:
+        node.input[:] = [after if name == relu.output[0] else name for name in node.input]
+    proto.graph.initializer.append(
+        numpy_helper.from_array(np.array(0.02, np.float32), "scale_of_it")
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "zero_of_it"))
+    of_it = ["scale_of_it", "zero_of_it"]
+    proto.graph.node.insert(
+        nodes.index(relu) + 1, helper.make_node("QuantizeLinear", [relu.output[0], *of_it], ["q"])
+    )
+    proto.graph.node.insert(
+        nodes.index(relu) + 2, helper.make_node("DequantizeLinear", ["q", *of_it], [after])
+    )
+    return proto
+
+
+def with_operator(domain: str, operator: str) -> ModelProto:
+    """One whose output goes through an operator that is not ONNX's."""
+    proto = model()
+    proto.graph.node[-1].op_type, proto.graph.node[-1].domain = operator, domain
+    proto.opset_import.append(helper.make_opsetid(domain, 1))
+    return proto
+
+
+def with_data_elsewhere(location: str) -> ModelProto:
+    """One whose weights are in another file."""
+    proto = model()
+    tensor = proto.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    return proto

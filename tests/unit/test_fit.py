@@ -1,0 +1,84 @@
+"""Pictures that are no squares: cropped, squashed or padded, as timm's own transforms do."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
+
+from handler import explain
+from handler.errors import ArchiveError
+from handler.images import PixelBudget, decode, decode_photo
+from handler.settings import Preprocessing
+from scripts.build.archive import customized
+from scripts.build.packing import summary_of_preprocessing
+from tests.pictures import encode, generated, photographs
+
+TIMMS = {"crop": "center", "squash": "squash", "pad": "border"}
+BUDGET = 10**8
+
+
+@pytest.mark.parametrize(("percent", "interpolation"), [(1.0, "bilinear"), (0.875, "bicubic")])
+@pytest.mark.parametrize("fit", TIMMS)
+def test_each_is_as_in_timm(fit: str, percent: float, interpolation: str) -> None:
+    resize = int(96 / percent)
+    preprocessing = Preprocessing(resize, 96, interpolation=interpolation, fit=fit)
+    theirs = transforms_imagenet_eval(
+        96,
+        crop_pct=percent,
+        crop_mode=TIMMS[fit],
+        interpolation=interpolation,
+        mean=preprocessing.mean,
+        normalize=False,
+    )
+    pictures = [*list(photographs())[::13], *list(generated())[::19]]
+    for title, image in pictures:
+        rgb = image.convert("RGB")
+        if max(rgb.size) > 60 * min(rgb.size):  # the others make one row or column of all of it
+            continue
+        mine = decode(encode(rgb), preprocessing, PixelBudget(BUDGET))
+        assert np.array_equal(mine, theirs(rgb).numpy()), (title, rgb.size)
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_the_longest_pictures_cost_no_more_than_others(fit: str) -> None:
+    strip = encode(Image.new("RGB", (60_000, 1), (255, 0, 0)))
+    pixels = decode(strip, Preprocessing(224, 224, fit=fit), PixelBudget(BUDGET))
+    assert pixels.shape == (3, 224, 224)
+    assert pixels[0].max() == 255
+
+
+def test_a_map_of_a_padded_picture_leaves_the_border_out() -> None:
+    """The model sees a square; of a wide picture's map the middle rows are its own."""
+    preprocessing = Preprocessing(96, 96, fit="pad")
+    wide = encode(Image.new("RGB", (400, 200), (200, 200, 200)))
+    photo = decode_photo(wide, preprocessing, PixelBudget(BUDGET), longest_side=1024)
+    assert photo.crop == (0, -100, 400, 300)
+    rows = np.zeros((4, 4), np.float32)
+    rows[0] = 1  # all of it in the border above
+    with Image.open(io.BytesIO(explain.heat_picture(photo, rows))) as heat:
+        shown = np.asarray(heat).astype(int)
+    assert shown.shape == (200, 400, 3)
+    assert np.ptp(shown[60:], axis=(0, 1)).max() <= 2, "nothing below the border is warm"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"fit": "stretch"}, "fit must be crop, squash, pad, got 'stretch'"),
+        ({"fit": "squash", "resize": 100}, "crop 224 is larger than resize 100"),
+    ],
+)
+def test_what_cannot_be_is_refused(said: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchiveError, match=message):
+        Preprocessing(**said)
+
+
+def test_the_whole_picture_needs_no_size_beside_the_crop() -> None:
+    assert customized("resnet18", fit="squash").resize == 224
+    assert customized("resnet18", crop=96, fit="pad").resize == 96
+    assert customized("resnet18", fit="crop").resize == 256
+    said = summary_of_preprocessing(customized("resnet18", fit="pad"))
+    assert said.startswith("longer side to 224 pixels (bilinear), 224 x 224 from the centre")
