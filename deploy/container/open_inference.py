@@ -5,7 +5,7 @@ pictures goes on to TorchServe, whose handler answers it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 SERVER = {"name": "torchserve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
@@ -17,8 +17,11 @@ OUTPUTS = {
     "class_name": "BYTES",
     "probability": "FP32",
     "recognized": "BOOL",
+    "labels": "BYTES",
     "result": "BYTES",
 }
+# Only of a model that gives several labels a picture.
+_OF_SEVERAL = "labels"
 
 
 _MESSAGE = "There is no such model, version or address here."
@@ -31,14 +34,15 @@ _NOT_FOUND = {
 }
 
 
-def metadata(model: str, version: str) -> dict[str, Any]:
+def metadata(model: str, version: str, *, multilabel: bool = False) -> dict[str, Any]:
     """A model's, as the Open Inference Protocol has it; -1 stands for any number of pictures."""
+    outputs = {n: kind for n, kind in OUTPUTS.items() if multilabel or n != _OF_SEVERAL}
     return {
         "name": model,
         "versions": [version],
         "platform": "torchserve",
         "inputs": _tensors(INPUTS),
-        "outputs": _tensors(OUTPUTS),
+        "outputs": _tensors(outputs),
     }
 
 
@@ -46,8 +50,13 @@ def _tensors(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": n, "datatype": datatype, "shape": [-1]} for n, datatype in tensors.items()]
 
 
-def addresses(models: Mapping[str, str]) -> dict[str, str]:
-    """Address to what nginx does there, for models and their versions."""
+def addresses(models: Mapping[str, str], multilabel: Collection[str] = ()) -> dict[str, str]:
+    """Address to what nginx does there.
+
+    Args:
+        models: the name and version of each.
+        multilabel: the names of those that give several labels a picture.
+    """
     found = {
         "/": answer({"status": "alive"}),
         "/v1/models": answer({"models": list(models)}),
@@ -64,7 +73,7 @@ def addresses(models: Mapping[str, str]) -> dict[str, str]:
         for verb in ("predict", "explain"):
             found[f"/v1/models/{model}:{verb}"] = passed_on(f"/v1/models/{model}:{verb}")
         for path in (plain, versioned):
-            found[path] = answer(metadata(model, version))
+            found[path] = answer(metadata(model, version, multilabel=model in multilabel))
             found[f"{path}/ready"] = readiness(model)
             for verb in ("infer", "explain"):
                 found[f"{path}/{verb}"] = passed_on(f"{plain}/{verb}")

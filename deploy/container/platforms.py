@@ -19,6 +19,7 @@ from pathlib import Path
 
 from deploy.container.open_inference import addresses, locations, passed_on, readiness
 from deploy.container.serving import Refused, Serving, archives_in, chosen
+from scripts.store import read_card
 
 KSERVE = Path("/mnt/models")
 SAGEMAKER = Path("/opt/ml/model")
@@ -45,11 +46,13 @@ class Model:
         name: under which it is asked.
         version: as its archive says.
         archive: a `.mar`, or a folder with the content of one.
+        multilabel: whether it gives several labels a picture.
     """
 
     name: str
     version: str
     archive: Path
+    multilabel: bool = False
 
 
 def serving_on(
@@ -87,7 +90,10 @@ def serving_on(
         locations=own.locations
         + locations(
             {
-                **addresses({model.name: model.version for model in models}),
+                **addresses(
+                    {model.name: model.version for model in models},
+                    {model.name for model in models if model.multilabel},
+                ),
                 **_of_vertex(vertex, models[0].name),
             }
         ),
@@ -189,7 +195,13 @@ def _model(archive: Path, name: str | None = None) -> Model:
     manifest = _manifest(archive)
     if name is None:
         name = str(manifest["modelName"]) if archive.is_dir() else archive.stem
-    return Model(_word(name), _word(manifest.get("modelVersion", "1.0")), archive)
+    card = read_card(archive)
+    return Model(
+        name=_word(name),
+        version=_word(manifest.get("modelVersion", "1.0")),
+        archive=archive,
+        multilabel=card is not None and card.multilabel,
+    )
 
 
 def _manifest(archive: Path) -> dict[str, object]:

@@ -208,7 +208,11 @@ def test_another_argument_is_refused() -> None:
 
 
 def test_the_metadata_are_the_handlers() -> None:
-    assert kserve._OUTPUTS == open_inference.OUTPUTS
+    assert list(kserve._OUTPUTS.items()) == list(open_inference.OUTPUTS.items())
+    for multilabel in (False, True):
+        wanted = kserve.read_outputs({}, explained=False, multilabel=multilabel)
+        told = open_inference.metadata("pets", "1.0", multilabel=multilabel)["outputs"]
+        assert [tensor["name"] for tensor in told] == [tensor.name for tensor in wanted]
     assert set(open_inference.INPUTS.values()) <= set(kserve._DATATYPES)
 
 
