@@ -23,6 +23,8 @@ from scripts.serve.management import poll
 from scripts.serve.running import unused_ports
 
 KUBERNETES = Path("deploy/kubernetes")
+# Seconds: the first test waits for two images to be built.
+pytestmark = pytest.mark.timeout(900)
 _PROGRAMS = {"kubectl": "kubernetes-client", "nsenter": "util-linux", "ip": "iproute2"}
 
 
