@@ -23,8 +23,8 @@ from handler.multilabel import sigmoid
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.build import differences, onnx_model, onnx_trial
-from scripts.build.class_names import IMAGENET_CLASSES, read_class_names
 from scripts.build.activation import SOFTMAX, Activation
+from scripts.build.class_names import IMAGENET_CLASSES, read_class_names
 from scripts.build.differences import MAX_DIFFERENCE, scaled_difference
 from scripts.build.lower_precision import LowerPrecision, make
 from scripts.build.onnx_model import Head, Model, Output

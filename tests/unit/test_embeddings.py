@@ -18,7 +18,7 @@ from handler.exchange import EMBEDDING, Options, OutputTensor, Request, RequestI
 from handler.inputs import read
 from handler.labels import Label
 from handler.responses import embedded
-from handler.settings import Settings
+from handler.settings import ModelCard, Settings
 from tests.pictures import encode, photographs
 
 ROWS = [("a.png", [0.1, -2.5]), ("ä/鳥.png", [1e-7, 3e8]), ("odd\udcff.png", [0.0, 1.0])]
@@ -31,7 +31,8 @@ def request(**fields: object) -> Request:
     return Request("1", {"file": image, **fields}, {"file": {"content-type": "image/png"}}, OPTIONS)
 
 
-OPTIONS = Options.defaults(Settings())
+CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
+OPTIONS = Options.defaults(Settings(), CARD)
 
 
 @pytest.mark.parametrize(
