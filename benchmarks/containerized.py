@@ -19,7 +19,7 @@ from scripts.serve.running import unused_ports
 # Seconds. A worker is ready after about 5 s on an idle machine.
 READY_TIMEOUT = 120.0
 ASKED = 60.0
-# As Kubernetes runs it (deploy/kubernetes/deployment.yaml).
+# As Kubernetes runs it (deploy/kubernetes/base/deployment.yaml).
 FENCED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp")
 
 

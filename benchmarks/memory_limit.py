@@ -10,7 +10,7 @@ import yaml
 
 from scripts.serve.management import poll
 
-DEPLOYMENT = Path("deploy/kubernetes/deployment.yaml")
+DEPLOYMENT = Path("deploy/kubernetes/base/deployment.yaml")
 _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 

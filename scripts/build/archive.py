@@ -267,23 +267,25 @@ def _model_file(
     if exported.exists():
         step(f"Model: using the checked export {exported}")
         return exported
-    unchecked = exported.with_suffix(".unchecked")
-    with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
-        export.export(subject, unchecked)
-        if isinstance(subject.model.get_submodule(subject.last), nn.Linear):
-            onnx_model.add_embedding(unchecked)
-    with Status("Comparing the exported model with PyTorch ...", console=console):
-        crop = card.preprocessing.crop
-        noise = np.random.default_rng(0).integers(
-            0, 256, (_RANDOM_CHECK_IMAGES, 3, crop, crop), dtype=np.uint8
-        )
-        export.check(
-            subject,
-            unchecked,
-            np.concatenate([images, noise]),
-            lambda text: step(f"Model: {text}"),
-        )
-    unchecked.replace(exported)
+    # Another process may make the same: each has a folder of its own.
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        unchecked = Path(folder, exported.name)
+        with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
+            export.export(subject, unchecked)
+            if isinstance(subject.model.get_submodule(subject.last), nn.Linear):
+                onnx_model.add_embedding(unchecked)
+        with Status("Comparing the exported model with PyTorch ...", console=console):
+            crop = card.preprocessing.crop
+            noise = np.random.default_rng(0).integers(
+                0, 256, (_RANDOM_CHECK_IMAGES, 3, crop, crop), dtype=np.uint8
+            )
+            export.check(
+                subject,
+                unchecked,
+                np.concatenate([images, noise]),
+                lambda text: step(f"Model: {text}"),
+            )
+        unchecked.replace(exported)
     return exported
 
 
