@@ -18,9 +18,11 @@ from handler.cores import Cores
 from handler.engines import load_engine
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
+from scripts.build.activation import choose
 from scripts.build.onnx_archive import Said, build, convert
 from scripts.build.onnx_model import read
 from scripts.samples import sample_batch
+from scripts.store import read_card
 from scripts.terminal import UserError
 from tests.onnx_files import CLASSES, Made, model, quantised, with_data_elsewhere, with_operator
 
@@ -45,12 +47,19 @@ class Converted:
 
 
 def converted(
-    proto: ModelProto, folder: Path, *, normalised: bool = False, classes: int = CLASSES
+    proto: ModelProto,
+    folder: Path,
+    *,
+    normalised: bool = False,
+    classes: int = CLASSES,
+    several: bool = False,
 ) -> Converted:
     file, _ = saved(proto, folder)
     mean, std = (0.0, 1.0) if normalised else (0.5, 0.25)
     preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3)
-    target, classifier, channels = convert(read(file), preprocessing, classes, folder)
+    target, classifier, channels = convert(
+        read(file), preprocessing, classes, folder, several=several
+    )
     outputs = {value.name for value in onnx.load(target).graph.output}
     assert channels == (16 if "embedding" in outputs else 0)
     card = ModelCard("mine", classes, True, "", "", "", preprocessing)  # noqa: FBT003
@@ -116,6 +125,35 @@ def test_one_output_tells_two_classes_apart(end: tuple[str, ...], tmp_path: Path
     raw = plain(model(replace(made, end=())), found.images, made)[:, 0]
     assert np.abs(softmax(found.logits)[:, 1] - 1 / (1 + np.exp(-raw))).max() < 1e-5
     assert found.classifier.shape == (2, 16)
+
+
+def sigmoid(logits: Any) -> Any:
+    return 1 / (1 + np.exp(-logits))
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 2, 1])
+@pytest.mark.parametrize("end", [(), ("Sigmoid",)])
+def test_each_output_is_a_label_where_a_picture_has_several(
+    end: tuple[str, ...], classes: int, tmp_path: Path
+) -> None:
+    made = Made(classes=classes, end=end)
+    found = converted(model(made), tmp_path, classes=classes, several=True)
+    expected = plain(model(replace(made, end=())), found.images, made)
+    assert np.abs(sigmoid(found.logits) - sigmoid(expected)).max() < 1e-5
+    assert found.classifier.shape == (classes, 16)
+
+
+def test_several_labels_are_packed_with_their_thresholds(tmp_path: Path) -> None:
+    file, names = saved(model(Made(end=("Sigmoid",))), tmp_path)
+    archive = build(
+        file, SAID, classes=names, model_store=tmp_path, labelling=choose("sigmoid", "0.3")
+    )
+    card = read_card(archive)
+    assert card is not None
+    assert (card.activation, card.thresholds) == ("sigmoid", (0.3,) * CLASSES)
+    file, names = saved(model(Made(end=("Softmax",))), tmp_path)
+    with pytest.raises(UserError, match="ends in a softmax"):
+        build(file, SAID, classes=names, model_store=tmp_path, labelling=choose("sigmoid"))
 
 
 def test_pictures_in_whole_numbers_are_passed_on(tmp_path: Path) -> None:
@@ -191,7 +229,7 @@ WRONG: dict[str, tuple[Callable[[], ModelProto], str]] = {
         lambda: model(Made(classes=7)),
         "no output with a number for each of the 5 classes.* output 1 x 7",
     ),
-    "several labels": (lambda: model(Made(end=("Sigmoid",))), "ends in a sigmoid"),
+    "several labels": (lambda: model(Made(end=("Sigmoid",))), "Say so: ACTIVATION=sigmoid"),
     "too new": (lambda: model(Made(opset=99)), r"version 99 .*knows 8 to \d+.*opset_version=20"),
     "too old": (lambda: model(Made(opset=6)), r"version 6 of ONNX's operators"),
     "8 bits": (quantised, "in 8 bits already.*PRECISION=int8 makes 8 bits of it"),
