@@ -114,9 +114,12 @@ def write_pictures(folder: Path) -> None:
 def pixels(
     folder: Path, preprocessing: Preprocessing | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A folder's pictures as a server decodes them, uint8 (N, 3, crop, crop), and classes (N,)."""
+    """A folder's pictures as a server decodes them, uint8 (N, 3, crop, crop), and classes (N,).
+
+    The classes are in the order of `classes.txt` beside the folder, as the model's are.
+    """
     paths = sorted(folder.glob("*/*.png"))
-    names = sorted({path.parent.name for path in paths})
+    names = (folder.parent / "classes.txt").read_text().split()
     how = preprocessing or Preprocessing()
     found = [decode(path.read_bytes(), how, PixelBudget(10**8)) for path in paths]
     return np.stack(found), np.array([names.index(path.parent.name) for path in paths])
