@@ -42,7 +42,7 @@ def test_nothing_of_the_machine_that_built_it_is_in_it(engine: Engine, image: st
     history = engine.run("history", "--no-trunc", image).stdout
     variables = engine.inspect("image", image)["Config"]["Env"]
     assert not [text for text in (history, *variables) if "PIP_" in text or "index-url" in text]
-    look = "ls -d /etc/pip.conf /run/ca.crt /root/.config/pip /root/.cache 2>/dev/null; true"
+    look = "ls -d /etc/pip.conf /run/ca.crt ~root/.config/pip ~root/.cache 2>/dev/null; true"
     found = engine.run("run", "--rm", "--entrypoint=sh", "--user=0", image, "-c", look).stdout
     # podman leaves an empty file where a secret was.
     for path in found.split():
