@@ -238,6 +238,7 @@ lock: setup ## pin all packages anew, from the requirements.in and the client's 
 		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
 	done
 	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
+	@$(PIN) tests/batch/requirements.in -o tests/batch/requirements.lock
 	@$(PIN) -c requirements.lock -c tests/requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
 	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
 

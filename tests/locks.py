@@ -29,6 +29,7 @@ GROUPS = {
     "timm": ("requirements.lock", "timm-models/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
     "clients": ("tests/clients/requirements.lock",),
+    "s3": ("tests/batch/requirements.lock",),
 }
 
 # Packages of pure Python without a wheel.
@@ -39,6 +40,7 @@ SOURCES = {
     "timm": (),
     "benchmarks": (),
     "clients": (),
+    "s3": (),
 }
 
 
@@ -51,8 +53,11 @@ def platform_of(group: str, platform: str) -> str:
 
 def compiled(group: str, platform: str, python: str) -> tuple[str, ...]:
     """Packages that must be compiled: gevent, of the load generator and of Triton's client, on a
-    Mac's older Pythons; on ARM64 also the older psutil that KServe's client needs.
+    Mac's older Pythons; on ARM64 also the older psutil that KServe's client needs. On a Mac no test
+    runs Swift, which would need pyeclib.
     """
+    if group == "s3" and platform == "macOS ARM64":
+        return ("pyeclib",)
     if group == "clients" and platform != "Linux x86-64":
         return ("gevent", "psutil")
     older = python in {"3.10", "3.11"}

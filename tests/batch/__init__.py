@@ -1,0 +1,1 @@
+"""Many pictures on Ray; needs `make setup-batch`."""
