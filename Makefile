@@ -224,23 +224,28 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# Running, testing and lower precision are resolved together, so that one gives way to the other; the
-# benchmarks give way to all. What the run group pins is left out of the other locks, which only
-# stand on it.
+# Running, testing and the groups of TOGETHER are resolved as one, so that one gives way to the other;
+# the benchmarks give way to all. What the run group pins is left out of the other locks, which only
+# stand on it. Each image has a lock that stands alone, with the versions of all others.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
+TOGETHER := tests precision timm-models
+IMAGES := deploy/container deploy/gateway deploy/ray
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
-	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in timm-models/requirements.in -o .venv/pins.txt >/dev/null
-	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
+	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock >/dev/null
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	for group in tests precision timm-models benchmarks; do \
-		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
+	for group in $(TOGETHER) benchmarks; do \
+		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
 	done
-	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
-	@$(PIN) tests/batch/requirements.in -o tests/batch/requirements.lock
-	@$(PIN) -c requirements.lock -c tests/requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
-	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
+	@for group in $(IMAGES); do \
+		$(PIN) -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	done
+	@for group in tests/clients tests/batch; do \
+		$(PIN) $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	done
+	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock >/dev/null
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks
