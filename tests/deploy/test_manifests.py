@@ -215,12 +215,8 @@ def test_the_ray_jobs_pods_fit_kubernetes_and_are_fenced_in() -> None:
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": chosen}]
     for name, template in _ray_pods(job).items():
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, **template["metadata"]},
-        }
-        pod["spec"] = copy.deepcopy(template["spec"])
+        pod: Manifest = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(template)}
+        pod["metadata"]["name"] = name
         kubernetes_validate.validate(pod, VERSION, strict=True)
         # The network's policy is for each of them.
         assert chosen["matchLabels"].items() <= template["metadata"]["labels"].items()
