@@ -1,0 +1,65 @@
+"""Ray: an embedded one for this machine, or a cluster that is there."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Ray reports its use to its makers unless it is told not to before it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# It would warn of what it will do in a later version.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray._private import ray_constants
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """A cluster for as long as the context lasts; its nodes get this package from here.
+
+    Args:
+        address: of its head, such as 10.0.0.1:6379, or "auto" on one of its nodes.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    package = str(Path(__file__).parent)
+    ray.init(
+        address,
+        runtime_env={"py_modules": [package]},
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def embedded() -> Iterator[str]:
+    """A Ray of this machine's own, closed to others, which leaves nothing behind.
+
+    Returns:
+        a folder for what its processes unpack.
+    """
+    # Otherwise Ray takes the address by which other machines reach this one, and listens on all.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    # Of short name: the names of its sockets may have 107 bytes.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    try:
+        ray.init(
+            "local",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield str(Path(folder, "archives"))
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,236 @@
+"""The job on Ray Data: read and decode in tasks, the model in actors, a file for each part.
+
+Encoded bytes stay in the task that reads them, which decodes one picture while it reads the next
+few: 256 photographs of a telephone would be more than a gigabyte between two tasks.
+
+Whatever dies is started again by Ray, and makes the same part again. Results are the same then, and
+so is their file's name, so that no picture is lost, and none is there twice.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from batch import parts, schema, storage
+from batch.archive import Archive
+from batch.job import Job
+
+# Of a CPU: an actor and a decoding task together take one, so that each CPU has one of both, and
+# whichever has more to do gets it.
+_ACTOR_CPUS = 0.6
+_TASK_CPUS = 0.4
+
+# An error in each picture of a part is not the pictures'.
+UNREADABLE = "Unreadable"
+_INTERNAL = "InternalError"
+
+_DIGITS = re.compile(r"\d[\d,.]*")
+
+
+@dataclass
+class Tally:
+    """What became of pictures.
+
+    Attributes:
+        classified: how many have labels.
+        refused: how many have an error.
+        errors: how often each occurs; numbers in their messages are left out.
+    """
+
+    classified: int = 0
+    refused: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def read(self) -> int:
+        """All of them."""
+        return self.classified + self.refused
+
+    def add(self, other: "Tally") -> None:
+        """Counts another's too."""
+        self.classified += other.classified
+        self.refused += other.refused
+        self.errors += other.errors
+
+
+def actors_of(resources: dict[str, float], *, wants_gpu: bool) -> int:
+    """As many actors as a cluster has GPUs, where the model uses them, or CPUs."""
+    gpus = int(resources.get("GPU", 0)) if wants_gpu else 0
+    return max(1, gpus or int(resources.get("CPU", 1)))
+
+
+def run(
+    job: Job, archive: Archive, numbers: list[int], actors: int, *, on_gpus: bool
+) -> Iterator[Tally]:
+    """Makes parts, and tells what became of each as it is done.
+
+    Args:
+        job: the job.
+        archive: the same for all nodes.
+        numbers: of the parts that are to be made.
+        actors: how many load the model.
+        on_gpus: each has a GPU of its own.
+
+    Raises:
+        ray.exceptions.RayError: a part cannot be made; its cause says why.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # A block is a part, and stays one.
+    context.target_max_block_size = None
+    # None is as a person asked for, however long a cluster takes to start it.
+    context.wait_for_min_actors_s = -1
+    items = [{schema.PART: number} for number in numbers]
+    dataset = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
+            decode,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"job": job, "archive": archive},
+            num_cpus=_TASK_CPUS,
+        )
+        .map_batches(
+            Model,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": on_gpus},
+            compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+            num_cpus=_ACTOR_CPUS,
+            num_gpus=1 if on_gpus else 0,
+        )
+        .map_batches(
+            write, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=0
+        )
+    )
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in block.to_pylist():
+            yield Tally(row["classified"], row["refused"], Counter(json.loads(row["errors"])))
+
+
+def decode(number: Any, *, job: Job, archive: Archive) -> Any:
+    """A part's pictures as the model takes them.
+
+    Args:
+        number: a table of one row.
+        job: the job.
+        archive: the archive.
+
+    Returns:
+        a table of `schema.decoded`.
+
+    Raises:
+        AwayError: none of them can be read now.
+    """
+    (part,) = number.column(schema.PART).to_pylist()
+    stages = archive.stages()
+    decoder = _decoder(archive)
+    rows = parts.part(job.plan_address, part)
+    paths = rows.column("path").to_pylist()
+    pixels: list[bytes | None] = []
+    errors: list[tuple[str | None, str | None]] = []
+    away: list[OSError] = []
+    read = parts.contents(rows, job.column, job.base, job.query, stages.MAX_REQUEST_BYTES)
+    for content in read:
+        made, error = None, (None, None)
+        if isinstance(content, OSError):
+            error = (UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
+            if isinstance(content, storage.AwayError):
+                away.append(content)
+        else:
+            try:
+                made = decoder.pixels(content)
+            except stages.RequestError as refusal:
+                error = (refusal.type, str(refusal))
+            except Exception as fault:  # whatever it is, it is this picture's row
+                error = (_INTERNAL, f"The picture failed: {type(fault).__name__}: {fault}")
+        pixels.append(made)
+        errors.append(error)
+    if len(away) == len(paths):
+        raise storage.AwayError(f"no picture of a part can be read: {away[0]}")
+    types, messages = zip(*errors, strict=True)
+    columns = [[part] * len(paths), paths, pixels, types, messages]
+    return pa.table(dict(zip(schema.decoded().names, columns, strict=True)), schema.decoded())
+
+
+@lru_cache(maxsize=1)
+def _decoder(archive: Archive) -> Any:
+    return archive.stages().Decoder(archive.folder())
+
+
+class Model:
+    """An actor: loads the model once, then answers part after part."""
+
+    def __init__(self, *, job: Job, archive: Archive, on_gpu: bool) -> None:
+        stages = archive.stages()
+        choices = stages.Choices(job.topk, job.threshold, job.embedding)
+        # Ray shows a process the GPUs that are its own, from 0 on.
+        self._classifier = stages.Classifier(archive.folder(), choices, gpu=0 if on_gpu else None)
+        description = stages.describe(archive.folder(), choices)
+        self._schema = schema.results(multilabel=description.multilabel, embedding=job.embedding)
+        self._same = {"warning": description.warning, schema.ARCHIVE: job.archive_sha256}
+
+    def __call__(self, pictures: Any) -> Any:
+        """Classifies a part.
+
+        Args:
+            pictures: a table of `schema.decoded`.
+
+        Returns:
+            a table of `schema.results`, and the part's number.
+        """
+        sound = pictures.column(schema.PIXELS).drop_null()
+        answers = self._classifier.answers([value.as_buffer() for value in sound])
+        rows = []
+        for row in pictures.drop_columns([schema.PIXELS]).to_pylist():
+            found = _columns(next(answers)) if row["error_type"] is None else {}
+            rows.append(row | found | self._same)
+        part = pa.field(schema.PART, pa.int64())
+        return pa.Table.from_pylist(rows, self._schema.append(part))
+
+
+def _columns(answer: dict[str, Any]) -> dict[str, Any]:
+    """A server's result as columns."""
+    predictions = answer["predictions"]
+    found = {
+        "labels": [prediction["label"] for prediction in predictions],
+        "class_ids": [prediction["class_id"] for prediction in predictions],
+        "probabilities": [prediction["probability"] for prediction in predictions],
+        "recognized": answer["recognized"],
+    }
+    if "labels" in answer:
+        found["passing"] = [label["label"] for label in answer["labels"]]
+    if "embedding" in answer:
+        found["embedding"] = answer["embedding"]
+    return found
+
+
+def write(results: Any, *, job: Job) -> Any:
+    """Writes a part's file; returns one row of what is in it."""
+    (part,) = set(results.column(schema.PART).to_pylist())
+    rows = results.drop_columns([schema.PART])
+    storage.write_table(job.part_file(part), rows)
+    failed = rows.filter(pa.compute.is_valid(rows.column("error_type")))
+    errors = Counter(
+        f"{kind}: {_DIGITS.sub('N', message)}"
+        for kind, message in zip(*_columns_of(failed, "error_type", "error_message"), strict=True)
+    )
+    return pa.table(
+        {
+            "classified": [len(rows) - len(failed)],
+            "refused": [len(failed)],
+            "errors": [json.dumps(errors)],
+        }
+    )
+
+
+def _columns_of(table: Any, *names: str) -> Iterable[list[Any]]:
+    return (table.column(name).to_pylist() for name in names)
