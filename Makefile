@@ -23,7 +23,8 @@
 #:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
 #:                      labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side, or to pack into an image
-#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
+#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here;
+#:                      TARGET=ray for the nodes of a Ray cluster
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
@@ -49,7 +50,7 @@ serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GR
 variables-run := $(packing) $(serving)
 variables-archive := $(packing) MODEL_FILE REVISION
 variables-start := MODELS $(serving)
-variables-image := MODELS TAG BASE
+variables-image := MODELS TAG BASE TARGET
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
@@ -240,6 +241,7 @@ lock: setup ## pin all packages anew, from the requirements.in and the client's 
 	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
 	@$(PIN) tests/batch/requirements.in -o tests/batch/requirements.lock
 	@$(PIN) -c requirements.lock -c tests/requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
+	@$(PIN) -c requirements.lock -c batch/requirements.lock -c tests/requirements.lock deploy/ray/requirements.in -o deploy/ray/requirements.lock
 	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
