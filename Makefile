@@ -27,6 +27,8 @@
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
+#:  ADDRESS=host:port   of a Ray cluster, for make classify-batch; there too: ARCHIVE=file, OUTPUT=folder,
+#:                      COLUMN=of Parquet, EMBEDDING=on, ACTORS=processes with the model
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
@@ -52,6 +54,7 @@ variables-start := MODELS $(serving)
 variables-image := MODELS TAG BASE
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
+variables-classify-batch := IMAGES OUTPUT ARCHIVE COLUMN TOPK THRESHOLD EMBEDDING ACTORS ADDRESS
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
 variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
 	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT UPSTREAMS
@@ -72,7 +75,7 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm setup-batch classify-batch bench-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -98,6 +101,9 @@ stop: setup ## stop the server
 ##@ Classify
 classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
 	@$(VENV_PYTHON) -m scripts.classify
+
+classify-batch: setup-batch ## millions of pictures, with Ray: make classify-batch IMAGES=folder OUTPUT=folder
+	@$(VENV_PYTHON) -m batch
 
 evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
 	@$(VENV_PYTHON) -m scripts.evaluate
@@ -193,6 +199,9 @@ soak: setup ## 5,000 requests of mixed sizes
 outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m benchmarks.outages
 
+bench-batch: setup-batch ## make classify-batch beside classify and a bare loop, half an hour
+	@$(VENV_PYTHON) -m benchmarks.batch
+
 replicas: setup ## the same with containers that end, are replaced and cut off (podman)
 	@$(VENV_PYTHON) -m benchmarks.replicas
 
@@ -201,10 +210,13 @@ setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests precision
+	@$(PYTHON) scripts/bootstrap.py run tests precision batch
 
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision
+
+setup-batch: variables ## the same, and Ray, which make classify-batch runs on
+	@$(PYTHON) scripts/bootstrap.py run batch
 
 setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
 	@$(PYTHON) scripts/bootstrap.py run timm
@@ -217,7 +229,7 @@ lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache --no-logo
-	@.venv/bin/vermin --target=3.10- --no-tips --quiet client handler scripts benchmarks examples tests deploy
+	@.venv/bin/vermin --target=3.10- --no-tips --quiet batch client handler scripts benchmarks examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
 format: setup-tests ## put the code into the common style
@@ -230,7 +242,7 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-TOGETHER := tests precision timm-models
+TOGETHER := tests precision timm-models batch
 IMAGES := deploy/container deploy/gateway deploy/ray
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
 	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null

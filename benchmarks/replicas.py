@@ -25,12 +25,12 @@ from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
 from scripts.container.base import debian_base
 from scripts.container.engine import Engine, require_engine, runnable
-from scripts.container.image import build_image
+from scripts.container.image import Recipe, build_image
 from scripts.terminal import UserError, command, step
 
 CLIENTS = 8
 SECONDS = 120.0
-GATEWAY_DOCKERFILE = Path("deploy/gateway/Dockerfile")
+GATEWAY = Recipe(Path("deploy/gateway/Dockerfile"))
 _PAUSE = 2.0
 
 
@@ -54,7 +54,7 @@ def build_images(engine: Engine, archive: Path, base: str, folder: Path) -> Imag
     images = Images(*(f"localhost/densenet-replicas-{part}:1" for part in ("a", "b", "gateway")))
     build_image(engine, [archive], images.first, base)
     another(engine, images.first, images.second, folder)
-    build_image(engine, [], images.gateway, base, GATEWAY_DOCKERFILE)
+    build_image(engine, [], images.gateway, base, GATEWAY)
     return images
 
 

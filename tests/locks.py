@@ -27,6 +27,7 @@ GROUPS = {
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
     "timm": ("requirements.lock", "timm-models/requirements.lock"),
+    "batch": ("requirements.lock", "batch/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
     "clients": ("tests/clients/requirements.lock",),
     "s3": ("tests/batch/requirements.lock",),

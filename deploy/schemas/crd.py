@@ -1,9 +1,12 @@
-"""Makes `podmonitor.json` from the resource definition that Prometheus Operator publishes.
+"""Makes a schema of a resource definition that an operator publishes.
 
     python deploy/schemas/crd.py monitoring.coreos.com_podmonitors.yaml
+    python deploy/schemas/crd.py ray.io_rayjobs.yaml 1.7.0
 
-The file is in its repository at example/prometheus-operator-crd. Texts for people are left out, and
-what an object does not list may not stand in it.
+The first file is in Prometheus Operator's repository at example/prometheus-operator-crd and becomes
+`podmonitor.json`. The second one is in KubeRay's at helm-chart/kuberay-operator/crds, does not say
+its version, and becomes `rayjob.json`. Texts for people are left out, and what an object does not
+list may not stand in it. Pods are left to `kubernetes-validate`.
 """
 
 import json
@@ -13,20 +16,29 @@ from typing import Any
 
 import yaml
 
+# Names of the definitions and of the schemas, and whose they are.
+_KNOWN = {
+    "podmonitors.monitoring.coreos.com": ("podmonitor", "prometheus-operator"),
+    "rayjobs.ray.io": ("rayjob", "KubeRay"),
+}
+_PODS = {"template", "submitterPodTemplate"}
+
 
 def main() -> None:
     """Writes the schema beside this file."""
     definition = yaml.safe_load(Path(sys.argv[1]).read_text())
-    version = definition["metadata"]["annotations"]["operator.prometheus.io/version"]
+    name, project = _KNOWN[definition["metadata"]["name"]]
+    annotations = definition["metadata"]["annotations"]
+    version = annotations.get("operator.prometheus.io/version") or sys.argv[2]
     (v1,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
     schema = _strict(v1["schema"]["openAPIV3Schema"])
     # Kubernetes' own.
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     text = {
-        "source": f"prometheus-operator {version}, Apache-2.0, The prometheus-operator Authors",
+        "source": f"{project} {version}, Apache-2.0, The {project} Authors",
         "schema": schema,
     }
-    (Path(__file__).parent / "podmonitor.json").write_text(json.dumps(text, indent=1) + "\n")
+    (Path(__file__).parent / f"{name}.json").write_text(json.dumps(text, indent=1) + "\n")
 
 
 def _strict(schema: Any) -> Any:
@@ -35,7 +47,10 @@ def _strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if "properties" in schema:
-        properties = {name: _strict(part) for name, part in schema["properties"].items()}
+        properties = {
+            name: {"type": "object"} if name in _PODS else _strict(part)
+            for name, part in schema["properties"].items()
+        }
         rest = {key: part for key, part in schema.items() if key != "properties"}
         return {**_strict(rest), "properties": properties, "additionalProperties": False}
     return {key: _strict(part) for key, part in schema.items() if key != "description"}

@@ -1,16 +1,18 @@
-"""`make image`: an image of archives, built with docker or podman."""
+"""`make image`: an image of archives, or of a Ray cluster's nodes, built with docker or podman."""
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,13 +22,34 @@ from scripts.serve.preflight import check_archives
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, command, step
 
-DOCKERFILE = Path("deploy/container/Dockerfile")
 NAME = "densenet-torchserve"
 VERSION = "1.0.0"
+RAY_NAME = "densenet-batch"
 # The packages of the image, and of others where an archive needs them.
 _LOCK = "deploy/container/requirements.lock"
+_LOCK_OF_RAY = "deploy/ray/requirements.lock"
 _LOCK_OF_TORCH = "requirements.lock"
 _LOCK_OF_PRECISION = "precision/requirements.lock"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an image is built by.
+
+    Attributes:
+        dockerfile: the file.
+        target: a stage of it; None for its last.
+        lock: the packages that it needs whatever its archives are.
+    """
+
+    dockerfile: Path = Path("deploy/container/Dockerfile")
+    target: str | None = None
+    lock: str = _LOCK
+
+
+SERVER = Recipe()
+# A node of a Ray cluster.
+RAY = Recipe(target="ray", lock=_LOCK_OF_RAY)
 
 
 def build_image(
@@ -34,7 +57,7 @@ def build_image(
     archives: Sequence[Path],
     tag: str,
     base: str | None = None,
-    dockerfile: Path = DOCKERFILE,
+    recipe: Recipe = SERVER,
 ) -> str:
     """Builds the image of these archives.
 
@@ -43,7 +66,7 @@ def build_image(
         archives: `.mar` files; each is served under its name.
         tag: the image's name and tag.
         base: another base than the Dockerfile's.
-        dockerfile: another image's.
+        recipe: another image's.
 
     Returns:
         The image's id.
@@ -56,15 +79,18 @@ def build_image(
         context = folder / "context"
         _copy_context(context, archives)
         options = [
-            f"--build-arg={key}={value}" for key, value in _arguments(archives, base).items()
+            f"--build-arg={key}={value}"
+            for key, value in _arguments(archives, base, recipe.lock).items()
         ]
+        if recipe.target is not None:
+            options.append(f"--target={recipe.target}")
         with _pip_secrets(folder) as secrets:
             done = engine.tried(
                 "build",
                 *engine_options(engine),
                 *secrets,
                 *options,
-                *("-f", str(dockerfile), "-t", tag, str(context)),
+                *("-f", str(recipe.dockerfile), "-t", tag, str(context)),
                 stderr=subprocess.STDOUT,
             )
         if done.returncode != 0:
@@ -89,7 +115,14 @@ def _copy_context(context: Path, archives: Sequence[Path]) -> None:
         shutil.copy(archive, context / "model_store")
 
 
-def _arguments(archives: Sequence[Path], base: str | None) -> dict[str, str]:
+def ray_tag() -> str:
+    """Name and tag of the nodes' image; all nodes of a cluster need the same version of Ray."""
+    pinned = re.search(r"^ray==(\S+)", Path(_LOCK_OF_RAY).read_text(), re.MULTILINE)
+    assert pinned is not None
+    return f"{RAY_NAME}:{VERSION}-ray{pinned[1]}"
+
+
+def _arguments(archives: Sequence[Path], base: str | None, lock: str) -> dict[str, str]:
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"],  # noqa: S607
         capture_output=True,
@@ -100,14 +133,14 @@ def _arguments(archives: Sequence[Path], base: str | None) -> dict[str, str]:
         "VERSION": VERSION,
         "REVISION": revision or "unknown",
         "CREATED": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "LOCKS": " ".join(_locks(archives)),
+        "LOCKS": " ".join(_locks(archives, lock)),
     }
     return arguments | ({"BASE": base} if base else {})
 
 
-def _locks(archives: Sequence[Path]) -> list[str]:
-    """The packages that these archives' workers need."""
-    locks = [_LOCK]
+def _locks(archives: Sequence[Path], first: str) -> list[str]:
+    """The packages of an image, and what these archives' workers need beside them."""
+    locks = [first]
     for archive in archives:
         card = read_card(archive)
         if card is not None and card.precision != "float32":
@@ -155,13 +188,21 @@ def size_of(engine: Engine, tag: str) -> int:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Names of archives.")] = DEFAULT_ARCHITECTURE,
-    tag: Annotated[str, typer.Option(help="Name and tag of the image.")] = f"{NAME}:{VERSION}",
+    models: Annotated[str | None, typer.Option(help="Names of archives.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Name and tag of the image.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Another base; debian: of Debian's packages, made here.")
     ] = None,
+    target: Annotated[
+        Literal["ray"] | None,
+        typer.Option(help="ray: an image for the nodes of a Ray cluster; it needs no archive."),
+    ] = None,
 ) -> None:
     """Builds the image of archives, with trained weights only; prints its size and digest."""
+    if target is None:
+        recipe, models, tag = SERVER, models or DEFAULT_ARCHITECTURE, tag or f"{NAME}:{VERSION}"
+    else:
+        recipe, models, tag = RAY, models or "", tag or ray_tag()
     archives = [MODEL_STORE / f"{name}.mar" for name in models.replace(",", " ").split()]
     check_archives(archives)
     for archive in archives:
@@ -174,7 +215,7 @@ def main(
     if base == "debian":
         base = debian_base(engine)
     step(f"Image: {engine.program} builds {tag}, which takes minutes ...")
-    image = build_image(engine, archives, tag, base)
+    image = build_image(engine, archives, tag, base, recipe)
     step(f"Image: {tag}, {size_of(engine, tag) / 1e6:.0f} MB, {image}")
 
 

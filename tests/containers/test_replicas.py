@@ -14,7 +14,7 @@ import yaml
 
 from benchmarks.cluster import clients
 from benchmarks.pods import FAULTS, Pods, replicas
-from benchmarks.replicas import GATEWAY_DOCKERFILE, another, run
+from benchmarks.replicas import GATEWAY, another, run
 from scripts.container.engine import Engine
 from scripts.container.image import build_image
 from scripts.gateway.waiting import HOLD
@@ -41,7 +41,7 @@ def second(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory)
 def gateway_image(engine: Engine, base: str, image: str) -> Iterator[str]:
     """The gateway's image, built anew."""
     tag = f"{image}-gateway"
-    build_image(engine, [], tag, base, GATEWAY_DOCKERFILE)
+    build_image(engine, [], tag, base, GATEWAY)
     yield tag
     engine.tried("image", "rm", "--force", tag)
 

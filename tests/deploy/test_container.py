@@ -37,8 +37,11 @@ def test_the_dockerfile_has_no_finding_and_a_mistake_in_it_has(tmp_path: Path) -
     assert "DL3008" in _hadolint(broken)
 
 
-def test_the_image_ends_as_an_ordinary_user_with_files_that_exist() -> None:
-    final = (CONTAINER / "Dockerfile").read_text().rsplit("\nFROM ", 1)[1]
+@pytest.mark.parametrize("stage", ["ray", "server"])
+def test_the_image_ends_as_an_ordinary_user_with_files_that_exist(stage: str) -> None:
+    stages = (CONTAINER / "Dockerfile").read_text().split("\nFROM ")
+    final = stages[{"ray": -2, "server": -1}[stage]]
+    assert final.startswith("${BASE} AS ray\n") == (stage == "ray")
     users = re.findall(r"^USER (\S+)", final, re.MULTILINE)
     assert users == ["10001:10001"]
     assert not re.search(r"\b(gcc|build-essential|pip)\b", final)
@@ -53,21 +56,27 @@ def test_the_image_ends_as_an_ordinary_user_with_files_that_exist() -> None:
             assert any(source == k or source.startswith(f"{k}/") for k in kept), source
 
 
-def test_every_package_of_the_image_is_pinned_as_in_the_run_group() -> None:
+def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
     def pins(path: Path) -> set[str]:
         found = re.findall(r"^([a-z0-9.-]+==[^ ]+)", path.read_text(), re.MULTILINE)
         return set(found)
 
-    image = pins(CONTAINER / "requirements.lock")
     # The tests' group has what the image's gRPC needs and no other part of the project does.
-    assert image <= pins(Path("requirements.lock")) | pins(Path("tests/requirements.lock"))
-    wanted = [
-        line
-        for line in (CONTAINER / "requirements.in").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    assert len(wanted) > 5
-    assert set(wanted) <= {pin.split("==")[0] for pin in image}
+    known = pins(Path("requirements.lock")) | pins(Path("tests/requirements.lock"))
+    known_to_ray = known | pins(Path("batch/requirements.lock"))
+    for folder, others in ((CONTAINER, known), (Path("deploy/ray"), known_to_ray)):
+        image = pins(folder / "requirements.lock")
+        wanted = [
+            line.split("[")[0]
+            for line in (folder / "requirements.in").read_text().splitlines()
+            if line and not line.startswith("#")
+        ]
+        assert len(wanted) > 5
+        assert set(wanted) <= {pin.split("==")[0] for pin in image}
+        names = {pin.split("==")[0] for pin in others}
+        # Ray's head needs what nothing else here does.
+        assert {pin for pin in image if pin.split("==")[0] in names} <= others
+        assert folder != CONTAINER or image <= others
 
 
 def _properties(path: Path) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Kubernetes' and KServe's manifests against the published schemas, as kustomize puts them out."""
+"""Kubernetes', KServe's and KubeRay's manifests against the published schemas.
+
+Kubernetes' are checked as kustomize puts them out.
+"""
 
 import copy
 import json
@@ -162,6 +165,83 @@ def test_kserves_containers_fit_kubernetes_too() -> None:
     pod["spec"]["containers"][0]["readinessProbe"]["periodSeconds"] = "often"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def _ray_job() -> tuple[Manifest, Manifest]:
+    """The job, and the policy of its network."""
+    job, policy = yaml.safe_load_all(Path("deploy/ray/rayjob.yaml").read_text())
+    return job, policy
+
+
+def _ray_pods(job: Manifest) -> dict[str, Manifest]:
+    """The templates of the pods that KubeRay makes."""
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return {
+        "submitter": job["spec"]["submitterPodTemplate"],
+        "head": cluster["headGroupSpec"]["template"],
+        "worker": workers["template"],
+    }
+
+
+RAY_MISTAKES: dict[str, Mistake] = {
+    "a field that is not there": lambda m: m["spec"].update(shutdownAfterJobEnds=True),
+    "a text for a number": lambda m: m["spec"].update(backoffLimit="2"),
+    "a way of authentication that is not there": lambda m: m["spec"]["rayClusterSpec"][
+        "authOptions"
+    ].update(mode="tokens"),
+    "workers without a name": lambda m: m["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].pop(
+        "groupName"
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", RAY_MISTAKES)
+def test_the_ray_job_fits_kuberay_and_a_mistake_in_it_does_not(mistake: str) -> None:
+    schema = json.loads(Path("deploy/schemas/rayjob.json").read_text())["schema"]
+    job, _ = _ray_job()
+    jsonschema.Draft7Validator(schema).validate(job)
+    broken = copy.deepcopy(job)
+    RAY_MISTAKES[mistake](broken)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(schema).validate(broken)
+
+
+def test_the_ray_jobs_pods_fit_kubernetes_and_are_fenced_in() -> None:
+    """KubeRay's schema is checked without its pods."""
+    job, policy = _ray_job()
+    kubernetes_validate.validate(policy, VERSION, strict=True)
+    chosen = policy["spec"]["podSelector"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": chosen}]
+    for name, template in _ray_pods(job).items():
+        pod: Manifest = {"apiVersion": "v1", "kind": "Pod", **copy.deepcopy(template)}
+        pod["metadata"]["name"] = name
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+        # The network's policy is for each of them.
+        assert chosen["matchLabels"].items() <= template["metadata"]["labels"].items()
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["spec"]["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]  # noqa: S108
+        container["envForm"] = []
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_all_of_a_ray_cluster_has_the_version_that_is_pinned() -> None:
+    job, _ = _ray_job()
+    pinned = re.search(
+        r"^ray==(\S+)", Path("deploy/ray/requirements.lock").read_text(), re.MULTILINE
+    )
+    assert pinned is not None
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == pinned[1]
+    images = {pod["spec"]["containers"][0]["image"] for pod in _ray_pods(job).values()}
+    assert images == {f"densenet-batch:1.0.0-ray{pinned[1]}"}
 
 
 def test_what_belongs_together_is_called_the_same() -> None:
