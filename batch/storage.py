@@ -192,8 +192,9 @@ def _write_local(file: Path, content: Any) -> None:
             os.fsync(opened.fileno())
         unfinished.replace(file)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise AwayError(error.errno, error.strerror or str(error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_table(file: Place, table: Any) -> None:
@@ -232,4 +233,4 @@ def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
         elif info.type == fs.FileType.File:
             yield at, None
         else:
-            yield at, "link(s) to nothing, pipes or devices"
+            yield at, "pipe(s) or devices"

@@ -1,8 +1,8 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
 What running needs is one group, this project's own client included; the tests, lower precision,
-timm's models, batch classification and the benchmarks have one more each. Python makes the environment, pip brings uv
-into it, and uv installs the rest.
+timm's models, batch classification and the benchmarks have one more each. Python makes the
+environment, pip brings uv into it, and uv installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
 and stays readable to Pythons older than the project supports, to be able to say so.

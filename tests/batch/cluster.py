@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine: real `ray start` processes."""
 
+import contextlib
 import os
 import secrets
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.faults import wait_for
 from scripts.serve.running import free_ports
+from tests.batch.command import wait_for
 
 # Seconds that a node may take to end by itself.
 _END = 20.0
@@ -35,6 +36,8 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # By itself Ray gives way to all other work.
+            "RAY_worker_niceness": "0",
         }
         self._folder = folder
         self._last = 2
@@ -98,8 +101,6 @@ def _title(process: psutil.Process) -> str:
 
 def _kill(processes: Sequence[psutil.Process | psutil.Popen]) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(processes, _END)

@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import requests
+
+from scripts.serve.management import poll
+from scripts.serve.running import Running
 
 Row = dict[str, Any]
 
@@ -33,6 +38,11 @@ def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
     return said
 
 
+def wait_for(ready: Callable[[], bool]) -> None:
+    """Waits until it is so, as long as a job may take."""
+    assert poll(ready, _TIMEOUT), f"it did not happen within {_TIMEOUT} s"
+
+
 def classify(*args: str | Path, status: int = 0, **environment: str) -> str:
     """Runs it; returns what it said."""
     return ended(begin(*args, **environment), status)
@@ -46,3 +56,27 @@ def part_files(output: Path) -> list[Path]:
 def rows(output: Path) -> list[Row]:
     """All rows, in the order of the plan."""
     return [row for file in part_files(output) for row in pq.read_table(file).to_pylist()]
+
+
+def differs(row: Row, session: requests.Session, server: Running) -> bool:
+    """Whether a row is something else than the server's answer for the same bytes."""
+    headers = {"Content-Type": "application/octet-stream"}
+    content = Path(row["path"]).read_bytes()
+    answer: Any = session.post(
+        server.predictions_url, data=content, headers=headers, timeout=60
+    ).json()
+    if not answer["success"]:
+        expected = {"error_type": answer["type"], "error_message": answer["message"]}
+    else:
+        predictions = answer["predictions"]
+        expected = {
+            "labels": [one["label"] for one in predictions],
+            "class_ids": [one["class_id"] for one in predictions],
+            "probabilities": [one["probability"] for one in predictions],
+            "recognized": answer["recognized"],
+            "error_type": None,
+            "error_message": None,
+        }
+        if "labels" in answer:
+            expected["passing"] = [label["label"] for label in answer["labels"]]
+    return {name: row[name] for name in expected} != expected

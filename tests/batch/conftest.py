@@ -1,4 +1,4 @@
-"""What the tests of batch classification share: a small archive, and a Ray cluster of three nodes."""
+"""What the tests of batch classification share: a small archive, a cluster of three nodes."""
 
 import tempfile
 from collections.abc import Iterator

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import wait_for
 from tests.batch.cluster import Cluster
-from tests.batch.command import begin, classify, ended, part_files, rows
+from tests.batch.command import begin, classify, ended, part_files, rows, wait_for
 
 # Actors of the class that loads the model.
 ACTOR = "MapWorker(MapBatches(Model))"

@@ -1,0 +1,274 @@
+"""`make bench-batch`: batch classification beside a bare loop, and beside `classify` with a server.
+
+The bare loop is the least that there can be: a process a core, which reads, decodes and classifies
+one picture after the other with the handler's own stages, and keeps nothing. All are whole runs,
+from the start of the program to its end, one after the other in turns.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from threading import Event, Thread
+from typing import Annotated
+
+import numpy as np
+import psutil
+import typer
+from PIL import Image
+
+from benchmarks.machine import CORES, write_report
+from handler.settings import Preprocessing
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
+from scripts.samples import CAT
+from scripts.serve.running import Running, free_ports
+from scripts.serve.server import start, stop
+from scripts.terminal import command, step
+
+SMALL, LARGE = (720, 720), (4000, 3000)
+# Different pictures; more files are further names of the same.
+_DIFFERENT = {SMALL: 500, LARGE: 30}
+_ACTOR = "MapWorker(MapBatches(Model))"
+
+_BARE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from batch.stages import Choices, Classifier, Decoder
+decoder, classifier = Decoder(Path(sys.argv[1])), Classifier(Path(sys.argv[1]), Choices())
+for path in sorted(Path(sys.argv[2]).iterdir())[int(sys.argv[3])::int(sys.argv[4])]:
+    (answer,) = classifier.answers([decoder.pixels(path.read_bytes())])
+"""
+
+
+def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """JPEGs of a photograph's parts, turned and mirrored."""
+    folder.mkdir(parents=True)
+    photograph = Image.open(CAT).convert("RGB")
+    random = np.random.default_rng(1)
+    different = min(count, _DIFFERENT[size])
+    for number in range(different):
+        left, upper = random.integers(0, 150), random.integers(0, 100)
+        part = photograph.crop((left, upper, left + 300, upper + 200)).resize(size)
+        part.save(folder / f"{number:06}.jpg", quality=85)
+    for number in range(different, count):
+        os.link(folder / f"{number % different:06}.jpg", folder / f"{number:06}.jpg")
+    return folder
+
+
+def bare(archive: Path, pictures: Path) -> None:
+    """The loop, once a core."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(folder)
+        program = [sys.executable, "-c", _BARE, folder, str(pictures)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        loops = [
+            subprocess.Popen([*program, str(core), str(CORES)], env=environment)
+            for core in range(CORES)
+        ]
+        for loop in loops:
+            assert loop.wait() == 0
+
+
+def batch(archive: Path, pictures: Path, output: Path, *options: str) -> dict[str, float]:
+    """The command; returns its report."""
+    program = [sys.executable, "-m", "batch", str(pictures), "--output", str(output)]
+    subprocess.run(
+        [*program, "--archive", str(archive), *options], check=True, stdout=subprocess.DEVNULL
+    )
+    report: dict[str, float] = json.loads((output / "_report.json").read_text())
+    return report
+
+
+def served(server: Running, pictures: Path, output: Path) -> None:
+    """The client's command, eight pictures at a time."""
+    program = [sys.executable, "-m", "classification_client", str(pictures)]
+    subprocess.run(
+        [*program, "--url", server.predictions_url, "--output", str(output)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@contextmanager
+def server_of(archive: Path, folder: Path) -> Iterator[Running]:
+    server = start(archive, free_ports(), workers=CORES, run_dir=folder)
+    try:
+        yield server
+    finally:
+        stop(server, folder)
+
+
+def compare(archive: Path, work: Path, size: tuple[int, int], count: int, rounds: int) -> list[str]:
+    """Rows of a table: the medians of each way, in turns."""
+    pictures = make_pictures(work / f"{size[0]}", size, count)
+    rates: dict[str, list[float]] = defaultdict(list)
+
+    def measured(name: str, run: Callable[[Path], object]) -> None:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            started = time.monotonic()
+            run(Path(folder, "out"))
+            rates[name].append(count / (time.monotonic() - started))
+        step(f"{size[0]} x {size[1]}, {name}: {rates[name][-1]:.1f} pictures/s")
+
+    for _ in range(rounds):
+        measured("bare loop", lambda _: bare(archive, pictures))
+        for actors in (1, CORES):
+            name = f"batch, {actors} actor(s)"
+            measured(name, lambda out, n=actors: batch(archive, pictures, out, "--actors", str(n)))  # type: ignore[misc]
+        with server_of(archive, work / "run") as server:
+            measured(
+                "classify, server", lambda out: served(server, pictures, out.with_suffix(".csv"))
+            )
+    base = median(rates["bare loop"])
+    return [
+        f"| {size[0]} x {size[1]}, {count:,} | {name} | {median(found):.1f} "
+        f"| {median(found) / CORES:.1f} | {median(found) / base:.2f} |"
+        for name, found in rates.items()
+    ]
+
+
+def long_run(archive: Path, work: Path, count: int) -> list[str]:
+    """The bare loop and the command once, with many pictures."""
+    pictures = make_pictures(work / "long", SMALL, count)
+    rows = []
+    base = 0.0
+    for name, run in (
+        ("bare loop", lambda: bare(archive, pictures)),
+        (f"batch, {CORES} actor(s)", lambda: batch(archive, pictures, work / "long-out")),
+    ):
+        started = time.monotonic()
+        run()
+        rate = count / (time.monotonic() - started)
+        base = base or rate
+        step(f"{count:,} pictures, {name}: {rate:.1f} pictures/s")
+        rows.append(
+            f"| {SMALL[0]} x {SMALL[1]}, {count:,} | {name} | {rate:.1f} | {rate / CORES:.1f} "
+            f"| {rate / base:.2f} |"
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one kind of process had at one moment, in MB."""
+
+    seconds: float
+    driver: float
+    actors: float
+    tasks: float
+
+
+def memory(work: Path, count: int) -> list[str]:
+    """Rows of a table: memory while many small pictures are classified by a small network."""
+    small = Preprocessing(resize=64, crop=64)
+    archive = build(recipe(untrained("resnet18"), "small", preprocessing=small), work / "store")
+    pictures = make_pictures(work / "small", SMALL, 1)
+    (picture,) = pictures.iterdir()
+    Image.open(picture).resize((96, 96)).save(picture)
+    content = picture.read_bytes()
+    for number in range(1, count):
+        (pictures / f"{number:06}.jpg").write_bytes(content)
+    seen: list[Memory] = []
+    done = Event()
+    program = [sys.executable, "-m", "batch", str(pictures), "--output", str(work / "small-out")]
+    job = psutil.Popen([*program, "--archive", str(archive)], stdout=subprocess.DEVNULL)
+
+    def watch() -> None:
+        started = time.monotonic()
+        while not done.wait(5):
+            seen.append(_memory(job, time.monotonic() - started))
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    status = job.wait()
+    done.set()
+    watcher.join()
+    assert status == 0
+    # The first third is the start, and filling what stays filled.
+    thirds = [seen[place * len(seen) // 3 : (place + 1) * len(seen) // 3] for place in range(3)]
+    return [
+        f"| {name} | "
+        + " | ".join(f"{max(values(one) for one in third):.0f}" for third in thirds)
+        + " |"
+        for name, values in (
+            ("driver", lambda one: one.driver),
+            ("all actors", lambda one: one.actors),
+            ("all tasks", lambda one: one.tasks),
+        )
+    ]
+
+
+def _memory(job: psutil.Popen, seconds: float) -> Memory:
+    """Resident, without the object store that all processes map."""
+    megabytes = {"driver": _private(job), "actors": 0.0, "tasks": 0.0}
+    for child in job.children(recursive=True):
+        try:
+            title = " ".join(child.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith("ray::"):
+            megabytes["actors" if _ACTOR in title else "tasks"] += _private(child)
+    return Memory(seconds, **megabytes)
+
+
+def _private(process: psutil.Process) -> float:
+    try:
+        info = process.memory_info()
+    except psutil.Error:
+        return 0.0
+    return float((info.rss - info.shared) / 1e6)
+
+
+def main(
+    count: Annotated[int, typer.Option(help="Pictures of 720 x 720 a run.")] = 1000,
+    large: Annotated[int, typer.Option(help="Pictures of 12 megapixels a run.")] = 150,
+    rounds: Annotated[int, typer.Option(help="Of each, in turns.")] = 3,
+    long: Annotated[int, typer.Option(help="Pictures of the long run.")] = 20_000,
+    tiny: Annotated[int, typer.Option(help="Pictures whose memory is watched.")] = 50_000,
+) -> None:
+    """Measures batch classification, and writes benchmarks/results/batch.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        archive = build(recipe(untrained()), work / "store")
+        rows = compare(archive, work, SMALL, count, rounds)
+        rows += compare(archive, work, LARGE, large, rounds)
+        rows += long_run(archive, work, long)
+        resident = memory(work, tiny)
+    lines = [
+        (
+            f"Whole runs, Ray's start (some seconds) included, on {CORES} cores; medians of "
+            f"{rounds} round(s) in turns, the long run once. The bare loop is a process a core "
+            "with the handler's stages. Made by `make bench-batch`."
+        ),
+        "",
+        "| pictures | way | pictures/s | a core | over the bare loop |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        (
+            f"Memory while {tiny:,} small pictures go through a small network, in MB without the "
+            "object store: the most in each third of the time."
+        ),
+        "",
+        "| process | first | second | last third |",
+        "|---|---|---|---|",
+        *resident,
+    ]
+    write_report("batch", "Batch classification", lines)
+
+
+if __name__ == "__main__":
+    command(main)

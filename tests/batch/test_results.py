@@ -1,0 +1,186 @@
+"""Rows are the served answers, whatever the pictures come in, and wherever they lie."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import requests
+
+from scripts.serve.running import Running
+from scripts.store import sha256
+from tests import corpus
+from tests.batch.cluster import Cluster
+from tests.batch.command import Row, begin, classify, differs, ended, part_files, rows, wait_for
+from tests.batch.s3_server import S3, s3_server
+from tests.conftest import Shapes
+
+_UNTRAINED = "untrained random weights"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """What people send, and what attackers do: every kind of the corpus, and 100 photographs."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number, valid in enumerate(corpus.valid()):
+        (folder / f"valid-{number:03}.jpg").write_bytes(valid.data)
+    for number, hostile in enumerate(corpus.hostile()):
+        (folder / f"hostile-{number:03}.jpg").write_bytes(hostile.data)
+    (folder / "empty.jpg").touch()
+    for photograph in sorted(pictures.iterdir())[:100]:
+        (folder / photograph.name).write_bytes(photograph.read_bytes())
+    return folder
+
+
+def test_every_row_is_the_servers_answer_for_the_same_bytes(
+    mixed: Path, archive: Path, running: Running, tmp_path: Path
+) -> None:
+    output = tmp_path / "results"
+    job = begin(mixed, "--output", output, "--archive", archive)
+    listening: set[str] = set()
+
+    def look() -> bool:
+        listening.update(_addresses(job.pid))
+        return bool(part_files(output)) or job.poll() is not None
+
+    wait_for(look)
+    said = ended(job)
+    found = rows(output)
+    assert [row["path"] for row in found] == [str(path) for path in sorted(mixed.iterdir())]
+    with requests.Session() as session:
+        assert not [row for row in found if differs(row, session, running)]
+    errors = Counter(row["error_type"] for row in found if row["error_type"])
+    kinds = Counter(hostile.type for hostile in corpus.hostile())
+    assert errors == kinds + Counter({"EmptyImage": 1})
+    assert {row["archive_sha256"] for row in found} == {sha256(archive)}
+    assert all(row["warning"].startswith(_UNTRAINED) for row in found)
+    assert _UNTRAINED in said
+    refused = sum(errors.values())
+    assert f"{len(found)} read, {len(found) - refused} classified, {refused} refused, " in said
+    assert "x DamagedImage: " in said
+    # Whoever reaches Ray can run programs.
+    assert listening
+    assert {address for address in listening if not _is_loopback(address)} == set()
+
+
+def _addresses(pid: int) -> Iterator[str]:
+    """Where a process and all that it started listen."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            connections = process.net_connections("inet")
+        except psutil.Error:
+            continue
+        yield from (c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN)
+
+
+def _is_loopback(address: str) -> bool:
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+def test_ctrl_c_ends_everything_and_leaves_no_ray_behind(
+    pictures: Path, small_archive: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    output = tmp_path / "results"
+    job = begin(pictures, "--output", output, "--archive", small_archive, TMPDIR=_short(temporary))
+    wait_for(lambda: bool(part_files(output)) or job.poll() is not None)
+    started = psutil.Process(job.pid).children(recursive=True)
+    os.kill(job.pid, signal.SIGINT)
+    ended(job, 130)
+    _, left = psutil.wait_procs(started, 30)
+    assert not left
+    assert not list(Path(_short(temporary)).glob("ray-*"))
+
+
+def _short(folder: Path) -> str:
+    """The same folder under a name that leaves Ray's sockets enough bytes."""
+    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_RDONLY)}"
+
+
+def _read(cluster: Cluster, archive: Path, *args: str | Path, output: Path) -> list[Row]:
+    options = ("--output", output, "--archive", archive, "--address", cluster.address)
+    classify(*args, *options, **cluster.environment)
+    return rows(output)
+
+
+def test_lists_and_parquet_of_paths_bytes_and_structs_give_the_same_rows(
+    cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    some = sorted(pictures.iterdir())[:40]
+    missing = tmp_path / "missing.jpg"
+    names = [str(path) for path in [*some, missing]]
+    listing = tmp_path / "list.txt"
+    listing.write_text("\ufeff" + "\r\n".join([*names, ""]))
+    contents = [path.read_bytes() for path in some]
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    pq.write_table(pa.table({"where": names}), tables / "paths.parquet")
+    # In row groups that are no multiples of a part.
+    pq.write_table(
+        pa.table({"image": contents, "path": names[:40]}), tables / "b.parquet", row_group_size=7
+    )
+    structs = [{"bytes": content, "path": None} for content in contents]
+    pq.write_table(pa.table({"image": structs}), tables / "structs.parquet")
+
+    def made(name: str, *args: str | Path) -> list[Row]:
+        return _read(cluster, small_archive, *args, output=tmp_path / name)
+
+    listed = made("1", listing, "--embedding", "--topk", "2")
+    assert listed[-1]["error_type"] == "Unreadable"
+    assert "No such file" in listed[-1]["error_message"]
+    assert all(len(row["labels"]) == 2 and len(row["embedding"]) == 512 for row in listed[:-1])
+    options = ("--embedding", "--topk", "2")
+    assert made("2", tables / "paths.parquet", "--column", "where", *options) == listed
+    assert made("3", tables / "b.parquet", "--column", "image", *options) == listed[:-1]
+    unnamed = made("4", tables / "structs.parquet", "--column", "image", *options)
+    assert unnamed[17]["path"] == f"{tables / 'structs.parquet'}#17"
+    assert [row["embedding"] for row in unnamed] == [row["embedding"] for row in listed[:-1]]
+
+
+def test_several_labels_a_picture_are_the_servers(
+    cluster: Cluster, shapes: Shapes, shapes_server: Running, tmp_path: Path
+) -> None:
+    folder = shapes.folder / "test"
+    found = _read(cluster, shapes.archive, folder, output=tmp_path / "results")
+    with requests.Session() as session:
+        assert not [row for row in found[:20] if differs(row, session, shapes_server)]
+    assert any(row["passing"] for row in found)
+
+
+def test_pictures_and_results_in_object_storage(
+    cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    some = sorted(pictures.iterdir())[:60]
+    with s3_server(tmp_path) as s3:
+        files = s3.filesystem()
+        for number, path in enumerate(some):
+            # What an address would have to quote.
+            with files.open_output_stream(f"pictures/in/{number:02} ü%+?#.jpg") as stream:
+                stream.write(path.read_bytes())
+        said = _in_bucket(s3, small_archive)
+        assert "60 read, 60 classified, 0 refused" in said
+        assert "All 60 pictures have results" in _in_bucket(s3, small_archive)
+        table = pq.read_table("pictures/out", filesystem=files)
+    local = _read(cluster, small_archive, pictures, output=tmp_path / "local")[:60]
+    assert table.column("probabilities").to_pylist() == [row["probabilities"] for row in local]
+    assert table.column("path").to_pylist()[7] == "s3://pictures/in/07 ü%+?#.jpg"
+
+
+def _in_bucket(s3: S3, archive: Path) -> str:
+    addresses = (s3.address("pictures/in"), "--output", s3.address("pictures/out"))
+    return classify(*addresses, "--archive", archive, **s3.environment)
+
+
+def test_what_a_person_can_mend_is_a_sentence(small_archive: Path, tmp_path: Path) -> None:
+    options = ("--output", tmp_path / "out", "--archive")
+    said = classify(tmp_path / "nothing", *options, small_archive, status=1)
+    assert f"Error: {tmp_path}/nothing: there is no such file or folder." in said.replace("\n", "")
+    said = classify(tmp_path, *options, __file__, status=1)
+    assert "is no sound archive: File is not a zip file." in " ".join(said.split())
+    assert "Traceback" not in said

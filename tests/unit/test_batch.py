@@ -1,0 +1,223 @@
+"""Batch classification without Ray: which pictures there are, what a folder of results holds, what
+becomes of a file that cannot be read.
+"""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batch import parts, plan, storage
+from batch.archive import ForeignFolderError, _root, unpack
+from batch.job import Job, OtherJobError, begun
+from batch.plan import Entry, PlanError
+from batch.storage import AddressError, AwayError
+
+
+def _entries(images: Path | str, column: str | None = None) -> list[Entry]:
+    return list(plan.entries(str(images), column, Counter()))
+
+
+def _job(output: Path, **values: Any) -> Job:
+    choices: dict[str, Any] = {"topk": None, "threshold": None, "embedding": False}
+    job = Job("a" * 64, "pictures", None, "/", **choices, output=str(output))
+    return replace(job, **values)
+
+
+def test_a_folder_means_its_pictures_in_order_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    below = tmp_path / "b"
+    below.mkdir()
+    for name in ("c.JPG", "b/d.png", "_DSC1.jpg", "a?b #.webp", ".hidden.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    left_out: Counter[str] = Counter()
+    found = [entry.path for entry in plan.entries(str(tmp_path), None, left_out)]
+    names = ["_DSC1.jpg", "a?b #.webp", "b/d.png", "c.JPG"]
+    assert found == [f"{tmp_path}/{name}" for name in names]
+    assert left_out == {
+        "hidden": 1,
+        ".txt file(s)": 1,
+        "link(s) to folders": 1,
+        "pipe(s) or devices": 1,
+    }
+
+
+def test_a_list_names_pictures_whether_they_are_there_or_not(tmp_path: Path) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_bytes("\ufeffa b.jpg\r\n\r\ns3://bucket/ü?.png\n".encode())
+    assert _entries(listing) == [Entry("a b.jpg"), Entry("s3://bucket/ü?.png")]
+
+
+def test_parquet_holds_addresses_or_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.parquet"
+    image = [{"bytes": b"1", "path": "one.jpg"}, {"bytes": b"2", "path": None}]
+    table = pa.table({"where": ["a", "b"], "data": [b"1", b"2"], "image": image})
+    pq.write_table(table, file)
+    assert _entries(file, "where") == [Entry("a"), Entry("b")]
+    by_row = [Entry(f"{file}#{row}", str(file), row) for row in range(2)]
+    assert _entries(file, "data") == by_row
+    assert _entries(file, "image") == [Entry("one.jpg", str(file), 0), by_row[1]]
+    assert _entries(tmp_path, "where") == _entries(file, "where")
+
+
+@pytest.mark.parametrize("group", [1, 7, 100])
+def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) -> None:
+    contents = [str(number).encode() for number in range(50)]
+    for name in ("a", "b"):
+        table = pa.table({"image": contents})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=group)
+    folder = storage.place(str(tmp_path / "plan"))
+    count, size = plan.write(_entries(tmp_path, "image"), folder)
+    assert (count, size) == (100, 8)
+    made = []
+    for number in range(13):
+        rows = parts.part(folder.path, number, size)
+        made += parts.contents(rows, "image", "/", "", 1000)
+    assert made == contents * 2
+
+
+def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
+    folder = storage.place(str(tmp_path))
+    many = parts.SHARD + 300
+    count, size = plan.write((Entry(str(number)) for number in range(many)), folder)
+    assert (count, size) == (many, parts.LARGEST)
+    for number in (0, 255, 256, 257):
+        paths = parts.part(folder.path, number, size).column("path").to_pylist()
+        first = number * size
+        assert paths == [str(name) for name in range(first, min(first + size, many))]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "sentence"),
+    [
+        ("empty", None, r"there is no picture here \(1 \.txt file"),
+        ("nothing", None, "there is no such file or folder"),
+        (
+            "numbers.parquet",
+            None,
+            "Which column of numbers.parquet has the pictures[?] It has a, b",
+        ),
+        ("numbers.parquet", "c", "has no column 'c'; it has a, b"),
+        ("numbers.parquet", "a", "holds int64, neither addresses"),
+        ("broken.parquet", "a", "is no Parquet file"),
+        ("bytes", None, "is no picture, no Parquet file"),
+    ],
+)
+def test_what_holds_no_pictures_is_said(
+    tmp_path: Path, name: str, column: str | None, sentence: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").touch()
+    pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "numbers.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(PlanError, match=sentence):
+        _entries(tmp_path / name, column)
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("https://example.org/a.jpg", "not from web servers"),
+        ("s4://bucket/key", "Unrecognized filesystem"),
+        ("s3://bucket/key?speed=9", "Unexpected query parameter"),
+    ],
+)
+def test_an_address_of_no_file_system_is_said(address: str, sentence: str) -> None:
+    with pytest.raises(AddressError, match=sentence):
+        storage.place(address)
+
+
+def test_a_key_may_have_whatever_an_address_would_quote() -> None:
+    query = "?endpoint_override=127.0.0.1:1&scheme=http&region=x"
+    file = storage.within("s3://bucket/a b?c#d%20.jpg", "/", query)
+    assert file.path == "bucket/a b?c#d%20.jpg"
+
+
+def test_a_missing_picture_is_final_and_a_missing_drive_is_not(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    with pytest.raises(FileNotFoundError):
+        storage.read(storage.place(str(tmp_path / "gone.jpg")), 10)
+    with pytest.raises(IsADirectoryError):
+        storage.read(storage.place(str(tmp_path)), 10)
+    with pytest.raises(AwayError, match="its folder is not there"):
+        storage._read(storage.place(str(tmp_path / "drive" / "a.jpg")), 10)
+
+
+def test_only_a_bit_more_than_may_be_is_read(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(1000))
+    assert len(storage.read(storage.place(str(tmp_path / "large")), 10)) == 11
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "part"
+    storage.write(storage.place(str(file)), b"first")
+    with pytest.raises(TypeError):
+        storage.write(storage.place(str(file)), "no bytes")
+    assert [(path.name, path.read_bytes()) for path in file.parent.iterdir()] == [
+        ("part", b"first")
+    ]
+
+
+def test_a_folder_of_results_is_one_jobs(tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    assert begun(_job(output)) is None
+    # As a kill in the middle of the planning leaves it.
+    storage.write(storage.place(str(output)) / "_plan/plan-00000.parquet", b"")
+    assert begun(_job(output)) is None
+    job = _job(output, pictures=20, part_size=8)
+    job.begin()
+    assert begun(_job(output)) == job
+    storage.write(job.part_file(1), b"")
+    assert job.missing() == [0, 2]
+    assert [job.size(number) for number in range(3)] == [8, 8, 4]
+    for other, said in (
+        ({"archive_sha256": "b"}, f"archive '{'a' * 64}' there, 'b' here"),
+        ({"topk": 3}, "topk None there, 3 here"),
+        ({"embedding": True}, "embedding False there, True here"),
+        ({"images": "others"}, "pictures '/pictures' there, '/others' here"),
+        ({"base": "/home"}, "pictures '/pictures' there, '/home/pictures' here"),
+    ):
+        with pytest.raises(OtherJobError, match=said):
+            begun(_job(output, **other))
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(OtherJobError, match=r"has other files, such as thesis\.txt"):
+        begun(_job(tmp_path))
+
+
+def test_an_archive_is_unpacked_whole_and_only_as_it_was_sent(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as content:
+        content.writestr("handler/__init__.py", "")
+    sha256 = hashlib.sha256(packed.getvalue()).hexdigest()
+    with pytest.raises(ValueError, match="changed on its way"):
+        unpack(packed.getvalue() + b"1", sha256, tmp_path / "archive")
+    unpack(packed.getvalue(), sha256, tmp_path / "archive")
+    # Another process did it at the same time.
+    unpack(packed.getvalue(), sha256, tmp_path / "archive")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+    assert (tmp_path / "archive" / "handler" / "__init__.py").is_file()
+
+
+def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with pytest.raises(ForeignFolderError):
+        _root(str(open_to_all))
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(ForeignFolderError):
+        _root(str(link))
