@@ -23,11 +23,12 @@
 #:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
 #:                      labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side, or to pack into an image
-#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here;
-#:                      TARGET=ray for the nodes of a Ray cluster
+#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
+#:  ADDRESS=host:port   of a Ray cluster, for make classify-batch; there too: ARCHIVE=file, OUTPUT=folder,
+#:                      COLUMN=of Parquet, EMBEDDING=on, ACTORS=processes with the model
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
@@ -50,9 +51,10 @@ serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GR
 variables-run := $(packing) $(serving)
 variables-archive := $(packing) MODEL_FILE REVISION
 variables-start := MODELS $(serving)
-variables-image := MODELS TAG BASE TARGET
+variables-image := MODELS TAG BASE
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
+variables-classify-batch := IMAGES OUTPUT ARCHIVE COLUMN TOPK THRESHOLD EMBEDDING ACTORS ADDRESS
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
 variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
 	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT UPSTREAMS
@@ -73,7 +75,7 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm setup-batch classify-batch bench-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -99,6 +101,9 @@ stop: setup ## stop the server
 ##@ Classify
 classify: setup ## classify pictures: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
 	@$(VENV_PYTHON) -m scripts.classify
+
+classify-batch: setup-batch ## millions of pictures, with Ray: make classify-batch IMAGES=folder OUTPUT=folder
+	@$(VENV_PYTHON) -m batch
 
 evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
 	@$(VENV_PYTHON) -m scripts.evaluate
@@ -194,6 +199,9 @@ soak: setup ## 5,000 requests of mixed sizes
 outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
 	@$(VENV_PYTHON) -m benchmarks.outages
 
+bench-batch: setup-batch ## make classify-batch beside classify and a bare loop, half an hour
+	@$(VENV_PYTHON) -m benchmarks.batch
+
 replicas: setup ## the same with containers that end, are replaced and cut off (podman)
 	@$(VENV_PYTHON) -m benchmarks.replicas
 
@@ -202,10 +210,13 @@ setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests precision
+	@$(PYTHON) scripts/bootstrap.py run tests precision batch
 
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision
+
+setup-batch: variables ## the same, and Ray, which make classify-batch runs on
+	@$(PYTHON) scripts/bootstrap.py run batch
 
 setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
 	@$(PYTHON) scripts/bootstrap.py run timm
@@ -218,31 +229,35 @@ lint: setup-tests ## check style and types
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache --no-logo
-	@.venv/bin/vermin --target=3.10- --no-tips --quiet client handler scripts benchmarks examples tests deploy
+	@.venv/bin/vermin --target=3.10- --no-tips --quiet batch client handler scripts benchmarks examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
 
 format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# Running, testing and lower precision are resolved together, so that one gives way to the other; the
-# benchmarks give way to all. What the run group pins is left out of the other locks, which only
-# stand on it.
+# Running, testing and the groups of TOGETHER are resolved as one, so that one gives way to the other;
+# the benchmarks give way to all. What the run group pins is left out of the other locks, which only
+# stand on it. Each image has a lock that stands alone, with the versions of all others.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
+TOGETHER := tests precision timm-models batch
+IMAGES := deploy/container deploy/gateway deploy/ray
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
-	@$(PIN) $(RUNNING) tests/requirements.in precision/requirements.in timm-models/requirements.in -o .venv/pins.txt >/dev/null
-	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock
+	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock >/dev/null
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
-	for group in tests precision timm-models benchmarks; do \
-		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock || exit; \
+	for group in $(TOGETHER) benchmarks; do \
+		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
 	done
-	@$(PIN) tests/clients/requirements.in -o tests/clients/requirements.lock
-	@$(PIN) tests/batch/requirements.in -o tests/batch/requirements.lock
-	@$(PIN) -c requirements.lock -c tests/requirements.lock deploy/container/requirements.in -o deploy/container/requirements.lock
-	@$(PIN) -c requirements.lock -c batch/requirements.lock -c tests/requirements.lock deploy/ray/requirements.in -o deploy/ray/requirements.lock
-	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock
+	@for group in $(IMAGES); do \
+		$(PIN) -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	done
+	@for group in tests/clients tests/batch; do \
+		$(PIN) $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	done
+	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock >/dev/null
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -1,5 +1,6 @@
 """Ray: an embedded one for this machine, or a cluster that is there."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -9,11 +10,15 @@ from pathlib import Path
 
 # Ray reports its use to its makers unless it is told not to before it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# It would warn of what it will do in a later version.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Its own messages are in its folder of logs; of what a person can mend this program speaks itself.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
+import ray.data
 from ray._private import ray_constants
+
+for name in ("ray", "ray.data"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -159,9 +159,10 @@ def _planned(asked: Job) -> Job:
     left_out: Counter[str] = Counter()
     with console.status("Listing the pictures ..."):
         found = plan.entries(asked.images, asked.column, left_out)
-        job = replace(asked, pictures=plan.write(found, asked.plan))
+        pictures, part_size = plan.write(found, asked.plan)
     if left_out:
         step("Left out: " + ", ".join(f"{count} {what}" for what, count in left_out.most_common(5)))
+    job = replace(asked, pictures=pictures, part_size=part_size)
     job.begin()
     return job
 

@@ -34,6 +34,7 @@ class Job:
         embedding: each row holds the pooled last features too.
         output: the address of the folder of results, absolute.
         pictures: how many there are.
+        part_size: how many of them a part has, but for the last.
     """
 
     archive_sha256: str
@@ -45,6 +46,7 @@ class Job:
     embedding: bool
     output: str
     pictures: int = 0
+    part_size: int = 0
 
     @property
     def folder(self) -> Place:
@@ -75,12 +77,12 @@ class Job:
     def missing(self) -> list[int]:
         """The parts that have no results."""
         there = storage.names(self.folder)
-        every = range(parts.count(self.pictures))
+        every = range(-(-self.pictures // self.part_size))
         return [number for number in every if self.part_file(number).name not in there]
 
     def size(self, number: int) -> int:
         """How many pictures a part has."""
-        return min(parts.PART, self.pictures - number * parts.PART)
+        return min(self.part_size, self.pictures - number * self.part_size)
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Keeps a report beside the results."""
@@ -95,7 +97,7 @@ def begun(asked: Job) -> Job | None:
     """The job that the folder holds; None for an empty one, or one that was never begun.
 
     Args:
-        asked: what a person wants now; its `pictures` and `base` do not count.
+        asked: what a person wants now; what its plan says does not count.
 
     Raises:
         OtherJobError: the folder has another job's results, or somebody else's files.

@@ -16,10 +16,13 @@ from pyarrow import parquet
 from batch import storage
 from batch.storage import Place
 
-# Pictures of a part: what one task decodes, and what is made again where a node dies.
-PART = 256
-# Parts of one file of the plan, which is read whole for each of them: about 1 MB.
-PARTS = 256
+# Pictures of a part, at most: what one task decodes, and what is made again where a node dies.
+LARGEST = 256
+# A job of few pictures has so many parts all the same, so that all cores have work to the end.
+_FEWEST_PARTS = 64
+_SMALLEST = 8
+# Pictures of one file of the plan, which is read whole for each of its parts: about 1 MB.
+SHARD = 256 * LARGEST
 
 MOST_BYTES = 1 << 30
 
@@ -37,22 +40,23 @@ SCHEMA = pa.schema(
 _AHEAD = 8
 
 
-def count(pictures: int) -> int:
-    """How many parts so many pictures make."""
-    return -(-pictures // PART)
+def size_for(pictures: int) -> int:
+    """Pictures of a part, for a job of so many; `LARGEST` for more than a file of the plan has."""
+    return max(_SMALLEST, min(LARGEST, -(-pictures // _FEWEST_PARTS)))
 
 
-def part(folder: str, number: int) -> Any:
+def part(folder: str, number: int, size: int) -> Any:
     """The rows of one part.
 
     Args:
         folder: the address of the plan's.
         number: of the part, from 0.
+        size: pictures of a part.
 
     Returns:
         a table of the plan's columns.
     """
-    shard, group = divmod(number, PARTS)
+    shard, group = divmod(number, SHARD // size)
     return _shard(folder, shard).read_row_group(group)
 
 
@@ -119,7 +123,7 @@ def _rows(opened: Any, column: str, wanted: list[int]) -> Iterator[bytes]:
         end = start + opened.metadata.row_group(group).num_rows
         if end > first and start <= wanted[-1]:
             position = start
-            for batch in opened.iter_batches(PART, [group], [source]):
+            for batch in opened.iter_batches(LARGEST, [group], [source]):
                 (values,) = batch.columns
                 if is_struct:
                     (values,) = values.flatten()

@@ -133,7 +133,7 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
     (part,) = number.column(schema.PART).to_pylist()
     stages = archive.stages()
     decoder = _decoder(archive)
-    rows = parts.part(job.plan_address, part)
+    rows = parts.part(job.plan_address, part, job.part_size)
     paths = rows.column("path").to_pylist()
     pixels: list[bytes | None] = []
     errors: list[tuple[str | None, str | None]] = []

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from batch import storage
-from batch.parts import MOST_BYTES, PART, PARTS, SCHEMA, opened_parquet, shard_name
+from batch.parts import MOST_BYTES, SCHEMA, SHARD, opened_parquet, shard_name, size_for
 from batch.storage import Place
 from classification_client.pictures import SUFFIXES
 
@@ -154,20 +154,20 @@ def _opened(file: Place) -> Any:
         raise PlanError(f"{file.path} is no Parquet file: {error}") from error
 
 
-def write(pictures: Iterable[Entry], folder: Place) -> int:
+def write(pictures: Iterable[Entry], folder: Place) -> tuple[int, int]:
     """Writes the plan's files.
 
     Returns:
-        how many pictures there are.
+        how many pictures there are, and how many a part has.
     """
-    rest, count = iter(pictures), 0
-    shard = 0
-    while some := list(islice(rest, PART * PARTS)):
+    rest, count, shard = iter(pictures), 0, 0
+    size = 0
+    while some := list(islice(rest, SHARD)):
+        size = size or size_for(len(some))
         columns = {name: [getattr(entry, name) for entry in some] for name in SCHEMA.names}
         buffer = pa.BufferOutputStream()
-        table = pa.table(columns, schema=SCHEMA)
-        parquet.write_table(table, buffer, row_group_size=PART)
+        parquet.write_table(pa.table(columns, schema=SCHEMA), buffer, row_group_size=size)
         storage.write(folder / shard_name(shard), buffer.getvalue())
         count += len(some)
         shard += 1
-    return count
+    return count, size

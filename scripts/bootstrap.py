@@ -1,7 +1,7 @@
 """Makes the virtual environment and installs what the lock files pin, a group at a time, once.
 
 What running needs is one group, this project's own client included; the tests, lower precision,
-timm's models and the benchmarks have one more each. Python makes the environment, pip brings uv
+timm's models, batch classification and the benchmarks have one more each. Python makes the environment, pip brings uv
 into it, and uv installs the rest.
 
 Runs on the system's Python before anything is installed, so it uses the standard library only,
@@ -35,6 +35,7 @@ GROUPS = {
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
     "precision": (Path("precision", "requirements.lock"), "lower precision"),
     "timm": (Path("timm-models", "requirements.lock"), "timm's models"),
+    "batch": (Path("batch", "requirements.lock"), "batch classification"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
 
@@ -47,6 +48,7 @@ GIGABYTES = {
     "tests": (0.2, 0.6),
     "precision": (0.1, 0.3),
     "timm": (0.1, 0.1),
+    "batch": (0.2, 0.5),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),
     "torch": (0.2, 0.8),

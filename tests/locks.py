@@ -27,21 +27,21 @@ GROUPS = {
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
     "timm": ("requirements.lock", "timm-models/requirements.lock"),
+    "batch": ("requirements.lock", "batch/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
     "clients": ("tests/clients/requirements.lock",),
     "s3": ("tests/batch/requirements.lock",),
+    "container": ("deploy/container/requirements.lock",),
+    "container, sbom": ("deploy/container/sbom.lock",),
+    "gateway": ("deploy/gateway/requirements.lock",),
+    "ray": ("deploy/ray/requirements.lock",),
 }
 
+# Installed in images only.
+LINUX_ONLY = {"container", "container, sbom", "gateway", "ray"}
+
 # Packages of pure Python without a wheel.
-SOURCES = {
-    "run": (),
-    "tests": ("sslyze",),
-    "precision": (),
-    "timm": (),
-    "benchmarks": (),
-    "clients": (),
-    "s3": (),
-}
+SOURCES = {"tests": ("sslyze",)}
 
 
 def platform_of(group: str, platform: str) -> str:
@@ -69,7 +69,7 @@ def problem(case: tuple[str, str, str]) -> str:
     group, platform, python = case
     options = ["--python-platform", platform_of(group, platform), "--python-version", python]
     options += ["--dry-run", "--require-hashes", "--only-binary", ":all:"]
-    for name in SOURCES[group] + compiled(group, platform, python):
+    for name in SOURCES.get(group, ()) + compiled(group, platform, python):
         options += ["--no-binary", name]
     for lock in GROUPS[group]:
         options += ["-r", lock]
@@ -87,12 +87,17 @@ def problem(case: tuple[str, str, str]) -> str:
 
 def main() -> int:
     """Prints a line for each group and platform; 1 where something cannot be installed."""
-    cases = list(itertools.product(GROUPS, PLATFORMS, PYTHONS))
+    places = [
+        (group, platform)
+        for group, platform in itertools.product(GROUPS, PLATFORMS)
+        if group not in LINUX_ONLY or platform.startswith("Linux")
+    ]
+    cases = [(*place, python) for place in places for python in PYTHONS]
     with ThreadPoolExecutor(4) as threads:
         problems = dict(zip(cases, threads.map(problem, cases), strict=True))
-    for group, platform in itertools.product(GROUPS, PLATFORMS):
+    for group, platform in places:
         good = [p for p in PYTHONS if not problems[group, platform, p]]
-        print(f"{group:<12}{platform:<14}{' '.join(good)}")
+        print(f"{group:<17}{platform:<14}{' '.join(good)}")
     for case, text in problems.items():
         if text:
             print(f"\n{', '.join(case)}:\n{text}", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""Nothing lost, nothing twice: nodes, actors and the program itself die in the middle of a job."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import wait_for
+from tests.batch.cluster import Cluster
+from tests.batch.command import begin, classify, ended, part_files, rows
+
+# Actors of the class that loads the model.
+ACTOR = "MapWorker(MapBatches(Model))"
+_KILLED_ACTORS = 10
+
+
+def _each_once(output: Path, pictures: Path) -> None:
+    counted = Counter(row["path"] for row in rows(output))
+    assert counted == Counter(str(path) for path in pictures.iterdir())
+
+
+def test_an_actor_is_killed_ten_times_and_no_row_is_missing_or_twice(
+    cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results"
+    options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
+    job = begin(pictures, *options, **cluster.environment)
+    killed: set[int] = set()
+    while len(killed) < _KILLED_ACTORS and job.poll() is None:
+        for actor in cluster.workers(ACTOR):
+            if actor.pid not in killed:
+                before = len(part_files(output))
+                actor.kill()
+                killed.add(actor.pid)
+                # It must not only die, but work in between.
+                wait_for(lambda: len(part_files(output)) > before or job.poll() is not None)  # noqa: B023
+                break
+    said = ended(job)
+    assert "800 read, 800 classified, 0 refused" in said
+    assert len(killed) == _KILLED_ACTORS, f"the job was done after {len(killed)}"
+    _each_once(output, pictures)
+
+
+def test_a_node_dies_in_the_middle_and_another_joins(
+    cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results"
+    options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
+    job = begin(pictures, *options, **cluster.environment)
+    wait_for(lambda: len(part_files(output)) > 5 or job.poll() is not None)
+    cluster.kill(cluster.nodes[0])
+    assert job.poll() is None, "it was done before the node died"
+    cluster.add()
+    assert "800 read, 800 classified, 0 refused" in ended(job)
+    _each_once(output, pictures)
+
+
+def test_what_was_killed_goes_on_and_keeps_what_is_there(
+    cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "results"
+    options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
+    job = begin(pictures, *options, **cluster.environment)
+    wait_for(lambda: len(part_files(output)) > 3 or job.poll() is not None)
+    os.killpg(job.pid, signal.SIGKILL)
+    ended(job, -signal.SIGKILL)
+    # What its tasks still write is whole, and theirs to write.
+    wait_for(lambda: not cluster.workers(ACTOR))
+    there = {file: file.stat().st_mtime_ns for file in part_files(output)}
+    assert there
+    said = classify(pictures, *options, **cluster.environment)
+    assert "pictures have results already" in said
+    assert {file: file.stat().st_mtime_ns for file in there} == there
+    _each_once(output, pictures)
+    assert "All 800 pictures have results" in classify(pictures, *options)
+    with pytest.raises(AssertionError, match="topk None there, 3 here"):
+        classify(pictures, *options, "--topk", "3")
