@@ -309,7 +309,9 @@ def test_a_choice_that_makes_no_sense_stops_before_anything_is_packed(tmp_path: 
     assert not (tmp_path / "store").exists()
 
 
-def test_in_8_bits_all_labels_are_checked_where_it_serves(shapes: Shapes, tmp_path: Path) -> None:
+def test_in_8_bits_all_labels_are_checked_where_it_serves(
+    shapes: Shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shapes.folder
     packed = recipe(
         load_weights(folder / "weights.pth", ARCHITECTURE),
@@ -317,10 +319,14 @@ def test_in_8_bits_all_labels_are_checked_where_it_serves(shapes: Shapes, tmp_pa
         folder / "classes.txt",
         Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3),
         # So little was learnt that the cost says nothing.
-        lower=chosen("int8", folder / "validation", folder / "test", agreement=0.1),
+        lower=chosen("int8", folder / "validation", folder / "test", max_loss=100),
         activation=Activation("sigmoid", folder / "validation-report" / "thresholds.json"),
     )
     archive = build(packed, tmp_path / "store")
+    said = " ".join(capsys.readouterr().out.split())
+    in_float32 = re.findall(r"mean average precision: (\S+)% \(\S+ to \S+ in float32", said)
+    served = re.findall(r"precision served +(0\.\d{4})", shapes.said)[-1]
+    assert float(in_float32[0]) == pytest.approx(100 * float(served), abs=0.1)
     card, files = read_card(archive), tmp_path / "files"
     with zipfile.ZipFile(archive) as content:
         content.extractall(files)
