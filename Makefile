@@ -109,11 +109,13 @@ evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-cl
 	@$(VENV_PYTHON) -m scripts.evaluate
 
 ##@ Own models
+# Beside other work a thread that waits for its neighbours must not spin: on two busy cores that cost
+# training five times as much of the processor.
 digits: setup ## a model of one's own, from training to serving, about a minute
-	@$(VENV_PYTHON) -m examples.digits
+	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.digits
 
 shapes: setup ## a model that gives several labels a picture, likewise, about two minutes
-	@$(VENV_PYTHON) -m examples.shapes
+	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.shapes
 
 archive: setup $(with-precision) $(with-timm) ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands

@@ -21,9 +21,9 @@ from classification_client.pictures import Found, search
 from classification_client.results import Row
 from handler.labels import Label
 from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
-from scripts.evaluation.labels_file import NAME as LABELS_FILE
-from scripts.evaluation.matching import match
 from scripts.evaluation.multilabel import evaluate_labels, report_labels
+from scripts.labels_file import NAME as LABELS_FILE
+from scripts.matching import match
 from scripts.serve.running import RUN_DIR, require_running
 from scripts.sources import sources
 from scripts.terminal import UserError, asked, command, console, printable, step, warn

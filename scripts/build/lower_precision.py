@@ -29,6 +29,9 @@ from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, answers
 from handler.responses import softmax
 from handler.settings import PRECISIONS, ModelCard, Preprocessing, Settings
 from scripts.build.guard import Bounds, Comparison, compare
+from scripts.labels_file import FORM, read_labels
+from scripts.labels_file import NAME as LABELS_FILE
+from scripts.matching import match
 from scripts.terminal import UserError, console, step, warn
 
 # More pictures than these do not calibrate better (NNCF's own default).
@@ -57,7 +60,8 @@ class LowerPrecision:
         name: "bf16" or "int8".
         calibrate: a folder of pictures for int8 to be calibrated on.
         evaluate: a folder of pictures to measure the cost on; None for a part of `calibrate`. Where
-            its folders are called as the classes, what counts is whether answers are right.
+            its folders are called as the classes, or where it has a list of labels and the model
+            gives several, what counts is whether answers are right.
         bounds: what it may cost.
     """
 
@@ -69,9 +73,11 @@ class LowerPrecision:
     def digest(self) -> str:
         """Changes whenever the result might."""
         digest = hashlib.sha256(f"{self.name} {self.bounds}".encode())
-        for folder in (self.calibrate, self.evaluate):
-            for path in _search(folder) if folder else []:
-                digest.update(f"{path.relative_to(folder or '')}\n".encode())
+        for folder in filter(None, (self.calibrate, self.evaluate)):
+            said = folder / LABELS_FILE
+            digest.update(said.read_bytes() if said.is_file() else b"")
+            for path in _search(folder):
+                digest.update(f"{path.relative_to(folder)}\n".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
@@ -150,14 +156,11 @@ def make(
         raise UserError(
             f"PRECISION={wanted.name} needs packages that are not here: make setup-precision"
         ) from error
-    for_calibration, for_evaluation, classes = split(wanted, labels)
+    for_calibration, for_evaluation, classes = split(wanted, labels, multilabel=card.multilabel)
     calibration = list(_decoded(for_calibration, card.preprocessing).values())
     decoded = _decoded(for_evaluation, card.preprocessing)
     evaluation = list(decoded.values())
-    # Of several labels a picture a folder could tell only one.
-    truth = None
-    if classes is not None and not card.multilabel:
-        truth = [classes[path] for path in decoded]
+    truth = None if classes is None else _truth([classes[path] for path in decoded], card)
     with tempfile.TemporaryDirectory() as beside:
         cpus = joblib.cpu_count()
         cores = Cores(cpus, cpus, Path(beside) / "busy")
@@ -281,12 +284,28 @@ def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, 
     return found
 
 
+def _truth(classes: Sequence[Sequence[int]], card: ModelCard) -> Sequence[int] | NDArray[np.bool_]:
+    """As `compare` takes it: each picture's class; of several labels, bool (N, classes)."""
+    if not card.multilabel:
+        return [index for (index,) in classes]
+    found = np.zeros((len(classes), card.classes), bool)
+    for row, of_one in zip(found, classes, strict=True):
+        row[list(of_one)] = True
+    if not found.any():
+        raise UserError(
+            f"{LABELS_FILE} gives none of the {len(classes)} pictures to measure on a label. {FORM}"
+        )
+    return found
+
+
 def split(
-    wanted: LowerPrecision, labels: Sequence[Label]
-) -> tuple[list[Path], list[Path], dict[Path, int] | None]:
+    wanted: LowerPrecision, labels: Sequence[Label], *, multilabel: bool = False
+) -> tuple[list[Path], list[Path], dict[Path, tuple[int, ...]] | None]:
     """Pictures to calibrate on, others to measure on, and the latter's classes, if known.
 
-    Of a folder for both, half or more is held back. A picture that is there twice counts once.
+    Of a folder for both, half or more is held back. A picture that is there twice counts once. Of
+    several labels a picture a folder's name could tell only one: there a list tells them, and only
+    its pictures are measured on.
     """
     known: set[bytes] = set()
 
@@ -308,18 +327,40 @@ def split(
         assert wanted.calibrate is not None
         count = min(count, len(given) // 2)
         folder, evaluation = wanted.calibrate, given[count:]
+    classes = _listed(folder, labels) if multilabel else None
+    if classes is not None:
+        unlisted = [path for path in evaluation if path not in classes]
+        if unlisted:
+            warn(
+                f"{folder / LABELS_FILE} does not name {len(unlisted)} of the pictures, such as "
+                f"{unlisted[0]}: they are not measured on."
+            )
+        evaluation = [path for path in evaluation if path in classes]
     if not evaluation or (wanted.calibrate and not given[:count]):
         raise UserError(
             f"There are too few pictures in {wanted.calibrate or folder}, or the same ones as in "
             f"{folder}."
         )
     evaluation = evaluation[:EVALUATION_PICTURES]
-    return given[:count], evaluation, _classes(evaluation, folder, labels)
+    if not multilabel:
+        classes = _classes(evaluation, folder, labels)
+    return given[:count], evaluation, classes
+
+
+def _listed(folder: Path, labels: Sequence[Label]) -> dict[Path, tuple[int, ...]] | None:
+    """What each picture shows that the folder's list names; None where it has none."""
+    file = folder / LABELS_FILE
+    if not file.is_file():
+        return None
+    said = read_labels(file, folder)
+    names = {name for of_one in said.values() for name in of_one}
+    meant = match(names, labels, f"as {file} has it", "Call it by id")
+    return {path: tuple(meant[name] for name in of_one) for path, of_one in said.items()}
 
 
 def _classes(
     pictures: Sequence[Path], folder: Path, labels: Sequence[Label]
-) -> dict[Path, int] | None:
+) -> dict[Path, tuple[int, ...]] | None:
     """The class of each picture where the folder has a folder a class; else None."""
     named: dict[str, int] = {}
     for index, label in enumerate(labels):
@@ -333,7 +374,7 @@ def _classes(
     found = {path: class_of(path) for path in pictures}
     strange = sorted({path.relative_to(folder).parts[0] for path in found if found[path] is None})
     if not strange:
-        return {path: index for path, index in found.items() if index is not None}
+        return {path: (index,) for path, index in found.items() if index is not None}
     if len(strange) < len({path.relative_to(folder).parts[0] for path in found}):
         raise UserError(
             f"Some folders of {folder} are called as classes, but not {', '.join(strange[:5])}. "

@@ -11,15 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 from classification_client import Client, RequestOptions, ServiceError
 from classification_client.results import Row
 from handler.labels import Label
+from scripts.average_precision import average_precisions
 from scripts.build.activation import EVEN
 from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
-from scripts.evaluation.labels_file import FORM, read_labels
-from scripts.evaluation.matching import match
+from scripts.labels_file import FORM, read_labels
+from scripts.matching import match
 from scripts.terminal import UserError, console, printable, step, warn
 
 # More classes than these are in the files only.
@@ -78,12 +79,7 @@ class MultilabelEvaluation:
     @cached_property
     def average_precision(self) -> NDArray[np.float64]:
         """Float (classes,), 0 to 1; NaN where no picture shows the class."""
-        result = np.full(len(self.labels), np.nan)
-        for index in self.shown:
-            result[index] = average_precision_score(
-                self.truth[:, index], self.probabilities[:, index]
-            )
-        return result
+        return average_precisions(self.truth, self.probabilities)
 
     @cached_property
     def auroc(self) -> NDArray[np.float64]:

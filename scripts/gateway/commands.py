@@ -220,7 +220,7 @@ def upgrade_command(
     archive: Annotated[Path, typer.Option(help="The new archive.")] = MODEL_STORE
     / f"{DEFAULT_ARCHITECTURE}.mar",
     agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples whose first label must stay.")
+        float, typer.Option(min=0, max=1, help="Share of samples whose label(s) must stay.")
     ] = AGREEMENT,
     trial_seconds: Annotated[
         float, typer.Option(min=0, help="Time of serving clients before the old nodes end.")

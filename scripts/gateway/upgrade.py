@@ -10,6 +10,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,8 @@ from scripts.serve.server import stop as stop_server
 from scripts.store import read_card, sha256
 from scripts.terminal import UserError, step, warn
 
-# Of the sample photographs, the share whose first label may not change.
+# Of the sample photographs, the share whose first label may not change; of models that give several
+# labels, whose labels may not.
 AGREEMENT = 0.9
 # Seconds for which the new nodes serve clients before the old ones end.
 TRIAL_SECONDS = 5.0
@@ -51,7 +53,8 @@ def upgrade(
     Args:
         archive: the new one.
         agreement: share of the sample photographs, 0 to 1, on which new and old nodes must give the
-            same first label. A new handler keeps all of them; other weights need a smaller share.
+            same first label, or the same labels where a model gives several. A new handler keeps
+            all of them; other weights need a smaller share.
         trial_seconds: how long the new nodes must serve clients without a failure.
         folder: the gateway's.
 
@@ -152,34 +155,63 @@ def _check_archive(release: Path, old: Sequence[Node]) -> None:
         raise UserError("The new archive has untrained random weights, the old one trained ones.")
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a client is told of one photograph, as far as an upgrade must not change it.
+
+    Attributes:
+        labels: the first label; of a model that gives several, all that pass, or none.
+        several: whether the model gives several.
+    """
+
+    labels: frozenset[str]
+    several: bool
+
+
 def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float) -> None:
     """Compares answers to sample photographs: of each new node, and of the old ones."""
     photographs = list(sample_photographs())
-    before = _first_labels(old[0], photographs)
+    before = _answers(old[0], photographs)
     for node in fresh:
-        after = _first_labels(node, photographs)
-        if len(set(after)) == 1:
-            raise UserError(f"The new archive answers {after[0]!r} to every sample photograph.")
-        same = sum(a == b for a, b in zip(before, after, strict=True)) / len(photographs)
-        step(f"Upgrade: {node.name} gives the same first label to {same:.0%} of the samples")
-        if same < agreement:
+        after = _answers(node, photographs)
+        several = before[0].several or after[0].several
+        compared = "labels" if several else "first label"
+        # Of several labels, all photographs may rightly get the same ones: none.
+        if len(set(after)) == 1 and not several:
+            label = next(iter(after[0].labels))
+            raise UserError(f"The new archive answers {label!r} to every sample photograph.")
+        same = sum(a.labels == b.labels for a, b in zip(before, after, strict=True))
+        share = same / len(photographs)
+        step(f"Upgrade: {node.name} gives the same {compared} to {share:.0%} of the samples")
+        if share < agreement:
             raise UserError(
-                f"Only {same:.0%} of the sample photographs keep their first label, "
-                f"{agreement:.0%} were asked for. If the new weights are meant to answer "
+                f"Only {share:.0%} of the sample photographs keep their {compared}, "
+                f"{agreement:.0%} were asked for. If the new archive is meant to answer "
                 "differently, say how much must stay: AGREEMENT=0.5"
+            )
+        if not any(answer.labels for answer in after):
+            warn(
+                f"{node.name} gives no sample photograph a label, so that they show little of the "
+                "new archive. Measure it on pictures of yours: make evaluate"
             )
 
 
-def _first_labels(node: Node, photographs: Sequence[bytes]) -> list[str]:
+def _answers(node: Node, photographs: Sequence[bytes]) -> list[_Answer]:
     try:
         with client_of(_running(node), patience=_CHECK_TIMEOUT) as client:
-            return [client.classify(photograph).label for photograph in photographs]
+            found = [client.classify(photograph) for photograph in photographs]
     except RefusedError as error:
         raise UserError(
             f"{node.name} answers {error.code} to a sample photograph: {error.message[:300]}"
         ) from error
     except ServiceError as error:
         raise UserError(f"{node.name} does not answer a sample photograph: {error}") from error
+    return [
+        _Answer(frozenset([one.label]), several=False)
+        if one.labels is None
+        else _Answer(frozenset(label.label for label in one.labels), several=True)
+        for one in found
+    ]
 
 
 def _check_service(fresh: Sequence[Node], trial_seconds: float) -> None:

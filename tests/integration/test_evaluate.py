@@ -11,7 +11,7 @@ from classification_client import Client, RequestOptions
 from handler.labels import Label
 from scripts.build.weights import Weights, build_model
 from scripts.evaluate import evaluate, report
-from scripts.evaluation.matching import match
+from scripts.matching import match
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from scripts.terminal import UserError

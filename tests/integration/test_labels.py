@@ -27,14 +27,17 @@ from examples.shapes.pictures import LABELS_FILE, NAMES, SIDE
 from examples.shapes.train import ARCHITECTURE, MEAN, STD, TRANSFORM
 from handler.cores import Cores
 from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, load_precise
-from handler.settings import Preprocessing
+from handler.settings import MODEL_CARD, Preprocessing
 from scripts.build.activation import Activation
 from scripts.build.archive import build, recipe
 from scripts.build.lower_precision import chosen
 from scripts.build.weights import load as load_weights
 from scripts.evaluation.multilabel import evaluate_labels
+from scripts.gateway import upgrade as upgrades
+from scripts.gateway.gateway import Node
 from scripts.samples import CAT
-from scripts.serve.running import HOST, Running
+from scripts.serve.running import HOST, Running, free_ports
+from scripts.serve.server import start, stop
 from scripts.store import read_card
 from scripts.terminal import UserError
 from tests.conftest import Shapes
@@ -309,7 +312,9 @@ def test_a_choice_that_makes_no_sense_stops_before_anything_is_packed(tmp_path: 
     assert not (tmp_path / "store").exists()
 
 
-def test_in_8_bits_all_labels_are_checked_where_it_serves(shapes: Shapes, tmp_path: Path) -> None:
+def test_in_8_bits_all_labels_are_checked_where_it_serves(
+    shapes: Shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shapes.folder
     packed = recipe(
         load_weights(folder / "weights.pth", ARCHITECTURE),
@@ -317,10 +322,14 @@ def test_in_8_bits_all_labels_are_checked_where_it_serves(shapes: Shapes, tmp_pa
         folder / "classes.txt",
         Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3),
         # So little was learnt that the cost says nothing.
-        lower=chosen("int8", folder / "validation", folder / "test", agreement=0.1),
+        lower=chosen("int8", folder / "validation", folder / "test", max_loss=100),
         activation=Activation("sigmoid", folder / "validation-report" / "thresholds.json"),
     )
     archive = build(packed, tmp_path / "store")
+    said = " ".join(capsys.readouterr().out.split())
+    in_float32 = re.findall(r"mean average precision: (\S+)% \(\S+ to \S+ in float32", said)
+    served = re.findall(r"precision served +(0\.\d{4})", shapes.said)[-1]
+    assert float(in_float32[0]) == pytest.approx(100 * float(served), abs=0.1)
     card, files = read_card(archive), tmp_path / "files"
     with zipfile.ZipFile(archive) as content:
         content.extractall(files)
@@ -341,3 +350,48 @@ def test_in_8_bits_all_labels_are_checked_where_it_serves(shapes: Shapes, tmp_pa
     precision, reason = load()
     assert precision == "float32"
     assert reason.endswith("pictures get other labels than in float32; at most 1 may")
+
+
+# --- Upgrades ---
+
+
+def _with_thresholds(archive: Path, target: Path, threshold: float) -> Path:
+    """The same model, of which all classes pass from another probability on."""
+    with zipfile.ZipFile(archive) as before, zipfile.ZipFile(target, "w") as after:
+        for entry in before.infolist():
+            content = before.read(entry)
+            if entry.filename == MODEL_CARD:
+                content = json.dumps(
+                    json.loads(content) | {"thresholds": [threshold] * len(NAMES)}
+                ).encode()
+            after.writestr(entry, content)
+    return target
+
+
+def test_an_upgrade_compares_all_labels(
+    shapes: Shapes,
+    shapes_server: Running,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Thresholds alone are changed, so that each picture's most probable class stays."""
+    strict = _with_thresholds(shapes.archive, tmp_path / shapes.archive.name, 1.0)
+    nodes = {name: Node(str(tmp_path / name), str(strict), 1) for name in ("old", "strict")}
+    server = start(strict, free_ports(), 1, tmp_path / "run")
+    try:
+        servers = {"old": shapes_server, "strict": server}
+        monkeypatch.setattr(upgrades, "_running", lambda node: servers[node.name])
+
+        def check(fresh: str, old: str, agreement: float = upgrades.AGREEMENT) -> str:
+            upgrades._check_answers([nodes[fresh]], [nodes[old]], agreement)
+            return " ".join("".join(capsys.readouterr()).split())
+
+        assert "old gives the same labels to 100% of the samples" in check("old", "old")
+        with pytest.raises(UserError, match=r"of the sample photographs keep their labels, 90% we"):
+            check("strict", "old")
+        assert "strict gives no sample photograph a label" in check("strict", "old", agreement=0)
+        # All photographs get the same labels, which of a model that gives several is no fault.
+        assert "strict gives the same labels to 100% of the samples" in check("strict", "strict")
+    finally:
+        stop(server, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Several models side by side, each of another architecture, preprocessing and class list."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def models(weights: Weights) -> dict[str, Weights]:
     return {
         "densenet121": weights,
         "resnet50": untrained("resnet50"),
-        # Without class activation maps, and with a name and classes of its own.
+        # Without class activation maps, with PyTorch's engine, and a name and classes of its own.
         "pets": untrained("squeezenet1_1", len(CLASSES)),
     }
 
@@ -39,10 +40,13 @@ def server(
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
     (folder / "classes.txt").write_text("\n".join(CLASSES), "utf-8")
-    archives = [
-        build(recipe(weights, name, folder / "classes.txt" if name == "pets" else None), folder)
+    recipes = [
+        recipe(weights, name, folder / "classes.txt", engine="torch")
+        if name == "pets"
+        else recipe(weights, name)
         for name, weights in models.items()
     ]
+    archives = [build(wanted, folder) for wanted in recipes]
     running = start(archives[0], free_ports(), 1, folder / "run", beside=archives[1:])
     yield running
     stop(running, folder / "run")
@@ -103,6 +107,26 @@ def test_what_cannot_be_explained_is_refused_and_the_page_knows(server: Running)
     assert "squeezenet1_1 has no class activation map" in refused.json()["message"]
     page = requests.get(pets.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT)
     assert '"explains": false' in page.text
+
+
+@pytest.mark.parametrize("form", ["a picture's field", "KServe's tensor"])
+def test_an_archive_for_pytorch_gives_no_embeddings(form: str, server: Running) -> None:
+    pets = server.serving("pets")
+    (model,) = requests.get(pets.model_url, params={"customized": "true"}, timeout=TIMEOUT).json()
+    assert model["customizedMetadata"]["engine"].startswith("PyTorch")
+    asked: dict[str, object] = {"files": {"file": CAT.read_bytes()}, "data": {"embedding": "true"}}
+    if form == "KServe's tensor":
+        content = base64.b64encode(CAT.read_bytes()).decode()
+        tensor = {"name": "i", "shape": [1], "datatype": "BYTES", "data": [content]}
+        asked = {"json": {"inputs": [tensor], "outputs": [{"name": "embedding"}]}}
+    refused = requests.post(pets.predictions_url, timeout=TIMEOUT, **asked)  # type: ignore[arg-type]
+    assert refused.status_code == 404, refused.text
+    text = refused.json()["error"] if form == "KServe's tensor" else refused.json()["message"]
+    assert "gives no embeddings: it was built for PyTorch (ENGINE=torch)" in text
+    if form == "a picture's field":
+        assert refused.json()["type"] == "NoEmbedding"
+    answer = requests.post(pets.predictions_url, data=CAT.read_bytes(), timeout=TIMEOUT)
+    assert answer.status_code == 200
 
 
 def test_a_resnet_is_explained(server: Running) -> None:

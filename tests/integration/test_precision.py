@@ -45,6 +45,10 @@ PREPROCESSING = Preprocessing(SIDE, SIDE, (0.5,) * 3, (0.5,) * 3)
 MAX_LOSS = 3.0
 # The largest change of a probability from float32's that is allowed for.
 CHANGES = {"float32": 1e-5, "bf16": 0.25, "int8": 0.5}
+# The least cosine of an embedding and float32's. Rounding to bfloat16's 8 bits changes a number by
+# 0.4 % at most, to int8 by half a step of 255; much of what all channels and layers add of that
+# cancels. The cosine of different digits is lower: a test of its own says so.
+ALIKE = {"float32": 1 - 1e-6, "bf16": 0.999, "int8": 0.98}
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PRECISIONS = tuple(name for name in CHANGES if name != "bf16" or HAS_BF16)
@@ -176,6 +180,68 @@ def test_each_answers_every_way_in(precision: str, server: Running, folder: Path
     assert "fallback" not in described
     metrics = requests.get(server.metrics_url, timeout=TIMEOUT).text
     assert f'precision="{precision}",archive_precision="{precision}"' in metrics
+
+
+@pytest.fixture(scope="module")
+def digits(folder: Path) -> list[Path]:
+    """Five held-out pictures of each digit."""
+    return [path for name in NAMES for path in sorted((folder / "test" / name).iterdir())[:5]]
+
+
+def _embeddings(running: Running, pictures: list[Path]) -> NDArray[np.float32]:
+    """float32 (N, 512), as a server answers."""
+    rows = [
+        requests.post(
+            running.predictions_url,
+            files={"file": path.read_bytes()},
+            data={"embedding": "true"},
+            timeout=TIMEOUT,
+        ).json()
+        for path in pictures
+    ]
+    return np.array([row["embedding"] for row in rows], np.float32)
+
+
+@pytest.fixture(scope="module")
+def exact_embeddings(server: Running, digits: list[Path]) -> NDArray[np.float32]:
+    return _embeddings(server.serving("float32"), digits)
+
+
+def _cosines(some: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 (N, N): of each with each."""
+    some, others = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in (some, others))
+    found: NDArray[np.float32] = some @ others.T
+    return found
+
+
+@pytest.mark.parametrize("precision", CHANGES)
+def test_each_gives_embeddings_like_float32s(
+    precision: str,
+    server: Running,
+    digits: list[Path],
+    exact_embeddings: NDArray[np.float32],
+    note: list[str],
+) -> None:
+    if precision not in PRECISIONS:
+        pytest.skip("this processor does not compute in bfloat16")
+    found = _embeddings(server.serving(precision), digits)
+    assert found.shape == (len(digits), 512)
+    assert np.isfinite(found).all()
+    cosines = _cosines(found, exact_embeddings)
+    note.append(
+        f"{precision}: over {len(digits)} digits the cosine of an embedding and float32's is "
+        f"{cosines.diagonal().min():.6f} at least"
+    )
+    assert cosines.diagonal().min() >= ALIKE[precision]
+    # Each is most like float32's of the same picture, so that near duplicates stay near.
+    assert cosines.argmax(axis=1).tolist() == list(range(len(digits)))
+
+
+def test_embeddings_of_other_digits_are_less_alike(exact_embeddings: NDArray[np.float32]) -> None:
+    """Or else the bounds above would say nothing."""
+    cosines = _cosines(exact_embeddings, exact_embeddings)
+    digit = np.arange(len(cosines)) // 5
+    assert cosines[digit[:, None] != digit].max() < min(ALIKE.values())
 
 
 def test_each_keeps_to_its_bound(

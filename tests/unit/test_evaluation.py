@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from handler.labels import Label
-from scripts.evaluation.labels_file import read_labels
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
     Scores,
     choose_thresholds,
     report_labels,
 )
+from scripts.labels_file import read_labels
 from scripts.terminal import UserError
 
 

@@ -1,9 +1,12 @@
 """What lower precision may cost, and what so many pictures can show of it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score
 
 from scripts.build.guard import Bounds, compare, lost_of, share_of
 
@@ -72,3 +75,57 @@ def test_the_report_has_every_figure_with_its_interval() -> None:
     assert lines[1].startswith("largest change of a probability: 0.5000; at most 0.30% of such")
     assert "0.60 points lost (0.05 to 1.15)" in lines[2]
     assert lines[3].startswith("top 5: 100.00%")
+
+
+# --- Several labels ---
+
+THRESHOLDS = np.full(3, 0.5, np.float32)
+
+
+def ranked(count: int, noise: float, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Probabilities of three classes, the same with noise, and what each picture shows."""
+    random = np.random.default_rng(seed)
+    truth = random.random((count, 3)) < 0.3
+    exact = (truth + random.normal(0, 0.5, truth.shape)).astype(np.float32)
+    return exact, (exact + random.normal(0, noise, truth.shape)).astype(np.float32), truth
+
+
+def test_of_several_labels_the_mean_average_precision_decides() -> None:
+    exact, lower, truth = ranked(400, 0.4)
+    found = compare(exact, lower, truth, THRESHOLDS)
+    name = "mean average precision"
+    assert list(found.loss) == [name]
+    for share, of in zip(found.accuracy[name], (exact, lower), strict=True):
+        assert share.value == pytest.approx(average_precision_score(truth, of))
+    lost = found.loss[name]
+    assert lost.value == pytest.approx(
+        found.accuracy[name][0].value - found.accuracy[name][1].value
+    )
+    assert found.excess(Bounds()) == f"{name} loses {100 * lost.value:.2f} points, 0.5 are allowed"
+    assert found.excess(Bounds(max_loss=50)) == ""
+    assert f"{100 * lost.value:.2f} points lost ({100 * lost.low:.2f} to" in found.report()[2]
+    gained = compare(lower, exact, truth, THRESHOLDS)
+    assert gained.excess(Bounds()) == ""
+
+
+def test_the_interval_of_what_ranks_lose_holds_it() -> None:
+    """Drawn anew ten times; what is lost on very many pictures is what there is to find."""
+    exact, lower, truth = ranked(50_000, 0.4, seed=1)
+    value = average_precision_score(truth, exact) - average_precision_score(truth, lower)
+    drawn = [ranked(200, 0.4, seed) for seed in range(10)]
+    found = [compare(a, b, of_both, THRESHOLDS) for a, b, of_both in drawn]
+    lost = [comparison.loss["mean average precision"] for comparison in found]
+    assert sum(share.low <= value <= share.high for share in lost) >= 8
+    # Wide enough is not all: it is not wide without bounds.
+    assert all(share.high - share.low < 0.2 for share in lost)
+
+
+def test_too_few_pictures_of_several_labels_are_said() -> None:
+    exact, lower, truth = ranked(100, 0.01)
+    doubt = compare(exact, lower, truth, THRESHOLDS).doubt(Bounds(max_loss=0.05))
+    assert "100 pictures are too few to be 95% sure that less than 0.05 points of the mean" in doubt
+    truth[:, 2] = np.arange(100) < 3  # and one class that three pictures show
+    same = compare(exact, exact, truth, THRESHOLDS)
+    assert same.doubt(Bounds()).startswith("a class is on 3 of the 100 pictures only")
+    truth[:, 2] = False
+    assert compare(exact, exact, truth, THRESHOLDS).doubt(Bounds()) == ""

@@ -68,7 +68,7 @@ def test_half_is_held_back_and_no_picture_is_in_both(pictures: Path) -> None:
     assert not {path.read_bytes() for path in calibration} & {p.read_bytes() for p in evaluation}
     assert classes is not None
     expected = {"tabby cat": 0, "n2": 1, "Container-Ship": 2}
-    assert all(classes[path] == expected[path.parent.name] for path in evaluation)
+    assert all(classes[path] == (expected[path.parent.name],) for path in evaluation)
 
 
 def test_what_is_in_both_folders_is_not_measured_on(pictures: Path) -> None:

@@ -1,6 +1,7 @@
 """An int8 model of a small float32 one, and the layer that this costs most."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,17 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from handler.cores import Cores
+from handler.labels import Label
 from handler.onnx_engine import OnnxEngine
 from handler.openvino_engine import OpenVinoEngine
+from handler.settings import ModelCard, Preprocessing
+from scripts.build.guard import Bounds
+from scripts.build.lower_precision import LowerPrecision, make
 from scripts.build.quantize import costliest, quantise
+from scripts.terminal import UserError
 
 SIDE = 16
 CHANNELS = (3, 16, 16, 16)
@@ -89,3 +96,103 @@ def test_the_same_pictures_give_the_same_bytes(
         made.append([(tmp_path / f"{name}.{kind}").read_bytes() for kind in ("xml", "bin")])
     assert made[0] == made[1]
     assert str(tmp_path).encode() not in made[0][0]
+
+
+# --- Models that give several labels ---
+
+LABELS = [Label(f"n{number}", f"name {number}") for number in range(CHANNELS[-1])]
+CARD = ModelCard(
+    "small",
+    len(LABELS),
+    trained=True,
+    weights_file="",
+    weights_sha256="",
+    inputs_sha256="",
+    preprocessing=Preprocessing(SIDE, SIDE),
+    activation="sigmoid",
+    thresholds=(0.5,) * len(LABELS),
+)
+
+
+@pytest.fixture
+def known(model: Path, tmp_path: Path) -> Path:
+    """Pictures of many colours, and the list of what float32 sees on each."""
+    random = np.random.default_rng(2)
+    colours = random.integers(0, 256, (80, 1, 1, 3))
+    pixels = (colours + random.integers(-9, 10, (80, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
+    cores = Cores(1, 1, tmp_path / "busy")
+    logits = OnnxEngine(model, cores).logits(pixels.transpose(0, 3, 1, 2))
+    _spread(model, logits)
+    folder = tmp_path / "known"
+    folder.mkdir()
+    lines = []
+    for number, (picture, row) in enumerate(zip(pixels, logits > logits.mean(axis=0), strict=True)):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+        lines.append([f"{number}.png", *(LABELS[index].class_id for index in np.flatnonzero(row))])
+    (folder / "labels.csv").write_text("\n".join(map(",".join, lines)))
+    return folder
+
+
+def _spread(model: Path, logits: NDArray[np.float32]) -> None:
+    """Gives the model logits about 0, so that each class passes on half of the pictures."""
+    proto = onnx.load(model)
+    proto.graph.node[-1].output[0] = "flat"
+    for name, values in (("mean", logits.mean(axis=0)), ("spread", logits.std(axis=0))):
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    proto.graph.node.append(helper.make_node("Sub", ["flat", "mean"], ["centred"]))
+    proto.graph.node.append(helper.make_node("Div", ["centred", "spread"], ["logits"]))
+    onnx.save(proto, model)
+
+
+def test_what_int8_costs_is_measured_as_mean_average_precision_where_labels_are_known(
+    model: Path, known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "\n".join((known / "labels.csv").read_text().splitlines()[:70])
+    (known / "labels.csv").write_text(few)
+    wanted = LowerPrecision("int8", known, None, Bounds(max_loss=5))
+    make(wanted, model, CARD, LABELS, tmp_path)
+    said = " ".join("".join(capsys.readouterr()).split())
+    (points,) = re.findall(
+        r"mean average precision: 100.00% .* in float32, .* in lower precision: (\S+) points lost",
+        said,
+    )
+    assert 0 < float(points) < 5
+    assert "labels as in float32:" in said
+    # Half is held back, and the list tells nothing of the last ten.
+    measured = int(re.findall(r"labels as in float32: .* of (\d+) pictures", said)[0])
+    assert 30 <= measured < 40
+    assert f"labels.csv does not name {40 - measured} of the pictures" in said
+    assert (tmp_path / "int8.xml").exists()
+
+
+def test_int8_that_ranks_pictures_otherwise_is_refused(
+    model: Path, known: Path, tmp_path: Path
+) -> None:
+    """Calibrated on the dark, it takes all that is bright for equally bright."""
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(3).integers(0, 9, (9, SIDE, SIDE, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(dark / f"{number}.png")
+    wanted = LowerPrecision("int8", dark, known)
+    with pytest.raises(
+        UserError,
+        match=r"PRECISION=int8 costs too much, and no archive was written: mean average precision "
+        r"loses \S+ points, 0.5 are allowed. Layers that cost most: block.conv.*MAX_LOSS=",
+    ):
+        make(wanted, model, CARD, LABELS, tmp_path)
+
+
+def test_a_list_that_does_not_fit_stops_before_anything_is_quantised(
+    model: Path, known: Path, tmp_path: Path
+) -> None:
+    wanted = LowerPrecision("int8", known)
+    before = wanted.digest()
+    listed = known / "labels.csv"
+    listed.write_text("0.png,nmae 3\n")
+    assert wanted.digest() != before
+    with pytest.raises(UserError, match=r"no class 'nmae 3', as .*labels.csv has it. It has 16"):
+        make(wanted, model, CARD, LABELS, tmp_path)
+    listed.write_text("".join(f"{number}.png\n" for number in range(80)))
+    with pytest.raises(UserError, match="gives none of the 40 pictures to measure on a label"):
+        make(wanted, model, CARD, LABELS, tmp_path)
+    assert not (tmp_path / "int8.xml").exists()
