@@ -36,7 +36,7 @@ def joined(address: str) -> Iterator[None]:
         address,
         runtime_env={"py_modules": [package]},
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         yield
@@ -62,7 +62,7 @@ def embedded() -> Iterator[str]:
             _temp_dir=folder,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         yield str(Path(folder, "archives"))
     finally:

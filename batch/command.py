@@ -71,7 +71,7 @@ def main(
             warn(description.warning)
         with _ray(address) as root:
             shared = Archive(sha256, ray.put(content), root)
-            resources = ray.cluster_resources()
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             on_gpus = description.wants_gpu and resources.get("GPU", 0) >= 1
             count = actors or pipeline.actors_of(resources, wants_gpu=description.wants_gpu)
             step(

@@ -5,8 +5,8 @@ The plan is Parquet files of rows; a row group is a part.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -97,11 +97,12 @@ def contents(
             return OSError(str(error))
 
     with ThreadPoolExecutor(_AHEAD) as pool:
-        jobs = (partial(pool.submit, read, path) for path in rows.column("path").to_pylist())
-        waiting: deque[Future[bytes | OSError]] = deque(job() for job in islice(jobs, _AHEAD))
+        # Made as they are asked for.
+        submitted = (pool.submit(read, path) for path in rows.column("path").to_pylist())
+        waiting = deque(islice(submitted, _AHEAD))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(job() for job in islice(jobs, 1))
+            waiting.extend(islice(submitted, 1))
 
 
 def _in_parquet(rows: Any, column: str, base: str, query: str) -> Iterator[bytes]:

@@ -111,7 +111,10 @@ def run(
             write, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=0
         )
     )
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    blocks: Iterator[Any] = iter(
+        dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    )
+    for block in blocks:
         for row in block.to_pylist():
             yield Tally(row["classified"], row["refused"], Counter(json.loads(row["errors"])))
 
@@ -136,11 +139,12 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
     rows = parts.part(job.plan_address, part, job.part_size)
     paths = rows.column("path").to_pylist()
     pixels: list[bytes | None] = []
-    errors: list[tuple[str | None, str | None]] = []
+    errors: list[tuple[str, str] | tuple[None, None]] = []
     away: list[OSError] = []
     read = parts.contents(rows, job.column, job.base, job.query, stages.MAX_REQUEST_BYTES)
     for content in read:
-        made, error = None, (None, None)
+        made: bytes | None = None
+        error: tuple[str, str] | tuple[None, None] = (None, None)
         if isinstance(content, OSError):
             error = (UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
             if isinstance(content, storage.AwayError):

@@ -125,7 +125,7 @@ def _in_parquet(file: Place, named: str, column: str) -> Iterator[Entry]:
 
 def _has_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        return bool(kind.get_field_index("bytes") >= 0)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

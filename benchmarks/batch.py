@@ -58,7 +58,7 @@ def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
     random = np.random.default_rng(1)
     different = min(count, _DIFFERENT[size])
     for number in range(different):
-        left, upper = random.integers(0, 150), random.integers(0, 100)
+        left, upper = int(random.integers(0, 150)), int(random.integers(0, 100))
         part = photograph.crop((left, upper, left + 300, upper + 200)).resize(size)
         part.save(folder / f"{number:06}.jpg", quality=85)
     for number in range(different, count):
@@ -104,6 +104,7 @@ def served(server: Running, pictures: Path, output: Path) -> None:
 
 @contextmanager
 def server_of(archive: Path, folder: Path) -> Iterator[Running]:
+    """A server of an archive, with a worker a core."""
     server = start(archive, free_ports(), workers=CORES, run_dir=folder)
     try:
         yield server

@@ -23,10 +23,6 @@ for _name in list(os.environ):
     if _name.startswith("GIVEN_") or _name in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TEST_OPTIONS"}:
         del os.environ[_name]
 
-# Several processes share the cores: a thread that waits for others must not spin.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-
 _seconds: dict[str, float] = defaultdict(float)
 _counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 _notes: list[str] = []

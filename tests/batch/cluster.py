@@ -76,9 +76,9 @@ class Cluster:
     def _start(self, *args: str) -> psutil.Popen:
         own = f"127.0.0.{self._last}"
         log = self._folder.parent / f"node-{self._last}.log"
-        options = (f"--node-ip-address={own}", "--num-cpus=1", "--disable-usage-stats", "--block")
+        options = [f"--node-ip-address={own}", "--num-cpus=1", "--disable-usage-stats", "--block"]
         if "--head" in args:
-            options += ("--include-dashboard=false",)
+            options.append("--include-dashboard=false")
         with log.open("wb") as output:
             process = psutil.Popen(
                 [Path(sys.executable).with_name("ray"), "start", *args, *options],

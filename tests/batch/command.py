@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ Row = dict[str, Any]
 _TIMEOUT = 240
 
 
-def begin(*args: str | Path, **environment: str) -> "subprocess.Popen[str]":
+def begin(
+    *args: str | Path, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[str]":
     """Starts the command; it and what it starts are a process group of their own."""
     return subprocess.Popen(
         [sys.executable, "-m", "batch", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | dict(environment or {}),
         start_new_session=True,
     )
 
@@ -43,9 +45,11 @@ def wait_for(ready: Callable[[], bool]) -> None:
     assert poll(ready, _TIMEOUT), f"it did not happen within {_TIMEOUT} s"
 
 
-def classify(*args: str | Path, status: int = 0, **environment: str) -> str:
+def classify(
+    *args: str | Path, status: int = 0, environment: Mapping[str, str] | None = None
+) -> str:
     """Runs it; returns what it said."""
-    return ended(begin(*args, **environment), status)
+    return ended(begin(*args, environment=environment), status)
 
 
 def part_files(output: Path) -> list[Path]:

@@ -25,7 +25,7 @@ def test_an_actor_is_killed_ten_times_and_no_row_is_missing_or_twice(
 ) -> None:
     output = tmp_path / "results"
     options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
-    job = begin(pictures, *options, **cluster.environment)
+    job = begin(pictures, *options, environment=cluster.environment)
     killed: set[int] = set()
     while len(killed) < _KILLED_ACTORS and job.poll() is None:
         for actor in cluster.workers(ACTOR):
@@ -47,7 +47,7 @@ def test_a_node_dies_in_the_middle_and_another_joins(
 ) -> None:
     output = tmp_path / "results"
     options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
-    job = begin(pictures, *options, **cluster.environment)
+    job = begin(pictures, *options, environment=cluster.environment)
     wait_for(lambda: len(part_files(output)) > 5 or job.poll() is not None)
     cluster.kill(cluster.nodes[0])
     assert job.poll() is None, "it was done before the node died"
@@ -61,7 +61,7 @@ def test_what_was_killed_goes_on_and_keeps_what_is_there(
 ) -> None:
     output = tmp_path / "results"
     options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
-    job = begin(pictures, *options, **cluster.environment)
+    job = begin(pictures, *options, environment=cluster.environment)
     wait_for(lambda: len(part_files(output)) > 3 or job.poll() is not None)
     os.killpg(job.pid, signal.SIGKILL)
     ended(job, -signal.SIGKILL)
@@ -69,7 +69,7 @@ def test_what_was_killed_goes_on_and_keeps_what_is_there(
     wait_for(lambda: not cluster.workers(ACTOR))
     there = {file: file.stat().st_mtime_ns for file in part_files(output)}
     assert there
-    said = classify(pictures, *options, **cluster.environment)
+    said = classify(pictures, *options, environment=cluster.environment)
     assert "pictures have results already" in said
     assert {file: file.stat().st_mtime_ns for file in there} == there
     _each_once(output, pictures)

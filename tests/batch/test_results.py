@@ -88,7 +88,14 @@ def test_ctrl_c_ends_everything_and_leaves_no_ray_behind(
     temporary = tmp_path / "t"
     temporary.mkdir()
     output = tmp_path / "results"
-    job = begin(pictures, "--output", output, "--archive", small_archive, TMPDIR=_short(temporary))
+    job = begin(
+        pictures,
+        "--output",
+        output,
+        "--archive",
+        small_archive,
+        environment={"TMPDIR": _short(temporary)},
+    )
     wait_for(lambda: bool(part_files(output)) or job.poll() is not None)
     started = psutil.Process(job.pid).children(recursive=True)
     os.kill(job.pid, signal.SIGINT)
@@ -105,7 +112,7 @@ def _short(folder: Path) -> str:
 
 def _read(cluster: Cluster, archive: Path, *args: str | Path, output: Path) -> list[Row]:
     options = ("--output", output, "--archive", archive, "--address", cluster.address)
-    classify(*args, *options, **cluster.environment)
+    classify(*args, *options, environment=cluster.environment)
     return rows(output)
 
 
@@ -174,7 +181,7 @@ def test_pictures_and_results_in_object_storage(
 
 def _in_bucket(s3: S3, archive: Path) -> str:
     addresses = (s3.address("pictures/in"), "--output", s3.address("pictures/out"))
-    return classify(*addresses, "--archive", archive, **s3.environment)
+    return classify(*addresses, "--archive", archive, environment=s3.environment)
 
 
 def test_what_a_person_can_mend_is_a_sentence(small_archive: Path, tmp_path: Path) -> None:

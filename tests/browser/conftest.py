@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserType, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwright
 
 from scripts.serve.running import Running
+
+# Milliseconds; the usual 5 s are little beside other tests.
+expect.set_options(timeout=30_000)
 
 # Debian's name, then those of others.
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

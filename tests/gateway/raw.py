@@ -7,16 +7,17 @@ from collections.abc import Sequence
 _TIMEOUT = 20.0
 
 
-def exchange(port: int, *pieces: bytes, quiet: float = 1.5) -> bytes:
+def exchange(port: int, *pieces: bytes, quiet: float = 1.5, patience: float = _TIMEOUT) -> bytes:
     """Sends pieces over one connection; returns all that comes until it is quiet or closed.
 
     Args:
         port: on loopback.
         pieces: sent one after the other.
         quiet: seconds without a byte, after the first, that end it.
+        patience: seconds to wait for the first.
     """
     received = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)

@@ -28,9 +28,9 @@ class Both:
     node: Running
     gateway: Gateway
 
-    def ask_node(self, *requests: bytes) -> bytes:
+    def ask_node(self, *requests: bytes, patience: float = 20.0) -> bytes:
         """To the frontend; this one asks for no token."""
-        return exchange(self.node.ports.inference, b"".join(requests))
+        return exchange(self.node.ports.inference, b"".join(requests), patience=patience)
 
     def ask_gateway(self, *requests: bytes) -> bytes:
         """To nginx."""
@@ -115,7 +115,7 @@ def test_methods_that_do_not_exist_are_refused(both: Both, method: str) -> None:
 
 def test_a_negative_length_is_answered(both: Both) -> None:
     sent = request(f"POST {PREDICTIONS}", b"abc", headers=["Content-Length: -5"], length=False)
-    assert both.ask_node(sent) == b""
+    assert both.ask_node(sent, patience=5) == b""
     assert _refused(both.ask_gateway(sent)) == 400
 
 

@@ -41,6 +41,16 @@ from tests.gateway.conftest import KEYS
 CLIENTS = 8
 
 
+@contextmanager
+def _asking(gateway: Gateway) -> Iterator[Tally]:
+    """Clients that are answered before what happens meanwhile, and again after it."""
+    with clients(gateway, CLIENTS) as tally:
+        faults.wait_for(lambda: tally.outcomes.total() >= CLIENTS)
+        yield tally
+        before = tally.outcomes.total()
+        faults.wait_for(lambda: tally.outcomes.total() > before + CLIENTS)  # some asked since
+
+
 def _nobody_noticed(tally: Tally) -> None:
     assert tally.outcomes["200"] > CLIENTS, tally.outcomes
     assert tally.failed == 0, (tally.outcomes, tally.examples)
@@ -54,26 +64,21 @@ def _all_serve(cluster: Gateway, folder: Path) -> None:
 
 
 def test_a_killed_worker_costs_no_client_an_error(cluster: Gateway, folder: Path) -> None:
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         faults.kill_worker(folder, 0)
     _nobody_noticed(tally)
 
 
 def test_a_drained_node_costs_no_client_an_error(cluster: Gateway, folder: Path) -> None:
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         faults.drain_node(folder)
-        time.sleep(0.5)
     _nobody_noticed(tally)
 
 
 def test_tokens_are_renewed_without_an_error(cluster: Gateway, folder: Path) -> None:
     before = [server.authorization("inference") for server in faults.servers_of(folder)]
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         renewed = renew_tokens(folder, before_expiry=timedelta(hours=2))
-        time.sleep(0.5)
     _nobody_noticed(tally)
     servers = faults.servers_of(folder)
     assert len(renewed) == len(servers) == 2
@@ -119,10 +124,8 @@ def test_a_killed_node_is_replaced_and_costs_no_client_an_error(
     cluster: Gateway, folder: Path
 ) -> None:
     names = faults.nodes_of(folder)
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         faults.kill_node(folder)
-        time.sleep(0.5)
     _nobody_noticed(tally)
     assert names[0] not in faults.nodes_of(folder)
     assert len(faults.nodes_of(folder)) == 2
@@ -132,10 +135,8 @@ def test_a_dead_frontend_is_started_again_by_the_watch_and_costs_no_client_an_er
     cluster: Gateway, folder: Path
 ) -> None:
     names = faults.nodes_of(folder)
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         faults.kill_frontend(folder, 0)
-        time.sleep(0.5)
     _nobody_noticed(tally)
     assert faults.nodes_of(folder) == names
 
@@ -305,10 +306,8 @@ def test_an_upgrade_costs_no_client_an_error_and_changes_the_answers(
     cluster: Gateway, folder: Path, other_archive: Path
 ) -> None:
     before = Client(cluster).predict().json()["predictions"][0]["class_index"]
-    with clients(cluster, CLIENTS) as tally:
-        time.sleep(0.5)
+    with _asking(cluster) as tally:
         faults.upgrade_all(folder, other_archive)
-        time.sleep(0.5)
     _nobody_noticed(tally)
     assert {server.archive_sha256 for server in faults.servers_of(folder)} == {
         sha256(other_archive)

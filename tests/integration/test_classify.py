@@ -31,6 +31,8 @@ from classification_client import (
     UnavailableError,
 )
 from classification_client.results import Row, classify_all
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
 from scripts.samples import CAT
 from scripts.serve.running import Running, find_running, free_ports
 from scripts.serve.server import start, stop
@@ -177,15 +179,21 @@ def test_a_program_has_answers_and_errors_and_threads_share_a_client(running: Ru
 
 
 @pytest.fixture
-def own_server(archive: Path, tmp_path: Path) -> Iterator[Running]:
-    yield start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
+def quick_archive(tmp_path: Path) -> Path:
+    """Of a model that takes a tenth of the time: here the number of pictures counts."""
+    return build(recipe(untrained("squeezenet1_1")), tmp_path / "model_store")
+
+
+@pytest.fixture
+def own_server(quick_archive: Path, tmp_path: Path) -> Iterator[Running]:
+    yield start(quick_archive, free_ports(), workers=2, run_dir=tmp_path / "run")
     now = find_running(tmp_path / "run")  # the test starts another one in its place
     assert now is not None
     stop(now, tmp_path / "run")
 
 
 def test_thousands_of_pictures_survive_a_restart_of_the_server(
-    archive: Path, own_server: Running, tmp_path: Path, note: list[str]
+    quick_archive: Path, own_server: Running, tmp_path: Path, note: list[str]
 ) -> None:
     files = [tmp_path / f"{number:04}.jpg" for number in range(THOUSANDS)]
     contents = {}
@@ -219,7 +227,7 @@ def test_thousands_of_pictures_survive_a_restart_of_the_server(
     def restart() -> None:
         enough.wait()
         stop(own_server, tmp_path / "run")
-        start(archive, own_server.ports, workers=2, run_dir=tmp_path / "run")
+        start(quick_archive, own_server.ports, workers=2, run_dir=tmp_path / "run")
 
     operator = threading.Thread(target=restart)
     operator.start()

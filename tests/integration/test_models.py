@@ -1,6 +1,7 @@
 """Several models side by side, each of another architecture, preprocessing and class list."""
 
 import base64
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ CLASSES = ("<b>cat</b>", "chien", "鳥")
 def models(weights: Weights) -> dict[str, Weights]:
     return {
         "densenet121": weights,
-        "resnet50": untrained("resnet50"),
+        # Light, with class activation maps, and resized otherwise.
+        "mobilenet_v2": untrained("mobilenet_v2"),
         # Without class activation maps, with PyTorch's engine, and a name and classes of its own.
         "pets": untrained("squeezenet1_1", len(CLASSES)),
     }
@@ -36,23 +38,22 @@ def models(weights: Weights) -> dict[str, Weights]:
 
 @pytest.fixture(scope="module")
 def server(
-    models: dict[str, Weights], tmp_path_factory: pytest.TempPathFactory
+    archive: Path, models: dict[str, Weights], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
     (folder / "classes.txt").write_text("\n".join(CLASSES), "utf-8")
-    recipes = [
-        recipe(weights, name, folder / "classes.txt", engine="torch")
-        if name == "pets"
-        else recipe(weights, name)
-        for name, weights in models.items()
+    pets = recipe(models["pets"], "pets", folder / "classes.txt", engine="torch")
+    archives = [
+        Path(shutil.copy(archive, folder)),
+        build(recipe(models["mobilenet_v2"]), folder),
+        build(pets, folder),
     ]
-    archives = [build(wanted, folder) for wanted in recipes]
     running = start(archives[0], free_ports(), 1, folder / "run", beside=archives[1:])
     yield running
     stop(running, folder / "run")
 
 
-@pytest.mark.parametrize("name", ["densenet121", "resnet50"])
+@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v2"])
 def test_each_equals_plain_pytorch_with_its_own_transforms(
     name: str, server: Running, models: dict[str, Weights], note: list[str]
 ) -> None:
@@ -82,7 +83,7 @@ def test_each_equals_plain_pytorch_with_its_own_transforms(
 def test_each_describes_itself(server: Running) -> None:
     for name, architecture, explains in (
         ("densenet121", "densenet121", True),
-        ("resnet50", "resnet50", True),
+        ("mobilenet_v2", "mobilenet_v2", True),
         ("pets", "squeezenet1_1", False),
     ):
         url = server.serving(name).model_url
@@ -129,20 +130,20 @@ def test_an_archive_for_pytorch_gives_no_embeddings(form: str, server: Running) 
     assert answer.status_code == 200
 
 
-def test_a_resnet_is_explained(server: Running) -> None:
-    url = server.serving("resnet50").predictions_url.replace("predictions", "explanations")
+def test_another_architecture_is_explained(server: Running) -> None:
+    url = server.serving("mobilenet_v2").predictions_url.replace("predictions", "explanations")
     headers = {"Accept": "application/json"}
     answer = requests.post(url, data=CAT.read_bytes(), headers=headers, timeout=TIMEOUT).json()
     assert np.array(answer["map"]).shape == (7, 7)
 
 
 def test_each_is_scaled_on_its_own(server: Running) -> None:
-    resnet = server.serving("resnet50")
-    scale(resnet, 2)
-    assert ready_workers(resnet) == 2
+    other = server.serving("mobilenet_v2")
+    scale(other, 2)
+    assert ready_workers(other) == 2
     assert ready_workers(server) == 1
-    scale(resnet, 1)
-    assert model_status(resnet)["modelName"] == "resnet50"
+    scale(other, 1)
+    assert model_status(other)["modelName"] == "mobilenet_v2"
 
 
 def test_no_path_of_another_model_is_taken(server: Running) -> None:

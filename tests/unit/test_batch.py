@@ -78,7 +78,7 @@ def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) ->
     folder = storage.place(str(tmp_path / "plan"))
     count, size = plan.write(_entries(tmp_path, "image"), folder)
     assert (count, size) == (100, 8)
-    made = []
+    made: list[bytes | OSError] = []
     for number in range(13):
         rows = parts.part(folder.path, number, size)
         made += parts.contents(rows, "image", "/", "", 1000)
