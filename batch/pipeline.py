@@ -89,9 +89,9 @@ def run(
     # None is as a person asked for, however long a cluster takes to start it.
     context.wait_for_min_actors_s = -1
     items = [{schema.PART: number} for number in numbers]
+    numbered: Any = ray.data.from_items(items, override_num_blocks=len(items))
     dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
+        numbered.map_batches(
             decode,
             batch_size=None,
             batch_format="pyarrow",
@@ -111,10 +111,7 @@ def run(
             write, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=0
         )
     )
-    blocks: Iterator[Any] = iter(
-        dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    )
-    for block in blocks:
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():
             yield Tally(row["classified"], row["refused"], Counter(json.loads(row["errors"])))
 

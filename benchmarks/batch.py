@@ -215,7 +215,7 @@ def memory(work: Path, count: int) -> list[str]:
 def _memory(job: psutil.Popen, seconds: float) -> Memory:
     """Resident, without the object store that all processes map."""
     megabytes = {"driver": _private(job), "actors": 0.0, "tasks": 0.0}
-    for child in job.children(recursive=True):
+    for child in psutil.Process(job.pid).children(recursive=True):
         try:
             title = " ".join(child.cmdline())
         except psutil.Error:
