@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batch import cluster, pipeline, plan, storage
 from batch.archive import Archive, enter, unpack
 from batch.job import Job, OtherJobError, begun
-from batch.pipeline import Tally
+from batch.pipeline import Actors, Tally
 from batch.storage import AddressError, AwayError
 from scripts.sources import sources
 from scripts.terminal import UserError, console, step, warn
@@ -72,17 +72,14 @@ def main(
         with _ray(address) as root:
             shared = Archive(sha256, ray.put(content), root)
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            on_gpus = description.wants_gpu and resources.get("GPU", 0) >= 1
-            count = actors or pipeline.actors_of(resources, wants_gpu=description.wants_gpu)
+            models = Actors.of(resources, actors, gpu=description.wants_gpu)
             step(
-                f"Classifying {job.pictures:,} pictures in {len(missing):,} parts with {count} "
-                f"actor(s) on {int(resources.get('CPU', 0))} CPU(s)"
-                + (f" and {int(resources['GPU'])} GPU(s)" if on_gpus else "")
+                f"Classifying {job.pictures:,} pictures, {len(missing):,} part(s), with "
+                f"{models.count} actor(s) on {int(resources.get('CPU', 0))} CPU(s)"
+                + (f" and {int(resources['GPU'])} GPU(s)" if models.on_gpus else "")
             )
             started = time.monotonic()
-            tally = _follow(
-                pipeline.run(job, shared, missing, count, on_gpus=on_gpus), job, missing
-            )
+            tally = _follow(pipeline.run(job, shared, missing, models), job, missing)
             seconds = time.monotonic() - started
     _report(job, tally, seconds, output)
     return 0

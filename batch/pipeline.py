@@ -10,7 +10,7 @@ so is their file's name, so that no picture is lost, and none is there twice.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from batch.archive import Archive
 from batch.job import Job
 
 # Of a CPU: an actor and a decoding task together take one, so that each CPU has one of both, and
-# whichever has more to do gets it.
+# whichever has more to do gets it. Beside a model on a GPU decoding takes whole CPUs.
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
 
@@ -61,23 +61,43 @@ class Tally:
         self.errors += other.errors
 
 
-def actors_of(resources: dict[str, float], *, wants_gpu: bool) -> int:
-    """As many actors as a cluster has GPUs, where the model uses them, or CPUs."""
-    gpus = int(resources.get("GPU", 0)) if wants_gpu else 0
-    return max(1, gpus or int(resources.get("CPU", 1)))
+@dataclass(frozen=True)
+class Actors:
+    """The processes that load the model.
+
+    Attributes:
+        count: how many.
+        on_gpus: each has a GPU of its own.
+        cpus: that each is given, which leaves enough for decoding.
+    """
+
+    count: int
+    on_gpus: bool
+    cpus: float
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float], wanted: int | None, *, gpu: bool) -> "Actors":
+        """As many as a cluster has GPUs, where the model uses them, or CPUs.
+
+        Args:
+            resources: of the cluster, as Ray counts them.
+            wanted: how many a person asked for, if any.
+            gpu: the model runs on GPUs where there are some.
+        """
+        cpus = max(1, int(resources.get("CPU", 1)))
+        gpus = int(resources.get("GPU", 0)) if gpu else 0
+        count = wanted or gpus or cpus
+        return cls(count, gpus > 0, _ACTOR_CPUS * min(1, cpus / count))
 
 
-def run(
-    job: Job, archive: Archive, numbers: list[int], actors: int, *, on_gpus: bool
-) -> Iterator[Tally]:
+def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Iterator[Tally]:
     """Makes parts, and tells what became of each as it is done.
 
     Args:
         job: the job.
         archive: the same for all nodes.
         numbers: of the parts that are to be made.
-        actors: how many load the model.
-        on_gpus: each has a GPU of its own.
+        actors: the processes that load the model.
 
     Raises:
         ray.exceptions.RayError: a part cannot be made; its cause says why.
@@ -96,16 +116,16 @@ def run(
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"job": job, "archive": archive},
-            num_cpus=_TASK_CPUS,
+            num_cpus=1 if actors.on_gpus else _TASK_CPUS,
         )
         .map_batches(
             Model,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": on_gpus},
-            compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
-            num_cpus=_ACTOR_CPUS,
-            num_gpus=1 if on_gpus else 0,
+            fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": actors.on_gpus},
+            compute=ActorPoolStrategy(min_size=1, max_size=actors.count, initial_size=actors.count),
+            num_cpus=actors.cpus,
+            num_gpus=1 if actors.on_gpus else 0,
         )
         .map_batches(
             write, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=0
@@ -152,7 +172,7 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
             except stages.RequestError as refusal:
                 error = (refusal.type, str(refusal))
             except Exception as fault:  # whatever it is, it is this picture's row
-                error = (_INTERNAL, f"The picture failed: {type(fault).__name__}: {fault}")
+                error = _failed(fault)
         pixels.append(made)
         errors.append(error)
     if len(away) == len(paths):
@@ -160,6 +180,11 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
     types, messages = zip(*errors, strict=True)
     columns = [[part] * len(paths), paths, pixels, types, messages]
     return pa.table(dict(zip(schema.decoded().names, columns, strict=True)), schema.decoded())
+
+
+def _failed(fault: Exception) -> tuple[str, str]:
+    """For what the server would answer with its own fault."""
+    return _INTERNAL, f"The picture failed: {type(fault).__name__}: {fault}"
 
 
 @lru_cache(maxsize=1)
@@ -192,14 +217,17 @@ class Model:
         answers = self._classifier.answers([value.as_buffer() for value in sound])
         rows = []
         for row in pictures.drop_columns([schema.PIXELS]).to_pylist():
-            found = _columns(next(answers)) if row["error_type"] is None else {}
+            found = {} if row["error_type"] else _columns(next(answers))
             rows.append(row | found | self._same)
         part = pa.field(schema.PART, pa.int64())
         return pa.Table.from_pylist(rows, self._schema.append(part))
 
 
-def _columns(answer: dict[str, Any]) -> dict[str, Any]:
+def _columns(answer: dict[str, Any] | Exception) -> dict[str, Any]:
     """A server's result as columns."""
+    if isinstance(answer, Exception):
+        kind, message = _failed(answer)
+        return {"error_type": kind, "error_message": message}
     predictions = answer["predictions"]
     found = {
         "labels": [prediction["label"] for prediction in predictions],

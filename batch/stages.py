@@ -136,27 +136,38 @@ class Classifier:
         self._max_batch = _settings(folder).max_batch
         keep_freed_memory()
 
-    def answers(self, pictures: Sequence[bytes | memoryview]) -> Iterator[dict[str, Any]]:
-        """The server's result for each picture, see `handler.responses`.
+    def answers(
+        self, pictures: Sequence[bytes | memoryview]
+    ) -> Iterator[dict[str, Any] | Exception]:
+        """The server's result for each picture, see `handler.responses`, or why it has none.
 
         Args:
             pictures: each uint8 (3, crop, crop), as `Decoder` gives them.
-
-        Raises:
-            ValueError: what the model gives is not finite.
         """
         for start in range(0, len(pictures), self._max_batch):
             some = pictures[start : start + self._max_batch]
-            images = np.stack([np.frombuffer(one, np.uint8).reshape(self._shape) for one in some])
-            made: tuple[NDArray[np.float32], ...]
-            if self._options.embedding:
-                made = self._engine.logits_and_embedding(images)
-            else:
-                made = (self._engine.logits(images),)
-            if not all(np.isfinite(values).all() for values in made):
-                raise ValueError("the model's output is not finite")
-            for values in zip(*made, strict=True):
-                yield self._answer(*values)
+            try:
+                yield from self._together(some)
+            except Exception:
+                # As the server does: one by one, to lose only the culprit.
+                yield from map(self._alone, some)
+
+    def _alone(self, picture: bytes | memoryview) -> dict[str, Any] | Exception:
+        try:
+            return self._together([picture])[0]
+        except Exception as error:
+            return error
+
+    def _together(self, pictures: Sequence[bytes | memoryview]) -> list[dict[str, Any]]:
+        images = np.stack([np.frombuffer(one, np.uint8).reshape(self._shape) for one in pictures])
+        made: tuple[NDArray[np.float32], ...]
+        if self._options.embedding:
+            made = self._engine.logits_and_embedding(images)
+        else:
+            made = (self._engine.logits(images),)
+        if not all(np.isfinite(values).all() for values in made):
+            raise ValueError("the model's output is not finite")
+        return [self._answer(*values) for values in zip(*made, strict=True)]
 
     def _answer(
         self, logits: NDArray[np.float32], embedding: NDArray[np.float32] | None = None

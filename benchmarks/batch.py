@@ -172,6 +172,13 @@ class Memory:
     tasks: float
 
 
+_COLUMNS: dict[str, Callable[[Memory], float]] = {
+    "driver": lambda one: one.driver,
+    "all actors": lambda one: one.actors,
+    "all tasks": lambda one: one.tasks,
+}
+
+
 def memory(work: Path, count: int) -> list[str]:
     """Rows of a table: memory while many small pictures are classified by a small network."""
     small = Preprocessing(resize=64, crop=64)
@@ -204,11 +211,7 @@ def memory(work: Path, count: int) -> list[str]:
         f"| {name} | "
         + " | ".join(f"{max(values(one) for one in third):.0f}" for third in thirds)
         + " |"
-        for name, values in (
-            ("driver", lambda one: one.driver),
-            ("all actors", lambda one: one.actors),
-            ("all tasks", lambda one: one.tasks),
-        )
+        for name, values in _COLUMNS.items()
     ]
 
 

@@ -62,7 +62,7 @@ def rows(output: Path) -> list[Row]:
     return [row for file in part_files(output) for row in pq.read_table(file).to_pylist()]
 
 
-def differs(row: Row, session: requests.Session, server: Running) -> bool:
+def differs(row: Row, session: requests.Session, server: Running, topk: int = 5) -> bool:
     """Whether a row is something else than the server's answer for the same bytes."""
     headers = {"Content-Type": "application/octet-stream"}
     content = Path(row["path"]).read_bytes()
@@ -72,7 +72,7 @@ def differs(row: Row, session: requests.Session, server: Running) -> bool:
     if not answer["success"]:
         expected = {"error_type": answer["type"], "error_message": answer["message"]}
     else:
-        predictions = answer["predictions"]
+        predictions = answer["predictions"][:topk]
         expected = {
             "labels": [one["label"] for one in predictions],
             "class_ids": [one["class_id"] for one in predictions],

@@ -22,7 +22,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(small, tmp_path_factory.mktemp("model_store"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A head and two nodes."""
     # The names of Ray's sockets may have 107 bytes, which pytest's folders leave too few of.

@@ -18,6 +18,7 @@ import pytest
 from batch import parts, plan, storage
 from batch.archive import ForeignFolderError, _root, unpack
 from batch.job import Job, OtherJobError, begun
+from batch.pipeline import Actors
 from batch.plan import Entry, PlanError
 from batch.storage import AddressError, AwayError
 
@@ -221,3 +222,19 @@ def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path: Pat
     link.symlink_to(tmp_path)
     with pytest.raises(ForeignFolderError):
         _root(str(link))
+
+
+@pytest.mark.parametrize(
+    ("resources", "wanted", "expected"),
+    [
+        ({"CPU": 8.0}, None, (8, False)),
+        ({"CPU": 8.0, "GPU": 2.0}, None, (2, True)),
+        ({"CPU": 2.0}, 6, (6, False)),
+    ],
+)
+def test_actors_leave_cpus_for_decoding(
+    resources: dict[str, float], wanted: int | None, expected: tuple[int, bool]
+) -> None:
+    actors = Actors.of(resources, wanted, gpu=True)
+    assert (actors.count, actors.on_gpus) == expected
+    assert actors.count * actors.cpus <= 0.6 * resources["CPU"] + 1e-9
