@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Ray reports its use to its makers unless it is told not to before it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Its own messages are in its folder of logs; of what a person can mend this program speaks itself.
+# Its messages are in its folder of logs; of what a person can mend this program speaks itself.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
@@ -32,12 +32,13 @@ def joined(address: str) -> Iterator[None]:
         ConnectionError: nobody answers there.
     """
     package = str(Path(__file__).parent)
-    ray.init(
-        address,
-        runtime_env={"py_modules": [package]},
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _silence():
+        ray.init(
+            address,
+            runtime_env={"py_modules": [package]},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
         yield
     finally:
@@ -56,15 +57,29 @@ def embedded() -> Iterator[str]:
     # Of short name: the names of its sockets may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="ray-")
     try:
-        ray.init(
-            "local",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _silence():
+            ray.init(
+                "local",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         yield str(Path(folder, "archives"))
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is written to standard error: Ray's library says there what it was told to log."""
+    before = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

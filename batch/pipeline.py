@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from pyarrow import compute
 from ray.data import ActorPoolStrategy, DataContext
 
 from batch import parts, schema, storage
@@ -28,8 +29,9 @@ from batch.job import Job
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
 
-# An error in each picture of a part is not the pictures'.
-UNREADABLE = "Unreadable"
+# Types of errors that the handler does not have: a file that cannot be read, and its like of a
+# server's own fault.
+_UNREADABLE = "Unreadable"
 _INTERNAL = "InternalError"
 
 _DIGITS = re.compile(r"\d[\d,.]*")
@@ -163,7 +165,7 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
         made: bytes | None = None
         error: tuple[str, str] | tuple[None, None] = (None, None)
         if isinstance(content, OSError):
-            error = (UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
+            error = (_UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
             if isinstance(content, storage.AwayError):
                 away.append(content)
         else:
@@ -247,7 +249,7 @@ def write(results: Any, *, job: Job) -> Any:
     (part,) = set(results.column(schema.PART).to_pylist())
     rows = results.drop_columns([schema.PART])
     storage.write_table(job.part_file(part), rows)
-    failed = rows.filter(pa.compute.is_valid(rows.column("error_type")))
+    failed = rows.filter(compute.is_valid(rows.column("error_type")))
     errors = Counter(
         f"{kind}: {_DIGITS.sub('N', message)}"
         for kind, message in zip(*_columns_of(failed, "error_type", "error_message"), strict=True)

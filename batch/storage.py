@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -219,18 +220,41 @@ def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
     Raises:
         OSError: a folder cannot be read.
     """
-    entries = folder.system.get_file_info(fs.FileSelector(folder.path))
-    for info in sorted(entries, key=lambda info: info.path):
-        at = Place(folder.system, info.path)
-        if info.base_name.startswith("."):
+    for name, is_folder, other in _entries(folder):
+        at = folder / name
+        if name.startswith("."):
             yield at, "hidden"
-        elif info.type == fs.FileType.Directory:
-            if folder.is_local and os.path.islink(info.path):  # noqa: PTH114  # text
-                # It may lead back to where it is.
-                yield at, "link(s) to folders"
-            else:
-                yield from files(at)
-        elif info.type == fs.FileType.File:
-            yield at, None
+        elif is_folder:
+            yield from files(at)
         else:
-            yield at, "pipe(s) or devices"
+            yield at, other
+
+
+def _entries(folder: Place) -> list[tuple[str, bool, str | None]]:
+    """What is in a folder: the name, whether it is a folder, and what it is if it is no file."""
+    if not folder.is_local:
+        found = folder.system.get_file_info(fs.FileSelector(folder.path))
+        kinds = ((info.base_name, info.type == fs.FileType.Directory, None) for info in found)
+        return sorted(kinds, key=itemgetter(0))
+    with os.scandir(folder.path) as entries:
+        return sorted(map(_local_entry, entries), key=itemgetter(0))
+
+
+def _local_entry(entry: "os.DirEntry[str]") -> tuple[str, bool, str | None]:
+    if not _is_text(entry.name):
+        # No column of text can hold it.
+        return entry.name, False, "whose names are no text in UTF-8"
+    if entry.is_symlink() and entry.is_dir():
+        # It may lead back to where it is.
+        return entry.name, False, "link(s) to folders"
+    is_folder = entry.is_dir(follow_symlinks=False)
+    is_file = entry.is_file()
+    return entry.name, is_folder, None if is_folder or is_file else "pipe(s), or links to nothing"
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -39,7 +39,9 @@ def test_a_folder_means_its_pictures_in_order_and_says_what_it_leaves_out(tmp_pa
     for name in ("c.JPG", "b/d.png", "_DSC1.jpg", "a?b #.webp", ".hidden.jpg", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
     left_out: Counter[str] = Counter()
     found = [entry.path for entry in plan.entries(str(tmp_path), None, left_out)]
     names = ["_DSC1.jpg", "a?b #.webp", "b/d.png", "c.JPG"]
@@ -48,7 +50,8 @@ def test_a_folder_means_its_pictures_in_order_and_says_what_it_leaves_out(tmp_pa
         "hidden": 1,
         ".txt file(s)": 1,
         "link(s) to folders": 1,
-        "pipe(s) or devices": 1,
+        "pipe(s), or links to nothing": 2,
+        "whose names are no text in UTF-8": 1,
     }
 
 
