@@ -27,8 +27,7 @@
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
-#:  ADDRESS=host:port   of a Ray cluster, for make classify-batch; there too: ARCHIVE=file, OUTPUT=folder,
-#:                      COLUMN=of Parquet, EMBEDDING=on, ACTORS=processes with the model
+#:  ADDRESS=host:port   of a Ray cluster; COLUMN=of Parquet, ACTORS=n, EMBEDDING=on, OUTPUT=folder
 #:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
 #:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
 #:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
