@@ -11,7 +11,7 @@ compared, again; the row says so.
 import re
 import resource
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ import timm
 import torch
 import typer
 
-from benchmarks.machine import write_report
+from benchmarks.machine import RESULTS, write_report
 from scripts.build import timm_models
 from scripts.build.architectures import TIMM, architectures
 from scripts.build.archive import build, recipe
@@ -45,6 +45,8 @@ TIMM_FAMILIES = (
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     "xcit_nano_12_p16_224.fb_in1k",
 )
+
+_PAGE = "kinds"
 
 _NUMBER = r"[0-9.]+e[-+][0-9]+"
 _DIFFERENCE = re.compile(
@@ -118,31 +120,45 @@ def main(
         list[str] | None, typer.Argument(help="Architectures; timm's with timm/ before them.")
     ] = None,
 ) -> None:
-    """Prints a row for each architecture; of all of them writes benchmarks/results/kinds.md."""
+    """Writes a row for each architecture into benchmarks/results/kinds.md.
+
+    All of them take hours; of those that are named the rows are made anew, and others stay.
+    """
     everything = [*architectures(), *(TIMM + name for name in TIMM_FAMILIES)]
-    rows = []
     for name in only or everything:
-        rows.append(measure(name))
-        console.print(*rows[-1].cells())
-    if only:
-        return
-    built = sum(row.megabytes > 0 for row in rows)
+        row = measure(name)
+        console.print(*row.cells())
+        _write({**_rows(), name: f"| {' | '.join(row.cells())} |"}, everything)
+
+
+def _rows() -> dict[str, str]:
+    """Those that the page has, by architecture."""
+    page = RESULTS / f"{_PAGE}.md"
+    lines = page.read_text().splitlines() if page.exists() else []
+    return {line.split()[1]: line for line in lines if line.startswith("| ")}
+
+
+def _write(rows: Mapping[str, str], everything: Sequence[str]) -> None:
+    there = [rows[name] for name in everything if name in rows]
+    built = sum(row.split(" | ")[2] != "0" for row in there)
+    missing = [name for name in everything if name not in rows]
     lines = [
         (
             "An archive of each of torchvision's classifiers and of a dozen of timm's families, "
             "built with random weights: the build's processor time, the archive's size, and the "
             "worst difference between a logit of ONNX Runtime and of PyTorch; where that is large, "
             "beside it PyTorch's own rounding with these weights, found in float64. Made by "
-            "`python -m benchmarks.kinds`, which takes hours."
+            "`python -m benchmarks.kinds`, which takes hours; rows may be of different runs."
         ),
         "",
-        f"{built} of {len(rows)} were built.",
+        f"{built} of {len(there)} were built."
+        + (f" Not run yet: {', '.join(missing)}." if missing else ""),
         "",
         "| architecture | CPU s | MB | worst difference |",
         "|---|---|---|---|",
-        *(f"| {' | '.join(row.cells())} |" for row in rows),
+        *there,
     ]
-    write_report("kinds", "Building archives of many architectures", lines)
+    write_report(_PAGE, "Building archives of many architectures", lines)
 
 
 if __name__ == "__main__":
