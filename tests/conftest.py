@@ -3,6 +3,7 @@ really run.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -22,6 +23,10 @@ from scripts.serve.server import start, stop
 for _name in list(os.environ):
     if _name.startswith("GIVEN_") or _name in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TEST_OPTIONS"}:
         del os.environ[_name]
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and so would what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _seconds: dict[str, float] = defaultdict(float)
 _counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
