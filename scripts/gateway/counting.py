@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 
 # Answers within what people do not notice, what they do, and what they do not wait for.
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# Namespace, subsystem and unit, which the metrics' names have in them already.
+_NO_PREFIXES = ("", "", "")
 _OWN_PATHS = {"/healthz", "/readyz", "/sign-in", "/sign-out"}
 
 
@@ -29,13 +31,16 @@ class Counting:
             "densenet_gateway_requests",
             "Requests by address and status, as the client saw it.",
             ["path", "status"],
-            registry=self._metrics,
+            *_NO_PREFIXES,
+            self._metrics,
         )
         self._seconds = Histogram(
             "densenet_gateway_request_seconds",
             "From the first byte of a request to the last of its answer.",
+            (),
+            *_NO_PREFIXES,
+            self._metrics,
             buckets=_SECONDS,
-            registry=self._metrics,
         )
         # Present before the first error, so that an increase can be seen.
         for path in sorted(paths):
