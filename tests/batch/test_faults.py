@@ -15,6 +15,12 @@ ACTOR = "MapWorker(MapBatches(Model))"
 _KILLED_ACTORS = 10
 
 
+def _command(
+    cluster: Cluster, archive: Path, pictures: Path, output: Path
+) -> tuple[str | Path, ...]:
+    return (pictures, "--output", output, "--archive", archive, "--address", cluster.address)
+
+
 def _each_once(output: Path, pictures: Path) -> None:
     counted = Counter(row["path"] for row in rows(output))
     assert counted == Counter(str(path) for path in pictures.iterdir())
@@ -24,8 +30,9 @@ def test_ten_actors_and_a_node_die_and_no_row_is_missing_or_twice(
     cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "results"
-    options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
-    job = begin(pictures, *options, environment=cluster.environment)
+    job = begin(
+        *_command(cluster, small_archive, pictures, output), environment=cluster.environment
+    )
     killed: set[int] = set()
     while len(killed) < _KILLED_ACTORS and job.poll() is None:
         for actor in cluster.workers(ACTOR):
@@ -48,8 +55,8 @@ def test_what_was_killed_goes_on_and_keeps_what_is_there(
     cluster: Cluster, small_archive: Path, pictures: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "results"
-    options = ("--output", output, "--archive", small_archive, "--address", cluster.address)
-    job = begin(pictures, *options, environment=cluster.environment)
+    command = _command(cluster, small_archive, pictures, output)
+    job = begin(*command, environment=cluster.environment)
     wait_for(lambda: len(part_files(output)) > 3 or job.poll() is not None)
     os.killpg(job.pid, signal.SIGKILL)
     ended(job, -signal.SIGKILL)
@@ -57,10 +64,10 @@ def test_what_was_killed_goes_on_and_keeps_what_is_there(
     wait_for(lambda: not cluster.workers(ACTOR))
     there = {file: file.stat().st_mtime_ns for file in part_files(output)}
     assert there
-    said = classify(pictures, *options, environment=cluster.environment)
+    said = classify(*command, environment=cluster.environment)
     assert "pictures have results already" in said
     assert {file: file.stat().st_mtime_ns for file in there} == there
     _each_once(output, pictures)
-    assert "All 800 pictures have results" in classify(pictures, *options)
+    assert "All 800 pictures have results" in classify(*command)
     with pytest.raises(AssertionError, match="topk None there, 3 here"):
-        classify(pictures, *options, "--topk", "3")
+        classify(*command, "--topk", "3")
