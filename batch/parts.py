@@ -19,7 +19,7 @@ from batch.storage import Place
 # Pictures of a part, at most: what one task decodes, and what is made again where a node dies.
 LARGEST = 256
 # A job of few pictures has so many parts all the same, so that all cores have work to the end.
-_FEWEST_PARTS = 64
+_FEWEST_PARTS = 128
 _SMALLEST = 8
 # Pictures of one file of the plan, which is read whole for each of its parts: about 1 MB.
 SHARD = 256 * LARGEST

@@ -4,7 +4,9 @@ Encoded bytes stay in the task that reads them, which decodes one picture while 
 few: 256 photographs of a telephone would be more than a gigabyte between two tasks.
 
 Whatever dies is started again by Ray, and makes the same part again. Results are the same then, and
-so is their file's name, so that no picture is lost, and none is there twice.
+so is their file's name, so that no picture is lost, and none is there twice. Where a part's task
+dies each time, what is left of the job is decoded in processes apart, so that a picture that
+crashes its decoder is a row like others that fail.
 """
 
 import json
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +31,10 @@ from batch.job import Job
 # whichever has more to do gets it. Beside a model on a GPU decoding takes whole CPUs.
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
+
+# A task that died so often did not die of its node: a picture ends it.
+_RETRIES = 3
+_FOREVER = -1
 
 # Types of errors that the handler does not have: a file that cannot be read, and its like of a
 # server's own fault.
@@ -104,6 +111,20 @@ def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Itera
     Raises:
         ray.exceptions.RayError: a part cannot be made; its cause says why.
     """
+    left = set(numbers)
+    try:
+        for number, tally in _made(job, archive, numbers, actors, isolated=False):
+            left.remove(number)
+            yield tally
+    except ray.exceptions.WorkerCrashedError:
+        for _, tally in _made(job, archive, sorted(left), actors, isolated=True):
+            yield tally
+
+
+def _made(
+    job: Job, archive: Archive, numbers: list[int], actors: Actors, *, isolated: bool
+) -> Iterator[tuple[int, Tally]]:
+    """The parts' numbers, in any order, and what became of each; see `decode` for `isolated`."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # A block is a part, and stays one.
@@ -112,39 +133,39 @@ def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Itera
     context.wait_for_min_actors_s = -1
     items = [{schema.PART: number} for number in numbers]
     numbered: Any = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset = (
-        numbered.map_batches(
-            decode,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_kwargs={"job": job, "archive": archive},
-            num_cpus=1 if actors.on_gpus else _TASK_CPUS,
-        )
-        .map_batches(
-            Model,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": actors.on_gpus},
-            compute=ActorPoolStrategy(min_size=1, max_size=actors.count, initial_size=actors.count),
-            num_cpus=actors.cpus,
-            num_gpus=1 if actors.on_gpus else 0,
-        )
-        .map_batches(
-            write, batch_size=None, batch_format="pyarrow", fn_kwargs={"job": job}, num_cpus=0
-        )
+    dataset = numbered.map_batches(
+        decode,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"job": job, "archive": archive, "isolated": isolated},
+        num_cpus=1 if actors.on_gpus else _TASK_CPUS,
+        max_retries=_FOREVER if isolated else _RETRIES,
+    ).map_batches(
+        Model,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": actors.on_gpus},
+        # One part is written while the next is classified.
+        compute=ActorPoolStrategy(
+            size=actors.count, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_cpus=actors.cpus,
+        num_gpus=1 if actors.on_gpus else 0,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():
-            yield Tally(row["classified"], row["refused"], Counter(json.loads(row["errors"])))
+            errors = Counter(json.loads(row["errors"]))
+            yield row[schema.PART], Tally(row["classified"], row["refused"], errors)
 
 
-def decode(number: Any, *, job: Job, archive: Archive) -> Any:
+def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
     """A part's pictures as the model takes them.
 
     Args:
         number: a table of one row.
         job: the job.
         archive: the archive.
+        isolated: a picture that crashes its decoder must not end this process.
 
     Returns:
         a table of `schema.decoded`.
@@ -170,7 +191,7 @@ def decode(number: Any, *, job: Job, archive: Archive) -> Any:
                 away.append(content)
         else:
             try:
-                made = decoder.pixels(content)
+                made = decoder.pixels(content, isolated=isolated)
             except stages.RequestError as refusal:
                 error = (refusal.type, str(refusal))
             except Exception as fault:  # whatever it is, it is this picture's row
@@ -195,7 +216,7 @@ def _decoder(archive: Archive) -> Any:
 
 
 class Model:
-    """An actor: loads the model once, then answers part after part."""
+    """An actor: loads the model once, then answers part after part, and writes their files."""
 
     def __init__(self, *, job: Job, archive: Archive, on_gpu: bool) -> None:
         stages = archive.stages()
@@ -205,24 +226,47 @@ class Model:
         description = stages.describe(archive.folder(), choices)
         self._schema = schema.results(multilabel=description.multilabel, embedding=job.embedding)
         self._same = {"warning": description.warning, schema.ARCHIVE: job.archive_sha256}
+        self._job = job
+        self._one_at_a_time = Lock()
 
     def __call__(self, pictures: Any) -> Any:
-        """Classifies a part.
+        """Classifies a part, and writes its file.
 
         Args:
             pictures: a table of `schema.decoded`.
 
         Returns:
-            a table of `schema.results`, and the part's number.
+            a table of one row: the part's number, and what is in the file.
+
+        Raises:
+            AwayError: the file cannot be written now.
         """
+        (part,) = set(pictures.column(schema.PART).to_pylist())
+        with self._one_at_a_time:
+            results = self._results(pictures.drop_columns([schema.PART]))
+        storage.write_table(self._job.part_file(part), results)
+        failed = results.filter(compute.is_valid(results.column("error_type")))
+        errors = Counter(
+            f"{kind}: {_DIGITS.sub('N', message)}"
+            for kind, message in zip(*_lists(failed, "error_type", "error_message"), strict=True)
+        )
+        return pa.table(
+            {
+                schema.PART: [part],
+                "classified": [len(results) - len(failed)],
+                "refused": [len(failed)],
+                "errors": [json.dumps(errors)],
+            }
+        )
+
+    def _results(self, pictures: Any) -> Any:
         sound = pictures.column(schema.PIXELS).drop_null()
         answers = self._classifier.answers([value.as_buffer() for value in sound])
         rows = []
         for row in pictures.drop_columns([schema.PIXELS]).to_pylist():
             found = {} if row["error_type"] else _columns(next(answers))
             rows.append(row | found | self._same)
-        part = pa.field(schema.PART, pa.int64())
-        return pa.Table.from_pylist(rows, self._schema.append(part))
+        return pa.Table.from_pylist(rows, self._schema)
 
 
 def _columns(answer: dict[str, Any] | Exception) -> dict[str, Any]:
@@ -244,24 +288,5 @@ def _columns(answer: dict[str, Any] | Exception) -> dict[str, Any]:
     return found
 
 
-def write(results: Any, *, job: Job) -> Any:
-    """Writes a part's file; returns one row of what is in it."""
-    (part,) = set(results.column(schema.PART).to_pylist())
-    rows = results.drop_columns([schema.PART])
-    storage.write_table(job.part_file(part), rows)
-    failed = rows.filter(compute.is_valid(rows.column("error_type")))
-    errors = Counter(
-        f"{kind}: {_DIGITS.sub('N', message)}"
-        for kind, message in zip(*_columns_of(failed, "error_type", "error_message"), strict=True)
-    )
-    return pa.table(
-        {
-            "classified": [len(rows) - len(failed)],
-            "refused": [len(failed)],
-            "errors": [json.dumps(errors)],
-        }
-    )
-
-
-def _columns_of(table: Any, *names: str) -> Iterable[list[Any]]:
+def _lists(table: Any, *names: str) -> Iterable[list[Any]]:
     return (table.column(name).to_pylist() for name in names)

@@ -102,15 +102,27 @@ class Decoder:
         self._preprocessing = ModelCard.load(folder / MODEL_CARD).preprocessing
         keep_freed_memory()
 
-    def pixels(self, content: bytes) -> bytes:
-        """uint8 (3, crop, crop) as bytes; raises `RequestError` for what the server refuses."""
+    def pixels(self, content: bytes, *, isolated: bool = False) -> bytes:
+        """From an encoded picture to the model's input.
+
+        Args:
+            content: the picture.
+            isolated: decode it in a process of its own, which it may end.
+
+        Returns:
+            uint8 (3, crop, crop) as bytes.
+
+        Raises:
+            RequestError: the server would refuse it.
+        """
         if len(content) > MAX_REQUEST_BYTES:
             raise TooLarge(
                 f"The picture has {len(content):,} bytes; at most {MAX_REQUEST_BYTES:,} are read."
             )
         budget = PixelBudget(self._settings.max_pixels, self._settings.max_seconds)
         reduced = self._settings.reduced_decoding
-        return decode(content, self._preprocessing, budget, reduced=reduced).tobytes()
+        pixels = decode(content, self._preprocessing, budget, reduced=reduced, isolated=isolated)
+        return pixels.tobytes()
 
 
 class Classifier:

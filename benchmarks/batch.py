@@ -5,7 +5,6 @@ one picture after the other with the handler's own stages, and keeps nothing. Al
 from the start of the program to its end, one after the other in turns.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import psutil
 import typer
 from PIL import Image
+from pyarrow import parquet
 
 from benchmarks.machine import CORES, write_report
 from handler.settings import Preprocessing
@@ -81,14 +81,16 @@ def bare(archive: Path, pictures: Path) -> None:
             assert loop.wait() == 0
 
 
-def batch(archive: Path, pictures: Path, output: Path, *options: str) -> dict[str, float]:
-    """The command; returns its report."""
+def batch(archive: Path, pictures: Path, output: Path, *options: str) -> float:
+    """The command; returns pictures a second between the first part's end and the last's."""
     program = [sys.executable, "-m", "batch", str(pictures), "--output", str(output)]
     subprocess.run(
         [*program, "--archive", str(archive), *options], check=True, stdout=subprocess.DEVNULL
     )
-    report: dict[str, float] = json.loads((output / "_report.json").read_text())
-    return report
+    files = sorted(output.glob("part-*"), key=lambda file: file.stat().st_mtime)
+    ends = [file.stat().st_mtime for file in files]
+    rows = [parquet.read_metadata(file).num_rows for file in files]
+    return float(sum(rows[1:]) / (ends[-1] - ends[0]))
 
 
 def served(server: Running, pictures: Path, output: Path) -> None:
@@ -116,12 +118,15 @@ def compare(archive: Path, work: Path, size: tuple[int, int], count: int, rounds
     """Rows of a table: the medians of each way, in turns."""
     pictures = make_pictures(work / f"{size[0]}", size, count)
     rates: dict[str, list[float]] = defaultdict(list)
+    under_way: dict[str, list[float]] = defaultdict(list)
 
-    def measured(name: str, run: Callable[[Path], object]) -> None:
+    def measured(name: str, run: Callable[[Path], float | None]) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             started = time.monotonic()
-            run(Path(folder, "out"))
+            found = run(Path(folder, "out"))
             rates[name].append(count / (time.monotonic() - started))
+            if found is not None:
+                under_way[name].append(found)
         step(f"{size[0]} x {size[1]}, {name}: {rates[name][-1]:.1f} pictures/s")
 
     for _ in range(rounds):
@@ -135,10 +140,24 @@ def compare(archive: Path, work: Path, size: tuple[int, int], count: int, rounds
             )
     base = median(rates["bare loop"])
     return [
-        f"| {size[0]} x {size[1]}, {count:,} | {name} | {median(found):.1f} "
-        f"| {median(found) / CORES:.1f} | {median(found) / base:.2f} |"
+        _row(size, count, name, median(found), base, under_way[name])
         for name, found in rates.items()
     ]
+
+
+def _row(
+    size: tuple[int, int],
+    count: int,
+    name: str,
+    rate: float,
+    base: float,
+    under_way: Sequence[float],
+) -> str:
+    last = f"{median(under_way):.1f}" if under_way else ""
+    return (
+        f"| {size[0]} x {size[1]}, {count:,} | {name} | {rate:.1f} | {rate / CORES:.1f} "
+        f"| {rate / base:.3f} | {last} |"
+    )
 
 
 def long_run(archive: Path, work: Path, count: int) -> list[str]:
@@ -151,14 +170,11 @@ def long_run(archive: Path, work: Path, count: int) -> list[str]:
         (f"batch, {CORES} actor(s)", lambda: batch(archive, pictures, work / "long-out")),
     ):
         started = time.monotonic()
-        run()
+        found = run()
         rate = count / (time.monotonic() - started)
         base = base or rate
         step(f"{count:,} pictures, {name}: {rate:.1f} pictures/s")
-        rows.append(
-            f"| {SMALL[0]} x {SMALL[1]}, {count:,} | {name} | {rate:.1f} | {rate / CORES:.1f} "
-            f"| {rate / base:.2f} |"
-        )
+        rows.append(_row(SMALL, count, name, rate, base, [] if found is None else [found]))
     return rows
 
 
@@ -253,13 +269,14 @@ def main(
         resident = memory(work, tiny)
     lines = [
         (
-            f"Whole runs, Ray's start (some seconds) included, on {CORES} cores; medians of "
-            f"{rounds} round(s) in turns, the long run once. The bare loop is a process a core "
-            "with the handler's stages. Made by `make bench-batch`."
+            f"Whole runs from the programs' start to their end on {CORES} cores; medians of "
+            f"{rounds} round(s) in turns, the long run once. The last column is without the start "
+            "and the first part of the job. The bare loop is a process a core with the handler's "
+            "stages. Made by `make bench-batch`."
         ),
         "",
-        "| pictures | way | pictures/s | a core | over the bare loop |",
-        "|---|---|---|---|---|",
+        "| pictures | way | pictures/s | a core | over the bare loop | under way |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
         (

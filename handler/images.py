@@ -243,6 +243,7 @@ def decode(
     budget: PixelBudget,
     *,
     reduced: bool = True,
+    isolated: bool = False,
 ) -> Pixels:
     """Decodes one picture and makes it the model's input.
 
@@ -251,6 +252,7 @@ def decode(
         preprocessing: the sizes to resize and crop to.
         budget: where the picture's pixels are taken from before any of it is decoded.
         reduced: decode large JPEGs at a fraction of their size; see the head of this module.
+        isolated: decode it in the decoder process, whatever it may cost.
 
     Returns:
         uint8 (3, crop, crop), 0 to 255, red, green, blue.
@@ -258,7 +260,7 @@ def decode(
     Raises:
         ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
     """
-    result = _decode(data, _Task(preprocessing, reduced), budget)
+    result = _decode(data, _Task(preprocessing, reduced), budget, isolated=isolated)
     assert isinstance(result, np.ndarray)
     return result
 
@@ -289,7 +291,9 @@ def decode_photo(
     return result
 
 
-def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels | Photo:
+def _decode(
+    data: bytes | bytearray, task: _Task, budget: PixelBudget, *, isolated: bool = False
+) -> Pixels | Photo:
     """Finds out what the picture may cost, and decodes it where that does no harm."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
@@ -299,7 +303,7 @@ def _decode(data: bytes | bytearray, task: _Task, budget: PixelBudget) -> Pixels
     if found.size is not None:
         budget.take(*found.size)
         _check_memory(found.names[0], found.size, found.fixed_bytes)
-    if not found.isolated and found.size is not None:
+    if not (isolated or found.isolated) and found.size is not None:
         memory = _memory(found, found.size, task)
         if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
             with (

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.batch.cluster import Cluster
 from tests.batch.command import begin, classify, ended, part_files, rows, wait_for
@@ -71,3 +73,39 @@ def test_what_was_killed_goes_on_and_keeps_what_is_there(
     assert "All 800 pictures have results" in classify(*command)
     with pytest.raises(AssertionError, match="topk None there, 3 here"):
         classify(*command, "--topk", "3")
+
+
+# Appended to the archive's own code: no picture is known that crashes Pillow.
+_CRASH = """
+_sound = _made
+
+
+def _made(data, *rest):
+    if Image.open(io.BytesIO(data)).size == (97, 13):
+        import os
+        os.abort()
+    return _sound(data, *rest)
+"""
+
+
+def test_a_picture_that_crashes_its_decoder_is_a_row(
+    small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "crashes.mar"
+    with zipfile.ZipFile(small_archive) as sound, zipfile.ZipFile(archive, "w") as packed:
+        for name in sound.namelist():
+            code = _CRASH.encode() if name == "handler/images.py" else b""
+            packed.writestr(name, sound.read(name) + code)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(pictures.iterdir())[:60]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    Image.new("RGB", (97, 13)).save(folder / "crash.jpg")
+    output = tmp_path / "results"
+    said = classify(folder, "--output", output, "--archive", archive)
+    assert "61 read, 60 classified, 1 refused" in said
+    _each_once(output, folder)
+    (refused,) = (row for row in rows(output) if row["error_type"])
+    assert refused["path"] == str(folder / "crash.jpg")
+    assert refused["error_type"] == "DamagedImage"
+    assert "it ended the program that decodes it" in refused["error_message"]
