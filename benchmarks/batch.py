@@ -140,24 +140,18 @@ def compare(archive: Path, work: Path, size: tuple[int, int], count: int, rounds
             )
     base = median(rates["bare loop"])
     return [
-        _row(size, count, name, median(found), base, under_way[name])
+        _row(_named(size, count), name, median(found), base, under_way[name])
         for name, found in rates.items()
     ]
 
 
-def _row(
-    size: tuple[int, int],
-    count: int,
-    name: str,
-    rate: float,
-    base: float,
-    under_way: Sequence[float],
-) -> str:
+def _named(size: tuple[int, int], count: int) -> str:
+    return f"{size[0]} x {size[1]}, {count:,}"
+
+
+def _row(pictures: str, name: str, rate: float, base: float, under_way: Sequence[float]) -> str:
     last = f"{median(under_way):.1f}" if under_way else ""
-    return (
-        f"| {size[0]} x {size[1]}, {count:,} | {name} | {rate:.1f} | {rate / CORES:.1f} "
-        f"| {rate / base:.3f} | {last} |"
-    )
+    return f"| {pictures} | {name} | {rate:.1f} | {rate / CORES:.1f} | {rate / base:.3f} | {last} |"
 
 
 def long_run(archive: Path, work: Path, count: int) -> list[str]:
@@ -174,7 +168,8 @@ def long_run(archive: Path, work: Path, count: int) -> list[str]:
         rate = count / (time.monotonic() - started)
         base = base or rate
         step(f"{count:,} pictures, {name}: {rate:.1f} pictures/s")
-        rows.append(_row(SMALL, count, name, rate, base, [] if found is None else [found]))
+        under_way = [] if found is None else [found]
+        rows.append(_row(_named(SMALL, count), name, rate, base, under_way))
     return rows
 
 

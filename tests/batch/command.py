@@ -1,6 +1,7 @@
 """`python -m batch` as a person runs it, and the rows that it wrote."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -35,7 +36,11 @@ def begin(
 
 def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
     """Waits for its end; returns what it said."""
-    said, _ = process.communicate(timeout=_TIMEOUT)
+    try:
+        said, _ = process.communicate(timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == status, said
     return said
 
