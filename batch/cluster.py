@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 import ray
 import ray.data
 from ray._private import ray_constants
+
+# For a cluster's head to take a connection.
+_SECONDS = 10
 
 for name in ("ray", "ray.data"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -31,6 +35,7 @@ def joined(address: str) -> Iterator[None]:
     Raises:
         ConnectionError: nobody answers there.
     """
+    _reach(address)
     package = str(Path(__file__).parent)
     with _silence():
         ray.init(
@@ -43,6 +48,17 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises where nobody is: Ray itself would wait there for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host:  # "auto", or a scheme of Ray's
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"{address}: {error}") from error
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def main(
         with _ray(address) as root:
             shared = Archive(sha256, ray.put(content), root)
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            models = Actors.of(resources, actors, gpu=description.wants_gpu)
+            models = Actors.of(resources, actors, len(missing), gpu=description.wants_gpu)
             step(
                 f"Classifying {job.pictures:,} pictures, {len(missing):,} part(s), with "
                 f"{models.count} actor(s) on {int(resources.get('CPU', 0))} CPU(s)"

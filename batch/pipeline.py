@@ -11,6 +11,7 @@ crashes its decoder is a row like others that fail.
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import pyarrow as pa
 import ray
 from pyarrow import compute
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 
 from batch import parts, schema, storage
 from batch.archive import Archive
@@ -34,7 +36,6 @@ _TASK_CPUS = 0.4
 
 # A task that died so often did not die of its node: a picture ends it.
 _RETRIES = 3
-_FOREVER = -1
 
 # Types of errors that the handler does not have: a file that cannot be read, and its like of a
 # server's own fault.
@@ -85,17 +86,20 @@ class Actors:
     cpus: float
 
     @classmethod
-    def of(cls, resources: Mapping[str, float], wanted: int | None, *, gpu: bool) -> "Actors":
-        """As many as a cluster has GPUs, where the model uses them, or CPUs.
+    def of(
+        cls, resources: Mapping[str, float], wanted: int | None, parts: int, *, gpu: bool
+    ) -> "Actors":
+        """As many as a cluster has GPUs, where the model uses them, or CPUs; at most one a part.
 
         Args:
             resources: of the cluster, as Ray counts them.
             wanted: how many a person asked for, if any.
+            parts: that are to be made.
             gpu: the model runs on GPUs where there are some.
         """
         cpus = max(1, int(resources.get("CPU", 1)))
         gpus = int(resources.get("GPU", 0)) if gpu else 0
-        count = wanted or gpus or cpus
+        count = min(wanted or gpus or cpus, parts)
         return cls(count, gpus > 0, _ACTOR_CPUS * min(1, cpus / count))
 
 
@@ -125,6 +129,8 @@ def _made(
     job: Job, archive: Archive, numbers: list[int], actors: Actors, *, isolated: bool
 ) -> Iterator[tuple[int, Tally]]:
     """The parts' numbers, in any order, and what became of each; see `decode` for `isolated`."""
+    # The only way to say how often a task is tried; Ray's own that replaces it is not there yet.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # A block is a part, and stays one.
@@ -139,7 +145,8 @@ def _made(
         batch_format="pyarrow",
         fn_kwargs={"job": job, "archive": archive, "isolated": isolated},
         num_cpus=1 if actors.on_gpus else _TASK_CPUS,
-        max_retries=_FOREVER if isolated else _RETRIES,
+        # Ray Data by itself tries without end.
+        ray_remote_args_fn=None if isolated else lambda: {"max_retries": _RETRIES},
     ).map_batches(
         Model,
         batch_size=None,
@@ -147,7 +154,9 @@ def _made(
         fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": actors.on_gpus},
         # One part is written while the next is classified.
         compute=ActorPoolStrategy(
-            size=actors.count, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            size=min(actors.count, len(numbers)),
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
         ),
         num_cpus=actors.cpus,
         num_gpus=1 if actors.on_gpus else 0,

@@ -185,10 +185,14 @@ def _in_bucket(s3: S3, archive: Path) -> str:
     return classify(*addresses, *options, environment=s3.environment)
 
 
-def test_what_a_person_can_mend_is_a_sentence(small_archive: Path, tmp_path: Path) -> None:
+def test_what_a_person_can_mend_is_a_sentence(
+    small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
     options = ("--output", tmp_path / "out", "--archive")
     said = classify(tmp_path / "nothing", *options, small_archive, status=1)
     assert f"Error: {tmp_path}/nothing: there is no such file or folder." in said.replace("\n", "")
     said = classify(tmp_path, *options, __file__, status=1)
     assert "is no sound archive: File is not a zip file." in " ".join(said.split())
+    said = classify(pictures, *options, small_archive, "--address", "127.0.0.1:9", status=1)
+    assert "Error: No Ray cluster answers: 127.0.0.1:9: [Errno 111]" in " ".join(said.split())
     assert "Traceback" not in said

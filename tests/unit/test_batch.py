@@ -238,6 +238,10 @@ def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path: Pat
 def test_actors_leave_cpus_for_decoding(
     resources: dict[str, float], wanted: int | None, expected: tuple[int, bool]
 ) -> None:
-    actors = Actors.of(resources, wanted, gpu=True)
+    actors = Actors.of(resources, wanted, 100, gpu=True)
     assert (actors.count, actors.on_gpus) == expected
     assert actors.count * actors.cpus <= 0.6 * resources["CPU"] + 1e-9
+
+
+def test_there_are_no_more_actors_than_parts() -> None:
+    assert Actors.of({"CPU": 8}, None, 3, gpu=False).count == 3
