@@ -6,7 +6,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Ray reports its use to its makers unless it is told not to before it is imported.
@@ -14,11 +14,12 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Its messages are in its folder of logs; of what a person can mend this program speaks itself.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
+import psutil
 import ray
 import ray.data
 from ray._private import ray_constants
 
-# For a cluster's head to take a connection.
+# For a cluster's head to take a connection, and for Ray's own processes to end.
 _SECONDS = 10
 
 for name in ("ray", "ray.data"):
@@ -84,7 +85,13 @@ def embedded() -> Iterator[str]:
             )
         yield str(Path(folder, "archives"))
     finally:
+        started = psutil.Process().children(recursive=True)
         ray.shutdown()
+        # Of many runs one left a process of an actor that hung in its own end.
+        _, left = psutil.wait_procs(started, _SECONDS)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
