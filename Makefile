@@ -23,7 +23,7 @@
 #:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
 #:                      labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side, or to pack into an image
-#:  TAG=name:tag        of the image; BASE=image to build it on, or debian to make one here
+#:  TAG=name:tag        of the image; BASE=image to build on, or debian; TARGET=ray for a Ray cluster
 #:  MODEL=name          which of several models
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
@@ -50,7 +50,7 @@ serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GR
 variables-run := $(packing) $(serving)
 variables-archive := $(packing) MODEL_FILE REVISION
 variables-start := MODELS $(serving)
-variables-image := MODELS TAG BASE
+variables-image := MODELS TAG BASE TARGET
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-classify-batch := IMAGES OUTPUT ARCHIVE COLUMN TOPK THRESHOLD EMBEDDING ACTORS ADDRESS

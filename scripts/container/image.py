@@ -198,7 +198,7 @@ def main(
         typer.Option(help="ray: an image for the nodes of a Ray cluster; it needs no archive."),
     ] = None,
 ) -> None:
-    """Builds the image of archives, with trained weights only; prints its size and digest."""
+    """Builds the image of archives, with trained weights only; prints its size and id."""
     if target is None:
         recipe, models, tag = SERVER, models or DEFAULT_ARCHITECTURE, tag or f"{NAME}:{VERSION}"
     else:

@@ -74,6 +74,27 @@ def test_every_variable_of_a_command_is_an_option_of_its_program() -> None:
         assert set(variables_of(command)) - {"IMAGE", "IMAGES"} <= options, command
 
 
+def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
+    """A line of a shell, or a command within a sentence."""
+    written = re.compile(r"\bmake ([a-z-]+)((?: +[A-Z_]+=(?:\"[^\"]*\"|[^\s`]+))+)")
+    found = [
+        (document, command, name)
+        for document in (
+            *Path().glob("*.md"),
+            *Path("docs").glob("*.md"),
+            *Path("deploy").rglob("*.*"),
+        )
+        if document.suffix in {".md", ".yaml"}
+        for command, variables in written.findall(document.read_text())
+        for name in re.findall(r"([A-Z_]+)=", re.sub(r"\"[^\"]*\"", "", variables))
+    ]
+    assert len(found) > 30
+    # WORKRES is shown with the error that it gets.
+    everywhere = {"PYTHON", "TORCH_INDEX", "WORKRES"}
+    for document, command, name in found:
+        assert name in {*variables_of(command), *everywhere}, f"{document}: make {command} {name}"
+
+
 def test_only_the_command_line_counts() -> None:
     """A shell or a Windows beside it sets NAME and HOST, a hosting platform PORT."""
     done = make("--eval", "print: ; @env", "print", NAME="machine", PORT="80")
