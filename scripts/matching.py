@@ -1,7 +1,7 @@
 """Which of a model's classes a person means, by id or by name, however it is spelt."""
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from handler.labels import Label
 from scripts.terminal import UserError
@@ -26,13 +26,8 @@ def match(
     Raises:
         UserError: a name is no class, or could be several.
     """
-    by_id = {label.class_id: index for index, label in enumerate(labels)}
-    by_name: dict[str, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_name.setdefault(_plain(label.class_name), []).append(index)
     found = {}
-    for name in sorted(names):
-        matches = [by_id[name]] if name in by_id else by_name.get(_plain(name), [])
+    for name, matches in meanings(sorted(names), labels).items():
         if not matches:
             raise UserError(f"The model has no class {name!r}, {called}. {_similar(name, labels)}")
         if len(matches) > 1:
@@ -40,6 +35,17 @@ def match(
             raise UserError(f"Several classes are called {name!r}. {instead}: {ids}.")
         found[name] = matches[0]
     return found
+
+
+def meanings(names: Iterable[str], labels: Sequence[Label]) -> dict[str, list[int]]:
+    """The positions of the classes that each name can mean, none or several too: see `match`."""
+    by_id = {label.class_id: index for index, label in enumerate(labels)}
+    by_name: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_name.setdefault(_plain(label.class_name), []).append(index)
+    return {
+        name: [by_id[name]] if name in by_id else by_name.get(_plain(name), []) for name in names
+    }
 
 
 def _similar(name: str, labels: Sequence[Label]) -> str:

@@ -31,7 +31,7 @@ from handler.settings import PRECISIONS, ModelCard, Preprocessing, Settings
 from scripts.build.guard import Bounds, Comparison, compare
 from scripts.labels_file import FORM, read_labels
 from scripts.labels_file import NAME as LABELS_FILE
-from scripts.matching import match
+from scripts.matching import match, meanings
 from scripts.terminal import UserError, console, step, warn
 
 # More pictures than these do not calibrate better (NNCF's own default).
@@ -362,29 +362,18 @@ def _classes(
     pictures: Sequence[Path], folder: Path, labels: Sequence[Label]
 ) -> dict[Path, tuple[int, ...]] | None:
     """The class of each picture where the folder has a folder a class; else None."""
-    named: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        named.setdefault(_plain(label.class_name), index)
-    named |= {label.class_id: index for index, label in enumerate(labels)}
-
-    def class_of(path: Path) -> int | None:
-        name = path.relative_to(folder).parts[0]
-        return named.get(name, named.get(_plain(name)))
-
-    found = {path: class_of(path) for path in pictures}
-    strange = sorted({path.relative_to(folder).parts[0] for path in found if found[path] is None})
+    named = {path: path.relative_to(folder).parts[0] for path in pictures}
+    meant = meanings(named.values(), labels)
+    strange = sorted(name for name, found in meant.items() if not found)
     if not strange:
-        return {path: (index,) for path, index in found.items() if index is not None}
-    if len(strange) < len({path.relative_to(folder).parts[0] for path in found}):
+        truth = match(meant, labels, "as a folder is called", "Call the folder by id")
+        return {path: (truth[name],) for path, name in named.items()}
+    if len(strange) < len(meant):
         raise UserError(
             f"Some folders of {folder} are called as classes, but not {', '.join(strange[:5])}. "
             "Name all of them so, or none."
         )
     return None
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ").strip().lower()
 
 
 def _search(folder: Path) -> list[Path]:

@@ -89,6 +89,20 @@ def test_folders_that_are_no_classes_are_just_pictures_and_some_are_a_mistake(
         split(LowerPrecision("bf16", None, pictures), LABELS[1:2])
 
 
+def test_a_folder_that_could_be_several_classes_is_refused_unless_called_by_id(
+    pictures: Path,
+) -> None:
+    """ImageNet has two classes called crane, a bird and a machine."""
+    labels = [*LABELS, Label("n4", "Tabby cat")]
+    wanted = LowerPrecision("bf16", None, pictures)
+    with pytest.raises(UserError, match=r"called 'tabby cat'. Call the folder by id: n1, n4."):
+        split(wanted, labels)
+    (pictures / "tabby cat").rename(pictures / "n4")
+    classes = split(wanted, labels)[2]
+    assert classes is not None
+    assert {c for path, c in classes.items() if path.parent.name == "n4"} == {(3,)}
+
+
 def test_another_picture_or_bound_makes_another_archive(pictures: Path) -> None:
     before = chosen("int8", pictures)
     assert before is not None
