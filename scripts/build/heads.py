@@ -120,9 +120,19 @@ def recognise(
             f"last with parameters a linear one. {_HOW_TO_GO_ON}"
         )
     names = _said(said, groups, found) if said is not None else _seen(groups, found)
-    result = _built(state_dict, architecture, place, names, groups)
-    _check_runs(architecture, result, found)
-    return result
+    head = f"{place}={','.join(_layers(names, groups))}"
+    classes = groups[-1].sizes[1]
+    reason = misfit(architecture, classes, head)
+    if reason:
+        raise UserError(
+            f"{found}. Such a head does not take what {architecture} gives it: {reason}. "
+            f"{_HOW_TO_GO_ON}"
+        )
+    outside = [(k, v) for k, v in state_dict.items() if not k.startswith(f"{place}.")]
+    own = _as_own_layer(architecture, place, names, groups)
+    if own is not None:
+        return Recognised(OrderedDict([*outside, *own]), "", classes)
+    return Recognised(OrderedDict([*outside, *_as_layers(place, names, groups)]), head, classes)
 
 
 def similar(state_dict: StateDict) -> str | None:
@@ -271,30 +281,39 @@ def _said(said: str, groups: list[_Group], found: str) -> list[str]:
     return names
 
 
-def _built(
-    state_dict: StateDict, architecture: str, place: str, names: list[str], groups: list[_Group]
-) -> Recognised:
-    outside = [(k, v) for k, v in state_dict.items() if not k.startswith(f"{place}.")]
-    classes = groups[-1].sizes[1]
+def _layers(names: list[str], groups: list[_Group]) -> list[str]:
+    """The layers as `handler.torch_models.empty_model` takes them, as in "linear:512:5"."""
+    left = iter(groups)
+    return [
+        name if name in PLAIN else ":".join([name, *map(str, next(left).sizes)]) for name in names
+    ]
+
+
+def _as_own_layer(
+    architecture: str, place: str, names: list[str], groups: list[_Group]
+) -> list[tuple[str, Tensor]] | None:
+    """The parameters of the architecture's last layer, where that does what the head does."""
     own = class_layer(architecture)
-    of_the_place = {n: s for n, s in shapes(architecture, classes).items() if n.startswith(place)}
     bias = own.removesuffix("weight") + "bias"
-    if set(names) <= _AFFINE and of_the_place.keys() == {own, bias}:
-        weight, offset = _folded(groups)
-        if of_the_place[own] == weight.shape:
-            return Recognised(OrderedDict([*outside, (own, weight), (bias, offset)]), "", classes)
-    left, result, layers = iter(groups), OrderedDict(outside), []
+    expected = shapes(architecture, groups[-1].sizes[1])
+    of_the_place = {name for name in expected if name.startswith(f"{place}.")}
+    if not set(names) <= _AFFINE or of_the_place != {own, bias}:
+        return None
+    weight, offset = _folded(groups)
+    return [(own, weight), (bias, offset)] if expected[own] == weight.shape else None
+
+
+def _as_layers(place: str, names: list[str], groups: list[_Group]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, named by where their layers stand in the head."""
+    left = iter(groups)
     for number, name in enumerate(names):
-        layers.append(name)
         if name in PLAIN:
             continue
         group = next(left)
-        layers[-1] = ":".join([name, *map(str, group.sizes)])
         for parameter, tensor in group.tensors.items():
-            result[f"{place}.{number}.{parameter}"] = tensor
+            yield f"{place}.{number}.{parameter}", tensor
         if name == "linear" and "bias" not in group.tensors:
-            result[f"{place}.{number}.bias"] = torch.zeros(group.sizes[1])
-    return Recognised(result, f"{place}={','.join(layers)}", classes)
+            yield f"{place}.{number}.bias", torch.zeros(group.sizes[1])
 
 
 def _folded(groups: Iterable[_Group]) -> tuple[Tensor, Tensor]:
@@ -319,13 +338,3 @@ def _folded(groups: Iterable[_Group]) -> tuple[Tensor, Tensor]:
         offset = together(torch.zeros_like(each[:1]))
         weight = (together(each) - offset).T
     return weight.float().contiguous().clone(), offset[0].float().clone()
-
-
-def _check_runs(architecture: str, result: Recognised, found: str) -> None:
-    """Whether the head takes what the architecture gives it; raises `UserError`."""
-    reason = misfit(architecture, result.classes, result.head)
-    if reason:
-        raise UserError(
-            f"{found}. Such a head does not take what {architecture} gives it: {reason}. "
-            f"{_HOW_TO_GO_ON}"
-        )

@@ -113,6 +113,8 @@ class Unknown(nn.Module):
         ([nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 3)], "linear,snake", "no layer 'snake'"),
         ([Unknown(), nn.Linear(512, 3)], None, r"0: scale.*MODEL_FILE=model.onnx"),
         ([nn.Linear(100, 3)], None, "does not take what resnet18 gives"),
+        ([nn.BatchNorm1d(100), nn.Linear(512, 3)], None, "does not take what resnet18 gives"),
+        ([nn.Linear(512, 8), nn.Linear(9, 3)], None, "does not take what resnet18 gives"),
         ([nn.Linear(512, 3), nn.BatchNorm1d(3)], None, "the last with parameters a linear"),
     ],
 )
