@@ -107,7 +107,7 @@ def misfit(architecture: str, classes: int, head: str) -> str:
         model = empty_model(architecture, classes, head).to("meta")
     try:
         logits = model(torch.zeros((1, 3, crop, crop), device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of a batch norm
         return " ".join(str(error).split())[:200]
     return "" if logits.shape == (1, classes) else f"it gives a shape of {list(logits.shape)}"
 

@@ -18,7 +18,7 @@ from scripts.terminal import UserError
 
 StateDict = Mapping[str, Tensor]
 
-# They change nothing when a model serves; a flat row of features stays one.
+# They change no features that are a flat row, as nearly all architectures give them, in serving.
 _WITHOUT_EFFECT = {"dropout", "identity", "flatten"}
 # At the end of a head they turn logits into probabilities, which is done here to every model's.
 _AT_THE_END = {"softmax", "logsoftmax", "sigmoid"}
@@ -124,9 +124,14 @@ def recognise(
     classes = groups[-1].sizes[1]
     reason = misfit(architecture, classes, head)
     if reason:
+        # As with ConvNeXt, which gives pictures of a pixel where others give a row of numbers.
+        flat = ["flatten", *names[1:]]
+        other = f"{place}={','.join(_layers(flat, groups))}"
+        helps = names[0] in _WITHOUT_EFFECT and not misfit(architecture, classes, other)
         raise UserError(
-            f"{found}. Such a head does not take what {architecture} gives it: {reason}. "
-            f"{_HOW_TO_GO_ON}"
+            f"{found}. As {','.join(names)} it does not take what {architecture} gives it: "
+            f"{reason}. "
+            + (f"With a flatten first it does: HEAD={','.join(flat)}" if helps else _HOW_TO_GO_ON)
         )
     outside = [(k, v) for k, v in state_dict.items() if not k.startswith(f"{place}.")]
     own = _as_own_layer(architecture, place, names, groups)

@@ -28,13 +28,26 @@ PLACES = {
 
 
 def saved(
-    folder: Path, *layers: nn.Module, architecture: str = "resnet18", named: Any = None
+    folder: Path,
+    *layers: nn.Module,
+    architecture: str = "resnet18",
+    place: str = "",
+    named: Any = None,
 ) -> tuple[nn.Module, Path]:
-    """A model with such a head, and the file that `torch.save` makes of it."""
+    """A model with such a head, and the file that `torch.save` makes of it.
+
+    Args:
+        folder: for the file.
+        layers: of the head.
+        architecture: of all but the head.
+        place: of the head where it is not that of `PLACES`.
+        named: the layers by their names instead.
+    """
     torch.manual_seed(5)
     model: nn.Module = get_model(architecture, weights=None)
-    place, _ = PLACES[architecture]
-    model.set_submodule(place, nn.Sequential(named) if named else nn.Sequential(*layers))
+    model.set_submodule(
+        place or PLACES[architecture][0], nn.Sequential(named) if named else nn.Sequential(*layers)
+    )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean = torch.randn(module.num_features)
@@ -124,6 +137,21 @@ def test_a_head_that_is_not_certain_gets_a_sentence(
     _, path = saved(tmp_path, *layers)
     with pytest.raises(UserError, match=message):
         load(path, "resnet18", said)
+
+
+def test_features_that_are_no_flat_row_need_a_flatten(tmp_path: Path) -> None:
+    model, path = saved(
+        tmp_path,
+        *(nn.Flatten(), nn.BatchNorm1d(768), nn.Linear(768, CLASSES)),
+        architecture="convnext_tiny",
+        place="classifier",
+    )
+    message = r"does not take what convnext_tiny gives it: .*: HEAD=flatten,batchnorm,linear"
+    for said in (None, "dropout,batchnorm,linear"):
+        with pytest.raises(UserError, match=message):
+            load(path, "convnext_tiny", said)
+    weights = load(path, "convnext_tiny", "flatten,batchnorm,linear")
+    assert largest_difference(model, weights) == 0
 
 
 def test_other_channels_are_named(tmp_path: Path) -> None:
