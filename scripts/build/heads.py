@@ -5,6 +5,7 @@ recognised; of the rest a person is asked to say the layers, since another activ
 other answers without any error.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from handler.torch_models import LAYERS, PLAIN
 from scripts.build.architectures import Shapes, architectures, class_layer, misfit, shapes
-from scripts.terminal import UserError
+from scripts.terminal import UserError, step
 
 StateDict = Mapping[str, Tensor]
 
@@ -133,6 +134,8 @@ def recognise(
             f"{reason}. "
             + (f"With a flatten first it does: HEAD={','.join(flat)}" if helps else _HOW_TO_GO_ON)
         )
+    if said is None:
+        _say_what_is_assumed(place, names, groups, file)
     outside = [(k, v) for k, v in state_dict.items() if not k.startswith(f"{place}.")]
     own = _as_own_layer(architecture, place, names, groups)
     if own is not None:
@@ -208,8 +211,8 @@ def _groups(tensors: StateDict) -> Iterator[_Group]:
         layer, _, parameter = name.rpartition(".")
         by_layer.setdefault(layer, {})[parameter] = tensor
     names = list(by_layer)
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)
+    if all(name.replace(".", "").isdecimal() for name in names):
+        names.sort(key=lambda name: [int(part) for part in name.split(".")])
     for name in names:
         yield _group(name, by_layer[name])
 
@@ -234,29 +237,41 @@ def _group(name: str, tensors: dict[str, Tensor]) -> _Group:
 
 def _seen(groups: list[_Group], found: str) -> list[str]:
     """The layers where none without parameters can stand between them."""
-    numbers = [int(group.name) if group.name.isdecimal() else None for group in groups]
-    if numbers == [None] and not groups[0].name:
-        return ["linear"]
-    first, gaps = numbers[0], []
-    names: list[str] = []
-    if first is None:
-        gaps = [0] * (len(groups) > 1)
-        names = [group.kind for group in groups]
-    else:
-        # Features come to a head as a flat row: what stands before its first layer is dropout.
-        names = ["dropout"] * first
-        for group, number, after in zip(groups, numbers, [*numbers[1:], None], strict=True):
-            names.append(group.kind)
-            between = 0 if number is None or after is None else after - number - 1
-            gaps += [between] if between else []
-            names += ["relu", *["dropout"] * (between - 1)] if between else []
-    if gaps:
+    numbers = [_number(group) for group in groups]
+    names = [*["dropout"] * (numbers[0] or 0), groups[0].kind]
+    certain = True
+    for before, number, group in zip(numbers, numbers[1:], groups[1:], strict=False):
+        # Other names, as those of a Sequential in the Sequential, do not tell what is between.
+        between = 1 if before is None or number is None else number - before - 1
+        names += ["relu", *["dropout"] * (between - 1)] if between else []
+        names.append(group.kind)
+        certain &= not between
+    if not certain:
         raise UserError(
             f"{found}. What has no parameters, such as activations and dropout, cannot be seen in "
             f"a file of weights. Say all layers in order: if it was HEAD={','.join(names)}, just "
             f"so. {_HOW_TO_GO_ON}"
         )
     return names
+
+
+def _number(group: _Group) -> int | None:
+    """Where the layer stands in the head, if its name says that."""
+    return int(group.name) if group.name.isdecimal() else None
+
+
+def _say_what_is_assumed(place: str, names: list[str], groups: list[_Group], file: str) -> None:
+    """Says what is taken to stand before the first layer that can be seen, if anything may."""
+    first = groups[0]
+    # A layer without a name is the place itself.
+    if not first.name or _number(first) == 0:
+        return
+    said = ["relu", *names[_number(first) is not None :]]
+    step(
+        f"Weights: whatever stands before {place}.{first.name} in {file} is taken as dropout, "
+        "which changes no answers. If it was anything else, name all layers, as in "
+        f"HEAD={','.join(said)}"
+    )
 
 
 def _said(said: str, groups: list[_Group], found: str) -> list[str]:
@@ -273,15 +288,14 @@ def _said(said: str, groups: list[_Group], found: str) -> list[str]:
         )
     with_parameters = [(i, name) for i, name in enumerate(names) if name not in PLAIN]
     kinds = [group.kind for group in groups]
-    numbers = [int(group.name) if group.name.isdecimal() else None for group in groups]
+    numbers = itertools.takewhile(lambda number: number is not None, map(_number, groups))
     fits = [name for _, name in with_parameters] == kinds and all(
-        number is None or number == i
-        for number, (i, _) in zip(numbers, with_parameters, strict=True)
+        number == i for number, (i, _) in zip(numbers, with_parameters, strict=False)
     )
     if not fits:
         raise UserError(
-            f"{found}. HEAD={said} does not fit: name each layer in order, those without "
-            "parameters too."
+            f"{found}. HEAD={said} does not fit: name each layer in order, from number 0 on, those "
+            "without parameters too."
         )
     return names
 

@@ -112,6 +112,76 @@ def test_the_layers_of_named_heads_are_told_by_their_order(tmp_path: Path) -> No
     assert largest_difference(model, weights) == 0
 
 
+@pytest.mark.parametrize(
+    ("head", "shown", "said"),
+    [
+        (
+            [nn.Linear(512, 64), nn.Sequential(nn.ReLU(), nn.Dropout(), nn.Linear(64, CLASSES))],
+            "0: linear, 512 to 64; 1.2: linear",
+            "linear,relu,dropout,linear",
+        ),
+        (
+            [nn.Sequential(nn.Linear(512, 64), nn.Tanh()), nn.Linear(64, CLASSES)],
+            "0.0: linear, 512 to 64; 1: linear",
+            "linear,tanh,linear",
+        ),
+        (
+            {"0": nn.Linear(512, 64), "act": nn.GELU(), "out": nn.Linear(64, CLASSES)},
+            "0: linear, 512 to 64; out: linear",
+            "linear,gelu,linear",
+        ),
+    ],
+)
+def test_an_activation_can_stand_beside_any_layer_that_is_no_neighbour_by_number(
+    head: Any, shown: str, said: str, tmp_path: Path
+) -> None:
+    named = OrderedDict(head) if isinstance(head, dict) else None
+    model, path = saved(tmp_path, *([] if named else head), named=named)
+    with pytest.raises(UserError, match=rf"{shown}.* HEAD=linear,relu,linear, just so"):
+        load(path, "resnet18")
+    weights = load(path, "resnet18", said)
+    assert largest_difference(model, weights) == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "layer", "said"),
+    [
+        ([nn.Tanh(), nn.Linear(512, CLASSES)], "fc.1", "tanh,linear"),
+        ([nn.SELU(), nn.Dropout(), nn.Linear(512, CLASSES)], "fc.2", "selu,dropout,linear"),
+        ({"act": nn.Tanh(), "out": nn.Linear(512, CLASSES)}, "fc.out", "tanh,linear"),
+    ],
+)
+def test_what_is_taken_as_dropout_is_said_and_can_be_corrected(
+    head: Any, layer: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = OrderedDict(head) if isinstance(head, dict) else None
+    model, path = saved(tmp_path, *([] if named else head), named=named)
+    assert not load(path, "resnet18").head
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"before {layer} in mine.pth is taken as dropout" in output
+    assert f"HEAD=relu,{said.partition(',')[2]}" in output
+    assert largest_difference(model, load(path, "resnet18", said)) == 0
+    assert "dropout" not in capsys.readouterr().out
+
+
+def test_nothing_is_assumed_where_nothing_can_stand_before_a_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = saved(tmp_path, nn.Linear(512, CLASSES))
+    load(path, "resnet18")
+    assert "dropout" not in capsys.readouterr().out
+
+
+def test_layers_of_a_nested_sequential_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Whatever their order in the file: a safetensors file keeps none."""
+    inner = [nn.Linear(512, 8), nn.Tanh(), *[nn.Dropout()] * 8, nn.Linear(8, CLASSES)]
+    inner[2] = nn.Linear(8, 8)
+    model, _ = saved(tmp_path, nn.Sequential(*inner))
+    torch.save(dict(sorted(model.state_dict().items())), tmp_path / "sorted.pth")
+    weights = load(tmp_path / "sorted.pth", "resnet18", "linear,tanh,linear,linear")
+    assert largest_difference(model, weights) == 0
+
+
 class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
