@@ -108,7 +108,7 @@ def misfit(architecture: str, classes: int, head: str) -> str:
     try:
         logits = model(torch.zeros((1, 3, crop, crop), device="meta"))
     except (RuntimeError, ValueError) as error:  # the latter of a batch norm
-        return " ".join(str(error).split())[:200]
+        return " ".join(str(error).split())[:200].rstrip(".")
     return "" if logits.shape == (1, classes) else f"it gives a shape of {list(logits.shape)}"
 
 

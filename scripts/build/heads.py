@@ -102,18 +102,27 @@ def recognise(
         None where what is not the head is not the architecture's.
 
     Raises:
-        UserError: there is a head, but its layers are not certain.
+        UserError: there is a head, but its layers are not certain, or none, but layers are said.
     """
     place = _place({name: tensor.shape for name, tensor in state_dict.items()}, architecture)
     if place is None:
         return None
+    whose = "of its own"
+    if said is not None and f"{place}.weight" in state_dict:
+        whose = "of the usual sizes, which needs HEAD only where its activations are unusual"
+        layer, place = place, place.rpartition(".")[0]
+        if not place:
+            raise UserError(
+                f"{file} has {architecture}'s own last layer: its {layer} is one layer, and no "
+                "nn.Sequential. Leave HEAD out."
+            )
     inside = {
         name.removeprefix(f"{place}."): tensor
         for name, tensor in state_dict.items()
         if name.startswith(f"{place}.")
     }
     groups = list(_groups(inside))
-    found = f"{file} is {architecture} with a {place} of its own ({'; '.join(map(str, groups))})"
+    found = f"{file} is {architecture} with a {place} {whose} ({'; '.join(map(str, groups))})"
     unknown = [group for group in groups if not group.kind]
     if unknown or not groups or groups[-1].kind != "linear":
         raise UserError(

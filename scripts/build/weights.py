@@ -213,12 +213,11 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE, head: str | None 
     state_dict = _named_as_now(found, architecture)
     heads.check_channels(state_dict, architecture, path.name)
     built = ""
-    if not architectures.fits(state_dict, architecture):
+    # A head of one's own can have the sizes of the architecture's, with other activations.
+    if head is not None or not architectures.fits(state_dict, architecture):
         recognised = heads.recognise(state_dict, architecture, head, path.name)
         if recognised is not None:
             state_dict, built = recognised.state_dict, recognised.head
-    elif head is not None:
-        raise UserError(f"{path.name} has {architecture}'s own last layers. Leave HEAD out.")
     classes = _count_classes(state_dict, architecture, built, path.name)
     model = empty_model(architecture, classes, built)
     # Files of other formats than torch's have none; those of the whole model decide.

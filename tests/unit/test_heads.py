@@ -244,6 +244,28 @@ def test_head_is_refused_where_there_is_none(tmp_path: Path) -> None:
         load(tmp_path / "plain.pth", "resnet18", "linear")
 
 
+def test_a_head_of_the_architectures_sizes_can_have_other_activations(tmp_path: Path) -> None:
+    layers = nn.Linear(576, 1024), nn.ReLU(), nn.Dropout(), nn.Linear(1024, CLASSES)
+    model, path = saved(tmp_path, *layers, architecture="mobilenet_v3_small", place="classifier")
+    assert not load(path, "mobilenet_v3_small").head
+    weights = load(path, "mobilenet_v3_small", "linear,relu,dropout,linear")
+    assert weights.head == f"classifier=linear:576:1024,relu,dropout,linear:1024:{CLASSES}"
+    assert largest_difference(model, weights) == 0
+    with pytest.raises(
+        UserError, match=r"usual sizes, .*0: linear, .*; 3: linear, .* does not fit"
+    ):
+        load(path, "mobilenet_v3_small", "linear,relu,linear")
+
+
+def test_what_stands_before_an_architectures_only_layer_can_be_said(tmp_path: Path) -> None:
+    layers = nn.Tanh(), nn.Linear(1280, CLASSES)
+    model, path = saved(tmp_path, *layers, architecture="mobilenet_v2")
+    assert not load(path, "mobilenet_v2", "dropout,linear").head
+    weights = load(path, "mobilenet_v2", "tanh,linear")
+    assert weights.head == f"classifier=tanh,linear:1280:{CLASSES}"
+    assert largest_difference(model, weights) == 0
+
+
 @pytest.mark.parametrize("middle", [[], [nn.Linear(512, 8), nn.ReLU()]])
 def test_one_output_tells_two_classes_apart(middle: list[nn.Module], tmp_path: Path) -> None:
     features = 8 if middle else 512
