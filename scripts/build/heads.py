@@ -123,6 +123,11 @@ def recognise(
     }
     groups = list(_groups(inside))
     found = f"{file} is {architecture} with a {place} {whose} ({'; '.join(map(str, groups))})"
+    if file.endswith(".safetensors") and len(groups) > 1 and not _numbered(g.name for g in groups):
+        raise UserError(
+            f"{found}. Such names do not tell the order of the layers, and a safetensors file "
+            f"keeps none. Save the state dict with torch.save. {_HOW_TO_GO_ON}"
+        )
     unknown = [group for group in groups if not group.kind]
     if unknown or not groups or groups[-1].kind != "linear":
         raise UserError(
@@ -220,10 +225,15 @@ def _groups(tensors: StateDict) -> Iterator[_Group]:
         layer, _, parameter = name.rpartition(".")
         by_layer.setdefault(layer, {})[parameter] = tensor
     names = list(by_layer)
-    if all(name.replace(".", "").isdecimal() for name in names):
+    if _numbered(names):
         names.sort(key=lambda name: [int(part) for part in name.split(".")])
     for name in names:
         yield _group(name, by_layer[name])
+
+
+def _numbered(names: Iterable[str]) -> bool:
+    """Whether all names are numbers, as in "3", or in "1.2" of a Sequential in the Sequential."""
+    return all(name.replace(".", "").isdecimal() for name in names)
 
 
 def _group(name: str, tensors: dict[str, Tensor]) -> _Group:

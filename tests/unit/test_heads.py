@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
@@ -180,6 +181,20 @@ def test_layers_of_a_nested_sequential_are_in_the_order_of_their_numbers(tmp_pat
     torch.save(dict(sorted(model.state_dict().items())), tmp_path / "sorted.pth")
     weights = load(tmp_path / "sorted.pth", "resnet18", "linear,tanh,linear,linear")
     assert largest_difference(model, weights) == 0
+
+
+def test_a_file_that_keeps_no_order_must_have_numbers(tmp_path: Path) -> None:
+    layers = nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), nn.Linear(512, CLASSES)
+    said = "linear,tanh,linear,linear"
+    model, _ = saved(tmp_path, *layers)
+    save_file(model.state_dict(), tmp_path / "numbers.safetensors")
+    weights = load(tmp_path / "numbers.safetensors", "resnet18", said)
+    assert largest_difference(model, weights) == 0
+    named = OrderedDict(zip(("one", "act", "two", "out"), layers, strict=True))
+    model, _ = saved(tmp_path, named=named)
+    save_file(model.state_dict(), tmp_path / "names.safetensors")
+    with pytest.raises(UserError, match=r"do not tell the order .* with torch\.save"):
+        load(tmp_path / "names.safetensors", "resnet18", said)
 
 
 class Unknown(nn.Module):
