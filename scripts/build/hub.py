@@ -7,6 +7,7 @@ from pathlib import Path
 
 import requests
 
+from scripts.store import sha256
 from scripts.terminal import UserError, step
 
 # The variable that Hugging Face's own programs have for a mirror.
@@ -50,7 +51,7 @@ def fetch(repository: str, revision: str, folder: Path) -> Path:
     """
     kept = f"{repository.replace('/', '--')}-{revision}"
     for path in folder.glob(f"{kept}-*.safetensors"):
-        if path.stem.endswith(_digest_of(path)):
+        if path.stem.endswith(sha256(path)):
             step(f"Weights: using {path}")
             return path
         step(f"Weights: {path} is damaged; fetching it again")
@@ -108,11 +109,3 @@ def _promised(answer: requests.Response) -> str:
             if _SHA256.fullmatch(value):
                 return value
     raise UserError(f"{answer.url} does not say the file's SHA-256, so that it cannot be checked.")
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

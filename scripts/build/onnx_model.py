@@ -61,14 +61,12 @@ class Input:
         dtype: float32, float16 or uint8.
         layouts: "NCHW", "NHWC", or both where its shape does not say.
         side: of the square picture, in pixels; None where any will do.
-        batch: pictures in a run; None where any number will do.
     """
 
     name: str
     dtype: str
     layouts: tuple[str, ...]
     side: int | None
-    batch: int | None
 
     def of(self, images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.generic]:
         """The model's own input.
@@ -114,7 +112,6 @@ class Output:
         activation: the operator between the two, which is left out; empty for none.
         probabilities: they are no logits, but probabilities, made by other operators.
         single: there is one, for two classes.
-        axes: of the output's shape.
     """
 
     tensor: str
@@ -122,7 +119,6 @@ class Output:
     activation: str = ""
     probabilities: bool = False
     single: bool = False
-    axes: int = 2
 
 
 @dataclass
@@ -295,9 +291,7 @@ def _input(proto: ModelProto, path: Path) -> Input:
     sides = {size for size in (sizes[2:] if layouts[0] == "NCHW" else sizes[1:3]) if size}
     if len(sides) > 1:
         raise UserError(f"{path} takes pictures of {shown}. Here they must be squares.")
-    return Input(
-        value.name, _TYPES[kind.elem_type], layouts, next(iter(sides), None), sizes[0] or None
-    )
+    return Input(value.name, _TYPES[kind.elem_type], layouts, next(iter(sides), None))
 
 
 def _layouts(sizes: list[int | None]) -> tuple[str, ...]:
@@ -349,7 +343,7 @@ def output(
         )
     (name,) = fitting
     values = given[name].astype(np.float64).reshape(-1)
-    single, axes = len(values) < classes, len(sizes[name])
+    single = len(values) < classes
     tensor = _through(model, name, {"Identity"})
     node = model.producers.get(tensor)
     last = node.op_type if node is not None else ""
@@ -364,10 +358,10 @@ def output(
             "ACTIVATION=sigmoid out."
         )
     if node is not None and last in {"Softmax", "Sigmoid"}:
-        return Output(node.input[0], name, last, single=single, axes=axes)
+        return Output(node.input[0], name, last, single=single)
     sums_to_one = bool((values >= 0).all() and abs(values.sum() - 1) < 1e-3)  # noqa: PLR2004
     probabilities = sums_to_one and not single and not several
-    return Output(tensor, name, probabilities=probabilities, single=single, axes=axes)
+    return Output(tensor, name, probabilities=probabilities, single=single)
 
 
 def _through(model: Model, name: str, operators: set[str]) -> str:
@@ -429,7 +423,7 @@ def _is_mean(node: NodeProto) -> bool:
 def add_embedding(file: Path) -> None:
     """Makes the last layer's input an output of an exported model, where the graph shows it."""
     proto = onnx.load(file)
-    taken = Input("images", "uint8", ("NCHW",), None, None)
+    taken = Input("images", "uint8", ("NCHW",), None)
     last = head(Model(file.name, proto, taken), Output("logits", "logits"))
     if last is None:
         return
