@@ -5,8 +5,10 @@ weights in other files, no operators but ONNX's own, of which none runs code or 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ from scripts.terminal import UserError
 
 # A file of ONNX is one message of protobuf, which holds no more.
 MAX_BYTES = 2**31 - 1
+
+# What functions may become, in nodes; of a large node each begun KiB counts as one. With functions
+# that each call the one before twice, a few KB can become more than any memory holds.
+MAX_INLINED = 1_000_000
+_NODE_BYTES = 1024
 
 # Broadcasting is as it is today from here on.
 OLDEST_OPSET = 8
@@ -181,25 +188,25 @@ def read(path: Path) -> Model:
 
 def _graphs(proto: ModelProto) -> Iterator[GraphProto]:
     """The graph and all within it."""
-    waiting = [proto.graph]
-    nodes = [node for function in proto.functions for node in function.node]
-    while waiting or nodes:
-        if waiting:
-            graph = waiting.pop()
-            yield graph
-            nodes.extend(graph.node)
-        while nodes:
-            for attribute in nodes.pop().attribute:
-                waiting.extend(attribute.graphs)
-                if attribute.HasField("g"):
-                    waiting.append(attribute.g)
+    yield proto.graph
+    yield from _graphs_within(proto.graph.node)
+    for function in proto.functions:
+        yield from _graphs_within(function.node)
+
+
+def _graphs_within(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    waiting = list(nodes)
+    while waiting:
+        for attribute in waiting.pop().attribute:
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield graph
+                waiting.extend(graph.node)
 
 
 def _nodes(proto: ModelProto) -> Iterator[NodeProto]:
-    for graph in _graphs(proto):
-        yield from graph.node
+    yield from _all_nodes(proto.graph.node)
     for function in proto.functions:
-        yield from function.node
+        yield from _all_nodes(function.node)
 
 
 def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -257,10 +264,65 @@ def _check_opset(proto: ModelProto, path: Path) -> None:
 def _inlined(proto: ModelProto, path: Path) -> ModelProto:
     if not proto.functions:
         return proto
+    _check_functions(proto, path)
     try:
         return inliner.inline_local_functions(proto)
-    except Exception as error:  # functions that call themselves, say
+    except Exception as error:  # too many functions, say, or calls too deep
         raise UserError(f"{path} has functions that cannot be resolved.") from error
+
+
+def _check_functions(proto: ModelProto, path: Path) -> None:
+    """Counts what functions would become, before they do."""
+    bodies: dict[tuple[str, ...], list[NodeProto]] = {}
+    for function in proto.functions:
+        body = bodies.setdefault((function.domain, function.name, function.overload), [])
+        body.extend(_all_nodes(function.node))
+    calls = {
+        name: {_called(node) for node in body} & bodies.keys() for name, body in bodies.items()
+    }
+    own = list(_all_nodes(proto.graph.node))
+    calling = [node for node in chain(own, *bodies.values()) if _called(node) in bodies]
+    passed = [a for node in calling for a in node.attribute]
+    passed += [a for function in proto.functions for a in function.attribute_proto]
+    if any(a.HasField("g") or a.graphs for a in passed):
+        raise UserError(
+            f"{path} has functions that take graphs as attributes. Export it without functions."
+        )
+    largest = max((a.ByteSize() for a in passed), default=0)
+    sizes: dict[tuple[str, ...], int] = {}
+    try:
+        for name in TopologicalSorter(calls).static_order():
+            size = sum(sizes.get(_called(node)) or _size(node, largest) for node in bodies[name])
+            # Not exactly beyond the bound: the numbers would have a digit a call.
+            sizes[name] = min(size, MAX_INLINED + 1)
+    except CycleError as error:
+        raise UserError(
+            f"{path} has functions that call themselves, which ONNX forbids. Export it again."
+        ) from error
+    if sum(sizes.get(_called(node), 0) for node in own) > MAX_INLINED:
+        raise UserError(
+            f"{path} has functions that call one another so often that more than "
+            f"{MAX_INLINED:,} nodes would come of them. Export it without functions."
+        )
+
+
+def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """They and those of the graphs within them."""
+    nodes = list(nodes)
+    yield from nodes
+    for graph in _graphs_within(nodes):
+        yield from graph.node
+
+
+def _called(node: NodeProto) -> tuple[str, ...]:
+    return node.domain, node.op_type, node.overload
+
+
+def _size(node: NodeProto, largest: int) -> int:
+    """In nodes, where each attribute that is a function's argument may be the largest of all."""
+    arguments = sum(bool(attribute.ref_attr_name) for attribute in node.attribute)
+    size: int = node.ByteSize() + arguments * largest
+    return 1 + size // _NODE_BYTES
 
 
 def _input(proto: ModelProto, path: Path) -> Input:
@@ -272,7 +334,9 @@ def _input(proto: ModelProto, path: Path) -> Input:
     (value,) = inputs
     kind = value.type.tensor_type
     if kind.elem_type not in _TYPES:
-        name = TensorProto.DataType.Name(kind.elem_type)
+        known = kind.elem_type in TensorProto.DataType.values()
+        number = kind.elem_type
+        name = TensorProto.DataType.Name(number) if known else f"a type that is none ({number})"
         raise UserError(f"{path} takes {name}. It must take {', '.join(_TYPES.values())}.")
     sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
     sizes = sizes or [None] * _PICTURE_AXES

@@ -109,6 +109,11 @@ def test_it_gives_what_the_file_gives(kind: str, tmp_path: Path) -> None:
         assert np.abs(difference - difference[0]).max() < 1e-4
 
 
+def test_functions_are_resolved(tmp_path: Path) -> None:
+    found = converted(with_functions(4), tmp_path)
+    assert np.abs(found.logits - plain(model(), found.images, Made())).max() < 1e-4
+
+
 @pytest.mark.parametrize("end", [("Softmax",), ("Softmax", "Neg", "Neg")])
 def test_probabilities_become_logits(end: tuple[str, ...], tmp_path: Path) -> None:
     made = Made(end=end)
@@ -210,6 +215,42 @@ def huge() -> ModelProto:
     return proto
 
 
+def with_functions(count: int, *, circle: bool = False) -> ModelProto:
+    """The answer goes through functions that each call the one before twice."""
+    proto = model()
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    for number in range(count):
+        before = count - 1 if circle and number == 0 else number - 1
+        operator, domain = ("Identity", "") if before < 0 else (f"twice{before}", "mine")
+        nodes = [helper.make_node(operator, [x], [y], domain=domain) for x, y in ("xy", "yz")]
+        proto.functions.append(
+            helper.make_function("mine", f"twice{number}", ["x"], ["z"], nodes, opsets)
+        )
+    proto.opset_import.append(opsets[1])
+    last = proto.graph.node[-1]
+    last.op_type, last.domain = f"twice{count - 1}", "mine"
+    return proto
+
+
+def with_argument(value: Any) -> ModelProto:
+    """A function that takes an attribute, and uses it 300 times."""
+    proto = with_functions(1)
+    (function,) = proto.functions
+    function.attribute.append("value")
+    for number in range(300):
+        node = helper.make_node("Constant", [], [f"unused{number}"])
+        node.attribute.add(name="value", ref_attr_name="value", type=onnx.AttributeProto.TENSOR)
+        function.node.append(node)
+    proto.graph.node[-1].attribute.append(helper.make_attribute("value", value))
+    return proto
+
+
+def of_type(number: int) -> ModelProto:
+    proto = model()
+    proto.graph.input[0].type.tensor_type.elem_type = number
+    return proto
+
+
 def two_inputs() -> ModelProto:
     second = helper.make_tensor_value_info("also", TensorProto.FLOAT, [1])
     proto = model()
@@ -238,6 +279,23 @@ WRONG: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "data far away": (lambda: with_data_elsewhere("/etc/passwd"), "keeps its weights in another"),
     "data in a branch": (in_a_branch, r"another file \('../../etc/passwd'"),
     "4 TB": (huge, "ended for want of memory|cannot be run"),
+    "functions without end": (
+        lambda: with_functions(40),
+        "more than 1,000,000 nodes would come of them. Export it without functions",
+    ),
+    "a large argument of a function": (
+        lambda: with_argument(numpy_helper.from_array(np.zeros(10**6, np.float32))),
+        "more than 1,000,000 nodes would come of them",
+    ),
+    "a graph for a function": (
+        lambda: with_argument(model().graph),
+        "functions that take graphs as attributes",
+    ),
+    "functions in a circle": (
+        lambda: with_functions(3, circle=True),
+        "functions that call themselves, which ONNX forbids",
+    ),
+    "no type of ONNX's": (lambda: of_type(99), r"takes a type that is none \(99\). It must take"),
     "two inputs": (two_inputs, "must have one input.* It has 2: input, also"),
     "the same for all": (same_for_all, "gives the same for all photographs"),
 }
