@@ -31,6 +31,7 @@ class Made:
         fixed: the batch is part of the graph: its rows are made by a reshape.
         opset: version of the operators.
         hidden: a second linear layer, with an activation before it.
+        half: it computes in float16, between casts from float32 and to it.
     """
 
     shape: tuple[int | str, ...] = ("N", 3, 64, 64)
@@ -42,6 +43,7 @@ class Made:
     fixed: bool = False
     opset: int = 17
     hidden: bool = False
+    half: bool = False
 
 
 def model(made: Made | None = None) -> ModelProto:
@@ -66,7 +68,7 @@ def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np
 def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> ModelProto:
     random = np.random.default_rng(4)
     half = made.dtype == TensorProto.FLOAT16
-    numbers = np.float16 if half else np.float32
+    numbers = np.float16 if half or made.half else np.float32
     constants: dict[str, Any] = {
         "kernel": random.normal(0, 0.4, (CHANNELS, 3, 5, 5)).astype(numbers),
         "weight": weight.astype(numbers),
@@ -89,6 +91,8 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
         add("Cast", to=TensorProto.FLOAT)
         constants["scale"] = np.array(64, np.float32)
         add("Div", "scale")
+    if made.half:
+        add("Cast", to=TensorProto.FLOAT16)
     if made.nhwc:
         add("Transpose", perm=[0, 3, 1, 2])
     add("Conv", "kernel", strides=[4, 4])
@@ -104,6 +108,8 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
     add("Gemm", "weight", "bias", transB=1)
     for operator in made.end:
         add(operator)
+    if made.half:
+        add("Cast", to=TensorProto.FLOAT)
     nodes.append(helper.make_node("Identity", [tensor], [answer]))
     output = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     used = {name for node in nodes for name in node.input}

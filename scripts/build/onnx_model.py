@@ -58,6 +58,11 @@ _HANDLERS = {"images", "logits", "features", "embedding"}
 # They pass a flat row of numbers on as it is.
 _SAME_NUMBERS = {"Flatten", "Reshape", "Squeeze", "Identity", "Dropout"}
 
+_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
+
+# What they give has no bounds: where it lies between 0 and 1 that is chance.
+_LINEAR = {"Gemm", "MatMul", "Add", "Conv"}
+
 
 @dataclass(frozen=True)
 class Input:
@@ -151,6 +156,12 @@ class Model:
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
+
+    @property
+    def half(self) -> bool:
+        """Whether some of it computes in half precision."""
+        casts = {_casts_to(node) for node in _nodes(self.proto)}
+        return self.input.dtype == "float16" or TensorProto.FLOAT16 in casts
 
 
 # --- Reading ---
@@ -383,21 +394,19 @@ def output(
 
     Args:
         model: as read.
-        given: what the model gave for one picture, by output.
+        given: what the model gave for some pictures, by output, with an axis of pictures first.
         classes: how many are named.
         several: whether a picture can have several labels.
 
     Raises:
         UserError: no output has a number a class, or several have; or it ends in the other
-            activation.
+            activation, or in one that is not known.
     """
-    sizes = {name: list(values.shape) for name, values in given.items()}
+    sizes = {name: [1, *values.shape[1:]] for name, values in given.items()}
     wanted = {classes}
     if classes == 2 and not several:  # noqa: PLR2004
         wanted.add(1)  # it tells two apart
-    fitting = [
-        n for n, s in sizes.items() if len(s) > 1 and s[0] == 1 and int(np.prod(s)) in wanted
-    ]
+    fitting = [n for n, s in sizes.items() if len(s) > 1 and int(np.prod(s)) in wanted]
     if len(fitting) != 1:
         shown = ", ".join(f"{n} {' x '.join(map(str, s))}" for n, s in list(sizes.items())[:5])
         number = "no" if not fitting else "more than one"
@@ -406,26 +415,47 @@ def output(
             f"that CLASSES names. It has: {shown}."
         )
     (name,) = fitting
-    values = given[name].astype(np.float64).reshape(-1)
-    single = len(values) < classes
-    tensor = _through(model, name, {"Identity"})
-    node = model.producers.get(tensor)
+    values = given[name].astype(np.float64).reshape(len(given[name]), -1)
+    single = values.shape[1] < classes
+    node = _last(model, name)
     last = node.op_type if node is not None else ""
     if last == "Sigmoid" and not several and not single:
         raise UserError(
             f"{model.file} ends in a sigmoid: it gives each class a probability of its own, for "
             "several labels a picture. Say so: ACTIVATION=sigmoid"
         )
-    if last == "Softmax" and several:
+    if last in {"Softmax", "LogSoftmax"} and several:
         raise UserError(
             f"{model.file} ends in a softmax: its probabilities are of one class of all. Leave "
             "ACTIVATION=sigmoid out."
         )
     if node is not None and last in {"Softmax", "Sigmoid"}:
         return Output(node.input[0], name, last, single=single)
-    sums_to_one = bool((values >= 0).all() and abs(values.sum() - 1) < 1e-3)  # noqa: PLR2004
-    probabilities = sums_to_one and not single and not several
+    # Half precision makes a little more than 1 of them.
+    within = bool(((values >= 0) & (values < 1 + 1e-3)).all())
+    sum_to_one = bool((np.abs(values.sum(1) - 1) < 1e-3).all())  # noqa: PLR2004
+    probabilities = within and sum_to_one and not single and not several
+    if within and not probabilities and last not in _LINEAR:
+        raise UserError(
+            f"{model.file} gives numbers from 0 to 1 only, so most likely probabilities, and its "
+            f"graph does not show what made them: it ends in {last or 'its input'}. Export it "
+            "without a sigmoid or softmax, or with that as its last operator."
+        )
+    tensor = _through(model, name, {"Identity"})
     return Output(tensor, name, probabilities=probabilities, single=single)
+
+
+def _last(model: Model, name: str) -> NodeProto | None:
+    """The last operator that does more than pass numbers on, in whatever precision."""
+    node = model.producers.get(_through(model, name, _SAME_NUMBERS))
+    while node is not None and _casts_to(node) in _FLOATS:
+        node = model.producers.get(_through(model, node.input[0], _SAME_NUMBERS))
+    return node
+
+
+def _casts_to(node: NodeProto) -> int | None:
+    """The type that a cast gives; None for other operators."""
+    return next((a.i for a in node.attribute if node.op_type == "Cast" and a.name == "to"), None)
 
 
 def _through(model: Model, name: str, operators: set[str]) -> str:

@@ -114,16 +114,16 @@ def test_functions_are_resolved(tmp_path: Path) -> None:
     assert np.abs(found.logits - plain(model(), found.images, Made())).max() < 1e-4
 
 
-@pytest.mark.parametrize("end", [("Softmax",), ("Softmax", "Neg", "Neg")])
+@pytest.mark.parametrize("end", [("Softmax",), ("Softmax", "Flatten"), ("Softmax", "Neg", "Neg")])
 def test_probabilities_become_logits(end: tuple[str, ...], tmp_path: Path) -> None:
     made = Made(end=end)
     found = converted(model(made), tmp_path)
     expected = plain(model(made), found.images, made)
     assert np.abs(softmax(found.logits) - expected).max() < 1e-5
-    assert (found.classifier is not None) is (end == ("Softmax",))
+    assert (found.classifier is not None) is ("Neg" not in end)
 
 
-@pytest.mark.parametrize("end", [(), ("Sigmoid",)])
+@pytest.mark.parametrize("end", [(), ("Sigmoid",), ("Sigmoid", "Identity", "Flatten")])
 def test_one_output_tells_two_classes_apart(end: tuple[str, ...], tmp_path: Path) -> None:
     made = Made(classes=1, end=end)
     found = converted(model(made), tmp_path, classes=2)
@@ -132,12 +132,21 @@ def test_one_output_tells_two_classes_apart(end: tuple[str, ...], tmp_path: Path
     assert found.classifier.shape == (2, 16)
 
 
+def rescaled(proto: ModelProto, scale: float, shift: float) -> ModelProto:
+    """Logits times a number, and another number added."""
+    for tensor in proto.graph.initializer:
+        if tensor.name in {"weight", "bias"}:
+            values = numpy_helper.to_array(tensor) * scale + (tensor.name == "bias") * shift
+            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float32), tensor.name))
+    return proto
+
+
 def sigmoid(logits: Any) -> Any:
     return 1 / (1 + np.exp(-logits))
 
 
 @pytest.mark.parametrize("classes", [CLASSES, 2, 1])
-@pytest.mark.parametrize("end", [(), ("Sigmoid",)])
+@pytest.mark.parametrize("end", [(), ("Sigmoid",), ("Sigmoid", "Flatten", "Dropout")])
 def test_each_output_is_a_label_where_a_picture_has_several(
     end: tuple[str, ...], classes: int, tmp_path: Path
 ) -> None:
@@ -156,9 +165,38 @@ def test_several_labels_are_packed_with_their_thresholds(tmp_path: Path) -> None
     card = read_card(archive)
     assert card is not None
     assert (card.activation, card.thresholds) == ("sigmoid", (0.3,) * CLASSES)
-    file, names = saved(model(Made(end=("Softmax",))), tmp_path)
-    with pytest.raises(UserError, match="ends in a softmax"):
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (("Softmax",), "ends in a softmax"),
+        (("Softmax", "Flatten"), "ends in a softmax"),
+        (("LogSoftmax",), "ends in a softmax"),
+        (("Softmax", "Neg", "Neg"), "gives numbers from 0 to 1 only, .*it ends in Neg. Export it"),
+        (("Sigmoid", "Neg", "Neg"), "gives numbers from 0 to 1 only, .*it ends in Neg. Export it"),
+    ],
+)
+def test_probabilities_that_are_not_of_several_labels_are_refused(
+    end: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    file, names = saved(model(Made(end=end)), tmp_path)
+    with pytest.raises(UserError, match=message):
         build(file, SAID, classes=names, model_store=tmp_path, labelling=choose("sigmoid"))
+
+
+def test_a_sigmoid_before_a_cast_is_left_out(tmp_path: Path) -> None:
+    """As files are written that compute in float16 and take and give float32."""
+    found = converted(model(Made(half=True, end=("Sigmoid",))), tmp_path, several=True)
+    expected = plain(model(Made(half=True)), found.images, Made())
+    assert np.abs(found.logits - expected).max() < 0.05
+
+
+def test_logits_from_0_to_1_are_logits_where_a_linear_layer_gives_them(tmp_path: Path) -> None:
+    proto = rescaled(model(), 0.01, 0.5)
+    found = converted(proto, tmp_path, several=True)
+    assert np.abs(found.logits - plain(proto, found.images, Made())).max() < 1e-4
+    assert 0 < found.logits.min() < found.logits.max() < 1
 
 
 def test_pictures_in_whole_numbers_are_passed_on(tmp_path: Path) -> None:
@@ -181,14 +219,6 @@ def test_what_is_unchanged_is_not_made_again(
 def noted(proto: ModelProto, **fields: Any) -> ModelProto:
     for name, value in fields.items():
         getattr(proto, name).extend(value)
-    return proto
-
-
-def same_for_all() -> ModelProto:
-    proto = model()
-    for tensor in proto.graph.initializer:
-        if tensor.name == "weight":
-            tensor.CopyFrom(numpy_helper.from_array(np.zeros((CLASSES, 16), np.float32), "weight"))
     return proto
 
 
@@ -271,6 +301,14 @@ WRONG: dict[str, tuple[Callable[[], ModelProto], str]] = {
         "no output with a number for each of the 5 classes.* output 1 x 7",
     ),
     "several labels": (lambda: model(Made(end=("Sigmoid",))), "Say so: ACTIVATION=sigmoid"),
+    "several labels, flattened": (
+        lambda: model(Made(end=("Sigmoid", "Flatten"))),
+        "Say so: ACTIVATION=sigmoid",
+    ),
+    "several labels in other operators": (
+        lambda: model(Made(end=("Sigmoid", "Neg", "Neg"))),
+        "gives numbers from 0 to 1 only, .*it ends in Neg. Export it",
+    ),
     "too new": (lambda: model(Made(opset=99)), r"version 99 .*knows 8 to \d+.*opset_version=20"),
     "too old": (lambda: model(Made(opset=6)), r"version 6 of ONNX's operators"),
     "8 bits": (quantised, "in 8 bits already.*PRECISION=int8 makes 8 bits of it"),
@@ -297,7 +335,7 @@ WRONG: dict[str, tuple[Callable[[], ModelProto], str]] = {
     ),
     "no type of ONNX's": (lambda: of_type(99), r"takes a type that is none \(99\). It must take"),
     "two inputs": (two_inputs, "must have one input.* It has 2: input, also"),
-    "the same for all": (same_for_all, "gives the same for all photographs"),
+    "the same for all": (lambda: rescaled(model(), 0, 1), "gives the same for all photographs"),
 }
 
 
