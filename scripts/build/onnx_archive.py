@@ -435,7 +435,8 @@ def _compare(model: Model, found: Output, got: Outputs, expected: NDArray[np.flo
             f"What would be packed differs from {model.file} by {difference:.1e} in {of}. Nothing "
             "was packed."
         )
-    if scaled_difference(expected, expected[:1]) < _EPSILON:
+    # Of logits, since probabilities near 0 or 1 may all be the same to six digits.
+    if scaled_difference(logits, logits[:1]) < _EPSILON:
         raise UserError(
             f"{model.file} gives the same for all photographs. Is it the right file, and are MEAN "
             "and STD those of its training?"

@@ -192,6 +192,12 @@ def test_a_sigmoid_before_a_cast_is_left_out(tmp_path: Path) -> None:
     assert np.abs(found.logits - expected).max() < 0.05
 
 
+def test_probabilities_near_0_are_not_the_same_for_all(tmp_path: Path) -> None:
+    proto = rescaled(model(Made(classes=1, end=("Sigmoid",))), 1, -25)
+    found = converted(proto, tmp_path, classes=1, several=True)
+    assert np.ptp(found.logits) > 1
+
+
 def test_logits_from_0_to_1_are_logits_where_a_linear_layer_gives_them(tmp_path: Path) -> None:
     proto = rescaled(model(), 0.01, 0.5)
     found = converted(proto, tmp_path, several=True)
