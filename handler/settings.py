@@ -23,6 +23,9 @@ PRECISIONS = ("float32", "bf16", "int8")
 ACTIVATIONS = ("softmax", "sigmoid")
 _CHANNELS = 3
 
+# Of float32.
+_LARGEST = 3.4e38
+
 # What a plain number may be given as: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
@@ -80,6 +83,9 @@ class Settings:
     reduced_decoding: bool = True
     require_precision: bool = False
 
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":
         """Takes the whole of `model-config.yaml`, as TorchServe hands it to the handler."""
@@ -111,6 +117,7 @@ class Preprocessing:
     fit: str = "crop"
 
     def __post_init__(self) -> None:
+        _check_bounds(self)
         if self.interpolation not in _INTERPOLATIONS:
             allowed = ", ".join(_INTERPOLATIONS)
             raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
@@ -118,8 +125,8 @@ class Preprocessing:
             raise ArchiveError(f"fit must be {', '.join(FITS)}, got {self.fit!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != _CHANNELS or not all(isinstance(v, (int, float)) for v in values):
-                raise ArchiveError(f"{name} must be three numbers, got {values!r}")
+            if len(values) != _CHANNELS or not all(map(_is_float32, values)):
+                raise ArchiveError(f"{name} must be three numbers of float32, got {values!r}")
         if not all(value > 0 for value in self.std):
             raise ArchiveError(f"std must be above 0, got {self.std!r}")
         if self.crop > self.resize and self.fit != "pad":
@@ -168,19 +175,18 @@ class ModelCard:
     embedding: int = _bounded(0, 0, 1_000_000)
 
     def __post_init__(self) -> None:
+        _check_bounds(self)
         if self.precision not in PRECISIONS:
             allowed = ", ".join(PRECISIONS)
-            raise ArchiveError(f"{MODEL_CARD}: precision must be {allowed}, got {self.precision!r}")
+            raise ArchiveError(f"precision must be {allowed}, got {self.precision!r}")
         if self.activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
-            raise ArchiveError(
-                f"{MODEL_CARD}: activation must be {allowed}, got {self.activation!r}"
-            )
+            raise ArchiveError(f"activation must be {allowed}, got {self.activation!r}")
         expected = self.classes if self.multilabel else 0
         if len(self.thresholds) != expected or not all(map(_is_share, self.thresholds)):
             raise ArchiveError(
-                f"{MODEL_CARD}: for the activation {self.activation} thresholds must be {expected} "
-                "numbers from 0 to 1"
+                f"for the activation {self.activation} thresholds must be {expected} numbers from "
+                "0 to 1"
             )
         object.__setattr__(self, "thresholds", tuple(self.thresholds))
 
@@ -226,6 +232,10 @@ def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def _is_float32(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
+
+
 def _checked(cls: type[_T], values: object, source: str) -> _T:
     """Builds the dataclass `cls` from `values`, or raises `ArchiveError` that names the culprit."""
     if not isinstance(values, Mapping):
@@ -235,7 +245,7 @@ def _checked(cls: type[_T], values: object, source: str) -> _T:
         if key not in fields:
             allowed = ", ".join(sorted(fields))
             raise ArchiveError(f"{source}: unknown key {key!r}; allowed are: {allowed}")
-        _check_value(fields[key], value, source)
+        _check_type(fields[key], value, source)
     missing = [
         name
         for name, f in fields.items()
@@ -245,10 +255,13 @@ def _checked(cls: type[_T], values: object, source: str) -> _T:
     ]
     if missing:
         raise ArchiveError(f"{source}: missing key {', '.join(missing)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ArchiveError as error:
+        raise ArchiveError(f"{source}: {error}") from error
 
 
-def _check_value(f: "dataclasses.Field[Any]", value: object, source: str) -> None:
+def _check_type(f: "dataclasses.Field[Any]", value: object, source: str) -> None:
     expected = getattr(f.type, "__origin__", f.type)
     if not isinstance(expected, type):
         raise TypeError(f"{f.name}: a settings field must be annotated with a class")
@@ -256,7 +269,12 @@ def _check_value(f: "dataclasses.Field[Any]", value: object, source: str) -> Non
     is_stray_bool = isinstance(value, bool) and expected is not bool
     if is_stray_bool or not isinstance(value, _ACCEPTED_TYPES.get(expected, (expected,))):
         raise ArchiveError(f"{source}: {f.name} must be {expected.__name__}, got {value!r}")
-    if "bounds" in f.metadata:
-        low, high = f.metadata["bounds"]
-        if not low <= value <= high:
-            raise ArchiveError(f"{source}: {f.name} must be {low} to {high}, got {value!r}")
+
+
+def _check_bounds(values: Settings | Preprocessing | ModelCard) -> None:
+    for f in dataclasses.fields(values):
+        if "bounds" in f.metadata:
+            low, high = f.metadata["bounds"]
+            value = getattr(values, f.name)
+            if not low <= value <= high:
+                raise ArchiveError(f"{f.name} must be {low} to {high}, got {value!r}")

@@ -261,7 +261,7 @@ def _preprocessing(model: Model, said: Said) -> Preprocessing:
     try:
         return Preprocessing(**values)  # type: ignore[arg-type]
     except ArchiveError as error:
-        raise UserError(f"The preprocessing cannot be used: {error}.") from error
+        raise UserError(f"The preprocessing of {model.file} cannot be used: {error}.") from error
 
 
 def convert(

@@ -349,7 +349,8 @@ def _input(proto: ModelProto, path: Path) -> Input:
         number = kind.elem_type
         name = TensorProto.DataType.Name(number) if known else f"a type that is none ({number})"
         raise UserError(f"{path} takes {name}. It must take {', '.join(_TYPES.values())}.")
-    sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+    # Some exporters write -1 for a size that is not fixed; of none that is said 0 is read.
+    sizes = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]
     sizes = sizes or [None] * _PICTURE_AXES
     shown = " x ".join("?" if size is None else str(size) for size in sizes)
     if len(sizes) != _PICTURE_AXES:

@@ -85,6 +85,7 @@ KINDS = {
     "one at a time": Made(shape=(1, 3, 64, 64), fixed=True),
     "batch of one in its shape only": Made(shape=(1, 3, 64, 64)),
     "channels last": Made(shape=("N", 64, 64, 3), nhwc=True),
+    "sizes of -1": Made(shape=(-1, -1, -1, -1)),
     "shape not said": Made(shape=("N", "c", "h", "w")),
     "shape not said, channels last": Made(shape=("N", "a", "b", "c"), nhwc=True),
     "half precision": Made(dtype=TensorProto.FLOAT16),
@@ -376,6 +377,24 @@ def test_preprocessing_must_be_said(tmp_path: Path) -> None:
     file, names = saved(model(), tmp_path)
     with pytest.raises(UserError, match=r"Say it: RESIZE=... MEAN=... STD=... "):
         build(file, Said(), classes=names, model_store=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "said", "message"),
+    [
+        (300_000, replace(SAID, crop=None), "crop must be 1 to 4096, got 300000"),
+        (5000, replace(SAID, resize=None, crop=None, fit="pad"), "resize must be 1 to 4096"),
+        (64, replace(SAID, mean="nan", fit="pad"), "mean must be three numbers of float32"),
+        (64, replace(SAID, mean="1e300", fit="pad"), "mean must be three numbers of float32"),
+        (64, replace(SAID, std="inf"), "std must be three numbers of float32"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(
+    side: int, said: Said, message: str, tmp_path: Path
+) -> None:
+    file, names = saved(model(Made(shape=("N", 3, side, side))), tmp_path)
+    with pytest.raises(UserError, match=f"preprocessing of mine.onnx cannot be used: {message}"):
+        build(file, said, classes=names, model_store=tmp_path)
 
 
 def test_normalising_twice_is_refused(tmp_path: Path) -> None:

@@ -55,7 +55,10 @@ def test_a_model_card_survives_being_written_and_read() -> None:
     [
         ({"classes": "many"}, "classes must be int"),
         ({"clases": 3}, "unknown key 'clases'"),
-        ({"preprocessing": {"crop": 0}}, "crop must be 1 to"),
+        ({"preprocessing": {"crop": 0}}, "'preprocessing': crop must be 1 to 4096, got 0"),
+        ({"preprocessing": {"mean": [0, 0, float("nan")]}}, "mean must be three numbers"),
+        ({"embedding": -1}, "model-card.json: embedding must be 0 to 1000000, got -1"),
+        ({"activation": "tanh"}, "model-card.json: activation must be"),
         ({"preprocessing": 5}, "expected keys and values"),
     ],
 )
@@ -74,6 +77,12 @@ def test_a_model_card_without_its_classes_is_refused() -> None:
 def test_a_missing_model_card_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"model-card\.json: cannot be read"):
         ModelCard.load(tmp_path / "model-card.json")
+
+
+@pytest.mark.parametrize("side", [0, 5000])
+def test_what_the_builder_makes_is_checked_as_what_a_worker_reads(side: int) -> None:
+    with pytest.raises(ArchiveError, match=f"crop must be 1 to 4096, got {side}"):
+        Preprocessing(4096, side)
 
 
 def test_a_crop_larger_than_the_resized_picture_is_refused() -> None:
