@@ -25,7 +25,7 @@ from benchmarks.machine import RESULTS, write_report
 from scripts.build import timm_models
 from scripts.build.architectures import TIMM, architectures
 from scripts.build.archive import build, recipe
-from scripts.build.packing import BUILD
+from scripts.build.packing import BUILD, Said
 from scripts.build.weights import untrained
 from scripts.terminal import command, console
 
@@ -63,7 +63,9 @@ def _of_timm(name: str, folder: Path) -> Path:
     file = folder / "weights.safetensors"
     model = timm.create_model(name, pretrained=False)
     safetensors.torch.save_model(model, str(file))
-    return timm_models.build(timm_models.obtain(TIMM + name, file, None), model_store=folder)
+    preprocessing = timm_models.preprocessing_of(TIMM + name, Said())
+    found = timm_models.obtain(TIMM + name, file, None)
+    return timm_models.build(found, preprocessing, model_store=folder)
 
 
 @dataclass(frozen=True)

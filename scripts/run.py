@@ -11,7 +11,7 @@ from classification_client import Client, ServiceError
 from classification_client.printing import show
 from scripts.build.activation import SOFTMAX, choose
 from scripts.build.architectures import check_architecture
-from scripts.build.archive import build, customized, obtain_for_trial, recipe
+from scripts.build.archive import build, obtain_for_trial, preprocessing_of, recipe
 from scripts.build.commands import (
     ActivationOption,
     AgreementOption,
@@ -32,7 +32,7 @@ from scripts.build.commands import (
 )
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
-from scripts.build.packing import check_choices
+from scripts.build.packing import Said, check_choices
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan
@@ -78,7 +78,8 @@ def main(
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
     labelling = choose(activation, thresholds)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
+    said = Said(resize, crop, mean, std, interpolation, fit)
+    preprocessing = preprocessing_of(arch, said)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     # What runs already must not have to end for something that cannot begin.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 from rich.status import Status
 from torch import nn
 
-from handler.errors import ArchiveError
 from handler.labels import Label
 from handler.settings import ModelCard, Preprocessing
 from scripts.build import export, heads, lower_precision, onnx_model
@@ -31,10 +29,11 @@ from scripts.build.packing import (
     BUILD,
     HANDLER,
     Contents,
+    Said,
     check_choices,
+    customized,
     files_that_matter,
     labels_of,
-    numbers,
     pack,
     summary_of_classes,
     summary_of_preprocessing,
@@ -304,42 +303,10 @@ def obtain_for_trial(
         return untrained(architecture)
 
 
-def customized(  # as many as there are to say
-    architecture: str,
-    resize: int | None = None,
-    crop: int | None = None,
-    mean: str | None = None,
-    std: str | None = None,
-    interpolation: str | None = None,
-    fit: str | None = None,
-) -> Preprocessing:
+def preprocessing_of(architecture: str, said: Said) -> Preprocessing:
     """What torchvision does for the architecture, with what a person says instead.
-
-    Args:
-        architecture: name in torchvision's registry.
-        resize: length of the shorter side, in pixels.
-        crop: side of the square from the centre, in pixels.
-        mean: three numbers with commas between, on the scale 0 to 1; one counts three times.
-        std: likewise.
-        interpolation: nearest, bilinear or bicubic.
-        fit: crop, squash or pad; with the latter two resize is as crop where it is not said.
 
     Raises:
         UserError: a value cannot be used.
     """
-    said: dict[str, Any] = {
-        "resize": resize,
-        "crop": crop,
-        "mean": numbers("MEAN", mean),
-        "std": numbers("STD", std),
-        "interpolation": interpolation,
-        "fit": fit,
-    }
-    official = official_preprocessing(architecture)
-    if fit in {"squash", "pad"} and resize is None:
-        said["resize"] = crop or official.crop
-    chosen = {key: value for key, value in said.items() if value is not None}
-    try:
-        return dataclasses.replace(official, **chosen)
-    except ArchiveError as error:
-        raise UserError(f"The preprocessing cannot be used: {error}.") from error
+    return customized(dataclasses.asdict(official_preprocessing(architecture)), said)

@@ -9,7 +9,7 @@ from scripts.build import onnx_archive
 from scripts.build.activation import SOFTMAX, choose
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import chosen
-from scripts.build.packing import check_choices
+from scripts.build.packing import Said, check_choices
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE
 from scripts.terminal import UserError, command
 
@@ -70,6 +70,7 @@ def main(
     lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
     check_choices(name, engine, lower)
     labelling = choose(activation, thresholds)
+    said = Said(resize, crop, mean, std, interpolation, fit)
     if model_file is not None:
         others = {
             "WEIGHTS": weights is not None,
@@ -82,7 +83,6 @@ def main(
         for variable, value in others.items():
             if value:
                 raise UserError(f"MODEL_FILE is a whole model. Leave {variable} out.")
-        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
         onnx_archive.build(model_file, said, name, classes, lower, model_store, labelling)
         return
     # PyTorch is not needed before here.
@@ -91,18 +91,18 @@ def main(
             raise UserError("ARCH=timm/... has no WEIGHTS_URL, HEAD or ENGINE. Leave them out.")
         from scripts.build import timm_models  # noqa: PLC0415
 
-        said = onnx_archive.Said(resize, crop, mean, std, interpolation, fit)
+        preprocessing = timm_models.preprocessing_of(arch, said)
         model = timm_models.obtain(arch, weights, revision)
-        timm_models.build(model, said, name, classes, lower, model_store, labelling)
+        timm_models.build(model, preprocessing, name, classes, lower, model_store, labelling)
         return
     if revision is not None:
         raise UserError("REVISION is for ARCH=timm/... Leave it out.")
     from scripts.build.architectures import check_architecture  # noqa: PLC0415
-    from scripts.build.archive import build, customized, recipe  # noqa: PLC0415
+    from scripts.build.archive import build, preprocessing_of, recipe  # noqa: PLC0415
     from scripts.build.weights import obtain  # noqa: PLC0415
 
     check_architecture(arch)
-    preprocessing = customized(arch, resize, crop, mean, std, interpolation, fit)
+    preprocessing = preprocessing_of(arch, said)
     found = obtain(weights, weights_url, arch, head)
     build(recipe(found, name, classes, preprocessing, engine, lower, labelling), model_store)
 

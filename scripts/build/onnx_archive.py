@@ -33,6 +33,7 @@ from scripts.build.packing import (
     BUILD,
     NAME,
     Contents,
+    Said,
     check_choices,
     files_that_matter,
     labels_of,
@@ -49,27 +50,6 @@ from scripts.terminal import UserError, console, step
 _EVERY = 4
 
 _EPSILON = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Said:
-    """What a person says of a model's preprocessing; None for what is not said.
-
-    Attributes:
-        resize: see `handler.settings.Preprocessing`, and so are `crop` and `interpolation`.
-        crop: may be left out where the model takes one size only.
-        mean: three numbers with commas between, or one.
-        std: likewise.
-        interpolation: bilinear where it is not said.
-        fit: crop where it is not said; with squash and pad resize is as crop.
-    """
-
-    resize: int | None = None
-    crop: int | None = None
-    mean: str | None = None
-    std: str | None = None
-    interpolation: str | None = None
-    fit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

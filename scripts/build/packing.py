@@ -3,6 +3,7 @@
 Imports nothing of PyTorch, which an ONNX file does without.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from handler.errors import ArchiveError
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
@@ -69,6 +72,27 @@ class Contents:
     model_file: Path
     classifier: NDArray[np.float32] | None = None
     others: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a person says of a model's preprocessing; None for what is not said.
+
+    Attributes:
+        resize: see `handler.settings.Preprocessing`, and so are `crop` and `interpolation`.
+        crop: may be left out where the model takes one size only.
+        mean: three numbers with commas between, or one.
+        std: likewise.
+        interpolation: bilinear where it is not said.
+        fit: crop where it is not said; with squash and pad resize is as crop.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: str | None = None
+    std: str | None = None
+    interpolation: str | None = None
+    fit: str | None = None
 
 
 def check_choices(name: str | None, engine: str, lower: LowerPrecision | None = None) -> None:
@@ -167,6 +191,33 @@ def numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     except ValueError as error:
         raise UserError(f"{name} must be numbers with commas between, got {text!r}.") from error
     return found * 3 if len(found) == 1 else found
+
+
+def customized(official: Mapping[str, Any], said: Said) -> Preprocessing:
+    """A model's preprocessing, with what a person says instead.
+
+    Args:
+        official: the fields of a `Preprocessing`, which need not fit one another.
+        said: with fit squash or pad resize is as crop where it is not said.
+
+    Raises:
+        UserError: a value cannot be used, or what comes of it does not fit.
+    """
+    given = {
+        **dataclasses.asdict(said),
+        "mean": numbers("MEAN", said.mean),
+        "std": numbers("STD", said.std),
+    }
+    values = {**official, **{key: value for key, value in given.items() if value is not None}}
+    if said.fit in {"squash", "pad"} and said.resize is None:
+        values["resize"] = values["crop"]
+    try:
+        return Preprocessing(**values)
+    except ArchiveError as error:
+        raise UserError(
+            f"The preprocessing cannot be used: {error}. RESIZE, CROP, MEAN, STD, INTERPOLATION "
+            "and FIT change it."
+        ) from error
 
 
 def pack(contents: Contents, archive: Path) -> None:

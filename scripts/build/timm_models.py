@@ -4,7 +4,6 @@ timm makes the model and says its preprocessing; what is packed is ONNX, so that
 nothing of it. Weights come from a file, or from the Hugging Face hub at a pinned revision.
 """
 
-import dataclasses
 import math
 import tempfile
 from dataclasses import dataclass
@@ -17,16 +16,15 @@ import torch
 from rich.status import Status
 from torch import nn
 
-from handler.errors import ArchiveError
 from handler.settings import Preprocessing
 from scripts.build import export, hub, onnx_model
 from scripts.build.activation import SOFTMAX, Activation
 from scripts.build.architectures import TIMM
 from scripts.build.lower_precision import LowerPrecision
-from scripts.build.onnx_archive import Said, Source, build_of
-from scripts.build.packing import BUILD, check_choices, labels_of, numbers
+from scripts.build.onnx_archive import Source, build_of
+from scripts.build.packing import BUILD, Said, check_choices, customized, labels_of
 from scripts.build.weight_files import read_state_dict
-from scripts.build.weights import first_mismatches
+from scripts.build.weights import check_finite, first_mismatches
 from scripts.samples import sample_batch
 from scripts.store import MODEL_STORE
 from scripts.terminal import UserError, console, step
@@ -45,7 +43,6 @@ class TimmModel:
         name: timm's, as in "resnet50.a1_in1k".
         module: in evaluation mode.
         classes: how many it tells apart.
-        preprocessing: what its weights were trained with.
         file: that the weights came from.
         sha256: of that file.
     """
@@ -53,7 +50,6 @@ class TimmModel:
     name: str
     module: nn.Module
     classes: int
-    preprocessing: Preprocessing
     file: str
     sha256: str
 
@@ -98,26 +94,34 @@ def obtain(architecture: str, path: Path | None, revision: str | None) -> TimmMo
             f"{path.name} does not fit {architecture} with {classes} classes: "
             f"{first_mismatches(error)}."
         ) from error
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path.name}: {key} holds values that are not finite.")
-    preprocessing = official_preprocessing(name)
-    return TimmModel(name, module, classes, preprocessing, path.name, sha256)
+    check_finite(module, path.name)
+    return TimmModel(name, module, classes, path.name, sha256)
 
 
-def official_preprocessing(name: str) -> Preprocessing:
-    """What timm does to a picture before a model's weights see it."""
+def preprocessing_of(architecture: str, said: Said) -> Preprocessing:
+    """What timm does to a picture before a model's weights see it, with what is said instead.
+
+    Args:
+        architecture: as in "timm/resnet50.a1_in1k".
+        said: by a person.
+
+    Raises:
+        UserError: timm has no such model, or what it does cannot be done here: of some models it
+            cuts a square that is larger than the resized picture.
+    """
     timm = _timm()
+    name = architecture.removeprefix(TIMM)
     config = timm.data.resolve_data_config({}, pretrained_cfg=_config(timm, name).to_dict())
     crop = config["input_size"][-1]
-    return Preprocessing(
-        resize=math.floor(crop / config["crop_pct"]),
-        crop=crop,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        fit=_FITS.get(config["crop_mode"], config["crop_mode"]),
-    )
+    official = {
+        "resize": math.floor(crop / config["crop_pct"]),
+        "crop": crop,
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
+        "fit": _FITS.get(config["crop_mode"], config["crop_mode"]),
+    }
+    return customized(official, said)
 
 
 def _timm() -> Any:
@@ -145,7 +149,7 @@ def _config(timm: Any, name: str) -> Any:
 
 def build(
     model: TimmModel,
-    said: Said = Said(),  # noqa: B008  # frozen
+    preprocessing: Preprocessing,
     name: str | None = None,
     classes: Path | None = None,
     lower: LowerPrecision | None = None,
@@ -156,7 +160,7 @@ def build(
 
     Args:
         model: with its weights.
-        said: what a person says instead of timm's preprocessing.
+        preprocessing: see `preprocessing_of`.
         name: of the archive; None for timm's, with - for what an address cannot have.
         classes: the list of classes; None for ImageNet's.
         lower: instead of float32; None for float32.
@@ -168,7 +172,6 @@ def build(
     """
     name = model.name.replace(".", "-") if name is None else name
     check_choices(name, "onnx", lower)
-    preprocessing = _customized(model.preprocessing, said)
     several = labelling.name != SOFTMAX.name
     labels = labels_of(model.classes, model.file, classes, several=several)
 
@@ -201,21 +204,3 @@ def _export(model: TimmModel, preprocessing: Preprocessing, target: Path) -> Non
             f"pixels: {str(error)[:200]}. Choose another CROP."
         ) from error
     export.export_plain(model.module, preprocessing.crop, target)
-
-
-def _customized(official: Preprocessing, said: Said) -> Preprocessing:
-    chosen: dict[str, Any] = {
-        "resize": said.resize,
-        "crop": said.crop,
-        "mean": numbers("MEAN", said.mean),
-        "std": numbers("STD", said.std),
-        "interpolation": said.interpolation,
-        "fit": said.fit,
-    }
-    if said.fit in {"squash", "pad"} and said.resize is None:
-        chosen["resize"] = said.crop or official.crop
-    given = {key: value for key, value in chosen.items() if value is not None}
-    try:
-        return dataclasses.replace(official, **given)
-    except ArchiveError as error:
-        raise UserError(f"The preprocessing cannot be used: {error}.") from error

@@ -230,9 +230,7 @@ def load(path: Path, architecture: str = DEFAULT_ARCHITECTURE, head: str | None 
             f"{path.name} does not fit {architecture} with {classes} classes: "
             f"{first_mismatches(error)}.{_suggestion(state_dict, architecture)}"
         ) from error
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path.name}: {name} holds values that are not finite.")
+    check_finite(model, path.name)
     return Weights(
         model.state_dict(),
         path.name,
@@ -269,6 +267,13 @@ def first_mismatches(error: Exception) -> str:
     shown = "; ".join(textwrap.shorten(line, 300) for line in lines[:_SHOWN_MISMATCHES])
     more = len(lines) - _SHOWN_MISMATCHES
     return f"{shown}; and {more} more" if more > 0 else shown
+
+
+def check_finite(model: nn.Module, file: str) -> None:
+    """Raises `UserError` where one of the model's numbers, read from `file`, is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{file}: {name} holds values that are not finite.")
 
 
 def _suggestion(state_dict: Mapping[str, Tensor], architecture: str) -> str:

@@ -26,8 +26,8 @@ from classification_client import RequestOptions
 from classification_client.command import classify
 from scripts.build import timm_models
 from scripts.build.archive import build, recipe
-from scripts.build.onnx_archive import Said
 from scripts.build.onnx_archive import build as build_onnx
+from scripts.build.packing import Said
 from scripts.build.weights import load
 from scripts.samples import CAT
 from scripts.serve.running import Running, free_ports
@@ -154,9 +154,11 @@ def of_timm(folder: Path) -> Kind:
     transform = timm_transform("test_resnet.r160_in1k", crop_mode="border", crop_pct=1.0)
     spread(model, transform)
     save_file(model.state_dict(), folder / "timm.safetensors")
-    mine = timm_models.obtain("timm/test_resnet.r160_in1k", folder / "timm.safetensors", None)
+    name = "timm/test_resnet.r160_in1k"
+    preprocessing = timm_models.preprocessing_of(name, Said(fit="pad"))
+    mine = timm_models.obtain(name, folder / "timm.safetensors", None)
     archive = timm_models.build(
-        mine, Said(fit="pad"), "from-timm", folder / "classes.txt", model_store=folder
+        mine, preprocessing, "from-timm", folder / "classes.txt", model_store=folder
     )
     last = given_to(model.get_submodule("fc"), model, transform)
     return Kind(archive, pytorch(model, transform), explained=True, embedding=last)

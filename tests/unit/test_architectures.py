@@ -16,8 +16,9 @@ from scripts.build.architectures import (
     last_layer,
     official_preprocessing,
 )
-from scripts.build.archive import customized
+from scripts.build.archive import preprocessing_of
 from scripts.build.export import Normalized, WithFeatures, features_node
+from scripts.build.packing import Said
 from scripts.build.weights import build_model, untrained
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
@@ -101,7 +102,7 @@ def test_untrained_answers_differ_with_other_architectures_too() -> None:
 
 
 def test_what_a_person_says_of_the_preprocessing_counts() -> None:
-    mine = customized("densenet121", resize=64, crop=64, std="1")
+    mine = preprocessing_of("densenet121", Said(resize=64, crop=64, std="1"))
     assert mine == Preprocessing(64, 64, std=(1, 1, 1))
     assert np.array_equal(sample_batch(mine).shape, (18, 3, 64, 64))
 
@@ -118,4 +119,4 @@ def test_what_a_person_says_of_the_preprocessing_counts() -> None:
 )
 def test_preprocessing_that_cannot_be_is_refused(said: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        customized("densenet121", **said)
+        preprocessing_of("densenet121", Said(**said))

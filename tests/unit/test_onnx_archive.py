@@ -19,8 +19,9 @@ from handler.engines import load_engine
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.activation import choose
-from scripts.build.onnx_archive import Said, build, convert
+from scripts.build.onnx_archive import build, convert
 from scripts.build.onnx_model import read
+from scripts.build.packing import Said
 from scripts.samples import sample_batch
 from scripts.store import read_card
 from scripts.terminal import UserError

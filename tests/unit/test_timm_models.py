@@ -17,7 +17,7 @@ from handler.images import PixelBudget, decode
 from scripts.build import hub, timm_models
 from scripts.build.architectures import check_architecture
 from scripts.build.export import Normalized
-from scripts.build.onnx_archive import Said
+from scripts.build.packing import Said
 from scripts.terminal import UserError
 from tests.pictures import encode, photographs
 from tests.timm_transforms import timm_transform
@@ -148,19 +148,33 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module, tmp_path: Path) -
     torch.save({"head.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"it has no fc.weight.* MODEL_FILE=model.onnx"):
         timm_models.obtain(ARCHITECTURE, tmp_path / "other.pth", None)
+    torch.save({**state_dict, "fc.bias": torch.tensor([0, 0, torch.inf])}, tmp_path / "inf.pth")
+    with pytest.raises(UserError, match=r"inf.pth: fc.bias holds values that are not finite"):
+        timm_models.obtain(ARCHITECTURE, tmp_path / "inf.pth", None)
 
 
 def test_another_size_than_a_model_takes_is_refused(tmp_path: Path) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    mine = timm_models.obtain("timm/vit_tiny_patch16_224", tmp_path / "vit.pth", None)
+    name = "timm/vit_tiny_patch16_224"
+    mine = timm_models.obtain(name, tmp_path / "vit.pth", None)
+    preprocessing = timm_models.preprocessing_of(name, Said(crop=64))
     with pytest.raises(UserError, match=r"cannot take pictures of 64 x 64 pixels.* another CROP"):
-        timm_models.build(mine, Said(crop=64), model_store=tmp_path)
+        timm_models.build(mine, preprocessing, model_store=tmp_path)
+
+
+def test_a_square_larger_than_the_picture_is_refused_unless_another_is_said() -> None:
+    name = "timm/volo_d4_448.sail_in1k"
+    with pytest.raises(UserError, match=r"crop 448 is larger than resize 389. RESIZE, CROP, MEAN"):
+        timm_models.preprocessing_of(name, Said())
+    mine = timm_models.preprocessing_of(name, Said(resize=512, crop=448))
+    assert (mine.resize, mine.crop, mine.interpolation) == (512, 448, "bicubic")
+    assert timm_models.preprocessing_of(name, Said(fit="squash")).resize == 448
 
 
 def test_names_that_timm_does_not_have_get_similar_ones() -> None:
     with pytest.raises(UserError, match=r"no model 'resnet51'. Alike are: .*timm/resnet5"):
-        timm_models.official_preprocessing("resnet51")
+        timm_models.preprocessing_of("timm/resnet51", Said())
     with pytest.raises(UserError, match="built by make archive ARCH=timm/resnet50; then make"):
         check_architecture("timm/resnet50")
 
@@ -170,7 +184,7 @@ def test_names_that_timm_does_not_have_get_similar_ones() -> None:
     ["densenet121.ra_in1k", "resnet50.a1_in1k", "test_vit.r160_in1k", "mixer_b16_224.goog_in21k"],
 )
 def test_preprocessing_is_that_of_the_weights(name: str) -> None:
-    preprocessing = timm_models.official_preprocessing(name)
+    preprocessing = timm_models.preprocessing_of(f"timm/{name}", Said())
     theirs = timm_transform(name)
     normalize = Normalized(nn.Identity(), preprocessing)
     for title, image in list(photographs())[::17]:
