@@ -89,6 +89,8 @@ def main(
     if arch.startswith("timm/"):
         if weights_url or head or engine != "onnx":
             raise UserError("ARCH=timm/... has no WEIGHTS_URL, HEAD or ENGINE. Leave them out.")
+        if weights is not None and revision is not None:
+            raise UserError("REVISION is of weights on the hub. Leave it out, or WEIGHTS.")
         from scripts.build import timm_models  # noqa: PLC0415
 
         preprocessing = timm_models.preprocessing_of(arch, said)

@@ -16,6 +16,7 @@ from torch import nn
 from handler.images import PixelBudget, decode
 from scripts.build import hub, timm_models
 from scripts.build.architectures import check_architecture
+from scripts.build.commands import main
 from scripts.build.export import Normalized
 from scripts.build.packing import Said
 from scripts.terminal import UserError
@@ -170,6 +171,11 @@ def test_a_square_larger_than_the_picture_is_refused_unless_another_is_said() ->
     mine = timm_models.preprocessing_of(name, Said(resize=512, crop=448))
     assert (mine.resize, mine.crop, mine.interpolation) == (512, 448, "bicubic")
     assert timm_models.preprocessing_of(name, Said(fit="squash")).resize == 448
+
+
+def test_a_revision_is_refused_where_weights_are_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"REVISION is of weights on the hub. Leave it out"):
+        main(arch=ARCHITECTURE, weights=tmp_path / "mine.pth", revision=REVISION)
 
 
 def test_names_that_timm_does_not_have_get_similar_ones() -> None:
