@@ -32,6 +32,9 @@ class AddressError(ValueError):
     """An address that no file system takes; `str(error)` says why."""
 
 
+_retried = stamina.retry(on=AwayError, attempts=_ATTEMPTS, timeout=_SECONDS)
+
+
 @dataclass(frozen=True)
 class Place:
     """A file or a folder.
@@ -63,6 +66,7 @@ def place(address: str) -> Place:
 
     Raises:
         AddressError: no file system is called so, or the address has something that it has not.
+        AwayError: the storage cannot be asked now where the bucket is.
     """
     base, question, query = address.partition("?")
     if _SCHEME.match(address):
@@ -79,7 +83,7 @@ def within(path: str, base: str, query: str = "") -> Place:
         query: what the file system of a bucket is to be told, from a question mark on.
 
     Raises:
-        AddressError: as `place`.
+        AddressError: as `place`; so is AwayError.
     """
     if not _SCHEME.match(path):
         return Place(_local(), os.path.abspath(os.path.join(base, path)))  # noqa: PTH100, PTH118
@@ -100,14 +104,21 @@ def _local() -> Any:
 
 
 @lru_cache
+@_retried
 def _system(address: str) -> Any:
     """Of a bucket; its keys are no part of the address, where they would have to be quoted."""
     try:
         return fs.FileSystem.from_uri(address)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise AddressError(f"{address}: {error}") from error
+    except OSError as error:
+        # Of an S3 bucket without a region in its address the network is asked for it.
+        if str(error).endswith("' not found"):
+            raise AddressError(f"{address}: {error}") from error
+        raise AwayError(error.errno, error.strerror or str(error)) from error
 
 
+@_retried
 def read(file: Place, most: int) -> bytes:
     """A file's bytes, of a longer one the first `most` and one more.
 
@@ -115,10 +126,7 @@ def read(file: Place, most: int) -> bytes:
         AwayError: it cannot be read now, though it was tried several times.
         OSError: it can never be read as it is.
     """
-    for attempt in stamina.retry_context(on=AwayError, attempts=_ATTEMPTS, timeout=_SECONDS):
-        with attempt:
-            return _read(file, most)
-    raise AssertionError  # the last attempt returns or raises
+    return _read(file, most)
 
 
 def _read(file: Place, most: int) -> bytes:
@@ -172,15 +180,18 @@ def write(file: Place, content: Any) -> None:
     """
     if file.is_local:
         _write_local(Path(file.path), content)
-        return
-    for attempt in stamina.retry_context(on=AwayError, attempts=_ATTEMPTS, timeout=_SECONDS):
-        with attempt:
-            try:
-                # An object is there from its end on, not before; nothing in between may fail.
-                with file.system.open_output_stream(file.path) as opened:
-                    opened.write(content)
-            except OSError as error:
-                raise AwayError(error.errno, error.strerror or str(error)) from error
+    else:
+        _write_object(file, content)
+
+
+@_retried
+def _write_object(file: Place, content: Any) -> None:
+    try:
+        # An object is there from its end on, not before; nothing in between may fail.
+        with file.system.open_output_stream(file.path) as opened:
+            opened.write(content)
+    except OSError as error:
+        raise AwayError(error.errno, error.strerror or str(error)) from error
 
 
 def _write_local(file: Path, content: Any) -> None:

@@ -9,11 +9,14 @@ import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stamina
+from pyarrow.fs import LocalFileSystem
 
 from batch import parts, plan, storage
 from batch.archive import ForeignFolderError, _root, unpack
@@ -89,6 +92,11 @@ def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) ->
     assert made == contents * 2
 
 
+def _contents(rows: list[dict[str, Any]]) -> list[bytes | OSError]:
+    table = pa.Table.from_pylist(rows, parts.SCHEMA)
+    return list(parts.contents(table, "image", "/", "", 1000))
+
+
 def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
     folder = storage.place(str(tmp_path))
     many = parts.SHARD + 300
@@ -139,6 +147,36 @@ def test_what_holds_no_pictures_is_said(
 def test_an_address_of_no_file_system_is_said(address: str, sentence: str) -> None:
     with pytest.raises(AddressError, match=sentence):
         storage.place(address)
+
+
+def test_a_bucket_is_looked_up_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a region in its address the network is asked for it.
+    answers: list[OSError | tuple[Any, str]] = []
+
+    def from_uri(_: str) -> tuple[Any, str]:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    systems = SimpleNamespace(from_uri=from_uri)
+    monkeypatch.setattr(
+        storage, "fs", SimpleNamespace(FileSystem=systems, LocalFileSystem=LocalFileSystem)
+    )
+    gone = OSError("When resolving region for bucket 'a': AWS Error NETWORK_CONNECTION")
+    with stamina.set_testing(True, attempts=4):
+        answers += [gone, gone, gone, ("system", "a")]
+        assert storage.place("s3://bucket-1/key") == storage.Place("system", "bucket-1/key")
+        answers += [gone] * 4
+        with pytest.raises(AwayError, match="NETWORK_CONNECTION"):
+            storage.place("s3://bucket-2/key")
+        answers += [gone] * 4
+        (found,) = _contents([{"path": "s3://bucket-3/key"}])
+        assert isinstance(found, AwayError)
+        answers += [OSError("Bucket 'bucket-4' not found")]
+        with pytest.raises(AddressError, match="'bucket-4' not found"):
+            storage.place("s3://bucket-4/key")
+    assert not answers
 
 
 def test_a_key_may_have_whatever_an_address_would_quote() -> None:
