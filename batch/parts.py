@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from batch import storage
-from batch.storage import Place
 
 # Pictures of a part, at most: what one task decodes, and what is made again where a node dies.
 LARGEST = 256
@@ -83,11 +83,17 @@ def contents(
         query: see there.
         most: bytes; of a longer file so many and one more.
     """
-    if rows.column("file").null_count == 0:
-        assert column is not None
-        yield from _in_parquet(rows, column, base, query)
-        return
+    # A folder may have Parquet files with addresses beside such with bytes.
+    for file, some in groupby(rows.to_pylist(), itemgetter("file")):
+        if file is None:
+            yield from _in_files([row["path"] for row in some], base, query, most)
+        else:
+            assert column is not None
+            wanted = [row["row"] for row in some]
+            yield from _in_parquet(file, wanted, column, base, query)
 
+
+def _in_files(paths: list[str], base: str, query: str, most: int) -> Iterator[bytes | OSError]:
     def read(path: str) -> bytes | OSError:
         try:
             return storage.read(storage.within(path, base, query), most)
@@ -98,45 +104,60 @@ def contents(
 
     with ThreadPoolExecutor(_AHEAD) as pool:
         # Made as they are asked for.
-        submitted = (pool.submit(read, path) for path in rows.column("path").to_pylist())
+        submitted = (pool.submit(read, path) for path in paths)
         waiting = deque(islice(submitted, _AHEAD))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(islice(submitted, 1))
 
 
-def _in_parquet(rows: Any, column: str, base: str, query: str) -> Iterator[bytes]:
-    files = rows.column("file").to_pylist()
-    numbers = rows.column("row").to_pylist()
-    for file in dict.fromkeys(files):
-        wanted = [number for of, number in zip(files, numbers, strict=True) if of == file]
-        with opened_parquet(storage.within(file, base, query)) as opened:
-            yield from _rows(opened, column, wanted)
-
-
-def _rows(opened: Any, column: str, wanted: list[int]) -> Iterator[bytes]:
-    """Values of a column, from those row groups only that have them."""
-    is_struct = pa.types.is_struct(opened.schema_arrow.field(column).type)
-    source = f"{column}.bytes" if is_struct else column
-    # The rows of a part follow one another.
-    first, start = wanted[0], 0
+def _in_parquet(
+    file: str, wanted: list[int], column: str, base: str, query: str
+) -> Iterator[bytes | OSError]:
+    """The pictures of some rows, which follow one another; of damaged row groups errors."""
+    try:
+        content = storage.opened(storage.within(file, base, query))
+    except OSError as error:
+        yield from [error] * len(wanted)
+        return
+    try:
+        opened = parquet.ParquetFile(content)
+    except (OSError, pa.ArrowException) as error:
+        yield from [_damage(error, "its Parquet file")] * len(wanted)
+        return
+    start = 0
     for group in range(opened.num_row_groups):
         end = start + opened.metadata.row_group(group).num_rows
-        if end > first and start <= wanted[-1]:
-            position = start
-            for batch in opened.iter_batches(LARGEST, [group], [source]):
-                (values,) = batch.columns
-                if is_struct:
-                    (values,) = values.flatten()
-                low, high = max(first, position), min(wanted[-1] + 1, position + len(values))
-                for index in range(low, high):
-                    yield values[index - position].as_py() or b""
-                position += len(values)
-                if position > wanted[-1]:
-                    return
+        first, last = max(start, wanted[0]), min(end, wanted[-1] + 1)
+        if first < last:
+            yield from _in_group(opened, group, column, first - start, last - start)
         start = end
 
 
-def opened_parquet(file: Place) -> Any:
-    """A Parquet file; raises pyarrow's `ArrowInvalid` where it is none."""
-    return parquet.ParquetFile(file.system.open_input_file(file.path))
+def _in_group(
+    opened: Any, group: int, column: str, first: int, last: int
+) -> Iterator[bytes | OSError]:
+    """The pictures of the rows from `first` to before `last` of a row group."""
+    is_struct = pa.types.is_struct(opened.schema_arrow.field(column).type)
+    source = f"{column}.bytes" if is_struct else column
+    position, left = 0, last - first
+    try:
+        for batch in opened.iter_batches(LARGEST, [group], [source]):
+            (values,) = batch.columns
+            if is_struct:
+                (values,) = values.flatten()
+            for value in values[max(first - position, 0) : last - position]:
+                yield value.as_py() or b""
+                left -= 1
+            position += len(values)
+            if position >= last:
+                return
+    except (OSError, pa.ArrowException) as error:
+        yield from [_damage(error, f"row group {group} of its Parquet file")] * left
+
+
+def _damage(error: Exception, what: str) -> OSError:
+    """Why rows have no picture: the storage did not give it, or what it gave is damaged."""
+    if isinstance(error, storage.AwayError):
+        return error
+    return OSError(f"{what} is damaged: {' '.join(str(error).split())}")

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from batch import storage
-from batch.parts import MOST_BYTES, SCHEMA, SHARD, opened_parquet, shard_name, size_for
+from batch.parts import MOST_BYTES, SCHEMA, SHARD, shard_name, size_for
 from batch.storage import Place
 from classification_client.pictures import SUFFIXES
 
@@ -149,7 +149,7 @@ def _values(opened: Any, column: str, *, nested: bool = False) -> Iterator[Any]:
 
 def _opened(file: Place) -> Any:
     try:
-        return opened_parquet(file)
+        return parquet.ParquetFile(storage.opened(file))
     except pa.ArrowInvalid as error:
         raise PlanError(f"{file.path} is no Parquet file: {error}") from error
 

@@ -160,6 +160,58 @@ def _judged(error: OSError, file: Place) -> OSError:
     return AwayError(error.errno, error.strerror or str(error))
 
 
+def opened(file: Place) -> Any:
+    """A file of pyarrow's that is read in pieces, each of which is tried several times.
+
+    Raises:
+        OSError: as `read`; so do its methods that read.
+    """
+    return pa.PythonFile(_Pieces(file), mode="r")
+
+
+class _Pieces:
+    """What `pyarrow.PythonFile` needs of a file that is read."""
+
+    closed = False
+
+    def __init__(self, file: Place) -> None:
+        self._file = file
+        self._input = _input(file)
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._input.size()}
+        self._at = starts[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int) -> bytes:
+        content = self._read(count)
+        self._at += len(content)
+        return content
+
+    def close(self) -> None:
+        self._input.close()
+
+    @_retried
+    def _read(self, count: int) -> bytes:
+        try:
+            content: bytes = self._input.read_at(count, self._at)
+        except OSError as error:
+            raise _judged(error, self._file) from error
+        return content
+
+
+@_retried
+def _input(file: Place) -> Any:
+    try:
+        return file.system.open_input_file(file.path)
+    except OSError as error:
+        raise _judged(error, file) from error
+
+
 def _has_entries(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:

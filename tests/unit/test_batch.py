@@ -7,6 +7,7 @@ import io
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,9 +93,103 @@ def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) ->
     assert made == contents * 2
 
 
+def _rows_of(file: Path, numbers: range) -> list[dict[str, Any]]:
+    """Of the plan."""
+    return [{"path": f"{row}", "file": str(file), "row": row} for row in numbers]
+
+
 def _contents(rows: list[dict[str, Any]]) -> list[bytes | OSError]:
     table = pa.Table.from_pylist(rows, parts.SCHEMA)
     return list(parts.contents(table, "image", "/", "", 1000))
+
+
+def test_a_part_may_have_addresses_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    pq.write_table(pa.table({"image": ["a.jpg", None]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"image": [b"b", None]}), tmp_path / "2.parquet")
+    pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "3.parquet")
+    rows = [vars(entry) for entry in _entries(tmp_path, "image")]
+    for row in rows:
+        row["path"] = row["path"].replace("a.jpg", f"{tmp_path}/a.jpg")
+    first, nowhere, *rest = _contents(rows)
+    assert isinstance(nowhere, IsADirectoryError)
+    assert [first, *rest] == [b"a", b"b", b"", b"a"]
+
+
+def test_a_damaged_row_group_is_rows_that_say_so(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.parquet"
+    contents = [str(number).encode() for number in range(30)]
+    pq.write_table(pa.table({"image": contents}), file, row_group_size=10)
+    data = bytearray(file.read_bytes())
+    at = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    data[at : at + 8] = b"\xff" * 8
+    file.write_bytes(data)
+    found = _contents(_rows_of(file, range(5, 30)))
+    assert found[:5] + found[15:] == contents[5:10] + contents[20:]
+    for one in found[5:15]:
+        assert isinstance(one, OSError)
+        assert not isinstance(one, AwayError)
+        assert str(one).startswith("row group 1 of its Parquet file is damaged: ")
+    file.write_bytes(b"PAR1 and no more")
+    for one in _contents(_rows_of(file, range(3))):
+        assert str(one).startswith("its Parquet file is damaged: ")
+    file.unlink()
+    (tmp_path / "another").touch()
+    assert [type(one) for one in _contents(_rows_of(file, range(3)))] == [FileNotFoundError] * 3
+
+
+class _Network:
+    """A file system that some requests do not reach; one of pyarrow's cannot be changed."""
+
+    def __init__(self, lost: Callable[[int], bool]) -> None:
+        self._requests = 0
+        self._lost = lost
+
+    def _request(self) -> None:
+        self._requests += 1
+        if self._lost(self._requests):
+            raise OSError("AWS Error NETWORK_CONNECTION")
+
+    def open_input_file(self, path: str) -> Any:
+        self._request()
+        self._file = pa.OSFile(path)
+        return self
+
+    def size(self) -> int:
+        size: int = self._file.size()
+        return size
+
+    def read_at(self, count: int, start: int) -> Any:
+        self._request()
+        return self._file.read_at(count, start)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize(
+    ("lost", "is_read"),
+    [
+        (lambda number: number % 4 > 0, True),
+        (lambda number: number > 0, False),
+        (lambda number: number > 4, False),
+    ],
+)
+def test_pictures_in_parquet_are_tried_several_times(
+    lost: Callable[[int], bool], *, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pictures.parquet"
+    contents = [str(number).encode() for number in range(30)]
+    pq.write_table(pa.table({"image": contents}), file, row_group_size=10)
+    network = _Network(lost)
+    monkeypatch.setattr(storage, "_local", lambda: network)
+    with stamina.set_testing(True, attempts=4):
+        found = _contents(_rows_of(file, range(30)))
+    assert len(found) == 30
+    if is_read:
+        assert found == contents
+    else:
+        assert isinstance(found[-1], AwayError)
 
 
 def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
