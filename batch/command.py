@@ -196,6 +196,8 @@ def _report(job: Job, tally: Tally, seconds: float, output: str) -> None:
     commonest = tally.errors.most_common(_COMMONEST)
     for error, count in commonest:
         console.print(f"{count:8,} x {error}", markup=False, highlight=False)
+    for reason, count in tally.fallbacks.most_common():
+        warn(f"{count:,} pictures are answered in float32, not the archive's precision: {reason}")
     counts = {
         "read": tally.read,
         "classified": tally.classified,
@@ -203,7 +205,9 @@ def _report(job: Job, tally: Tally, seconds: float, output: str) -> None:
         "seconds": round(seconds, 1),
         "pictures_per_second": round(tally.read / seconds, 1),
     }
-    job.write_report({**counts, "errors": dict(commonest), "job": asdict(job)})
+    job.write_report(
+        {**counts, "errors": dict(commonest), "fallbacks": tally.fallbacks, "job": asdict(job)}
+    )
     step(f"Results: {output}")
     console.print(
         f"{tally.read:,} read, {tally.classified:,} classified, {tally.refused:,} refused, "

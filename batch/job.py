@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batch import parts, storage
+from batch import parts, schema, storage
 from batch.storage import Place
 
 # Names that begin with _ are left out by what reads folders of Parquet files.
@@ -35,6 +35,7 @@ class Job:
         output: the address of the folder of results, absolute.
         pictures: how many there are.
         part_size: how many of them a part has, but for the last.
+        version: of the columns of the results.
     """
 
     archive_sha256: str
@@ -47,6 +48,7 @@ class Job:
     output: str
     pictures: int = 0
     part_size: int = 0
+    version: int = schema.VERSION
 
     @property
     def folder(self) -> Place:
@@ -111,7 +113,9 @@ def begun(asked: Job) -> Job | None:
                 "command's. Name an empty folder, or one that is not there."
             )
         return None
-    found = Job(**json.loads(storage.read(folder / _JOB, parts.MOST_BYTES)))
+    said = json.loads(storage.read(folder / _JOB, parts.MOST_BYTES))
+    # The first version did not say which it was.
+    found = Job(**{"version": 1} | said)
     differing = [
         f"{name} {getattr(found, field)!r} there, {getattr(asked, field)!r} here"
         for field, name in _NAMES.items()
@@ -133,6 +137,7 @@ _NAMES = {
     "topk": "topk",
     "threshold": "threshold",
     "embedding": "embedding",
+    "version": "version of the columns",
 }
 
 

@@ -53,11 +53,13 @@ class Tally:
         classified: how many have labels.
         refused: how many have an error.
         errors: how often each occurs; numbers in their messages are left out.
+        fallbacks: how many were not answered in the archive's precision, by the reason.
     """
 
     classified: int = 0
     refused: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
     @property
     def read(self) -> int:
@@ -69,6 +71,7 @@ class Tally:
         self.classified += other.classified
         self.refused += other.refused
         self.errors += other.errors
+        self.fallbacks += other.fallbacks
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,8 @@ def _made(
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():
-            errors = Counter(json.loads(row["errors"]))
-            yield row[schema.PART], Tally(row["classified"], row["refused"], errors)
+            counters = (Counter(json.loads(row[name])) for name in ("errors", "fallbacks"))
+            yield row[schema.PART], Tally(row["classified"], row["refused"], *counters)
 
 
 def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
@@ -234,7 +237,11 @@ class Model:
         self._classifier = stages.Classifier(archive.folder(), choices, gpu=0 if on_gpu else None)
         description = stages.describe(archive.folder(), choices)
         self._schema = schema.results(multilabel=description.multilabel, embedding=job.embedding)
-        self._same = {"warning": description.warning, schema.ARCHIVE: job.archive_sha256}
+        self._same = {
+            "warning": description.warning,
+            schema.PRECISION: self._classifier.precision,
+            schema.ARCHIVE: job.archive_sha256,
+        }
         self._job = job
         self._one_at_a_time = Lock()
 
@@ -259,12 +266,14 @@ class Model:
             f"{kind}: {_DIGITS.sub('N', message)}"
             for kind, message in zip(*_lists(failed, "error_type", "error_message"), strict=True)
         )
+        reason = self._classifier.fallback
         return pa.table(
             {
                 schema.PART: [part],
                 "classified": [len(results) - len(failed)],
                 "refused": [len(failed)],
                 "errors": [json.dumps(errors)],
+                "fallbacks": [json.dumps({reason: len(results)} if reason else {})],
             }
         )
 

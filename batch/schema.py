@@ -4,7 +4,11 @@ from typing import Any
 
 import pyarrow as pa
 
+# Of the columns; a folder of results has those of one version.
+VERSION = 2
+
 ARCHIVE = "archive_sha256"
+PRECISION = "precision"
 
 # Between the stages only.
 PART = "part"
@@ -46,6 +50,8 @@ def results(*, multilabel: bool, embedding: bool) -> Any:
     fields += [
         # Of a model with untrained weights: its answers mean nothing.
         pa.field("warning", pa.string()),
+        # What the model computed in, which may be another than the archive's.
+        pa.field(PRECISION, pa.string(), nullable=False),
         pa.field(ARCHIVE, pa.string(), nullable=False),
     ]
     return pa.schema(fields)

@@ -126,7 +126,12 @@ class Decoder:
 
 
 class Classifier:
-    """From pixels to an answer; loads the model."""
+    """From pixels to an answer; loads the model.
+
+    Attributes:
+        precision: what it computes in, see `handler.engines.Engine`.
+        fallback: why that is not the archive's; empty where it is.
+    """
 
     def __init__(
         self, folder: Path, choices: Choices, threads: int = 1, gpu: int | None = None
@@ -143,6 +148,7 @@ class Classifier:
         self._engine, self.fallback = load_precise(
             file, self._card, cores, gpu=gpu, required=required
         )
+        self.precision = self._engine.precision
         crop = self._card.preprocessing.crop
         self._shape = (3, crop, crop)
         self._max_batch = _settings(folder).max_batch

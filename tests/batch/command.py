@@ -71,9 +71,8 @@ def differs(row: Row, session: requests.Session, server: Running, topk: int = 5)
     """Whether a row is something else than the server's answer for the same bytes."""
     headers = {"Content-Type": "application/octet-stream"}
     content = Path(row["path"]).read_bytes()
-    answer: Any = session.post(
-        server.predictions_url, data=content, headers=headers, timeout=60
-    ).json()
+    response = session.post(server.predictions_url, data=content, headers=headers, timeout=60)
+    answer: Any = response.json()
     if not answer["success"]:
         expected = {"error_type": answer["type"], "error_message": answer["message"]}
     else:
@@ -88,4 +87,5 @@ def differs(row: Row, session: requests.Session, server: Running, topk: int = 5)
         }
         if "labels" in answer:
             expected["passing"] = [label["label"] for label in answer["labels"]]
+    expected["precision"] = response.headers["X-Model-Precision"]
     return {name: row[name] for name in expected} != expected

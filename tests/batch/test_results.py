@@ -1,17 +1,23 @@
 """Rows are the served answers, whatever the pictures come in, and wherever they lie."""
 
+import json
 import os
 import signal
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
 
+from handler.precision import CHECK_IMAGES, CHECK_LABELS
+from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve.running import Running
 from scripts.store import sha256
 from tests import corpus
@@ -149,6 +155,32 @@ def test_parquet_of_pictures_gives_the_same_rows(
     assert found[:40] == listed[:-1]
     assert found[57]["path"] == f"{tmp_path}/2.parquet#17"
     assert [row["embedding"] for row in found[40:]] == [row["embedding"] for row in listed[:-1]]
+
+
+def test_rows_and_the_report_say_the_precision_that_answered(
+    small_archive: Path, pictures: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "int8.mar"
+    with zipfile.ZipFile(small_archive) as sound, zipfile.ZipFile(archive, "w") as packed:
+        for name in sound.namelist():
+            content = sound.read(name)
+            if name == MODEL_CARD:
+                card = replace(ModelCard.from_json(content), precision="int8")
+                content = card.to_json().encode()
+            packed.writestr(name, content)
+        # What to check the model with, and no model.
+        for name in (CHECK_IMAGES, CHECK_LABELS):
+            with packed.open(name, "w") as file:
+                np.save(file, np.zeros(1))
+    output = tmp_path / "results"
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(pictures.iterdir())[:10]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    said = " ".join(classify(folder, "--output", output, "--archive", archive).split())
+    assert {row["precision"] for row in rows(output)} == {"float32"}
+    assert "10 pictures are answered in float32, not the archive's precision: " in said
+    assert sum(json.loads((output / "_report.json").read_text())["fallbacks"].values()) == 10
 
 
 def test_several_labels_a_picture_are_the_servers(

@@ -4,6 +4,7 @@ becomes of a file that cannot be read.
 
 import hashlib
 import io
+import json
 import os
 import zipfile
 from collections import Counter
@@ -326,6 +327,16 @@ def test_a_folder_of_results_is_one_jobs(tmp_path: Path) -> None:
     ):
         with pytest.raises(OtherJobError, match=said):
             begun(_job(output, **other))
+
+
+def test_results_with_the_columns_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    _job(tmp_path, pictures=20, part_size=8).begin()
+    file = tmp_path / "_job.json"
+    said = json.loads(file.read_text())
+    del said["version"]
+    file.write_text(json.dumps(said))
+    with pytest.raises(OtherJobError, match=r"version of the columns 1 there, 2 here"):
+        begun(_job(tmp_path))
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
