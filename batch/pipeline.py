@@ -30,9 +30,11 @@ from batch.archive import Archive
 from batch.job import Job
 
 # Of a CPU: an actor and a decoding task together take one, so that each CPU has one of both, and
-# whichever has more to do gets it. Beside a model on a GPU decoding takes whole CPUs.
+# whichever has more to do gets it.
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
+# An actor on a GPU has little to do on a CPU, and decoding takes what is left, at most a whole one.
+_GPU_ACTOR_CPUS = 0.1
 
 # A task that died so often did not die of its node: a picture ends it.
 _RETRIES = 3
@@ -82,11 +84,13 @@ class Actors:
         count: how many.
         on_gpus: each has a GPU of its own.
         cpus: that each is given, which leaves enough for decoding.
+        task_cpus: that each task that decodes is given.
     """
 
     count: int
     on_gpus: bool
     cpus: float
+    task_cpus: float
 
     @classmethod
     def of(
@@ -103,7 +107,13 @@ class Actors:
         cpus = max(1, int(resources.get("CPU", 1)))
         gpus = int(resources.get("GPU", 0)) if gpu else 0
         count = min(wanted or gpus or cpus, parts)
-        return cls(count, gpus > 0, _ACTOR_CPUS * min(1, cpus / count))
+        each = cpus / count
+        if gpus == 0:
+            own = _ACTOR_CPUS * min(1, each)
+            return cls(count, on_gpus=False, cpus=own, task_cpus=_TASK_CPUS)
+        own = _GPU_ACTOR_CPUS * min(1, each)
+        # A node with a CPU for each GPU, and no more, must have room for a task beside its actors.
+        return cls(count, on_gpus=True, cpus=own, task_cpus=min(1, each - own))
 
 
 def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Iterator[Tally]:
@@ -147,7 +157,7 @@ def _made(
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"job": job, "archive": archive, "isolated": isolated},
-        num_cpus=1 if actors.on_gpus else _TASK_CPUS,
+        num_cpus=actors.task_cpus,
         # Ray Data by itself tries without end.
         ray_remote_args_fn=None if isolated else lambda: {"max_retries": _RETRIES},
     ).map_batches(
@@ -162,7 +172,8 @@ def _made(
             enable_true_multi_threading=True,
         ),
         num_cpus=actors.cpus,
-        num_gpus=1 if actors.on_gpus else 0,
+        # With `num_gpus` Ray Data insists on a size of batches; a batch is a whole part here.
+        ray_remote_args_fn=(lambda: {"num_gpus": 1}) if actors.on_gpus else None,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():

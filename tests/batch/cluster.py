@@ -25,12 +25,13 @@ class Cluster:
         environment: what a program needs to be let in.
     """
 
-    def __init__(self, folder: Path, nodes: int) -> None:
+    def __init__(self, folder: Path, nodes: int, gpus: int = 0) -> None:
         """Starts it.
 
         Args:
             folder: for Ray's files, with a short name.
             nodes: beside the head.
+            gpus: that each node says it has, whether they are there or not.
         """
         self.environment = {
             "RAY_AUTH_MODE": "token",
@@ -40,6 +41,7 @@ class Cluster:
             "RAY_worker_niceness": "0",
         }
         self._folder = folder
+        self._gpus = gpus
         self._last = 2
         port = free_ports().inference
         self.address = f"127.0.0.2:{port}"
@@ -76,7 +78,8 @@ class Cluster:
     def _start(self, *args: str) -> psutil.Popen:
         own = f"127.0.0.{self._last}"
         log = self._folder.parent / f"node-{self._last}.log"
-        options = [f"--node-ip-address={own}", "--num-cpus=1", "--disable-usage-stats", "--block"]
+        resources = ["--num-cpus=1", f"--num-gpus={self._gpus}"]
+        options = [f"--node-ip-address={own}", *resources, "--disable-usage-stats", "--block"]
         if "--head" in args:
             options.append("--include-dashboard=false")
         with log.open("wb") as output:

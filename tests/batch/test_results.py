@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import pytest
 import requests
 
 from handler.precision import CHECK_IMAGES, CHECK_LABELS
-from handler.settings import MODEL_CARD, ModelCard
+from handler.settings import MODEL_CARD, ModelCard, Preprocessing
+from scripts.build.archive import build, recipe
+from scripts.build.weights import untrained
 from scripts.serve.running import Running
 from scripts.store import sha256
 from tests import corpus
@@ -181,6 +184,29 @@ def test_rows_and_the_report_say_the_precision_that_answered(
     assert {row["precision"] for row in rows(output)} == {"float32"}
     assert "10 pictures are answered in float32, not the archive's precision: " in said
     assert sum(json.loads((output / "_report.json").read_text())["fallbacks"].values()) == 10
+
+
+def test_a_node_with_one_cpu_and_one_gpu_decodes_and_classifies(
+    pictures: Path, tmp_path: Path
+) -> None:
+    size = Preprocessing(resize=64, crop=64)
+    # On a machine without a GPU PyTorch takes the CPU.
+    wanted = recipe(untrained("resnet18"), "small", engine="torch", preprocessing=size)
+    archive = build(wanted, tmp_path)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(pictures.iterdir())[:20]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    options = ("--output", tmp_path / "results", "--archive", archive)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray:
+        node = Cluster(Path(ray, "ray"), nodes=0, gpus=1)
+        try:
+            address = ("--address", node.address)
+            said = classify(folder, *options, *address, environment=node.environment)
+        finally:
+            node.close()
+    assert "1 actor(s) on 1 CPU(s) and 1 GPU(s)" in said
+    assert "20 read, 20 classified, 0 refused" in said
 
 
 def test_several_labels_a_picture_are_the_servers(

@@ -377,6 +377,10 @@ def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path: Pat
         ({"CPU": 8.0}, None, (8, False)),
         ({"CPU": 8.0, "GPU": 2.0}, None, (2, True)),
         ({"CPU": 2.0}, 6, (6, False)),
+        ({"CPU": 1.0, "GPU": 1.0}, None, (1, True)),
+        ({"CPU": 2.0, "GPU": 2.0}, None, (2, True)),
+        ({"CPU": 2.0, "GPU": 8.0}, None, (8, True)),
+        ({"CPU": 16.0, "GPU": 8.0}, 1, (1, True)),
     ],
 )
 def test_actors_leave_cpus_for_decoding(
@@ -385,6 +389,14 @@ def test_actors_leave_cpus_for_decoding(
     actors = Actors.of(resources, wanted, 100, gpu=True)
     assert (actors.count, actors.on_gpus) == expected
     assert actors.count * actors.cpus <= 0.6 * resources["CPU"] + 1e-9
+    assert 0 < actors.task_cpus <= 1
+    assert actors.count * actors.cpus + actors.task_cpus <= resources["CPU"] + 1e-9
+
+
+def test_decoding_has_room_on_nodes_with_an_actor_for_each_cpu() -> None:
+    # Ten nodes, each with a CPU and a GPU.
+    actors = Actors.of({"CPU": 10.0, "GPU": 10.0}, None, 100, gpu=True)
+    assert actors.cpus + actors.task_cpus <= 1 + 1e-9
 
 
 def test_there_are_no_more_actors_than_parts() -> None:
