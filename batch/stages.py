@@ -60,18 +60,14 @@ class Description:
     """What the archive is, as far as the rows depend on it.
 
     Attributes:
-        architecture: of the model.
         multilabel: whether it gives several labels a picture.
         warning: what every row must say; None of a trained model.
         wants_gpu: whether it runs on PyTorch, which uses a GPU where there is one.
-        crop: side of the model's input, in pixels.
     """
 
-    architecture: str
     multilabel: bool
     warning: str | None
     wants_gpu: bool
-    crop: int
 
 
 def describe(folder: Path, choices: Choices) -> Description:
@@ -85,11 +81,9 @@ def describe(folder: Path, choices: Choices) -> Description:
     load_class_index(folder / CLASS_INDEX, card.classes)
     _options(folder, card, choices)
     return Description(
-        card.architecture,
         card.multilabel,
         card.warning,
         _manifest(folder)["serializedFile"].endswith(".pth"),
-        card.preprocessing.crop,
     )
 
 
