@@ -6,13 +6,15 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +28,7 @@ from batch.job import Job, OtherJobError, begun
 from batch.pipeline import Actors
 from batch.plan import Entry, PlanError
 from batch.storage import AddressError, AwayError
+from handler.errors import NotAnImage
 
 
 def _entries(images: Path | str, column: str | None = None) -> list[Entry]:
@@ -397,6 +400,49 @@ def test_decoding_has_room_on_nodes_with_an_actor_for_each_cpu() -> None:
     # Ten nodes, each with a CPU and a GPU.
     actors = Actors.of({"CPU": 10.0, "GPU": 10.0}, None, 100, gpu=True)
     assert actors.cpus + actors.task_cpus <= 1 + 1e-9
+
+
+def test_a_picture_that_fails_is_a_row_of_the_spark_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Decoder:
+        def __init__(self, _: Path) -> None: ...
+
+        def pixels(self, content: bytes) -> bytes:
+            if content == b"refused":
+                raise NotAnImage("no picture")
+            if content == b"unforeseen":
+                raise ValueError("a fault")
+            return content
+
+    class Classifier:
+        def __init__(self, *_: Any) -> None: ...
+
+        def answers(self, pixels: list[bytes]) -> Iterator[dict[str, Any] | Exception]:
+            for one in pixels:
+                label = {"label": one.decode(), "probability": 1.0}
+                yield ValueError("not finite") if one == b"infinite" else {"predictions": [label]}
+
+    spark = ("pyspark", "pyspark.ml", "pyspark.ml.functions", "pyspark.sql", "pyspark.sql.types")
+    for name in spark:
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    stages = SimpleNamespace(Choices=MagicMock(), Classifier=Classifier, Decoder=Decoder)
+    monkeypatch.setitem(sys.modules, "batch.stages", stages)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    page = Path(__file__).parents[2].joinpath("docs", "batch.md").read_text("utf-8")
+    program = page.partition("```python\n")[2].partition("\nspark = ")[0]
+    namespace: dict[str, Any] = {}
+    exec(program, namespace)  # noqa: S102  # this repository's own page
+    pictures = [b"cat", b"refused", b"infinite", b"unforeseen", b"dog"]
+    rows = namespace["make_predict"]()(pictures)
+    assert [list(row["labels"]) for row in rows] == [["cat"], [], [], [], ["dog"]]
+    assert [row["error"] for row in rows] == [
+        "",
+        "NotAnImage: no picture",
+        "InternalError: not finite",
+        "InternalError: a fault",
+        "",
+    ]
 
 
 def test_there_are_no_more_actors_than_parts() -> None:
