@@ -25,6 +25,9 @@ _ROUNDINGS = 4
 
 OPSET = 20
 
+# As many as show that the batch axis is free; more would take gigabytes with large models.
+_BATCH = 4
+
 # Among so many last nodes of a graph are the last features, in every architecture that has such.
 _LAST_NODES = 12
 
@@ -98,7 +101,7 @@ def features_node(
         model: in evaluation mode.
         last_layer: its layer that gives the logits.
         preprocessing: of the model.
-        images: uint8 (N, 3, crop, crop).
+        images: uint8 (N, 3, crop, crop), of which the first few are tried.
 
     Returns:
         the node's name; empty where no node is like that, or where it has only one position.
@@ -110,7 +113,7 @@ def features_node(
     found = feature_extraction.create_feature_extractor(
         model, candidates, suppress_diff_warning=True
     ).eval()
-    outputs = Normalized(found, preprocessing).eval()(torch.from_numpy(images))
+    outputs = Normalized(found, preprocessing).eval()(torch.from_numpy(images[:_BATCH]))
     logits = outputs[candidates[-1]]
     for name in reversed(candidates):
         features = outputs[name]
@@ -206,7 +209,7 @@ def check(
     Args:
         subject: what was exported.
         exported: the ONNX file.
-        images: uint8 (N, 3, crop, crop), run as one batch and one by one.
+        images: uint8 (N, 3, crop, crop), run in batches and one by one.
         report: takes the sentence with the largest differences.
 
     Raises:
@@ -245,24 +248,29 @@ def check(
 def _roundings(
     subject: Exportable, images: NDArray[np.uint8], expected: dict[str, NDArray[np.floating]]
 ) -> dict[str, float]:
-    """How far what PyTorch gives in float32 is from what it gives in float64.
-
-    The images go one by one: convolutions in float64 take many times the memory.
-    """
+    """How far what PyTorch gives in float32 is from what it gives in float64."""
     doubled = dataclasses.replace(subject, model=copy.deepcopy(subject.model).double())
-    exact = [_outputs(doubled, images[i : i + 1]) for i in range(len(images))]
-    return {
-        name: scaled_difference(values, np.concatenate([one[name] for one in exact]))
-        for name, values in expected.items()
-    }
+    exact = _outputs(doubled, images)
+    return {name: scaled_difference(values, exact[name]) for name, values in expected.items()}
 
 
-@torch.inference_mode()
 def _outputs(subject: Exportable, images: NDArray[np.uint8]) -> dict[str, NDArray[np.floating]]:
     """What PyTorch gives, in the precision of the model's parameters.
 
     The logits are those of the model before anything was wrapped around it.
     """
+    given = [_outputs_of_batch(subject, batch) for batch in _batches(images, _BATCH)]
+    return {name: np.concatenate([one[name] for one in given]) for name in given[0]}
+
+
+def _batches(images: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
+    return [images[i : i + size] for i in range(0, len(images), size)]
+
+
+@torch.inference_mode()
+def _outputs_of_batch(
+    subject: Exportable, images: NDArray[np.uint8]
+) -> dict[str, NDArray[np.floating]]:
     batch = torch.from_numpy(images)
     precision = next(subject.model.parameters()).dtype
 
@@ -291,9 +299,10 @@ def _largest_difference(
     images: NDArray[np.uint8],
     expected: NDArray[np.float32],
 ) -> float:
-    """Of one output, with all images in one batch and one by one; NaN where any is."""
-    together = session.run([output], {"images": images})[0]
-    alone = np.concatenate(
-        [session.run([output], {"images": images[i : i + 1]})[0] for i in range(len(images))]
-    )
-    return float(np.max([scaled_difference(got, expected) for got in (together, alone)]))
+    """Of one output, with the images in batches and one by one; NaN where any is."""
+
+    def run(size: int) -> NDArray[np.float32]:
+        batches = _batches(images, size)
+        return np.concatenate([session.run([output], {"images": one})[0] for one in batches])
+
+    return float(np.max([scaled_difference(run(size), expected) for size in (_BATCH, 1)]))
