@@ -28,6 +28,9 @@ OPSET = 20
 # As many as show that the batch axis is free; more would take gigabytes with large models.
 _BATCH = 4
 
+# A file of ONNX is one message of protobuf, of less than 2**31 bytes; some are the graph's.
+_MOST_BYTES = 2**31 - 2**24
+
 # Among so many last nodes of a graph are the last features, in every architecture that has such.
 _LAST_NODES = 12
 
@@ -157,6 +160,12 @@ def export_plain(model: nn.Module, crop: int, target: Path) -> None:
 
 
 def _write(whole: nn.Module, example: Tensor, outputs: list[str], target: Path) -> None:
+    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    if size > _MOST_BYTES:
+        raise UserError(
+            f"The weights are {size / 1e9:.1f} GB, and one file of ONNX holds "
+            f"{_MOST_BYTES / 1e9:.1f} GB. Serve the model with PyTorch: ENGINE=torch"
+        )
     try:
         program = torch.onnx.export(
             whole,
@@ -173,10 +182,9 @@ def _write(whole: nn.Module, example: Tensor, outputs: list[str], target: Path) 
         _drop_build_notes(graph)
         onnx.checker.check_model(graph, full_check=True)
         content = graph.SerializeToString(deterministic=True)
-    # The latter is for a model of more than 2 GB, which one file of ONNX cannot hold.
-    except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
+    except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(
-            f"torch cannot export this architecture to one file of ONNX ({_first_line(error)}). "
+            f"torch cannot export this architecture to ONNX ({_first_line(error)}). "
             "Serve it with PyTorch: ENGINE=torch"
         ) from error
     target.write_bytes(content)

@@ -115,6 +115,12 @@ def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_p
     assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
 
 
+def test_a_model_too_large_for_onnx_is_refused_before_its_export(tmp_path: Path) -> None:
+    model = torch.nn.Linear(30_000, 20_000, device="meta")
+    with pytest.raises(UserError, match=r"weights are 2.4 GB, and .* holds 2.1 GB.* ENGINE=torch"):
+        export.export_plain(model, 224, tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("command", ["scripts.build.commands", "scripts.serve.commands start"])
 def test_production_refuses_untrained_weights(command: str, archive: Path, tmp_path: Path) -> None:
     """No host is reachable at this address, and the archive in the store is untrained."""
