@@ -8,8 +8,9 @@
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
 #:  ARCH=resnet50       another of torchvision's classifiers than densenet121
+#:                      efficientnet_lite0, whose trained weights are a Python package;
 #:                      or, for make archive, timm/NAME; REVISION=commit of its weights
-#:  WEIGHTS=file        weights of your own; WEIGHTS_URL=address of torchvision's elsewhere
+#:  WEIGHTS=file        weights of your own, for make run also random; WEIGHTS_URL=address of torchvision's elsewhere
 #:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
 #:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
 #:  CLASSES=file        classes of your own, a name a line, or JSON
@@ -70,11 +71,11 @@ $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
 # Installed only where it is asked for.
 with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
-with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm)
+with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter efficientnet_lite0,$(GIVEN_ARCH)),setup-lite0)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm setup-batch classify-batch bench-batch
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm setup-lite0 setup-batch classify-batch bench-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -85,7 +86,7 @@ variables:
 	@$(if $(foreign),$(PYTHON) scripts/variables.py '$(goals)' '$(foreign)' $(lists),:)
 
 ##@ Serve
-run: setup $(with-precision) ## do everything: weights, archive, server, and a first answer
+run: setup $(with-precision) $(with-timm) ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run
 
 status: setup ## show workers, memory, queue and versions
@@ -211,7 +212,7 @@ setup: variables ## make the virtual environment and install the pinned packages
 	@$(PYTHON) scripts/bootstrap.py run
 
 setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests precision batch
+	@$(PYTHON) scripts/bootstrap.py run tests precision batch timm lite0
 
 setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
 	@$(PYTHON) scripts/bootstrap.py run precision
@@ -221,6 +222,9 @@ setup-batch: variables ## the same, and Ray, which make classify-batch runs on
 
 setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
 	@$(PYTHON) scripts/bootstrap.py run timm
+
+setup-lite0: variables ## the same, and what ARCH=efficientnet_lite0 is built with
+	@$(PYTHON) scripts/bootstrap.py run timm lite0
 
 setup-benchmarks: variables ## the same, and what the benchmarks compare with
 	@$(PYTHON) scripts/bootstrap.py run benchmarks
@@ -243,7 +247,7 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-TOGETHER := tests precision timm-models batch
+TOGETHER := tests precision timm-models timm-models/lite0 batch
 IMAGES := deploy/container deploy/gateway deploy/ray
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
 	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null

@@ -158,6 +158,8 @@ class ModelCard:
             `handler.torch_models.empty_model`; empty for its own.
         embedding: channels of the pooled last features, which the last layer takes; 0 where the
             model does not give them out.
+        trained_model: with random weights, the name of a trained model that is served beside this
+            one; empty if there is none.
     """
 
     architecture: str
@@ -173,6 +175,7 @@ class ModelCard:
     thresholds: tuple[float, ...] = ()
     head: str = ""
     embedding: int = _bounded(0, 0, 1_000_000)
+    trained_model: str = ""
 
     def __post_init__(self) -> None:
         _check_bounds(self)
@@ -225,7 +228,10 @@ class ModelCard:
         """What every answer must say about this model, if anything."""
         if self.trained:
             return None
-        return "untrained random weights: this answer means nothing and only shows the service"
+        said = "untrained random weights: this answer means nothing and only shows the service"
+        if self.trained_model:
+            said += f"; /predictions/{self.trained_model} has a trained model"
+        return said
 
 
 def _is_share(value: object) -> bool:

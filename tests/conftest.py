@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from scripts.build.archive import build, recipe
+from scripts.build.commands import build_timm
 from scripts.build.weights import Weights, untrained
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
+from scripts.store import PACKAGED_ARCHITECTURE
 
 # What `make test` tells this process is not for the commands that tests start.
 for _name in list(os.environ):
@@ -136,6 +138,23 @@ def running(archive: Path, run_dir: Path) -> Iterator[Running]:
     survived = server.process() is not None
     stop(server, run_dir)
     assert survived, f"TorchServe ended during the tests; see {run_dir}"
+
+
+@pytest.fixture(scope="session")
+def lite0_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of EfficientNet-Lite0, whose weights are trained."""
+    return build_timm(PACKAGED_ARCHITECTURE, model_store=tmp_path_factory.mktemp("model_store"))
+
+
+@pytest.fixture(scope="session")
+def lite0_server(
+    lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A server of that archive, for what needs right answers."""
+    run_dir = tmp_path_factory.mktemp("run")
+    server = start(lite0_archive, free_ports(), workers=1, run_dir=run_dir)
+    yield server
+    stop(server, run_dir)
 
 
 @dataclass(frozen=True)

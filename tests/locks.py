@@ -27,6 +27,7 @@ GROUPS = {
     "tests": ("requirements.lock", "tests/requirements.lock"),
     "precision": ("requirements.lock", "precision/requirements.lock"),
     "timm": ("requirements.lock", "timm-models/requirements.lock"),
+    "lite0": ("requirements.lock", "timm-models/lite0/requirements.lock"),
     "batch": ("requirements.lock", "batch/requirements.lock"),
     "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
     "clients": ("tests/clients/requirements.lock",),

@@ -38,17 +38,10 @@ from scripts.build.packing import (
     summary_of_classes,
     summary_of_preprocessing,
 )
-from scripts.build.weights import (
-    HostUnreachableError,
-    Weights,
-    build_model,
-    obtain,
-    untrained,
-    with_two_outputs,
-)
+from scripts.build.weights import Weights, build_model, with_two_outputs
 from scripts.samples import sample_batch
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
-from scripts.terminal import UserError, console, step, warn
+from scripts.store import MODEL_STORE, read_card
+from scripts.terminal import UserError, console, step
 
 _RANDOM_CHECK_IMAGES = 8
 
@@ -66,6 +59,8 @@ class Recipe:
         lower: instead of float32; None for float32.
         activation: how logits become probabilities, of `ACTIVATIONS`.
         thresholds: of each class with sigmoid, 0 to 1; empty with softmax.
+        trained_model: with random weights, the name of a trained model that is served beside this
+            one; empty if there is none.
     """
 
     weights: Weights
@@ -76,6 +71,7 @@ class Recipe:
     lower: LowerPrecision | None = None
     activation: str = SOFTMAX.name
     thresholds: tuple[float, ...] = ()
+    trained_model: str = ""
 
     @property
     def precision(self) -> str:
@@ -167,6 +163,7 @@ def build(recipe: Recipe, model_store: Path = MODEL_STORE) -> Path:
         head=weights.head,
         activation=recipe.activation,
         thresholds=recipe.thresholds,
+        trained_model=recipe.trained_model,
     )
     last_name = weights.last_layer.removesuffix(".weight")
     subject = export.Exportable(model, card.preprocessing, card.features, last_name)
@@ -228,7 +225,7 @@ def _inputs_digest(recipe: Recipe) -> str:
         weights.head,
         (recipe.name, recipe.labels, dataclasses.asdict(recipe.preprocessing), recipe.engine),
         recipe.lower and recipe.lower.digest(),
-        (recipe.activation, recipe.thresholds),
+        (recipe.activation, recipe.thresholds, recipe.trained_model),
         _exporter_digest(),
     ]
     digest = hashlib.sha256(json.dumps(said).encode())
@@ -286,21 +283,6 @@ def _model_file(
             )
         unchecked.replace(exported)
     return exported
-
-
-def obtain_for_trial(
-    path: Path | None,
-    url: str | None,
-    architecture: str = DEFAULT_ARCHITECTURE,
-    head: str | None = None,
-) -> Weights:
-    """Trained weights, or random ones where the host of torchvision's is unreachable."""
-    try:
-        return obtain(path, url, architecture, head)
-    except HostUnreachableError as error:
-        warn(str(error))
-        warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
-        return untrained(architecture)
 
 
 def preprocessing_of(architecture: str, said: Said) -> Preprocessing:

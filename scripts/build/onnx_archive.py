@@ -32,6 +32,7 @@ from scripts.build.onnx_trial import Outputs, TrialError, outputs_of
 from scripts.build.packing import (
     BUILD,
     NAME,
+    WEIGHTS_NOTICE,
     Contents,
     Said,
     check_choices,
@@ -63,6 +64,7 @@ class Source:
         model: reads or makes the model, once it is known to be needed.
         packages: that took part, with their versions.
         check: looks at the file that will be packed; raises `UserError`.
+        notice: text that must accompany copies of the weights; empty if none must.
     """
 
     architecture: str
@@ -71,6 +73,7 @@ class Source:
     model: Callable[[], Model]
     packages: Sequence[str] = ()
     check: Callable[[Path], None] | None = None
+    notice: str = ""
 
 
 def build(
@@ -140,7 +143,10 @@ def build_of(
     ):
         step(f"Archive: {line}")
     archive = model_store / f"{name}.mar"
-    said = (source.architecture, source.file, source.sha256, source.packages, name, labels)
+    said = (
+        *(source.architecture, source.file, source.sha256, source.packages, source.notice),
+        *(name, labels),
+    )
     card = ModelCard(
         architecture=source.architecture,
         classes=len(labels),
@@ -177,6 +183,8 @@ def build_of(
         extra.mkdir()
         if lower is not None:
             make(lower, model_file, card, labels, extra)
+        if source.notice:
+            (extra / WEIGHTS_NOTICE).write_text(source.notice, "utf-8")
         others = sorted(extra.iterdir())
         with Status("Packing the archive ...", console=console):
             pack(Contents(card, name, labels, model_file, classifier, others), archive)

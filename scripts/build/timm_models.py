@@ -6,6 +6,7 @@ nothing of it. Weights come from a file, or from the Hugging Face hub at a pinne
 
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.status import Status
-from torch import nn
+from torch import Tensor, nn
 
 from handler.settings import Preprocessing
 from scripts.build import export, hub, onnx_model
@@ -45,6 +46,8 @@ class TimmModel:
         classes: how many it tells apart.
         file: that the weights came from.
         sha256: of that file.
+        architecture: as ARCH has it.
+        notice: text that must accompany copies of the weights; empty if none must.
     """
 
     name: str
@@ -52,6 +55,8 @@ class TimmModel:
     classes: int
     file: str
     sha256: str
+    architecture: str
+    notice: str = ""
 
 
 def obtain(architecture: str, path: Path | None, revision: str | None) -> TimmModel:
@@ -65,9 +70,8 @@ def obtain(architecture: str, path: Path | None, revision: str | None) -> TimmMo
     Raises:
         UserError: with the reason and what to do.
     """
-    timm = _timm()
     name = architecture.removeprefix(TIMM)
-    config = _config(timm, name)
+    config = _config(_timm(), name)
     if path is None:
         repository = config.hf_hub_id
         if not repository:
@@ -77,12 +81,29 @@ def obtain(architecture: str, path: Path | None, revision: str | None) -> TimmMo
         wanted = hub.check_revision(revision, repository)
         path = hub.fetch(repository, wanted, Path(torch.hub.get_dir()) / "checkpoints")
     state_dict, sha256 = read_state_dict(path)
-    classifier = config.classifier
+    return load(architecture, state_dict, path.name, sha256)
+
+
+def load(architecture: str, state_dict: Mapping[str, Tensor], file: str, sha256: str) -> TimmModel:
+    """Put weights into timm's model, with as many classes as they have.
+
+    Args:
+        architecture: as in "timm/resnet50.a1_in1k".
+        state_dict: in timm's naming.
+        file: that the weights came from.
+        sha256: of that file.
+
+    Raises:
+        UserError: timm has no such model, or the weights do not fit it.
+    """
+    timm = _timm()
+    name = architecture.removeprefix(TIMM)
+    classifier = _config(timm, name).classifier
     layers = [classifier] if isinstance(classifier, str) else list(classifier or ())
     weight = state_dict.get(f"{layers[0]}.weight") if layers else None
     if weight is None or weight.dim() == 0:
         raise UserError(
-            f"{path.name} does not fit {architecture}: it has no {layers[0] if layers else 'head'}"
+            f"{file} does not fit {architecture}: it has no {layers[0] if layers else 'head'}"
             ".weight. A head of your own goes by ONNX: MODEL_FILE=model.onnx"
         )
     classes = int(weight.shape[0])
@@ -91,11 +112,10 @@ def obtain(architecture: str, path: Path | None, revision: str | None) -> TimmMo
         module.load_state_dict(state_dict)
     except RuntimeError as error:
         raise UserError(
-            f"{path.name} does not fit {architecture} with {classes} classes: "
-            f"{first_mismatches(error)}."
+            f"{file} does not fit {architecture} with {classes} classes: {first_mismatches(error)}."
         ) from error
-    check_finite(module, path.name)
-    return TimmModel(name, module, classes, path.name, sha256)
+    check_finite(module, file)
+    return TimmModel(name, module, classes, file, sha256, architecture)
 
 
 def preprocessing_of(architecture: str, said: Said) -> Preprocessing:
@@ -161,7 +181,7 @@ def build(
     Args:
         model: with its weights.
         preprocessing: see `preprocessing_of`.
-        name: of the archive; None for timm's, with - for what an address cannot have.
+        name: of the archive; None for the architecture's, with - for what an address cannot have.
         classes: the list of classes; None for ImageNet's.
         lower: instead of float32; None for float32.
         model_store: the folder to put the archive into.
@@ -170,7 +190,7 @@ def build(
     Raises:
         UserError: something does not fit, or torch cannot export the model.
     """
-    name = model.name.replace(".", "-") if name is None else name
+    name = model.architecture.removeprefix(TIMM).replace(".", "-") if name is None else name
     check_choices(name, "onnx", lower)
     several = labelling.name != SOFTMAX.name
     labels = labels_of(model.classes, model.file, classes, several=several)
@@ -190,7 +210,9 @@ def build(
             export.check(subject, packed, images, lambda text: step(f"Model: {text}"))
 
     packages = [f"{package}=={version(package)}" for package in ("torch", "timm", "onnxscript")]
-    source = Source(TIMM + model.name, model.file, model.sha256, made, packages, check)
+    source = Source(
+        model.architecture, model.file, model.sha256, made, packages, check, model.notice
+    )
     return build_of(source, preprocessing, labels, name, lower, model_store, labelling)
 
 

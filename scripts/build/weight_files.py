@@ -48,23 +48,37 @@ _EXPORTED_DTYPES = {
 }
 
 
-def read_state_dict(path: Path) -> tuple["OrderedDict[str, Tensor]", str]:
+class DigestError(UserError):
+    """A file of weights is not the one that is known by its SHA-256."""
+
+
+def read_state_dict(
+    path: Path, expected_sha256: str | None = None
+) -> tuple["OrderedDict[str, Tensor]", str]:
     """The weights of a file.
 
     Args:
         path: a state dict, or a checkpoint that holds one under `state_dict` or `model`, as
             `torch.save` writes them; safetensors; TorchScript; or an exported program (.pt2).
+        expected_sha256: of the file, if known; checked before anything in it is parsed.
 
     Returns:
         parameter names to tensors, without the prefixes that wrappers add, and the file's SHA-256.
 
     Raises:
-        UserError: the file is missing, cut off, holds no weights, or would have to run code.
+        UserError: the file is missing, cut off, holds no weights, or would have to run code;
+            `DigestError` if its SHA-256 is not the expected one.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"The weights {path} cannot be read: {error.strerror}.") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if expected_sha256 is not None and digest != expected_sha256:
+        raise DigestError(
+            f"{path} is damaged or not the expected file: its SHA-256 begins with {digest[:8]}, "
+            f"not {expected_sha256[:8]}. It was not loaded."
+        )
     try:
         loaded = _without_prefixes(_loaded(content, path))
         claimed = sum(tensor.numel() * tensor.element_size() for tensor in loaded.values())
@@ -78,7 +92,7 @@ def read_state_dict(path: Path) -> tuple["OrderedDict[str, Tensor]", str]:
     if claimed > len(content):
         # A few bytes can stand for a tensor of any size.
         raise UserError(f"{path} claims more weights than it holds. Save its state dict.")
-    return loaded, hashlib.sha256(content).hexdigest()
+    return loaded, digest
 
 
 def _loaded(content: bytes, path: Path) -> Mapping[str, Tensor]:

@@ -58,7 +58,11 @@ _STALE_PARTIAL_SECONDS = 3600.0
 _OLD_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
 
 
-class HostUnreachableError(UserError):
+class DownloadError(UserError):
+    """A file of weights could not be fetched, or what arrived is not that file."""
+
+
+class HostUnreachableError(DownloadError):
     """The weights' host did not answer at all."""
 
 
@@ -155,17 +159,18 @@ def _download(url: str, target: Path, digits: str) -> None:
     try:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=digits, progress=True)
     except urllib.error.HTTPError as error:
-        raise UserError(
+        raise DownloadError(
             f"The weights' host answered {error.code} {error.reason} for {url}. Check the address, "
             "or give a file of your own with WEIGHTS=path."
         ) from error
     except urllib.error.URLError as error:
         raise HostUnreachableError(
             f"The weights' host cannot be reached ({error.reason}): {url}. Check the network, "
-            "or give a file of your own with WEIGHTS=path."
+            "give a file of your own with WEIGHTS=path, or take ARCH=efficientnet_lite0: its "
+            "trained weights are a Python package."
         ) from error
     except (TimeoutError, ConnectionError) as error:
-        raise UserError(
+        raise DownloadError(
             f"The connection to the weights' host was lost ({error}). Run the same command again."
         ) from error
     except OSError as error:
@@ -174,7 +179,7 @@ def _download(url: str, target: Path, digits: str) -> None:
             "Free some space or set TORCH_HOME to another folder, then run the same command again."
         ) from error
     except RuntimeError as error:  # torch.hub: the hash does not fit
-        raise UserError(
+        raise DownloadError(
             f"What arrived is not the expected file: {error}. It was cut off or altered on the "
             "way, and was thrown away. Run the same command again."
         ) from error

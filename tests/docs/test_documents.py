@@ -11,7 +11,6 @@ import dataclasses
 import doctest
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import pytest
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scripts import bootstrap
 from scripts.serve.running import Ports, free_ports, unused_ports
+from tests.workspace import copy_project, project_files
 
 README = Path("README.md")
 # The README comes first: it starts the server.
@@ -41,7 +40,7 @@ NOT_RUN = {
 # What the text calls these, beside TorchServe's ports.
 GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443, "METRICS_PORT": 9145}
 
-# Where nobody answers: `make run` goes on with random weights then.
+# Where nobody answers: `make run` serves the model whose weights are a package, as for the text.
 _NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"
 
 # curl shows its progress where it does not write to a terminal.
@@ -100,7 +99,7 @@ class Workspace:
         return found.returncode, self.there(found.stdout)
 
     def _with_variables(self, command: str) -> str:
-        """Has make use these ports, and the random weights with which the text was written."""
+        """Has make use these ports, and fetch no weights, as on the machine of the text."""
 
         def told(match: re.Match[str]) -> str:
             chosen = self.gateway if match[1] == "gateway" else self.server
@@ -126,27 +125,11 @@ def _replaced(text: str, ports: dict[int, int]) -> str:
     return re.sub(r"(?<=:)\d{4,5}\b", lambda m: str(ports.get(int(m[0]), m[0])), text)
 
 
-def _files() -> list[Path]:
-    """The project's files as git has them, with those that are not committed yet."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    return [path for path in map(Path, filter(None, listed.split("\0"))) if path.is_file()]
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """The project as git has it, with this environment's packages."""
     folder = tmp_path_factory.mktemp("project")
-    for path in _files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / path)
-    # Or the copy's commands would install into the environment that it shares, from the copy.
-    assert bootstrap.is_installed("run"), "the environment is not up to date: make setup-tests"
-    (folder / ".venv").symlink_to(Path(".venv").resolve())
+    copy_project(folder)
     documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
     server = {
         "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
@@ -239,7 +222,7 @@ _ELSEWHERE = re.compile(r"[a-z]+:")
 def test_links_lead_to_files_and_headings_that_are_there() -> None:
     dead = [
         f"{page}: {link}"
-        for page in _files()
+        for page in project_files()
         if page.suffix == ".md"
         for link in _LINK.findall(_prose(page))
         if not _ELSEWHERE.match(link) and not _leads_somewhere(link, page)

@@ -146,10 +146,10 @@ def test_a_server_that_serves_is_not_stopped_for_one_that_cannot_start(
             (archive, replace(running.ports, inference=0), None, "PORT must be 1 to 65535"),
         ):
             with pytest.raises(UserError, match=said):
-                run._serve(wrong, ports, workers, grpc=False)
+                run._serve([wrong], ports, workers, grpc=False)
     assert worker_pids() == before
     assert find_running() == running
-    assert run._serve(archive, running.ports, None, grpc=False) == running
+    assert run._serve([archive], running.ports, None, grpc=False) == running
 
 
 def test_an_archive_that_is_not_there_starts_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import resource
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from scripts.build.weights import (
 )
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
+from tests.published import publish
 
 
 class WeightsHost(BaseHTTPRequestHandler):
@@ -68,16 +68,7 @@ def host() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def official_file(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as torchvision publishes it: old key names, its SHA-256 in its own name."""
-    old_names = {
-        re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", key): tensor
-        for key, tensor in weights.state_dict.items()
-        if not key.endswith("num_batches_tracked")
-    }
-    assert "features.denseblock1.denselayer1.norm.1.weight" in old_names
-    path = tmp_path_factory.mktemp("published") / "weights.pth"
-    torch.save(old_names, path)
-    digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    published = path.rename(path.with_name(f"densenet121-{digits}.pth"))
+    published = publish(weights, tmp_path_factory.mktemp("published"))
     WeightsHost.files[published.name] = published.read_bytes()
     return published
 

@@ -1,0 +1,120 @@
+"""Photographs with known content, sent in every way to a model with trained weights."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import timm
+import torch
+from PIL import Image
+
+from scripts.build import efficientnet_lite0
+from scripts.serve.running import Running
+from tests.known import CAT_LABELS, KNOWN, Photograph
+from tests.timm_transforms import timm_transform
+
+TIMEOUT = 60
+_TIMM_NAME = efficientnet_lite0.TIMM_ARCHITECTURE.removeprefix("timm/")
+
+each_photograph = pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.path.stem)
+
+
+def raw(url: str, content: bytes) -> requests.Response:
+    headers = {"Content-Type": "application/octet-stream"}
+    return requests.post(url, data=content, headers=headers, timeout=TIMEOUT)
+
+
+def form(url: str, content: bytes) -> requests.Response:
+    return requests.post(url, files={"file": content}, timeout=TIMEOUT)
+
+
+def as_json(url: str, content: bytes) -> requests.Response:
+    return requests.post(url, json={"image": base64.b64encode(content).decode()}, timeout=TIMEOUT)
+
+
+@each_photograph
+def test_the_content_is_recognized_in_every_form_of_request(
+    known: Photograph, lite0_server: Running
+) -> None:
+    content = known.path.read_bytes()
+    bodies = [send(lite0_server.predictions_url, content).json() for send in (raw, form, as_json)]
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert bodies[0]["class_name"] in known.labels
+    assert "warning" not in bodies[0]
+
+
+def test_the_weights_are_said_to_be_trained(lite0_server: Running) -> None:
+    answer = raw(lite0_server.predictions_url, KNOWN[0].path.read_bytes())
+    assert answer.headers["x-model-weights"] == "trained"
+    assert answer.headers["x-model-version"].startswith("1.0+")
+
+
+@torch.inference_mode()
+def test_probabilities_are_those_of_timms_own_model_and_transform(
+    lite0_server: Running, note: list[str]
+) -> None:
+    model = timm.create_model(_TIMM_NAME, pretrained=False).eval()
+    file = distribution(efficientnet_lite0.PACKAGE).locate_file(efficientnet_lite0.FILE)
+    found = torch.load(str(file), weights_only=True)
+    model.load_state_dict({efficientnet_lite0.timm_key(key): found[key] for key in found})
+    transform = timm_transform(_TIMM_NAME)
+    worst = 0.0
+    for known in KNOWN:
+        image = Image.open(known.path).convert("RGB")
+        expected = model(transform(image)[None]).softmax(1)[0].numpy()
+        answer = requests.post(
+            lite0_server.predictions_url,
+            files={"file": known.path.read_bytes()},
+            data={"topk": "1000"},
+            timeout=TIMEOUT,
+        ).json()
+        served = np.zeros(1000)
+        for row in answer["predictions"]:
+            served[row["class_index"]] = row["probability"]
+        worst = max(worst, float(np.abs(served - expected).max()))
+    note.append(f"EfficientNet-Lite0 against timm over {len(KNOWN)} photographs: {worst:.1e}")
+    assert worst < 1e-4
+
+
+def test_the_heat_map_of_the_cat_lies_on_the_cat(lite0_server: Running) -> None:
+    """Its face fills the middle of the photograph; the corners are background."""
+    url = lite0_server.predictions_url.replace("predictions", "explanations")
+    body = requests.post(
+        url,
+        data=KNOWN[0].path.read_bytes(),
+        headers={"Content-Type": "application/octet-stream", "Accept": "application/json"},
+        timeout=TIMEOUT,
+    ).json()
+    assert body["class_name"] in CAT_LABELS
+    values = np.array(body["map"])
+    rows, columns = values.shape
+    middle = values[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4]
+    corners = values[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert middle.mean() > corners.max()
+
+
+def test_classify_recognizes_a_folder_of_them(lite0_server: Running, tmp_path: Path) -> None:
+    folder, output = tmp_path / "photographs", tmp_path / "results.jsonl"
+    folder.mkdir()
+    for known in KNOWN:
+        shutil.copy(known.path, folder)
+    command = [
+        *(sys.executable, "-m", "classification_client", str(folder)),
+        *("--url", lite0_server.predictions_url, "--output", str(output)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = [json.loads(line) for line in output.read_text().splitlines()]
+    labels = {Path(row["picture"]).name: row["label"] for row in rows}
+    assert len(rows) == len(KNOWN)
+    assert {known.path.name for known in KNOWN if labels[known.path.name] in known.labels} == {
+        known.path.name for known in KNOWN
+    }

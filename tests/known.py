@@ -1,0 +1,71 @@
+"""Photographs whose content is beyond doubt, with the labels that are right for each.
+
+Those of scikit-image and scikit-learn show what their documentation says. Those of foolbox are
+photographs of ImageNet's validation set, with the class in the file's name. Six of its twenty are
+left out of `KNOWN`, since a layperson could dispute what they show: two cars, a shoe, a window, a
+beetle and a drum. `IMAGENET` has all twenty.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+
+import sklearn
+
+from scripts.samples import CAT
+
+_SKIMAGE = CAT.parent
+_SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One photograph.
+
+    Attributes:
+        path: the file.
+        labels: ImageNet's names of what it shows.
+    """
+
+    path: Path
+    labels: frozenset[str]
+
+
+def _foolbox(name: str, *labels: str) -> Photograph:
+    # Read as files: importing foolbox would load more than a test needs.
+    path = distribution("foolbox").locate_file(f"foolbox/data/imagenet_{name}.jpg")
+    return Photograph(Path(str(path)), frozenset(labels))
+
+
+CAT_LABELS = frozenset({"tiger_cat", "Egyptian_cat", "tabby"})
+
+KNOWN = (
+    Photograph(CAT, CAT_LABELS),
+    Photograph(_SKIMAGE / "coffee.png", frozenset({"espresso", "cup", "coffee_mug"})),
+    Photograph(_SKIMAGE / "rocket.jpg", frozenset({"missile", "projectile", "space_shuttle"})),
+    # ImageNet has no class for motorcycles; these are the two-wheelers with an engine.
+    Photograph(_SKIMAGE / "motorcycle_left.png", frozenset({"moped", "motor_scooter"})),
+    Photograph(_SKIMAGE / "camera.png", frozenset({"tripod"})),
+    # The Summer Palace in Beijing.
+    Photograph(_SKLEARN / "china.jpg", frozenset({"palace", "monastery"})),
+    _foolbox("00_243", "bull_mastiff"),
+    _foolbox("01_559", "folding_chair"),
+    _foolbox("02_438", "beaker"),
+    _foolbox("03_990", "buckeye"),
+    _foolbox("04_949", "strawberry"),
+    _foolbox("05_853", "thatch"),
+    _foolbox("08_915", "yurt"),
+    _foolbox("09_455", "bottlecap"),
+    _foolbox("13_471", "cannon"),
+    _foolbox("14_129", "spoonbill"),
+    _foolbox("15_99", "goose"),
+    _foolbox("16_251", "dalmatian"),
+    _foolbox("17_22", "bald_eagle"),
+    _foolbox("18_317", "leafhopper"),
+)
+
+# Each of foolbox's photographs, and its class as ImageNet has it.
+IMAGENET = {
+    path: int(path.stem.rpartition("_")[2])
+    for path in sorted(KNOWN[-1].path.parent.glob("imagenet_*.jpg"))
+}

@@ -1,0 +1,145 @@
+"""EfficientNet-Lite0: the weights of a package are checked, named as timm does, and noticed."""
+
+import hashlib
+import pickle
+import shutil
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from scripts import run
+from scripts.build import efficientnet_lite0 as lite0
+from scripts.build.commands import main as make_archive
+from scripts.build.weight_files import DigestError, read_state_dict
+from scripts.build.weights import DownloadError
+from scripts.terminal import UserError
+
+
+@pytest.fixture
+def own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package, found in the place of the installed one; its file of weights."""
+    installed = distribution(lite0.PACKAGE)
+    for file in installed.files or ():
+        source, target = Path(str(installed.locate_file(file))), tmp_path / "site" / str(file)
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    stamp = tmp_path / "installed-lite0"
+    stamp.touch()
+    monkeypatch.setattr(lite0, "stamp_of", lambda _: stamp)
+    return tmp_path / "site" / lite0.FILE
+
+
+def test_the_packaged_weights_are_every_tensor_of_timms_model() -> None:
+    model = lite0.obtain()
+    expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    assert model.module.state_dict().keys() == expected.keys()
+    assert (model.architecture, model.classes) == ("efficientnet_lite0", 1000)
+    assert model.sha256 == lite0.SHA256
+    with pytest.raises(KeyError):
+        lite0.timm_key("_unknown.weight")
+
+
+def test_the_notice_names_the_license_and_what_was_changed() -> None:
+    notice = lite0.obtain().notice
+    assert "Apache" in notice
+    assert "Copyright (c) 2020, ML Illustrated" in notice
+    assert "Changes: converted to ONNX" in notice
+
+
+def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path) -> None:
+    content = bytearray(own_copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    own_copy.write_bytes(content)
+    with pytest.raises(UserError, match=r"its SHA-256 begins with .*, not 57934424.*was removed"):
+        lite0.obtain()
+    assert not own_copy.exists()
+    assert not (own_copy.parents[2] / "installed-lite0").exists()
+    assert not list((own_copy.parents[1]).parent.glob("*.dist-info/METADATA"))
+
+
+def test_a_file_with_another_hash_is_not_even_parsed(tmp_path: Path) -> None:
+    hostile = tmp_path / "weights.pth"
+    hostile.write_bytes(pickle.dumps({"weight": torch.ones(1)}))
+    digest = hashlib.sha256(b"another file").hexdigest()
+    with pytest.raises(DigestError, match="It was not loaded"):
+        read_state_dict(hostile, digest)
+
+
+def test_without_the_package_the_command_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lite0, "PACKAGE", "no-such-package-as-this")
+    with pytest.raises(UserError, match="make setup-lite0"):
+        lite0.obtain()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights_url": "http://127.0.0.1/x"}, "has no WEIGHTS_URL"),
+        ({"engine": "torch"}, "has no ENGINE"),
+        ({"head": "linear"}, "has no HEAD"),
+        ({"revision": "0" * 40}, "REVISION is for ARCH=timm"),
+        ({"weights": Path("random")}, "needs trained weights"),
+    ],
+)
+def test_what_cannot_be_combined_is_rejected(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_archive(arch="efficientnet_lite0", **options)  # type: ignore[arg-type]
+
+
+def test_own_weights_of_the_architecture_are_taken(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    fine_tuned = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3)
+    torch.save(fine_tuned.state_dict(), tmp_path / "pets.pth")
+    model = lite0.obtain(tmp_path / "pets.pth")
+    assert (model.classes, model.architecture, model.notice) == (3, "efficientnet_lite0", "")
+
+
+def test_random_weights_need_no_network() -> None:
+    weights, is_fallback = run._obtain(Path("random"), "http://127.0.0.1:9/x.pth", "resnet18", None)
+    assert (weights.trained, is_fallback) == (False, False)
+
+
+def test_a_host_that_answers_with_an_error_is_a_reason_to_fall_back_but_not_for_an_own_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise DownloadError("The weights' host answered 403 Forbidden.")
+
+    monkeypatch.setattr(run, "obtain", forbidden)
+    weights, is_fallback = run._obtain(None, None, "resnet18", None)
+    assert (weights.trained, is_fallback) == (False, True)
+    assert "answered 403" in capsys.readouterr().err
+    with pytest.raises(UserError, match="403"):
+        run._obtain(None, "http://mirror.example/resnet18-f37072fd.pth", "resnet18", None)
+
+
+def test_a_damaged_package_leaves_random_weights_only(
+    own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_copy.write_bytes(b"damaged")
+    # The real one is installed: nothing is to be installed here.
+    monkeypatch.setattr("scripts.run.subprocess.run", lambda *_, **__: _Succeeded())
+    assert run._packaged_model() == []
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is damaged or not the expected file" in said
+    assert "UNTRAINED random weights" in said
+
+
+def test_a_package_that_cannot_be_installed_leaves_random_weights_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Without the program that installs packages, each installation fails.
+    monkeypatch.chdir(tmp_path)
+    assert run._packaged_model() == []
+    assert "UNTRAINED random weights" in " ".join(capsys.readouterr().err.split())
+
+
+class _Succeeded:
+    returncode = 0

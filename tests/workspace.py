@@ -1,0 +1,28 @@
+"""A copy of the project, in which commands run as in a fresh clone."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from scripts import bootstrap
+
+
+def project_files() -> list[Path]:
+    """Return the project's files as git has them, with those that are not committed yet."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    return [path for path in map(Path, filter(None, listed.split("\0"))) if path.is_file()]
+
+
+def copy_project(folder: Path) -> None:
+    """Copy the project into a folder; the virtual environment is shared."""
+    for path in project_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / path)
+    # Or the copy's commands would install into the environment that it shares, from the copy.
+    assert bootstrap.is_installed("run"), "the environment is not up to date: make setup-tests"
+    (folder / ".venv").symlink_to(Path(".venv").resolve())
