@@ -159,11 +159,11 @@ def packaged_model() -> list[str]:
         "",
         (
             f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. "
-            f"int8 is calibrated on {_CROPS} random crops of one half. The first three figures are "
-            f"of {_CROPS} crops of the other half, compared with float32, with 95 % intervals; then "
-            "what the guard says of them by default. The last two columns are of whole photographs: "
-            f"{len(KNOWN)} whose content is beyond doubt (`tests/known.py`), and foolbox's "
-            f"{len(IMAGENET)} of ImageNet's validation set with their labels."
+            f"int8 is calibrated on {_CROPS} random crops of one half. The first three columns "
+            f"are of {_CROPS} crops of the other half, compared with float32, with 95 % intervals; "
+            "then what the guard says of them by default. The last two columns are of whole "
+            f"photographs: {len(KNOWN)} whose content is beyond doubt (`tests/known.py`), and "
+            f"foolbox's {len(IMAGENET)} of ImageNet's validation set with their labels."
         ),
         "",
         (

