@@ -75,7 +75,7 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter effic
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas setup-timm setup-lite0 setup-batch classify-batch bench-batch
+.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check screenshots clean image bench-containers replicas setup-timm setup-lite0 setup-batch classify-batch bench-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -266,6 +266,9 @@ lock: setup ## pin all packages anew, from the requirements.in and the client's 
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks
+
+screenshots: setup-tests ## take the documentation's screenshots, of the server of make run
+	@$(VENV_PYTHON) -m tests.browser.screenshots
 
 clean: variables ## stop gateway and server, remove all that was built; .venv stays
 	@if [ -x $(VENV_PYTHON) ]; then \

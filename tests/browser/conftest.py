@@ -67,15 +67,22 @@ class Console:
 @pytest.fixture(scope="package")
 def browser(note: list[str]) -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        path = _chromium(playwright.chromium)
-        if path is None:
+        chromium = launch(playwright.chromium)
+        if chromium is None:
             note.append(NO_CHROMIUM)
             pytest.skip("no Chromium")
-        # Chromium's sandbox does not work for root.
-        root = ["--no-sandbox"] if os.geteuid() == 0 else []
-        chromium = playwright.chromium.launch(executable_path=path, args=[*_ARGUMENTS, *root])
         yield chromium
         chromium.close()
+
+
+def launch(kind: BrowserType) -> Browser | None:
+    """Start a headless Chromium; return None if none is installed."""
+    path = _chromium(kind)
+    if path is None:
+        return None
+    # Chromium's sandbox does not work for root.
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return kind.launch(executable_path=path, args=[*_ARGUMENTS, *root])
 
 
 def _chromium(playwrights_own: BrowserType) -> str | None:
