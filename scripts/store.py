@@ -15,6 +15,9 @@ DEFAULT_ARCHITECTURE = "densenet121"
 # Its trained weights come with a package of the package index: see `build/efficientnet_lite0.py`.
 PACKAGED_ARCHITECTURE = "efficientnet_lite0"
 
+# In a model archive: the license of its weights, if that asks for a copy of itself.
+WEIGHTS_NOTICE = "WEIGHTS-NOTICE.txt"
+
 
 def read_card(archive: Path) -> ModelCard | None:
     """The model card inside an archive; None where there is no sound archive of ours."""

@@ -32,7 +32,6 @@ from scripts.build.onnx_trial import Outputs, TrialError, outputs_of
 from scripts.build.packing import (
     BUILD,
     NAME,
-    WEIGHTS_NOTICE,
     Contents,
     Said,
     check_choices,
@@ -44,7 +43,7 @@ from scripts.build.packing import (
     summary_of_preprocessing,
 )
 from scripts.samples import sample_batch
-from scripts.store import MODEL_STORE, read_card, sha256
+from scripts.store import MODEL_STORE, WEIGHTS_NOTICE, read_card, sha256
 from scripts.terminal import UserError, console, step
 
 # Of the sample photographs, every fourth.

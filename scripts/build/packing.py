@@ -37,8 +37,6 @@ ENTRY = HANDLER / "densenet_handler.py"
 AT_START = HANDLER / "sitecustomize.py"
 MODEL_CONFIG = HANDLER / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
-# The license of the packed weights, if that asks for a copy of itself.
-WEIGHTS_NOTICE = "WEIGHTS-NOTICE.txt"
 VERSION = "1.0"
 
 # Zip files cannot say an earlier time; a build's own time would make every build different.

@@ -19,7 +19,7 @@ import typer
 from scripts.container.base import debian_base, engine_options
 from scripts.container.engine import Engine, require_engine, scratch
 from scripts.serve.preflight import check_archives
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, WEIGHTS_NOTICE, read_card
 from scripts.terminal import UserError, command, step
 
 NAME = "densenet-torchserve"
@@ -113,6 +113,11 @@ def _copy_context(context: Path, archives: Sequence[Path]) -> None:
     (context / "model_store").mkdir()
     for archive in archives:
         shutil.copy(archive, context / "model_store")
+        with zipfile.ZipFile(archive) as content:
+            if WEIGHTS_NOTICE in content.namelist():
+                # An image is a copy of the weights, where people look for licenses.
+                notice = context / "model_store" / f"{archive.stem}-{WEIGHTS_NOTICE}"
+                notice.write_bytes(content.read(WEIGHTS_NOTICE))
 
 
 def ray_tag() -> str:

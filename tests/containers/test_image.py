@@ -4,14 +4,18 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from benchmarks.containerized import FENCED, READY_TIMEOUT, Container, container, in_hand, status_on
 from benchmarks.pictures import costly
 from scripts.container.engine import Engine
+from scripts.container.image import build_image
 from scripts.samples import CAT
 from scripts.serve.management import poll
+from tests.known import CAT_LABELS
 
 PREDICT = "/predictions/densenet121"
 # Requests in hand when the container is told to end, and seconds from the last answer to the end.
@@ -70,6 +74,19 @@ def test_a_fenced_container_answers(served: Container) -> None:
         served.execute("touch", "/opt/densenet/file")
     assert served.ask("/metrics", port=8082).status == 200
     assert served.ask("/live").status == 200
+
+
+def test_the_image_of_the_packaged_model_answers_rightly_and_carries_its_license(
+    engine: Engine, base: str, lite0_archive: Path
+) -> None:
+    tag = f"localhost/densenet-test:{uuid4().hex[:12]}"
+    build_image(engine, [lite0_archive], tag, base)
+    with container(engine, tag) as running:
+        answer = running.ask("/predictions/efficientnet_lite0", CAT.read_bytes())
+        assert answer.json()["class_name"] in CAT_LABELS
+        notice = "/opt/densenet/model_store/efficientnet_lite0-WEIGHTS-NOTICE.txt"
+        assert "Apache" in running.execute("cat", notice)
+    engine.tried("image", "rm", "--force", tag)
 
 
 def test_nobody_outside_reaches_the_management_api(served: Container) -> None:
