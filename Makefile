@@ -181,6 +181,7 @@ bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: spe
 	@$(VENV_PYTHON) -m benchmarks.precision
 
 bench-accuracy: setup-tests ## the same: accuracy, on models that are trained first, about 20 minutes
+	@$(VENV_PYTHON) -m benchmarks.imagenet_accuracy
 	@$(VENV_PYTHON) -m benchmarks.accuracy
 
 bench-gpu: setup ## the PyTorch engine on a GPU, if there is one

@@ -36,6 +36,17 @@ def write_report(name: str, title: str, lines: Iterable[str]) -> None:
     step(f"Wrote {path}")
 
 
+def write_section(name: str, title: str, section: str, lines: Iterable[str]) -> None:
+    """Write one section of `benchmarks/results/NAME.md`; the others stay as they are."""
+    path = RESULTS / f"{name}.md"
+    before = path.read_text() if path.exists() else ""
+    sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    sections[section] = "\n".join(["", describe(), "", *lines]) + "\n"
+    texts = [f"## {heading}\n{text}" for heading, text in sections.items()]
+    path.write_text("\n".join([f"# {title}\n", *texts]))
+    step(f"Wrote {path}")
+
+
 def describe() -> str:
     """One sentence: date, machine, versions."""
     memory = psutil.virtual_memory().total / 2**30

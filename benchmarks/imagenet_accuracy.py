@@ -1,0 +1,166 @@
+"""What reduced precision changes in EfficientNet-Lite0 with its ImageNet weights.
+
+int8 is calibrated on crops of one half of the photographs, and all precisions are measured on crops
+of the other half and on whole photographs.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.accuracy import TITLE, engine_of
+from benchmarks.machine import write_section
+from handler.engines import Engine
+from handler.images import PixelBudget, decode
+from handler.labels import CLASS_INDEX, load_class_index
+from handler.responses import softmax
+from handler.settings import PRECISIONS, Preprocessing
+from scripts.build.commands import build_timm
+from scripts.build.guard import Bounds, compare
+from scripts.build.lower_precision import chosen
+from scripts.store import PACKAGED_ARCHITECTURE, read_card
+from scripts.terminal import command, step
+from tests.known import IMAGENET, KNOWN
+from tests.pictures import PHOTOGRAPHS
+
+# Crops of each half, and the shares of the photograph's shorter side that they have.
+_CROPS = 300
+_CROP_SHARES = (0.6, 1.0)
+_SEED = 5
+# Between the probabilities of the two best classes.
+_NEAR_TIE = 0.05
+# A decoded picture needs no bound here: nobody else chose these files.
+_PIXELS = 10**8
+
+
+def main() -> None:
+    """Measures each precision, and writes a section of benchmarks/results/accuracy.md."""
+    paths = sorted({*PHOTOGRAPHS, *(known.path for known in KNOWN)}, key=lambda path: path.name)
+    with tempfile.TemporaryDirectory() as folder:
+        calibrate, evaluate = Path(folder, "calibrate"), Path(folder, "evaluate")
+        write_crops(paths[::2], calibrate)
+        write_crops(paths[1::2], evaluate)
+        crops, photographs, imagenet = {}, {}, {}
+        for precision in PRECISIONS:
+            # The guard judges below, so that what it rejects is measured too.
+            lower = chosen(
+                precision,
+                calibrate if precision == "int8" else None,
+                None if precision == "float32" else evaluate,
+                agreement=0,
+            )
+            archive = build_timm(
+                PACKAGED_ARCHITECTURE,
+                name=precision,
+                lower=lower,
+                model_store=Path(folder, "store"),
+            )
+            card = read_card(archive)
+            assert card is not None
+            with engine_of(archive, precision) as engine:
+                crops[precision] = _probabilities(
+                    engine, sorted(evaluate.iterdir()), card.preprocessing
+                )
+                photographs[precision] = _probabilities(
+                    engine, [known.path for known in KNOWN], card.preprocessing
+                )
+                imagenet[precision] = _probabilities(engine, list(IMAGENET), card.preprocessing)
+            step(f"{PACKAGED_ARCHITECTURE}: {precision} was measured")
+    lines = [
+        (
+            f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. "
+            f"int8 is calibrated on {_CROPS} random crops of one half. The first three columns "
+            f"are of {_CROPS} crops of the other half, compared with float32, with 95 % intervals; "
+            "then what the guard says of them by default. The last two columns are of whole "
+            f"photographs: {len(KNOWN)} whose content is beyond doubt (`tests/known.py`), and "
+            f"foolbox's {len(IMAGENET)} of ImageNet's validation set with their labels."
+        ),
+        "",
+        (
+            "| precision | top-1 as in float32 | float32's top-1 among the five best | largest "
+            "change of a probability | default AGREEMENT | labels changed, and wrong after it "
+            "| ImageNet's labels right |"
+        ),
+        "|---|---|---|---|---|---|---|",
+        *(_row(name, crops, photographs, imagenet) for name in PRECISIONS),
+        "",
+        _margins(crops),
+    ]
+    write_section("accuracy", TITLE, "EfficientNet-Lite0 with ImageNet weights", lines)
+
+
+def write_crops(paths: Sequence[Path], folder: Path) -> None:
+    """Write random square crops of photographs as PNG files, the same every time."""
+    folder.mkdir()
+    random = np.random.default_rng(_SEED)
+    for number in range(_CROPS):
+        with Image.open(paths[number % len(paths)]) as file:
+            photograph = file.convert("RGB")
+        side = int(min(photograph.size) * random.uniform(*_CROP_SHARES))
+        left = int(random.integers(0, photograph.width - side + 1))
+        top = int(random.integers(0, photograph.height - side + 1))
+        photograph.crop((left, top, left + side, top + side)).save(folder / f"{number:03}.png")
+
+
+def _probabilities(
+    engine: Engine, paths: Sequence[Path], preprocessing: Preprocessing
+) -> NDArray[np.float32]:
+    """Return float32 (N, classes)."""
+    images = [decode(path.read_bytes(), preprocessing, PixelBudget(_PIXELS)) for path in paths]
+    return np.concatenate([softmax(engine.logits(image[None])) for image in images])
+
+
+def _row(
+    precision: str,
+    crops: Mapping[str, NDArray[np.float32]],
+    photographs: Mapping[str, NDArray[np.float32]],
+    imagenet: Mapping[str, NDArray[np.float32]],
+) -> str:
+    # What float32 answers counts as right here.
+    found = compare(crops["float32"], crops[precision], crops["float32"].argmax(axis=1).tolist())
+    judged = compare(crops["float32"], crops[precision]).excess(Bounds())
+    names = [label.class_name for label in load_class_index(Path("handler", CLASS_INDEX), 1000)]
+    before, after = (
+        [names[row.argmax()] for row in photographs[name]] for name in ("float32", precision)
+    )
+    changed = [
+        f"{known.path.name}: {old} to {new}"
+        for known, old, new in zip(KNOWN, before, after, strict=True)
+        if old != new
+    ]
+    right = int((imagenet[precision].argmax(axis=1) == list(IMAGENET.values())).sum())
+    wrong = sum(label not in known.labels for known, label in zip(KNOWN, after, strict=True))
+    return (
+        f"| {precision} | {found.accuracy['top 1'][1]} | {found.accuracy['top 5'][1]} "
+        f"| {found.largest_change:.4f} | {'rejected' if judged else 'accepted'} "
+        f"| {'; '.join(changed) or 'none'}; {wrong} wrong "
+        f"| {right} of {len(IMAGENET)} |"
+    )
+
+
+def _margins(crops: Mapping[str, NDArray[np.float32]]) -> str:
+    """Return how near the float32 answers were to ties where another precision differs."""
+    exact = crops["float32"]
+    best = np.sort(exact, axis=1)
+    margins = best[:, -1] - best[:, -2]
+    parts = []
+    for precision in PRECISIONS[1:]:
+        differ = exact.argmax(axis=1) != crops[precision].argmax(axis=1)
+        widest = margins[differ].max() if differ.any() else 0.0
+        parts.append(
+            f"{differ.sum()} of {len(exact)} crops in {precision} (the widest margin between "
+            f"float32's two best is {widest:.3f} there)"
+        )
+    tied = (margins < _NEAR_TIE).mean()
+    return (
+        f"Top-1 differs on {' and '.join(parts)}. Of all crops {tied:.0%} have a margin below "
+        f"{_NEAR_TIE} in float32: parts of photographs often show no class clearly."
+    )
+
+
+if __name__ == "__main__":
+    command(main)
