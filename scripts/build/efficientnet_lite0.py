@@ -6,6 +6,7 @@ this way. timm makes the model and has its preprocessing, the package holds the 
 
 import dataclasses
 import re
+import shutil
 from collections import OrderedDict
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -115,6 +116,7 @@ def _notice(package: Distribution) -> str:
 
 def _uninstall(package: Distribution) -> None:
     """Remove the package, and the stamp that says it is installed, so that it is fetched again."""
-    for file in package.files or ():
-        Path(str(package.locate_file(file))).unlink(missing_ok=True)
+    # Whole folders: uv takes an empty one of metadata for a package that is installed.
+    for folder in {file.parts[0] for file in package.files or ()} - {".."}:
+        shutil.rmtree(str(package.locate_file(folder)))
     stamp_of("lite0").unlink(missing_ok=True)

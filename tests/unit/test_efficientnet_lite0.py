@@ -57,9 +57,9 @@ def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path)
     own_copy.write_bytes(content)
     with pytest.raises(UserError, match=r"its SHA-256 begins with .*, not 57934424.*was removed"):
         lite0.obtain()
-    assert not own_copy.exists()
-    assert not (own_copy.parents[2] / "installed-lite0").exists()
-    assert not list((own_copy.parents[1]).parent.glob("*.dist-info/METADATA"))
+    site = own_copy.parents[2]
+    assert list(site.iterdir()) == []
+    assert not (site.parent / "installed-lite0").exists()
 
 
 def test_a_file_with_another_hash_is_not_even_parsed(tmp_path: Path) -> None:
