@@ -7,10 +7,9 @@
 #:  GRPC=on             gRPC too, by which any client can stop the service (docs/operating.md);
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
 #:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
-#:  ARCH=resnet50       another of torchvision's classifiers than densenet121
-#:                      efficientnet_lite0, whose trained weights are a Python package;
+#:  ARCH=resnet50       another of torchvision's classifiers, or efficientnet_lite0
 #:                      or, for make archive, timm/NAME; REVISION=commit of its weights
-#:  WEIGHTS=file        weights of your own, for make run also random; WEIGHTS_URL=address of torchvision's elsewhere
+#:  WEIGHTS=file        weights of your own, or random; WEIGHTS_URL=torchvision's elsewhere
 #:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
 #:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
 #:  CLASSES=file        classes of your own, a name a line, or JSON
@@ -63,6 +62,8 @@ variables-undrain := NODE
 variables-replace := NODE
 variables-upgrade := ARCHIVE AGREEMENT
 variables-test := TEST_OPTIONS
+variables-test-slow := TEST_OPTIONS
+variables-test-all := TEST_OPTIONS
 everywhere := PYTHON TORCH_INDEX SHELL MAKEFLAGS
 
 goals := $(or $(MAKECMDGOALS),help)
@@ -75,11 +76,11 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter effic
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup setup-tests setup-precision setup-benchmarks run test test-unit fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check screenshots clean image bench-containers replicas setup-timm setup-lite0 setup-batch classify-batch bench-batch
+.PHONY: help variables setup run test test-slow test-all fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas classify-batch bench-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
-		/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 } \
+		/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 } \
 		/^#:/ { text = text "\n" substr($$0, 3) } END { print text }' $(firstword $(MAKEFILE_LIST))
 
 variables:
@@ -149,11 +150,17 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 ##@ Tests
-test: test-unit ## run all tests, those against a real TorchServe and in a browser too
-	@$(VENV_PYTHON) -m pytest --ignore=tests/unit --require-integration $(TEST_OPTIONS)
+# Unit tests run on all cores; the others share servers, ports and a browser.
+UNIT := tests/unit --numprocesses logical --maxprocesses 4
+test: setup-tests ## test against a real TorchServe, and in a browser, about 8 minutes
+	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
+	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
 
-test-unit: setup-tests setup-precision ## run the tests that need no server, on all cores
-	@$(VENV_PYTHON) -m pytest tests/unit --numprocesses logical --maxprocesses 4
+test-slow: setup-all ## run the rest: chaos, costs, training, containers, Ray, all documents
+	@$(VENV_PYTHON) -m pytest $(UNIT) -m slow
+	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m slow $(TEST_OPTIONS)
+
+test-all: test test-slow ## run both
 
 fuzz: setup-tests ## corrupted pictures, by the thousand
 	@$(VENV_PYTHON) -m tests.stress.fuzz
@@ -180,7 +187,7 @@ bench-stages: setup ## what each stage of a request costs, a few minutes
 bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and memory, about 10 minutes
 	@$(VENV_PYTHON) -m benchmarks.precision
 
-bench-accuracy: setup-tests ## the same: accuracy, on models that are trained first, about 20 minutes
+bench-accuracy: setup-all ## the same: accuracy, on models that are trained first, about 20 minutes
 	@$(VENV_PYTHON) -m benchmarks.imagenet_accuracy
 	@$(VENV_PYTHON) -m benchmarks.accuracy
 
@@ -209,28 +216,23 @@ replicas: setup ## the same with containers that end, are replaced and cut off (
 	@$(VENV_PYTHON) -m benchmarks.replicas
 
 ##@ Maintenance
-setup: variables ## make the virtual environment and install the pinned packages
+setup: variables ## make .venv; setup-all, -batch, -benchmarks, -lite0, -precision, -tests, -timm
 	@$(PYTHON) scripts/bootstrap.py run
 
-setup-tests: variables ## the same, and the tools of tests and checks
-	@$(PYTHON) scripts/bootstrap.py run tests precision batch timm lite0
+# What each of these installs beside what running needs; all is for make lint and make test-slow.
+groups-all := tests precision batch timm lite0
+groups-batch := batch
+groups-benchmarks := benchmarks
+groups-lite0 := timm lite0
+groups-precision := precision
+groups-tests := tests timm lite0
+groups-timm := timm
+SETUPS := $(patsubst groups-%,setup-%,$(filter groups-%,$(.VARIABLES)))
+.PHONY: $(SETUPS)
+$(SETUPS): setup-%: variables
+	@$(PYTHON) scripts/bootstrap.py run $(groups-$*)
 
-setup-precision: variables ## the same, and what PRECISION=bf16 and int8 are made and served with
-	@$(PYTHON) scripts/bootstrap.py run precision
-
-setup-batch: variables ## the same, and Ray, which make classify-batch runs on
-	@$(PYTHON) scripts/bootstrap.py run batch
-
-setup-timm: variables ## the same, and timm, which ARCH=timm/... is built with
-	@$(PYTHON) scripts/bootstrap.py run timm
-
-setup-lite0: variables ## the same, and what ARCH=efficientnet_lite0 is built with
-	@$(PYTHON) scripts/bootstrap.py run timm lite0
-
-setup-benchmarks: variables ## the same, and what the benchmarks compare with
-	@$(PYTHON) scripts/bootstrap.py run benchmarks
-
-lint: setup-tests ## check style and types
+lint: setup-all ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
@@ -267,9 +269,6 @@ lock: setup ## pin all packages anew, from the requirements.in and the client's 
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks
-
-screenshots: setup-tests ## take the documentation's screenshots, of the server of make run
-	@$(VENV_PYTHON) -m tests.browser.screenshots
 
 clean: variables ## stop gateway and server, remove all that was built; .venv stays
 	@if [ -x $(VENV_PYTHON) ]; then \

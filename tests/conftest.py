@@ -58,6 +58,56 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Folders and modules that `make test` leaves to `make test-slow`: each takes minutes, or packages
+# that a newcomer has no use for. Single tests of other modules are marked where they stand.
+_SLOW = (
+    "batch",
+    "containers",
+    "browser/test_everybody.py",
+    "browser/test_labels.py",
+    "browser/test_trouble.py",
+    "gateway/test_hostile.py",
+    "gateway/test_monitoring.py",
+    "gateway/test_options.py",
+    "gateway/test_outages.py",
+    "gateway/test_sign_in.py",
+    "gateway/test_tls.py",
+    "gateway/test_upstreams.py",
+    "integration/test_classify.py",
+    "integration/test_corpus.py",
+    "integration/test_costs.py",
+    "integration/test_digits.py",
+    "integration/test_evaluate.py",
+    "integration/test_faults.py",
+    "integration/test_kinds.py",
+    "integration/test_labels.py",
+    "integration/test_models.py",
+    "integration/test_package.py",
+    "integration/test_precision.py",
+    "integration/test_run.py",
+    "unit/test_batch.py",
+    "unit/test_bootstrap.py",
+    "unit/test_costs.py",
+    "unit/test_precision.py",
+    "unit/test_quantize.py",
+)
+
+
+def _is_slow(path: Path) -> bool:
+    folder = Path(__file__).parent
+    return path.is_relative_to(folder) and path.relative_to(folder).as_posix().startswith(_SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Nor does `make test` import them, since it does without some of their packages."""
+    return True if config.option.markexpr == "not slow" and _is_slow(collection_path) else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if _is_slow(item.path):
+        item.add_marker(pytest.mark.slow)
+
+
 def _kind(nodeid: str) -> str:
     parts = Path(nodeid.split("::", maxsplit=1)[0]).parts
     return parts[1] if len(parts) > 1 else parts[0]
@@ -141,9 +191,9 @@ def running(archive: Path, run_dir: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def lite0_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive of EfficientNet-Lite0, whose weights are trained."""
-    return build_timm(PACKAGED_ARCHITECTURE, model_store=tmp_path_factory.mktemp("model_store"))
+def lite0_archive() -> Path:
+    """The archive of EfficientNet-Lite0, whose weights are trained; kept from run to run."""
+    return build_timm(PACKAGED_ARCHITECTURE, model_store=Path("build", "tests"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Takes the documentation's screenshots of the web UI, with the server of `make run`.
 
-`make screenshots` runs it; the model must be efficientnet_lite0, so that the labels are right.
+`.venv/bin/python -m tests.browser.screenshots` runs it; the labels are efficientnet_lite0's.
 """
 
 from pathlib import Path

@@ -89,6 +89,7 @@ def broken_archive(
 
 
 @BROKEN
+@pytest.mark.slow
 def test_an_archive_that_cannot_be_loaded_stops_the_start_with_the_reason(
     archive: Path, tmp_path: Path, part: str, change: Callable[[bytes], bytes], reason: str
 ) -> None:
@@ -197,6 +198,7 @@ def test_ctrl_c_while_starting_leaves_nothing_behind(archive: Path, tmp_path: Pa
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_whose_folder_was_removed_is_still_ones_own(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,7 @@
-"""`make run`: which models it serves, with the host of the weights and without it."""
+"""`make run` with a host of the weights; what it does without one is tested with the README."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -17,14 +16,10 @@ import requests
 from scripts.build.weights import Weights
 from scripts.samples import CAT
 from scripts.serve.running import RUN_DIR, free_ports
-from tests.known import CAT_LABELS
 from tests.published import publish
 from tests.workspace import copy_project
 
 _TIMEOUT = 280
-
-# Nobody answers there.
-_NOBODY = "http://127.0.0.1:9/densenet121-a639ec97.pth"
 
 
 @pytest.fixture
@@ -86,32 +81,3 @@ def test_with_the_weights_densenet_alone_is_served(clone: Path, host: str) -> No
     answer = requests.post(url, files={"file": CAT.read_bytes()}, timeout=60)
     assert answer.headers["x-model-weights"] == "trained"
     assert "warning" not in answer.json()
-
-
-def test_without_them_a_trained_model_answers_first_and_both_are_served(clone: Path) -> None:
-    printed, served, port = run(clone, _NOBODY)
-    assert served == ["efficientnet_lite0", "densenet121"]
-    first_answer = re.search(r"│ (\w+) +│ +0\.\d+", printed)
-    assert first_answer is not None
-    assert first_answer[1] in CAT_LABELS
-    answers = {
-        model: requests.post(
-            f"http://127.0.0.1:{port}/predictions/{model}",
-            files={"file": CAT.read_bytes()},
-            timeout=60,
-        )
-        for model in served
-    }
-    assert answers["efficientnet_lite0"].json()["class_name"] in CAT_LABELS
-    assert "warning" not in answers["efficientnet_lite0"].json()
-    assert answers["densenet121"].headers["x-model-weights"] == "untrained"
-    assert "/predictions/efficientnet_lite0" in answers["densenet121"].json()["warning"]
-    # Nothing untrained is served by `make start`.
-    subprocess.run(["make", "stop"], cwd=clone, check=True, capture_output=True)  # noqa: S607
-    start = [sys.executable, "-m", "scripts.serve.commands", "start", "--models"]
-    for models in ("densenet121", "efficientnet_lite0 densenet121"):
-        refused = subprocess.run(
-            [*start, models], cwd=clone, capture_output=True, text=True, check=False
-        )
-        assert refused.returncode == 1
-        assert "untrained random weights" in refused.stderr

@@ -375,6 +375,7 @@ def test_grpc_predictions(
         assert (refusal["success"], refusal["code"]) == (False, 400)
 
 
+@pytest.mark.slow
 def test_a_worker_that_a_grpc_stream_ended_is_not_believed_to_be_ready(
     grpc_server: Running,
     stubs: tuple[Any, Any],

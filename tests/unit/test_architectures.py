@@ -80,7 +80,15 @@ def test_where_logits_are_linear_in_the_features_they_are_found(name: str) -> No
     assert torch.allclose(again, logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "vgg11", "alexnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "squeezenet1_1",
+        "mobilenet_v3_small",
+        "alexnet",
+        pytest.param("vgg11", marks=pytest.mark.slow),
+    ],
+)
 def test_where_they_are_not_there_is_no_explanation(name: str) -> None:
     model = build_model(untrained(name, 10))
     preprocessing = official_preprocessing(name)

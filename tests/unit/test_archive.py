@@ -21,13 +21,20 @@ from handler.settings import ModelCard, Preprocessing
 from scripts.build import export
 from scripts.build.archive import build, recipe
 from scripts.build.differences import MAX_DIFFERENCE
-from scripts.build.weights import Weights, build_model
+from scripts.build.weights import Weights, build_model, untrained
 from scripts.samples import sample_batch
 from scripts.store import read_card
 from scripts.terminal import UserError
 
-# DenseNet's last ReLU, as torchvision names it.
-NODE = "relu"
+SMALL = Preprocessing(resize=64, crop=64)
+
+
+@pytest.fixture
+def subject() -> export.Exportable:
+    """A small network, with the node of its last features."""
+    model = build_model(untrained("resnet18"))
+    node = export.features_node(model, model.fc, SMALL, sample_batch(SMALL))  # type: ignore[arg-type]
+    return export.Exportable(model, SMALL, node)
 
 
 def test_the_archive_holds_the_handler_and_nothing_of_this_machine(archive: Path) -> None:
@@ -57,10 +64,10 @@ def test_two_builds_are_byte_identical(archive: Path, weights: Weights, tmp_path
     )
 
 
-def test_two_exports_are_byte_identical(weights: Weights, tmp_path: Path) -> None:
+def test_two_exports_are_byte_identical(subject: export.Exportable, tmp_path: Path) -> None:
     files = [tmp_path / "first.onnx", tmp_path / "second.onnx"]
     for file in files:
-        export.export(export.Exportable(build_model(weights), Preprocessing(), NODE), file)
+        export.export(subject, file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -84,35 +91,31 @@ def test_untrained_weights_show_in_the_version(archive: Path) -> None:
     assert manifest["model"]["modelVersion"] == "1.0-untrained"
 
 
-def test_an_export_that_differs_stops_the_build(weights: Weights, tmp_path: Path) -> None:
-    model, exported = build_model(weights), tmp_path / "model.onnx"
-    export.export(export.Exportable(model, Preprocessing(), NODE), exported)
-    batch = sample_batch(Preprocessing())
+def test_an_export_that_differs_stops_the_build(subject: export.Exportable, tmp_path: Path) -> None:
+    exported = tmp_path / "model.onnx"
+    export.export(subject, exported)
     said: list[str] = []
     with torch.no_grad():
-        model.classifier.bias[7] += 0.001  # type: ignore[union-attr,index,operator]
+        subject.model.fc.bias[7] += 0.001  # type: ignore[union-attr,index,operator]
     with pytest.raises(UserError, match=r"differs from PyTorch by 1.0e-03"):
-        export.check(export.Exportable(model, Preprocessing(), NODE), exported, batch, said.append)
+        export.check(subject, exported, sample_batch(SMALL), said.append)
     assert "over 18 images" in said[0]
 
 
-def test_an_export_whose_features_differ_stops_the_build(weights: Weights, tmp_path: Path) -> None:
+def test_an_export_whose_features_differ_stops_the_build(
+    subject: export.Exportable, tmp_path: Path
+) -> None:
     """Features that the logits do not show: a channel without weight in the last layer."""
-    model, exported = build_model(weights), tmp_path / "model.onnx"
+    exported = tmp_path / "model.onnx"
     with torch.no_grad():
-        model.classifier.weight[:, 7] = 0  # type: ignore[union-attr,operator]
-    export.export(export.Exportable(model, Preprocessing(), NODE), exported)
+        subject.model.fc.weight[:, 7] = 0  # type: ignore[union-attr,operator]
+    export.export(subject, exported)
     with torch.no_grad():
-        model.features.norm5.bias[7] += 100  # type: ignore[union-attr,index,operator]
+        subject.model.layer4[1].bn2.bias[7] += 100  # type: ignore[union-attr,index]
     said: list[str] = []
     with pytest.raises(UserError, match=r"differs from PyTorch by \d.\de\+0"):
-        export.check(
-            export.Exportable(model, Preprocessing(), NODE),
-            exported,
-            sample_batch(Preprocessing())[:4],
-            said.append,
-        )
-    assert re.search(r"e-05 in logits, \d.\de\+0\d in features", said[0])
+        export.check(subject, exported, sample_batch(SMALL)[:4], said.append)
+    assert re.search(r"e-0\d in logits, \d.\de\+0\d in features", said[0])
 
 
 def test_a_model_too_large_for_onnx_is_refused_before_its_export(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_both_ways_to_ask_an_engine_give_the_same_logits(engine: Engine) -> None
     assert features.min() >= 0
 
 
+@pytest.mark.slow
 def test_covering_the_hottest_part_costs_the_class_more_than_covering_the_coldest(
     archive: Path, classifier: NDArray[np.float32], tmp_path: Path, note: list[str]
 ) -> None:

@@ -247,6 +247,7 @@ def test_other_channels_are_named(tmp_path: Path) -> None:
         load(tmp_path / "grey.pth", "resnet18")
 
 
+@pytest.mark.slow
 def test_the_architecture_of_a_head_of_ones_own_is_suggested(tmp_path: Path) -> None:
     _, path = saved(tmp_path, nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     with pytest.raises(UserError, match="All but its head is resnet18's: ARCH=resnet18"):

@@ -132,6 +132,7 @@ def test_the_images_of_a_request_share_their_pixels() -> None:
         decode(CAT.read_bytes(), PREPROCESSING, budget)
 
 
+@pytest.mark.slow
 def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str]) -> None:
     worst, least_psnr, count = 0, float("inf"), 0
     for jpeg in large_jpegs():

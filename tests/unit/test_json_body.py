@@ -40,6 +40,7 @@ print((kilobytes("VmHWM:") - before) * 1024)
         """b'{"a":' + b'9' * 20_900_000 + b'.5}'""",
     ],
 )
+@pytest.mark.slow
 def test_no_json_body_takes_more_than_other_bodies_in_hand_leave(body: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, body],

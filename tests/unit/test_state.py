@@ -50,6 +50,7 @@ def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -
         assert process_of(*words) is None, "a process that has ended, and was not waited for"
 
 
+@pytest.mark.slow
 def test_a_file_is_whole_wherever_its_writer_is_killed(tmp_path: Path) -> None:
     """Once for each line of Python that runs while it is written."""
     path = tmp_path / "state.json"

@@ -125,9 +125,9 @@ def test_a_revision_that_can_change_is_refused(revision: str | None, served: typ
     assert served.asked == []
 
 
-def test_what_the_hub_does_not_have_is_said(served: type[Hub]) -> None:
+def test_what_the_hub_does_not_have_is_said(served: type[Hub], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"answered 404 .*with safetensors, at this revision"):
-        hub.fetch(REPOSITORY, REVISION[::-1], Path("nowhere"))
+        hub.fetch(REPOSITORY, REVISION[::-1], tmp_path)
     assert served.asked
 
 

@@ -148,7 +148,7 @@ def test_run_packs_the_engine_that_was_asked_for(monkeypatch: pytest.MonkeyPatch
         raise UserError("enough")
 
     weights = Weights({}, "mine.pth", "0", trained=True)
-    monkeypatch.setattr(run, "obtain_for_trial", lambda *_: weights)
+    monkeypatch.setattr(run, "_obtain", lambda *_: (weights, False))
     monkeypatch.setattr(run, "build", build)
     ports = free_ports().used(grpc=False)
     for engine in ("torch", "onnx"):
