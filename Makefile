@@ -152,7 +152,7 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 ##@ Tests
 # Unit tests run on all cores; the others share servers, ports and a browser.
 UNIT := tests/unit --numprocesses logical --maxprocesses 4
-test: setup-tests ## test against a real TorchServe, and in a browser, about 8 minutes
+test: setup-tests ## test against a real TorchServe, and in a browser, about 10 minutes
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
 	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
 
@@ -219,7 +219,7 @@ replicas: setup ## the same with containers that end, are replaced and cut off (
 setup: variables ## make .venv; setup-all, -batch, -benchmarks, -lite0, -precision, -tests, -timm
 	@$(PYTHON) scripts/bootstrap.py run
 
-# What each of these installs beside what running needs; all is for make lint and make test-slow.
+# What each of these installs in addition to what running needs; all is for make lint and make test-slow.
 groups-all := tests precision batch timm lite0
 groups-batch := batch
 groups-benchmarks := benchmarks

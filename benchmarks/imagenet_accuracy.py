@@ -33,7 +33,7 @@ _CROP_SHARES = (0.6, 1.0)
 _SEED = 5
 # Between the probabilities of the two best classes.
 _NEAR_TIE = 0.05
-# A decoded picture needs no bound here: nobody else chose these files.
+# No limit is needed: these files are known.
 _PIXELS = 10**8
 
 

@@ -158,7 +158,7 @@ class ModelCard:
             `handler.torch_models.empty_model`; empty for its own.
         embedding: channels of the pooled last features, which the last layer takes; 0 where the
             model does not give them out.
-        trained_model: with random weights, the name of a trained model that is served beside this
+        trained_model: with random weights, the name of a trained model that is served with this
             one; empty if there is none.
     """
 

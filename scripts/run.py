@@ -1,8 +1,8 @@
 """`make run`: from nothing to a served model and a first answer.
 
 The weights are torchvision's, or the user's. If torchvision's cannot be fetched, a trained model
-whose weights are a Python package answers instead, and the one that was asked for is served beside
-it with random weights.
+whose weights are a Python package answers instead, and the one that was asked for is served as
+well, with random weights.
 """
 
 import dataclasses

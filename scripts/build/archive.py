@@ -59,7 +59,7 @@ class Recipe:
         lower: instead of float32; None for float32.
         activation: how logits become probabilities, of `ACTIVATIONS`.
         thresholds: of each class with sigmoid, 0 to 1; empty with softmax.
-        trained_model: with random weights, the name of a trained model that is served beside this
+        trained_model: with random weights, the name of a trained model that is served with this
             one; empty if there is none.
     """
 

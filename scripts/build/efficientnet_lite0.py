@@ -105,7 +105,7 @@ def timm_key(key: str) -> str:
 
 
 def _notice(package: Distribution) -> str:
-    """Return what Apache-2.0 asks for beside a copy of the weights."""
+    """Return what Apache-2.0 asks for with a copy of the weights."""
     return (
         "The weights in this model archive are those of EfficientNet-Lite0 from the Python package "
         f"{PACKAGE} {package.version} ({Path(FILE).name}, SHA-256 {SHA256}).\n"

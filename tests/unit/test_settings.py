@@ -108,11 +108,11 @@ def test_a_wrong_class_index_is_refused(tmp_path: Path, text: str, message: str)
         load_class_index(path, classes=2)
 
 
-def test_random_weights_warn_and_name_a_trained_model_if_one_is_served_beside_them() -> None:
+def test_random_weights_warn_and_name_a_trained_model_if_one_is_served_too() -> None:
     card = ModelCard("densenet121", 1000, False, "seeded random numbers", "0", "0")  # noqa: FBT003
     assert "untrained random weights" in (card.warning or "")
     assert "/predictions/" not in (card.warning or "")
-    beside = dataclasses.replace(card, trained_model="efficientnet_lite0")
-    assert "/predictions/efficientnet_lite0 has a trained model" in (beside.warning or "")
-    assert dataclasses.replace(beside, trained=True).warning is None
-    assert ModelCard.from_json(beside.to_json()) == beside
+    other = dataclasses.replace(card, trained_model="efficientnet_lite0")
+    assert "/predictions/efficientnet_lite0 has a trained model" in (other.warning or "")
+    assert dataclasses.replace(other, trained=True).warning is None
+    assert ModelCard.from_json(other.to_json()) == other
