@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.accuracy import TITLE, engine_of
+from benchmarks.known import IMAGENET, KNOWN, PHOTOGRAPHS
 from benchmarks.machine import write_section
 from handler.engines import Engine
 from handler.images import PixelBudget, decode
@@ -24,8 +25,6 @@ from scripts.build.guard import Bounds, compare
 from scripts.build.lower_precision import chosen
 from scripts.store import PACKAGED_ARCHITECTURE, read_card
 from scripts.terminal import command, step
-from tests.known import IMAGENET, KNOWN
-from tests.pictures import PHOTOGRAPHS
 
 # Crops of each half, and the shares of the photograph's shorter side that they have.
 _CROPS = 300
@@ -76,7 +75,7 @@ def main() -> None:
             f"int8 is calibrated on {_CROPS} random crops of one half. The first three columns "
             f"are of {_CROPS} crops of the other half, compared with float32, with 95 % intervals; "
             "then what the guard says of them by default. The last two columns are of whole "
-            f"photographs: {len(KNOWN)} whose content is beyond doubt (`tests/known.py`), and "
+            f"photographs: {len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and "
             f"foolbox's {len(IMAGENET)} of ImageNet's validation set with their labels."
         ),
         "",

@@ -2,45 +2,11 @@
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import sklearn
 from PIL import Image
 
-from scripts.samples import CAT
-
-_SKIMAGE = CAT.parent
-_SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
-
-PHOTOGRAPHS = (
-    *(
-        _SKIMAGE / name
-        for name in (
-            "astronaut.png",
-            "brick.png",
-            "camera.png",
-            "cell.png",
-            "chelsea.png",
-            "coffee.png",
-            "coins.png",
-            "color.png",
-            "grass.png",
-            "gravel.png",
-            "hubble_deep_field.jpg",
-            "ihc.png",
-            "moon.png",
-            "motorcycle_left.png",
-            "motorcycle_right.png",
-            "page.png",
-            "retina.jpg",
-            "rocket.jpg",
-            "text.png",
-        )
-    ),
-    _SKLEARN / "china.jpg",
-    _SKLEARN / "flower.jpg",
-)
+from benchmarks.known import PHOTOGRAPHS
 
 # Sides that meet each rounding in resizing and cropping; the largest picture is 2000 x 1500.
 _SIDES = (1, 2, 3, 7, 33, 100, 223, 224, 225, 254, 255, 256, 300, 511, 640, 1500, 2000)

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
+from benchmarks.known import KNOWN
 from tests.batch.command import classify, rows
-from tests.known import KNOWN
 
 
 def test_every_photograph_is_recognized(lite0_archive: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import requests
 from playwright.sync_api import FilePayload, Locator, Page, expect
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.running import Running
-from tests.pictures import PHOTOGRAPHS
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()

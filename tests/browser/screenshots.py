@@ -7,13 +7,13 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from benchmarks.known import KNOWN
 from scripts.samples import CAT
 from scripts.serve.running import require_running
 from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import command, step
 from tests.browser.conftest import launch
 from tests.browser.person import PHONE, answered, choose, copy_of
-from tests.known import KNOWN
 
 _DOCS = Path("docs")
 _DESKTOP = {"viewport": {"width": 1280, "height": 800}}

@@ -9,11 +9,11 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Route, expect
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.running import HOST, Running
 from tests.browser.conftest import Console
 from tests.browser.person import PHONE, answered, choose, everything
-from tests.pictures import PHOTOGRAPHS
 
 Open = Callable[..., Page]
 

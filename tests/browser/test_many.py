@@ -7,10 +7,10 @@ from typing import Any
 
 from playwright.sync_api import Page, Route, expect
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.serve.running import Running
 from tests.browser.conftest import Console
 from tests.browser.person import NOTES, answered, ask, choose, copy_of, payload
-from tests.pictures import PHOTOGRAPHS
 
 TEN = PHOTOGRAPHS[:10]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from playwright.sync_api import Page, expect
 
+from benchmarks.known import CAT_LABELS, KNOWN
 from scripts.serve.running import Running
 from tests.browser.person import answered, choose, in_words
-from tests.known import CAT_LABELS, KNOWN
 
 Open = Callable[..., Page]
 

@@ -14,6 +14,7 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.management import model_status
 from scripts.serve.running import HOST, Running, free_ports
@@ -28,7 +29,6 @@ from tests.browser.person import (
     expect_the_cats_answer,
     payload,
 )
-from tests.pictures import PHOTOGRAPHS
 
 Open = Callable[..., Page]
 

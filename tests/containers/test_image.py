@@ -10,12 +10,12 @@ from uuid import uuid4
 import pytest
 
 from benchmarks.containerized import FENCED, READY_TIMEOUT, Container, container, in_hand, status_on
+from benchmarks.known import CAT_LABELS
 from benchmarks.pictures import costly
 from scripts.container.engine import Engine
 from scripts.container.image import build_image
 from scripts.samples import CAT
 from scripts.serve.management import poll
-from tests.known import CAT_LABELS
 
 PREDICT = "/predictions/densenet121"
 # Requests in hand when the container is told to end, and seconds from the last answer to the end.

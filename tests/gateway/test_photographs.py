@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from benchmarks.cluster import free_options
+from benchmarks.known import KNOWN
 from scripts.gateway import start as starting
 from scripts.gateway.nodes import start_nodes, stop_nodes
 from tests.gateway.client import Client
-from tests.known import KNOWN
 
 
 def test_the_tutorials_address_recognizes_every_photograph(

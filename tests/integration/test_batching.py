@@ -18,10 +18,11 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from benchmarks.faults import wait_for
+from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.management import model_status, poll
 from scripts.serve.running import Running
-from tests.pictures import PHOTOGRAPHS, encode
+from tests.pictures import encode
 
 TIMEOUT = 60
 

@@ -12,11 +12,12 @@ import pytest
 import requests
 from PIL import Image
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.build.weights import Weights
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from tests import kinds
-from tests.pictures import PHOTOGRAPHS, encode
+from tests.pictures import encode
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()

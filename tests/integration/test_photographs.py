@@ -16,9 +16,9 @@ import timm
 import torch
 from PIL import Image
 
+from benchmarks.known import CAT_LABELS, KNOWN, Photograph
 from scripts.build import efficientnet_lite0
 from scripts.serve.running import Running
-from tests.known import CAT_LABELS, KNOWN, Photograph
 from tests.timm_transforms import timm_transform
 
 TIMEOUT = 60

@@ -15,13 +15,14 @@ import pytest
 import requests
 from PIL import Image
 
+from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve import commands, management
 from scripts.serve.management import poll, ready_workers, scale
 from scripts.serve.running import HOST, Running, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError
-from tests.pictures import PHOTOGRAPHS, encode
+from tests.pictures import encode
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()

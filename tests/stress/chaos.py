@@ -19,12 +19,12 @@ import requests
 import typer
 from rich.table import Table
 
+from benchmarks.known import PHOTOGRAPHS
 from benchmarks.served import frontend_memory, post, served, worker_memory, worker_pids
 from scripts.serve.management import poll, ready_workers
 from scripts.serve.running import HOST, Running
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
-from tests.pictures import PHOTOGRAPHS
 
 CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0

@@ -69,3 +69,33 @@ IMAGENET = {
     path: int(path.stem.rpartition("_")[2])
     for path in sorted(KNOWN[-1].path.parent.glob("imagenet_*.jpg"))
 }
+
+# All that scikit-image and scikit-learn carry, whatever they show.
+PHOTOGRAPHS = (
+    *(
+        _SKIMAGE / name
+        for name in (
+            "astronaut.png",
+            "brick.png",
+            "camera.png",
+            "cell.png",
+            "chelsea.png",
+            "coffee.png",
+            "coins.png",
+            "color.png",
+            "grass.png",
+            "gravel.png",
+            "hubble_deep_field.jpg",
+            "ihc.png",
+            "moon.png",
+            "motorcycle_left.png",
+            "motorcycle_right.png",
+            "page.png",
+            "retina.jpg",
+            "rocket.jpg",
+            "text.png",
+        )
+    ),
+    _SKLEARN / "china.jpg",
+    _SKLEARN / "flower.jpg",
+)
