@@ -344,7 +344,8 @@ def test_a_bound_that_is_too_tight_stops_the_build(folder: Path, tmp_path: Path)
     (tmp_path / "blends").mkdir()
     for number in range(16):
         first, second = (Image.open(files[i]) for i in random.integers(len(files), size=2))
-        for percent in range(35, 66):
+        # Coarser steps held no near tie on one processor, where the build rightly succeeded.
+        for percent in np.arange(35, 66, 0.125):
             blend = Image.blend(first, second, percent / 100)
             blend.save(tmp_path / "blends" / f"{number}-{percent}.png")
     wanted = _recipe(folder, "int8", evaluate=tmp_path / "blends", agreement=1.0)
