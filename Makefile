@@ -76,7 +76,7 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter effic
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup run test test-slow test-all fuzz chaos bench bench-engines bench-pipe bench-scaling bench-stages bench-precision bench-accuracy bench-gpu gateway-cost flood soak outages archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image bench-containers replicas classify-batch bench-batch
+.PHONY: help variables setup run test test-slow test-all fuzz chaos bench archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image classify-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -169,51 +169,12 @@ chaos: setup-tests ## five minutes of bad clients and killed workers
 	@$(VENV_PYTHON) -m tests.stress.chaos
 
 ##@ Benchmarks
-bench: setup-benchmarks ## compare with other servers, about 10 minutes
-	@$(VENV_PYTHON) -m benchmarks.bench
+bench: setup-benchmarks ## compare with other servers, about 40 minutes; bench-NAME for the others
+	@$(VENV_PYTHON) -m benchmarks compare
 
-bench-engines: setup-benchmarks ## compare engines and their options, about 20 minutes
-	@$(VENV_PYTHON) -m benchmarks.engines
-
-bench-pipe: setup ## what each setting of the server is worth, about 10 minutes
-	@$(VENV_PYTHON) -m benchmarks.pipe
-
-bench-scaling: setup ## more workers, larger pictures, about 5 minutes
-	@$(VENV_PYTHON) -m benchmarks.scaling
-
-bench-stages: setup ## what each stage of a request costs, a few minutes
-	@$(VENV_PYTHON) -m benchmarks.stages
-
-bench-precision: setup-benchmarks setup-precision ## float32, bf16 and int8: speed and memory, about 10 minutes
-	@$(VENV_PYTHON) -m benchmarks.precision
-
-bench-accuracy: setup-all ## the same: accuracy, on models that are trained first, about 20 minutes
-	@$(VENV_PYTHON) -m benchmarks.imagenet_accuracy
-	@$(VENV_PYTHON) -m benchmarks.accuracy
-
-bench-gpu: setup ## the PyTorch engine on a GPU, if there is one
-	@$(VENV_PYTHON) -m benchmarks.gpu
-
-gateway-cost: setup ## what the gateway costs, and what two nodes give
-	@$(VENV_PYTHON) -m benchmarks.gateway_cost
-
-flood: setup ## 200 uploads of 19 MB at once, within the memory of a pod
-	@$(VENV_PYTHON) -m benchmarks.flood
-
-bench-containers: setup ## the image: size, start, memory, a flood, its end, some minutes
-	@$(VENV_PYTHON) -m benchmarks.containers
-
-soak: setup ## 5,000 requests of mixed sizes
-	@$(VENV_PYTHON) -m benchmarks.soak
-
-outages: setup ## a quarter of an hour of clients while workers and nodes die and are replaced
-	@$(VENV_PYTHON) -m benchmarks.outages
-
-bench-batch: setup-batch ## make classify-batch beside classify and a bare loop, half an hour
-	@$(VENV_PYTHON) -m benchmarks.batch
-
-replicas: setup ## the same with containers that end, are replaced and cut off (podman)
-	@$(VENV_PYTHON) -m benchmarks.replicas
+# bench-engines, bench-settings and so on; .venv/bin/python -m benchmarks lists them.
+bench-%: setup-benchmarks
+	@$(VENV_PYTHON) -m benchmarks $*
 
 ##@ Maintenance
 setup: variables ## make .venv; setup-all, -batch, -benchmarks, -lite0, -precision, -tests, -timm
@@ -222,7 +183,7 @@ setup: variables ## make .venv; setup-all, -batch, -benchmarks, -lite0, -precisi
 # What each of these installs in addition to what running needs; all is for make lint and make test-slow.
 groups-all := tests precision batch timm lite0
 groups-batch := batch
-groups-benchmarks := benchmarks
+groups-benchmarks := tests precision batch timm lite0 benchmarks
 groups-lite0 := timm lite0
 groups-precision := precision
 groups-tests := tests timm lite0

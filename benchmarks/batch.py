@@ -12,7 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +26,14 @@ import typer
 from PIL import Image
 from pyarrow import parquet
 
-from benchmarks.machine import CORES, write_report
+from benchmarks.report import CORES, table, write_section
 from handler.settings import Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
 from scripts.samples import CAT
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
-from scripts.terminal import command, step
+from scripts.terminal import step
 
 SMALL, LARGE = (720, 720), (4000, 3000)
 # Different pictures; more files are further names of the same.
@@ -114,63 +114,40 @@ def server_of(archive: Path, folder: Path) -> Iterator[Running]:
         stop(server, folder)
 
 
-def compare(archive: Path, work: Path, size: tuple[int, int], count: int, rounds: int) -> list[str]:
-    """Rows of a table: the medians of each way, in turns."""
-    pictures = make_pictures(work / f"{size[0]}", size, count)
+def compare(
+    archive: Path, work: Path, size: tuple[int, int], count: int, rounds: int
+) -> list[list[object]]:
+    """Return a row with the medians of each way, measured in alternating rounds."""
+    images = make_pictures(work / f"{size[0]}", size, count)
     rates: dict[str, list[float]] = defaultdict(list)
-    under_way: dict[str, list[float]] = defaultdict(list)
+    steady: dict[str, list[float]] = defaultdict(list)
 
-    def measured(name: str, run: Callable[[Path], float | None]) -> None:
+    def measure(name: str, run: Callable[[Path], float | None]) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             started = time.monotonic()
             found = run(Path(folder, "out"))
             rates[name].append(count / (time.monotonic() - started))
-            if found is not None:
-                under_way[name].append(found)
-        step(f"{size[0]} x {size[1]}, {name}: {rates[name][-1]:.1f} pictures/s")
+            steady[name].append(float("nan") if found is None else found)
+        step(f"{size[0]}x{size[1]}, {name}: {rates[name][-1]:.1f} images/s")
 
     for _ in range(rounds):
-        measured("bare loop", lambda _: bare(archive, pictures))
+        measure("bare loop", lambda _: bare(archive, images))
         for actors in (1, CORES):
-            name = f"batch, {actors} actor(s)"
-            measured(name, lambda out, n=actors: batch(archive, pictures, out, "--actors", str(n)))  # type: ignore[misc]
-        with server_of(archive, work / "run") as server:
-            measured(
-                "classify, server", lambda out: served(server, pictures, out.with_suffix(".csv"))
+            options = ("--actors", str(actors))
+            measure(
+                f"batch, {actors} actor(s)",
+                lambda out, options=options: batch(archive, images, out, *options),  # type: ignore[misc]
             )
+        with server_of(archive, work / "run") as server:
+            measure("classify, server", lambda out: served(server, images, out.with_suffix(".csv")))
     base = median(rates["bare loop"])
     return [
-        _row(_named(size, count), name, median(found), base, under_way[name])
+        [
+            *(f"{size[0]}x{size[1]}, {count:,}", name, median(found), median(found) / CORES),
+            *(f"{median(found) / base:.3f}", median(steady[name])),
+        ]
         for name, found in rates.items()
     ]
-
-
-def _named(size: tuple[int, int], count: int) -> str:
-    return f"{size[0]} x {size[1]}, {count:,}"
-
-
-def _row(pictures: str, name: str, rate: float, base: float, under_way: Sequence[float]) -> str:
-    last = f"{median(under_way):.1f}" if under_way else ""
-    return f"| {pictures} | {name} | {rate:.1f} | {rate / CORES:.1f} | {rate / base:.3f} | {last} |"
-
-
-def long_run(archive: Path, work: Path, count: int) -> list[str]:
-    """The bare loop and the command once, with many pictures."""
-    pictures = make_pictures(work / "long", SMALL, count)
-    rows = []
-    base = 0.0
-    for name, run in (
-        ("bare loop", lambda: bare(archive, pictures)),
-        (f"batch, {CORES} actor(s)", lambda: batch(archive, pictures, work / "long-out")),
-    ):
-        started = time.monotonic()
-        found = run()
-        rate = count / (time.monotonic() - started)
-        base = base or rate
-        step(f"{count:,} pictures, {name}: {rate:.1f} pictures/s")
-        under_way = [] if found is None else [found]
-        rows.append(_row(_named(SMALL, count), name, rate, base, under_way))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -190,8 +167,8 @@ _COLUMNS: dict[str, Callable[[Memory], float]] = {
 }
 
 
-def memory(work: Path, count: int) -> list[str]:
-    """Rows of a table: memory while many small pictures are classified by a small network."""
+def memory(work: Path, count: int) -> list[list[object]]:
+    """Return rows: peak memory while many small pictures are classified by a small network."""
     small = Preprocessing(resize=64, crop=64)
     archive = build(recipe(untrained("resnet18"), "small", preprocessing=small), work / "store")
     pictures = make_pictures(work / "small", SMALL, 1)
@@ -219,9 +196,7 @@ def memory(work: Path, count: int) -> list[str]:
     # The first third is the start, and filling what stays filled.
     thirds = [seen[place * len(seen) // 3 : (place + 1) * len(seen) // 3] for place in range(3)]
     return [
-        f"| {name} | "
-        + " | ".join(f"{max(values(one) for one in third):.0f}" for third in thirds)
-        + " |"
+        [name, *(max(values(one) for one in third) for third in thirds)]
         for name, values in _COLUMNS.items()
     ]
 
@@ -248,43 +223,35 @@ def _private(process: psutil.Process) -> float:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="Pictures of 720 x 720 a run.")] = 1000,
-    large: Annotated[int, typer.Option(help="Pictures of 12 megapixels a run.")] = 150,
-    rounds: Annotated[int, typer.Option(help="Of each, in turns.")] = 3,
-    long: Annotated[int, typer.Option(help="Pictures of the long run.")] = 20_000,
-    tiny: Annotated[int, typer.Option(help="Pictures whose memory is watched.")] = 50_000,
+    count: Annotated[int, typer.Option(help="Images of 720x720 per run.")] = 1000,
+    large: Annotated[int, typer.Option(help="Images of 12 megapixels per run.")] = 150,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds.")] = 3,
+    tiny: Annotated[int, typer.Option(help="Images whose memory is watched.")] = 50_000,
 ) -> None:
-    """Measures batch classification, and writes benchmarks/results/batch.md."""
+    """Write benchmarks/results/batch.md."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         archive = build(recipe(untrained()), work / "store")
         rows = compare(archive, work, SMALL, count, rounds)
         rows += compare(archive, work, LARGE, large, rounds)
-        rows += long_run(archive, work, long)
         resident = memory(work, tiny)
+    headings = ("images", "way", "images/s", "per core", "over the bare loop", "steady state")
     lines = [
         (
-            f"Whole runs from the programs' start to their end on {CORES} cores; medians of "
-            f"{rounds} round(s) in turns, the long run once. The last column is without the start "
-            "and the first part of the job. The bare loop is a process a core with the handler's "
-            "stages. Made by `make bench-batch`."
+            f"Whole runs on {CORES} cores, from the start of the programs to their end; medians of "
+            f"{rounds} alternating rounds. The steady state leaves out the start and the job's "
+            "first part. The bare loop is one process per core with the handler's stages. Repeat: "
+            "`make bench-batch`."
         ),
         "",
-        "| pictures | way | pictures/s | a core | over the bare loop | under way |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "",
+        *table(headings, rows),
         (
-            f"Memory while {tiny:,} small pictures go through a small network, in MB without the "
-            "object store: the most in each third of the time."
+            f"Peak memory in each third of a job of {tiny:,} small images and a small network, in "
+            "MB without the object store:"
         ),
         "",
-        "| process | first | second | last third |",
-        "|---|---|---|---|",
-        *resident,
+        *table(["process", "first third", "second", "last"], resident),
     ]
-    write_report("batch", "Batch classification", lines)
-
-
-if __name__ == "__main__":
-    command(main)
+    write_section(
+        "batch", "Batch classification", "classify-batch, classify and a bare loop", lines
+    )

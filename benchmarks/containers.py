@@ -1,4 +1,4 @@
-"""The image, built and run with docker or podman: `make bench-containers`."""
+"""Builds the container image with docker or podman, and measures it."""
 
 import time
 from collections import Counter
@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, TypeVar
 
 import typer
+import yaml
 
 from benchmarks.containerized import FENCED, Container, container, in_hand, status_on
-from benchmarks.machine import write_report
-from benchmarks.memory_limit import pod_limit
 from benchmarks.pictures import costly
+from benchmarks.report import table, write_section
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
 from scripts.container.base import debian_base
@@ -22,7 +22,6 @@ from scripts.container.engine import Engine, require_engine, runnable
 from scripts.container.image import build_image, size_of
 from scripts.samples import CAT
 from scripts.serve.management import poll
-from scripts.terminal import command, step
 
 PREDICT = "/predictions/densenet121"
 STARTS = 2
@@ -36,34 +35,34 @@ _IMAGE = "localhost/densenet-measured"
 
 _HOW = (
     "Built without a cache, and run with a read-only root, no capability, an ordinary user, and "
-    "one tmpfs; random weights. Made by `make bench-containers`."
+    "one tmpfs; random weights. Repeat: `make bench-containers`."
 )
 
 _T = TypeVar("_T")
 
+_DEPLOYMENT = Path("deploy/kubernetes/base/deployment.yaml")
+
+
+def pod_limit() -> int:
+    """Return the bytes of memory that the Kubernetes Deployment gives the container."""
+    deployment = yaml.safe_load(_DEPLOYMENT.read_text())
+    (spec,) = deployment["spec"]["template"]["spec"]["containers"]
+    text = spec["resources"]["limits"]["memory"]
+    return int(text[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[text[-2:]]
+
 
 def main(
-    base: Annotated[str, typer.Option(help="Base; debian: of Debian's packages.")] = "debian",
+    base: Annotated[str, typer.Option(help="Base image; debian: made of packages.")] = "debian",
     engine: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
 ) -> None:
-    """Builds the image of random weights, runs it fenced in, and writes the result's page."""
-    name = "containers" if engine == "onnx" else f"containers-{engine}"
+    """Write benchmarks/results/containers.md."""
     rows: list[tuple[str, str]] = []
     with TemporaryDirectory() as folder:
         archive = build(recipe(untrained(), engine=engine), Path(folder))
         with _image(archive, base, Path(folder), rows) as (program, image):
             _measure(program, image, rows)
-    write_report(
-        name,
-        "The image",
-        [
-            _HOW,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {what} | {found} |" for what, found in rows),
-        ],
-    )
+    lines = [_HOW, "", *table(["measured", "result"], rows)]
+    write_section("containers", "The container image", f"Engine {engine}", lines)
 
 
 @contextmanager
@@ -168,8 +167,3 @@ def _timed(act: Callable[[], _T]) -> tuple[_T, float]:
     began = time.monotonic()
     result = act()
     return result, time.monotonic() - began
-
-
-if __name__ == "__main__":
-    step("The image: some minutes")
-    command(main)

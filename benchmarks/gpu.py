@@ -1,4 +1,4 @@
-"""The PyTorch engine on a GPU, beside plain eager PyTorch; on a machine without one, on its CPU.
+"""Compares the PyTorch engine with eager PyTorch on a GPU, or on the CPU if there is none.
 
 Images a second of the engine for growing batches, how far its logits are from float32, and whole
 handler calls, from JPEG bytes to answers.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.machine import write_report
-from benchmarks.timing import images_a_second
+from benchmarks.report import table, write_section
+from benchmarks.timing import images_per_second
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode, decode_all
@@ -24,14 +24,14 @@ from handler.settings import ModelCard, Preprocessing
 from scripts.build.export import Normalized
 from scripts.build.weights import build_model, untrained
 from scripts.samples import CAT, sample_views
-from scripts.terminal import command, step
+from scripts.terminal import step
 
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CPU_BATCHES = (1, 4)
 
 
 def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
-    """Measures; writes benchmarks/results/gpu.md, or cpu-torch.md where there is no GPU."""
+    """Measures; writes benchmarks/results/gpu.md, or cpu-torch.md if there is no GPU."""
     on_gpu = torch.cuda.is_available()
     device = "cuda:0" if on_gpu else "cpu"
     batches = GPU_BATCHES if on_gpu else CPU_BATCHES
@@ -57,14 +57,13 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     jpeg = CAT.read_bytes()
     lines = [
         (
-            f"Over {len(views)} images beside eager PyTorch in float32: same first label "
-            f"{same:.1%}, largest difference of a probability {probability:.1e}. Made by "
+            f"Over {len(views)} images beside eager PyTorch in float32: same top-1 "
+            f"{same:.1%}, largest difference of a probability {probability:.1e}. Repeat: "
             "`make bench-gpu`."
         ),
         "",
-        "| batch | engine images/s | eager float32 images/s | from files to probabilities |",
-        "|---|---|---|---|",
     ]
+    rows = []
     with ThreadPoolExecutor(cores.share) as pool:
         for batch in batches:
             part = views[:batch]
@@ -75,14 +74,12 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
                 return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
 
             rates = [
-                images_a_second(partial(engine.logits, part), batch, seconds),
-                images_a_second(partial(run_eager, part), batch, seconds),
-                images_a_second(from_bytes, batch, seconds),
+                images_per_second(partial(engine.logits, part), batch, seconds),
+                images_per_second(partial(run_eager, part), batch, seconds),
+                images_per_second(from_bytes, batch, seconds),
             ]
-            lines.append(f"| {batch} | " + " | ".join(f"{r:.1f}" for r in rates) + " |")
-            step(lines[-1])
-    write_report("gpu" if on_gpu else "cpu-torch", engine.name, lines)
-
-
-if __name__ == "__main__":
-    command(main)
+            rows.append([batch, *rates])
+            step(str(rows[-1]))
+    headings = ("batch", "engine images/s", "eager float32 images/s", "files to probabilities")
+    page = "gpu" if on_gpu else "cpu-torch"
+    write_section(page, "The PyTorch engine", engine.name, [*lines, *table(headings, rows)])

@@ -9,7 +9,7 @@ import numpy as np
 import requests
 from PIL import Image
 
-from benchmarks.wrk import Body
+from benchmarks.load import Body
 from scripts.samples import CAT
 
 SMALL, LARGE = 0.5, 12.0  # megapixels

@@ -1,9 +1,7 @@
-"""What a request's stages cost, and what this project's own choices in them are worth.
+"""Measures the stages of a request, and what this project's choices in them are worth.
 
-Each table is the same work done in several ways, in turn: a forward pass with one thread and with
-all, pictures of several kinds decoded, JPEGs with and without freed memory kept, large ones exact
-and at a fraction of their size, a server whose workers do without PyTorch and one whose workers
-import it.
+One thread and all in a forward pass; kinds of images; JPEGs with and without freed memory kept,
+exact and at reduced DCT scale; workers with and without PyTorch.
 """
 
 import json
@@ -20,11 +18,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.machine import CORES, write_report
+from benchmarks.load import Body, closed_loop, require_wrk
 from benchmarks.pictures import KINDS, SMALL, jpeg
-from benchmarks.servers import start_ours
-from benchmarks.timing import Cost, cost, in_turn, medians
-from benchmarks.wrk import Body, closed_loop, require_wrk
+from benchmarks.report import CORES, table, write_section
+from benchmarks.servers import ours
+from benchmarks.timing import Cost, alternate, cost, medians
 from handler.allocator import keep_freed_memory
 from handler.cores import Cores
 from handler.engines import load_engine
@@ -33,7 +31,7 @@ from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts.build.archive import build, recipe
 from scripts.build.packing import AT_START
 from scripts.build.weights import untrained
-from scripts.terminal import command, step
+from scripts.terminal import step
 
 _MAX_PIXELS = 64_000_000
 _WARM_UP_SECONDS = 6
@@ -43,7 +41,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     repeats: Annotated[int, typer.Option(min=1, help="In each round.")] = 20,
 ) -> None:
-    """Measures, and writes benchmarks/results/stages.md."""
+    """Write benchmarks/results/stages.md."""
     require_wrk()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -51,35 +49,23 @@ def main(
         passes = _forward_passes(archive, work, rounds, repeats)
         decoding = _decoding(rounds, repeats)
         workers = list(_workers(archive, work))
-    write_report(
-        "stages",
-        "A request's stages",
-        [
-            (
-                f"Medians of {rounds} alternating rounds of {repeats} times; CPU milliseconds are "
-                "means of a round's, with those of the decoder process. Made by "
-                "`make bench-stages`."
-            ),
-            "",
-            "| forward pass of one image | ms |",
-            "|---|---|",
-            *(f"| {name} | {1000 * seconds:.1f} |" for name, seconds in passes.items()),
-            "",
-            "| decoding and resizing in one thread | ms | CPU ms |",
-            "|---|---|---|",
-            *(
-                f"| {name} | {1000 * one.seconds:.1f} | {1000 * one.cpu_seconds:.1f} |"
-                for name, one in decoding.items()
-            ),
-            "",
-            (
-                f"| {CORES} workers, after {_WARM_UP_SECONDS} s of 16 clients | a worker MB (PSS) "
-                "| all processes MB | first answer s |"
-            ),
-            "|---|---|---|---|",
-            *workers,
-        ],
-    )
+    lines = [
+        (
+            f"Medians of {rounds} alternating rounds of {repeats} calls; CPU ms are means, the "
+            "decoder process included. Repeat: `make bench-stages`."
+        ),
+        "",
+        *table(["forward pass of one image", "ms"], passes.items()),
+        *table(["decoding and resizing in one thread", "ms", "CPU ms"], decoding),
+        *table(
+            [
+                f"{CORES} workers, after {_WARM_UP_SECONDS} s of 16 clients",
+                *("largest worker MB (PSS)", "all processes MB", "first answer s"),
+            ],
+            workers,
+        ),
+    ]
+    write_section("stages", "Stages of a request", "Stages", lines)
 
 
 def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dict[str, float]:
@@ -90,27 +76,30 @@ def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dic
 
     def way(threads: int) -> Callable[[], float]:
         engine = load_engine(model, card, Cores(threads, threads, work / f"cores-{threads}"))
-        return lambda: cost(lambda: engine.logits(image), repeats).seconds
+        return lambda: cost(lambda: engine.logits(image), repeats).seconds * 1000
 
-    ways = {f"{n} thread(s)": way(n) for n in sorted({1, CORES})}
-    return medians(ways, rounds, lambda name, seconds: f"{name}: {1000 * seconds:.1f} ms")
+    return medians({f"{n} thread(s)": way(n) for n in sorted({1, CORES})}, rounds)
 
 
-def _decoding(rounds: int, repeats: int) -> dict[str, Cost]:
-    """Each kind of picture as a worker decodes it, and JPEGs without its two ways to save time."""
+def _decoding(rounds: int, repeats: int) -> list[tuple[str, float, float]]:
+    """Measure kinds of images, and JPEGs without the worker's two optimizations."""
     ways = {kind: (kind, True, True) for kind in KINDS}
     for kind in ("JPEG, 720x720", "JPEG, 12 megapixels"):
         ways[f"{kind}, freed memory given back"] = (kind, True, False)
     ways["JPEG, 12 megapixels, exact"] = ("JPEG, 12 megapixels", False, True)
     found: dict[str, list[Cost]] = {name: [] for name in ways}
-    for name in in_turn(list(ways), rounds):
+    for name in alternate(list(ways), rounds):
         one = _elsewhere(*ways[name], repeats)
         found[name].append(one)
         step(f"{name}: {1000 * one.seconds:.1f} ms, {1000 * one.cpu_seconds:.1f} ms of CPU")
-    return {
-        name: Cost(median(c.seconds for c in costs), median(c.cpu_seconds for c in costs))
+    return [
+        (
+            name,
+            1000 * median(one.seconds for one in costs),
+            1000 * median(one.cpu_seconds for one in costs),
+        )
         for name, costs in found.items()
-    }
+    ]
 
 
 _PROGRAM = "import sys; from benchmarks.stages import decoded; decoded(*sys.argv[1:])"
@@ -137,8 +126,8 @@ def decoded(kind: str, reduced: str, kept: str, repeats: str) -> None:
     print(json.dumps(asdict(cost(work, int(repeats)))))
 
 
-def _workers(archive: Path, work: Path) -> Iterator[str]:
-    """This project's server as it is, and from an archive that leaves PyTorch's import alone."""
+def _workers(archive: Path, work: Path) -> Iterator[tuple[str, float, float, float]]:
+    """Measure the server as it is, and with an archive whose workers import PyTorch."""
     other = work / "with-pytorch" / archive.name
     other.parent.mkdir()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(other, "w") as new:
@@ -147,17 +136,7 @@ def _workers(archive: Path, work: Path) -> Iterator[str]:
                 new.writestr(entry, old.read(entry))
     small = Body(jpeg(SMALL))
     (work / "small.jpg").write_bytes(small.data)  # for the server's first answer
-    for name, which in (("as it is", archive), ("with PyTorch imported", other)):
-        server = start_ours(which, work)
-        try:
+    for name, which in (("unchanged", archive), ("with PyTorch imported", other)):
+        with ours(which, work) as server:
             closed_loop(server.url, small, 16, _WARM_UP_SECONDS)
-            worker, everything = server.memory()
-        finally:
-            server.stop()
-        yield (
-            f"| {name} | {worker / 1e6:.0f} | {everything / 1e6:.0f} | {server.first_answer:.1f} |"
-        )
-
-
-if __name__ == "__main__":
-    command(main)
+            yield (name, *server.memory(), server.first_answer)

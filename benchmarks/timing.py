@@ -1,4 +1,4 @@
-"""How everything here is timed: warm-up, alternating rounds, medians, quiet between two loads."""
+"""Timing: warm-up, alternating rounds, medians, an idle server between two loads."""
 
 import os
 import time
@@ -14,48 +14,37 @@ from scripts.terminal import step, warn
 T = TypeVar("T")
 
 _WARM_UP = 2
-# A server that still works on what was given up counts as quiet below this share of a core.
-_QUIET, _QUIET_TIMEOUT, _QUIET_SECONDS = 0.2, 90.0, 0.5
+# A server that still works on abandoned requests counts as idle below this share of a core.
+_IDLE_SHARE, _IDLE_TIMEOUT, _IDLE_SECONDS = 0.2, 90.0, 0.5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call takes: seconds by the clock, the median; seconds of CPU, the mean."""
+    """The cost of a call: seconds by the clock (median) and of CPU (mean)."""
 
     seconds: float
     cpu_seconds: float
 
 
-def in_turn(ways: Sequence[T], rounds: int) -> Iterator[T]:
-    """Every one of the ways in each round, so that a noisy minute does not hit only one.
-
-    Each round begins with another one.
-    """
+def alternate(items: Sequence[T], rounds: int) -> Iterator[T]:
+    """Yield all items in each round; each round begins with another one."""
     for number in range(rounds):
-        begin = number * len(ways) // rounds
-        yield from ways[begin:]
-        yield from ways[:begin]
+        begin = number * len(items) // rounds
+        yield from items[begin:]
+        yield from items[:begin]
 
 
-def medians(
-    ways: Mapping[T, Callable[[], float]], rounds: int, say: Callable[[T, float], str]
-) -> dict[T, float]:
-    """The median of what each of the ways gave, measured in turn.
-
-    Args:
-        ways: what to measure: name to a function that measures once.
-        rounds: how often.
-        say: what to tell the person of a name and its latest measurement.
-    """
-    found: dict[T, list[float]] = {name: [] for name in ways}
-    for name in in_turn(list(ways), rounds):
-        found[name].append(ways[name]())
-        step(say(name, found[name][-1]))
+def medians(measures: Mapping[T, Callable[[], float]], rounds: int) -> dict[T, float]:
+    """Return the median of what each function returned, called in alternating rounds."""
+    found: dict[T, list[float]] = {name: [] for name in measures}
+    for name in alternate(list(measures), rounds):
+        found[name].append(measures[name]())
+        step(f"{name}: {found[name][-1]:.4g}")
     return {name: median(values) for name, values in found.items()}
 
 
 def cost(work: Callable[[], object], repeats: int) -> Cost:
-    """What a call costs, after two that warm up."""
+    """Return the cost of a call, after two that warm up."""
     for _ in range(_WARM_UP):
         work()
     times = []
@@ -67,8 +56,8 @@ def cost(work: Callable[[], object], repeats: int) -> Cost:
     return Cost(median(times), (cpu_seconds() - before) / repeats)
 
 
-def images_a_second(work: Callable[[], object], images: int, seconds: float) -> float:
-    """The rate, over so many seconds, of a call that works on `images`; one warms up."""
+def images_per_second(work: Callable[[], object], images: int, seconds: float) -> float:
+    """Return the rate of a call that processes `images`, repeated for `seconds`."""
     work()
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
@@ -78,7 +67,7 @@ def images_a_second(work: Callable[[], object], images: int, seconds: float) -> 
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its children, ended or not, in seconds."""
+    """Return the CPU time of this process and its children, running or not, in seconds."""
     times = os.times()
     alive = (child.cpu_times() for child in psutil.Process().children())
     return (
@@ -89,18 +78,17 @@ def cpu_seconds() -> float:
     )
 
 
-def wait_until_quiet(name: str, used: Callable[[], float]) -> None:
-    """A load's last requests are given up by their clients, but not by every server: what is
-    measured next must not pay for them.
+def wait_until_idle(name: str, used: Callable[[], float]) -> None:
+    """Wait until a server has dropped or answered the requests that the last load abandoned.
 
     Args:
-        name: of the server, for the warning where it is still busy after 90 s.
-        used: CPU seconds that it has used so far.
+        name: of the server, for the warning if it is still busy after 90 s.
+        used: returns the CPU seconds that it has used so far.
     """
-    deadline = time.monotonic() + _QUIET_TIMEOUT
+    deadline = time.monotonic() + _IDLE_TIMEOUT
     while time.monotonic() < deadline:
         before, began = used(), time.monotonic()
-        time.sleep(_QUIET_SECONDS)
-        if (used() - before) / (time.monotonic() - began) < _QUIET:
+        time.sleep(_IDLE_SECONDS)
+        if (used() - before) / (time.monotonic() - began) < _IDLE_SHARE:
             return
-    warn(f"{name} is still busy after {_QUIET_TIMEOUT:.0f} s without requests.")
+    warn(f"{name} is still busy after {_IDLE_TIMEOUT:.0f} s without requests.")

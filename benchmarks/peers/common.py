@@ -11,13 +11,15 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.machine import CORES
+from benchmarks.report import CORES
 from handler.cores import Cores
 from handler.precision import MODEL_FILES
 
 # A worker a core with one thread each is the best for all of them.
 WORKERS = CORES
 BATCH = 8
+# As this project's (handler/model-config.yaml).
+BATCH_DELAY_MS = 1
 
 FILES = Path(os.environ.get("BENCHMARK_FILES", "."))
 LABELS: dict[str, list[str]] = (

@@ -7,9 +7,7 @@ import litserve
 import numpy as np
 from fastapi import Request
 
-from benchmarks.peers.common import BATCH, WORKERS, answer, decode, session
-
-DELAY_S = 0.005
+from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS, answer, decode, session
 
 
 class Classifier(litserve.LitAPI):
@@ -36,7 +34,7 @@ class Classifier(litserve.LitAPI):
 
 if __name__ == "__main__":
     litserve.LitServer(
-        Classifier(max_batch_size=BATCH, batch_timeout=DELAY_S),
+        Classifier(max_batch_size=BATCH, batch_timeout=BATCH_DELAY_MS / 1000),
         accelerator="cpu",
         workers_per_device=WORKERS,
     ).run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

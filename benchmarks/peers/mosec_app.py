@@ -5,9 +5,7 @@ from typing import Any
 import numpy as np
 from mosec import Server, Worker
 
-from benchmarks.peers.common import BATCH, WORKERS, answer, decode, session
-
-DELAY_MS = 5
+from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS, answer, decode, session
 
 
 class Classifier(Worker):
@@ -27,5 +25,7 @@ class Classifier(Worker):
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Classifier, num=WORKERS, max_batch_size=BATCH, max_wait_time=DELAY_MS)
+    server.append_worker(
+        Classifier, num=WORKERS, max_batch_size=BATCH, max_wait_time=BATCH_DELAY_MS
+    )
     server.run()

@@ -1,4 +1,4 @@
-"""Builds archives of many architectures: what each takes, and how exact it is.
+"""Builds archives of many architectures, and measures how exact they are.
 
 Weights are random: what is measured is whether an architecture builds, and how exactly. The worst
 difference is the largest one between a logit of ONNX Runtime and of PyTorch, over photographs and
@@ -11,8 +11,7 @@ compared, again; the row says so.
 import re
 import resource
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +20,15 @@ import timm
 import torch
 import typer
 
-from benchmarks.machine import RESULTS, write_report
+from benchmarks.report import RESULTS, write_section
 from scripts.build import timm_models
 from scripts.build.architectures import TIMM, architectures
 from scripts.build.archive import build, recipe
 from scripts.build.packing import BUILD, Said
 from scripts.build.weights import untrained
-from scripts.terminal import command, console
+from scripts.terminal import console, step
 
-# One of each of a dozen families of timm's.
+# One of each of a dozen families.
 TIMM_FAMILIES = (
     "convnext_atto.d2_in1k",
     "densenet121.ra_in1k",
@@ -46,7 +45,13 @@ TIMM_FAMILIES = (
     "xcit_nano_12_p16_224.fb_in1k",
 )
 
-_PAGE = "kinds"
+_PAGE = "architectures"
+_HOW = (
+    "An archive of each of torchvision's classifiers and of a dozen of timm's families, with "
+    "random weights: CPU time of the build, size, and the worst difference between a logit of ONNX "
+    "Runtime and of PyTorch; if that is large, PyTorch's own rounding with these weights. Repeat: "
+    "`make bench-architectures`, which takes hours; rows may be of different runs."
+)
 
 _NUMBER = r"[0-9.]+e[-+][0-9]+"
 _DIFFERENCE = re.compile(
@@ -68,35 +73,14 @@ def _of_timm(name: str, folder: Path) -> Path:
     return timm_models.build(found, preprocessing, model_store=folder)
 
 
-@dataclass(frozen=True)
-class Row:
-    """How one architecture's build ended.
-
-    Attributes:
-        name: of the architecture; timm's with timm/ before it.
-        seconds: of processors' time for the whole build, which other work does not lengthen.
-        megabytes: of the archive; 0 where none was built.
-        worst: the worst difference, or why there is none.
-    """
-
-    name: str
-    seconds: float
-    megabytes: float
-    worst: str
-
-    def cells(self) -> tuple[str, str, str, str]:
-        """As a person reads them."""
-        return self.name, f"{self.seconds:.0f}", f"{self.megabytes:.0f}", self.worst
-
-
-def measure(name: str) -> Row:
-    """Builds one archive, and removes what that left."""
+def measure(name: str) -> tuple[str, float, float, str]:
+    """Build one archive; return name, CPU seconds, MB, worst difference or error."""
     make: Callable[[str, Path], Path] = _of_timm if name.startswith(TIMM) else _of_torchvision
     BUILD.mkdir(exist_ok=True)
     before = set(BUILD.iterdir())
     size, error = 0, ""
     started = _cpu_seconds()
-    with tempfile.TemporaryDirectory() as folder, console.capture() as said:
+    with tempfile.TemporaryDirectory() as folder, console.capture() as printed:
         try:
             size = make(name.removeprefix(TIMM), Path(folder)).stat().st_size
         except Exception as failed:
@@ -106,9 +90,9 @@ def measure(name: str) -> Row:
     for left in set(BUILD.iterdir()) - before:
         left.unlink()
     worst = "exported before"
-    for difference, rounding in _DIFFERENCE.findall(said.get()):
+    for difference, rounding in _DIFFERENCE.findall(printed.get()):
         worst = f"{difference}; rounding {rounding}" if rounding else difference
-    return Row(name, seconds, size / 1e6, error or worst)
+    return name, seconds, size / 1e6, error or worst
 
 
 def _cpu_seconds() -> float:
@@ -122,46 +106,28 @@ def main(
         list[str] | None, typer.Argument(help="Architectures; timm's with timm/ before them.")
     ] = None,
 ) -> None:
-    """Writes a row for each architecture into benchmarks/results/kinds.md.
+    """Write a row for each architecture into benchmarks/results/architectures.md.
 
-    All of them take hours; of those that are named the rows are made anew, and others stay.
+    All of them take hours; rows of architectures that are not named stay.
     """
     everything = [*architectures(), *(TIMM + name for name in TIMM_FAMILIES)]
     for name in only or everything:
         row = measure(name)
-        console.print(*row.cells())
-        _write({**_rows(), name: f"| {' | '.join(row.cells())} |"}, everything)
+        step(" ".join(map(str, row)))
+        rows = _rows() | {name: f"| {' | '.join(map(_cell, row))} |"}
+        kept = [rows[name] for name in everything if name in rows]
+        built = sum(line.split(" | ")[2] != "0" for line in kept)
+        text = f"{_HOW} {built} of {len(kept)} were built."
+        lines = [text, "", "| architecture | CPU s | MB | worst difference |", "|---|---|---|---|"]
+        write_section(_PAGE, "Archives of many architectures", "All", [*lines, *kept])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
 def _rows() -> dict[str, str]:
-    """Those that the page has, by architecture."""
+    """Return the rows that the page has, by architecture."""
     page = RESULTS / f"{_PAGE}.md"
     lines = page.read_text().splitlines() if page.exists() else []
     return {line.split()[1]: line for line in lines if line.startswith("| ")}
-
-
-def _write(rows: Mapping[str, str], everything: Sequence[str]) -> None:
-    there = [rows[name] for name in everything if name in rows]
-    built = sum(row.split(" | ")[2] != "0" for row in there)
-    missing = [name for name in everything if name not in rows]
-    lines = [
-        (
-            "An archive of each of torchvision's classifiers and of a dozen of timm's families, "
-            "built with random weights: the build's processor time, the archive's size, and the "
-            "worst difference between a logit of ONNX Runtime and of PyTorch; where that is large, "
-            "beside it PyTorch's own rounding with these weights, found in float64. Made by "
-            "`python -m benchmarks.kinds`, which takes hours; rows may be of different runs."
-        ),
-        "",
-        f"{built} of {len(there)} were built."
-        + (f" Not run yet: {', '.join(missing)}." if missing else ""),
-        "",
-        "| architecture | CPU s | MB | worst difference |",
-        "|---|---|---|---|",
-        *there,
-    ]
-    write_report(_PAGE, "Building archives of many architectures", lines)
-
-
-if __name__ == "__main__":
-    command(main)

@@ -1,0 +1,37 @@
+"""The benchmarks' command line: `python -m benchmarks NAME [OPTIONS]`, or `make bench-NAME`.
+
+Each benchmark is one module with a function `main`, whose options `--help` lists.
+"""
+
+import sys
+from importlib import import_module
+
+from scripts.terminal import command
+
+BENCHMARKS = {
+    "compare": "this service and other servers, one at a time",
+    "engines": "inference engines and their options",
+    "settings": "settings of TorchServe and of its Java runtime",
+    "stages": "the stages of a request, and workers without PyTorch",
+    "gateway": "what the gateway adds to a request",
+    "containers": "the container image: size, start, memory, overload, shutdown",
+    "batch": "classify-batch, classify and a bare loop",
+    "accuracy": "what reduced precision changes in a trained model",
+    "architectures": "archives of torchvision's and timm's architectures; takes hours",
+    "gpu": "the PyTorch engine on a GPU, or on the CPU if there is none",
+}
+
+
+def main() -> None:
+    """Run the benchmark that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in BENCHMARKS:
+        lines = [f"  {known:14} {text}" for known, text in BENCHMARKS.items()]
+        print("usage: python -m benchmarks NAME [OPTIONS]", *lines, sep="\n")
+        raise SystemExit(0 if name in {"--help", "-h"} else 2)
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    command(import_module(f"benchmarks.{name}").main)
+
+
+if __name__ == "__main__":
+    main()

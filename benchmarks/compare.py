@@ -1,0 +1,296 @@
+"""Compares this project with other servers: same images, same engine, one server at a time.
+
+One at a time, because an idle server is not free: LitServe's processes poll their queues, for which
+all others would pay. Each round starts every server, warms it up, loads it and stops it, in another
+order. `--together` keeps all of them running instead, to show the size of that error.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from benchmarks.accuracy import write_crops
+from benchmarks.known import PHOTOGRAPHS
+from benchmarks.load import Load, closed_loop, require_wrk
+from benchmarks.peers.common import session
+from benchmarks.pictures import encode, noisy, photograph
+from benchmarks.report import CORES, table, write_section
+from benchmarks.servers import NAMES, OURS, Server, serve
+from benchmarks.timing import alternate, images_per_second, wait_until_idle
+from scripts.build.archive import build, recipe
+from scripts.build.lower_precision import chosen
+from scripts.build.weights import untrained
+from scripts.terminal import command, step, warn
+
+IMAGES: dict[str, Callable[[], bytes]] = {
+    "720x720": lambda: encode(photograph(720, 720), quality=90),
+    # As large as a phone's photo.
+    "12 megapixels": lambda: encode(noisy(photograph(4000, 3000)), quality=85),
+}
+SAME_ENGINE = (OURS, "mosec", "LitServe")
+# flask run starts a thread per request, each with buffers of its own: more take all memory.
+_MAX_CLIENTS = {"Flask tutorial": 16}
+# Java compiles its hot code under load.
+_WARM_UP_SECONDS = 6
+_BARE_SECONDS = 4.0
+# With more clients, a request waits longer than a round of a few seconds lasts.
+_MANY, _MANY_FACTOR = 64, 2
+
+Key = tuple[str, str]  # server, precision
+Case = tuple[str, int]  # image, clients
+
+
+@dataclass
+class Result:
+    """What all rounds measured of one server in one precision.
+
+    Attributes:
+        loads: for each image and number of clients, one `Load` per round.
+        cpu_ms: likewise, CPU time of all processes per successful answer.
+        worker_mb, all_mb: PSS of the largest worker and of all processes, after the loads.
+        first_answers: seconds.
+    """
+
+    settings: str = ""
+    loads: dict[Case, list[Load]] = field(default_factory=dict)
+    cpu_ms: dict[Case, list[float]] = field(default_factory=dict)
+    worker_mb: list[float] = field(default_factory=list)
+    all_mb: list[float] = field(default_factory=list)
+    first_answers: list[float] = field(default_factory=list)
+
+    def middle(self, case: Case, value: str) -> float:
+        """Return the median of a value of `Load`; NaN if it was not measured."""
+        found = self.loads.get(case)
+        return median(getattr(load, value) for load in found) if found else float("nan")
+
+
+def main(  # noqa: PLR0913  # options of a command line
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    seconds: Annotated[int, typer.Option(min=2, help="Duration of each load.")] = 6,
+    server: Annotated[list[str] | None, typer.Option(help="Only these servers.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Only these precisions.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,
+    *,
+    together: Annotated[bool, typer.Option(help="Keep all servers running.")] = False,
+) -> None:
+    """Write benchmarks/results/servers.md."""
+    require_wrk()
+    cases = [("720x720", count) for count in clients or (1, 16, 64, 256)]
+    if not together:
+        cases.append(("12 megapixels", 16))
+    keys = [
+        (name, kind)
+        for kind, name in product(precision or ("float32", "bf16", "int8"), server or NAMES)
+        if kind == "float32" or name in SAME_ENGINE
+    ]
+    results: dict[Key, Result] = {key: Result() for key in keys}
+    bare: dict[str, list[float]] = {kind: [] for _, kind in keys}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        work = {kind: _prepare(kind, Path(folder, kind)) for kind in bare}
+        started = {
+            key: running.enter_context(serve(key[0], work[key[1]], key[1]))
+            for key in (keys if together else ())
+        }
+        for number, key in enumerate(alternate(keys, rounds)):
+            if number % len(keys) == 0 and not together:
+                for kind, rates in bare.items():
+                    rates.append(_bare(work[kind], kind))
+            try:
+                if together:
+                    _measure(started[key], results[key], cases, seconds)
+                else:
+                    with serve(key[0], work[key[1]], key[1]) as one:
+                        _measure(one, results[key], cases, seconds)
+            except RuntimeError as error:
+                warn(f"{key[0]}, {key[1]}: {error}")
+                continue
+            _log(key, results[key])
+        sizes = {name: len(make()) for name, make in IMAGES.items()}
+    section = "All servers running at the same time" if together else "One server at a time"
+    lines = _report(results, bare, cases, sizes, rounds, together=together)
+    write_section("servers", "Comparison with other servers", section, lines)
+
+
+def _prepare(precision: str, work: Path) -> Path:
+    """Write the archive and the peers' files, with random weights, which change no speed."""
+    work.mkdir(parents=True)
+    weights = untrained()
+    photographs, crops = sorted(PHOTOGRAPHS), work / "crops"
+    write_crops(photographs, crops)
+    lower = chosen(
+        precision,
+        crops if precision == "int8" else None,
+        None if precision == "float32" else crops,
+        agreement=0,
+    )
+    archive = build(recipe(weights, lower=lower), work / "store")
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(work)
+    torch.save(weights.state_dict, work / "weights.pth")
+    (work / "small.jpg").write_bytes(IMAGES["720x720"]())
+    return work
+
+
+def _measure(server: Server, result: Result, cases: Iterable[Case], seconds: int) -> None:
+    result.settings = server.settings
+    result.first_answers.append(server.first_answer)
+    closed_loop(server.url, server.body(IMAGES["720x720"]()), 16, _WARM_UP_SECONDS)
+    wait_until_idle(server.name, server.cpu_seconds)
+    for image, clients in cases:
+        if clients > _MAX_CLIENTS.get(server.name, clients):
+            continue
+        duration = seconds * (_MANY_FACTOR if clients > _MANY else 1)
+        before = server.cpu_seconds()
+        load = closed_loop(server.url, server.body(IMAGES[image]()), clients, duration)
+        used = server.cpu_seconds() - before
+        wait_until_idle(server.name, server.cpu_seconds)
+        result.loads.setdefault((image, clients), []).append(load)
+        result.cpu_ms.setdefault((image, clients), []).append(1000 * used / max(1, load.answered))
+    worker, everything = server.memory()
+    result.worker_mb.append(worker)
+    result.all_mb.append(everything)
+
+
+def _log(key: Key, result: Result) -> None:
+    """Print the last round; keep it in a file, in case a later server fails."""
+    last = {
+        f"{image}, {clients}": asdict(loads[-1]) for (image, clients), loads in result.loads.items()
+    }
+    rates = ", ".join(f"{case} clients {loads['answered'] / loads['seconds']:.1f}/s"
+                      for case, loads in last.items())  # fmt: skip
+    step(f"{key[0]}, {key[1]}: {rates}")
+    Path("build").mkdir(exist_ok=True)
+    with Path("build", "compare.jsonl").open("a") as file:
+        file.write(json.dumps([*key, last]) + "\n")
+
+
+def _bare(work: Path, precision: str) -> float:
+    """Return images per second of the engine alone, in a process of its own."""
+    program = "from benchmarks.compare import bare; bare()"
+    environment = {"BENCHMARK_FILES": str(work), "BENCHMARK_PRECISION": precision}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(result.stdout.split()[-1])
+
+
+def bare() -> None:
+    """Print images per second of batches of 8 with all cores."""
+    model = session(CORES)
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 224, 224), dtype=np.uint8)
+    print(images_per_second(lambda: model.run(["logits"], {"images": images}), 8, _BARE_SECONDS))
+
+
+def _report(  # noqa: PLR0913
+    results: dict[Key, Result],
+    bare: dict[str, list[float]],
+    cases: list[Case],
+    sizes: dict[str, int],
+    rounds: int,
+    *,
+    together: bool,
+) -> list[str]:
+    images = ", ".join(f"{name} JPEG of {size / 1e3:,.0f} kB" for name, size in sizes.items())
+    how = "all servers kept running" if together else "one server running at a time"
+    lines = [
+        (
+            f"{images}; random weights, which change no speed. Load: wrk in a closed loop on the "
+            f"same cores, each client sending again at once, also after a rejection; {how}; "
+            f"medians of {rounds} alternating rounds. A rate counts successful answers only. "
+            f"Repeat: `make bench`{' with --together' * together}."
+        ),
+        "",
+    ]
+    if not together:
+        engine = [f"{kind} {median(rates):.1f}" for kind, rates in bare.items()]
+        lines += [
+            f"Engine alone, {CORES} threads, batches of 8, images/s: {', '.join(engine)}.",
+            "",
+        ]
+    headings = [
+        f"{count} client{'s' * (count > 1)}, {image}: {'p50 ms' if count == 1 else 'images/s'}"
+        for image, count in cases
+    ]
+    lines += table(
+        ["server", "precision", *headings],
+        (
+            [
+                *key,
+                *(result.middle(case, "p50" if case[1] == 1 else "rate") for case in cases),
+            ]
+            for key, result in results.items()
+        ),
+    )
+    lines += _ratios(results, cases, headings)
+    lines += table(
+        [
+            *("server", "precision", "image", "clients", "images/s", "lowest and highest round"),
+            *("p50 ms", "p95 ms", "p99 ms", "failed", "CPU ms per image"),
+        ],
+        (
+            [
+                *(*key, *case, result.middle(case, "rate")),
+                f"{min(load.rate for load in loads):.1f} to {max(load.rate for load in loads):.1f}",
+                *(result.middle(case, name) for name in ("p50", "p95", "p99")),
+                *(sum(load.failed for load in loads), median(result.cpu_ms[case])),
+            ]
+            for key, result in results.items()
+            for case, loads in result.loads.items()
+        ),
+    )
+    lines += table(
+        [
+            *("server", "precision", "settings", "largest worker MB (PSS)", "all processes MB"),
+            "first answer s",
+        ],
+        (
+            [
+                *(*key, result.settings, median(result.worker_mb), median(result.all_mb)),
+                median(result.first_answers),
+            ]
+            for key, result in results.items()
+            if result.loads
+        ),
+    )
+    return lines
+
+
+def _ratios(results: dict[Key, Result], cases: list[Case], headings: list[str]) -> list[str]:
+    """Return how many times as fast this project is as each peer in the same precision."""
+    rows = []
+    for (name, kind), peer in results.items():
+        mine = results.get((OURS, kind))
+        if name == OURS or mine is None:
+            continue
+        ratios = [
+            peer.middle(case, "p50") / mine.middle(case, "p50")
+            if case[1] == 1
+            else mine.middle(case, "rate") / peer.middle(case, "rate")
+            for case in cases
+        ]
+        rows.append([name, kind, *(f"{r:.2f}" if r == r else "" for r in ratios)])  # noqa: PLR0124
+    names = [heading.split(":")[0] for heading in headings]
+    text = "How many times as fast this project is (latency for 1 client, else images/s):"
+    return [text, "", *table(["compared with", "precision", *names], rows)]
+
+
+if __name__ == "__main__":
+    command(main)
