@@ -152,7 +152,7 @@ upgrade: setup ## serve the new archive instead of the old one, without a gap
 ##@ Tests
 # Unit tests run on all cores; the others share servers, ports and a browser.
 UNIT := tests/unit --numprocesses logical --maxprocesses 4
-test: setup-tests ## test against a real TorchServe, and in a browser, about 10 minutes
+test: setup-tests ## test against a real TorchServe, and in a browser, about 8 minutes
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
 	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
 

@@ -1,13 +1,13 @@
-"""What all tests share: the archive they serve, the server that serves it, and a count of what was
-really run.
-"""
+"""What all tests share: the archives, their servers, and a report of what ran and for how long."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,32 +30,28 @@ for _name in list(os.environ):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of each module, with the fixtures that were set up there.
 _seconds: dict[str, float] = defaultdict(float)
-_counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+# Of each folder.
+_outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 _notes: list[str] = []
+
+# What `--require-KIND` fails for: no test of that kind passed, or one was skipped.
+_REQUIRED = {
+    "integration": "No integration test passed: these tests did not show that the server works.",
+    "browser": "No browser test passed: these tests did not show that the page works.",
+    "gateway": "Not every test of the gateway ran: nginx or Prometheus is missing.",
+    "containers": "Not every test of the image ran: docker or podman is missing.",
+}
+_MAY_SKIP = {"integration", "browser"}
+_SLOWEST = 10
+# The Debian package of a program, for reasons to skip that do not name it.
+_PACKAGES = {"chromium": "chromium", "nginx": "nginx", "prometheus": "prometheus"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require-integration",
-        action="store_true",
-        help="fail unless tests against a real TorchServe ran",
-    )
-    parser.addoption(
-        "--require-browser",
-        action="store_true",
-        help="fail unless tests in a real browser ran",
-    )
-    parser.addoption(
-        "--require-gateway",
-        action="store_true",
-        help="fail unless the tests of the gateway ran, which need nginx and Prometheus",
-    )
-    parser.addoption(
-        "--require-containers",
-        action="store_true",
-        help="fail unless the tests of the image ran, which need docker or podman",
-    )
+    for kind, message in _REQUIRED.items():
+        parser.addoption(f"--require-{kind}", action="store_true", help=f"or fail: {message}")
 
 
 # Folders and modules that `make test` leaves to `make test-slow`: each takes minutes, or packages
@@ -74,8 +70,6 @@ _SLOW = (
     "gateway/test_tls.py",
     "gateway/test_upstreams.py",
     "integration/test_classify.py",
-    "integration/test_corpus.py",
-    "integration/test_costs.py",
     "integration/test_digits.py",
     "integration/test_evaluate.py",
     "integration/test_faults.py",
@@ -86,7 +80,6 @@ _SLOW = (
     "integration/test_precision.py",
     "integration/test_run.py",
     "unit/test_batch.py",
-    "unit/test_bootstrap.py",
     "unit/test_costs.py",
     "unit/test_precision.py",
     "unit/test_quantize.py",
@@ -108,16 +101,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.slow)
 
 
-def _kind(nodeid: str) -> str:
-    parts = Path(nodeid.split("::", maxsplit=1)[0]).parts
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    kind = _kind(report.nodeid)
-    _seconds[kind] += report.duration
+    module = report.nodeid.split("::", maxsplit=1)[0]
+    _seconds[module] += report.duration
     if report.when == "call" or report.outcome != "passed":
-        _counts[kind][report.outcome] += 1
+        _outcomes[_folder(module)][report.outcome] += 1
+
+
+def _folder(module: str) -> str:
+    parts = Path(module).parts
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -127,32 +120,45 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    write = terminalreporter.write_line
     for note in _notes:
-        terminalreporter.write_line(note)
-    for kind, counts in sorted(_counts.items()):
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        terminalreporter.write_line(f"{kind} tests: {outcomes} in {_seconds[kind]:.0f} s")
+        write(note)
+    folders: dict[str, float] = defaultdict(float)
+    for module, seconds in _seconds.items():
+        folders[_folder(module)] += seconds
+    if folders:
+        terminalreporter.section("seconds with setup and teardown, of folders and slowest modules")
+    for folder, seconds in sorted(folders.items()):
+        counts = sorted(_outcomes[folder].items())
+        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts)
+        write(f"{seconds:7.1f}  {folder} tests: {outcomes}")
+    slowest = sorted(_seconds, key=_seconds.__getitem__, reverse=True)[:_SLOWEST]
+    for module in slowest:
+        write(f"{_seconds[module]:7.1f}  {module}")
+    skipped = Counter(map(_reason, terminalreporter.stats.get("skipped", [])))
+    for reason, count in skipped.most_common():
+        write(f"NOT RUN: {count} test(s): {reason}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Return why a test was skipped, and what to install."""
+    place = report.longrepr
+    text = str(place[2] if isinstance(place, tuple) else place)
+    reason = text.removeprefix("Skipped: ").removeprefix("NOT RUN: ")
+    for program, package in _PACKAGES.items():
+        if program in reason.lower() and "apt install" not in reason:
+            return f"{reason} (on Debian: apt install {package})"
+    return reason
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["notes"] = _notes
-    for kind, shown in (
-        ("integration", "that the server works"),
-        ("browser", "that the page works"),
-    ):
-        passed = _counts.get(kind, {}).get("passed")
-        if session.config.getoption(f"--require-{kind}") and not passed:
-            _notes.append(f"No {kind} test passed: these tests did not show {shown}.")
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    for kind, missing in (
-        ("gateway", "Not every test of the gateway ran: nginx or Prometheus is missing."),
-        ("containers", "Not every test of the image ran: docker or podman is missing."),
-    ):
-        counts = _counts.get(kind, {})
-        required = session.config.getoption(f"--require-{kind}")
-        if required and (not counts.get("passed") or counts.get("skipped")):
-            _notes.append(missing)
+        return  # whoever started this process sees the tests of all
+    for kind, message in _REQUIRED.items():
+        ran = _outcomes[kind]["passed"] and (kind in _MAY_SKIP or not _outcomes[kind]["skipped"])
+        if session.config.getoption(f"--require-{kind}") and not ran:
+            _notes.append(message)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -168,22 +174,34 @@ def weights() -> Weights:
     return untrained()
 
 
+def _kept(folder: str, build: Callable[[Path], Path]) -> Path:
+    """Build an archive in a folder that outlives the run, one process at a time.
+
+    `build` makes none if the one that is there is of the same inputs, by their SHA-256 in its card.
+    """
+    model_store = Path("build", "tests", folder).absolute()
+    model_store.mkdir(parents=True, exist_ok=True)
+    with (model_store / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(model_store)
+
+
 @pytest.fixture(scope="session")
-def archive(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(weights: Weights) -> Path:
     """A real archive, built as `make run` builds it, in a model store of its own."""
-    return build(recipe(weights), tmp_path_factory.mktemp("model_store"))
+    return _kept("untrained", lambda model_store: build(recipe(weights), model_store))
 
 
 @pytest.fixture(scope="session")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The server's folder, with its logs."""
-    return tmp_path_factory.mktemp("run")
+def lite0_archive() -> Path:
+    """The archive of EfficientNet-Lite0, whose weights are trained."""
+    return _kept("", lambda folder: build_timm(PACKAGED_ARCHITECTURE, model_store=folder))
 
 
-@pytest.fixture(scope="session")
-def running(archive: Path, run_dir: Path) -> Iterator[Running]:
-    """The server that the tests share. It must survive them all."""
-    server = start(archive, free_ports(), workers=2, run_dir=run_dir)
+@contextmanager
+def _served(archive: Path, run_dir: Path, workers: int, *, grpc: bool = False) -> Iterator[Running]:
+    """Run a server, which must survive its tests."""
+    server = start(archive, free_ports(), workers=workers, run_dir=run_dir, grpc=grpc)
     yield server
     survived = server.process() is not None
     stop(server, run_dir)
@@ -191,28 +209,33 @@ def running(archive: Path, run_dir: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def lite0_archive() -> Path:
-    """The archive of EfficientNet-Lite0, whose weights are trained; kept from run to run."""
-    return build_timm(PACKAGED_ARCHITECTURE, model_store=Path("build", "tests"))
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the shared server, with its logs."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="session")
+def running(archive: Path, run_dir: Path) -> Iterator[Running]:
+    """The server that the tests share."""
+    with _served(archive, run_dir, workers=2) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def lite0_server(
     lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """A server of that archive, for what needs right answers."""
-    run_dir = tmp_path_factory.mktemp("run")
-    server = start(lite0_archive, free_ports(), workers=1, run_dir=run_dir)
-    yield server
-    stop(server, run_dir)
+    """A server of trained weights, for what needs right answers."""
+    with _served(lite0_archive, tmp_path_factory.mktemp("run"), workers=1) as server:
+        yield server
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The example that gives several labels a picture, in a short form.
+    """The multi-label example, in a short form.
 
     Attributes:
-        folder: all that it made: weights, classes, pictures with their labels, the archive.
+        folder: all that it made: weights, classes, images with their labels, the archive.
         said: what it printed.
     """
 
@@ -227,7 +250,7 @@ class Shapes:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    """Too little training to be good, but its answers differ from picture to picture."""
+    """Too little training to be good, but its answers differ from image to image."""
     folder = tmp_path_factory.mktemp("shapes")
     short = ("--epochs", "2", "--pictures", "320", "--least", "0")
     result = subprocess.run(
@@ -245,8 +268,5 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
 def shapes_server(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of that archive, with gRPC."""
     run_dir = tmp_path_factory.mktemp("run")
-    server = start(shapes.archive, free_ports(), workers=1, run_dir=run_dir, grpc=True)
-    yield server
-    survived = server.process() is not None
-    stop(server, run_dir)
-    assert survived, f"TorchServe ended during the tests; see {run_dir}"
+    with _served(shapes.archive, run_dir, workers=1, grpc=True) as server:
+        yield server

@@ -1,16 +1,13 @@
 """Bodies that cost as much as they can: of each kind the largest that the frontend takes.
 
-Nothing is committed; all are made here in seconds. `Probe` measures what deciding about one costs.
+Nothing is committed; all are made here in seconds.
 """
 
-import json
 import struct
-import subprocess
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,19 @@ import pillow_heif
 from PIL import Image
 
 from handler.settings import MAX_REQUEST_BYTES
-from tests.corpus import _tiff_of_pages, chunk, photograph, png
+from tests.corpus import jpeg_of_scans, jpeg_with_size, photograph, tiff_of_pages
+from tests.kinds import (
+    BLACK_IS_ZERO,
+    Tag,
+    bmp,
+    chunk,
+    longs,
+    png,
+    png_header,
+    segment,
+    shorts,
+    tiff,
+)
 from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
@@ -27,7 +36,26 @@ pillow_heif.register_heif_opener()
 # Less a form's own lines.
 LARGEST = MAX_REQUEST_BYTES - 4096
 
-Kind = tuple[str, Callable[[], bytes]]
+# Those that come nearest to the limits of time and memory.
+WORST = (
+    "JPEG: padding in a progressive scan",
+    "JPEG: 900 x 65,000",
+    "PNG: 49 megapixels of RGB",
+    "PNG: 25 megapixels of 64 bits",
+    "BMP: 8 megapixels of runs of 1",
+    "WebP: 12 megapixels",
+    "TIFF: text",
+    "AVIF: noise",
+)
+
+# Name of each kind, and what makes its largest body.
+Kinds = dict[str, Callable[[], bytes]]
+
+
+def kinds() -> Kinds:
+    """All of them."""
+    parts = (jpegs(), pngs(), gifs_and_bmps(), webps(), tiffs(), isos())
+    return dict(chain.from_iterable(part.items() for part in parts))
 
 
 def filled(head: bytes, part: bytes, tail: bytes = b"") -> bytes:
@@ -37,161 +65,106 @@ def filled(head: bytes, part: bytes, tail: bytes = b"") -> bytes:
 
 @cache
 def noise(side: int) -> Image.Image:
-    """A picture that nothing can compress."""
+    """An image that nothing can compress."""
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8))
 
 
 @cache
 def small(file_format: str, **options: Any) -> bytes:
-    """The photograph, 320 x 240."""
+    """The photo, 320 x 240."""
     return encode(photograph(), file_format, **options)
 
 
-def kinds() -> Iterator[Kind]:
-    """Name of each kind, and what makes its largest body."""
-    yield from _jpegs()
-    yield from _more_jpegs()
-    yield from _pngs()
-    yield from _gifs_and_bmps()
-    yield from _webps()
-    yield from _tiffs()
-    yield from _isos()
+def flat(file_format: str, width: int, height: int = 0, mode: str = "RGB", **options: Any) -> bytes:
+    """One dark green, or its like in another mode."""
+    color = {"RGB": (9, 99, 9), "RGBA": (1, 2, 3, 100)}.get(mode, 0)
+    return encode(Image.new(mode, (width, height or width), color), file_format, **options)
 
 
 # --- JPEG ---
 
 
-def segment(marker: int, content: bytes = b"") -> bytes:
-    """One segment of a JPEG file."""
-    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-
-
-def _in_jpeg(part: bytes) -> bytes:
+def in_jpeg(part: bytes) -> bytes:
+    """So many segments before those of the image."""
     jpeg = small("JPEG")
     return filled(jpeg[:2], part, jpeg[2:])
 
 
-def _with_size(jpeg: bytes, width: int, height: int, marker: int | None = None) -> bytes:
-    at = next(i for i in (jpeg.find(b"\xff\xc0"), jpeg.find(b"\xff\xc2")) if i > 0)
-    kind = bytes([marker]) if marker else jpeg[at + 1 : at + 2]
-    return (
-        jpeg[: at + 1]
-        + kind
-        + jpeg[at + 2 : at + 5]
-        + struct.pack(">HH", height, width)
-        + jpeg[at + 9 :]
-    )
-
-
 def _many_scans(width: int, height: int, scans: int) -> bytes:
-    jpeg = small("JPEG", progressive=True)
-    last = jpeg.rindex(b"\xff\xda")
-    return _with_size(jpeg[:-2] + jpeg[last:-2] * scans + b"\xff\xd9", width, height)
+    return jpeg_with_size(jpeg_of_scans(small("JPEG", progressive=True), scans), width, height)
 
 
-def _exif(entries: list[tuple[int, int, int, int]], tail: bytes = b"", next_: int = 0) -> bytes:
-    packed = b"".join(struct.pack(">HHII", *entry) for entry in entries)
-    return (
-        b"MM\0*\0\0\0\x08"
-        + struct.pack(">H", len(entries))
-        + packed
-        + struct.pack(">I", next_)
-        + tail
-    )
+Entry = tuple[int, int, int, int]
 
 
-def _jpegs() -> Iterator[Kind]:
-    exif = b"Exif\0\0"
-    yield "JPEG: tiny Exif segments", lambda: _in_jpeg(segment(0xE1, exif + b"x" * 8))
-    yield "JPEG: four-byte segments", lambda: _in_jpeg(segment(0xE5))
-    yield "JPEG: comments", lambda: _in_jpeg(segment(0xFE, b"x" * 60_000))
-    yield (
-        "JPEG: profile of 20 MB",
-        lambda: _in_jpeg(segment(0xE2, b"ICC_PROFILE\0\1\1" + b"x" * 65_000)),
-    )
-    yield (
-        "JPEG: extended XMP",
-        lambda: _in_jpeg(segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + b"x" * 65_000)),
-    )
-    yield (
-        "JPEG: Photoshop blocks",
-        lambda: _in_jpeg(segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\0\0\0\0" * 5000)),
-    )
-    tags = [(i, 7, 65_000, 8) for i in range(5400)]
-    yield (
-        "JPEG: Exif whose tags each take all of it",
-        lambda: _in_jpeg(segment(0xE1, exif + _exif(tags))),
-    )
+def _directory(
+    entries: Sequence[Entry], tail: bytes = b"", next_: int = 0, order: str = "<"
+) -> bytes:
+    """A TIFF's or Exif's: values as they stand in it, with counts and offsets that lie."""
+    head = {"<": b"II*\0\x08\0\0\0", ">": b"MM\0*\0\0\0\x08"}[order]
+    packed = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    next_page = struct.pack(f"{order}I", next_)
+    return head + struct.pack(f"{order}H", len(entries)) + packed + next_page + tail
+
+
+_exif = partial(_directory, order=">")
+
+
+def jpegs() -> Kinds:
+    """In a scan, before it, behind it, and what decodes slowly."""
+    exif, x65 = b"Exif\0\0", b"x" * 65_000
     circle = _exif([(0x8769, 4, 1, 8), (0x8825, 4, 1, 8), (0x014A, 4, 1, 8)], next_=8)
-    yield "JPEG: Exif that points at itself", lambda: _in_jpeg(segment(0xE1, exif + circle))
-    mpf = b"MPF\0MM\0*\0\0\0\x08\0\x02" + struct.pack(
-        ">HHIIHHII", 0xB001, 4, 1, 4000, 0xB002, 7, 64_000, 38
-    )
-    yield (
-        "JPEG: 4,000 pictures announced (MPO)",
-        lambda: _in_jpeg(segment(0xE2, mpf + b"\0" * 65_000)),
-    )
-    yield "JPEG: pictures behind the picture", lambda: filled(small("JPEG"), small("JPEG"))
-    yield (
-        "JPEG: film behind the picture",
-        lambda: filled(small("JPEG", progressive=True), b"\xff\xda\0\1"),
-    )
-    yield "JPEG: padding before a marker", lambda: _in_jpeg(b"\xff")
-    yield "JPEG: restart markers between segments", lambda: _in_jpeg(b"\xff\xd0")
-    yield "JPEG: bytes between segments", lambda: _in_jpeg(b"\xe0")
-    tables = small("JPEG")
-    table = tables[tables.index(b"\xff\xc4") : tables.index(b"\xff\xda")]
-    yield "JPEG: tables", lambda: _in_jpeg(table)
-
-
-def _more_jpegs() -> Iterator[Kind]:
-    yield "JPEG: noise of 20 MB", lambda: encode(noise(2350), "JPEG", quality=99, subsampling=0)
-    yield "JPEG: 100 scans of 64 megapixels", lambda: _many_scans(8000, 8000, 90)
-    yield "JPEG: 100 scans of 12 megapixels", lambda: _many_scans(4000, 3000, 90)
-    yield "JPEG: 100 scans of 4 megapixels", lambda: _many_scans(2000, 2000, 90)
-    yield "JPEG: 500 scans", lambda: _many_scans(2000, 2000, 500)
-    yield (
-        "JPEG: arithmetic coding",
-        lambda: _with_size(encode(noise(2400), "JPEG", quality=100), 8000, 8000, 0xC9),
-    )
-    yield (
-        "JPEG: arithmetic coding, progressive",
-        lambda: _with_size(
+    tags = [(i, 7, 65_000, 8) for i in range(5400)]
+    pages = struct.pack(">HHIIHHII", 0xB001, 4, 1, 4000, 0xB002, 7, 64_000, 38)
+    mpf = b"MPF\0MM\0*\0\0\0\x08\0\x02" + pages
+    progressive = small("JPEG", progressive=True)
+    scan = progressive[: progressive.rindex(b"\xff\xda") + 14]
+    jpeg = small("JPEG")
+    tables = jpeg[jpeg.index(b"\xff\xc4") : jpeg.index(b"\xff\xda")]
+    photoshop = b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\0\0\0\0" * 5000
+    parts = {
+        "tiny Exif segments": segment(0xE1, exif + b"x" * 8),
+        "four-byte segments": segment(0xE5),
+        "comments": segment(0xFE, b"x" * 60_000),
+        "profile of 20 MB": segment(0xE2, b"ICC_PROFILE\0\1\1" + x65),
+        "extended XMP": segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + x65),
+        "Photoshop blocks": segment(0xED, photoshop),
+        "Exif whose tags each take all of it": segment(0xE1, exif + _exif(tags)),
+        "Exif that points at itself": segment(0xE1, exif + circle),
+        "4,000 images announced (MPO)": segment(0xE2, mpf + bytes(65_000)),
+        "padding before a marker": b"\xff",
+        "restart markers between segments": b"\xff\xd0",
+        "bytes between segments": b"\xe0",
+        "tables": tables,
+    }
+    q60 = partial(flat, "JPEG", quality=60)
+    return {f"JPEG: {name}": partial(in_jpeg, part) for name, part in parts.items()} | {
+        "JPEG: images behind the image": lambda: filled(jpeg, jpeg),
+        "JPEG: film behind the image": lambda: filled(progressive, b"\xff\xda\0\1"),
+        "JPEG: noise of 20 MB": lambda: encode(noise(2350), "JPEG", quality=99, subsampling=0),
+        "JPEG: 100 scans of 64 megapixels": lambda: _many_scans(8000, 8000, 90),
+        "JPEG: 100 scans of 12 megapixels": lambda: _many_scans(4000, 3000, 90),
+        "JPEG: 100 scans of 4 megapixels": lambda: _many_scans(2000, 2000, 90),
+        "JPEG: 500 scans": lambda: _many_scans(2000, 2000, 500),
+        "JPEG: arithmetic coding": lambda: jpeg_with_size(
+            encode(noise(2400), "JPEG", quality=100), 8000, 8000, 0xC9
+        ),
+        "JPEG: arithmetic coding, progressive": lambda: jpeg_with_size(
             encode(noise(2000), "JPEG", quality=100, progressive=True), 4000, 4000, 0xCA
         ),
-    )
-    yield "JPEG: lossless process", lambda: _with_size(small("JPEG"), 8000, 8000, 0xC3)
-    flat = Image.new("RGB", (8000, 8000), (90, 120, 10))
-    yield "JPEG: 64 megapixels", lambda: encode(flat, "JPEG", quality=60)
-    yield (
-        "JPEG: 64 megapixels, a restart each block",
-        lambda: encode(flat, "JPEG", quality=60, restart_marker_blocks=1),
-    )
-    yield (
-        "JPEG: 64 megapixels, progressive",
-        lambda: encode(flat, "JPEG", quality=60, progressive=True),
-    )
-    yield (
-        "JPEG: 50 megapixels of CMYK",
-        lambda: encode(Image.new("CMYK", (7070, 7070)), "JPEG", quality=60),
-    )
-    yield "JPEG: 900 x 65,000", lambda: encode(Image.new("RGB", (900, 65_000)), "JPEG", quality=60)
-    yield "JPEG: 64 megapixels without data", lambda: _with_size(small("JPEG"), 8000, 8000)
-    stuffed = small("JPEG", progressive=True)
-    scan = stuffed.rindex(b"\xff\xda") + 14
-    yield "JPEG: stuffed bytes, progressive", lambda: filled(stuffed[:scan], b"\xff\0", b"\xff\xd9")
-    yield (
-        "JPEG: padding in a progressive scan",
-        lambda: filled(stuffed[:scan], b"\xff", b"\xff\xd9"),
-    )
+        "JPEG: lossless process": lambda: jpeg_with_size(jpeg, 8000, 8000, 0xC3),
+        "JPEG: 64 megapixels": lambda: q60(8000),
+        "JPEG: 64 megapixels, a restart each block": lambda: q60(8000, restart_marker_blocks=1),
+        "JPEG: 64 megapixels, progressive": lambda: q60(8000, progressive=True),
+        "JPEG: 50 megapixels of CMYK": lambda: q60(7070, mode="CMYK"),
+        "JPEG: 900 x 65,000": lambda: q60(900, 65_000),
+        "JPEG: 64 megapixels without data": lambda: jpeg_with_size(jpeg, 8000, 8000),
+        "JPEG: stuffed bytes, progressive": lambda: filled(scan, b"\xff\0", b"\xff\xd9"),
+        "JPEG: padding in a progressive scan": lambda: filled(scan, b"\xff", b"\xff\xd9"),
+    }
 
 
 # --- PNG ---
-
-
-def _header(width: int, height: int, bits: int, colour: int, interlaced: int = 0) -> bytes:
-    fields = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", fields)
 
 
 @cache
@@ -202,168 +175,133 @@ def _zeros(length: int) -> bytes:
     return packed + packer.compress(bytes(length & 0xFFFFF)) + packer.flush()
 
 
-def _black(width: int, height: int, bits: int, colour: int, interlaced: int = 0) -> bytes:
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+def black_png(width: int, height: int, bits: int, color_type: int, interlaced: int = 0) -> bytes:
+    """A PNG that unpacks to the most."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
     length = height * (1 + width * channels * bits // 8) + (height * 8 if interlaced else 0)
-    palette = chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", bytes(256)) if colour == 3 else b""
-    return (
-        _header(width, height, bits, colour, interlaced)
-        + palette
-        + chunk(b"IDAT", _zeros(length))
-        + chunk(b"IEND", b"")
-    )
+    palette = chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", bytes(256)) if color_type == 3 else b""
+    pixels = chunk(b"IDAT", _zeros(length)) + chunk(b"IEND", b"")
+    return png_header(width, height, bits, color_type, interlaced) + palette + pixels
 
 
-def _in_png(part: bytes) -> bytes:
-    whole = small("PNG")
+def _in_png(*chunks: tuple[bytes, bytes]) -> bytes:
+    whole, part = small("PNG"), b"".join(chunk(*each) for each in chunks)
     return filled(whole[:33], part, whole[33:])
 
 
-def _pngs() -> Iterator[Kind]:
-    packed = zlib.compress(bytes(50_000_000), 9)
-    yield "PNG: empty chunks", lambda: _in_png(chunk(b"teSt", b""))
-    yield "PNG: empty chunks of pixels", lambda: _in_png(chunk(b"IDAT", b""))
-    yield (
-        "PNG: tiny chunks of pixels",
-        lambda: _header(5000, 5000, 8, 2) + chunk(b"IDAT", b"\0") * 1_500_000,
-    )
-    yield (
-        "PNG: text that unpacks to gigabytes",
-        lambda: _in_png(chunk(b"zTXt", b"Comment\0\0" + packed)),
-    )
-    yield (
-        "PNG: profiles that unpack to gigabytes",
-        lambda: _in_png(chunk(b"iCCP", b"ICC\0\0" + packed)),
-    )
-    yield "PNG: text", lambda: _in_png(chunk(b"tEXt", b"Comment\0" + b"x" * 10_000_000))
-    yield (
-        "PNG: XMP",
-        lambda: _in_png(
-            chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"tiff:Orientation=" * 600_000)
-        ),
-    )
-    yield "PNG: palettes", lambda: _in_png(chunk(b"PLTE", bytes(768)))
-    tags = [(i, 7, 9_000_000, 8) for i in range(65_000)]
-    yield "PNG: Exif whose tags each take all of it", lambda: _in_png(chunk(b"eXIf", _exif(tags)))
-    frame = chunk(b"fcTL", bytes(26)) + chunk(b"fdAT", bytes(10))
-    yield "PNG: animation", lambda: _in_png(chunk(b"acTL", struct.pack(">II", 400_000, 0)) + frame)
-    yield "PNG: 64 megapixels of RGB", lambda: _black(8000, 8000, 8, 2)
-    yield "PNG: 64 megapixels of RGBA", lambda: _black(8000, 8000, 8, 6)
-    yield "PNG: 49 megapixels of RGB", lambda: _black(7000, 7000, 8, 2)
-    yield "PNG: 25 megapixels of RGBA", lambda: _black(5000, 5000, 8, 6)
-    yield "PNG: 64 megapixels of grey", lambda: _black(8000, 8000, 8, 0)
-    yield "PNG: 36 megapixels of grey", lambda: _black(6000, 6000, 8, 0)
-    yield "PNG: 36 megapixels with a palette", lambda: _black(6000, 6000, 8, 3)
-    yield "PNG: 25 megapixels of grey with alpha", lambda: _black(5000, 5000, 8, 4)
-    yield "PNG: 36 megapixels of 16 bits", lambda: _black(6000, 6000, 16, 0)
-    yield "PNG: 25 megapixels of 64 bits", lambda: _black(5000, 5000, 16, 6)
-    yield "PNG: 36 megapixels, interlaced", lambda: _black(6000, 6000, 8, 2, 1)
-    yield "PNG: 64,000,000 x 1", lambda: _black(64_000_000, 1, 8, 0)
-    yield "PNG: 1 x 64,000,000", lambda: _black(1, 64_000_000, 8, 0)
-    yield "PNG: noise of 19 MB", lambda: png(np.asarray(noise(2520)), colour_type=2)
-    yield (
-        "PNG: noise, interlaced",
-        lambda: png(np.asarray(noise(2500)), colour_type=2, interlaced=True),
-    )
-    # Fixed code, no symbols, three bits and an end of block: four blocks in five bytes.
-    yield (
-        "PNG: empty blocks of deflate",
-        lambda: _header(1, 1, 8, 0) + chunk(b"IDAT", filled(b"\x78\x01", b"\0\0\0\xff\xff")),
-    )
-    yield (
-        "PNG: empty blocks with codes of their own",
-        lambda: _header(1, 1, 8, 0) + chunk(b"IDAT", _dynamic_blocks()),
-    )
-
-
-def _dynamic_blocks() -> bytes:
+def _empty_blocks() -> bytes:
     """Blocks of deflate that describe two trees and hold nothing but their end."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    text = bytes(np.random.default_rng(3).integers(0, 255, 400, np.uint8) % 97)
-    packer.compress(text)
-    block = packer.flush(zlib.Z_FULL_FLUSH)
-    return filled(b"\x78\x01", block)
+    packer.compress(bytes(np.random.default_rng(3).integers(0, 255, 400, np.uint8) % 97))
+    return packer.flush(zlib.Z_FULL_FLUSH)
+
+
+def pngs() -> Kinds:
+    """Chunks, and pixels of each kind."""
+    packed = zlib.compress(bytes(50_000_000), 9)
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b"tiff:Orientation=" * 600_000
+    tags = [(i, 7, 9_000_000, 8) for i in range(65_000)]
+    parts = {
+        "empty chunks": (b"teSt", b""),
+        "empty chunks of pixels": (b"IDAT", b""),
+        "text that unpacks to gigabytes": (b"zTXt", b"Comment\0\0" + packed),
+        "profiles that unpack to gigabytes": (b"iCCP", b"ICC\0\0" + packed),
+        "text": (b"tEXt", b"Comment\0" + b"x" * 10_000_000),
+        "XMP": (b"iTXt", xmp),
+        "palettes": (b"PLTE", bytes(768)),
+        "Exif whose tags each take all of it": (b"eXIf", _exif(tags)),
+    }
+    pixels = {
+        "64 megapixels of RGB": (8000, 8000, 8, 2),
+        "64 megapixels of RGBA": (8000, 8000, 8, 6),
+        "49 megapixels of RGB": (7000, 7000, 8, 2),
+        "25 megapixels of RGBA": (5000, 5000, 8, 6),
+        "64 megapixels of grey": (8000, 8000, 8, 0),
+        "36 megapixels of grey": (6000, 6000, 8, 0),
+        "36 megapixels with a palette": (6000, 6000, 8, 3),
+        "25 megapixels of grey with alpha": (5000, 5000, 8, 4),
+        "36 megapixels of 16 bits": (6000, 6000, 16, 0),
+        "25 megapixels of 64 bits": (5000, 5000, 16, 6),
+        "36 megapixels, interlaced": (6000, 6000, 8, 2, 1),
+        "64,000,000 x 1": (64_000_000, 1, 8, 0),
+        "1 x 64,000,000": (1, 64_000_000, 8, 0),
+    }
+    # Fixed code, no symbols, three bits and an end of block: four blocks in five bytes.
+    deflated = {"empty blocks": b"\0\0\0\xff\xff", "blocks with codes": _empty_blocks()}
+    return {
+        **{f"PNG: {name}": partial(_in_png, part) for name, part in parts.items()},
+        **{f"PNG: {name}": partial(black_png, *fields) for name, fields in pixels.items()},
+        **{
+            f"PNG: {name} of deflate": partial(_png_of_blocks, block)
+            for name, block in deflated.items()
+        },
+        "PNG: animation": lambda: _in_png(
+            (b"acTL", struct.pack(">II", 400_000, 0)), (b"fcTL", bytes(26)), (b"fdAT", bytes(10))
+        ),
+        "PNG: tiny chunks of pixels": lambda: (
+            png_header(5000, 5000, 8, 2) + chunk(b"IDAT", b"\0") * 1_500_000
+        ),
+        "PNG: noise of 19 MB": lambda: png(np.asarray(noise(2520)), 8, 2),
+        "PNG: noise, interlaced": lambda: png(np.asarray(noise(2500)), 8, 2, interlaced=True),
+    }
+
+
+def _png_of_blocks(block: bytes) -> bytes:
+    return png_header(1, 1, 8, 0) + chunk(b"IDAT", filled(b"\x78\x01", block))
 
 
 # --- GIF, BMP ---
 
 
-def _in_gif(part: bytes) -> bytes:
-    gif = small("GIF")
-    at = 13 + 768
-    return filled(gif[:at], part, gif[at:])
-
-
-def _bmp_of_runs(side: int, compression: int, run: bytes) -> bytes:
-    bits = 8 if compression == 1 else 4
+def bmp_of_runs(side: int, run: bytes, bits: int = 8) -> bytes:
+    """A run-length encoded BMP of 8 or 4 bits."""
     pixels = (run * (side // run[0]) + b"\0\0") * side
-    fields = struct.pack(
-        "<IiiHHIIiiII",
-        40,
-        side,
-        side,
-        1,
-        bits,
-        compression,
-        len(pixels),
-        0,
-        0,
-        256 if bits == 8 else 16,
-        0,
-    )
-    palette = bytes(1024 if bits == 8 else 64)
-    offset = 14 + 40 + len(palette)
-    return (
-        b"BM"
-        + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset)
-        + fields
-        + palette
-        + pixels[:LARGEST]
-    )
+    palette = np.zeros((2**bits, 3), int)
+    compression = 1 if bits == 8 else 2
+    head = bytearray(bmp(np.zeros((1, 1, 1), int), bits, palette=palette, compression=compression))
+    head = head[: 14 + 40 + 4 * 2**bits]
+    struct.pack_into("<I", head, 2, len(head) + len(pixels))
+    struct.pack_into("<ii", head, 18, side, side)
+    struct.pack_into("<I", head, 34, len(pixels))
+    return bytes(head) + pixels[:LARGEST]
 
 
-def _gifs_and_bmps() -> Iterator[Kind]:
-    yield "GIF: comments", lambda: _in_gif(b"!\xfe" + (b"\xff" + b"x" * 255) * 70_000 + b"\0")
-    yield "GIF: comments of one byte", lambda: _in_gif(b"!\xfe\1x\0")
-    yield (
-        "GIF: a comment in blocks of one byte",
-        lambda: _in_gif(b"!\xfe" + b"\1x" * 1_000_000 + b"\0"),
-    )
-    yield "GIF: programs' blocks", lambda: _in_gif(b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0")
-    yield "GIF: delays", lambda: _in_gif(b"!\xf9\4\0\0\0\0\0")
-    yield "GIF: animation", lambda: filled(small("GIF")[:-1], small("GIF")[13 + 768 : -1], b";")
-    flat = Image.new("P", (8000, 8000))
-    yield "GIF: 64 megapixels", lambda: encode(flat, "GIF")
-    yield (
-        "GIF: 36 megapixels, interlaced",
-        lambda: encode(Image.new("P", (6000, 6000)), "GIF", interlace=1),
-    )
-    yield "GIF: noise", lambda: encode(noise(3600).convert("L"), "GIF")[:LARGEST]
-    whole = small("GIF")
-    yield (
-        "GIF: 64 megapixels around a small frame",
-        lambda: whole[:6] + struct.pack("<HH", 8000, 8000) + whole[10:],
-    )
-    codes = struct.pack("<HHHHBB", 0, 0, 6000, 6000, 0, 8) + b"\xff" + b"\0" * 255
-    yield (
-        "GIF: codes that clear",
-        lambda: filled(
-            b"GIF89a" + struct.pack("<HHBBB", 6000, 6000, 0xF7, 0, 0) + bytes(768) + b"," + codes,
-            b"\xff" + b"\x00\x01" * 127 + b"\0",
+def gifs_and_bmps() -> Kinds:
+    """Blocks, frames and runs."""
+    gif, bmp_ = small("GIF"), small("BMP")
+    screen = 13 + 768
+    parts = {
+        "comments": b"!\xfe" + (b"\xff" + b"x" * 255) * 70_000 + b"\0",
+        "comments of one byte": b"!\xfe\1x\0",
+        "a comment in blocks of one byte": b"!\xfe" + b"\1x" * 1_000_000 + b"\0",
+        "programs' blocks": b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0",
+        "delays": b"!\xf9\4\0\0\0\0\0",
+    }
+    canvas = b"GIF89a" + struct.pack("<HHBBB", 6000, 6000, 0xF7, 0, 0) + bytes(768)
+    frame = b"," + struct.pack("<HHHHBB", 0, 0, 6000, 6000, 0, 8) + b"\xff" + b"\0" * 255
+    clearing = b"\xff" + b"\x00\x01" * 127 + b"\0"
+    return {
+        **{
+            f"GIF: {name}": partial(filled, gif[:screen], part, gif[screen:])
+            for name, part in parts.items()
+        },
+        "GIF: animation": lambda: filled(gif[:-1], gif[screen:-1], b";"),
+        "GIF: 64 megapixels": lambda: flat("GIF", 8000, mode="P"),
+        "GIF: 36 megapixels, interlaced": lambda: flat("GIF", 6000, mode="P", interlace=1),
+        "GIF: noise": lambda: encode(noise(3600).convert("L"), "GIF")[:LARGEST],
+        "GIF: 64 megapixels around a small frame": lambda: (
+            gif[:6] + struct.pack("<HH", 8000, 8000) + gif[10:]
         ),
-    )
-    yield "BMP: 64 megapixels of runs", lambda: _bmp_of_runs(7905, 1, b"\xff\1")
-    yield "BMP: 8 megapixels of runs", lambda: _bmp_of_runs(2805, 1, b"\xff\1")
-    yield "BMP: 8 megapixels of runs of 1", lambda: _bmp_of_runs(2800, 1, b"\1\1")
-    yield "BMP: 8 megapixels of runs, 4 bits", lambda: _bmp_of_runs(2794, 2, b"\xfe\x12")
-    yield "BMP: 64 megapixels of 1 bit", lambda: encode(Image.new("1", (8000, 8000)), "BMP")
-    yield "BMP: 20 MB", lambda: encode(noise(2640), "BMP")
-    deep = encode(Image.new("RGBA", (2280, 2280)), "BMP")
-    yield "BMP: 20 MB of 32 bits", lambda: deep
-    yield (
-        "BMP: a palette of four billion",
-        lambda: small("BMP")[:46] + b"\xff" * 8 + small("BMP")[54:],
-    )
+        "GIF: codes that clear": lambda: filled(canvas + frame, clearing),
+        "BMP: 64 megapixels of runs": lambda: bmp_of_runs(7905, b"\xff\1"),
+        "BMP: 8 megapixels of runs": lambda: bmp_of_runs(2805, b"\xff\1"),
+        "BMP: 8 megapixels of runs of 1": lambda: bmp_of_runs(2800, b"\1\1"),
+        "BMP: 8 megapixels of runs, 4 bits": lambda: bmp_of_runs(2794, b"\xfe\x12", bits=4),
+        "BMP: 64 megapixels of 1 bit": lambda: flat("BMP", 8000, mode="1"),
+        "BMP: 20 MB": lambda: encode(noise(2640), "BMP"),
+        "BMP: 20 MB of 32 bits": lambda: flat("BMP", 2280, mode="RGBA"),
+        "BMP: a palette of four billion": lambda: bmp_[:46] + b"\xff" * 8 + bmp_[54:],
+    }
 
 
 # --- WebP ---
@@ -374,234 +312,140 @@ def _riff(*parts: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def riff_chunk(kind: bytes, content: bytes) -> bytes:
-    """One chunk of a WebP file."""
+def _riff_chunk(kind: bytes, content: bytes) -> bytes:
     return kind + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
 
 
 def _vp8x(width: int, height: int, flags: int) -> bytes:
     sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    return riff_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + sides)
+    return _riff_chunk(b"VP8X", bytes([flags, 0, 0, 0]) + sides)
 
 
-def _webps() -> Iterator[Kind]:
-    picture = small("WEBP")[12:]
-    extended = _vp8x(320, 240, 0x2C)
-    yield (
-        "WebP: chunks before the picture",
-        lambda: _riff(filled(extended, riff_chunk(b"teSt", b""), picture)),
-    )
-    yield (
-        "WebP: chunks behind the picture",
-        lambda: _riff(filled(extended + picture, riff_chunk(b"EXIF", b""))),
-    )
-    yield (
-        "WebP: a profile",
-        lambda: _riff(extended, riff_chunk(b"ICCP", bytes(20_000_000)), picture),
-    )
-    tags = [(i, 7, 9_000_000, 8) for i in range(65_000)]
-    yield (
-        "WebP: Exif whose tags each take all of it",
-        lambda: _riff(extended, picture, riff_chunk(b"EXIF", _exif(tags, bytes(10_000_000)))),
-    )
-    frame = riff_chunk(
-        b"ANMF",
-        bytes(6)
-        + (319).to_bytes(3, "little")
-        + (239).to_bytes(3, "little")
-        + b"\1\0\0\0"
-        + picture,
-    )
-    head = _vp8x(320, 240, 2) + riff_chunk(b"ANIM", bytes(6))
-    yield "WebP: animation", lambda: _riff(filled(head, frame))
-    clear = Image.new("RGBA", (8000, 8000), (1, 2, 3, 100))
-    yield "WebP: 64 megapixels, transparent", lambda: encode(clear, "WEBP", lossless=True, method=0)
-    yield (
-        "WebP: 9 megapixels, transparent",
-        lambda: encode(clear.crop((0, 0, 3000, 3000)), "WEBP", lossless=True, method=0),
-    )
-    yield (
-        "WebP: 12 megapixels",
-        lambda: encode(Image.new("RGB", (4000, 3000), (9, 9, 9)), "WEBP", method=0),
-    )
-    yield (
-        "WebP: 12 megapixels of noise",
-        lambda: encode(
-            noise(2000).resize((4000, 3000), Image.Resampling.NEAREST),
-            "WEBP",
-            quality=100,
-            method=0,
-        )[:LARGEST],
-    )
-    yield (
-        "WebP: noise, lossless",
-        lambda: encode(noise(2600), "WEBP", lossless=True, method=0, quality=0)[:LARGEST],
-    )
-    still = encode(Image.new("RGB", (320, 240)), "WEBP", lossless=True)[12:]
-    yield (
-        "WebP: 256 megapixels around a small frame",
-        lambda: _riff(
-            _vp8x(16383, 16383, 2),
-            riff_chunk(b"ANIM", bytes(6)),
-            riff_chunk(b"ANMF", bytes(6) + frame[14:20] + b"\1\0\0\0" + still),
+def webps() -> Kinds:
+    """Chunks, frames, and pixels."""
+    image, still = small("WEBP")[12:], flat("WEBP", 320, 240, lossless=True)[12:]
+    extended, anim = _vp8x(320, 240, 0x2C), _riff_chunk(b"ANIM", bytes(6))
+    test, exif = _riff_chunk(b"teSt", b""), _riff_chunk(b"EXIF", b"")
+    tags = _exif([(i, 7, 9_000_000, 8) for i in range(65_000)], bytes(10_000_000))
+    place = bytes(6) + (319).to_bytes(3, "little") + (239).to_bytes(3, "little") + b"\1\0\0\0"
+    frame = _riff_chunk(b"ANMF", place + image)
+    large = noise(2000).resize((4000, 3000), Image.Resampling.NEAREST)
+    fast = partial(encode, file_format="WEBP", method=0)
+    lossless = partial(flat, "WEBP", mode="RGBA", lossless=True, method=0)
+    return {
+        "WebP: chunks before the image": lambda: _riff(filled(extended, test, image)),
+        "WebP: chunks behind the image": lambda: _riff(filled(extended + image, exif)),
+        "WebP: a profile": lambda: _riff(extended, _riff_chunk(b"ICCP", bytes(20_000_000)), image),
+        "WebP: Exif whose tags each take all of it": lambda: _riff(
+            extended, image, _riff_chunk(b"EXIF", tags)
         ),
-    )
+        "WebP: animation": lambda: _riff(filled(_vp8x(320, 240, 2) + anim, frame)),
+        "WebP: 64 megapixels, transparent": lambda: lossless(8000),
+        "WebP: 9 megapixels, transparent": lambda: lossless(3000),
+        "WebP: 12 megapixels": lambda: flat("WEBP", 4000, 3000, method=0),
+        "WebP: 12 megapixels of noise": lambda: fast(large, quality=100)[:LARGEST],
+        "WebP: noise, lossless": lambda: fast(noise(2600), lossless=True, quality=0)[:LARGEST],
+        "WebP: 256 megapixels around a small frame": lambda: _riff(
+            _vp8x(16383, 16383, 2), anim, _riff_chunk(b"ANMF", place + still)
+        ),
+    }
 
 
 # --- TIFF ---
 
 
-def _tiff(entries: list[tuple[int, int, int, int]], data: bytes, next_: int = 0) -> bytes:
-    """Little-endian; values are given as they stand in the directory, `data` follows it."""
-    packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
-    return (
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", len(entries))
-        + packed
-        + struct.pack("<I", next_)
-        + data
-    )
+def _of_strip(side: int, compression: int, data: bytes, bits: int = 8, **options: Any) -> bytes:
+    size = (side, side, 1)
+    return tiff([data], bits, BLACK_IS_ZERO, size=size, compression=compression, **options)
 
 
-def _plain_tiff(
-    width: int, height: int, compression: int, bits: int, data: bytes, **more: int
-) -> bytes:
-    at = 8 + 2 + 12 * (9 + len(more)) + 4
-    tags = [
-        (256, 4, 1, width),
-        (257, 4, 1, height),
-        (258, 3, 1, bits),
-        (259, 3, 1, compression),
-        (262, 3, 1, 1),
-        (273, 4, 1, at),
-        (277, 3, 1, 1),
-        (278, 4, 1, height),
-        (279, 4, 1, len(data)),
-        *((int(tag[1:]), 3, 1, value) for tag, value in more.items()),
-    ]
-    return _tiff(tags, data)
+def _repeated(starts: int, count: int, length: int) -> dict[int, Tag]:
+    """So many strips or tiles, each of which is the same one."""
+    lengths = {273: 279, 324: 325}[starts]
+    return {starts: longs(*[8] * count), lengths: longs(*[length] * count)}
 
 
-def _tiff_of_strips(height: int) -> bytes:
-    """One row a strip, each of which is the same one."""
-    at = 8 + 2 + 12 * 9 + 4
-    rows = struct.pack("<I", at) * height + struct.pack("<I", 64) * height
-    tags = [(256, 4, 1, 64), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
-    tags += [
-        (273, 4, height, at),
-        (277, 3, 1, 1),
-        (278, 4, 1, 1),
-        (279, 4, height, at + 4 * height),
-    ]
-    return _tiff(tags, rows)
-
-
-def _tiff_of_tiles(side: int) -> bytes:
-    count = (side // 16) ** 2
-    at = 8 + 2 + 12 * 10 + 4
-    tiles = struct.pack("<I", at) * count + struct.pack("<I", 256) * count
-    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
-    tags += [
-        (277, 3, 1, 1),
-        (322, 3, 1, 16),
-        (323, 3, 1, 16),
-        (324, 4, count, at),
-        (325, 4, count, at + 4 * count),
-    ]
-    return _tiff(tags, tiles)
-
-
-def _tiffs() -> Iterator[Kind]:
-    yield "TIFF: 100 pages", lambda: _tiff_of_pages(100)
-    yield "TIFF: a circle of pages", lambda: _tiff([(256, 4, 1, 64)], b"", 8)
-    empty = [(60_000 + i % 5000, 4, 1, 0) for i in range(65_535)]
-    yield "TIFF: 65,535 tags", lambda: filled(_tiff(empty, b""), b"\0")
-    fat = [
-        (256, 4, 1, 64),
-        (257, 4, 1, 64),
-        *((40_000 + i, 7, 19_000_000, 8) for i in range(20_000)),
-    ]
-    yield "TIFF: tags that each take all of it", lambda: filled(_tiff(fat, b""), b"\0")
-    numbers = [
-        (256, 4, 1, 64),
-        (257, 4, 1, 64),
-        (273, 4, 4_900_000, 8),
-        (279, 4, 4_900_000, 8),
-        (258, 3, 9_000_000, 8),
-    ]
-    yield "TIFF: five million strips", lambda: filled(_tiff(numbers, b""), b"\0")
-    text = [(256, 4, 1, 64), (257, 4, 1, 64), *((40_000 + i, 2, 19_000_000, 8) for i in range(50))]
-    yield "TIFF: text", lambda: filled(_tiff(text, b""), b"a")
-    yield "TIFF: strips of one row", lambda: _tiff_of_strips(900_000)
-    yield "TIFF: tiles", lambda: _tiff_of_tiles(6400)
-    yield "TIFF: 64 megapixels, deflate", lambda: _plain_tiff(8000, 8000, 8, 8, _zeros(64_000_000))
-    yield "TIFF: 36 megapixels, deflate", lambda: _plain_tiff(6000, 6000, 8, 8, _zeros(36_000_000))
-    yield (
-        "TIFF: deflate that unpacks to more",
-        lambda: _plain_tiff(100, 100, 8, 8, _zeros(400_000_000)),
-    )
-    yield (
-        "TIFF: 64 megapixels, packed bits",
-        lambda: _plain_tiff(8000, 8000, 32773, 8, b"\x81\0" * 500_000),
-    )
-    flat = Image.new("L", (6000, 6000))
-    for compression in ("tiff_lzw", "lzma", "zstd", "jpeg"):
-        yield (
-            f"TIFF: 36 megapixels, {compression}",
-            partial(encode, flat, "TIFF", compression=compression),
-        )
-    bits = Image.new("1", (8000, 8000))
-    for compression in ("group3", "group4", "tiff_ccitt"):
-        yield (
-            f"TIFF: 64 megapixels, {compression}",
-            partial(encode, bits, "TIFF", compression=compression),
-        )
-    yield (
-        "TIFF: 64 bits a pixel, planes",
-        lambda: _plain_tiff(1500, 1100, 1, 16, bytes(20_000_000), t284=2),
-    )
-    yield "TIFF: noise, LZW", lambda: encode(noise(2200), "TIFF", compression="tiff_lzw")[:LARGEST]
-    yield "TIFF: CMYK", lambda: encode(Image.new("CMYK", (2280, 2280)), "TIFF")
+def tiffs() -> Kinds:
+    """Directories that lie, and what each compression unpacks to."""
+    size = [(256, 4, 1, 64), (257, 4, 1, 64)]
+    strips = [(273, 4, 4_900_000, 8), (279, 4, 4_900_000, 8), (258, 3, 9_000_000, 8)]
+    sides, strip = {322: shorts(16), 323: shorts(16)}, (273, 278, 279)
+    grey_of = partial(tiff, [bytes(256)], 8, BLACK_IS_ZERO)
+    texts = [*size, *((40_000 + i, 2, 19_000_000, 8) for i in range(50))]
+    lies = {
+        "65,535 tags": [(60_000 + i % 5000, 4, 1, 0) for i in range(65_535)],
+        "tags that each take all of it": [
+            *size,
+            *((40_000 + i, 7, 19_000_000, 8) for i in range(20_000)),
+        ],
+        "five million strips": [*size, *strips],
+    }
+    grey = partial(flat, "TIFF", 6000, mode="L")
+    bits = partial(flat, "TIFF", 8000, mode="1")
+    return {
+        **{
+            f"TIFF: {name}": partial(filled, _directory(sorted(tags)), b"\0")
+            for name, tags in lies.items()
+        },
+        "TIFF: text": lambda: filled(_directory(texts), b"a"),
+        "TIFF: 64 megapixels, deflate": lambda: _of_strip(8000, 32946, _zeros(64_000_000)),
+        "TIFF: 36 megapixels, deflate": lambda: _of_strip(6000, 32946, _zeros(36_000_000)),
+        "TIFF: deflate that unpacks to more": lambda: _of_strip(100, 32946, _zeros(400_000_000)),
+        **{
+            f"TIFF: 36 megapixels, {name}": partial(grey, compression=name)
+            for name in ("tiff_lzw", "lzma", "zstd", "jpeg")
+        },
+        **{
+            f"TIFF: 64 megapixels, {name}": partial(bits, compression=name)
+            for name in ("group3", "group4", "tiff_ccitt")
+        },
+        "TIFF: 100 pages": lambda: tiff_of_pages(100),
+        "TIFF: a circle of pages": lambda: _directory([(256, 4, 1, 64)], next_=8),
+        "TIFF: strips of one row": lambda: grey_of(
+            size=(1, 64, 1), tags={**_repeated(273, 900_000, 64), 257: longs(900_000)}
+        ),
+        "TIFF: tiles": lambda: grey_of(
+            size=(6400, 6400, 1), tags={**sides, **_repeated(324, 160_000, 256)}, without=strip
+        ),
+        "TIFF: 64 megapixels, packed bits": lambda: _of_strip(8000, 32773, b"\x81\0" * 500_000),
+        "TIFF: 64 bits a pixel, planes": lambda: _of_strip(
+            1100, 1, bytes(20_000_000), bits=16, in_planes=True
+        ),
+        "TIFF: noise, LZW": lambda: encode(noise(2200), "TIFF", compression="tiff_lzw")[:LARGEST],
+        "TIFF: CMYK": lambda: flat("TIFF", 2280, mode="CMYK"),
+    }
 
 
 # --- AVIF, HEIC ---
 
 
-def box(kind: bytes, content: bytes) -> bytes:
-    """One box of an ISO media file."""
+def _box(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content) + 8) + kind + content
 
 
-def _isos() -> Iterator[Kind]:
-    flat = Image.new("RGB", (8000, 8000), (9, 99, 9))
-    yield "AVIF: 64 megapixels", lambda: encode(flat, "AVIF", speed=10)
-    yield "AVIF: 20 megapixels", lambda: encode(flat.crop((0, 0, 4500, 4500)), "AVIF", speed=10)
-    yield "AVIF: noise", lambda: encode(noise(1400), "AVIF", speed=10, quality=100)
-    small_ = Image.new("RGB", (64, 64))
-    yield (
-        "AVIF: animation",
-        lambda: encode(small_, "AVIF", speed=10, save_all=True, append_images=[small_] * 300),
-    )
-    yield "HEIC: 12 megapixels", lambda: encode(flat.crop((0, 0, 4000, 3000)), "HEIF", quality=1)
-    yield "HEIC: noise", lambda: encode(noise(700), "HEIF", quality=100)
-    for brand in (b"avif", b"heic"):
-        name = "AVIF" if brand == b"avif" else "HEIC"
-        whole = small("AVIF" if brand == b"avif" else "HEIF")
-        head = box(b"ftyp", brand + bytes(4) + brand + b"mif1")
-        yield f"{name}: empty boxes", partial(_after_ftyp, whole, box(b"free", b""))
-        yield f"{name}: boxes in boxes", partial(_nested, head, 500_000)
-        items = b"".join(
-            struct.pack(">I4sBBBBHH4sB", 21, b"infe", 2, 0, 0, 0, i & 0xFFFF, 0, b"hvc1", 0)
-            for i in range(65_000)
-        )
-        iinf = box(b"iinf", struct.pack(">IH", 0, 65_000) + items)
-        meta = box(b"meta", bytes(4) + box(b"hdlr", bytes(8) + b"pict" + bytes(13)) + iinf)
-        yield f"{name}: 65,000 items", partial(head.__add__, meta)
+def isos() -> Kinds:
+    """Pixels, boxes and items."""
+    frame = Image.new("RGB", (64, 64))
+    frames = partial(encode, save_all=True, append_images=[frame] * 300)
+    kinds_: Kinds = {
+        "AVIF: 64 megapixels": lambda: flat("AVIF", 8000, speed=10),
+        "AVIF: 20 megapixels": lambda: flat("AVIF", 4500, speed=10),
+        "AVIF: noise": lambda: encode(noise(1400), "AVIF", speed=10, quality=100),
+        "AVIF: animation": lambda: frames(frame, "AVIF", speed=10),
+        "HEIC: 12 megapixels": lambda: flat("HEIF", 4000, 3000, quality=1),
+        "HEIC: noise": lambda: encode(noise(700), "HEIF", quality=100),
+    }
+    for name, file_format, brand in (("AVIF", "AVIF", b"avif"), ("HEIC", "HEIF", b"heic")):
+        head = _box(b"ftyp", brand + bytes(4) + brand + b"mif1")
+        kinds_[f"{name}: empty boxes"] = partial(_after_ftyp, small(file_format))
+        kinds_[f"{name}: boxes in boxes"] = partial(_nested, head, 500_000)
+        kinds_[f"{name}: 65,000 items"] = partial(_of_items, head, 65_000)
+    return kinds_
 
 
-def _after_ftyp(whole: bytes, part: bytes) -> bytes:
+def _after_ftyp(whole: bytes) -> bytes:
     (length,) = struct.unpack_from(">I", whole)
-    return filled(whole[:length], part, whole[length:])
+    return filled(whole[:length], _box(b"free", b""), whole[length:])
 
 
 def _nested(head: bytes, depth: int) -> bytes:
@@ -610,92 +454,19 @@ def _nested(head: bytes, depth: int) -> bytes:
     return head + b"".join(struct.pack(">I4s", size, b"meta") for size in sizes)
 
 
-# --- What one costs ---
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What deciding about one picture cost.
-
-    Attributes:
-        answer: what became of it.
-        seconds: of CPU, of the worker's side and of the decoder process with its start.
-        megabytes: at its peak, of both, above what the worker had before, with the body itself.
-    """
-
-    answer: str
-    seconds: float
-    megabytes: float
-
-
-class Probe:
-    """A process that puts pictures through the image stage, each in a fresh copy of itself."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.costs"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[1],
-        )
-
-    def measure(self, data: bytes, times: int = 1) -> Cost:
-        """What deciding about `data` costs, so many times in one request."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(struct.pack("<II", times, len(data)) + data)
-        self._process.stdin.flush()
-        return Cost(**json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
-
-def _serve_probe() -> None:
-    import os  # noqa: PLC0415
-
-    while prefix := sys.stdin.buffer.read(8):
-        times, length = struct.unpack("<II", prefix)
-        data = sys.stdin.buffer.read(length)
-        pid = os.fork()
-        if pid == 0:
-            print(json.dumps(_cost(data, times)), flush=True)
-            os._exit(0)
-        os.waitpid(pid, 0)
-
-
-def _cost(data: bytes, times: int) -> dict[str, object]:
-    import resource  # noqa: PLC0415
-
-    from handler import images  # noqa: PLC0415
-    from handler.errors import ClientError  # noqa: PLC0415
-    from handler.settings import Preprocessing  # noqa: PLC0415
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = kilobytes("VmRSS:")
-    budget = images.PixelBudget(times * 64_000_000)
-    results = images.decode_all([(data, budget, images.decode)] * times, Preprocessing(), None)
-    (answer,) = {
-        f"{result.status} {result.type}" if isinstance(result, ClientError) else "classified"
-        for result in results
-    }
-    images._decoder_process.close()
-    own, other = (
-        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+def _of_items(head: bytes, count: int) -> bytes:
+    items = b"".join(
+        struct.pack(">I4sBBBBHH4sB", 21, b"infe", 2, 0, 0, 0, i & 0xFFFF, 0, b"hvc1", 0)
+        for i in range(count)
     )
-    return {
-        "answer": answer,
-        "seconds": sum(usage.ru_utime + usage.ru_stime for usage in (own, other)),
-        "megabytes": (kilobytes("VmHWM:") - before + other.ru_maxrss) / 1e3 + len(data) / 1e6,
-    }
+    iinf = _box(b"iinf", struct.pack(">IH", 0, count) + items)
+    return head + _box(b"meta", bytes(4) + _box(b"hdlr", bytes(8) + b"pict" + bytes(13)) + iinf)
+
+
+# --- What one costs ---
 
 
 def kilobytes(name: str) -> int:
     """A figure of this process's memory, by its name in `/proc/self/status`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-
-if __name__ == "__main__":
-    _serve_probe()

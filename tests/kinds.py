@@ -8,6 +8,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +40,11 @@ def grey(levels: NDArray[np.integer]) -> Seen:
 
 
 def on_white(
-    colours: NDArray[np.integer], alpha: NDArray[np.integer], *, premultiplied: bool = False
+    colors: NDArray[np.integer], alpha: NDArray[np.integer], *, premultiplied: bool = False
 ) -> Seen:
-    """Colours of 8 bits, (height, width, 1 or 3), under alpha, (height, width, 1)."""
-    under = colours if premultiplied else colours * (alpha / 255)
-    return np.broadcast_to(np.rint(under + (255.0 - alpha)), (*colours.shape[:2], 3)).astype(
+    """Colors of 8 bits, (height, width, 1 or 3), under alpha, (height, width, 1)."""
+    under = colors if premultiplied else colors * (alpha / 255)
+    return np.broadcast_to(np.rint(under + (255.0 - alpha)), (*colors.shape[:2], 3)).astype(
         np.uint8
     )
 
@@ -74,7 +75,7 @@ def packed(samples: Samples, bits: int, order: str = ">") -> list[bytes]:
 
 
 # How TIFF calls the types of its tags' values, and `struct` does.
-_SHORT, _LONG, _BYTE, _RATIONAL = (3, "H"), (4, "I"), (1, "B"), (5, "I")
+_SHORT, _LONG, _BYTE = (3, "H"), (4, "I"), (1, "B")
 
 Tag = tuple[tuple[int, str], Sequence[int]]
 
@@ -82,6 +83,11 @@ Tag = tuple[tuple[int, str], Sequence[int]]
 def shorts(*values: int) -> Tag:
     """The value of a tag."""
     return _SHORT, values
+
+
+def longs(*values: int) -> Tag:
+    """The value of a tag, of 32 bits each."""
+    return _LONG, values
 
 
 def tiff(  # noqa: PLR0913  # a tag each
@@ -103,17 +109,17 @@ def tiff(  # noqa: PLR0913  # a tag each
     """A TIFF of one page.
 
     Args:
-        samples: the picture's, or whole strips as they stand in the file.
+        samples: the image's, or whole strips as they stand in the file, which need `size`.
         bits: of each sample.
-        photometric: what the numbers mean.
-        size: height, width and samples, where strips are given.
+        photometric: what the samples mean.
+        size: height, width and samples of a pixel.
         order: `<` or `>`.
-        in_planes: one after the other, instead of pixel by pixel.
+        in_planes: one channel after the other, instead of pixel by pixel.
         reversed_bits: the first pixel in the lowest bits.
-        extra: what the samples are that come after the colours.
+        extra: what the samples are that come after the colors.
         number: unsigned, signed, floating-point.
-        compression: of the strips; deflate is made here, others must be in the strips.
-        strips: how many a plane.
+        compression: only deflate is done here; strips in another one must be given.
+        strips: per plane.
         tags: others, or other values.
         without: tags to leave out.
     """
@@ -162,9 +168,8 @@ def directory(entries: Mapping[int, Tag], offset: int, order: str = "<") -> byte
     result, values = struct.pack(f"{order}H", len(entries)), b""
     behind = offset + 2 + 12 * len(entries) + 4
     for tag, ((kind, format_), numbers) in sorted(entries.items()):
-        count = len(numbers) // (2 if kind == _RATIONAL[0] else 1)
         content = struct.pack(f"{order}{len(numbers)}{format_}", *numbers)
-        result += struct.pack(f"{order}HHI", tag, kind, count)
+        result += struct.pack(f"{order}HHI", tag, kind, len(numbers))
         if len(content) <= 4:
             result += content.ljust(4, b"\0")
         else:
@@ -173,30 +178,45 @@ def directory(entries: Mapping[int, Tag], offset: int, order: str = "<") -> byte
     return result + bytes(4) + values
 
 
-def png(
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """One chunk of a PNG."""
+    body = kind + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+_ADAM7 = (
+    *((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4)),
+    *((2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)),
+)
+
+
+def png_header(width: int, height: int, bits: int, color_type: int, interlaced: int = 0) -> bytes:
+    """The beginning of a PNG, with its header's chunk."""
+    fields = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, interlaced)
+    return PNG_START + chunk(b"IHDR", fields)
+
+
+def png(  # noqa: PLR0913  # a chunk or field each
     samples: Samples,
     bits: int,
-    colour_type: int,
+    color_type: int,
     *,
     clear: bytes | None = None,
     palette: Samples | None = None,
+    interlaced: bool = False,
 ) -> bytes:
     """A PNG with any of the standard's kinds of pixels; `clear` is its chunk tRNS."""
     height, width, _ = samples.shape
-    rows = b"".join(b"\0" + row for row in packed(samples, bits))
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    chunks = [(b"IHDR", header)]
-    if palette is not None:
-        chunks.append((b"PLTE", palette.astype(np.uint8).tobytes()))
-    if clear is not None:
-        chunks.append((b"tRNS", clear))
-    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    parts = (samples[top::down, left::right] for top, left, down, right in passes)
+    rows = b"".join(b"\0" + row for part in parts for row in packed(part, bits))
+    return (
+        png_header(width, height, bits, color_type, interlaced)
+        + (b"" if palette is None else chunk(b"PLTE", palette.astype(np.uint8).tobytes()))
+        + (b"" if clear is None else chunk(b"tRNS", clear))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -212,37 +232,25 @@ def bmp(
     height, width, _ = samples.shape
     rows = packed(samples[::-1], bits, "<")
     pixels = b"".join(row + bytes(-len(row) % 4) for row in rows)
-    colours = b"" if palette is None else bgr0(palette)
+    colors = b"" if palette is None else bgr0(palette)
     header_size = 56 if masks else 40
-    offset = 14 + header_size + len(colours)
-    header = struct.pack(
-        "<IiiHHIIiiII",
-        header_size,
-        width,
-        height,
-        1,
-        bits,
-        compression,
-        len(pixels),
-        0,
-        0,
-        len(colours) // 4,
-        0,
-    )
+    offset = 14 + header_size + len(colors)
+    fields = (width, height, 1, bits, compression, len(pixels), 0, 0, len(colors) // 4, 0)
+    header = struct.pack("<IiiHHIIiiII", header_size, *fields)
     field = struct.pack("<4I", *masks) if masks else b""
     start = b"BM" + struct.pack("<IHHI", offset + len(pixels), 0, 0, offset)
-    return start + header + field + colours + pixels
+    return start + header + field + colors + pixels
 
 
 def bgr0(palette: Samples) -> bytes:
-    """A BMP's palette from (colours, 3)."""
+    """A BMP's palette from (colors, 3)."""
     padded = np.pad(palette[:, ::-1], ((0, 0), (0, 1)))
     return padded.astype(np.uint8).tobytes()
 
 
-def segment(marker: int, content: bytes) -> bytes:
+def segment(marker: int, content: bytes = b"") -> bytes:
     """One segment of a JPEG."""
-    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
 def lossless_jpeg(samples: Samples, *, adobe: bool = False) -> bytes:
@@ -260,9 +268,8 @@ def lossless_jpeg(samples: Samples, *, adobe: bool = False) -> bytes:
         length = abs(difference).bit_length()
         bits.append(f"{length:05b}")
         if length:
-            bits.append(
-                f"{difference if difference > 0 else difference + 2**length - 1:0{length}b}"
-            )
+            value = difference if difference > 0 else difference + 2**length - 1
+            bits.append(f"{value:0{length}b}")
     text = "".join(bits)
     text += "1" * (-len(text) % 8)
     scan = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
@@ -282,40 +289,29 @@ def lossless_jpeg(samples: Samples, *, adobe: bool = False) -> bytes:
     )
 
 
-# One picture of 40 x 30 in three ways, the last two made of the first by libjpeg-turbo's
-# `jpegtran -arithmetic`, without loss.
-HUFFMAN_JPEG = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV02B@n5)Ta&5)cv>6%-"
-    "gAG9exu93DL^E+jHZKuk+VKt@GST61DhRc%&9Mr4R(ZFhTtf`Lw8jhBplmUDiAeE-"
-    "`3Lje^R7akfOJ0T%Ed{ahKe0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-"
-    "e0=}F01*fP9sno<0U`hb5di}c0sq7R7ytkQ0{{R3000000000000065009L5!~i7_00II60s#a90{{R3000000RjL6"
-    "5g`N;F%v;iVFfagq4EF302l!P0|5a50000000000000000s{mA|HJ?p5di@K00RI300000000000003I0wFQ~+5ij#"
-    "0RRFK0}%i}04`NUc_3&g83XPj(C!JrXh*j?(9S}J8R|Td5y(b*idG0^1P?#Xrh9v6o-WGrha<or-"
-    "}xEFR#iUZ8qBT>Gf?5ON<UNBY>YyC-19|9i`N4r`@l2bNWQ|y2O1Jhx6x~`db$t>!kHy7gsoxe4ufF$gp>lkk&e8G-"
-    "^YRJx8C8{fl0=*<|b@Du$S~NTMm`Z4n$&=vd18Rg}-"
-    "6(D%ERi^hq5F%+bcDxhfA(J|fOI?W?bZg3ulN0yC*2DP>+wsG#L>vSgM`|Je"
-)
-ARITHMETIC_JPEG = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV02B@n5)Ta&5)cv>6%-"
-    "gAG9exu93DL^E+jHZKuk+VKt@GST61DhRc%&9Mr4R(ZFhTtf`Lw8jhBplmUDiAeE-"
-    "`3Lje^R7akfOJ0T%Ed{ahKe0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-"
-    "e0=}O01*fP9sno<0U`hb5di}c0sqVZ3IGrg1pyEd1^?Or3<CiG0ucid06zf05#3~pP#zN=1#sW;{U1p5LP2rWc$dcr"
-    "_#PtP*>HP2mBu<4qO+MPz!Nd@?&|f!ZXWU%-X5I=KkAwnWsPR`$QRu$42+k!ktxG`r*JRq@tz_DN{|;D!}OLF?q-"
-    "tyMFjAR7Kg7^7-"
-    "M!qvyEMfM@rnPDxWzY!a?86zMW<Y6CCudellO#&evZU+5+cQ^;iOnB!p8lrG>mk>{`E1xnrdyo+7QzlTV1poJ`z4g2"
-    "r@rDZ=;|THz;=FeHA9p5*H4OFH<pj1kf$vj5o"
-)
-PROGRESSIVE_ARITHMETIC_JPEG = base64.b85decode(
-    "|JeWF01!$>Nk#wx0RR9200961|JwjV02B@n5)Ta&5)cv>6%-"
-    "gAG9exu93DL^E+jHZKuk+VKt@GST61DhRc%&9Mr4R(ZFhTtf`Lw8jhBplmUDiAeE-"
-    "`3Lje^R7akfOJ0T%Ed{ahKe0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-e0+R-"
-    "e0=}P01*fP9sno<0U`hb5di}c0sqVZ1^^HN5dYc$3<CiG0uTcb0005Ii>O-"
-    "#wFV3rK}xrPl36B!|I7dc5C#9*00;pA009L8OBx~Tp2vhY#Y&0>?$O#;aH_uBN#suPVE@bj1Q7-"
-    "Q+5iXv0|5a)0l@#v00a>Q|Jncu0RjO5KLORi|I7dc5C#9*00;pA00ut-"
-    "%nhCI3YP!O00a;P|Jncu0RaF3KOwfx1zu>L;JwkaX+Z+adPydzc~iFL6Mv8Nq^c1@Aa2keoXp1EhunR#g?J3A?!<0z"
-    "fdAS63<CiG0ssR5000mSZhWRd|I7dc5e5I+00;pC0RcY{3iqaf|I7dc5e5I+00;pB0RcY{DuN$g;6VS(00a;P|Jncu"
-    "0RaF3KM)fyE<u<p^Nev{*e%zqw5<&a9XAUBZH}W$hYGO&00!z<7IV9)52>YIC4#(i=A>FuAz8+;A@A^x@`(YkwrpdW"
-    "Np2b#d|mgZF(DTq;eAXp^`_8yMARI;T?GHx"
+# One image of 40 x 30 in three ways: Huffman, and the same by libjpeg-turbo's lossless
+# `jpegtran -arithmetic`, baseline and progressive.
+_START = b"\xff\xd8\xff"
+HUFFMAN_JPEG, *ARITHMETIC_JPEGS = (
+    _START + rest
+    for rest in zlib.decompress(
+        base64.b85decode(
+            "c-s4a<NpH&0WUXCHwH#V1_nkTWcYuZ!I?pXk6(zNS42oaNL*AzLe5B0PDVz~R!2|8$kV~c+ugy<H6W@uDIhdA%+)QWBQ"
+            ">|Yy0NLzFQIpOPwlkgy2cuiA&jEp;&M`Q){2VOHNkGdH6(-o2N(o77~~i<m>HEAm;@P_1sVSzVUS>8U}9!K20$(&3s6Q"
+            "?fPo1J7+K)*j7$v7f{H9chQf}4iL6Ew7k&g8z{tQ1@-2!9EFhyL1sQ=7D26i%GASDVzs11A%m{P>vmk>#gI=g>r9y^=B"
+            "=b9^3-34&X1H&+x^T{^P4bn^M8OkoRb62msVw~V=ayAhXUx+(^{HL?fc*WRlE=bA?H)^=S;uW0@NkoteejK(9;fO%pIt"
+            "q=uQRLsK45&`W8b0U>{3F$+b?EssM;mKc4(%mLCf02mwe3$KU$_R?VZ@Sr{n(d#+TdgJ-pHAd2I7DwH&(*)4%9P^G!X+"
+            "=aMva({Y7{*8PbewXSAofAN&%Jah5b@|{}z0d`8~EZ(kO-_mqJ_BWI9N@dN|INucuo)&IOndbZd=KsN+0#0J4fHMqS3<"
+            "3hIi~@qJsPS?@@NP<1fSj-#Yr*|bf8{;CI5`$xt(bnC<A<Em{hI~VHdBvTNi5ntQ}ckZ;iq@6z8=n#`y_r(ZZ50+t6Ac"
+            "yy=mW0h~L%a>6yM`qUPb6<puh0KF(8O^_n0qefY~X(RXQ+{<*Sz=oV{VA10Ap=Crvtw#(h?&MK|>mhy)j@1NN>H;qeJ="
+            "F8eTqxhTWuE$H<VtO9>HG-*Ir6t&SY3m-hH&OfjcP1}YnWwb&++_cb<8yrO*fkw1Dc3yoLn7*-`a}bjy6$;TUcK_R`mv"
+            "=)@RI7LK_4}zutg0Ug8-udELsGZ1%S@p-Mu23bt@Z>grnE?hDniXjX-5A0-(6#0D6m&mC0L5@%6mpE#^nPy4c=bycJ%s"
+            "YTs?oCw?CjKnevR3V|8cp78*Z024^y>H!q9*zB3k@XmeDH4W7Ud&O<%SmQG0J=lA3bEYHHnJQ1U6_vr;o(b3Ye_66h&`"
+            "BZhg4~=l$L_Y@som6C!L#b!k-UNim><BUfdEfl%`yix=Lm3pU)F%;A_1)?`M3uTX!Z*T>+3nr(Ei+07=J_e`syufdAVf"
+            "Gxfyf&7JIjIZTQc?_9{ZGc=t;Fl}qDPoAwkvTM`wd7<p`?;`<MMpE?;gY|BZW>6s@bQ4{-pnW3V%!oyl0qp!;@RJvS|*"
+            "&EC9|0V!@U=-f"
+        )
+    ).split(_START)[1:]
 )
 
 
@@ -354,59 +350,38 @@ def slope(height: int, width: int) -> NDArray[np.uint8]:
 
 
 def palette_of(photograph: Seen, bits: int) -> tuple[Samples, Samples]:
-    """Indices (height, width, 1) and colours (2**bits, 3): green decides, the others follow."""
+    """Indices (height, width, 1) and colors (2**bits, 3): green decides, the others follow."""
     indices = photograph[..., 1:2] >> (8 - bits)
-    colours = [
+    colors = [
         photograph[indices[..., 0] == index].mean(axis=0) if (indices == index).any() else [0] * 3
         for index in range(2**bits)
     ]
-    return indices, np.rint(colours).astype(np.int64)
+    return indices, np.rint(colors).astype(np.int64)
 
 
-def color_map(colours: Samples) -> dict[int, Tag]:
+def color_map(colors: Samples) -> dict[int, Tag]:
     """A TIFF's palette: 16 bits, all reds first."""
-    return {320: shorts(*(colours.T * 257).ravel().tolist())}
+    return {320: shorts(*(colors.T * 257).ravel().tolist())}
 
 
 def _read_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
+    """A few; `unit/test_rgb` has all combinations of tags."""
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
-    for bits in (1, 2, 4, 8, 12, 16):
-        samples = deepened(levels, bits)
-        shown = grey(to_8_bits(samples, bits))
-        yield f"TIFF {bits}-bit grey", tiff(samples, bits, BLACK_IS_ZERO), shown
-        if bits != 12:
-            name = f"TIFF {bits}-bit, white is zero"
-            yield name, tiff(samples, bits, WHITE_IS_ZERO), 255 - shown
-        if bits < 8:
-            name = f"TIFF {bits}-bit, bits reversed"
-            yield name, tiff(samples, bits, BLACK_IS_ZERO, reversed_bits=True), shown
-    for bits in (8, 16):
-        samples = deepened(photograph, bits)
-        yield f"TIFF {bits}-bit RGB planes", tiff(samples, bits, RGB, in_planes=True), photograph
-        big = tiff(samples, bits, RGB, order=">", compression=DEFLATE)
-        yield f"TIFF {bits}-bit RGB big-endian", big, photograph
-        with_alpha = deepened(np.concatenate([photograph, alpha], 2), bits)
-        straight = tiff(with_alpha, bits, RGB, extra=[2])
-        yield f"TIFF {bits}-bit RGB and alpha", straight, on_white(photograph, alpha)
-        ignored = tiff(with_alpha, bits, RGB, extra=[0])
-        yield f"TIFF {bits}-bit RGB and a sample of no meaning", ignored, photograph
-        clear_below = np.where(alpha < 128, 0, 255)
-        multiplied = deepened(np.concatenate([photograph * (alpha >= 128), clear_below], 2), bits)
-        name = f"TIFF {bits}-bit RGB, premultiplied"
-        yield name, tiff(multiplied, bits, RGB, extra=[1]), on_white(photograph, clear_below)
-        inks = np.concatenate([255 - photograph, alpha // 2], 2)
-        yield f"TIFF {bits}-bit CMYK", tiff(deepened(inks, bits), bits, CMYK), from_cmyk(inks)
+    deep = deepened(levels, 12)
+    yield "TIFF 12-bit grey", tiff(deep, 12, BLACK_IS_ZERO), grey(to_8_bits(deep, 12))
     yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), grey(levels)
-    opaque = np.full_like(alpha, 255)
-    undeclared = tiff(np.concatenate([photograph, opaque], 2), 8, RGB)
+    data = tiff(deepened(photograph, 16), 16, RGB, order=">", compression=DEFLATE, in_planes=True)
+    yield "TIFF 16-bit RGB planes, big-endian", data, photograph
+    with_alpha = deepened(np.concatenate([photograph, alpha], 2), 16)
+    data = tiff(with_alpha, 16, RGB, extra=[2])
+    yield "TIFF 16-bit RGB and alpha", data, on_white(photograph, alpha)
+    undeclared = tiff(np.concatenate([photograph, np.full_like(alpha, 255)], 2), 8, RGB)
     yield "TIFF RGB and an undeclared sample, all opaque", undeclared, photograph
-    grey_alpha = np.concatenate([levels, alpha], 2)
-    name = "TIFF grey and alpha"
-    yield name, tiff(grey_alpha, 8, BLACK_IS_ZERO, extra=[2]), on_white(levels, alpha)
-    for bits in (1, 2, 4, 8):
-        indices, colours = palette_of(photograph, bits)
-        data = tiff(indices, bits, PALETTE, tags=color_map(colours))
-        yield f"TIFF {bits}-bit palette", data, colours[indices[..., 0]].astype(np.uint8)
+    inks = np.concatenate([255 - photograph, alpha // 2], 2)
+    yield "TIFF 16-bit CMYK", tiff(deepened(inks, 16), 16, CMYK), from_cmyk(inks)
+    indices, colors = palette_of(photograph, 4)
+    data = tiff(indices, 4, PALETTE, tags=color_map(colors))
+    yield "TIFF 4-bit palette", data, colors[indices[..., 0]].astype(np.uint8)
 
 
 def subsampled(photograph: Seen) -> tuple[bytes, Seen]:
@@ -437,10 +412,10 @@ def _read_pngs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
         data = png(samples, bits, 2, clear=struct.pack(">HHH", *colour.tolist()))
         is_clear = (samples == colour).all(axis=2, keepdims=True)
         yield f"PNG {bits}-bit RGB, a clear colour", data, np.where(is_clear, 255, photograph)
-        for colour_type, colours in ((4, levels), (6, photograph)):
-            data = png(deepened(np.concatenate([colours, alpha], 2), bits), bits, colour_type)
-            shown = on_white(colours, alpha)
-            yield f"PNG {bits}-bit {'grey' if colour_type == 4 else 'RGB'} and alpha", data, shown
+        for color_type, colors in ((4, levels), (6, photograph)):
+            data = png(deepened(np.concatenate([colors, alpha], 2), bits), bits, color_type)
+            shown = on_white(colors, alpha)
+            yield f"PNG {bits}-bit {'grey' if color_type == 4 else 'RGB'} and alpha", data, shown
     for bits in (1, 2, 4, 8):
         indices, palette = palette_of(photograph, bits)
         clear = np.linspace(0, 255, 2**bits).astype(np.uint8)
@@ -487,59 +462,70 @@ def unread(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
 
 
 def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
-    levels = luma(photograph)
-    alpha = slope(*photograph.shape[:2])
-    for bits in (8, 16, 32):
-        data = tiff(levels >> 1, bits, BLACK_IS_ZERO, number=2)
-        yield f"TIFF signed {bits}-bit", data, f"signed {bits}-bit grey"
-    for bits in (16, 32, 64):
-        for photometric, samples in ((BLACK_IS_ZERO, levels), (RGB, photograph)):
-            colours = "RGB" if photometric == RGB else "grey"
-            data = tiff(samples, bits, photometric, number=3)
-            yield f"TIFF float {bits}-bit {colours}", data, f"floating-point {bits}-bit {colours}"
-    yield "TIFF undefined numbers", tiff(levels, 8, BLACK_IS_ZERO, number=4), "undefined 8-bit grey"
-    yield "TIFF complex", tiff(levels, 64, BLACK_IS_ZERO, number=6), "complex floating-point 64-bit"
-    yield "TIFF 32-bit", tiff(levels, 32, BLACK_IS_ZERO), "32-bit grey"
-    yield "TIFF 10-bit", tiff(levels, 10, BLACK_IS_ZERO), "10-bit grey"
-    yield "TIFF 12-bit RGB", tiff(photograph, 12, RGB), "12-bit RGB"
-    deep = deepened(levels, 12)
-    yield (
-        "TIFF 12-bit big-endian",
-        tiff(deep, 12, BLACK_IS_ZERO, order=">"),
-        "12-bit grey, big-endian",
-    )
-    yield (
-        "TIFF 12-bit, white is zero",
-        tiff(deep, 12, WHITE_IS_ZERO),
-        "12-bit grey where white is zero",
-    )
-    data = tiff(deepened(levels, 16), 16, WHITE_IS_ZERO, order=">")
-    yield "TIFF 16-bit big-endian, white is zero", data, "white is zero, big-endian"
-    data = tiff(photograph, 8, RGB, tags={258: shorts(5, 6, 5)})
-    yield "TIFF of 5, 6 and 5 bits", data, "samples of different kinds"
-    yield "TIFF mask", tiff(levels, 1, 4), "a mask"
-    yield "TIFF ICCLab", tiff(photograph, 8, 9), "8-bit ICCLab"
-    yield "TIFF LogLuv", tiff(photograph, 16, 32845), "16-bit LogLuv"
-    yield "TIFF unknown colours", tiff(photograph, 8, 77), r"unknown colours \(77\)"
-    data = tiff(levels, 8, BLACK_IS_ZERO, without=[262])
-    yield "TIFF that says nothing of its colours", data, "no photometric tag"
+    levels, alpha = luma(photograph), slope(*photograph.shape[:2])
+    deep, deeper = deepened(levels, 12), deepened(levels, 16)
     inks = np.concatenate([photograph, alpha], 2)
-    data = tiff(inks, 8, CMYK, tags={332: shorts(2)})
-    yield "TIFF of other inks", data, "inks other than CMYK"
     five = np.concatenate([inks, alpha], 2)
-    yield "TIFF CMYK and alpha", tiff(five, 8, CMYK, extra=[2]), "CMYK with 5 samples"
-    yield "TIFF RGB with an undeclared sample", tiff(inks, 8, RGB), "fourth channel"
-    yield "TIFF RGB of 2 samples", tiff(inks[..., :2], 8, RGB), "RGB with 2 samples"
     grey_alpha = np.concatenate([levels, alpha], 2)
-    data = tiff(grey_alpha, 8, BLACK_IS_ZERO, extra=[2], in_planes=True)
-    yield "TIFF grey, alpha in its plane", data, "transparency in a plane of its own"
-    data = tiff(grey_alpha, 16, BLACK_IS_ZERO, extra=[2])
-    yield "TIFF 16-bit grey and alpha", data, "16-bit grey with 2 samples"
-    data = tiff(deepened(photograph, 16), 16, RGB, reversed_bits=True)
-    yield "TIFF 16-bit RGB, bits reversed", data, "bits in reverse order"
-    yield "TIFF YCbCr of unknown subsampling", tiff(photograph, 8, YCBCR), "subsampled"
-    data = tiff(levels >> 4, 4, PALETTE, tags={320: shorts(*range(48))})
-    yield "TIFF with a palette of bytes", data, "palette has 8 bits"
+    grey_ = partial(tiff, photometric=BLACK_IS_ZERO)
+    for bits in (8, 16, 32):
+        yield f"TIFF signed {bits}-bit", grey_(levels >> 1, bits, number=2), f"signed {bits}-bit"
+    for bits in (16, 32, 64):
+        for photometric, samples, name in ((1, levels, "grey"), (RGB, photograph, "RGB")):
+            data = tiff(samples, bits, photometric, number=3)
+            yield f"TIFF float {bits}-bit {name}", data, f"floating-point {bits}-bit {name}"
+    for name, data, words in (
+        ("undefined numbers", grey_(levels, 8, number=4), "undefined 8-bit grey"),
+        ("complex", grey_(levels, 64, number=6), "complex floating-point 64-bit"),
+        ("32-bit", grey_(levels, 32), "32-bit grey"),
+        ("10-bit", grey_(levels, 10), "10-bit grey"),
+        ("12-bit RGB", tiff(photograph, 12, RGB), "12-bit RGB"),
+        ("12-bit big-endian", grey_(deep, 12, order=">"), "12-bit grey, big-endian"),
+        ("12-bit, white is zero", tiff(deep, 12, WHITE_IS_ZERO), "grey where white is zero"),
+        (
+            "16-bit big-endian, white is zero",
+            tiff(deeper, 16, WHITE_IS_ZERO, order=">"),
+            "white is zero, big-endian",
+        ),
+        (
+            "5, 6 and 5 bits",
+            tiff(photograph, 8, RGB, tags={258: shorts(5, 6, 5)}),
+            "samples of different kinds",
+        ),
+        ("mask", tiff(levels, 1, 4), "a mask"),
+        ("ICCLab", tiff(photograph, 8, 9), "8-bit ICCLab"),
+        ("LogLuv", tiff(photograph, 16, 32845), "16-bit LogLuv"),
+        ("unknown colors", tiff(photograph, 8, 77), r"unknown colours \(77\)"),
+        ("no photometric tag", grey_(levels, 8, without=[262]), "no photometric tag"),
+        ("other inks", tiff(inks, 8, CMYK, tags={332: shorts(2)}), "inks other than CMYK"),
+        ("CMYK and alpha", tiff(five, 8, CMYK, extra=[2]), "CMYK with 5 samples"),
+        ("RGB with an undeclared sample", tiff(inks, 8, RGB), "fourth channel"),
+        ("RGB of 2 samples", tiff(inks[..., :2], 8, RGB), "RGB with 2 samples"),
+        (
+            "grey, alpha in its plane",
+            grey_(grey_alpha, 8, extra=[2], in_planes=True),
+            "transparency in a plane of its own",
+        ),
+        ("16-bit grey and alpha", grey_(grey_alpha, 16, extra=[2]), "16-bit grey with 2 samples"),
+        (
+            "16-bit RGB, bits reversed",
+            tiff(deepened(photograph, 16), 16, RGB, reversed_bits=True),
+            "bits in reverse order",
+        ),
+        ("YCbCr of unknown subsampling", tiff(photograph, 8, YCBCR), "subsampled"),
+        (
+            "a palette of bytes",
+            tiff(levels >> 4, 4, PALETTE, tags={320: shorts(*range(48))}),
+            "palette has 8 bits",
+        ),
+        (
+            "1,001 tags",
+            grey_(levels, 8, tags={tag: shorts(0) for tag in range(40_000, 41_001)}),
+            "more than 1000 tags",
+        ),
+        ("big-endian, 64-bit", _big_tiff(levels), "big-endian and with 64-bit offsets"),
+    ):
+        yield f"TIFF {name}", data, words
     for number, name in (
         (6, "old-style JPEG"),
         (34887, "LERC"),
@@ -553,9 +539,6 @@ def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
     ):
         data = tiff([b"\0" * 1000], 8, RGB, size=(10, 10, 3), compression=number)
         yield f"TIFF {name} ({number})", data, f"TIFF with {name} compression"
-    many = {tag: shorts(0) for tag in range(40_000, 41_001)}
-    yield "TIFF of 1,001 tags", tiff(levels, 8, BLACK_IS_ZERO, tags=many), "more than 1000 tags"
-    yield "TIFF big-endian, 64-bit", _big_tiff(levels), "big-endian and with 64-bit offsets"
 
 
 def _big_tiff(levels: Samples, order: str = ">") -> bytes:
@@ -624,43 +607,40 @@ def _unread_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
 # --- Other formats ---
 
 
-def named() -> Iterator[tuple[str, bytes, str]]:
-    """Names, the beginnings of files, and what a refusal must say; no library wrote these."""
-    yield (
-        "TGA without a footer",
-        bytes([0, 0, 2, *[0] * 9, 9, 0, 9, 0, 24, 32]) + bytes(300),
-        "a TGA",
-    )
-    yield (
+_SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+
+# Names, the beginnings of files, and what a rejection must say; no library wrote these.
+NAMED = [
+    ("TGA without a footer", bytes([0, 0, 2, *[0] * 9, 9, 0, 9, 0, 24, 32]) + bytes(300), "a TGA"),
+    (
         "TGA with a palette",
         bytes([0, 1, 1, 0, 0, 0, 1, 24, *[0] * 4, 9, 0, 9, 0, 8, 0]),
         "a TGA",
-    )
+    ),
     # Of a kind that no header tells from noise; the footer does.
-    yield "TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "a TGA"
-    yield "PAM", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\0", "a PAM"
-    yield "PPM after a comment", b"P3#x\n1 1 1 0 0 0", "a PPM"
-    yield "float map", b"PF\n1 1\n-1.0\n" + bytes(12), "a PFM"
-    yield "cursor", b"\0\0\2\0\1\0" + bytes(100), "a cursor"
-    yield "GIMP", b"gimp xcf v011\0" + bytes(100), "a GIMP"
-    yield "DICOM", bytes(128) + b"DICM" + bytes(100), "a DICOM"
-    yield "FITS", b"SIMPLE  =                    T" + b" " * 50, "a FITS"
-    yield "OpenEXR", b"\x76\x2f\x31\x01\x02\0\0\0" + bytes(100), "an OpenEXR"
-    yield "Radiance", b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n", "a Radiance HDR"
-    yield "JPEG XL in boxes", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "a JPEG XL"
-    yield "JPEG XR", b"II\xbc\1" + bytes(100), "a JPEG XR"
-    yield "FLIF", b"FLIF1" + bytes(100), "a FLIF"
-    yield "RAW CR3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100), r"camera RAW \(CR3\)"
-    yield "RAW RAF", b"FUJIFILMCCD-RAW 0201" + bytes(100), r"camera RAW \(RAF\)"
-    yield "RAW ORF", b"IIRO\x08\0\0\0" + bytes(100), r"camera RAW \(ORF\)"
-    yield "RAW RW2", b"IIU\0\x18\0\0\0" + bytes(100), r"camera RAW \(RW2\)"
-    yield "MOV", b"\0\0\0\x14ftypqt  \0\0\2\0qt  " + bytes(100), r"QuickTime video \(MOV\)"
-    yield "MOV of old", b"\0\1\0\0mdat" + bytes(100), r"QuickTime video \(MOV\)"
-    svg = "<svg xmlns='http://www.w3.org/2000/svg'/>"
-    yield "SVG after a byte order mark", b"\xef\xbb\xbf" + svg.encode(), "an SVG"
-    yield "SVG after white space", b"\n\t  " + svg.encode(), "an SVG"
-    yield "SVG in UTF-16", svg.encode("utf-16"), "an SVG"
-    comment = b"<?xml version='1.0'?>\n<!-- by a program -->\n"
-    yield "SVG after a comment", comment + svg.encode(), "an SVG"
-    yield "SVG after its document type", b"<!DOCTYPE svg PUBLIC>" + svg.encode(), "an SVG"
-    yield "HTML in small letters", b"<!doctype html><p>no such page", "an HTML"
+    ("TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "a TGA"),
+    ("PAM", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\0", "a PAM"),
+    ("PPM after a comment", b"P3#x\n1 1 1 0 0 0", "a PPM"),
+    ("float map", b"PF\n1 1\n-1.0\n" + bytes(12), "a PFM"),
+    ("cursor", b"\0\0\2\0\1\0" + bytes(100), "a cursor"),
+    ("GIMP", b"gimp xcf v011\0" + bytes(100), "a GIMP"),
+    ("DICOM", bytes(128) + b"DICM" + bytes(100), "a DICOM"),
+    ("FITS", b"SIMPLE  =                    T" + b" " * 50, "a FITS"),
+    ("OpenEXR", b"\x76\x2f\x31\x01\x02\0\0\0" + bytes(100), "an OpenEXR"),
+    ("Radiance", b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n", "a Radiance HDR"),
+    ("JPEG XL in boxes", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "a JPEG XL"),
+    ("JPEG XR", b"II\xbc\1" + bytes(100), "a JPEG XR"),
+    ("FLIF", b"FLIF1" + bytes(100), "a FLIF"),
+    ("RAW CR3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100), r"camera RAW \(CR3\)"),
+    ("RAW RAF", b"FUJIFILMCCD-RAW 0201" + bytes(100), r"camera RAW \(RAF\)"),
+    ("RAW ORF", b"IIRO\x08\0\0\0" + bytes(100), r"camera RAW \(ORF\)"),
+    ("RAW RW2", b"IIU\0\x18\0\0\0" + bytes(100), r"camera RAW \(RW2\)"),
+    ("MOV", b"\0\0\0\x14ftypqt  \0\0\2\0qt  " + bytes(100), r"QuickTime video \(MOV\)"),
+    ("MOV of old", b"\0\1\0\0mdat" + bytes(100), r"QuickTime video \(MOV\)"),
+    ("SVG after a byte order mark", b"\xef\xbb\xbf" + _SVG, "an SVG"),
+    ("SVG after white space", b"\n\t  " + _SVG, "an SVG"),
+    ("SVG in UTF-16", _SVG.decode().encode("utf-16"), "an SVG"),
+    ("SVG after a comment", b"<?xml version='1.0'?>\n<!-- by a program -->\n" + _SVG, "an SVG"),
+    ("SVG after its document type", b"<!DOCTYPE svg PUBLIC>" + _SVG, "an SVG"),
+    ("HTML in small letters", b"<!doctype html><p>no such page", "an HTML"),
+]

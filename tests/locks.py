@@ -22,56 +22,29 @@ PLATFORMS = {
 }
 OLDEST_MACOS = "14.0"
 
+BESIDE_RUN = ("tests", "precision", "timm-models", "timm-models/lite0", "batch", "benchmarks")
+ALONE = ("tests/clients", "tests/batch", "deploy/container", "deploy/gateway", "deploy/ray")
 GROUPS = {
-    "run": ("requirements.lock",),
-    "tests": ("requirements.lock", "tests/requirements.lock"),
-    "precision": ("requirements.lock", "precision/requirements.lock"),
-    "timm": ("requirements.lock", "timm-models/requirements.lock"),
-    "lite0": ("requirements.lock", "timm-models/lite0/requirements.lock"),
-    "batch": ("requirements.lock", "batch/requirements.lock"),
-    "benchmarks": ("requirements.lock", "benchmarks/requirements.lock"),
-    "clients": ("tests/clients/requirements.lock",),
-    "s3": ("tests/batch/requirements.lock",),
-    "container": ("deploy/container/requirements.lock",),
-    "container, sbom": ("deploy/container/sbom.lock",),
-    "gateway": ("deploy/gateway/requirements.lock",),
-    "ray": ("deploy/ray/requirements.lock",),
+    "run": ["requirements.lock"],
+    **{name: ["requirements.lock", f"{name}/requirements.lock"] for name in BESIDE_RUN},
+    **{name: [f"{name}/requirements.lock"] for name in ALONE},
+    "deploy/sbom": ["deploy/container/sbom.lock"],
 }
-
-# Installed in images only.
-LINUX_ONLY = {"container", "container, sbom", "gateway", "ray"}
 
 # Packages of pure Python without a wheel.
 SOURCES = {"tests": ("sslyze",)}
 
 
-def platform_of(group: str, platform: str) -> str:
-    """What uv calls a platform; OpenVINO wants a newer C library on ARM64."""
-    name = PLATFORMS[platform]
-    newer = group in {"precision", "benchmarks"} and platform == "Linux ARM64"
-    return name.replace("2_28", "2_35") if newer else name
-
-
-def compiled(group: str, platform: str, python: str) -> tuple[str, ...]:
-    """Packages that must be compiled: gevent, of the load generator and of Triton's client, on a
-    Mac's older Pythons; on ARM64 also the older psutil that KServe's client needs. On a Mac no test
-    runs Swift, which would need pyeclib.
-    """
-    if group == "s3" and platform == "macOS ARM64":
-        return ("pyeclib",)
-    if group == "clients" and platform != "Linux x86-64":
-        return ("gevent", "psutil")
-    older = python in {"3.10", "3.11"}
-    return ("gevent",) if (group, platform) == ("benchmarks", "macOS ARM64") and older else ()
-
-
 def problem(case: tuple[str, str, str]) -> str:
-    """Why a group cannot be installed; nothing where it can."""
+    """Return why a group cannot be installed; nothing if it can."""
     group, platform, python = case
-    options = ["--python-platform", platform_of(group, platform), "--python-version", python]
+    name = PLATFORMS[platform]
+    if group in {"precision", "benchmarks"} and platform == "Linux ARM64":
+        name = name.replace("2_28", "2_35")  # OpenVINO wants a newer C library there
+    options = ["--python-platform", name, "--python-version", python]
     options += ["--dry-run", "--require-hashes", "--only-binary", ":all:"]
-    for name in SOURCES.get(group, ()) + compiled(group, platform, python):
-        options += ["--no-binary", name]
+    for package in SOURCES.get(group, ()) + compiled(group, platform):
+        options += ["--no-binary", package]
     for lock in GROUPS[group]:
         options += ["-r", lock]
     uv = Path(sys.executable).parent / "uv"
@@ -86,19 +59,24 @@ def problem(case: tuple[str, str, str]) -> str:
     return done.stderr if done.returncode else ""
 
 
+def compiled(group: str, platform: str) -> tuple[str, ...]:
+    """Return packages of Triton's and KServe's clients that must be compiled on ARM64."""
+    return ("gevent", "psutil") if (group, platform[-5:]) == ("tests/clients", "ARM64") else ()
+
+
 def main() -> int:
-    """Prints a line for each group and platform; 1 where something cannot be installed."""
+    """Print a line for each group and platform; return 1 if something cannot be installed."""
     places = [
         (group, platform)
         for group, platform in itertools.product(GROUPS, PLATFORMS)
-        if group not in LINUX_ONLY or platform.startswith("Linux")
+        if not group.startswith("deploy/") or platform.startswith("Linux")
     ]
     cases = [(*place, python) for place in places for python in PYTHONS]
     with ThreadPoolExecutor(4) as threads:
         problems = dict(zip(cases, threads.map(problem, cases), strict=True))
     for group, platform in places:
-        good = [p for p in PYTHONS if not problems[group, platform, p]]
-        print(f"{group:<17}{platform:<14}{' '.join(good)}")
+        good = [python for python in PYTHONS if not problems[group, platform, python]]
+        print(f"{group:<18}{platform:<14}{' '.join(good)}")
     for case, text in problems.items():
         if text:
             print(f"\n{', '.join(case)}:\n{text}", file=sys.stderr)

@@ -47,14 +47,14 @@ class Made:
 
 
 def model(made: Made | None = None) -> ModelProto:
-    """A model whose answers differ from photograph to photograph."""
+    """A model whose answers differ from image to image."""
     made = made or Made()
     return _made(made, *_spread(made.classes, made.hidden))
 
 
 @cache
 def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # noqa: FBT001
-    """A last layer that gives logits of mean 0 and spread 2 over photographs."""
+    """A last layer that gives logits of mean 0 and standard deviation 2 over the sample images."""
     weight = np.random.default_rng(5).normal(0, 1, (classes, CHANNELS)).astype(np.float32)
     bias = np.zeros(classes, np.float32)
     made = _made(Made(classes=classes, hidden=hidden), weight, bias)
@@ -82,10 +82,9 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
 
     def add(operator: str, *others: str, **attributes: Any) -> None:
         nonlocal tensor
-        nodes.append(
-            helper.make_node(operator, [tensor, *others], [f"t{len(nodes)}"], **attributes)
-        )
-        tensor = f"t{len(nodes) - 1}"
+        output = f"t{len(nodes)}"
+        nodes.append(helper.make_node(operator, [tensor, *others], [output], **attributes))
+        tensor = output
 
     if made.dtype == TensorProto.UINT8:
         add("Cast", to=TensorProto.FLOAT)
@@ -98,10 +97,7 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
     add("Conv", "kernel", strides=[4, 4])
     add("Relu")
     add("GlobalAveragePool")
-    if made.fixed:
-        add("Reshape", "row")
-    else:
-        add("Flatten")
+    add(*(("Reshape", "row") if made.fixed else ("Flatten",)))
     if made.hidden:
         add("Gemm", "square", transB=1)
         add("Tanh")
@@ -125,25 +121,15 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
     )
 
 
-def quantised() -> ModelProto:
-    """As a tool for 8 bits writes it: values are rounded between layers."""
+def quantized() -> ModelProto:
+    """One whose output is rounded to 8 bits."""
     proto = model()
-    nodes: list[NodeProto] = list(proto.graph.node)
-    relu = next(node for node in nodes if node.op_type == "Relu")
-    after = f"{relu.output[0]}_rounded"
-    for node in nodes:
-        node.input[:] = [after if name == relu.output[0] else name for name in node.input]
-    proto.graph.initializer.append(
-        numpy_helper.from_array(np.array(0.02, np.float32), "scale_of_it")
-    )
-    proto.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "zero_of_it"))
-    of_it = ["scale_of_it", "zero_of_it"]
-    proto.graph.node.insert(
-        nodes.index(relu) + 1, helper.make_node("QuantizeLinear", [relu.output[0], *of_it], ["q"])
-    )
-    proto.graph.node.insert(
-        nodes.index(relu) + 2, helper.make_node("DequantizeLinear", ["q", *of_it], [after])
-    )
+    last = proto.graph.node.pop()
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0.02, np.float32), "step"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), "zero"))
+    rounded = helper.make_node("QuantizeLinear", [*last.input, "step", "zero"], ["q"])
+    restored = helper.make_node("DequantizeLinear", ["q", "step", "zero"], list(last.output))
+    proto.graph.node.extend([rounded, restored])
     return proto
 
 

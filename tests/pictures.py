@@ -39,21 +39,20 @@ def generated() -> Iterator[tuple[str, Image.Image]]:
             yield f"{mode} {width}x{height}", Image.fromarray(noise).convert(mode)
 
 
-# Of telephones and cameras, and sides that are no multiples of 8.
+# Of phones and cameras, and sides that are no multiples of 8.
 _LARGE = ((4000, 3000), (2600, 3601), (2551, 2553))
 
 
 def large_jpegs() -> Iterator[bytes]:
-    """The photographs at 6 to 12 megapixels, with noise as a camera's sensor has."""
+    """Each photo in one of the sizes, 6 to 12 megapixels, with noise as a camera's sensor has."""
     random = np.random.default_rng(5)
-    for path in PHOTOGRAPHS:
+    for number, path in enumerate(PHOTOGRAPHS):
+        width, height = _LARGE[number % len(_LARGE)]
         with Image.open(path) as image:
-            photograph = image.convert("RGB")
-        for width, height in _LARGE:
-            large = np.asarray(photograph.resize((width, height), Image.Resampling.BICUBIC))
-            noise = random.normal(0, 4, (height, width, 1)).astype(np.float32)
-            noisy = Image.fromarray((large + noise).clip(0, 255).astype(np.uint8))
-            yield encode(noisy, "JPEG", quality=88)
+            large = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        noise = random.normal(0, 4, (height, width, 1)).astype(np.float32)
+        noisy = Image.fromarray((np.asarray(large) + noise).clip(0, 255).astype(np.uint8))
+        yield encode(noisy, "JPEG", quality=88)
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:

@@ -16,7 +16,7 @@ from scripts.serve.running import Running
 
 Row = dict[str, Any]
 
-# Of a job of a few hundred pictures, Ray's start included, on a busy machine.
+# Of a job of a few hundred images, Ray's start included, on a busy machine.
 _TIMEOUT = 240
 
 
@@ -35,14 +35,14 @@ def begin(
 
 
 def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
-    """Waits for its end; returns what it said."""
+    """Waits for its exit; returns what it printed."""
     try:
-        said, _ = process.communicate(timeout=_TIMEOUT)
+        printed, _ = process.communicate(timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == status, said
-    return said
+    assert process.returncode == status, printed
+    return printed
 
 
 def wait_for(ready: Callable[[], bool]) -> None:
@@ -53,22 +53,22 @@ def wait_for(ready: Callable[[], bool]) -> None:
 def classify(
     *args: str | Path, status: int = 0, environment: Mapping[str, str] | None = None
 ) -> str:
-    """Runs it; returns what it said."""
+    """Runs it; returns what it printed."""
     return ended(begin(*args, environment=environment), status)
 
 
 def part_files(output: Path) -> list[Path]:
-    """The parts that have results."""
+    """Return the parts that have results."""
     return sorted(output.glob("part-*.parquet"))
 
 
 def rows(output: Path) -> list[Row]:
-    """All rows, in the order of the plan."""
+    """Return all rows, in the order of the plan."""
     return [row for file in part_files(output) for row in pq.read_table(file).to_pylist()]
 
 
 def differs(row: Row, session: requests.Session, server: Running, topk: int = 5) -> bool:
-    """Whether a row is something else than the server's answer for the same bytes."""
+    """Return whether a row is something else than the server's answer for the same bytes."""
     headers = {"Content-Type": "application/octet-stream"}
     content = Path(row["path"]).read_bytes()
     response = session.post(server.predictions_url, data=content, headers=headers, timeout=60)

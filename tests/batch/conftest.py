@@ -1,46 +1,112 @@
-"""What the tests of batch classification share: a small archive, a cluster of three nodes."""
+"""What the tests of batch classification share: small archives, their server, a Ray cluster, S3."""
 
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from PIL import Image
 
 from handler.settings import Preprocessing
+from scripts.build.activation import Activation
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
 from scripts.samples import CAT
+from scripts.serve.running import Running, free_ports, unused_ports
+from scripts.serve.server import start, stop
 from tests.batch.cluster import Cluster
+from tests.batch.command import wait_for
+from tests.environments import environment
+
+_CROP = 64
+_REGION = "us-east-1"
+
+
+def _build(folder: Path, name: str, **choices: Any) -> Path:
+    """Build an archive that takes milliseconds per image."""
+    size = Preprocessing(resize=_CROP, crop=_CROP)
+    return build(recipe(untrained("resnet18"), name, preprocessing=size, **choices), folder)
 
 
 @pytest.fixture(scope="session")
 def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that takes milliseconds a picture."""
-    size = Preprocessing(resize=64, crop=64)
-    small = recipe(untrained("resnet18"), "small", preprocessing=size)
-    return build(small, tmp_path_factory.mktemp("model_store"))
+    """Of a single-label model."""
+    return _build(tmp_path_factory.mktemp("model_store"), "small")
+
+
+@pytest.fixture(scope="session")
+def multilabel_archive(small_archive: Path) -> Path:
+    """Of the same model, as a multi-label one."""
+    return _build(small_archive.parent, "several", activation=Activation("sigmoid"))
+
+
+@pytest.fixture(scope="session")
+def torch_archive(small_archive: Path) -> Path:
+    """Of the same model for PyTorch, which uses GPUs; without one it takes the CPU."""
+    return _build(small_archive.parent, "torch", engine="torch")
+
+
+@pytest.fixture(scope="session")
+def server(
+    small_archive: Path, multilabel_archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A server of the single-label and of the multi-label archive."""
+    folder = tmp_path_factory.mktemp("run")
+    running = start(small_archive, free_ports(), 1, folder, beside=[multilabel_archive])
+    yield running
+    stop(running, folder)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A head and two nodes."""
+    """A head and a node."""
     # The names of Ray's sockets may have 107 bytes, which pytest's folders leave too few of.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        ray = Cluster(Path(folder, "ray"), nodes=2)
+        ray = Cluster(Path(folder, "ray"))
         try:
+            ray.add()
             yield ray
         finally:
             ray.close()
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """800 small pictures, no two alike."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """480 small images in one folder, no two alike."""
+    folder = tmp_path_factory.mktemp("images")
     photograph = Image.open(CAT).convert("RGB")
-    for number in range(800):
+    files = [folder / f"{number:04}.jpg" for number in range(480)]
+    for number, file in enumerate(files):
         left, upper = 3 * (number % 20), 2 * (number // 20)
         part = photograph.crop((left, upper, left + 200, upper + 200))
-        part.resize((96, 96)).save(folder / f"{number:04}.jpg")
-    return folder
+        part.resize((96, 96)).save(file)
+    return files
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Turns a key into an address in the empty bucket `images` of an S3 server, Moto's."""
+    python = environment(tmp_path / "moto", Path(__file__).with_name("requirements.lock"))
+    (port,) = unused_ports(1)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    # Without it clients look for credentials at the address of a cloud's machine.
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def created() -> bool:
+        with suppress(requests.ConnectionError):
+            return requests.put(f"http://127.0.0.1:{port}/images", timeout=60).ok
+        return False
+
+    command = [str(python.with_name("moto_server")), "--host=127.0.0.1", f"--port={port}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as moto:
+        try:
+            wait_for(created)
+            query = f"?endpoint_override=127.0.0.1:{port}&scheme=http&region={_REGION}"
+            yield lambda key: f"s3://images/{key}{query}"
+        finally:
+            moto.terminate()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from playwright.sync_api import FilePayload, Locator, Page, expect
+from playwright.sync_api import FilePayload, Locator, Page, Route, expect
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
@@ -13,26 +13,27 @@ from scripts.serve.running import Running
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+# As high and wide enough to hit with a finger: Apple's guidelines, and WCAG 2.5.5.
+FINGER = 44
 NOTES = b"These are notes. " * 30
 
 
 def ask(running: Running, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
-    """What the server answers without a browser."""
-    answer = requests.post(
-        running.predictions_url, files={"file": content}, data=fields, timeout=TIMEOUT
-    )
-    body: dict[str, Any] = answer.json()
-    return body
+    """Return what the server answers without a browser."""
+    return _post(running.predictions_url, content, fields)
 
 
 def explain(running: Running, **fields: str) -> dict[str, Any]:
-    """The numbers of the cat's map."""
+    """Return the numbers of the cat's heat map."""
+    return _post(
+        running.predictions_url.replace("/predictions/", "/explanations/"), CAT_BYTES, fields
+    )
+
+
+def _post(url: str, content: bytes, fields: dict[str, str]) -> dict[str, Any]:
+    headers = {"Accept": "application/json"}
     answer = requests.post(
-        running.predictions_url.replace("/predictions/", "/explanations/"),
-        files={"file": CAT_BYTES},
-        data=fields,
-        headers={"Accept": "application/json"},
-        timeout=TIMEOUT,
+        url, files={"file": content}, data=fields, headers=headers, timeout=TIMEOUT
     )
     body: dict[str, Any] = answer.json()
     return body
@@ -56,6 +57,22 @@ def copy_of(path: Path) -> FilePayload:
 def answered(page: Page) -> Locator:
     """The answered pictures' certainties."""
     return page.locator(".sure:not(:empty)")
+
+
+def hold(page: Page) -> list[Route]:
+    """Keep all requests for predictions from going on by themselves; return them as they come."""
+    held: list[Route] = []
+    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
+    return held
+
+
+def save(page: Page, button: str, folder: Path) -> Path:
+    """Return the file that this button downloads."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name=button).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
 
 
 def in_words(label: str) -> str:

@@ -1,16 +1,19 @@
-"""Many pictures: sent side by side, shown as a list, taken away as a file."""
+"""Many images: sent side by side, shown as a list, taken away as a file."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, Route, expect
+import pytest
+from playwright.sync_api import Page, expect
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.serve.running import Running
 from tests.browser.conftest import Console
-from tests.browser.person import NOTES, answered, ask, choose, copy_of, payload
+from tests.browser.person import NOTES, answered, ask, choose, copy_of, hold, payload, save
+
+pytestmark = pytest.mark.slow
 
 TEN = PHOTOGRAPHS[:10]
 
@@ -19,9 +22,8 @@ def names(page: Page) -> list[str]:
     return [text.split(",")[0] for text in page.locator(".file").all_text_contents()]
 
 
-def test_several_pictures_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
-    held: list[Route] = []
-    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
+def test_several_images_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
+    held = hold(page)
     choose(page, *TEN)
     expect(page.locator(".result")).to_have_count(10)
     for done in range(10):
@@ -37,7 +39,7 @@ def test_several_pictures_are_sent_one_by_one_and_four_at_once(page: Page) -> No
     assert names(page) == [picture.name for picture in TEN]
 
 
-def test_many_pictures_are_a_list_that_opens_and_the_latest_come_first(page: Page) -> None:
+def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page) -> None:
     choose(page, TEN[0])
     expect(page.locator(".body:visible")).to_have_count(1)
     choose(page, *TEN[1:4])
@@ -55,39 +57,27 @@ def test_many_pictures_are_a_list_that_opens_and_the_latest_come_first(page: Pag
     expect(page.locator(".body:visible")).to_have_count(0)
 
 
-def test_one_picture_or_all_can_be_taken_off(page: Page) -> None:
+def test_one_image_or_all_can_be_removed_and_what_is_removed_is_not_sent(page: Page) -> None:
     choose(page, *TEN[:3])
     page.get_by_role("button", name=f"Remove {TEN[1].name}").click()
     expect(page.locator("#summary")).to_contain_text("2 pictures")
     assert names(page) == [TEN[0].name, TEN[2].name]
-    page.get_by_role("button", name="Clear all").click()
-    expect(page.locator(".result")).to_have_count(0)
-    expect(page.locator("#toolbar")).not_to_be_visible()
-    choose(page, TEN[0])
-    expect(answered(page)).to_have_count(1)
-
-
-def test_a_picture_that_was_taken_off_is_not_sent(page: Page) -> None:
-    held: list[Route] = []
-    page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
+    expect(answered(page)).to_have_count(2)
+    held = hold(page)
     choose(page, *TEN)
     while len(held) < 4:
         page.wait_for_timeout(20)
     page.get_by_role("button", name="Clear all").click()
+    expect(page.locator(".result")).to_have_count(0)
+    expect(page.locator("#toolbar")).not_to_be_visible()
     page.wait_for_timeout(200)
     assert len(held) == 4
     page.unroute_all(behavior="ignoreErrors")
+    choose(page, TEN[0])
+    expect(answered(page)).to_have_count(1)
 
 
-def save(page: Page, button: str, folder: Path) -> Path:
-    with page.expect_download() as download:
-        page.get_by_role("button", name=button).click()
-    path = folder / download.value.suggested_filename
-    download.value.save_as(path)
-    return path
-
-
-def test_the_results_can_be_taken_away_as_they_are_shown(
+def test_the_results_can_be_saved_as_they_are_shown(
     page: Page, running: Running, console: Console, tmp_path: Path
 ) -> None:
     formula, notes = '=HYPERLINK("x").png', "notes, mine.txt"
@@ -105,15 +95,9 @@ def test_the_results_can_be_taken_away_as_they_are_shown(
 
     def expected(name: str, path: Path) -> dict[str, Any]:
         body = ask(running, path.read_bytes(), topk="3", threshold="0.05")
-        best = body["predictions"][0]
-        keys = ("label", "class_id", "probability")
-        return {
-            "picture": name,
-            **{key: best[key] for key in keys},
-            "recognized": body["recognized"],
-            "predictions": body["predictions"],
-            "warning": body["warning"],
-        }
+        best = {key: body["predictions"][0][key] for key in ("label", "class_id", "probability")}
+        same = {key: body[key] for key in ("recognized", "predictions", "warning")}
+        return {"picture": name, **best, **same}
 
     rows = [
         expected(formula, TEN[0]),
@@ -132,9 +116,7 @@ def test_the_results_can_be_taken_away_as_they_are_shown(
         assert written["recognized"] == str(row.get("recognized", "")).lower()
 
 
-def test_no_more_pictures_are_taken_than_a_person_looks_through(
-    page: Page, console: Console
-) -> None:
+def test_no_more_than_500_images_are_taken(page: Page, console: Console) -> None:
     page.route("**/predictions/**", lambda _: None)
     choose(page, *[payload(f"{i}.png", b"x") for i in range(502)])
     expect(page.locator(".result")).to_have_count(500)

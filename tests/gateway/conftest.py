@@ -1,18 +1,43 @@
-"""A gateway before two real nodes, started once for all tests here."""
+"""A gateway in front of two real nodes, started once for all tests here, and a client of it."""
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
-from benchmarks.cluster import free_options
 from scripts.gateway import start as starting
-from scripts.gateway.gateway import Gateway, find_gateway
+from scripts.gateway.gateway import Gateway, find_gateway, require_gateway
 from scripts.gateway.nodes import start_nodes, stop_nodes
-from tests.gateway.client import Client
+from scripts.samples import CAT
+from tests.gateway.cluster import TIMEOUT, free_options
 
 KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
+
+
+@dataclass(frozen=True)
+class Client:
+    """Sends requests to a gateway."""
+
+    gateway: Gateway
+
+    @property
+    def folder(self) -> Path:
+        """The gateway's, with its logs."""
+        return Path(self.gateway.options.certificate).parent
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Send a request over plain HTTP, and follow no redirect."""
+        options = {"allow_redirects": False, **options}
+        return requests.request(method, self.gateway.url + path, timeout=TIMEOUT, **options)
+
+    def predict(self, key: str | None = None, **headers: str) -> requests.Response:
+        """Classify a photograph."""
+        headers = {**headers, **({"X-API-Key": key} if key else {})}
+        return self.ask("POST", "/predict", data=CAT.read_bytes(), headers=headers)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,20 +67,24 @@ def cluster(archive: Path, folder: Path) -> Iterator[Gateway]:
 
 @pytest.fixture
 def client(cluster: Gateway) -> Client:
-    """Asks the gateway."""
     return Client(cluster)
 
 
 @pytest.fixture
-def guarded(cluster: Gateway, tmp_path: Path) -> Iterator[Client]:
-    """A second gateway before the same nodes, which asks for keys and has narrow limits."""
-    keys = tmp_path / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
-    options = free_options(keys=str(keys), rate=1, burst=4, connections=2, timeout=5)
-    folder = tmp_path / "guarded"
-    current = find_gateway(Path(cluster.nodes[0].run_dir).parent / "gateway")
-    assert current is not None
-    started = starting.start(options, current.nodes, folder, watch=False)
+def keys(tmp_path: Path) -> Path:
+    """A file of clients' keys that only its owner can read."""
+    path = tmp_path / "keys"
+    path.touch(mode=0o600)
+    path.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    return path
+
+
+@pytest.fixture
+def guarded(cluster: Gateway, folder: Path, keys: Path, tmp_path: Path) -> Iterator[Client]:
+    """A second gateway in front of the same nodes, which needs keys and has narrow limits."""
+    assert cluster.process() is not None
+    options = free_options(keys=str(keys), rate=1, burst=4, connections=2)
+    place = tmp_path / "guarded"
+    started = starting.start(options, require_gateway(folder).nodes, place, watch=False)
     yield Client(started)
-    starting.stop(started, folder)
+    starting.stop(started, place)

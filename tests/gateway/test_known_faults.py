@@ -5,45 +5,64 @@ Each fault is shown on a node directly, so that the page is true, and then asked
 
 import json
 import re
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
 from scripts.gateway.gateway import Gateway
 from scripts.samples import CAT
 from scripts.serve.running import Running
-from tests.gateway.raw import exchange, request, statuses
+from tests.gateway import faults
 
 PAGE = Path("docs/known-faults.md")
 PREDICTIONS = "/predictions/densenet121"
-PICTURE = CAT.read_bytes()
+IMAGE = CAT.read_bytes()
 
 
-@dataclass(frozen=True)
-class Both:
-    """The same bytes for a node and for the gateway before it."""
-
-    node: Running
-    gateway: Gateway
-
-    def ask_node(self, *requests: bytes, patience: float = 20.0) -> bytes:
-        """To the frontend; this one asks for no token."""
-        return exchange(self.node.ports.inference, b"".join(requests), patience=patience)
-
-    def ask_gateway(self, *requests: bytes) -> bytes:
-        """To nginx."""
-        return exchange(self.gateway.options.http_port, b"".join(requests))
+Exchange = Callable[[bytes], bytes]
 
 
 @pytest.fixture
-def both(cluster: Gateway, running: Running) -> Both:
-    return Both(running, cluster)
+def node(running: Running) -> Exchange:
+    """Sends bytes to TorchServe's frontend; this one needs no token."""
+    return partial(_exchange, running.ports.inference)
 
 
-def _ids(received: bytes) -> list[str]:
-    return [m.decode() for m in re.findall(rb"(?i)x-request-id: (\S+)", received)]
+@pytest.fixture
+def gateway(cluster: Gateway) -> Exchange:
+    """Sends the same bytes to nginx."""
+    return partial(_exchange, cluster.options.http_port)
+
+
+def _exchange(port: int, sent: bytes) -> bytes:
+    """Send bytes; return all that comes until 1.5 s are quiet or the connection is closed."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        try:
+            connection.sendall(sent)
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+                connection.settimeout(1.5)
+        except (TimeoutError, ConnectionError):
+            pass
+    return received
+
+
+def request(
+    line: str, body: bytes = b"", *, headers: Sequence[str] = (), length: bool = True
+) -> bytes:
+    """Return a request; `length` adds its Content-Length."""
+    head = [f"{line} HTTP/1.1", "Host: localhost", *headers]
+    if length:
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
 
 
 def _refused(received: bytes) -> int:
@@ -54,34 +73,35 @@ def _refused(received: bytes) -> int:
     return status
 
 
-def _form(*parts: tuple[str, bytes]) -> bytes:
-    """A form with headers of parts as given."""
-    written = [f"--x\r\n{head}\r\n\r\n".encode() + content + b"\r\n" for head, content in parts]
+def _form(head: str) -> bytes:
+    """Return a form whose one part has headers as given."""
+    body = f"--x\r\n{head}\r\n\r\n".encode() + IMAGE + b"\r\n--x--\r\n"
     kind = "Content-Type: multipart/form-data; boundary=x"
-    return request(f"POST {PREDICTIONS}", b"".join(written) + b"--x--\r\n", headers=[kind])
+    return request(f"POST {PREDICTIONS}", body, headers=[kind])
 
 
-def test_answers_to_pipelined_requests_come_in_order(both: Both) -> None:
+def test_answers_to_pipelined_requests_come_in_order(node: Exchange, gateway: Exchange) -> None:
     asked = [f"pipelined-{number}" for number in range(6)]
     requests = [
-        request(f"POST {PREDICTIONS}", PICTURE, headers=[f"X-Request-Id: {name}"])
+        request(f"POST {PREDICTIONS}", IMAGE, headers=[f"X-Request-Id: {name}"])
         if number % 2 == 0
         else request("GET /ping", headers=[f"X-Request-Id: {name}"])
         for number, name in enumerate(asked)
     ]
-    direct = both.ask_node(*requests)
+    direct = node(b"".join(requests))
     assert direct.index(b"Healthy") < direct.index(b"predictions"), "the first was answered first"
-    received = both.ask_gateway(*requests)
+    received = gateway(b"".join(requests))
     assert statuses(received) == [200, 404] * 3
-    assert _ids(received) == asked
+    ids = re.findall(rb"(?i)x-request-id: (\S+)", received)
+    assert [i.decode() for i in ids] == asked
 
 
-def test_a_length_beside_chunks_is_refused(both: Both) -> None:
-    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(PICTURE), PICTURE)
+def test_a_length_beside_chunks_is_refused(node: Exchange, gateway: Exchange) -> None:
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(IMAGE), IMAGE)
     both_ways = ["Transfer-Encoding: chunked", "Content-Length: 5"]
     smuggled = request(f"POST {PREDICTIONS}", chunked, headers=both_ways, length=False)
-    assert statuses(both.ask_node(smuggled)) == [200]
-    assert _refused(both.ask_gateway(smuggled)) == 400
+    assert statuses(node(smuggled)) == [200]
+    assert _refused(gateway(smuggled)) == 400
 
 
 @pytest.mark.parametrize(
@@ -93,50 +113,56 @@ def test_a_length_beside_chunks_is_refused(both: Both) -> None:
         "Content-Disposition: form-data; name=file; filename=a\r\nContent-Type: a/b; charset=none",
     ],
 )
-def test_a_malformed_form_is_the_clients_mistake(both: Both, head: str) -> None:
-    form = _form((head, PICTURE))
-    assert statuses(both.ask_node(form)) == [500]
-    faults.wait_for(lambda: statuses(both.ask_gateway(form)) == [400])
-    assert _refused(both.ask_gateway(form)) == 400
+def test_a_malformed_form_is_the_clients_mistake(
+    node: Exchange, gateway: Exchange, head: str
+) -> None:
+    form = _form(head)
+    assert statuses(node(form)) == [500]
+    faults.wait_for(lambda: statuses(gateway(form)) == [400])
+    assert _refused(gateway(form)) == 400
 
 
 @pytest.mark.parametrize("line", ["OPTIONS *", "GET *", "CONNECT example.org:443"])
-def test_targets_of_proxies_are_refused(both: Both, line: str) -> None:
-    assert statuses(both.ask_node(request(line))) == [500]
-    assert _refused(both.ask_gateway(request(line))) == 400
+def test_targets_of_proxies_are_refused(node: Exchange, gateway: Exchange, line: str) -> None:
+    assert statuses(node(request(line))) == [500]
+    assert _refused(gateway(request(line))) == 400
 
 
 @pytest.mark.parametrize("method", ["TRACE", "DELETE", "NONSENSE"])
-def test_methods_that_do_not_exist_are_refused(both: Both, method: str) -> None:
+def test_methods_that_do_not_exist_are_refused(
+    node: Exchange, gateway: Exchange, method: str
+) -> None:
     # A worker gets it, and says which image is missing or empty.
-    assert b"Image" in both.ask_node(request(f"{method} {PREDICTIONS}"))
-    assert _refused(both.ask_gateway(request(f"{method} {PREDICTIONS}"))) == 405
+    assert b"Image" in node(request(f"{method} {PREDICTIONS}"))
+    assert _refused(gateway(request(f"{method} {PREDICTIONS}"))) == 405
 
 
-def test_a_negative_length_is_answered(both: Both) -> None:
+def test_a_negative_length_is_answered(node: Exchange, gateway: Exchange) -> None:
     sent = request(f"POST {PREDICTIONS}", b"abc", headers=["Content-Length: -5"], length=False)
-    assert both.ask_node(sent, patience=5) == b""
-    assert _refused(both.ask_gateway(sent)) == 400
+    assert node(sent) == b""
+    assert _refused(gateway(sent)) == 400
 
 
 @pytest.mark.parametrize(
     "line", ["OPTIONS /", "GET /models", "GET /api-description", "GET /metrics", "GET /ping"]
 )
-def test_nothing_tells_about_the_server(both: Both, line: str) -> None:
-    assert _refused(both.ask_gateway(request(line))) in {404, 405}
+def test_nothing_tells_about_the_server(gateway: Exchange, line: str) -> None:
+    assert _refused(gateway(request(line))) in {404, 405}
 
 
-def test_a_picture_sent_as_curls_data_binary_does_is_read(both: Both) -> None:
+def test_a_picture_sent_as_curls_data_binary_does_is_read(
+    node: Exchange, gateway: Exchange
+) -> None:
     kind = ["Content-Type: application/x-www-form-urlencoded"]
-    sent = request(f"POST {PREDICTIONS}", PICTURE, headers=kind)
-    assert statuses(both.ask_node(sent)) == [500]
-    assert statuses(both.ask_gateway(sent)) == [200]
+    sent = request(f"POST {PREDICTIONS}", IMAGE, headers=kind)
+    assert statuses(node(sent)) == [500]
+    assert statuses(gateway(sent)) == [200]
 
 
 @pytest.mark.parametrize("header", ["describe: True", "explain: True"])
-def test_a_clients_header_does_not_choose_what_is_answered(both: Both, header: str) -> None:
-    sent = request(f"POST {PREDICTIONS}", PICTURE, headers=[header])
-    assert b'"predictions"' in both.ask_gateway(sent)
+def test_a_clients_header_does_not_choose_what_is_answered(gateway: Exchange, header: str) -> None:
+    sent = request(f"POST {PREDICTIONS}", IMAGE, headers=[header])
+    assert b'"predictions"' in gateway(sent)
 
 
 def test_every_fault_of_the_page_has_its_test() -> None:

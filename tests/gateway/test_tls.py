@@ -9,37 +9,35 @@ from typing import Any
 import pytest
 import requests
 
-from benchmarks.cluster import free_options
 from scripts.gateway import config
-from scripts.gateway import nginx as gateways
 from scripts.gateway import start as starting
-from scripts.gateway.gateway import Gateway, Options, find_gateway
-from scripts.gateway.keys import read_keys
+from scripts.gateway.gateway import Gateway, require_gateway
 from scripts.samples import CAT
-from scripts.terminal import UserError
-from tests.gateway.client import Client
-from tests.gateway.conftest import KEYS
+from tests.gateway.cluster import free_options
+from tests.gateway.conftest import KEYS, Client
+
+
+def _predict_by_https(client: Client, key: str = "") -> requests.Response:
+    return requests.post(
+        f"{client.gateway.https_url}/predict",
+        data=CAT.read_bytes(),
+        headers={"X-API-Key": key},
+        verify=client.gateway.options.certificate,
+        timeout=60,
+    )
 
 
 def test_https_serves_with_the_certificate_and_http2(client: Client) -> None:
-    options = client.gateway.options
-    answer = requests.post(
-        f"{client.gateway.https_url}/predict",
-        data=CAT.read_bytes(),
-        verify=options.certificate,
-        timeout=60,
-    )
+    answer = _predict_by_https(client)
     assert answer.json()["success"] is True
     assert "max-age" in answer.headers["strict-transport-security"]
-    version = subprocess.run(
+    version = subprocess.check_output(
         [
-            *("curl", "--silent", "--http2", "--cacert", options.certificate),
+            *("curl", "--silent", "--http2", "--cacert", client.gateway.options.certificate),
             *("--output", "/dev/null", "--write-out", "%{http_version}"),
             f"{client.gateway.https_url}/healthz",
         ],
-        capture_output=True,
-        check=True,
-    ).stdout
+    )
     assert version == b"2"
 
 
@@ -77,37 +75,6 @@ def test_a_tls_scan_has_no_finding(client: Client, tmp_path: Path) -> None:
     assert renegotiation["supports_secure_renegotiation"] is True
 
 
-@pytest.mark.parametrize(
-    ("directive", "weaker", "finding"),
-    [
-        ("ssl_ciphers ECDHE", "ssl_ciphers ECDHE-ECDSA-AES128-SHA:ECDHE", "_CBC_"),
-        ("ssl_ecdh_curve X25519", "ssl_ecdh_curve secp521r1:X25519", "secp521r1"),
-    ],
-)
-def test_the_scan_finds_what_is_weaker(
-    cluster: Gateway,
-    tmp_path: Path,
-    directive: str,
-    weaker: str,
-    finding: str,
-) -> None:
-    """The configuration that serves, with one thing added that must not be in it."""
-    current = find_gateway(Path(cluster.options.certificate).parent)
-    assert current is not None
-    place = tmp_path / "weak"
-    weak = starting.start(free_options(), current.nodes, place, watch=False)
-    try:
-        written = place / "nginx.conf"
-        text = written.read_text()
-        assert directive in text
-        written.write_text(text.replace(directive, weaker))
-        gateways._reload(weak)
-        weaknesses = _weaknesses(_scan(weak.options.https_port, tmp_path / "sslyze.json"))
-    finally:
-        starting.stop(weak, place)
-    assert any(finding in weakness for weakness in weaknesses), weaknesses
-
-
 def _scan(port: int, report: Path) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, "-m", "sslyze", "--json_out", report, f"127.0.0.1:{port}"],
@@ -135,56 +102,18 @@ def _weaknesses(scans: dict[str, Any]) -> list[str]:
     return [*old, *sorted(new - CIPHERS), *sorted(curves - CURVES)]
 
 
-def test_beyond_this_machine_keys_are_compulsory(cluster: Gateway, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nobody would need a key"):
-        starting.start(Options(host="0.0.0.0"), cluster.nodes, tmp_path / "open", watch=False)
-
-
 def test_beyond_this_machine_keys_do_not_travel_in_the_clear(
-    cluster: Gateway, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Gateway, folder: Path, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On loopback, as all tests; only the gateway takes it for an address of the network."""
     monkeypatch.setattr(config, "is_loopback", lambda _: False)
-    keys = tmp_path / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text(f"alice {KEYS['alice']}\n")
-    current = find_gateway(folder)
-    assert current is not None
-    assert current.pid == cluster.pid
-    options = free_options(keys=str(keys))
-    place = tmp_path / "public"
-    public = starting.start(options, current.nodes, place, watch=False)
+    assert cluster.process() is not None
+    nodes, place = require_gateway(folder).nodes, tmp_path / "public"
+    public = starting.start(free_options(keys=str(keys)), nodes, place, watch=False)
     try:
-        plain = requests.post(f"{public.url}/predict", timeout=10, allow_redirects=False)
+        plain = Client(public).predict(KEYS["alice"])
         assert plain.status_code == 308
         assert plain.headers["location"] == f"{public.https_url}/predict"
-        answer = requests.post(
-            f"{public.https_url}/predict",
-            data=CAT.read_bytes(),
-            headers={"X-API-Key": KEYS["alice"]},
-            verify=public.options.certificate,
-            timeout=60,
-        )
-        assert answer.json()["success"] is True
+        assert _predict_by_https(Client(public), KEYS["alice"]).json()["success"] is True
     finally:
         starting.stop(public, place)
-
-
-def test_a_file_of_keys_is_checked(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("alice short\n")
-    with pytest.raises(UserError, match="chmod 600"):
-        read_keys(keys)
-    keys.chmod(0o600)
-    with pytest.raises(UserError, match="line 1"):
-        read_keys(keys)
-    keys.write_text('alice 0123456789abcdef";return\n')
-    with pytest.raises(UserError, match="line 1"):
-        read_keys(keys)
-    for twice in (
-        "alice 0123456789abcdef\nalice fedcba9876543210\n",
-        "a 0123456789abcdef\nb 0123456789abcdef\n",
-    ):
-        keys.write_text(twice)
-        with pytest.raises(UserError, match="line 2"):
-            read_keys(keys)

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -32,61 +31,48 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["pip", "install", "--python", own, "--no-deps", "-f", place, "classification-client"],
     ]
     for command in commands:
-        subprocess.run(
-            [UV, "--offline", "--quiet", *command],
-            env=os.environ | {"UV_CACHE_DIR": str(place / "cache")},
-            check=True,
-        )
+        environment = os.environ | {"UV_CACHE_DIR": str(place / "cache")}
+        subprocess.run([UV, "--offline", "--quiet", *command], env=environment, check=True)
     (site,) = own.glob("lib/python*/site-packages")
     packages = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))
     (site / "others.pth").write_text("\n".join(packages))
     return own / "bin"
 
 
-def test_it_stands_alone(installed: Path) -> None:
+def test_it_stands_alone_and_classifies(installed: Path, running: Running, tmp_path: Path) -> None:
+    def run(*command: str | Path) -> list[str]:
+        return subprocess.run(
+            [installed / command[0], *command[1:]],
+            cwd=tmp_path,
+            env={"CLASSIFY_URL": running.predictions_url},
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.splitlines()
+
     program = """
 import sys, classification_client, classification_client.command
 print(classification_client.__file__)
 print(*{name.partition(".")[0] for name in sys.modules})
 """
-    done = subprocess.run(
-        [installed / "python", "-I", "-c", program],
-        cwd=installed,
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    place, modules = done.stdout.splitlines()
+    place, modules = run("python", "-I", "-c", program)
     assert place.startswith(str(installed.parent))
     assert (Path(place).parent / "py.typed").exists()
     assert not {"torch", "numpy", "pyarrow", "handler", "scripts"} & set(modules.split())
+    assert [line[:3] for line in run("classify", CAT, "--topk", "2")] == ["1. ", "2. "]
 
 
-def test_all_that_it_imports_is_said_and_is_little() -> None:
-    said = requires("classification-client") or []
-    needed = {re.split(r"\W", line)[0] for line in said if "extra ==" not in line}
-    wanted = {re.split(r"\W", line)[0] for line in said if "extra ==" in line}
+def test_it_requires_all_that_it_imports_and_little_else() -> None:
+    required = requires("classification-client") or []
+    needed = {re.split(r"\W", line)[0] for line in required if "extra ==" not in line}
+    optional = {re.split(r"\W", line)[0] for line in required if "extra ==" in line}
     assert needed == {"requests", "rich", "stamina", "typer"}
-    assert wanted == {"pyarrow"}
-    assert set(_imported()) <= needed | wanted | sys.stdlib_module_names | {PACKAGE.name}
-
-
-def _imported() -> Iterator[str]:
+    assert optional == {"pyarrow"}
+    imported: set[str] = set()
     for file in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
-                yield str(node.module).partition(".")[0]
+                imported.add(str(node.module).partition(".")[0])
             elif isinstance(node, ast.Import):
-                yield from (name.name.partition(".")[0] for name in node.names)
-
-
-def test_its_command_classifies(installed: Path, running: Running, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [installed / "classify", CAT, "--topk", "2"],
-        cwd=tmp_path,
-        env={"CLASSIFY_URL": running.predictions_url},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    assert [line[:3] for line in done.stdout.splitlines()] == ["1. ", "2. "]
+                imported |= {name.name.partition(".")[0] for name in node.names}
+    assert imported <= needed | optional | sys.stdlib_module_names | {PACKAGE.name}

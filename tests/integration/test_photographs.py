@@ -2,12 +2,12 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_the_content_is_recognized_in_every_form_of_request(
     assert "warning" not in bodies[0]
 
 
-def test_the_weights_are_said_to_be_trained(lite0_server: Running) -> None:
+def test_the_headers_say_that_the_weights_are_trained(lite0_server: Running) -> None:
     answer = raw(lite0_server.predictions_url, KNOWN[0].path.read_bytes())
     assert answer.headers["x-model-weights"] == "trained"
     assert answer.headers["x-model-version"].startswith("1.0+")
@@ -101,20 +101,26 @@ def test_the_heat_map_of_the_cat_lies_on_the_cat(lite0_server: Running) -> None:
     assert middle.mean() > corners.max()
 
 
-def test_classify_recognizes_a_folder_of_them(lite0_server: Running, tmp_path: Path) -> None:
+def test_classify_recognizes_a_folder_and_names_a_corrupt_image(
+    lite0_server: Running, tmp_path: Path
+) -> None:
     folder, output = tmp_path / "photographs", tmp_path / "results.jsonl"
     folder.mkdir()
     for known in KNOWN:
         shutil.copy(known.path, folder)
+    (folder / "corrupt.jpg").write_bytes(b"not an image, but called one" * 10)
     command = [
         *(sys.executable, "-m", "classification_client", str(folder)),
         *("--url", lite0_server.predictions_url, "--output", str(output)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = [json.loads(line) for line in output.read_text().splitlines()]
-    labels = {Path(row["picture"]).name: row["label"] for row in rows}
+    assert done.returncode == 4, done.stderr
+    lines = output.read_text().splitlines()
+    rows = {Path(row["picture"]).name: row for row in map(json.loads, lines)}
+    assert "not a picture" in rows.pop("corrupt.jpg")["error"]
     assert len(rows) == len(KNOWN)
-    assert {known.path.name for known in KNOWN if labels[known.path.name] in known.labels} == {
-        known.path.name for known in KNOWN
-    }
+    for known in KNOWN:
+        row = rows[known.path.name]
+        assert row["label"] in known.labels
+        assert row["model"] == lite0_server.model
+        assert re.fullmatch(r"1\.0\+[0-9a-f]{8}", row["model_version"])

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import psutil
@@ -20,11 +20,11 @@ import typer
 from rich.table import Table
 
 from benchmarks.known import PHOTOGRAPHS
-from benchmarks.served import frontend_memory, post, served, worker_memory, worker_pids
 from scripts.serve.management import poll, ready_workers
 from scripts.serve.running import HOST, Running
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
+from tests.served import frontend_memory, post, served, worker_memory, worker_pids
 
 CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0
@@ -60,32 +60,23 @@ class Chaos:
         return predictions
 
     def run(self, seconds: float) -> None:
-        """Lets the clients loose for so long, and kills workers meanwhile."""
+        """Send requests for so many seconds, and kill workers meanwhile."""
         self._stopping.clear()
-        clients = [
-            threading.Thread(target=self._client, args=(number,)) for number in range(CLIENTS)
-        ]
-        for client in clients:
-            client.start()
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(SECONDS_BETWEEN_KILLS, left))
-            if deadline - time.monotonic() > 5:  # late enough for a worker to come back
-                victim = worker_pids(self._running)[0]
-                psutil.Process(victim).kill()
-                self._count("kill", "worker killed")
-        self._stopping.set()
-        for client in clients:
-            client.join()
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            working = [clients.submit(self._client, number) for number in range(CLIENTS)]
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0:
+                time.sleep(min(SECONDS_BETWEEN_KILLS, left))
+                if deadline - time.monotonic() > 5:  # late enough for a worker to come back
+                    psutil.Process(worker_pids(self._running)[0]).kill()
+                    self._count("kill", "worker killed")
+            self._stopping.set()
+        for client in working:
+            client.result()
 
     def _client(self, number: int) -> None:
         chance = random.Random(self._seed * 1000 + number)
-        others: tuple[Callable[[random.Random], None], ...] = (
-            self._send_bad,
-            self._disconnect,
-            self._send_slowly,
-            self._send_oversize,
-        )
+        others = (self._send_bad, self._disconnect, self._send_slowly, self._send_oversize)
         while not self._stopping.is_set():
             action = self._send_good if chance.random() < 0.7 else chance.choice(others)
             action(chance)
@@ -97,23 +88,18 @@ class Chaos:
     def _send_good(self, chance: random.Random) -> None:
         index = chance.randrange(len(self._good))
         answer = post(self._running, self._good[index])
-        if answer.status_code == 200:
-            right = self._predictions(answer) == self._expected[index]
-            self._count("good", "200, right" if right else "200, WRONG")
-            if not right:
-                self.wrong.append(f"picture {index}: {answer.text[:200]}")
-        elif may_ask_again(answer):
-            self._count("good", f"{answer.status_code}, ask again")
-        else:
-            self._count("good", f"{answer.status_code}, WRONG")
-            self.wrong.append(f"picture {index}: {answer.status_code} {answer.text[:200]}")
+        right = answer.ok and self._predictions(answer) == self._expected[index]
+        self._judge("good", answer, expected=right)
 
     def _send_bad(self, chance: random.Random) -> None:
         answer = post(self._running, chance.choice(self._bad))
-        expected = 400 <= answer.status_code < 500 or may_ask_again(answer)
-        self._count("bad body", str(answer.status_code) if expected else "WRONG")
-        if not expected:
-            self.wrong.append(f"bad body: {answer.status_code} {answer.text[:200]}")
+        self._judge("bad body", answer, expected=400 <= answer.status_code < 500)
+
+    def _judge(self, kind: str, answer: requests.Response, *, expected: bool) -> None:
+        fine = expected or may_ask_again(answer)
+        self._count(kind, f"{answer.status_code}{'' if fine else ', WRONG'}")
+        if not fine:
+            self.wrong.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
 
     def _connect(self, length: int) -> socket.socket:
         connection = socket.create_connection((HOST, self._running.ports.inference), timeout=60)
@@ -155,54 +141,14 @@ def may_ask_again(answer: requests.Response) -> bool:
     return died or answer.status_code in ASK_AGAIN
 
 
-def rehearse(seconds: float, warm_up: float, seed: int) -> Chaos:
-    """Runs the chaos and checks what it left behind.
-
-    Raises:
-        AssertionError: a good request was answered wrongly, the server does not answer afterwards,
-            or holds more memory than it did.
-    """
-    with served() as running:
-        chaos = Chaos(running, seed)
-        step(f"Chaos: {warm_up:.0f} s until memory has settled, then {seconds:.0f} s")
-        chaos.run(warm_up)
-        chaos.outcomes.clear()
-        before = _settled_memory(running)
-        chaos.run(seconds)
-        after = _settled_memory(running)
-        _show(chaos, before, after)
-        assert not chaos.wrong, f"answered wrongly: {chaos.wrong[:3]}"
-        for name, size in before.items():
-            assert after[name] <= size * (1 + MAX_GROWTH), f"memory of the {name} grew"
-    return chaos
-
-
 def _settled_memory(running: Running) -> dict[str, float]:
-    """After the server answers again, with both workers, and has done some of its usual work."""
+    """Return the bytes of each process, once both workers are back and have done usual work."""
     assert poll(lambda: ready_workers(running) == 2, 60), "the killed worker did not come back"
     usual = PHOTOGRAPHS[0].read_bytes()
-    clients = [
-        threading.Thread(target=lambda: [post(running, usual) for _ in range(8)])
-        for _ in range(CLIENTS)
-    ]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
-    assert post(running, usual).status_code == 200
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = list(clients.map(lambda _: post(running, usual), range(8 * CLIENTS)))
+    assert answers[-1].status_code == 200
     return {"frontend": frontend_memory(running, collected=True), "worker": worker_memory(running)}
-
-
-def _show(chaos: Chaos, before: dict[str, float], after: dict[str, float]) -> None:
-    table = Table("request", "outcome", "count")
-    for (kind, outcome), count in sorted(chaos.outcomes.items()):
-        table.add_row(kind, outcome, str(count))
-    console.print(table)
-    for name, size in before.items():
-        now = after[name]
-        console.print(
-            f"{name}: {size / 1e6:.0f} MB before, {now / 1e6:.0f} MB after ({now / size - 1:+.1%})"
-        )
 
 
 def main(
@@ -211,10 +157,25 @@ def main(
     seed: Annotated[int, typer.Option(help="Which requests.")] = 1,
 ) -> None:
     """Good and bad requests, disconnections, slow and oversize uploads, and killed workers."""
-    try:
-        rehearse(seconds, warm_up, seed)
-    except AssertionError as failure:
-        raise UserError(str(failure)) from failure
+    with served() as running:
+        chaos = Chaos(running, seed)
+        step(f"Chaos: {warm_up:.0f} s until memory has settled, then {seconds:.0f} s")
+        chaos.run(warm_up)
+        chaos.outcomes.clear()
+        before = _settled_memory(running)
+        chaos.run(seconds)
+        after = _settled_memory(running)
+    table = Table("request", "outcome", "count")
+    for (kind, outcome), count in sorted(chaos.outcomes.items()):
+        table.add_row(kind, outcome, str(count))
+    console.print(table)
+    for name, size in before.items():
+        growth = after[name] / size - 1
+        console.print(f"{name}: {size / 1e6:.0f} MB before, {growth:+.1%} after")
+        if growth > MAX_GROWTH:
+            raise UserError(f"Memory of the {name} grew.")
+    if chaos.wrong:
+        raise UserError(f"Wrong answers: {chaos.wrong[:3]}")
     step("Chaos: every good request was answered rightly or may be sent again")
 
 

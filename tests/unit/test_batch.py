@@ -1,6 +1,4 @@
-"""Batch classification without Ray: which pictures there are, what a folder of results holds, what
-becomes of a file that cannot be read.
-"""
+"""Batch classification without Ray: finding images, reading them, folders of results."""
 
 import hashlib
 import io
@@ -41,7 +39,17 @@ def _job(output: Path, **values: Any) -> Job:
     return replace(job, **values)
 
 
-def test_a_folder_means_its_pictures_in_order_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+THIRTY = [str(number).encode() for number in range(30)]
+
+
+def _parquet(file: Path, group: int | None = None, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), file, row_group_size=group)
+    return file
+
+
+def test_a_folders_images_are_found_in_order_and_the_rest_is_counted(
+    tmp_path: Path,
+) -> None:
     below = tmp_path / "b"
     below.mkdir()
     for name in ("c.JPG", "b/d.png", "_DSC1.jpg", "a?b #.webp", ".hidden.jpg", "notes.txt"):
@@ -63,30 +71,28 @@ def test_a_folder_means_its_pictures_in_order_and_says_what_it_leaves_out(tmp_pa
     }
 
 
-def test_a_list_names_pictures_whether_they_are_there_or_not(tmp_path: Path) -> None:
+def test_a_list_names_images_whether_they_exist_or_not(tmp_path: Path) -> None:
     listing = tmp_path / "list.txt"
     listing.write_bytes("\ufeffa b.jpg\r\n\r\ns3://bucket/ü?.png\n".encode())
     assert _entries(listing) == [Entry("a b.jpg"), Entry("s3://bucket/ü?.png")]
 
 
 def test_parquet_holds_addresses_or_bytes(tmp_path: Path) -> None:
-    file = tmp_path / "pictures.parquet"
     image = [{"bytes": b"1", "path": "one.jpg"}, {"bytes": b"2", "path": None}]
-    table = pa.table({"where": ["a", "b"], "data": [b"1", b"2"], "image": image})
-    pq.write_table(table, file)
-    assert _entries(file, "where") == [Entry("a"), Entry("b")]
+    columns: dict[str, list[Any]] = {"where": ["a", "b"], "data": [b"1", b"2"], "image": image}
+    file = _parquet(tmp_path / "images.parquet", None, **columns)
     by_row = [Entry(f"{file}#{row}", str(file), row) for row in range(2)]
-    assert _entries(file, "data") == by_row
-    assert _entries(file, "image") == [Entry("one.jpg", str(file), 0), by_row[1]]
-    assert _entries(tmp_path, "where") == _entries(file, "where")
+    for images in (file, tmp_path):
+        assert _entries(images, "where") == [Entry("a"), Entry("b")]
+        assert _entries(images, "data") == by_row
+        assert _entries(images, "image") == [Entry("one.jpg", str(file), 0), by_row[1]]
 
 
 @pytest.mark.parametrize("group", [1, 7, 100])
 def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) -> None:
     contents = [str(number).encode() for number in range(50)]
     for name in ("a", "b"):
-        table = pa.table({"image": contents})
-        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=group)
+        _parquet(tmp_path / f"{name}.parquet", group, image=contents)
     folder = storage.place(str(tmp_path / "plan"))
     count, size = plan.write(_entries(tmp_path, "image"), folder)
     assert (count, size) == (100, 8)
@@ -97,21 +103,20 @@ def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) ->
     assert made == contents * 2
 
 
-def _rows_of(file: Path, numbers: range) -> list[dict[str, Any]]:
-    """Of the plan."""
-    return [{"path": f"{row}", "file": str(file), "row": row} for row in numbers]
-
-
 def _contents(rows: list[dict[str, Any]]) -> list[bytes | OSError]:
     table = pa.Table.from_pylist(rows, parts.SCHEMA)
     return list(parts.contents(table, "image", "/", "", 1000))
 
 
+def _rows(file: Path, numbers: range) -> list[bytes | OSError]:
+    """What the rows of a Parquet file hold."""
+    return _contents([{"path": f"{row}", "file": str(file), "row": row} for row in numbers])
+
+
 def test_a_part_may_have_addresses_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
-    pq.write_table(pa.table({"image": ["a.jpg", None]}), tmp_path / "1.parquet")
-    pq.write_table(pa.table({"image": [b"b", None]}), tmp_path / "2.parquet")
-    pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "3.parquet")
+    for name, images in enumerate((["a.jpg", None], [b"b", None], ["a.jpg"])):
+        _parquet(tmp_path / f"{name}.parquet", image=images)
     rows = [vars(entry) for entry in _entries(tmp_path, "image")]
     for row in rows:
         row["path"] = row["path"].replace("a.jpg", f"{tmp_path}/a.jpg")
@@ -121,25 +126,23 @@ def test_a_part_may_have_addresses_and_bytes(tmp_path: Path) -> None:
 
 
 def test_a_damaged_row_group_is_rows_that_say_so(tmp_path: Path) -> None:
-    file = tmp_path / "pictures.parquet"
-    contents = [str(number).encode() for number in range(30)]
-    pq.write_table(pa.table({"image": contents}), file, row_group_size=10)
+    file = _parquet(tmp_path / "images.parquet", 10, image=THIRTY)
     data = bytearray(file.read_bytes())
     at = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
     data[at : at + 8] = b"\xff" * 8
     file.write_bytes(data)
-    found = _contents(_rows_of(file, range(5, 30)))
-    assert found[:5] + found[15:] == contents[5:10] + contents[20:]
+    found = _rows(file, range(5, 30))
+    assert found[:5] + found[15:] == THIRTY[5:10] + THIRTY[20:]
     for one in found[5:15]:
         assert isinstance(one, OSError)
         assert not isinstance(one, AwayError)
         assert str(one).startswith("row group 1 of its Parquet file is damaged: ")
     file.write_bytes(b"PAR1 and no more")
-    for one in _contents(_rows_of(file, range(3))):
+    for one in _rows(file, range(3)):
         assert str(one).startswith("its Parquet file is damaged: ")
     file.unlink()
     (tmp_path / "another").touch()
-    assert [type(one) for one in _contents(_rows_of(file, range(3)))] == [FileNotFoundError] * 3
+    assert [type(one) for one in _rows(file, range(3))] == [FileNotFoundError] * 3
 
 
 class _Network:
@@ -160,8 +163,7 @@ class _Network:
         return self
 
     def size(self) -> int:
-        size: int = self._file.size()
-        return size
+        return int(self._file.size())
 
     def read_at(self, count: int, start: int) -> Any:
         self._request()
@@ -175,23 +177,21 @@ class _Network:
     ("lost", "is_read"),
     [
         (lambda number: number % 4 > 0, True),
-        (lambda number: number > 0, False),
+        (lambda _: True, False),
         (lambda number: number > 4, False),
     ],
 )
-def test_pictures_in_parquet_are_tried_several_times(
+def test_reading_parquet_is_retried(
     lost: Callable[[int], bool], *, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "pictures.parquet"
-    contents = [str(number).encode() for number in range(30)]
-    pq.write_table(pa.table({"image": contents}), file, row_group_size=10)
+    file = _parquet(tmp_path / "images.parquet", 10, image=THIRTY)
     network = _Network(lost)
     monkeypatch.setattr(storage, "_local", lambda: network)
     with stamina.set_testing(True, attempts=4):
-        found = _contents(_rows_of(file, range(30)))
+        found = _rows(file, range(30))
     assert len(found) == 30
     if is_read:
-        assert found == contents
+        assert found == THIRTY
     else:
         assert isinstance(found[-1], AwayError)
 
@@ -212,23 +212,19 @@ def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
     [
         ("empty", None, r"there is no picture here \(1 \.txt file"),
         ("nothing", None, "there is no such file or folder"),
-        (
-            "numbers.parquet",
-            None,
-            "Which column of numbers.parquet has the pictures[?] It has a, b",
-        ),
-        ("numbers.parquet", "c", "has no column 'c'; it has a, b"),
-        ("numbers.parquet", "a", "holds int64, neither addresses"),
+        ("ab.parquet", None, "Which column of ab.parquet has the pictures[?] It has a, b"),
+        ("ab.parquet", "c", "has no column 'c'; it has a, b"),
+        ("ab.parquet", "a", "holds int64, neither addresses"),
         ("broken.parquet", "a", "is no Parquet file"),
         ("bytes", None, "is no picture, no Parquet file"),
     ],
 )
-def test_what_holds_no_pictures_is_said(
+def test_a_place_without_images_is_an_error_message(
     tmp_path: Path, name: str, column: str | None, sentence: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").touch()
-    pq.write_table(pa.table({"a": [1], "b": ["x"]}), tmp_path / "numbers.parquet")
+    _parquet(tmp_path / "ab.parquet", a=[1], b=["x"])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(PlanError, match=sentence):
@@ -243,12 +239,12 @@ def test_what_holds_no_pictures_is_said(
         ("s3://bucket/key?speed=9", "Unexpected query parameter"),
     ],
 )
-def test_an_address_of_no_file_system_is_said(address: str, sentence: str) -> None:
+def test_an_address_of_no_file_system_is_an_error_message(address: str, sentence: str) -> None:
     with pytest.raises(AddressError, match=sentence):
         storage.place(address)
 
 
-def test_a_bucket_is_looked_up_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_up_a_bucket_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without a region in its address the network is asked for it.
     answers: list[OSError | tuple[Any, str]] = []
 
@@ -284,7 +280,7 @@ def test_a_key_may_have_whatever_an_address_would_quote() -> None:
     assert file.path == "bucket/a b?c#d%20.jpg"
 
 
-def test_a_missing_picture_is_final_and_a_missing_drive_is_not(tmp_path: Path) -> None:
+def test_a_missing_image_is_final_and_a_missing_drive_is_transient(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     with pytest.raises(FileNotFoundError):
         storage.read(storage.place(str(tmp_path / "gone.jpg")), 10)
@@ -294,7 +290,7 @@ def test_a_missing_picture_is_final_and_a_missing_drive_is_not(tmp_path: Path) -
         storage._read(storage.place(str(tmp_path / "drive" / "a.jpg")), 10)
 
 
-def test_only_a_bit_more_than_may_be_is_read(tmp_path: Path) -> None:
+def test_little_more_than_the_limit_is_read(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1000))
     assert len(storage.read(storage.place(str(tmp_path / "large")), 10)) == 11
 
@@ -309,40 +305,44 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_of_results_is_one_jobs(tmp_path: Path) -> None:
-    output = tmp_path / "results"
-    assert begun(_job(output)) is None
+def test_a_folder_of_results_belongs_to_one_job(tmp_path: Path) -> None:
+    assert begun(_job(tmp_path)) is None
     # As a kill in the middle of the planning leaves it.
-    storage.write(storage.place(str(output)) / "_plan/plan-00000.parquet", b"")
-    assert begun(_job(output)) is None
-    job = _job(output, pictures=20, part_size=8)
+    storage.write(storage.place(str(tmp_path)) / "_plan/plan-00000.parquet", b"")
+    assert begun(_job(tmp_path)) is None
+    job = _job(tmp_path, pictures=20, part_size=8)
     job.begin()
-    assert begun(_job(output)) == job
+    assert begun(_job(tmp_path)) == job
     storage.write(job.part_file(1), b"")
     assert job.missing() == [0, 2]
     assert [job.size(number) for number in range(3)] == [8, 8, 4]
-    for other, said in (
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
         ({"archive_sha256": "b"}, f"archive '{'a' * 64}' there, 'b' here"),
         ({"topk": 3}, "topk None there, 3 here"),
         ({"embedding": True}, "embedding False there, True here"),
         ({"images": "others"}, "pictures '/pictures' there, '/others' here"),
         ({"base": "/home"}, "pictures '/pictures' there, '/home/pictures' here"),
-    ):
-        with pytest.raises(OtherJobError, match=said):
-            begun(_job(output, **other))
-
-
-def test_results_with_the_columns_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+        ({}, "version of the columns 1 there, 2 here"),
+    ],
+)
+def test_results_of_another_job_or_version_are_rejected(
+    tmp_path: Path, other: dict[str, Any], message: str
+) -> None:
     _job(tmp_path, pictures=20, part_size=8).begin()
-    file = tmp_path / "_job.json"
-    said = json.loads(file.read_text())
-    del said["version"]
-    file.write_text(json.dumps(said))
-    with pytest.raises(OtherJobError, match=r"version of the columns 1 there, 2 here"):
-        begun(_job(tmp_path))
+    if not other:  # earlier versions named none
+        file = tmp_path / "_job.json"
+        named = json.loads(file.read_text())
+        del named["version"]
+        file.write_text(json.dumps(named))
+    with pytest.raises(OtherJobError, match=message):
+        begun(_job(tmp_path, **other))
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(OtherJobError, match=r"has other files, such as thesis\.txt"):
         begun(_job(tmp_path))
@@ -363,48 +363,42 @@ def test_an_archive_is_unpacked_whole_and_only_as_it_was_sent(tmp_path: Path) ->
 
 
 def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path: Path) -> None:
-    open_to_all = tmp_path / "open"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o777)
-    with pytest.raises(ForeignFolderError):
-        _root(str(open_to_all))
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path)
-    with pytest.raises(ForeignFolderError):
-        _root(str(link))
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "link"):
+        with pytest.raises(ForeignFolderError):
+            _root(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
-    ("resources", "wanted", "expected"),
+    ("cpus", "gpus", "wanted", "actors"),
     [
-        ({"CPU": 8.0}, None, (8, False)),
-        ({"CPU": 8.0, "GPU": 2.0}, None, (2, True)),
-        ({"CPU": 2.0}, 6, (6, False)),
-        ({"CPU": 1.0, "GPU": 1.0}, None, (1, True)),
-        ({"CPU": 2.0, "GPU": 2.0}, None, (2, True)),
-        ({"CPU": 2.0, "GPU": 8.0}, None, (8, True)),
-        ({"CPU": 16.0, "GPU": 8.0}, 1, (1, True)),
+        *((8, 0, None, 8), (8, 2, None, 2), (2, 0, 6, 6), (1, 1, None, 1), (2, 2, None, 2)),
+        *((2, 8, None, 8), (16, 8, 1, 1)),
     ],
 )
 def test_actors_leave_cpus_for_decoding(
-    resources: dict[str, float], wanted: int | None, expected: tuple[int, bool]
+    cpus: int, gpus: int, wanted: int | None, actors: int
 ) -> None:
-    actors = Actors.of(resources, wanted, 100, gpu=True)
-    assert (actors.count, actors.on_gpus) == expected
-    assert actors.count * actors.cpus <= 0.6 * resources["CPU"] + 1e-9
-    assert 0 < actors.task_cpus <= 1
-    assert actors.count * actors.cpus + actors.task_cpus <= resources["CPU"] + 1e-9
+    resources = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+    found = Actors.of(resources, wanted, 100, gpu=True)
+    assert (found.count, found.on_gpus) == (actors, gpus > 0)
+    assert found.count * found.cpus <= 0.6 * cpus + 1e-9
+    assert 0 < found.task_cpus <= 1
+    assert found.count * found.cpus + found.task_cpus <= cpus + 1e-9
 
 
-def test_decoding_has_room_on_nodes_with_an_actor_for_each_cpu() -> None:
-    # Ten nodes, each with a CPU and a GPU.
+def test_decoding_has_room_on_ten_nodes_with_a_cpu_and_a_gpu_each() -> None:
     actors = Actors.of({"CPU": 10.0, "GPU": 10.0}, None, 100, gpu=True)
     assert actors.cpus + actors.task_cpus <= 1 + 1e-9
 
 
-def test_a_picture_that_fails_is_a_row_of_the_spark_program(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_there_are_no_more_actors_than_parts() -> None:
+    assert Actors.of({"CPU": 8}, None, 3, gpu=False).count == 3
+
+
+def test_an_image_that_fails_is_a_row_of_the_spark_program(monkeypatch: pytest.MonkeyPatch) -> None:
     class Decoder:
         def __init__(self, _: Path) -> None: ...
 
@@ -443,7 +437,3 @@ def test_a_picture_that_fails_is_a_row_of_the_spark_program(
         "InternalError: a fault",
         "",
     ]
-
-
-def test_there_are_no_more_actors_than_parts() -> None:
-    assert Actors.of({"CPU": 8}, None, 3, gpu=False).count == 3

@@ -12,22 +12,30 @@ from handler.cores import Cores
 
 SHARE, ALL = 1, 4
 
-# Another worker: busy, or there and idle, until its standard input ends.
+# Another worker, of process id 7: busy, or idle after it was busy, until its standard input ends.
 OTHER = """
-import sys
-from contextlib import nullcontext
+import os, sys
 from pathlib import Path
 from handler.cores import Cores
+os.getpid = lambda: 7
 cores = Cores(1, 4, Path(sys.argv[1]))
-with cores.busy(crowded=False) if sys.argv[2] == "busy" else nullcontext():
-    print(sys.argv[2], flush=True)
-    sys.stdin.read()
+with cores.busy(crowded=False):
+    if sys.argv[2] == "busy":
+        print("busy", flush=True)
+        sys.stdin.read()
+print("idle", flush=True)
+sys.stdin.read()
 """
 
 
-def other_worker(lock_file: Path, state: str = "busy", prelude: str = "") -> subprocess.Popen[str]:
+@pytest.fixture
+def lock_file(tmp_path: Path) -> Path:
+    return tmp_path / "busy"
+
+
+def other_worker(lock_file: Path, state: str = "busy") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", prelude + OTHER, str(lock_file), state],
+        [sys.executable, "-c", OTHER, str(lock_file), state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -37,56 +45,36 @@ def other_worker(lock_file: Path, state: str = "busy", prelude: str = "") -> sub
     return process
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("own", [7, 8], ids=["equal process ids, as of two containers", "others"])
 def test_a_worker_alone_takes_all_cores_and_keeps_to_its_share_beside_another(
-    tmp_path: Path,
+    own: int, lock_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores = Cores(SHARE, ALL, tmp_path / "busy")
+    monkeypatch.setattr(os, "getpid", lambda: own)
+    cores = Cores(SHARE, ALL, lock_file)
     with cores.busy(crowded=False):
         assert cores.available() == ALL
-        with other_worker(tmp_path / "busy") as other:
-            assert cores.available() == SHARE
+        with other_worker(lock_file) as other:
+            # A worker that becomes busy at this moment must not find its byte locked by a look.
+            with monkeypatch.context() as looking:
+                looking.setattr(fcntl, "lockf", lambda *_: pytest.fail("a lock was taken"))
+                assert cores.available() == SHARE
             other.communicate()
         assert cores.available() == ALL
 
 
-@pytest.mark.timeout(30)
-def test_workers_of_two_containers_can_have_equal_process_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They share the file, and neither waits for the other."""
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    cores = Cores(SHARE, ALL, tmp_path / "busy")
-    prelude = "import os\nos.getpid = lambda: 7\n"
-    with cores.busy(crowded=False), other_worker(tmp_path / "busy", prelude=prelude) as other:
+def test_a_killed_worker_does_not_count_as_busy(lock_file: Path) -> None:
+    cores = Cores(SHARE, ALL, lock_file)
+    with other_worker(lock_file) as other, cores.busy(crowded=False):
         assert cores.available() == SHARE
-        other.communicate()
-
-
-def test_a_look_at_the_others_takes_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever starts or becomes busy at that moment would find its byte taken."""
-    cores = Cores(SHARE, ALL, tmp_path / "busy")
-    with other_worker(tmp_path / "busy") as other:
-        with cores.busy(crowded=False):
-            monkeypatch.setattr(fcntl, "lockf", lambda *_: pytest.fail("a lock was taken"))
-            assert cores.available() == SHARE
-            monkeypatch.undo()
-        other.communicate()
-
-
-def test_a_killed_worker_does_not_count_as_busy(tmp_path: Path) -> None:
-    cores = Cores(SHARE, ALL, tmp_path / "busy")
-    with other_worker(tmp_path / "busy") as other:
         other.kill()
         other.wait()
-        with cores.busy(crowded=False):
-            assert cores.available() == ALL
+        assert cores.available() == ALL
 
 
-def test_a_worker_keeps_to_its_share_while_requests_wait_for_others_too(tmp_path: Path) -> None:
-    cores = Cores(SHARE, ALL, tmp_path / "busy")
-    with other_worker(tmp_path / "busy", "idle") as other:
+def test_a_worker_keeps_to_its_share_while_requests_wait_for_others_too(lock_file: Path) -> None:
+    cores = Cores(SHARE, ALL, lock_file)
+    with other_worker(lock_file, "idle") as other:
         with cores.busy(crowded=True):
             assert cores.available() == SHARE
         with cores.busy(crowded=False):
@@ -96,5 +84,5 @@ def test_a_worker_keeps_to_its_share_while_requests_wait_for_others_too(tmp_path
         assert cores.available() == ALL, "there is nobody else to do the work"
 
 
-def test_fewer_cores_than_the_share_do_not_take_any_away(tmp_path: Path) -> None:
-    assert Cores(4, 1, tmp_path / "busy").available() == 4
+def test_fewer_cores_than_the_share_do_not_take_any_away(lock_file: Path) -> None:
+    assert Cores(4, 1, lock_file).available() == 4

@@ -1,8 +1,11 @@
-"""EfficientNet-Lite0: the weights of a package are checked, named as timm does, and noticed."""
+"""EfficientNet-Lite0: the weights of a package are verified, named as timm does, and licensed."""
 
 import hashlib
 import pickle
 import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -12,9 +15,9 @@ import torch
 
 from scripts import run
 from scripts.build import efficientnet_lite0 as lite0
+from scripts.build import weights
 from scripts.build.commands import main as make_archive
 from scripts.build.weight_files import DigestError, read_state_dict
-from scripts.build.weights import DownloadError
 from scripts.terminal import UserError
 
 
@@ -34,7 +37,7 @@ def own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "site" / lite0.FILE
 
 
-def test_the_packaged_weights_are_every_tensor_of_timms_model() -> None:
+def test_the_packaged_weights_are_every_tensor_of_timms_model_and_carry_their_license() -> None:
     model = lite0.obtain()
     expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     assert model.module.state_dict().keys() == expected.keys()
@@ -42,13 +45,9 @@ def test_the_packaged_weights_are_every_tensor_of_timms_model() -> None:
     assert model.sha256 == lite0.SHA256
     with pytest.raises(KeyError):
         lite0.timm_key("_unknown.weight")
-
-
-def test_the_notice_names_the_license_and_what_was_changed() -> None:
-    notice = lite0.obtain().notice
-    assert "Apache" in notice
-    assert "Copyright (c) 2020, ML Illustrated" in notice
-    assert "Changes: converted to ONNX" in notice
+    assert "Apache" in model.notice
+    assert "Copyright (c) 2020, ML Illustrated" in model.notice
+    assert "Changes: converted to ONNX" in model.notice
 
 
 def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path) -> None:
@@ -93,7 +92,7 @@ def test_what_cannot_be_combined_is_rejected(options: dict[str, object], message
         make_archive(arch="efficientnet_lite0", **options)  # type: ignore[arg-type]
 
 
-def test_own_weights_of_the_architecture_are_taken(tmp_path: Path) -> None:
+def test_custom_weights_of_the_architecture_are_accepted(tmp_path: Path) -> None:
     torch.manual_seed(5)
     fine_tuned = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3)
     torch.save(fine_tuned.state_dict(), tmp_path / "pets.pth")
@@ -102,44 +101,39 @@ def test_own_weights_of_the_architecture_are_taken(tmp_path: Path) -> None:
 
 
 def test_random_weights_need_no_network() -> None:
-    weights, is_fallback = run._obtain(Path("random"), "http://127.0.0.1:9/x.pth", "resnet18", None)
+    unreachable = "http://127.0.0.1:9/x.pth"
+    weights, is_fallback = run._obtain(Path("random"), unreachable, "squeezenet1_1", None)
     assert (weights.trained, is_fallback) == (False, False)
 
 
-def test_a_host_that_answers_with_an_error_is_a_reason_to_fall_back_but_not_for_an_own_address(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def forbidden(*_: object) -> None:
-        raise DownloadError("The weights' host answered 403 Forbidden.")
-
-    monkeypatch.setattr(run, "obtain", forbidden)
-    weights, is_fallback = run._obtain(None, None, "resnet18", None)
-    assert (weights.trained, is_fallback) == (False, True)
-    assert "answered 403" in capsys.readouterr().out
-    with pytest.raises(UserError, match="403"):
-        run._obtain(None, "http://mirror.example/resnet18-f37072fd.pth", "resnet18", None)
-
-
-def test_a_damaged_package_leaves_random_weights_only(
-    own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own_copy.write_bytes(b"damaged")
-    # The real one is installed: nothing is to be installed here.
-    monkeypatch.setattr("scripts.run.subprocess.run", lambda *_, **__: _Succeeded())
-    assert run._packaged_model() == []
-    said = " ".join(capsys.readouterr().out.split())
-    assert "is damaged or not the expected file" in said
-    assert "UNTRAINED random weights" in said
-
-
-def test_a_package_that_cannot_be_installed_leaves_random_weights_only(
+def test_an_http_error_of_the_official_host_is_a_reason_to_fall_back_but_not_of_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Without the program that installs packages, each installation fails.
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as host:  # answers 501
+        threading.Thread(target=host.serve_forever).start()
+        url = f"http://127.0.0.1:{host.server_port}/squeezenet1_1-b8a52dc0.pth"
+        monkeypatch.setattr(weights, "official_url", lambda _: url)
+        found, is_fallback = run._obtain(None, None, "squeezenet1_1", None)
+        assert (found.trained, is_fallback) == (False, True)
+        assert "answered 501" in capsys.readouterr().out
+        with pytest.raises(UserError, match="answered 501"):
+            run._obtain(None, url, "squeezenet1_1", None)
+        host.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["damaged", "not installable"])
+def test_without_a_sound_package_only_random_weights_are_served(
+    fault: str, own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fault == "damaged":
+        own_copy.write_bytes(b"damaged")
+        # The real one is installed: nothing is to be installed here.
+        done = subprocess.CompletedProcess[str]("bootstrap", 0)
+        monkeypatch.setattr("scripts.run.subprocess.run", lambda *_, **__: done)
+    else:  # without the program that installs packages
+        monkeypatch.chdir(own_copy.parent)
     assert run._packaged_model() == []
-    assert "UNTRAINED random weights" in " ".join(capsys.readouterr().out.split())
-
-
-class _Succeeded:
-    returncode = 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "UNTRAINED random weights" in printed
+    assert ("is damaged or not the expected file" in printed) is (fault == "damaged")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from scripts.evaluation.multilabel import (
     report_labels,
 )
 from scripts.labels_file import read_labels
+from scripts.matching import match
 from scripts.terminal import UserError
 
 
@@ -40,10 +42,7 @@ def test_a_line_is_a_picture_and_its_labels(header: str, images: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            "a.png,cat\nd.png,cat\n",
-            r"line 2: .* has no picture 'd.png'. Each line is a picture and",
-        ),
+        ("a.png,cat\nd.png,cat\n", "line 2: .* has no picture 'd.png'. Each line is a"),
         ("a.png,cat\na.png,dog\n", "line 2: a.png has a line already"),
         (",cat\n", "line 1: .* has no picture ''"),
         ("picture,labels\n\n", "names no picture. Each line"),
@@ -53,7 +52,7 @@ def test_a_line_is_a_picture_and_its_labels(header: str, images: Path) -> None:
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_with_the_line(
+def test_a_wrong_list_is_rejected_with_the_line(
     content: str | None, message: str, images: Path
 ) -> None:
     file = images / "list.csv"
@@ -94,10 +93,7 @@ def test_thresholds_lie_between_the_probabilities_that_they_part() -> None:
 
 
 def test_a_precision_that_is_out_of_reach_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    worse = MultilabelEvaluation(
-        EVALUATION.labels, EVALUATION.pictures, TRUTH, 1 - FOUND, FOUND >= 0.5, [], None
-    )
-    choose_thresholds(worse, 0.9)
+    choose_thresholds(replace(EVALUATION, probabilities=1 - FOUND), 0.9)
     assert "first reaches a precision of 50.0% at most" in capsys.readouterr().out
 
 
@@ -118,3 +114,32 @@ def test_the_report_has_each_class_and_a_file_of_thresholds(
     ]
     assert "| as served | 50.00% | 75.00% | 0.6000 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "precision-recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+LABELS = [
+    *(Label("n1", "Egyptian_cat"), Label("n2", "oxcart"), Label("n3", "tiger_cat")),
+    *(Label("n4", "crane"), Label("n5", "crane")),
+    *(Label(f"m{number}", f"dog {number:02d}") for number in range(10)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "words"),
+    [
+        ("Egyptain cat", LABELS, r"no class .* Similar are: Egyptian_cat \(n1\)\."),
+        ("cats", LABELS, r"Similar are: Egyptian_cat \(n1\), tiger_cat \(n3\)\."),
+        ("other", LABELS, r"It has 15 classes, such as Egyptian_cat \(n1\), oxcart"),
+        ("other", LABELS[:2], r"Its classes are: Egyptian_cat \(n1\), oxcart \(n2\)\."),
+        ("Crane", LABELS, "Call the folder by id: n4, n5"),
+    ],
+)
+def test_a_name_that_is_no_class_or_several_is_told_with_what_it_may_mean(
+    name: str, labels: list[Label], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        match({name}, labels, "as a folder is called", "Call the folder by id")
+
+
+def test_a_class_is_meant_by_its_id_or_its_name_however_it_is_spelt() -> None:
+    meant = match({"n4", "egyptian-cat", "TIGER CAT"}, LABELS, "", "")
+    assert meant == {"n4": 3, "egyptian-cat": 0, "TIGER CAT": 2}

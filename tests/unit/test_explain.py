@@ -1,7 +1,6 @@
 """Class activation maps: exact, of the right class, and laid over the right part of the photo."""
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,140 +11,79 @@ from PIL import Image
 
 from handler import explain
 from handler.cores import Cores
-from handler.engines import Engine, load_engine
+from handler.engines import load_engine
 from handler.errors import ArchiveError
 from handler.images import Photo, PixelBudget, decode, decode_photo
-from handler.settings import Preprocessing
-from scripts.build.weights import Weights
-from scripts.store import read_card
-from tests.pictures import encode, photographs
+from handler.settings import MODEL_CARD, ModelCard, Preprocessing
+from handler.torch_models import empty_model
+from tests import kinds
+from tests.pictures import encode
+from tests.unit.test_handler import CELLS, SIDE, write_model
 
 PREPROCESSING = Preprocessing()
-PIXELS = 64_000_000
 
 # float32 sums in another order than the model's own; logits are about 10 in size.
 TOLERANCE = 1e-4
 
-# A cell of the 7x7 map stands over 32 pixels of the model's 224.
-CELL = 32
 
-
-@pytest.fixture(scope="module", params=["onnx", "torch"])
-def engine(
-    request: pytest.FixtureRequest,
-    archive: Path,
-    weights: Weights,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Engine:
-    folder = tmp_path_factory.mktemp("engine")
-    card = read_card(archive)
-    assert card is not None
-    return load_engine(
-        model_file(request.param, archive, weights, folder),
-        card,
-        Cores(2, 2, folder / "busy"),
+def test_a_map_sums_to_the_logit_less_the_bias(tmp_path: Path) -> None:
+    """With PyTorch; with ONNX Runtime see below, and tests/integration/test_ways_in.py."""
+    torch.save(empty_model("resnet18", 10).state_dict(), tmp_path / "model.pth")
+    card = ModelCard(
+        "resnet18",
+        classes=10,
+        trained=True,
+        weights_file="",
+        weights_sha256="",
+        inputs_sha256="",
+        preprocessing=Preprocessing(resize=64, crop=64),
+        features="layer4.1.relu_1",
     )
+    engine = load_engine(tmp_path / "model.pth", card, Cores(1, 1, tmp_path / "busy"))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)
+    logits, features = engine.logits_and_features(pixels)
+    assert np.abs(engine.logits(pixels) - logits).max() < TOLERANCE
+    assert features.shape == (3, 512, 2, 2)
+    last = torch.load(tmp_path / "model.pth")
+    for image, index in np.ndindex(logits.shape):
+        weights = last["fc.weight"][index].numpy()
+        activation = explain.class_activation_map(features[image], weights)
+        assert activation.shape == (2, 2)
+        assert activation.dtype == np.float32
+        expected = logits[image, index] - float(last["fc.bias"][index])
+        assert activation.sum() == pytest.approx(expected, abs=TOLERANCE)
 
 
-def model_file(kind: str, archive: Path, weights: Weights, folder: Path) -> Path:
-    if kind == "onnx":
-        return member(archive, "model.onnx", folder)
-    torch.save(weights.state_dict, folder / "model.pth")
-    return folder / "model.pth"
+def test_a_map_has_each_part_of_the_image_in_its_place(tmp_path: Path) -> None:
+    """The tiny model's features are the mean colors of 2 x 2 cells."""
+    write_model(tmp_path)
+    card = ModelCard.load(tmp_path / MODEL_CARD)
+    engine = load_engine(tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
+    colors = np.random.default_rng(3).integers(0, 256, (3, CELLS, CELLS), np.uint8)
+    pixels = colors.repeat(SIDE // CELLS, axis=1).repeat(SIDE // CELLS, axis=2)
+    (logits,), (features,) = engine.logits_and_features(pixels[None])
+    weights = explain.load_classifier(tmp_path / explain.CLASSIFIER, card.classes)
+    assert isinstance(weights, np.memmap)  # a worker that never explains never reads them
+    for index in (0, 7, card.classes - 1):
+        expected = [
+            [colors[:, row, column] @ weights[index] / CELLS**2 for column in range(CELLS)]
+            for row in range(CELLS)
+        ]
+        activation = explain.class_activation_map(features, weights[index])
+        np.testing.assert_allclose(activation, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        assert activation.sum() == pytest.approx(logits[index], abs=TOLERANCE)
 
 
-def member(archive: Path, name: str, folder: Path) -> Path:
-    with zipfile.ZipFile(archive) as content:
-        return Path(content.extract(name, folder))
+# --- Heat maps ---
 
 
-@pytest.fixture(scope="module")
-def classifier(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float32]:
-    folder = tmp_path_factory.mktemp("classifier")
-    return explain.load_classifier(member(archive, explain.CLASSIFIER, folder), 1000)
+def photo(data: bytes | Image.Image, longest_side: int | None = explain.LONGEST_SIDE) -> Photo:
+    content = data if isinstance(data, bytes) else encode(data)
+    return decode_photo(content, PREPROCESSING, PixelBudget(64_000_000), longest_side)
 
 
-def pixels(count: int) -> NDArray[np.uint8]:
-    pictures = [image for _, image in photographs()][:count]
-    budget = PixelBudget(10**9)
-    return np.stack([decode(encode(picture), PREPROCESSING, budget) for picture in pictures])
-
-
-def test_a_map_sums_to_the_logit_less_the_bias(
-    engine: Engine, classifier: NDArray[np.float32], weights: Weights
-) -> None:
-    logits, features = engine.logits_and_features(pixels(8))
-    bias = weights.state_dict["classifier.bias"].numpy()
-    for image in range(8):
-        for index in (0, int(logits[image].argmax()), int(logits[image].argmin()), 999):
-            activation = explain.class_activation_map(features[image], classifier[index])
-            assert activation.shape == (7, 7)
-            assert activation.dtype == np.float32
-            assert activation.sum() == pytest.approx(
-                logits[image, index] - bias[index], abs=TOLERANCE
-            )
-
-
-def test_both_ways_to_ask_an_engine_give_the_same_logits(engine: Engine) -> None:
-    images = pixels(3)
-    logits, features = engine.logits_and_features(images)
-    assert np.abs(engine.logits(images) - logits).max() < TOLERANCE
-    assert features.shape == (3, 1024, 7, 7)
-    assert features.dtype == np.float32
-    assert features.min() >= 0
-
-
-@pytest.mark.slow
-def test_covering_the_hottest_part_costs_the_class_more_than_covering_the_coldest(
-    archive: Path, classifier: NDArray[np.float32], tmp_path: Path, note: list[str]
-) -> None:
-    """A cell is covered with the picture's mean colour. The features of a cell see far beyond it,
-    so this need not hold for each picture; that it holds for nearly all of them shows that the map
-    is of this picture and of this class, and the right way up.
-    """
-    card = read_card(archive)
-    assert card is not None
-    cores = Cores(2, 2, tmp_path / "busy")
-    engine = load_engine(member(archive, "model.onnx", tmp_path), card, cores)
-    images = pixels(60)
-    falls: dict[str, list[float]] = {"hottest": [], "coldest": [], "mirrored": []}
-    for image in images:
-        logits, features = engine.logits_and_features(image[None])
-        best = int(logits[0].argmax())
-        activation = explain.class_activation_map(features[0], classifier[best])
-        hottest, coldest = int(activation.argmax()), int(activation.argmin())
-        cells = {"hottest": hottest, "coldest": coldest, "mirrored": 48 - hottest}
-        covered = np.stack([cover(image, cell) for cell in cells.values()])
-        after = engine.logits(covered)[:, best]
-        for name, logit in zip(cells, after, strict=True):
-            falls[name].append(float(logits[0, best] - logit))
-    hottest_falls, coldest_falls = np.array(falls["hottest"]), np.array(falls["coldest"])
-    holds = int((hottest_falls > coldest_falls).sum())
-    note.append(
-        f"class activation maps: covering the hottest cell cost the class more than covering the "
-        f"coldest in {holds} of {len(images)} pictures; mean fall of the logit "
-        f"{hottest_falls.mean():.2f} (hottest), {coldest_falls.mean():.2f} (coldest), "
-        f"{np.mean(falls['mirrored']):.2f} (hottest of the map turned by half)"
-    )
-    assert holds >= 0.8 * len(images)
-    assert hottest_falls.mean() > coldest_falls.mean()
-
-
-def cover(image: NDArray[np.uint8], cell: int) -> NDArray[np.uint8]:
-    row, column = divmod(cell, 7)
-    covered = image.copy()
-    covered[:, row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = image.mean(
-        axis=(1, 2), keepdims=True
-    ).astype(np.uint8)
-    return covered
-
-
-# --- Pictures ---
-
-
-def photo(size: tuple[int, int], longest_side: int | None = explain.LONGEST_SIDE) -> Photo:
-    grey = Image.new("RGB", size, (128, 128, 128))
-    return decode_photo(encode(grey), PREPROCESSING, PixelBudget(PIXELS), longest_side)
+def gray(width: int, height: int) -> Photo:
+    return photo(Image.new("RGB", (width, height), (128, 128, 128)))
 
 
 def heat_picture(of: Photo, activation: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -161,7 +99,7 @@ def one_hot(row: int, column: int) -> NDArray[np.float32]:
 
 
 def test_heat_lies_over_what_the_model_saw_and_the_rest_is_dimmed() -> None:
-    of = photo((800, 400))
+    of = gray(800, 400)
     left, top, right, bottom = of.crop
     assert (right - left, bottom - top) == pytest.approx((351.4, 351.4), abs=0.1)
     assert (left + right, top + bottom) == pytest.approx((800, 400), abs=2)
@@ -176,58 +114,69 @@ def test_heat_lies_over_what_the_model_saw_and_the_rest_is_dimmed() -> None:
     assert right - cell <= hottest[1] <= right + 1
 
 
-def test_the_only_colours_are_the_maps() -> None:
-    orange = Image.new("RGB", (300, 300), (240, 140, 40))
-    of = decode_photo(encode(orange), PREPROCESSING, PixelBudget(PIXELS), explain.LONGEST_SIDE)
+def test_the_only_colors_are_the_maps() -> None:
+    of = photo(Image.new("RGB", (300, 300), (240, 140, 40)))
     picture = heat_picture(of, one_hot(0, 6)).astype(int)
-    is_grey = np.ptp(picture, axis=2) == 0
-    assert is_grey[200:, :100].all()
+    assert (np.ptp(picture, axis=2) == 0)[200:, :100].all()
     hottest = picture[20, 280]
     assert hottest[:2].min() > hottest[2] + 50  # yellow
 
 
 def test_a_map_without_differences_is_shown_without_heat() -> None:
-    picture = heat_picture(photo((300, 300)), np.full((7, 7), 2, np.float32))
+    picture = heat_picture(gray(300, 300), np.full((7, 7), 2, np.float32))
     assert (picture[150, 150] == 128).all()
 
 
 @pytest.mark.parametrize(
     ("size", "shown"),
     [
-        ((4000, 3000), (1024, 768)),
-        ((1, 1), (1, 1)),
-        ((2, 1), (2, 1)),
-        ((1, 65_000), (1, 1024)),
-        ((65_000, 1), (1024, 1)),
-        ((3, 5000), (1, 1024)),
+        *(((4000, 3000), (1024, 768)), ((1, 1), (1, 1)), ((2, 1), (2, 1))),
+        *(((1, 65_000), (1, 1024)), ((65_000, 1), (1024, 1)), ((3, 5000), (1, 1024))),
         ((1000, 20), (1000, 20)),
     ],
 )
-def test_pictures_of_any_size_are_shown_whole(
-    size: tuple[int, int], shown: tuple[int, int]
-) -> None:
-    of = photo(size)
+def test_images_of_any_size_are_shown_whole(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    of = gray(*size)
     assert of.size == size
     assert heat_picture(of, one_hot(3, 3)).shape == (shown[1], shown[0], 3)
 
 
-def test_a_picture_of_noise_stays_far_below_what_torchserve_accepts() -> None:
+def test_noise_stays_far_below_what_torchserve_accepts() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
-    of = decode_photo(
-        encode(Image.fromarray(noise)), PREPROCESSING, PixelBudget(PIXELS), explain.LONGEST_SIDE
-    )
+    of = photo(Image.fromarray(noise))
     assert len(explain.heat_picture(of, one_hot(0, 0))) < 3_300_000
 
 
-def test_a_photo_is_upright_and_seen_by_the_model_as_ever() -> None:
-    turned = Image.new("RGB", (60, 20))
+RGB = Image.new("RGB", (40, 30), (240, 140, 40))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(RGB, "TIFF", icc_profile=bytes(8_000_000)),
+        encode(RGB.convert("CMYK"), "JPEG", icc_profile=b"of CMYK" * 1000),
+        kinds.tiff(np.asarray(RGB), 8, kinds.RGB, tags={34675: kinds.shorts(7)}),
+        encode(RGB, transparency=RGB.getpixel((5, 5)), dpi=(300, 300)),
+    ],
+    ids=["large profile", "CMYK", "odd profile", "transparency"],
+)
+def test_a_heat_map_has_no_profile_of_the_photo(data: bytes) -> None:
+    """A profile of 8 MB made an answer that ended the worker."""
+    png, position, found = explain.heat_picture(photo(data), one_hot(3, 3)), 8, set()
+    while position < len(png):
+        found.add(png[position + 4 : position + 8])
+        position += 12 + int.from_bytes(png[position : position + 4], "big")
+    assert found == {b"IHDR", b"IDAT", b"IEND"}
+
+
+def test_a_photo_is_upright_and_the_models_input_is_that_of_a_prediction() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(turned, "JPEG", exif=exif)
-    of = decode_photo(data, PREPROCESSING, PixelBudget(PIXELS), None)
+    data = encode(Image.effect_noise((60, 20), 80), "JPEG", exif=exif)
+    of = photo(data, None)
     assert of.size == (20, 60)
     assert of.preview is None
-    assert (of.pixels == decode(data, PREPROCESSING, PixelBudget(PIXELS))).all()
+    assert (of.pixels == decode(data, PREPROCESSING, PixelBudget(10**9))).all()
 
 
 # --- The weights' file ---
@@ -238,13 +187,13 @@ def test_a_photo_is_upright_and_seen_by_the_model_as_ever() -> None:
     [
         (None, "cannot be read"),
         (b"no array", "cannot be read"),
+        (np.array([{}]), "cannot be read"),
         (np.zeros((999, 4), np.float32), r"expected float32 \(1000, channels\), got float32"),
         (np.zeros((1000, 4), np.float64), "got float64"),
         (np.zeros(1000, np.float32), r"got float32 \(1000,\)"),
-        (np.array([{}]), "cannot be read"),
     ],
 )
-def test_wrong_weights_are_named(
+def test_malformed_weights_are_rejected(
     tmp_path: Path, content: bytes | NDArray[np.float32] | None, message: str
 ) -> None:
     path = tmp_path / explain.CLASSIFIER
@@ -254,8 +203,3 @@ def test_wrong_weights_are_named(
         np.save(path, content)
     with pytest.raises(ArchiveError, match=rf"classifier\.npy: .*{message}"):
         explain.load_classifier(path, 1000)
-
-
-def test_the_weights_are_mapped_not_read(classifier: NDArray[np.float32]) -> None:
-    assert isinstance(classifier, np.memmap)
-    assert classifier.shape == (1000, 1024)

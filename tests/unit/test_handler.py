@@ -1,17 +1,18 @@
 """The whole handler between TorchServe's own protocol and a real engine with a tiny model.
 
 A batch goes in as TorchServe's worker reads it from the frontend, and what comes out is read as the
-frontend reads it: what is wrong with one request must be answered in its place, its neighbours must
+frontend reads it: what is wrong with one request must be answered in its place, its neighbors must
 get what they get alone, and the stream must stay whole.
 """
 
 import base64
 import io
+import itertools
 import json
 import logging
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,12 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
-from handler import densenet_handler, images, inputs, responses
+from handler import densenet_handler, inputs, responses
 from handler.densenet_handler import DenseNetHandler
-from handler.exchange import Request
 from handler.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
+from tests.pictures import encode
 
 TAG_ICC = 34675
 
@@ -43,26 +44,25 @@ CELLS = 2
 
 
 def write_model(folder: Path) -> None:
-    """Means of the colours in each of 2 x 2 cells, and a linear layer: a model with a map."""
+    """Write a model with a class activation map: mean colors of 2 x 2 cells, a linear layer."""
     weights = np.random.default_rng(0).normal(0, 0.02, (3, CLASSES)).astype(np.float32)
     np.save(folder / CLASSIFIER, weights.T)
     kernel = [SIDE // CELLS] * 2
+    make, value = helper.make_node, helper.make_tensor_value_info
     nodes = [
-        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node(
-            "AveragePool", ["floats"], ["features"], kernel_shape=kernel, strides=kernel
-        ),
-        helper.make_node("GlobalAveragePool", ["features"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["means"]),
-        helper.make_node("MatMul", ["means", "weights"], ["logits"]),
+        make("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        make("AveragePool", ["floats"], ["features"], kernel_shape=kernel, strides=kernel),
+        make("GlobalAveragePool", ["features"], ["pooled"]),
+        make("Flatten", ["pooled"], ["means"]),
+        make("MatMul", ["means", "weights"], ["logits"]),
     ]
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 3, SIDE, SIDE])],
+        [value("images", TensorProto.UINT8, ["n", 3, SIDE, SIDE])],
         [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
-            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["n", 3, CELLS, CELLS]),
+            value("logits", TensorProto.FLOAT, ["n", CLASSES]),
+            value("features", TensorProto.FLOAT, ["n", 3, CELLS, CELLS]),
         ],
         [numpy_helper.from_array(weights, "weights")],
     )
@@ -110,7 +110,7 @@ class Answer:
     status: int
     phrase: str
     content_type: str
-    headers: Mapping[str, str]
+    headers: dict[str, str]
     body: bytes
 
     @property
@@ -176,7 +176,9 @@ def handler_and_service(
     folder.mkdir()
     write_model(folder)
     level = logging.getLogger().level
-    yield started(folder)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield started(folder)
     logging.getLogger().setLevel(level)
 
 
@@ -198,15 +200,10 @@ def served(service: Service, *requests: Sent) -> list[Answer]:
     return answers
 
 
-def picture(colour: tuple[int, int, int]) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (10, 12), colour).save(content, "PNG")
-    return content.getvalue()
-
-
-COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (200, 200, 10)]
-PICTURES = [picture(colour) for colour in COLOURS]
-RED = PICTURES[0]
+COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (200, 200, 10)]
+IMAGES = [encode(Image.new("RGB", (10, 12), color)) for color in COLORS]
+RED = IMAGES[0]
+B64 = base64.b64encode(RED).decode()
 
 
 def raw(content: bytes, **headers: str) -> Sent:
@@ -219,12 +216,12 @@ def as_json(document: object, *, explain: bool = False) -> Sent:
     return Sent((("body", "application/json", document),), headers)
 
 
+def tensor(more: dict[str, object] | None = None, **values: object) -> Sent:
+    return as_json({"inputs": [{"datatype": "BYTES", "data": [B64], **values}], **(more or {})})
+
+
 EXPLAINED = Sent(raw(RED).parts, (("explain", "True"), ("Accept", "application/json")))
-GOOD = [*map(raw, PICTURES), EXPLAINED]
-
-
-def in_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+GOOD = [*map(raw, IMAGES), EXPLAINED]
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +236,14 @@ def alone(serve: Serve) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def between(serve: Serve, alone: list[Any]) -> Callable[[Sent], Answer]:
-    """Sends a request between good ones, which must get their own right answers."""
+    """Sends a request between good ones, which must get their own answers; its place moves."""
+    places = itertools.cycle(range(len(GOOD) + 1))
 
     def between(request: Sent) -> Answer:
-        *before, answer, after, last = serve(*GOOD[:3], request, *GOOD[3:])
-        assert [each.json for each in (*before, after, last)] == alone
+        place = next(places)
+        answers = serve(*GOOD[:place], request, *GOOD[place:])
+        answer = answers.pop(place)
+        assert [each.json for each in answers] == alone
         return answer
 
     return between
@@ -259,86 +259,85 @@ def nested(depth: int) -> list[Any]:
     return deep
 
 
-B64 = in_base64(RED)
-HOSTILE: dict[str, Sent] = {
-    "half a character as JSON": as_json("\ud800"),
-    "half a character as a text": Sent((("file", "text/plain", "\ud800"),)),
-    "half a character as an image": as_json({"image": "\ud800"}),
-    "half a character as an option": as_json({"image": B64, "topk": "\ud800"}),
-    "half a character as a name": as_json({"image": B64, "tresh\ud800old": 1}),
-    "half a character as an id": as_json(
-        {"id": "\ud800", "inputs": [{"datatype": "BYTES", "data": [B64]}]}
-    ),
-    "half a character as a class": as_json({"image": B64, "class_id": "\ud800"}, explain=True),
-    "a deep topk": as_json({"image": "AA==", "topk": nested(987)}),
-    "a deep threshold": as_json({"image": B64, "parameters": {"threshold": nested(987)}}),
-    "a deep name": as_json({"inputs": [{"name": nested(987), "datatype": "BYTES", "data": [B64]}]}),
-    "a deep shape": as_json(
-        {"inputs": [{"shape": nested(987), "datatype": "BYTES", "data": [B64]}]}
-    ),
-    "deep data": as_json({"inputs": [{"datatype": "BYTES", "data": nested(987)}]}),
-    "a deep instance": as_json({"instances": nested(987)}),
-    "a list as datatype": as_json({"inputs": [{"datatype": [], "data": [B64]}]}),
-    "a long number": as_json({"image": B64, "topk": 10**4000}),
-    "a number that is none": as_json(
-        {"image": B64, "topk": float("nan"), "threshold": float("inf")}
-    ),
-    "a long length": Sent(raw(RED).parts, (("Content-Length", "9" * 5000),)),
-    "a length in other digits": Sent(raw(RED).parts, (("Content-Length", "\u0663"),)),
-    "an id in other letters": Sent(raw(RED).parts, (("X-Request-Id", "\u732b\n"),)),
-    "JSON in a form": Sent((("file", "application/json", {"a": 1}), ("other", "x/y", b"x"))),
-}
+DEEP = nested(987)
+HOSTILE = [
+    # Half a character, which is no text.
+    (400, as_json("\ud800")),
+    (400, Sent((("file", "text/plain", "\ud800"),))),
+    (400, as_json({"image": "\ud800"})),
+    (422, as_json({"image": B64, "topk": "\ud800"})),
+    (422, as_json({"image": B64, "tresh\ud800old": 1})),
+    (422, as_json({"image": B64, "class_id": "\ud800"}, explain=True)),
+    (200, tensor({"id": "\ud800"})),
+    # Lists in lists, which Python's recursion does not reach the bottom of.
+    (422, as_json({"image": "AA==", "topk": DEEP})),
+    (422, as_json({"image": B64, "parameters": {"threshold": DEEP}})),
+    (400, as_json({"instances": DEEP})),
+    (200, tensor(name=DEEP)),
+    (400, tensor(shape=DEEP)),
+    (400, tensor(data=DEEP)),
+    # Other types, and numbers that Python does not read.
+    (400, tensor(datatype=[])),
+    (422, as_json({"image": B64, "topk": 10**4000})),
+    (422, as_json({"image": B64, "topk": float("nan"), "threshold": float("inf")})),
+    (200, Sent(raw(RED).parts, (("Content-Length", "9" * 5000),))),
+    (200, Sent(raw(RED).parts, (("Content-Length", "\u0663"),))),
+    (200, Sent(raw(RED).parts, (("X-Request-Id", "\u732b\n"),))),
+    (200, Sent((("file", "application/json", {"a": 1}), ("other", "x/y", b"x")))),
+    # No image, a damaged one, and an empty one.
+    *((400, raw(content)) for content in (b"text", RED[:40], b"")),
+    (400, raw(b"text", explain="True")),
+    (200, as_json({"instances": [B64, "%"]}, explain=True)),
+]
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(("status", "request_"), HOSTILE)
 def test_a_hostile_request_is_answered_in_its_place(
-    between: Callable[[Sent], Answer], name: str
+    between: Callable[[Sent], Answer], status: int, request_: Sent
 ) -> None:
-    answer = between(HOSTILE[name])
-    assert answer.status in {200, 400, 422}, answer.body
+    answer = between(request_)
+    assert answer.status == status, answer.body
     assert answer.json
 
 
 @pytest.mark.parametrize("profile", ["a text", 7, b"no profile", b"x" * 100_000])
-def test_an_odd_colour_profile_is_its_pictures_own_trouble(
+def test_an_odd_color_profile_disturbs_no_other_image(
     between: Callable[[Sent], Answer], profile: object
 ) -> None:
-    content = io.BytesIO()
     tags = ImageFileDirectory_v2()
     tags[TAG_ICC] = profile
-    Image.new("RGB", (10, 12)).save(content, "TIFF", tiffinfo=tags)
-    answer = between(Sent(raw(content.getvalue()).parts, (("explain", "True"),)))
+    content = encode(Image.new("RGB", (10, 12)), "TIFF", tiffinfo=tags)
+    answer = between(Sent(raw(content).parts, (("explain", "True"),)))
     assert (answer.content_type == "image/png") is (answer.status == 200)
 
 
-STAGES = {
-    "reading": (inputs, "read"),
-    "deciding": (responses, "check_topk"),
-    "answering": (responses, "classification"),
-    "encoding": (responses, "collect"),
-    "checking": (responses, "check_size"),
-}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("fault", [RecursionError, MemoryError, ValueError, KeyError, OSError])
+@pytest.mark.parametrize(
+    ("module", "name", "fault"),
+    [
+        (inputs, "read", RecursionError),
+        (responses, "check_topk", ValueError),
+        (densenet_handler, "decode", MemoryError),
+        (responses, "classification", KeyError),
+        (responses, "collect", OSError),
+        (responses, "check_size", MemoryError),
+    ],
+)
 def test_a_fault_in_any_stage_is_one_requests_500(  # noqa: PLR0913, PLR0917  # fixtures
     serve: Serve,
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    stage: str,
+    module: Any,
+    name: str,
     fault: type[Exception],
 ) -> None:
     """It fails on the second of four calls, whatever the fault is."""
-    module, name = STAGES[stage]
-    as_it_is, calls = getattr(module, name), []
+    real, calls = getattr(module, name), itertools.count()
 
     def broken(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
+        if next(calls) == 1:
             raise fault("the secret of the house")
-        return as_it_is(*arguments, **options)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(module, name, broken)
     answers = serve(*GOOD[:4])
@@ -351,112 +350,52 @@ def test_a_fault_in_any_stage_is_one_requests_500(  # noqa: PLR0913, PLR0917  # 
     assert "the secret of the house" in caplog.text
 
 
-BAD = [
-    HOSTILE["half a character as JSON"],
-    HOSTILE["half a character as an image"],
-    HOSTILE["a deep threshold"],
-    HOSTILE["deep data"],
-    HOSTILE["a list as datatype"],
-    raw(RED[:40]),
-    raw(b""),
-]
-FAULTY = raw(RED, fault="yes")
-
-
-@pytest.mark.parametrize(
-    ("bad", "statuses"),
-    [
-        pytest.param(BAD, {400, 422}, id="the clients' faults"),
-        pytest.param([FAULTY], {500}, id="a fault of the server's own"),
-    ],
-)
-def test_two_hundred_requests_are_answered_beside_a_bad_one_in_each_batch(  # noqa: PLR0913, PLR0917
+@pytest.mark.parametrize("logit", [None, np.nan, np.inf, -np.inf])
+def test_an_image_that_the_engine_fails_on_is_lost_alone(
     serve: Serve,
     handler: DenseNetHandler,
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
-    bad: list[Sent],
-    statuses: set[int],
+    logit: float | None,
 ) -> None:
-    """In batches of the configured size; the bad one's place moves."""
+    """It raises on the green image, or gives a logit that is not finite."""
 
-    def read(request: Request, *arguments: Any) -> None:
-        if "fault" in request.headers:
-            raise RuntimeError("unforeseen")
-        as_it_is(request, *arguments)
-
-    as_it_is = inputs.read
-    monkeypatch.setattr(inputs, "read", read)
-    good, step = list(range(200)), handler.batch_size - 1
-    for number, start in enumerate(range(0, len(good), step)):
-        of_batch = good[start : start + step]
-        batch = [GOOD[i % len(GOOD)] for i in of_batch]
-        place = number % (len(batch) + 1)
-        answers = serve(*batch[:place], bad[number % len(bad)], *batch[place:])
-        assert answers.pop(place).status in statuses
-        assert [answer.status for answer in answers] == [200] * len(batch)
-        assert [answer.json for answer in answers] == [alone[i % len(GOOD)] for i in of_batch]
-
-
-def test_a_fault_of_the_decoder_loses_only_its_request(
-    serve: Serve, alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(data: bytes, *arguments: Any, **options: Any) -> Any:
-        if data == PICTURES[1]:
-            raise MemoryError
-        return as_it_is(data, *arguments, **options)
-
-    as_it_is = images.decode
-    monkeypatch.setattr(densenet_handler, "decode", broken)
-    answers = serve(*GOOD[:4])
-    assert [answer.status for answer in answers] == [200, 500, 200, 200]
-    assert [answers[i].json for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
-
-
-def is_green(pixels: np.ndarray) -> np.ndarray:
-    greens: np.ndarray = pixels[:, 1].mean(axis=(1, 2)) > pixels[:, 0].mean(axis=(1, 2)) + 100
-    return greens
-
-
-def test_an_image_that_the_engine_fails_on_is_lost_alone(
-    serve: Serve, handler: DenseNetHandler, alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
     def broken(pixels: np.ndarray) -> np.ndarray:
-        if is_green(pixels).any():
+        is_green = pixels[:, 1].mean(axis=(1, 2)) > pixels[:, 0].mean(axis=(1, 2)) + 100
+        if logit is None and is_green.any():
             raise RuntimeError("cuda")
-        logits: np.ndarray = as_it_is(pixels)
+        logits: np.ndarray = real(pixels).copy()
+        logits[is_green, 7] = logit
         return logits
 
-    as_it_is = handler.engine.logits
+    real = handler.engine.logits
     monkeypatch.setattr(handler.engine, "logits", broken)
-    three = {"instances": [{"b64": in_base64(content)} for content in PICTURES[:3]]}
+    three = {"instances": [base64.b64encode(content).decode() for content in IMAGES[:3]]}
     *single, several = serve(*GOOD[:4], as_json(three))
     assert [answer.status for answer in single] == [200, 500, 200, 200]
+    assert single[1].json["type"] == "InternalError"
     assert [single[i].json for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
     results = several.json["predictions"]
     assert [result.get("code", 200) for result in results] == [200, 500, 200]
     assert [results[0], results[2]] == [alone[0], alone[2]]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_fail_their_image_only(
+def test_the_web_ui_needs_neither_decoder_nor_model(
     serve: Serve,
     handler: DenseNetHandler,
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
-    value: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def poisoned(pixels: np.ndarray) -> np.ndarray:
-        logits: np.ndarray = as_it_is(pixels).copy()
-        logits[is_green(pixels), 7] = value
-        return logits
-
-    as_it_is = handler.engine.logits
-    monkeypatch.setattr(handler.engine, "logits", poisoned)
-    answers = serve(*GOOD[:4])
-    assert [answer.status for answer in answers] == [200, 500, 200, 200]
-    assert answers[1].json["type"] == "InternalError"
-    assert [answers[i].json for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
+    caplog.set_level(logging.INFO, "densenet.requests")
+    page = Sent((("body", "", b""),), (("Accept", "text/html,*/*;q=0.8"),))
+    first, image, second = serve(page, GOOD[0], page)
+    assert (first.status, first.content_type) == (200, "text/html; charset=utf-8")
+    assert first.body.startswith(b"<!doctype html>")
+    assert (first, image.json) == (second, alone[0])
+    assert json.loads(caplog.records[-1].message)["batch_images"] == 1
+    monkeypatch.setattr(handler.engine, "logits", None)
+    assert serve(page, page) == [first, second]
 
 
 def test_what_cannot_be_counted_is_answered_all_the_same(
@@ -466,44 +405,46 @@ def test_what_cannot_be_counted_is_answered_all_the_same(
     assert [answer.json for answer in serve(*GOOD)] == alone
 
 
-def test_the_metrics_are_told_what_the_answers_say(
+def test_the_log_of_requests_has_the_outcomes_of_the_answers(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "densenet.requests")
     low = Sent((("file", "image/png", RED), ("threshold", "", b"1")))
     deep = as_json({"image": B64, "topk": []})
-    several = as_json({"instances": [B64, "%"]})
-    serve(HOSTILE["a long length"], low, EXPLAINED, raw(b"text"), deep, several)
+    serve(GOOD[0], low, EXPLAINED, raw(b"text"), deep, as_json({"instances": [B64, "%"]}))
     lines = [json.loads(r.message) for r in caplog.records if r.name == "densenet.requests"]
-    assert [line["outcomes"] for line in lines] == [
-        ["recognized"],
-        ["unrecognized"],
-        ["explained"],
-        ["NotAnImage"],
-        ["InvalidOption"],
-        ["recognized", "BadRequest"],
+    assert [(line["status"], line["outcomes"]) for line in lines] == [
+        (200, ["recognized"]),
+        (200, ["unrecognized"]),
+        (200, ["explained"]),
+        (400, ["NotAnImage"]),
+        (422, ["InvalidOption"]),
+        (200, ["recognized", "BadRequest"]),
     ]
-    assert [line["status"] for line in lines] == [200, 200, 200, 400, 422, 200]
 
 
 # --- The largest answer ---
 
 
-def test_no_answer_above_the_frontends_limit_leaves(between: Callable[[Sent], Answer]) -> None:
-    """16 images with 5,000 classes each are 7 MB."""
-    for form in (
-        {"instances": [B64] * 16},
-        {"inputs": [{"datatype": "BYTES", "data": [B64] * 16}]},
-    ):
-        answer = between(as_json({**form, "topk": 100_000}))
-        assert answer.status == 413
-        assert answer.json["type"] == "AnswerTooLarge"
-        assert "smaller topk" in answer.json["message"]
-    # KServe's `result` is JSON within JSON, which makes it larger.
-    document = {"inputs": [{"datatype": "BYTES", "data": [B64] * 14}], "topk": 5_000}
-    assert between(as_json(document)).json["type"] == "AnswerTooLarge"
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"instances": [B64] * 16, "topk": 100_000},  # 7 MB
+        {"inputs": [{"datatype": "BYTES", "data": [B64] * 16}], "topk": 100_000},
+        # KServe's `result` is JSON within JSON, which makes it larger.
+        {"inputs": [{"datatype": "BYTES", "data": [B64] * 14}], "topk": 5_000},
+    ],
+)
+def test_no_answer_above_the_frontends_limit_is_sent(
+    between: Callable[[Sent], Answer], document: object
+) -> None:
+    answer = between(as_json(document))
+    assert (answer.status, answer.json["type"]) == (413, "AnswerTooLarge")
+    assert "smaller topk" in answer.json["message"]
+
+
+def test_a_large_answer_below_the_limit_is_sent(between: Callable[[Sent], Answer]) -> None:
     fits = between(as_json({"instances": [B64] * 10, "topk": 5_000}))
-    assert fits.status == 200
     assert len(fits.json["predictions"][9]["predictions"]) == 5_000
 
 
@@ -516,74 +457,50 @@ def test_a_long_name_does_not_make_an_answer_too_large(between: Callable[[Sent],
 
 # --- Anything at all ---
 
+KEYS = """
+    image b64 instances inputs outputs data datatype shape parameters topk threshold class_id
+    class_index id name embedding
+"""
+NAMES = "body data file image topk threshold class_index class_id explain embedding"
+HEADERS = """
+    Content-Type content-length Content-Length describe explain Accept X-Request-Id body file
+    Inference-Header-Content-Length Transfer-Encoding
+"""
+VALUES = """
+    True False text/html application/json;q=0.5 image/png 0 5 9999 multipart/form-data;boundary=x
+    application/json text/plain application/x-www-form-urlencoded
+"""
 scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from([B64, "\ud800", "n1", "class_id", 10**400])
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    st.sampled_from([B64, "\ud800", "n1", "class_id", "BYTES", "UINT8", "result", 10**400]),
 )
 documents = st.recursive(
-    scalars,
+    st.one_of(scalars),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                [
-                    *(
-                        "image",
-                        "b64",
-                        "instances",
-                        "inputs",
-                        "outputs",
-                        "data",
-                        "datatype",
-                        "shape",
-                    ),
-                    *("parameters", "topk", "threshold", "class_id", "class_index", "id", "name"),
-                ]
-            )
-            | st.text(max_size=5),
-            inner | st.sampled_from(["BYTES", "UINT8", "result"]),
-            max_size=6,
-        )
+        | st.dictionaries(st.sampled_from(KEYS.split()) | st.text(max_size=5), inner, max_size=6)
     ),
     max_leaves=15,
 )
-names = st.sampled_from(
-    ["body", "data", "file", "image", "topk", "threshold", "class_index", "class_id", "explain"]
-) | st.text(st.characters(codec="utf-8"), max_size=6)
-values = (
-    st.sampled_from([RED, RED[:40], bytearray(PICTURES[1]), b"", b"3", b"{", b"cat.jpg"])
-    | st.binary(max_size=30)
-    | st.text(max_size=10)
-    | documents
-)
+contents = st.sampled_from([RED, RED[:40], bytearray(IMAGES[1]), b"", b"3", b"{", b"cat.jpg"])
 parts = st.tuples(
-    names, st.sampled_from(["", "image/png", "text/plain", "application/json"]), values
+    st.sampled_from(NAMES.split()) | st.text(st.characters(codec="utf-8"), max_size=6),
+    st.sampled_from(["", "image/png", "text/plain", "application/json"]),
+    contents | st.binary(max_size=30) | st.text(max_size=10) | documents,
 )
-header_names = st.sampled_from(
-    [
-        *("Content-Type", "content-length", "Content-Length", "describe", "explain", "Accept"),
-        *("Inference-Header-Content-Length", "X-Request-Id", "body", "file", "Transfer-Encoding"),
-    ]
+headers = st.dictionaries(
+    st.sampled_from(HEADERS.split()),
+    st.sampled_from(VALUES.split()) | st.text(max_size=10),
+    max_size=5,
 )
-header_values = st.sampled_from(
-    [
-        *("True", "False", "text/html", "application/json;q=0.5", "image/png", "0", "5", "9999"),
-        *("multipart/form-data; boundary=x", "application/json", "text/plain"),
-        "application/x-www-form-urlencoded",
-    ]
-) | st.text(max_size=10)
 anything = st.builds(
     lambda parts, headers: Sent(tuple(parts), tuple(headers.items())),
     st.lists(parts, max_size=4),
-    st.dictionaries(header_names, header_values, max_size=5),
-)
+    headers,
+) | st.builds(as_json, documents, explain=st.booleans())
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(request=anything)
 def test_whatever_is_sent_stays_in_its_place(
     between: Callable[[Sent], Answer], request: Sent
@@ -597,11 +514,3 @@ def test_whatever_is_sent_stays_in_its_place(
     if answer.content_type == "application/json" and answer.status >= 400:
         assert answer.json["error"] == answer.json["message"]
         assert answer.json["success"] is False
-
-
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
-@given(document=documents, explain=st.booleans())
-def test_any_json_stays_in_its_place(
-    between: Callable[[Sent], Answer], document: object, *, explain: bool
-) -> None:
-    assert between(as_json(document, explain=explain)).status < 500

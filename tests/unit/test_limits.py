@@ -50,7 +50,7 @@ def test_workers_follow_cpus_and_then_memory(container: pytest.MonkeyPatch) -> N
     assert _within(8 * GIB, container).workers == 4
 
 
-def test_what_does_not_fit_is_refused(container: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"):
         _within(GIB, container)
     container.setattr(limits, "most_memory", lambda: 2 * GIB)
@@ -59,35 +59,30 @@ def test_what_does_not_fit_is_refused(container: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "limit"),
+    ("limit", "usage", "files", "found"),
     [
-        ({"memory.max": "2147483648", "memory.current": "100", "inactive_file": "30"}, 2 * GIB),
-        ({"memory.max": "max", "memory.current": "100", "inactive_file": "30"}, None),
+        ("memory.max 2147483648", "memory.current", "inactive_file", (2 * GIB, 70)),
+        ("memory.max max", "memory.current", "inactive_file", None),
         (
-            {
-                "memory/memory.limit_in_bytes": "2147483648",
-                "memory/memory.usage_in_bytes": "100",
-                "total_inactive_file": "30",
-            },
-            2 * GIB,
+            "memory/memory.limit_in_bytes 2147483648",
+            "memory/memory.usage_in_bytes",
+            "total_inactive_file",
+            (2 * GIB, 70),
         ),
-        ({}, None),
+        ("none 0", "none", "none", None),
     ],
 )
 def test_both_versions_of_cgroups_are_read(
-    files: dict[str, str], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, usage: str, files: str, found: object, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        if name.endswith("inactive_file"):
-            folder = tmp_path / "memory" if name.startswith("total") else tmp_path
-            (folder / "memory.stat").write_text(f"cache 500\n{name} {text}\n")
-        else:
-            path.write_text(f"{text}\n")
-    found = machine._container_memory()
-    assert found == (None if limit is None else (limit, 70))
+    name, number = limit.split()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / name).write_text(f"{number}\n")
+    (tmp_path / usage).write_text("100\n")
+    (tmp_path / name).with_name("memory.stat").write_text(f"cache 500\n{files} 30\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "_CGROUP", tmp_path)
+        assert machine._container_memory() == found
 
 
 def test_a_limit_above_the_machine_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,11 +49,8 @@ def test_a_folder_of_other_files_says_what_is_there(folder: Path) -> None:
         find_pictures([str(folder / "texts")])
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied")])
-def test_a_folder_that_is_closed_is_named(
-    error: OSError, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_on(folder / "sub", error, monkeypatch)
+def test_a_folder_that_is_closed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_on(folder / "sub", PermissionError(13, "Permission denied"), monkeypatch)
     found = find_pictures([str(folder)])
     assert found.closed == {folder / "sub": "Permission denied"}
 

@@ -1,4 +1,4 @@
-"""A worker's choice between an archive's lower precision and float32, with tiny models."""
+"""A worker chooses between an archive's reduced precision and float32, with tiny models."""
 
 import dataclasses
 import logging
@@ -12,33 +12,31 @@ import pytest
 from handler.cores import Cores
 from handler.engines import load_engine
 from handler.errors import ArchiveError
+from handler.openvino_engine import OpenVinoEngine
 from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, MOST_DIFFERENT, load_precise
 from handler.settings import MODEL_CARD, ModelCard
 from tests.unit.test_handler import SIDE, write_model
 
-PICTURES = 12
+IMAGES = 12
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An int8 archive's files; OpenVINO's model is float32's, so that the two agree."""
     write_model(tmp_path)
-    openvino.save_model(
-        openvino.Core().read_model(tmp_path / "model.onnx"),
-        tmp_path / MODEL_FILES["int8"],
-        compress_to_fp16=False,
-    )
+    exact = openvino.Core().read_model(tmp_path / "model.onnx")
+    openvino.save_model(exact, tmp_path / MODEL_FILES["int8"], compress_to_fp16=False)
     card = dataclasses.replace(ModelCard.load(tmp_path / MODEL_CARD), precision="int8")
     (tmp_path / MODEL_CARD).write_text(card.to_json())
-    images = np.random.default_rng(1).integers(0, 256, (PICTURES, 3, SIDE, SIDE), np.uint8)
-    exact = load_engine(tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
+    images = np.random.default_rng(1).integers(0, 256, (IMAGES, 3, SIDE, SIDE), np.uint8)
+    engine = load_engine(tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
     np.save(tmp_path / CHECK_IMAGES, images)
-    np.save(tmp_path / CHECK_LABELS, exact.logits(images).argmax(axis=1))
+    np.save(tmp_path / CHECK_LABELS, engine.logits(images).argmax(axis=1))
     return tmp_path
 
 
 def load(folder: Path, *, required: bool = False) -> tuple[str, str]:
-    """The precision that serves, and why it is not the archive's."""
+    """Return the precision that serves, and why it is not the archive's."""
     card = ModelCard.load(folder / MODEL_CARD)
     cores = Cores(1, 2, folder / "busy")
     engine, reason = load_precise(folder / "model.onnx", card, cores, gpu=None, required=required)
@@ -51,12 +49,12 @@ def mislabel(folder: Path, count: int) -> None:
     np.save(folder / CHECK_LABELS, labels)
 
 
-def test_what_answers_as_float32_serves(folder: Path) -> None:
+def test_a_model_that_answers_like_float32_serves(folder: Path) -> None:
     mislabel(folder, MOST_DIFFERENT)
     assert load(folder, required=True) == ("int8", "")
 
 
-def test_what_answers_otherwise_is_replaced_by_float32_and_said(
+def test_a_model_that_answers_otherwise_is_replaced_by_float32_unless_it_is_required(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mislabel(folder, MOST_DIFFERENT + 1)
@@ -65,15 +63,11 @@ def test_what_answers_otherwise_is_replaced_by_float32_and_said(
     assert precision == "float32"
     assert reason == "2 of 12 pictures get another first label than in float32; at most 1 may"
     assert f"Serving float32 instead of int8: {reason}" in caplog.text
-
-
-def test_where_the_precision_is_required_the_worker_stops(folder: Path) -> None:
-    mislabel(folder, MOST_DIFFERENT + 1)
     with pytest.raises(ArchiveError, match=r"int8 cannot be served here: 2 of 12 pictures"):
         load(folder, required=True)
 
 
-def test_without_openvino_float32_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_serves_without_openvino(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "handler.openvino_engine", raising=False)
     precision, reason = load(folder)
@@ -81,7 +75,14 @@ def test_without_openvino_float32_serves(folder: Path, monkeypatch: pytest.Monke
     assert "openvino" in reason
 
 
-def test_a_damaged_model_is_replaced_and_a_missing_check_is_no_archive(folder: Path) -> None:
+def test_float32_serves_if_the_processor_does_not_compute_in_the_precision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.openvino_engine._CAPABILITY", {"int8": "none has this"})
+    assert load(folder) == ("float32", "this processor does not compute in int8")
+
+
+def test_a_damaged_model_is_replaced_but_a_missing_check_is_an_error(folder: Path) -> None:
     (folder / MODEL_FILES["int8"]).write_text("<net>")
     assert load(folder)[0] == "float32"
     (folder / CHECK_LABELS).unlink()
@@ -89,31 +90,21 @@ def test_a_damaged_model_is_replaced_and_a_missing_check_is_no_archive(folder: P
         load(folder)
 
 
-def test_a_processor_without_the_precision_serves_float32(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("handler.openvino_engine._CAPABILITY", {"int8": "none has this"})
-    assert load(folder) == ("float32", "this processor does not compute in int8")
-
-
-def test_a_precision_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_precision_is_rejected() -> None:
     with pytest.raises(ArchiveError, match="precision must be float32, bf16, int8, got 'int4'"):
         ModelCard("tiny", 2, True, "none", "0", "0", precision="int4")  # noqa: FBT003
 
 
 def test_openvino_gives_what_onnx_runtime_gives(folder: Path) -> None:
     """A batch in any number of threads, logits and features."""
-    from handler.openvino_engine import OpenVinoEngine  # noqa: PLC0415
-
     card, images = ModelCard.load(folder / MODEL_CARD), np.load(folder / CHECK_IMAGES)
     cores = Cores(1, 2, folder / "busy")
     exact = load_engine(folder / "model.onnx", card, cores)
     other = OpenVinoEngine(folder / MODEL_FILES["int8"], "int8", cores)
-    for wanted, got in zip(
-        exact.logits_and_features(images), other.logits_and_features(images), strict=True
-    ):
+    found = other.logits_and_features(images)
+    for wanted, got in zip(exact.logits_and_features(images), found, strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
-    np.testing.assert_array_equal(other.logits(images), other.logits_and_features(images)[0])
+    np.testing.assert_array_equal(other.logits(images), found[0])
     with cores.busy(crowded=True):
         np.testing.assert_allclose(other.logits(images), exact.logits(images), atol=1e-4)

@@ -1,5 +1,6 @@
 """An int8 model of a small float32 one, and the layer that this costs most."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from handler.cores import Cores
 from handler.labels import Label
 from handler.onnx_engine import OnnxEngine
 from handler.openvino_engine import OpenVinoEngine
+from handler.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.guard import Bounds
 from scripts.build.lower_precision import LowerPrecision, make
@@ -23,12 +25,11 @@ from scripts.terminal import UserError
 
 SIDE = 16
 CHANNELS = (3, 16, 16, 16)
-SPOILT = "classifier.block.conv2.weight"
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Three convolutions; the second has a channel that 8 bits leave nothing for the others of."""
+    """Three convolutions; of the second, one channel's weights leave no precision to the others."""
     random = np.random.default_rng(0)
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
@@ -38,67 +39,61 @@ def model(tmp_path: Path) -> Path:
     for number, (before, after) in enumerate(itertools.pairwise(CHANNELS), 1):
         name = f"classifier.block.conv{number}.weight"
         weights = random.normal(0, 0.2, (after, before, 3, 3)).astype(np.float32)
-        if name == SPOILT:
+        if number == 2:
             weights[:, 0] *= 300
         values.append(numpy_helper.from_array(weights, name))
-        nodes.append(
-            helper.make_node("Conv", [f"x{number - 1}", name], [f"c{number}"], pads=[1] * 4)
-        )
-        nodes.append(helper.make_node("Relu", [f"c{number}"], [f"x{number}"]))
+        inputs, output = [f"x{number - 1}", name], f"c{number}"
+        nodes.append(helper.make_node("Conv", inputs, [output], pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [output], [f"x{number}"]))
     nodes += [
         helper.make_node("Identity", ["x3"], ["features"]),
         helper.make_node("GlobalAveragePool", ["x3"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["logits"]),
     ]
     shapes: dict[str, list[str | int]] = {"logits": ["n", 16], "features": ["n", 16, SIDE, SIDE]}
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 3, SIDE, SIDE])],
-        [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()],
-        values,
-    )
-    opset = helper.make_opsetid("", 17)
-    path = tmp_path / "model.onnx"
+    given = helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 3, SIDE, SIDE])
+    outputs = [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()]
+    graph = helper.make_graph(nodes, "small", [given], outputs, values)
+    path, opset = tmp_path / "model.onnx", helper.make_opsetid("", 17)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
     return path
 
 
 @pytest.fixture
-def pictures() -> list[NDArray[np.uint8]]:
+def images() -> list[NDArray[np.uint8]]:
     return list(np.random.default_rng(1).integers(0, 256, (40, 3, SIDE, SIDE), np.uint8))
 
 
-def test_int8_is_near_float32_nearer_without_the_costliest_layer(
-    model: Path, pictures: list[NDArray[np.uint8]], tmp_path: Path
+def test_int8_is_near_float32_and_nearer_without_the_costliest_layer(
+    model: Path, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
-    cores, images = Cores(1, 1, tmp_path / "busy"), np.stack(pictures[20:])
-    exact = OnnxEngine(model, cores).logits(images)
+    cores, held_out = Cores(1, 1, tmp_path / "busy"), np.stack(images[20:])
+    exact = OnnxEngine(model, cores).logits(held_out)
 
     def error(kept: tuple[str, ...]) -> float:
-        quantise(model, pictures[:20], tmp_path / "int8.xml", kept)
-        found = OpenVinoEngine(tmp_path / "int8.xml", "int8", cores).logits(images)
+        quantise(model, images[:20], tmp_path / "int8.xml", kept)
+        found = OpenVinoEngine(tmp_path / "int8.xml", "int8", cores).logits(held_out)
         return float(np.abs(found - exact).mean() / np.abs(exact).mean())
 
     everything = error(())
-    ranking = costliest(model, tmp_path / "int8.xml", pictures)
+    ranking = costliest(model, tmp_path / "int8.xml", images)
     assert {name for name, _ in ranking} == {f"block.conv{number}" for number in (1, 2, 3)}
     assert ranking[0][0] == "block.conv2"
     assert 0 < error((ranking[0][0],)) < everything < 0.2
 
 
-def test_the_same_pictures_give_the_same_bytes(
-    model: Path, pictures: list[NDArray[np.uint8]], tmp_path: Path
+def test_the_same_images_give_the_same_bytes(
+    model: Path, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     made = []
     for name in ("first", "second"):
-        quantise(model, pictures, tmp_path / f"{name}.xml")
+        quantise(model, images, tmp_path / f"{name}.xml")
         made.append([(tmp_path / f"{name}.{kind}").read_bytes() for kind in ("xml", "bin")])
     assert made[0] == made[1]
     assert str(tmp_path).encode() not in made[0][0]
 
 
-# --- Models that give several labels ---
+# --- Multi-label models ---
 
 LABELS = [Label(f"n{number}", f"name {number}") for number in range(CHANNELS[-1])]
 CARD = ModelCard(
@@ -116,78 +111,95 @@ CARD = ModelCard(
 
 @pytest.fixture
 def known(model: Path, tmp_path: Path) -> Path:
-    """Pictures of many colours, and the list of what float32 sees on each."""
+    """Images of many colors, and the list of what float32 sees on each."""
     random = np.random.default_rng(2)
-    colours = random.integers(0, 256, (80, 1, 1, 3))
-    pixels = (colours + random.integers(-9, 10, (80, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
-    cores = Cores(1, 1, tmp_path / "busy")
-    logits = OnnxEngine(model, cores).logits(pixels.transpose(0, 3, 1, 2))
+    colors = random.integers(0, 256, (80, 1, 1, 3))
+    pixels = (colors + random.integers(-9, 10, (80, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
+    logits = OnnxEngine(model, Cores(1, 1, tmp_path / "busy")).logits(pixels.transpose(0, 3, 1, 2))
     _spread(model, logits)
     folder = tmp_path / "known"
     folder.mkdir()
     lines = []
-    for number, (picture, row) in enumerate(zip(pixels, logits > logits.mean(axis=0), strict=True)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    for number, (image, row) in enumerate(zip(pixels, logits > logits.mean(axis=0), strict=True)):
+        Image.fromarray(image).save(folder / f"{number}.png")
         lines.append([f"{number}.png", *(LABELS[index].class_id for index in np.flatnonzero(row))])
     (folder / "labels.csv").write_text("\n".join(map(",".join, lines)))
     return folder
 
 
 def _spread(model: Path, logits: NDArray[np.float32]) -> None:
-    """Gives the model logits about 0, so that each class passes on half of the pictures."""
+    """Give the model logits about 0, so that each class passes on half of the images."""
     proto = onnx.load(model)
     proto.graph.node[-1].output[0] = "flat"
     for name, values in (("mean", logits.mean(axis=0)), ("spread", logits.std(axis=0))):
         proto.graph.initializer.append(numpy_helper.from_array(values, name))
-    proto.graph.node.append(helper.make_node("Sub", ["flat", "mean"], ["centred"]))
-    proto.graph.node.append(helper.make_node("Div", ["centred", "spread"], ["logits"]))
+    proto.graph.node.append(helper.make_node("Sub", ["flat", "mean"], ["centered"]))
+    proto.graph.node.append(helper.make_node("Div", ["centered", "spread"], ["logits"]))
     onnx.save(proto, model)
 
 
-def test_what_int8_costs_is_measured_as_mean_average_precision_where_labels_are_known(
+def test_the_cost_of_int8_is_reported_as_mean_average_precision_if_labels_are_known(
     model: Path, known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = "\n".join((known / "labels.csv").read_text().splitlines()[:70])
     (known / "labels.csv").write_text(few)
-    wanted = LowerPrecision("int8", known, None, Bounds(max_loss=5))
-    make(wanted, model, CARD, LABELS, tmp_path)
-    said = " ".join("".join(capsys.readouterr()).split())
+    make(LowerPrecision("int8", known, None, Bounds(max_loss=5)), model, CARD, LABELS, tmp_path)
+    printed = " ".join("".join(capsys.readouterr()).split())
     (points,) = re.findall(
         r"mean average precision: 100.00% .* in float32, .* in lower precision: (\S+) points lost",
-        said,
+        printed,
     )
     assert 0 < float(points) < 5
-    assert "labels as in float32:" in said
-    # Half is held back, and the list tells nothing of the last ten.
-    measured = int(re.findall(r"labels as in float32: .* of (\d+) pictures", said)[0])
+    # Half is held back, and the list names no labels of the last ten.
+    measured = int(re.findall(r"labels as in float32: .* of (\d+) pictures", printed)[0])
     assert 30 <= measured < 40
-    assert f"labels.csv does not name {40 - measured} of the pictures" in said
+    assert f"labels.csv does not name {40 - measured} of the pictures" in printed
     assert (tmp_path / "int8.xml").exists()
+    labels = np.load(tmp_path / CHECK_LABELS)
+    assert (labels.dtype, labels.shape[1]) == (np.bool_, len(LABELS))
+    assert len(np.load(tmp_path / CHECK_IMAGES)) == len(labels) > 1
 
 
-def test_int8_that_ranks_pictures_otherwise_is_refused(
-    model: Path, known: Path, tmp_path: Path
+def test_int8_that_ranks_images_otherwise_is_rejected(
+    model: Path, known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Calibrated on the dark, it takes all that is bright for equally bright."""
+    """Calibrated on dark images, it takes all that is bright for equally bright."""
     dark = tmp_path / "dark"
     dark.mkdir()
     for number, pixels in enumerate(np.random.default_rng(3).integers(0, 9, (9, SIDE, SIDE, 3))):
         Image.fromarray(pixels.astype(np.uint8)).save(dark / f"{number}.png")
-    wanted = LowerPrecision("int8", dark, known)
     with pytest.raises(
         UserError,
         match=r"PRECISION=int8 costs too much, and no archive was written: mean average precision "
         r"loses \S+ points, 0.5 are allowed. Layers that cost most: block.conv.*MAX_LOSS=",
     ):
-        make(wanted, model, CARD, LABELS, tmp_path)
+        make(LowerPrecision("int8", dark, known), model, CARD, LABELS, tmp_path)
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "9 pictures are few to calibrate on" in printed
 
 
-def test_a_list_that_does_not_fit_stops_before_anything_is_quantised(
+@pytest.mark.parametrize("limit", [Bounds(max_loss=0), Bounds(agreement=1.0)])
+def test_a_limit_of_top_1_or_of_agreement_that_is_not_met_stops_the_build(
+    limit: Bounds, model: Path, known: Path, tmp_path: Path
+) -> None:
+    """In folders of two classes the accuracy decides, in one folder the agreement."""
+    folder = tmp_path / "classes"
+    card = dataclasses.replace(CARD, activation="softmax", thresholds=())
+    for number, file in enumerate(sorted(known.glob("*.png"))):
+        parts = (LABELS[number % 2].class_id,) if limit.max_loss == 0 else ()
+        target = folder.joinpath(*parts, file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    message = r"costs too much, .*(top . loses|first labels are float32's, 100.00% must be)"
+    with pytest.raises(UserError, match=message):
+        make(LowerPrecision("int8", folder, None, limit), model, card, LABELS, tmp_path)
+
+
+def test_a_list_that_does_not_fit_stops_before_anything_is_quantized(
     model: Path, known: Path, tmp_path: Path
 ) -> None:
-    wanted = LowerPrecision("int8", known)
+    wanted, listed = LowerPrecision("int8", known), known / "labels.csv"
     before = wanted.digest()
-    listed = known / "labels.csv"
     listed.write_text("0.png,nmae 3\n")
     assert wanted.digest() != before
     with pytest.raises(UserError, match=r"no class 'nmae 3', as .*labels.csv has it. It has 16"):

@@ -1,10 +1,9 @@
-"""What is wrong with one picture's file, and what may pass."""
+"""Which errors of an image's file are permanent, and which are transient."""
 
 import errno
 import os
 import resource
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,22 +21,21 @@ def picture(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number",
+    ("transient", "numbers"),
     [
-        *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
-        *(errno.EHOSTUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
-        *(errno.ENODEV, errno.EREMOTEIO, errno.EKEYEXPIRED),
+        (True, "EIO ESTALE ENOTCONN ETIMEDOUT EHOSTDOWN EHOSTUNREACH EMFILE ENFILE ENOMEM EAGAIN"),
+        (True, "ENODEV EREMOTEIO EKEYEXPIRED"),
+        (False, "ENOENT EACCES EPERM EISDIR ENAMETOOLONG"),
     ],
 )
-def test_what_a_drive_says_may_pass(number: int, picture: Path) -> None:
-    assert isinstance(judged(OSError(number, os.strerror(number)), picture), PassingError)
-
-
-@pytest.mark.parametrize(
-    "number", [errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENAMETOOLONG]
-)
-def test_what_one_file_says_is_final(number: int, picture: Path) -> None:
-    assert not isinstance(judged(OSError(number, os.strerror(number)), picture), PassingError)
+def test_what_a_drive_says_is_transient_and_what_one_file_says_is_not(
+    transient: bool,  # noqa: FBT001
+    numbers: str,
+    picture: Path,
+) -> None:
+    for name in numbers.split():
+        error = OSError(getattr(errno, name), "")
+        assert isinstance(judged(error, picture), PassingError) == transient, name
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES])
@@ -100,14 +98,10 @@ def test_a_file_that_is_written_to_meanwhile_is_read_again(picture: Path) -> Non
 
 
 def test_a_drive_that_hangs_does_not_keep_the_program() -> None:
-    never = threading.Event()
-    began = time.monotonic()
     assert in_thread(lambda: 7, 5) == 7
     with pytest.raises(KeyError):
         in_thread(lambda: os.environb[b"no such variable"], 5)
-    try:
-        with pytest.raises(PassingError, match="the drive does not answer"):
-            in_thread(never.wait, 0.1)
-        assert time.monotonic() - began < 60
-    finally:
-        never.set()
+    never = threading.Event()
+    with pytest.raises(PassingError, match="the drive does not answer"):
+        in_thread(never.wait, 0.1)
+    never.set()

@@ -3,15 +3,13 @@
 import io
 import itertools
 import struct
-from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from handler.errors import ClientError, DamagedImage, UnsupportedFormat
+from handler.errors import DamagedImage, UnsupportedFormat
 from handler.formats import survey
 from handler.images import PixelBudget, decode, decode_photo
 from handler.rgb import upright
@@ -21,6 +19,7 @@ from tests.kinds import BLACK_IS_ZERO, CIELAB, CMYK, PALETTE, RGB, WHITE_IS_ZERO
 from tests.pictures import encode
 
 PHOTOGRAPH = np.asarray(corpus.photograph())
+MAX_PIXELS = 64_000_000
 
 
 def shown(data: bytes) -> NDArray[np.uint8]:
@@ -31,13 +30,6 @@ def shown(data: bytes) -> NDArray[np.uint8]:
         assert result.mode == "RGB"
         assert result.info == {}
         return np.asarray(result)
-
-
-def refusal(data: bytes) -> ClientError:
-    """Of a whole request's picture."""
-    with pytest.raises(ClientError) as error:
-        decode(data, Preprocessing(), PixelBudget(64_000_000))
-    return error.value
 
 
 @pytest.mark.parametrize(
@@ -57,21 +49,19 @@ def test_a_kind_that_is_read_shows_what_arithmetic_says(
     ("data", "words"),
     [
         pytest.param(data, words, id=name)
-        for name, data, words in (*kinds.unread(PHOTOGRAPH[:24, :32]), *kinds.named())
+        for name, data, words in (*kinds.unread(PHOTOGRAPH[:24, :32]), *kinds.NAMED)
     ],
 )
-def test_any_other_kind_is_refused_by_its_name(data: bytes, words: str) -> None:
-    error = refusal(data)
-    assert isinstance(error, UnsupportedFormat)
+def test_any_other_kind_is_rejected_by_its_name(data: bytes, words: str) -> None:
     with pytest.raises(UnsupportedFormat, match=words):
-        raise error
+        decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
 
 
 # --- TIFF, all of it ---
 
 H, W = 7, 13  # rows that do not end at a byte
 RANDOM = np.random.default_rng(1)
-COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
+COLORS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}
 EXTRA: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (2,), (0, 0), (1, 0), (2, 0), (0, 2))
 
 
@@ -83,41 +73,29 @@ def expected_of(
     palette: kinds.Samples,
 ) -> NDArray[np.uint8]:
     levels = kinds.to_8_bits(samples, bits)
-    colours: kinds.Samples = levels[..., : COLOURS[photometric]]
+    colors: kinds.Samples = levels[..., : COLORS[photometric]]
     match photometric:
         case kinds.WHITE_IS_ZERO:
-            colours = 255 - colours
+            colors = 255 - colors
         case kinds.PALETTE:
-            colours = palette[samples[..., 0]]
+            colors = palette[samples[..., 0]]
         case kinds.CMYK:
-            colours = kinds.from_cmyk(colours)
+            colors = kinds.from_cmyk(colors)
         case kinds.YCBCR:
-            colours = kinds.from_ycbcr(colours)
+            colors = kinds.from_ycbcr(colors)
     if extra and extra[0]:
-        alpha = levels[..., COLOURS[photometric] : COLOURS[photometric] + 1]
-        return kinds.on_white(colours, alpha, premultiplied=extra[0] == 1)
-    return np.broadcast_to(colours, (H, W, 3)).astype(np.uint8)
+        alpha = levels[..., COLORS[photometric] : COLORS[photometric] + 1]
+        return kinds.on_white(colors, alpha, premultiplied=extra[0] == 1)
+    return np.broadcast_to(colors, (H, W, 3)).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def tiffs(note: list[str]) -> Iterator[Counter[str]]:
-    counts: Counter[str] = Counter()
-    yield counts
-    note.append(
-        f"TIFF: of {counts.total()} combinations of tags {counts['read']} are read exactly, "
-        f"{counts['refused']} refused"
-    )
-
-
-@pytest.mark.parametrize("photometric", COLOURS)
+@pytest.mark.parametrize("photometric", COLORS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
-def test_no_tiff_is_read_otherwise_than_its_tags_say(
-    bits: int, photometric: int, tiffs: Counter[str]
-) -> None:
-    """All combinations of tags: what is not read exactly is refused as unsupported, and nothing
+def test_no_tiff_is_read_otherwise_than_its_tags_say(bits: int, photometric: int) -> None:
+    """All combinations of tags: what is not read exactly is rejected as unsupported, and nothing
     that is sound is called damaged.
     """
-    read = refused = 0
+    read = 0
     palette = RANDOM.integers(0, 256, (2**bits, 3))
     tags = {530: kinds.shorts(1, 1)}
     if photometric == PALETTE and bits <= 8:
@@ -125,12 +103,12 @@ def test_no_tiff_is_read_otherwise_than_its_tags_say(
     for extra, order, in_planes, reversed_bits, compression, strips in itertools.product(
         EXTRA, "<>", (False, True), (False, True), (1, 8), (1, 3)
     ):
-        count = COLOURS[photometric] + len(extra)
+        count = COLORS[photometric] + len(extra)
         samples = RANDOM.integers(0, 2**bits, (H, W, count))
         if extra[:1] == (1,):
-            most = samples[..., COLOURS[photometric], None]
-            samples[..., : COLOURS[photometric]] = RANDOM.integers(
-                0, most + 1, (H, W, COLOURS[photometric])
+            most = samples[..., COLORS[photometric], None]
+            samples[..., : COLORS[photometric]] = RANDOM.integers(
+                0, most + 1, (H, W, COLORS[photometric])
             )
         data = kinds.tiff(
             samples,
@@ -147,7 +125,6 @@ def test_no_tiff_is_read_otherwise_than_its_tags_say(
         try:
             pixels = shown(data)
         except UnsupportedFormat:
-            refused += 1
             continue
         expected = expected_of(samples, bits, photometric, extra, palette)
         # Alpha is divided by and multiplied with again; YCbCr is computed in whole numbers.
@@ -155,36 +132,42 @@ def test_no_tiff_is_read_otherwise_than_its_tags_say(
         worst = np.abs(pixels.astype(int) - expected).max()
         assert worst <= allowed, (extra, order, in_planes, reversed_bits, compression, strips)
         read += 1
-    tiffs.update(read=read, refused=refused)
-    assert (read > 0) == ((photometric, bits) in READ)
+    assert read == READ.get((photometric, bits), 0)
 
 
+# By photometric and bits, of 256 combinations each: how many are read.
 READ = {
-    *((photometric, bits) for photometric in (0, 1) for bits in (1, 2, 4, 8, 16)),
-    (BLACK_IS_ZERO, 12),
-    *((PALETTE, bits) for bits in (1, 2, 4, 8)),
-    *((photometric, bits) for photometric in (RGB, CMYK) for bits in (8, 16)),
-    (YCBCR, 8),
+    **{(photometric, bits): 32 for photometric in (0, 1, PALETTE) for bits in (1, 2, 4)},
+    (0, 8): 32,
+    (1, 8): 64,
+    (RGB, 8): 112,
+    (PALETTE, 8): 56,
+    (CMYK, 8): 48,
+    (YCBCR, 8): 16,
+    (1, 12): 8,
+    (0, 16): 8,
+    (1, 16): 16,
+    (RGB, 16): 64,
+    (CMYK, 16): 16,
 }
 
 
-def test_subsampled_colours_stand_where_they_belong() -> None:
+def test_subsampled_colors_stand_where_they_belong() -> None:
     data, expected = kinds.subsampled(PHOTOGRAPH)
     assert np.abs(shown(data).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
-    "compression",
-    ["tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"],
+    ("mode", "compression"),
+    [
+        *itertools.product(
+            ["RGB"], ["tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"]
+        ),
+        *itertools.product(["1"], ["tiff_ccitt", "group3", "group4"]),
+    ],
 )
-def test_each_compression_that_is_read_is_in_pillows_libtiff(compression: str) -> None:
-    data = encode(Image.fromarray(PHOTOGRAPH), "TIFF", compression=compression)
-    assert np.array_equal(shown(data), PHOTOGRAPH)
-
-
-@pytest.mark.parametrize("compression", ["tiff_ccitt", "group3", "group4"])
-def test_each_fax_compression_is_in_pillows_libtiff(compression: str) -> None:
-    page = Image.fromarray(PHOTOGRAPH).convert("1")
+def test_each_compression_that_is_read_is_in_pillows_libtiff(mode: str, compression: str) -> None:
+    page = Image.fromarray(PHOTOGRAPH).convert(mode)
     data = encode(page, "TIFF", compression=compression)
     assert np.array_equal(shown(data), np.asarray(page.convert("RGB")))
 
@@ -223,7 +206,8 @@ def test_cielab_is_turned_into_srgb() -> None:
     ],
 )
 def test_a_header_without_sense_is_damage_not_a_kind(data: bytes) -> None:
-    assert isinstance(refusal(data), DamagedImage)
+    with pytest.raises(DamagedImage):
+        decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
 
 
 # --- PNG and JPEG ---
@@ -239,7 +223,7 @@ def test_each_clear_level_of_a_grey_png_is_white_and_no_other(bits: int) -> None
         assert np.array_equal(shown(data), kinds.grey(expected)), level
 
 
-def test_a_clear_colour_of_16_bits_is_compared_in_all_of_them() -> None:
+def test_a_clear_color_of_16_bits_is_compared_in_all_of_them() -> None:
     samples = np.full((600, 1000, 3), 0x1234)  # more than a band
     samples[300:, :, 1] = 0x1235
     data = kinds.png(samples, 16, 2, clear=struct.pack(">HHH", *[0x1234] * 3))
@@ -252,7 +236,8 @@ def test_arithmetic_coding_changes_no_pixel() -> None:
     with Image.open(io.BytesIO(kinds.HUFFMAN_JPEG)) as image:
         expected = np.asarray(image)
     assert expected.std() > 20
-    for data in (kinds.ARITHMETIC_JPEG, kinds.PROGRESSIVE_ARITHMETIC_JPEG):
+    assert len(kinds.ARITHMETIC_JPEGS) == 2
+    for data in kinds.ARITHMETIC_JPEGS:
         assert np.array_equal(shown(data), expected)
 
 
@@ -263,15 +248,11 @@ def test_no_profile_nor_text_goes_on_with_the_pixels() -> None:
     """They would be written into an explanation's PNG, whose size they then decide."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(3_000_000)
     rgb = Image.fromarray(PHOTOGRAPH)
-    for file_format, mode in (
-        ("TIFF", "RGB"),
-        ("TIFF", "CMYK"),
-        ("JPEG", "CMYK"),
-        ("WEBP", "RGBA"),
-    ):
+    modes = (("TIFF", "RGB"), ("TIFF", "CMYK"), ("JPEG", "CMYK"), ("WEBP", "RGBA"))
+    for file_format, mode in modes:
         data = encode(rgb.convert(mode), file_format, icc_profile=profile)
         assert len(data) > 3_000_000
-        photo = decode_photo(data, Preprocessing(), PixelBudget(64_000_000), 1024)
+        photo = decode_photo(data, Preprocessing(), PixelBudget(MAX_PIXELS), 1024)
         assert photo.preview is not None
         assert photo.preview.info == {}
 

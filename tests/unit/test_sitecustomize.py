@@ -9,45 +9,37 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A module path: the archive's folder, and behind it a tracing agent's."""
+@pytest.mark.parametrize(
+    ("agent", "traced", "error"),
+    [
+        ("import sys\nsys.traced = True", True, ""),
+        (None, False, ""),
+        *(
+            (line, False, "Another sitecustomize failed: ")
+            for line in ("raise KeyError('agent')", "import nothing_like_this", "if:")
+        ),
+    ],
+)
+def test_it_runs_the_next_one_and_survives_its_faults(
+    *, agent: str | None, traced: bool, error: str, tmp_path: Path
+) -> None:
+    """The module path is the archive's folder, and behind it a tracing agent's."""
     for name in ("archive", "agent"):
         (tmp_path / name).mkdir()
     shutil.copy("handler/sitecustomize.py", tmp_path / "archive")
-    return tmp_path
-
-
-def start_python(path: Path, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    if agent:
+        (tmp_path / "agent" / "sitecustomize.py").write_text(agent)
+    code = """
+import sys, ts.protocol.otf_message_handler
+print(hasattr(sys, "traced"), any(name.split(".")[0] == "torch" for name in sys.modules))
+"""
+    done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{path / 'archive'}:{path / 'agent'}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'archive'}:{tmp_path / 'agent'}"},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
-
-
-def test_it_hands_on_to_the_next_one(path: Path) -> None:
-    (path / "agent" / "sitecustomize.py").write_text(
-        "import sys\nsys.traced = (__name__, __file__)\n"
-    )
-    done = start_python(path, "import sys; print(sys.traced, 'torch' in sys.modules)")
-    agent = str(path / "agent" / "sitecustomize.py")
-    assert done.stdout.strip() == f"{('sitecustomize', agent)} False"
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize("line", ["raise KeyError('agent')", "import nothing_like_this", "if:"])
-def test_what_goes_wrong_there_does_not_break_the_worker(path: Path, line: str) -> None:
-    (path / "agent" / "sitecustomize.py").write_text(line)
-    done = start_python(path, "import sys; print('torch' in sys.modules)")
-    assert done.returncode == 0
-    assert done.stdout.strip() == "False"
-    assert done.stderr.startswith("Another sitecustomize failed: ")
-
-
-def test_alone_it_says_nothing(path: Path) -> None:
-    done = start_python(path, "import ts.protocol.otf_message_handler as m; print(m.torch)")
-    assert done.returncode == 0
-    assert done.stderr == ""
+    assert done.stdout.strip() == f"{traced} False"
+    assert done.stderr.startswith(error)
+    assert bool(done.stderr) is bool(error)

@@ -1,13 +1,9 @@
-"""Recognising processes, and the files that remember them."""
+"""Recognizing processes, and the files that remember them."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +13,7 @@ from scripts.serve import commands
 from scripts.serve.running import find_running, require_running
 from scripts.state import living_process, process_of, recall, remember, started
 from scripts.terminal import UserError
+from tests.killing import killed_at_each_line
 
 OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000}
 
@@ -50,65 +47,45 @@ def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -
         assert process_of(*words) is None, "a process that has ended, and was not waited for"
 
 
-@pytest.mark.slow
 def test_a_file_is_whole_wherever_its_writer_is_killed(tmp_path: Path) -> None:
-    """Once for each line of Python that runs while it is written."""
     path = tmp_path / "state.json"
     remember(path, OLD)
-    finished, lines = False, 0
-    while not finished:
-        lines += 1
-        finished = _write_and_die(path, at=lines)
-        assert recall(path) in (OLD, NEW)
-    assert lines > 20
-    assert recall(path) == NEW
+    program = f"""
+from pathlib import Path
+from scripts.state import remember
+def work():
+    remember(Path({str(path)!r}), {NEW})
+"""
+    found = [recall(path) for _ in killed_at_each_line(program, "scripts.state", path)]
+    assert found.count(OLD) > 5
+    assert found[-1] == NEW
+    assert all(values in (OLD, NEW) for values in found)
     assert path.stat().st_mode & 0o077 == 0
 
 
-def _write_and_die(path: Path, at: int) -> bool:
-    """Whether a process that is killed before so many lines had finished by then."""
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-
-        def tracer(_: FrameType, event: str, __: Any) -> Any:
-            nonlocal count
-            count += event == "line"
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return tracer
-
-        sys.settrace(tracer)
-        remember(path, NEW)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    return os.WIFEXITED(status)
+@pytest.fixture
+def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that remembers a server; it is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    Path(".run").mkdir()
+    return Path(".run/server.json")
 
 
-def cut(path: Path) -> None:
-    path.write_text('{"pid": 12, "star')
+UNREADABLE = {
+    "cut off": b'{"pid": 12, "star',
+    "of another version": b'{"pid": 12, "created": 1.5}',
+    "no object": b"[1]",
+    "no text": b"\xff\xfe\x00",
+}
 
 
-def of_another_version(path: Path) -> None:
-    path.write_text('{"pid": 12, "created": 1.5}')
-
-
-def no_object(path: Path) -> None:
-    path.write_text("[1]")
-
-
-def no_text(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe\x00")
-
-
-def a_folder(path: Path) -> None:
-    path.mkdir()
-
-
-@pytest.mark.parametrize("spoil", [cut, of_another_version, no_object, no_text, a_folder])
-@pytest.mark.parametrize(
-    "look",
-    [
+@pytest.mark.parametrize("content", [*UNREADABLE.values(), None], ids=[*UNREADABLE, "a folder"])
+def test_what_cannot_be_read_is_reported_and_kept(content: bytes | None, remembered: Path) -> None:
+    if content is None:
+        remembered.mkdir()
+    else:
+        remembered.write_bytes(content)
+    for look in (
         find_running,
         require_running,
         commands.status_command,
@@ -116,38 +93,23 @@ def a_folder(path: Path) -> None:
         commands.stop_command,
         commands.start_command,
         run.main,
-    ],
-    ids=["find", "require", "status", "scale", "stop", "start", "run"],
-)
-def test_what_cannot_be_read_is_reported_and_kept(
-    spoil: Callable[[Path], None],
-    look: Callable[[], object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = Path(".run/server.json")
-    path.parent.mkdir()
-    spoil(path)
-    with pytest.raises(UserError, match=r"server\.json"):
-        look()
-    assert path.exists()
+    ):
+        with pytest.raises(UserError, match=r"server\.json"):
+            look()
+        assert remembered.exists()
 
 
 def test_stop_clears_what_a_dead_server_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    remembered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     temporary = tmp_path / "torchserve-1"
     temporary.mkdir()
-    path = Path(".run/server.json")
-    path.parent.mkdir()
     dead = {"pid": 2**22 + 1, "started": "boot/1", "temporary": str(temporary), "model": "m"}
-    remember(path, {**dead, "ports": {}, "models": {"m": "0"}})
+    remember(remembered, {**dead, "ports": {}, "models": {"m": "0"}})
     assert find_running() is None
-    assert path.exists(), "who only looks removes nothing"
+    assert remembered.exists(), "who only looks removes nothing"
     assert temporary.exists()
     commands.stop_command()
     assert "what it left is cleared" in capsys.readouterr().out
-    assert not path.exists()
+    assert not remembered.exists()
     assert not temporary.exists()

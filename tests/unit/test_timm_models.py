@@ -16,27 +16,26 @@ from torch import nn
 from handler.images import PixelBudget, decode
 from scripts.build import hub, timm_models
 from scripts.build.architectures import check_architecture
-from scripts.build.commands import main
+from scripts.build.commands import main as make_archive
 from scripts.build.export import Normalized
 from scripts.build.packing import Said
 from scripts.terminal import UserError
 from tests.pictures import encode, photographs
 from tests.timm_transforms import timm_transform
 
-ARCHITECTURE = "timm/test_resnet.r160_in1k"
-REPOSITORY = "timm/test_resnet.r160_in1k"
+ARCHITECTURE = REPOSITORY = "timm/test_resnet.r160_in1k"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As the hub answers: a redirect that says the file's SHA-256, then the file."""
+    """As the hub answers: a redirect with the file's SHA-256, then the file."""
 
     content = b""
     digest = ""
-    asked: list[str] = []  # noqa: RUF012
+    requests: list[str] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requests.append(self.path)
         if self.path == "/file":
             self.send_response(200)
             self.send_header("Content-Length", str(len(self.content)))
@@ -53,8 +52,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
+    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -69,102 +67,100 @@ def served(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[type[Hub]]:
     Hub.content = safetensors.torch.save(model.state_dict())
-    Hub.digest, Hub.asked = hashlib.sha256(Hub.content).hexdigest(), []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    yield Hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    Hub.digest, Hub.requests = hashlib.sha256(Hub.content).hexdigest(), []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+        yield Hub
+        server.shutdown()
 
 
-def kept(folder: Path) -> list[Path]:
+def cached(folder: Path) -> list[Path]:
     return [path for path in (folder / "home").rglob("*") if path.is_file()]
 
 
-def test_weights_of_the_hub_are_fetched_once_and_fit(
+def test_weights_of_the_hub_are_fetched_once_and_again_only_if_damaged(
     served: type[Hub], model: nn.Module, tmp_path: Path
 ) -> None:
     found = timm_models.obtain(ARCHITECTURE, None, REVISION)
     assert (found.classes, found.sha256) == (3, served.digest)
     state_dict = model.state_dict()
     assert all(torch.equal(v, state_dict[k]) for k, v in found.module.state_dict().items())
-    asked = len(served.asked)
+    requests = len(served.requests)
     timm_models.obtain(ARCHITECTURE, None, REVISION)
-    assert len(served.asked) == asked, "the second time from the disk"
-    (file,) = kept(tmp_path)
+    assert len(served.requests) == requests
+    (file,) = cached(tmp_path)
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert timm_models.obtain(ARCHITECTURE, None, REVISION).sha256 == served.digest
-    assert len(served.asked) > asked, "a damaged file is fetched again"
+    assert len(served.requests) > requests
 
 
 @pytest.mark.parametrize(
-    ("digest", "message"),
+    ("digest", "endpoint", "message"),
     [
-        ("0" * 64, "is not the expected file.*thrown away"),
-        ("", "does not say the file's SHA-256"),
-        ("cut", "the connection was lost.*Run the same command again"),
+        ("0" * 64, "", "is not the expected file.*thrown away"),
+        ("", "", "does not say the file's SHA-256"),
+        ("cut", "", "the connection was lost.*Run the same command again"),
+        ("", "http://127.0.0.1:9", "cannot be reached.*WEIGHTS=path"),
     ],
 )
-def test_what_is_not_the_file_is_not_kept(
-    digest: str, message: str, served: type[Hub], tmp_path: Path
+def test_only_the_expected_file_is_cached(  # noqa: PLR0913, PLR0917
+    digest: str,
+    endpoint: str,
+    message: str,
+    served: type[Hub],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served.digest = digest
+    if endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(UserError, match=message):
         timm_models.obtain(ARCHITECTURE, None, REVISION)
-    assert kept(tmp_path) == []
+    assert cached(tmp_path) == []
 
 
 @pytest.mark.parametrize("revision", [None, "main", REVISION[:7], REVISION.upper()])
-def test_a_revision_that_can_change_is_refused(revision: str | None, served: type[Hub]) -> None:
+def test_a_revision_that_can_change_is_rejected(revision: str | None, served: type[Hub]) -> None:
     with pytest.raises(UserError, match=r"at a fixed revision only: REVISION=... is a commit"):
         timm_models.obtain(ARCHITECTURE, None, revision)
-    assert served.asked == []
+    assert served.requests == []
 
 
-def test_what_the_hub_does_not_have_is_said(served: type[Hub], tmp_path: Path) -> None:
+def test_a_revision_that_the_hub_does_not_have_is_named(served: type[Hub], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"answered 404 .*with safetensors, at this revision"):
         hub.fetch(REPOSITORY, REVISION[::-1], tmp_path)
-    assert served.asked
+    assert served.requests
 
 
-@pytest.mark.usefixtures("served")
-def test_a_hub_that_cannot_be_reached_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"more": torch.zeros(1)}, f"does not fit {ARCHITECTURE} with 3 classes"),
+        ({"fc.weight": None}, "it has no fc.weight.* MODEL_FILE=model.onnx"),
+        ({"fc.bias": torch.tensor([0, 0, torch.inf])}, "pth: fc.bias holds values .* not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_rejected(
+    changed: dict[str, torch.Tensor | None], message: str, model: nn.Module, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"cannot be reached.*WEIGHTS=path"):
-        timm_models.obtain(ARCHITECTURE, None, REVISION)
-    assert kept(tmp_path) == []
+    state_dict = {k: v for k, v in {**model.state_dict(), **changed}.items() if v is not None}
+    torch.save(state_dict, tmp_path / "mine.pth")
+    with pytest.raises(UserError, match=message):
+        timm_models.obtain(ARCHITECTURE, tmp_path / "mine.pth", None)
 
 
-def test_weights_that_do_not_fit_are_refused(model: nn.Module, tmp_path: Path) -> None:
-    state_dict = dict(model.state_dict())
-    torch.save({**state_dict, "more": torch.zeros(1)}, tmp_path / "more.pth")
-    with pytest.raises(UserError, match=r"does not fit timm/test_resnet.r160_in1k with 3 classes"):
-        timm_models.obtain(ARCHITECTURE, tmp_path / "more.pth", None)
-    torch.save({"head.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"it has no fc.weight.* MODEL_FILE=model.onnx"):
-        timm_models.obtain(ARCHITECTURE, tmp_path / "other.pth", None)
-    torch.save({**state_dict, "fc.bias": torch.tensor([0, 0, torch.inf])}, tmp_path / "inf.pth")
-    with pytest.raises(UserError, match=r"inf.pth: fc.bias holds values that are not finite"):
-        timm_models.obtain(ARCHITECTURE, tmp_path / "inf.pth", None)
-
-
-def test_another_size_than_a_model_takes_is_refused(tmp_path: Path) -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
+def test_a_size_that_a_model_cannot_take_is_rejected(tmp_path: Path) -> None:
+    vit, name = timm.create_model("vit_tiny_patch16_224"), "timm/vit_tiny_patch16_224"
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    name = "timm/vit_tiny_patch16_224"
     mine = timm_models.obtain(name, tmp_path / "vit.pth", None)
     preprocessing = timm_models.preprocessing_of(name, Said(crop=64))
     with pytest.raises(UserError, match=r"cannot take pictures of 64 x 64 pixels.* another CROP"):
         timm_models.build(mine, preprocessing, model_store=tmp_path)
 
 
-def test_a_square_larger_than_the_picture_is_refused_unless_another_is_said() -> None:
+def test_a_crop_larger_than_the_image_is_rejected_unless_overridden() -> None:
     name = "timm/volo_d4_448.sail_in1k"
     with pytest.raises(UserError, match=r"crop 448 is larger than resize 389. RESIZE, CROP, MEAN"):
         timm_models.preprocessing_of(name, Said())
@@ -173,12 +169,12 @@ def test_a_square_larger_than_the_picture_is_refused_unless_another_is_said() ->
     assert timm_models.preprocessing_of(name, Said(fit="squash")).resize == 448
 
 
-def test_a_revision_is_refused_where_weights_are_a_file(tmp_path: Path) -> None:
+def test_a_revision_is_rejected_if_weights_are_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"REVISION is of weights on the hub. Leave it out"):
-        main(arch=ARCHITECTURE, weights=tmp_path / "mine.pth", revision=REVISION)
+        make_archive(arch=ARCHITECTURE, weights=tmp_path / "mine.pth", revision=REVISION)
 
 
-def test_names_that_timm_does_not_have_get_similar_ones() -> None:
+def test_similar_names_are_suggested_for_an_unknown_one() -> None:
     with pytest.raises(UserError, match=r"no model 'resnet51'. Alike are: .*timm/resnet5"):
         timm_models.preprocessing_of("timm/resnet51", Said())
     with pytest.raises(UserError, match="built by make archive ARCH=timm/resnet50; then make"):
@@ -190,8 +186,10 @@ def test_names_that_timm_does_not_have_get_similar_ones() -> None:
     ["densenet121.ra_in1k", "resnet50.a1_in1k", "test_vit.r160_in1k", "mixer_b16_224.goog_in21k"],
 )
 def test_preprocessing_is_that_of_the_weights(name: str) -> None:
-    preprocessing = timm_models.preprocessing_of(f"timm/{name}", Said())
-    theirs = timm_transform(name)
+    preprocessing, theirs = (
+        timm_models.preprocessing_of(f"timm/{name}", Said()),
+        timm_transform(name),
+    )
     normalize = Normalized(nn.Identity(), preprocessing)
     for title, image in list(photographs())[::17]:
         rgb = image.convert("RGB")

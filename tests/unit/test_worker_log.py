@@ -11,10 +11,6 @@ PREFIX = "2026-11-21T17:00:00,123 [INFO ] W-9000-densenet121_1.0-stdout MODEL_LO
 MISSING_MODULE = """\
 Backend worker process died.
 Traceback (most recent call last):
-  File "/venv/ts/model_loader.py", line 108, in load
-    module, function_name = self._load_handler_file(handler)
-  File "/tmp/models/x/densenet_handler.py", line 3, in <module>
-    import handler
   File "/tmp/models/x/handler/images.py", line 9, in <module>
     import PIL
 ModuleNotFoundError: No module named 'PIL'
@@ -22,27 +18,21 @@ ModuleNotFoundError: No module named 'PIL'
 During handling of the above exception, another exception occurred:
 
 Traceback (most recent call last):
-  File "/venv/ts/model_service_worker.py", line 301, in <module>
     worker.run_server()
 RuntimeError: this is a consequence
 """
 ARCHIVE = """\
 Failed to load model densenet121, exception model.onnx: cannot be loaded: Protobuf parsing failed.
 Traceback (most recent call last):
-  File "/tmp/models/x/handler/engines.py", line 69, in load_engine
-    return OnnxEngine(model_file, cores)
 onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf: [ONNXRuntimeError] : 7
-The above exception was the direct cause of the following exception:
 Traceback (most recent call last):
 handler.errors.ArchiveError: model.onnx: cannot be loaded: Protobuf parsing failed.
 Backend worker process died.
-Traceback (most recent call last):
 RuntimeError: 500 - Unknown exception
 """
 MEMORY = """\
 Load model densenet121 cpu OOM, exception
 Traceback (most recent call last):
-  File "/tmp/models/x/densenet_handler.py", line 70, in initialize
     self.engine = load_engine(
 numpy.core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB
 MemoryError
@@ -76,6 +66,7 @@ def test_a_healthy_start_has_no_cause() -> None:
         "Ready: densenet121 on ONNX Runtime 1.31.1, CPU, 1 to 2 thread(s)",
     ]
     assert cause(lines) is None
+    assert cause(["RuntimeError: 507 - System out of memory"]) is None, "TorchServe's conclusion"
     assert not says_died(lines)
     assert says_died(MISSING_MODULE.splitlines())
 

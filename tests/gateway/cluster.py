@@ -1,4 +1,4 @@
-"""A gateway on ports that nobody uses, and clients that keep asking it; tests use both too."""
+"""A gateway on free ports, and clients that keep sending requests to it."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""What happens to a cluster while clients keep asking; used by tests and by `make outages`."""
+"""What happens to a cluster while clients keep asking; each waits until all is well again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,15 +80,6 @@ def serves_anew(folder: Path, before: Running, place: int = 0) -> bool:
     if running is None or running.pid == before.pid:
         return False
     return ready_workers(running) > 0 and node.healthy
-
-
-def hang_worker(folder: Path, number: int) -> None:
-    """Stops a worker of one node, of the next each time, and waits until all nodes serve."""
-    servers = servers_of(folder)
-    worker = worker_of(servers[number % len(servers)])
-    worker.suspend()
-    wait_for(lambda: not worker.is_running())
-    wait_for(lambda: all(node.healthy for node in _gateway(folder).nodes))
 
 
 def cut_power(server: Running) -> None:

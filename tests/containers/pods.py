@@ -1,5 +1,4 @@
-"""The Deployment's pods on podman, with the gateway's container before them; used by tests and by
-`make replicas`.
+"""The Deployment's pods on podman, with the gateway's container in front of them.
 
 `podman kube play` runs the very Deployment of `deploy/kubernetes`, but for what it cannot do, and
 that is taken away by kustomize. What a control plane would decide, which pod starts and which ends,
@@ -262,26 +261,11 @@ def kill(pods: Pods, _: str) -> None:
     pods.pods.append(pods.pods.pop(0))
 
 
-def stop(pods: Pods, _: str) -> None:
-    """Stops a pod as an operator does, and starts it again."""
-    pod = pods.pods[0]
-    pods.engine.run("pod", "stop", "-t", str(_STOP_SECONDS), pod.name, timeout=_PATIENCE)
-    pods.engine.run("pod", "start", pod.name, timeout=_PATIENCE)
-    pods.wait_until_ready(pod)
-    pods.pods.append(pods.pods.pop(0))
-
-
-def replace(pods: Pods, image: str) -> None:
-    """Starts a pod of another image, and ends the oldest one."""
-    oldest = pods.pods[0]
-    pods.start(image)
-    pods.end(oldest)
-
-
 def roll(pods: Pods, image: str) -> None:
-    """Replaces all pods, one after the other."""
-    for _ in list(pods.pods):
-        replace(pods, image)
+    """Replace all pods by those of another image: each starts before the oldest one stops."""
+    for oldest in list(pods.pods):
+        pods.start(image)
+        pods.end(oldest)
 
 
 def cut(pods: Pods, _: str, seconds: float = 15.0) -> None:
@@ -306,8 +290,6 @@ def _interface_down(process: int) -> Iterator[None]:
 
 FAULTS: dict[str, Callable[[Pods, str], None]] = {
     "a container is killed": kill,
-    "a container is stopped, and started again": stop,
-    "a container is replaced by another image": replace,
     "a container's network is cut for 15 s": cut,
     "both are replaced, one after the other": roll,
 }

@@ -1,0 +1,189 @@
+"""What the web UI is for: upload an image, see its result, see why; for everybody."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from benchmarks.known import CAT_LABELS, KNOWN
+from scripts.samples import CAT
+from scripts.serve.running import Running
+from tests.browser.conftest import Console
+from tests.browser.person import (
+    NOTES,
+    PHONE,
+    answered,
+    ask,
+    choose,
+    everything,
+    expect_the_cats_answer,
+    explain,
+    in_words,
+    payload,
+)
+
+Open = Callable[..., Page]
+
+
+def test_a_chosen_image_is_shown_at_once_and_answered(page: Page, running: Running) -> None:
+    choose(page, CAT)
+    image = page.locator(".photo img")
+    expect(image).to_have_attribute("alt", "chelsea.png")
+    assert (image.get_attribute("src") or "").startswith("blob:")
+    expect_the_cats_answer(page, running)
+    assert image.evaluate("image => image.naturalWidth") == 451
+    expect(page.locator(".about")).to_have_text(
+        re.compile(r"^chelsea\.png, 241 kB, answered in \d+\.\d\d s$")
+    )
+    widths = page.locator(".guess .bar").evaluate_all("bars => bars.map(bar => bar.style.width)")
+    probabilities = [row["probability"] for row in ask(running)["predictions"]]
+    assert [float(width.rstrip("%")) / 100 for width in widths] == pytest.approx(
+        probabilities, abs=1e-5
+    )
+
+
+def test_photographs_with_known_content_are_recognized_and_nothing_warns(
+    open_page: Open, lite0_server: Running
+) -> None:
+    page = open_page(lite0_server.predictions_url)
+    expect(page.locator("#warning")).not_to_be_visible()
+    page.get_by_role("button", name="cat").click()
+    expect(answered(page)).to_have_count(1)
+    assert page.locator(".guess .name").first.inner_text() in map(in_words, CAT_LABELS)
+    choose(page, *(known.path for known in KNOWN))
+    expect(answered(page)).to_have_count(len(KNOWN) + 1)
+    for known in KNOWN:
+        row = page.locator(".result").filter(has_text=known.path.name)
+        label = row.locator(".toggle").inner_text()
+        assert label in map(in_words, known.labels), known.path.name
+    expect(page.locator(".caution:visible")).to_have_count(0)
+
+
+def test_a_file_that_is_no_image_gets_the_servers_error_message(
+    page: Page, running: Running, console: Console
+) -> None:
+    choose(page, payload("notes.txt", NOTES, "text/plain"))
+    expect(page.locator(".message")).to_have_text(ask(running, NOTES)["message"])
+    expect(page.locator(".again")).not_to_be_visible()
+    console.expect("status of 400")
+
+
+def test_threshold_and_number_of_guesses_are_the_persons_choice(
+    page: Page, running: Running
+) -> None:
+    expect(page.locator("#threshold")).to_have_value("0.1")
+    expect(page.locator("#threshold-shown")).to_have_text("10.0 % sure")
+    choose(page, CAT)
+    expect_the_cats_answer(page, running)
+    for threshold in ("0.99", "0.13", "0.12", "0"):
+        page.locator("#threshold").fill(threshold)
+        body = ask(running, threshold=threshold)
+        words = in_words(body["class_name"]) if body["recognized"] else "Not recognised"
+        expect(page.locator(".toggle")).to_have_text(words)
+        expect(page.locator(".unsure")).to_be_visible(visible=not body["recognized"])
+    page.get_by_label("Guesses shown").select_option("10")
+    names = [in_words(row["label"]) for row in ask(running, topk="10")["predictions"]]
+    expect(page.locator(".guess .name")).to_have_text(names)
+    page.get_by_label("Guesses shown").select_option("1")
+    expect(page.locator(".guess")).to_have_count(1)
+
+
+def test_each_guess_has_a_heat_map_that_lies_on_the_image(
+    page: Page, running: Running, console: Console
+) -> None:
+    choose(page, CAT)
+    expect(page.locator(".guess")).to_have_count(5)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    drawings = set()
+    for row in ask(running)["predictions"][:2]:
+        guess = page.get_by_role("button", name=re.compile(f"^{in_words(row['label'])} \\d"))
+        guess.click()
+        expect(guess).to_have_attribute("aria-pressed", "true")
+        expect(page.locator(".guess[aria-pressed=true]")).to_have_count(1)
+        explanation = explain(running, class_index=str(row["class_index"]))
+        activation = np.array(explanation["map"])
+        expect(page.locator(".why")).to_contain_text(
+            _meaning(in_words(row["label"]), activation.min(), activation.max())
+        )
+        expect(page.locator(".photo img")).to_have_css("filter", "grayscale(1)")
+        photo, seen = (page.locator(name).bounding_box() for name in (".photo", ".seen"))
+        assert photo is not None
+        assert seen is not None
+        scale = photo["width"] / explanation["image"]["width"]
+        left, top, right, bottom = (
+            explanation["crop"][edge] * scale for edge in ("left", "top", "right", "bottom")
+        )
+        assert (seen["x"], seen["y"], seen["width"], seen["height"]) == pytest.approx(
+            (photo["x"] + left, photo["y"] + top, right - left, bottom - top), abs=0.6
+        )
+        heat = _drawn_heat(page)
+        drawings.add(heat.tobytes())
+        relative = (activation - activation.min()) / (activation.max() - activation.min())
+        # The middle of each of the 7x7 cells; that of 32 pixels lies between two.
+        assert heat[16::32, 16::32] / 255 == pytest.approx(relative, abs=0.05)
+    console.expect("willReadFrequently")  # the test's own reading of the canvas
+    assert len(drawings) == len(asked) == 2
+    page.locator(".guess").first.click()
+    expect(page.locator(".guess").first).to_have_attribute("aria-pressed", "true")
+    assert len(asked) == 2
+
+
+def _meaning(name: str, least: float, most: float) -> str:
+    if most < 0:
+        return f"All parts speak against \u201c{name}\u201d, the brighter ones less."
+    against = "; clear ones speak against it" if least < 0 else ""
+    return f"The brighter a part, the more it speaks for \u201c{name}\u201d{against}."
+
+
+def _drawn_heat(page: Page) -> np.ndarray:
+    """The opacity of what the canvas shows: uint8 (224, 224)."""
+    alpha = page.locator(".seen canvas").evaluate(
+        """canvas => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, 224, 224);
+            return Array.from(data.filter((_, i) => i % 4 === 3));
+        }"""
+    )
+    return np.array(alpha, np.uint8).reshape(224, 224)
+
+
+def test_a_keyboard_is_enough(page: Page, running: Running) -> None:
+    # Listened for from the start: a key is faster than the driver gets ready to catch the dialog.
+    page.on("filechooser", lambda chooser: chooser.set_files(CAT))
+    page.keyboard.press("Tab")
+    expect(page.locator("#choose")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect_the_cats_answer(page, running)
+    page.get_by_role("button", name=re.compile("^container ship")).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".seen")).to_be_visible()
+    page.locator(".toggle").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".body")).not_to_be_visible()
+    page.get_by_role("button", name="Remove chelsea.png").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".result")).to_have_count(0)
+    expect(page.locator("#choose")).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    "options", [{"color_scheme": "dark"}, {"color_scheme": "light", **PHONE}], ids=["dark", "phone"]
+)
+def test_axe_finds_no_accessibility_violation(
+    open_page: Open, running: Running, console: Console, options: dict[str, Any]
+) -> None:
+    # axe works with means that the page's policy rightly denies.
+    page = open_page(running.predictions_url, bypass_csp=True, **options)
+    for state in ("empty", "full"):
+        if state == "full":
+            everything(page)
+            console.expect("status of 400")
+        results = Axe().run(page)
+        assert results.violations_count == 0, (state, results.generate_report())
+        # It looked: colors and names are what it is for.
+        passed = {rule["id"] for rule in results.response["passes"]}
+        assert {"color-contrast", "label", "button-name", "image-alt"} <= passed or state == "empty"

@@ -1,0 +1,114 @@
+"""The image as SageMaker and Vertex AI run it."""
+
+import base64
+import json
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from scripts.container.engine import Engine
+from scripts.samples import CAT
+from scripts.serve.management import poll
+from tests.containers.running import (
+    OTHER,
+    READY_TIMEOUT,
+    Answer,
+    Container,
+    container,
+    other_archive,
+    readable,
+)
+
+JSON = {"Content-Type": "application/json"}
+# SageMaker's, and KServe's, which are there too.
+HEALTH = ("/ping", "/v2/health/ready", "/v1/models/densenet121", "/v2/models/densenet121/ready")
+
+
+def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
+    engine: Engine, image: str, archive: Path, tmp_path: Path
+) -> None:
+    """As SageMaker does: `serve`, root, nothing read-only, `model.tar.gz` unpacked."""
+    folder = tmp_path / "model"
+    with zipfile.ZipFile(other_archive(archive, tmp_path / "pets.mar")) as content:
+        content.extractall(folder)
+    options = ("--user=0:0", f"--volume={readable(folder)}:/opt/ml/model")
+    with container(engine, image, "serve", options=options, until=None) as running:
+        seen = set()
+
+        def ready() -> bool:
+            seen.add(running.status("/ping"))
+            return 200 in seen
+
+        assert poll(ready, READY_TIMEOUT), running.logs()
+        # nginx answers long before a worker can; before that its port may not be open yet.
+        assert seen - {None} == {503, 200}
+        assert all(running.status(path) == 200 for path in HEALTH)
+        assert running.execute("id", "-u").strip() == "0"
+        _check_contract(running)
+
+        def unhealthy_without_workers() -> bool:
+            running.execute("python", "-c", _END_WORKERS)  # TorchServe starts others at once
+            return all(running.status(path) == 503 for path in HEALTH)
+
+        assert poll(unhealthy_without_workers, 60), running.logs()
+        running.execute("sh", "-c", "kill -9 $(cat /tmp/densenet/.model_server.pid)")
+        assert poll(lambda: not running.runs(), 60)
+        assert running.state()["ExitCode"] == 1
+        assert "TorchServe ended by itself" in running.logs()
+
+
+_END_WORKERS = """
+import psutil
+for process in psutil.process_iter():
+    if any(part.endswith("model_service_worker.py") for part in process.cmdline()):
+        process.kill()
+"""
+
+
+def _check_contract(running: Container) -> None:
+    """Sends what SageMaker sends; the mounted model answers."""
+    photo = CAT.read_bytes()
+    encoded = base64.b64encode(photo).decode()
+    raw = ("image/jpeg", "application/x-image", "application/octet-stream", "")
+    document = ("application/json", json.dumps({"image": encoded}).encode())
+    for kind, body in [*((kind, photo) for kind in raw), document]:
+        answer = running.ask("/invocations", body, {"Content-Type": kind})
+        assert answer.status == 200, (kind, answer.body)
+        assert answer.json()["predictions"][0]["label"].startswith(OTHER), kind
+    instances = json.dumps({"instances": [{"b64": encoded}]}).encode()
+    answer = running.ask("/invocations", instances, JSON)
+    assert answer.json()["predictions"][0]["success"]
+    refused = running.ask("/invocations", b"no image", {"Content-Type": "image/jpeg"})
+    assert (refused.status, refused.json()["type"]) == (400, "NotAnImage")
+
+
+def test_vertex_ai_chooses_port_and_addresses(engine: Engine, image: str) -> None:
+    port, health = 7080, "/v1/endpoints/12/deployedModels/34"
+    variables = {
+        "AIP_HTTP_PORT": str(port),
+        "AIP_HEALTH_ROUTE": health,
+        "AIP_PREDICT_ROUTE": f"{health}:predict",
+        "AIP_STORAGE_URI": "",
+    }
+
+    def healthy(running: Container) -> bool:
+        with suppress(OSError):
+            return running.ask(health, port=port, timeout=5).status == 200
+        return False
+
+    photo = base64.b64encode(CAT.read_bytes()).decode()
+    start = container(engine, image, environment=variables, ports=(port,), until=None)
+    with start as running:
+        assert poll(lambda: healthy(running), READY_TIMEOUT), running.logs()
+
+        def predict(instances: list[dict[str, str]]) -> Answer:
+            body = {"instances": instances, "parameters": {"topk": 1}}
+            return running.ask(f"{health}:predict", json.dumps(body).encode(), JSON, port=port)
+
+        for key in ("data", "b64"):
+            answer = predict([{key: photo}] * 2)
+            assert answer.status == 200, answer.body
+            predictions = answer.json()["predictions"]
+            assert [len(one["predictions"]) for one in predictions] == [1, 1]
+        refused = predict([{"data": "bm8gcGljdHVyZQ=="}])
+        assert (refused.status, refused.json()["type"]) == (400, "NotAnImage")

@@ -1,0 +1,157 @@
+"""Breaks one place of the product at a time, and reports which breaks `make test` notices.
+
+    .venv/bin/python -m tests.mutations [NUMBER ...]
+
+Each mutation is made in a copy of the repository. The tests of the module are run first, then the
+rest of `make test`, and the first failure ends it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNIT = "tests/unit"
+_REST = ("--ignore=tests/unit", "--require-integration")
+_LEAST_NOTICED = 36
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One break.
+
+    Attributes:
+        file: of the product.
+        old, new: text that occurs in it, and its replacement at the first place.
+        first: the unit tests that are most likely to notice, `test_NAME.py`.
+    """
+
+    file: str
+    old: str
+    new: str
+    first: str
+
+
+MUTATIONS = tuple(
+    Mutation(*each)
+    for each in (
+        # --- From rows to images and options ---
+        ("handler/inputs.py", "images > max_images", "images >= max_images", "inputs"),
+        ("handler/inputs.py", 'get("explain") == "True"', 'get("explain") == "no"', "inputs"),
+        ("handler/inputs.py", "weight > others or", "weight >= others or", "inputs"),
+        ("handler/inputs.py", "int(length) > accounted + unknown", "False", "inputs"),
+        ("handler/kserve.py", "math.prod(shape) != elements", "False", "kserve"),
+        ("handler/kserve.py", "if len(elements) > max_images:", "if False:", "kserve"),
+        # --- Decoding ---
+        ("handler/images.py", "        budget.take(*found.size)\n", "", "images"),
+        ("handler/images.py", "if seen != size:", "if False:", "images"),
+        ("handler/images.py", "int(short * size[1]", "int(2 * short * size[1]", "fit"),
+        ("handler/images.py", "round((width - crop) / 2.0)", "round((width - crop) / 3)", "images"),
+        ("handler/images.py", "size[0] - right, size[0] - left", "left, right", "images"),
+        ("handler/images.py", "+ fixed > DECODING_BYTES", "< 0", "images"),
+        ("handler/decoder_process.py", "resource.setrlimit(", "(lambda *_: None)(", "images"),
+        ("handler/jpeg.py", "is_cut=position == len(data)", "is_cut=False", "images"),
+        # --- Inference ---
+        ("handler/exchange.py", "attempt(one, lambda alone: stage([alone]))", "raise", "handler"),
+        ("handler/densenet_handler.py", "np.isfinite(values).all()", "True", "handler"),
+        ("handler/densenet_handler.py", "step = self.settings.max_batch", "step = 99", "handler"),
+        ("handler/cores.py", "max(share, everything)", "min(share, everything)", "cores"),
+        ("handler/cores.py", "== fcntl.F_UNLCK", "!= fcntl.F_UNLCK", "cores"),
+        ("handler/explain.py", "/ np.float32(positions)", "", "explain"),
+        ("handler/precision.py", "different <= MOST_DIFFERENT", "True", "precision"),
+        # --- Responses ---
+        ("handler/responses.py", "- logits.max(", "+ logits.max(", "responses"),
+        ("handler/responses.py", ">= options.threshold)", "> 1)", "responses"),
+        ("handler/responses.py", "if least > MAX_ANSWER_BYTES:", "if False:", "responses"),
+        ("handler/errors.py", "status = 415", "status = 400", "handler"),
+        ("handler/errors.py", "status = 413", "status = 400", "handler"),
+        (
+            "handler/page.py",
+            "html.escape(json.dumps(told), quote=False)",
+            "json.dumps(told)",
+            "page",
+        ),
+        ("handler/settings.py", "if not low <= value <= high:", "if value < low:", "settings"),
+        # --- Building archives ---
+        ("scripts/build/weights.py", "sha256(target).startswith(digits)", "True", "weights"),
+        ("scripts/build/weights.py", "    check_finite(model, path.name)\n", "", "weights"),
+        ("scripts/build/export.py", "images.float() / 255", "images.float() / 256", "archive"),
+        ("scripts/build/packing.py", "if len(labels) != outputs:", "if False:", "class_names"),
+        ("scripts/build/guard.py", "> bounds.max_loss", "> 100", "guard"),
+        # --- Serving ---
+        ("scripts/serve/machine.py", "max(1, cpus // workers)", "cpus", "limits"),
+        ("scripts/serve/server.py", "address={HOST if grpc else _nowhere()}", "address={HOST}", ""),
+        ("scripts/serve/server.py", "str(not tokens)", "str(tokens)", ""),
+        ("scripts/serve/commands.py", "and not card.trained", "and card.trained", "archive"),
+        # --- The gateway ---
+        ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "settings"),
+        ("scripts/gateway/config.py", "_TRIES = 6", "_TRIES = 1", ""),
+        ("scripts/evaluate.py", "guesses[:, 0] == self", "guesses[:, 1] == self", "evaluation"),
+    )
+)
+
+
+def main() -> int:
+    """Try each mutation; return 1 if too few are noticed."""
+    numbers = [int(text) for text in sys.argv[1:]] or range(1, len(MUTATIONS) + 1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        _copy_repository(copy)
+        for number in numbers:
+            mutation = MUTATIONS[number - 1]
+            rows.append(_try(mutation, copy))
+            cells = (f"`{text.strip()}`" for text in (mutation.file, mutation.old, mutation.new))
+            print("|", number, "|", *(f"{cell} |" for cell in cells), rows[-1] or "not noticed")
+            sys.stdout.flush()
+    noticed = sum(map(bool, rows))
+    print(f"{noticed} of {len(rows)} were noticed.")
+    return 0 if noticed >= _LEAST_NOTICED * len(rows) / len(MUTATIONS) else 1
+
+
+def _copy_repository(target: Path) -> None:
+    """Copy what git tracks and what it would, and exports of earlier builds; link the packages."""
+    command = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if Path(name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(name, target / name)
+    if Path("build").exists():
+        shutil.copytree("build", target / "build")
+    (target / ".venv").symlink_to(Path(".venv").resolve())
+
+
+def _try(mutation: Mutation, copy: Path) -> str:
+    """Return the test that failed; empty if none did."""
+    path = copy / mutation.file
+    original = path.read_text()
+    assert mutation.old in original, f"{mutation.file} has no {mutation.old!r}"
+    path.write_text(original.replace(mutation.old, mutation.new, 1))
+    try:
+        likely = Path(_UNIT, f"test_{mutation.first}.py")
+        runs: list[tuple[str, ...]] = [(str(likely),)] if (copy / likely).exists() else []
+        runs += [(_UNIT, "--numprocesses", "logical"), _REST]
+        return next(filter(None, (_first_failure(copy, run) for run in runs)), "")
+    finally:
+        path.write_text(original)
+
+
+def _first_failure(copy: Path, options: tuple[str, ...]) -> str:
+    command = (".venv/bin/python", "-m", "pytest", "-x", "-q", "-m", "not slow", *options)
+    environment = {key: os.environ[key] for key in os.environ if not key.startswith("PYTEST")}
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    # 5: a file whose tests are all slow.
+    if done.returncode in {0, 5}:
+        return ""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else f"pytest: {done.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""Time, memory and crashes of decoding are limited, whatever a decoder does."""
+
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image, ImageFile
+
+from handler import decoder_process, images
+from handler.decoder_process import DecoderEndedError, DecoderProcess
+from handler.errors import ClientError, DamagedImage, TooLarge
+from handler.images import MemoryBudget, PixelBudget, decode, decode_all
+from handler.settings import DECODING_BYTES, Preprocessing
+from tests import costs
+from tests.corpus import jpeg_with_size, photograph
+from tests.kinds import PNG_START, chunk, png_header
+from tests.pictures import encode
+
+PREPROCESSING = Preprocessing()
+MAX_PIXELS = 64_000_000
+
+
+# --- The decoder process. What it runs stands for a decoder that nobody thought of. ---
+
+_PROGRAM = """
+import sys
+sys.path[:] = {path!r}
+from handler.decoder_process import serve
+def answer(question, data):
+    import os, re, signal, time
+{body}
+    return {{}}, data
+serve(answer)
+"""
+
+
+class _Process(DecoderProcess):
+    """A decoder process whose decoder is the given code."""
+
+    def __init__(self, body: str) -> None:
+        super().__init__()
+        self.code = _PROGRAM.format(path=sys.path, body=textwrap.indent(body, "    "))
+
+    def program(self) -> str:
+        return self.code
+
+
+@pytest.fixture
+def process_of() -> Iterator[Callable[[str], _Process]]:
+    """Makes decoder processes of given code, and closes them."""
+    with ExitStack() as stack:
+        yield lambda body: stack.enter_context(closing(_Process(body)))
+
+
+ProcessOf = Callable[[str], _Process]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "how"),
+    [
+        ("while True: pass", signal.SIGPROF),
+        # In C, where nothing of Python's own interrupts it.
+        ("re.match('(a*)*b', 'a' * 64)", signal.SIGPROF),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", signal.SIGSEGV),
+        ("os.abort()", signal.SIGABRT),
+        ("time.sleep(60)", signal.SIGKILL),
+        # As the kernel does when memory is short.
+        ("os.kill(os.getpid(), signal.SIGKILL)", signal.SIGKILL),
+    ],
+)
+def test_a_decoder_that_hangs_or_crashes_is_replaced(
+    decoder: str, how: int, process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_of(f"if question['bad']:\n    {decoder}")
+    assert process.ask({"bad": False}, [b"good"], 1.0)[1] == b"good"
+    first = process.pid
+    with monkeypatch.context() as patch:
+        if "sleep" in decoder:
+            patch.setattr(decoder_process, "_STUCK_SECONDS", 1)
+        with pytest.raises(DecoderEndedError) as ended:
+            process.ask({"bad": True}, [b"bad"], 0.2)
+    assert ended.value.signal == how
+    assert ended.value.ran_out_of_time == (how == signal.SIGPROF or "sleep" in decoder)
+    assert ended.value.was_killed == ("SIGKILL" in decoder)
+    assert process.ask({"bad": False}, [b"good", b" again"], 1.0)[1] == b"good again"
+    assert process.pid != first
+
+
+def test_an_image_whose_decoder_the_kernel_killed_needs_too_much_memory(
+    process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_of("os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(images, "_decoder_process", process)
+    with pytest.raises(TooLarge, match="needs more memory to decode than the server has left"):
+        decode(encode(photograph(), "GIF"), PREPROCESSING, PixelBudget(MAX_PIXELS))
+
+
+@pytest.mark.parametrize("body", ["pass", "return {'ends': True}, data"])
+def test_a_decoder_that_ended_while_idle_fails_no_image(body: str, process_of: ProcessOf) -> None:
+    process = process_of(body)
+    process.ask({}, [b"one"], 1.0)
+    first = psutil.Process(process.pid)
+    if body == "pass":
+        first.kill()
+    # Not waited for: the next question must find out.
+    while first.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert process.ask({}, [b"two"], 1.0)[1] == b"two"
+
+
+def test_a_decoder_gets_no_more_memory_than_its_limit(process_of: ProcessOf) -> None:
+    process = process_of(
+        "try:\n    bytearray(question['bytes'])\nexcept MemoryError:\n    return {'short': 1}, b''"
+    )
+    assert "short" not in process.ask({"bytes": DECODING_BYTES - 2_000_000}, [], 2.0)[0]
+    assert "short" in process.ask({"bytes": DECODING_BYTES + 2_000_000}, [], 2.0)[0]
+
+
+def test_time_is_counted_for_each_image_anew(process_of: ProcessOf) -> None:
+    process = process_of("end = time.process_time() + 0.2\nwhile time.process_time() < end: pass")
+    for _ in range(4):
+        assert process.ask({}, [], 0.6)[0]["seconds"] >= 0.2
+
+
+def test_a_decoder_process_that_cannot_start_says_so(process_of: ProcessOf) -> None:
+    process = process_of("pass")
+    process.code = "raise SystemExit(3)"
+    with pytest.raises(RuntimeError, match="cannot start: it ended with 3"):
+        process.ask({}, [], 1.0)
+
+
+def test_an_answer_that_nobody_took_is_no_other_images(
+    process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    process = process_of("pass")
+    assert process.ask({}, [b"one"], 1.0)[1] == b"one"
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_process, "_receive", fail)
+        with pytest.raises(MemoryError):
+            process.ask({}, [b"two"], 1.0)
+    assert process.ask({}, [b"three"], 1.0)[1] == b"three"
+
+
+def test_what_a_decoder_prints_is_no_answer(process_of: ProcessOf) -> None:
+    assert process_of("os.write(1, b'a warning')").ask({}, [b"one"], 1.0)[1] == b"one"
+
+
+_WORKER = """
+import sys, time
+from handler import images, settings
+data, budget = sys.stdin.buffer.read(), images.PixelBudget(10**6)
+images.decode(data, settings.Preprocessing(), budget)
+print(images._decoder_process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_decoder_process_ends_with_its_worker() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(encode(photograph(), "GIF"))
+        worker.stdin.close()
+        decoder = psutil.Process(int(worker.stdout.readline()))
+        assert decoder.is_running()
+        worker.kill()
+    decoder.wait(10)
+
+
+# --- What the images of a request may cost ---
+
+
+def test_the_decoder_process_reports_what_was_wrong() -> None:
+    gif = encode(photograph(), "GIF")
+    runs = costs.bmp_of_runs(2800, b"\1\1")
+    for data, budget, error, words in (
+        (gif[:9000], PixelBudget(MAX_PIXELS), DamagedImage, "GIF image is damaged or cut off"),
+        (
+            encode(photograph(), "AVIF"),
+            PixelBudget(1000),
+            TooLarge,
+            "320 x 240 pixels; the images of a request may have 1,000",
+        ),
+        (
+            costs.black_png(8000, 8000, 8, 6),
+            PixelBudget(MAX_PIXELS),
+            TooLarge,
+            "needs more than 210 MB of memory",
+        ),
+        (
+            runs,
+            PixelBudget(MAX_PIXELS, 0.3),
+            TooLarge,
+            r"takes too long to decode; the images .* may take 0.3 s",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            decode(data, PREPROCESSING, budget)
+
+
+def test_the_images_of_a_request_share_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    ask = DecoderProcess.ask
+
+    def counted(self: DecoderProcess, question: Any, pieces: Sequence[Any], limit: float) -> Any:
+        asked.append(limit)
+        return ask(self, question, pieces, limit)
+
+    monkeypatch.setattr(DecoderProcess, "ask", counted)
+    job = (costs.bmp_of_runs(2800, b"\1\1"), PixelBudget(16 * MAX_PIXELS, 0.3), decode)
+    results = decode_all([job] * 16, PREPROCESSING, None)
+    assert all(isinstance(result, TooLarge) for result in results), results
+    assert asked == [pytest.approx(0.3)]
+
+
+def test_time_that_an_image_did_not_take_is_left_for_the_next() -> None:
+    budget = PixelBudget(MAX_PIXELS, 0.5)
+    for _ in range(5):
+        with budget.reserved(0.4):
+            pass
+    with pytest.raises(TooLarge), budget.reserved(0.5), budget.reserved(0.1):
+        pass
+
+
+def test_an_error_does_not_keep_the_image() -> None:
+    """Its traceback would, until the whole batch is answered."""
+    jpeg = encode(photograph(), "JPEG")
+    job = (jpeg[: len(jpeg) // 2], PixelBudget(MAX_PIXELS), decode)
+    (error,) = decode_all([job], PREPROCESSING, None)
+    assert isinstance(error, DamagedImage)
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+
+
+def _hidden_in_jpeg() -> bytes:
+    """A small image after what looks like a segment, in which decoders find a costly one."""
+    tiny = encode(Image.new("RGB", (16, 16)), "JPEG", progressive=True)
+    scan_without_data = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\0"
+    hidden = jpeg_with_size(tiny[2:-2], 4000, 4000) + 600 * scan_without_data + b"\xff\xd9"
+    whole = encode(photograph(), "JPEG")
+    return whole[:2] + b"\xff\0" + struct.pack(">H", len(hidden) + 2) + hidden + whole[2:]
+
+
+def _hidden_in_png(*, twice: bool) -> bytes:
+    costly, small = costs.black_png(8000, 8000, 8, 6), png_header(300, 300, 8, 2)
+    if twice:
+        return encode(photograph(), "PNG")[:33] + costly[8:]
+    return PNG_START + chunk(b"tEXt", small[16:29]) + costly[8:]
+
+
+@pytest.mark.parametrize(
+    ("data", "may_decode"),
+    [
+        pytest.param(_hidden_in_jpeg(), [], id="JPEG"),
+        pytest.param(_hidden_in_png(twice=False), [], id="PNG"),
+        pytest.param(_hidden_in_png(twice=True), [(320, 240)], id="PNG twice"),
+    ],
+)
+def test_the_worker_never_decodes_an_image_that_is_hidden_in_another(
+    data: bytes, may_decode: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[tuple[int, int]] = []
+    load = ImageFile.ImageFile.load
+
+    def recorded(image: ImageFile.ImageFile) -> Any:
+        decoded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", recorded)
+    with pytest.raises(ClientError):
+        decode(data, PREPROCESSING, PixelBudget(1_000_000, 0.5))
+    assert set(decoded) == set(may_decode)
+
+
+def test_ordinary_images_need_no_other_process() -> None:
+    images._decoder_process.close()
+    large = photograph().resize((4000, 3000))
+    for image, file_format, options in (
+        (photograph(), "JPEG", {}),
+        (photograph(), "JPEG", {"progressive": True}),
+        (photograph(), "PNG", {}),
+        (photograph(), "WEBP", {}),
+        (large, "JPEG", {}),
+        (large, "JPEG", {"progressive": True}),
+    ):
+        data = encode(image, file_format, **options)
+        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        assert images._decoder_process.pid is None
+
+
+# --- Memory of several at once ---
+
+
+def test_images_that_do_not_fit_wait_for_memory() -> None:
+    memory, inside, leave = MemoryBudget(100), Event(), Event()
+    entered: list[str] = []
+
+    def take(name: str, needed: int) -> None:
+        with memory.reserved(needed):
+            entered.append(name)
+            inside.set()
+            assert leave.wait(10)
+
+    threads = [Thread(target=take, args=("first", 60))]
+    threads[0].start()
+    assert inside.wait(10)
+    threads += [Thread(target=take, args=args) for args in (("large", 60), ("small", 40))]
+    for thread in threads[1:]:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while len(entered) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert entered == ["first", "small"]
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert entered == ["first", "small", "large"]
+
+
+def test_an_image_that_needs_more_than_all_memory_gets_all_of_it() -> None:
+    with MemoryBudget(100).reserved(1000):
+        pass
