@@ -87,7 +87,7 @@ MUTATIONS = tuple(
         ("scripts/serve/server.py", "str(not tokens)", "str(tokens)", ""),
         ("scripts/serve/commands.py", "and not card.trained", "and card.trained", "archive"),
         # --- The gateway ---
-        ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "settings"),
+        ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "keys"),
         ("scripts/gateway/config.py", "_TRIES = 6", "_TRIES = 1", ""),
         ("scripts/evaluate.py", "guesses[:, 0] == self", "guesses[:, 1] == self", "evaluation"),
     )
@@ -149,7 +149,11 @@ def _first_failure(copy: Path, options: tuple[str, ...]) -> str:
     # 5: a file whose tests are all slow.
     if done.returncode in {0, 5}:
         return ""
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    lines = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED tests", "ERROR tests"))
+    ]
     return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else f"pytest: {done.returncode}"
 
 

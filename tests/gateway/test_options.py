@@ -22,7 +22,6 @@ from scripts.gateway import start as starting
 from scripts.gateway import upgrade as upgrades
 from scripts.gateway import watch as watches
 from scripts.gateway.gateway import STATE, Gateway, Node, Options, find_gateway, require_gateway
-from scripts.gateway.keys import read_keys
 from scripts.gateway.nginx import change_nodes
 from scripts.gateway.nodes import drain
 from scripts.gateway.start import find_lost, stop_lost
@@ -86,41 +85,6 @@ def test_a_port_in_use_is_rejected_with_its_owner(name: str, host: str, tmp_path
 
 def test_ipv6_addresses_are_written_in_brackets() -> None:
     assert Options(metrics_host="::").metrics_address == "[::]"
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("alice short\n", 1),
-        ('alice 0123456789abcdef";return\n', 1),
-        ("alice 0123456789abcdef\nalice fedcba9876543210\n", 2),
-        ("a 0123456789abcdef\nb 0123456789abcdef\n", 2),
-    ],
-)
-def test_a_malformed_line_of_the_keys_is_named(keys: Path, text: str, line: int) -> None:
-    keys.write_text(text)
-    with pytest.raises(UserError, match=f"line {line}"):
-        read_keys(keys)
-
-
-def test_keys_that_others_can_read_are_rejected(
-    keys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A group may read those that root has given to this program, as Kubernetes does."""
-    owner = keys.stat().st_uid
-    for user, mode, accepted in (
-        (owner, 0o600, True),
-        (owner, 0o440, False),
-        (owner + 7, 0o440, owner == 0),
-        (owner + 7, 0o444, False),
-    ):
-        keys.chmod(mode)
-        monkeypatch.setattr("os.geteuid", lambda user=user: user)
-        if accepted:
-            assert [key.name for key in read_keys(keys)] == ["alice", "bob"]
-        else:
-            with pytest.raises(UserError, match="can be read by others"):
-                read_keys(keys)
 
 
 def test_a_state_that_cannot_be_read_is_reported_and_stays(tmp_path: Path) -> None:

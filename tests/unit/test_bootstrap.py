@@ -70,6 +70,18 @@ def test_a_finished_installation_is_found_without_starting_anything(
     assert not bootstrap.is_installed("run")
 
 
+@pytest.mark.slow
+def test_an_environment_whose_python_does_not_start_is_made_again(folder: Path) -> None:
+    assert bootstrap.works()
+    (folder / ".venv/bin/python").unlink()
+    (folder / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    (folder / ".venv/bin/python").chmod(0o755)
+    assert not bootstrap.works()
+    bootstrap.make_venv()
+    assert bootstrap.works()
+    assert not bootstrap.is_installed("run")
+
+
 @pytest.mark.parametrize(
     ("before", "now", "another"),
     [

@@ -337,3 +337,12 @@ def test_images_that_do_not_fit_wait_for_memory() -> None:
 def test_an_image_that_needs_more_than_all_memory_gets_all_of_it() -> None:
     with MemoryBudget(100).reserved(1000):
         pass
+
+
+def test_an_image_that_needs_too_much_memory_is_rejected_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(images._decoder_process, "ask", lambda *_: pytest.fail("it was decoded"))
+    data = encode(Image.new("RGB", (8000, 8000)), "WEBP", method=0)
+    with pytest.raises(TooLarge, match=r"8000 x 8000 pixels.* needs more than 210 MB"):
+        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))

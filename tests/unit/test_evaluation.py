@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from handler.labels import Label
+from scripts.evaluate import Evaluation
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
     Scores,
@@ -18,6 +19,16 @@ from scripts.evaluation.multilabel import (
 from scripts.labels_file import read_labels
 from scripts.matching import match
 from scripts.terminal import UserError
+
+
+def test_top_1_top_5_and_calibration_are_the_known_ones() -> None:
+    truth = np.array([0, 1, 2, 3])
+    guesses = np.array([[0, 1], [1, 0], [0, 2], [0, 1]])
+    confidence = np.array([0.95, 0.95, 0.55, 0.55])
+    found = Evaluation([], truth, guesses, confidence, refused=[], warning=None)
+    assert (found.top1, found.top5) == (0.5, 0.75)
+    # Bins of two images each: all right at 0.95, none right at 0.55.
+    assert found.calibration_error == pytest.approx(0.5 * 0.05 + 0.5 * 0.55)
 
 
 @pytest.fixture

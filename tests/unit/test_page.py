@@ -23,7 +23,7 @@ from handler.settings import ModelCard, Settings
 
 CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
 UNTRAINED = replace(CARD, trained=False)
-LABELS = [Label("n1", "tench"), Label("n2", 'it\'s <b>"bold"</b> & \u732b')]
+LABELS = [Label("n1", "tench"), Label("n2", 'it\'s <b>"bold"</b> &amp; \u732b')]
 
 
 def load(

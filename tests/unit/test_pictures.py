@@ -42,6 +42,16 @@ def test_folders_that_lead_back_are_searched_once(folder: Path) -> None:
     assert "1 link(s) to folders" in (find_pictures([str(folder)]).left_out or "")
 
 
+def test_a_pattern_reaches_into_folders_and_takes_whatever_it_matches(folder: Path) -> None:
+    assert names(folder, f"{folder}/**/[b-n]*") == [
+        "b.jpg",
+        "film.mov",
+        "more.txt",
+        "notes.txt",
+        "sub/c.webp",
+    ]
+
+
 def test_a_folder_of_other_files_says_what_is_there(folder: Path) -> None:
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_bytes(b"x")

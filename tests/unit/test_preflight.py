@@ -8,6 +8,7 @@ import pytest
 
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve import machine, server
+from scripts.serve.machine import Plan, plan
 from scripts.serve.preflight import check_archives, check_ports, check_workers, java_home
 from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
@@ -117,3 +118,13 @@ def test_a_model_named_twice_is_rejected(tmp_path: Path) -> None:
     an_archive(tmp_path / "a.mar")
     with pytest.raises(UserError, match="named twice: a, a"):
         check_archives([tmp_path / "a.mar", tmp_path / "a.mar"])
+
+
+def test_workers_share_the_cpus_and_one_alone_may_use_up_to_eight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: 16)
+    monkeypatch.setattr("scripts.serve.machine._available", lambda: 10**12)
+    assert plan() == Plan(workers=16, threads=1, max_threads=8)
+    assert plan(workers=3) == Plan(workers=3, threads=5, max_threads=8)
+    assert plan(workers=1) == Plan(workers=1, threads=16, max_threads=16)
