@@ -28,11 +28,11 @@
 #:  IMAGE=cat.jpg       a picture; IMAGES="folder b*.jpg" many; FORMAT, OUTPUT, TOPK, THRESHOLD
 #:                      OUTPUT=vectors.npy (or .parquet) gets embeddings instead of labels
 #:  ADDRESS=host:port   of a Ray cluster; COLUMN=of Parquet, ACTORS=n, EMBEDDING=on, OUTPUT=folder
-#:  NODES=n             nodes of the gateway's own; HOST, HTTP_PORT, HTTPS_PORT, KEYS,
-#:                      CERTIFICATE, CERTIFICATE_KEY, RATE, BURST, CONNECTIONS: docs/going-public.md
-#:  UPSTREAMS="a:8080"  nodes that others start, such as containers, in place of NODES
-#:  NODE=name           which node
-#:  ARCHIVE=file        the new archive; AGREEMENT=share of samples that must stay
+#:  UPSTREAMS="a:8080"  servers that the gateway stands in front of; otherwise that of make run.
+#:                      HOST, HTTP_PORT, HTTPS_PORT, KEYS, CERTIFICATE, CERTIFICATE_KEY, ACME, RATE,
+#:                      BURST, CONNECTIONS, PROXIES, PREFIX, KEEPALIVE: docs/going-public.md
+#:  FOREGROUND=on       for make start and make gateway: run until SIGTERM, for a supervisor
+#:  ARCHIVE=file        the new archive; AGREEMENT=share of samples whose label must not change
 #:  TEST_OPTIONS=...    options for pytest, such as --require-browser
 #:  PYTHON=python3.12   the Python to make the virtual environment with
 #:  TORCH_INDEX=address where to take torch from, such as PyTorch's CPU-only index
@@ -49,17 +49,14 @@ packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN ST
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
 variables-archive := $(packing) MODEL_FILE REVISION
-variables-start := MODELS $(serving)
+variables-start := MODELS FOREGROUND $(serving)
 variables-image := MODELS TAG BASE TARGET
 variables-scale := WORKERS MODEL
 variables-classify := IMAGE IMAGES MODEL FORMAT OUTPUT TOPK THRESHOLD
 variables-classify-batch := IMAGES OUTPUT ARCHIVE COLUMN TOPK THRESHOLD EMBEDDING ACTORS ADDRESS
 variables-evaluate := IMAGES MODEL LABELS MIN_PRECISION
-variables-gateway := MODEL NODES WORKERS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE \
-	CERTIFICATE_KEY RATE BURST CONNECTIONS METRICS_PORT UPSTREAMS
-variables-drain := NODE
-variables-undrain := NODE
-variables-replace := NODE
+variables-gateway := MODEL UPSTREAMS HOST HTTP_PORT HTTPS_PORT KEYS CERTIFICATE CERTIFICATE_KEY ACME \
+	RATE BURST CONNECTIONS PROXIES PREFIX KEEPALIVE TIMEOUT LOG FOREGROUND
 variables-upgrade := ARCHIVE AGREEMENT
 variables-test := TEST_OPTIONS
 variables-test-slow := TEST_OPTIONS
@@ -76,7 +73,7 @@ with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter effic
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
-.PHONY: help variables setup run test test-slow test-all fuzz chaos bench archive start stop status gateway gateway-stop gateway-status drain undrain replace upgrade scale classify evaluate digits shapes lint format lock lock-check clean image classify-batch
+.PHONY: help variables setup run test test-slow test-all fuzz chaos bench archive start stop status gateway gateway-reload gateway-stop upgrade rollback scale classify evaluate digits shapes lint format lock lock-check clean image classify-batch
 
 help: variables
 	@awk -F ':.*## ' 'BEGIN { print "make and one or more of these:" } /^##@/ { print "\n" substr($$0, 5) } \
@@ -128,26 +125,20 @@ start: setup ## serve archives, with trained weights only
 image: setup ## an image of an archive, built with docker or podman
 	@$(VENV_PYTHON) -m scripts.container.image
 
-gateway: setup ## on one machine: nginx before the server of make run, or NODES=2 of its own
+gateway: setup ## nginx in front of the running server, or of UPSTREAMS: HTTPS, API keys, limits, retries
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
 
-gateway-status: setup ## show the nodes behind the gateway
-	@$(VENV_PYTHON) -m scripts.gateway.commands status
+gateway-reload: setup ## apply changed API keys and certificates to the gateway
+	@$(VENV_PYTHON) -m scripts.gateway.commands reload
 
-gateway-stop: setup ## stop the gateway and its nodes
+gateway-stop: setup ## stop the gateway after it has answered what is in flight
 	@$(VENV_PYTHON) -m scripts.gateway.commands stop
 
-drain: setup ## take a node out without losing a request: make drain NODE=node-1
-	@$(VENV_PYTHON) -m scripts.gateway.commands drain
-
-undrain: setup ## let a drained node serve again
-	@$(VENV_PYTHON) -m scripts.gateway.commands undrain
-
-replace: setup ## put a new node in the place of one, dead or alive
-	@$(VENV_PYTHON) -m scripts.gateway.commands replace
-
-upgrade: setup ## serve the new archive instead of the old one, without a gap
+upgrade: setup ## serve another archive behind the gateway with zero downtime: make upgrade ARCHIVE=file
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
+
+rollback: setup ## serve the archive that the last upgrade replaced
+	@$(VENV_PYTHON) -m scripts.gateway.commands rollback
 
 ##@ Tests
 # Unit tests run on all cores; the others share servers, ports and a browser.

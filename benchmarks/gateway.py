@@ -5,22 +5,27 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import requests
 
+from benchmarks.load import Body, closed_loop, require_wrk
+from benchmarks.pictures import encode, photograph
 from benchmarks.report import table, write_section
 from scripts.build.archive import build, recipe
 from scripts.build.weights import untrained
-from scripts.gateway import start as starting
-from scripts.gateway.gateway import Gateway, Options
-from scripts.gateway.nodes import start_nodes, stop_nodes
-from scripts.samples import CAT
-from scripts.serve.running import HOST, find_running, unused_ports
+from scripts.gateway import nginx
+from scripts.gateway.options import Options
+from scripts.serve.running import HOST, free_ports, unused_ports
+from scripts.serve.server import start, stop
 
-_REQUESTS = 150
+_REQUESTS = 300
+_CLIENTS = 16
+_ROUNDS = 6
+_SECONDS = 8
 _SLOW_CONNECTIONS = 200
 # Another address than the measured client's: connections are limited per address.
 _SLOW_ADDRESS = "127.0.0.2"
@@ -28,30 +33,40 @@ _SLOW_ADDRESS = "127.0.0.2"
 
 def main() -> None:
     """Write benchmarks/results/gateway.md."""
+    require_wrk()
+    image = encode(photograph(720, 720), quality=90)
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        http, https, metrics = unused_ports(3)
+        run_dir = Path(name) / "run"
+        http, https = unused_ports(2)
         options = Options(
-            http_port=http, https_port=https, metrics_port=metrics, rate=1000, burst=1000
+            http_port=http, https_port=https, rate=10_000, burst=10_000, connections=10_000
         )
-        nodes = start_nodes(1, build(recipe(untrained()), folder / "store"), run_dir=folder / "run")
+        running = start(build(recipe(untrained()), Path(name) / "store"), free_ports(), 2, run_dir)
+        folder = run_dir / "gateway"
         try:
-            running = find_running(Path(nodes[0].run_dir))
-            assert running is not None
-            gateway = starting.start(options, nodes, folder / "gateway", watch=False)
-            direct, through = requests.Session(), requests.Session()
-            headers, url = running.authorization("inference"), f"{gateway.url}/predict"
+            nginx.start(replace(options, model=running.model), folder)
+            direct, through = running.predictions_url, f"{options.url}/predict"
+            for url in (direct, through):
+                closed_loop(url, Body(image), _CLIENTS, _SECONDS)
+            rates = [
+                tuple(closed_loop(url, Body(image), _CLIENTS, _SECONDS).rate for url in order)[
+                    :: 1 if number % 2 == 0 else -1
+                ]
+                for number in range(_ROUNDS)
+                for order in [(direct, through) if number % 2 == 0 else (through, direct)]
+            ]
+            sessions = requests.Session(), requests.Session()
             pairs = [
-                (_ms(direct, running.predictions_url, headers), _ms(through, url))
+                (_ms(sessions[0], direct, image), _ms(sessions[1], through, image))
                 for _ in range(_REQUESTS)
             ]
-            with _slow_connections(gateway):
+            with _slow_connections(http):
                 time.sleep(2)
-                slow = [_ms(through, url) for _ in range(_REQUESTS)]
+                slow = [_ms(sessions[1], through, image) for _ in range(_REQUESTS)]
         finally:
-            starting.stop(gateway, folder / "gateway")
-            stop_nodes(nodes)
-    rows = [
+            nginx.stop(folder)
+            stop(running, run_dir)
+    one = [
         ("directly", median(before for before, _ in pairs)),
         ("through the gateway", median(after for _, after in pairs)),
         ("the difference", median(after - before for before, after in pairs)),
@@ -60,22 +75,32 @@ def main() -> None:
     lines = [
         f"One client, {_REQUESTS} requests of each kind, in turn. Repeat: `make bench-gateway`.",
         "",
-        *table(["request", "median ms"], rows),
+        *table(["request", "median ms"], one),
     ]
     write_section("gateway", "What the gateway adds", "One client", lines)
+    many = [
+        ("directly", median(before for before, _ in rates)),
+        ("through the gateway", median(after for _, after in rates)),
+        ("the ratio", median(after / before for before, after in rates)),
+    ]
+    lines = [
+        f"{_CLIENTS} clients, {_ROUNDS} rounds of {_SECONDS} s of each kind, in turn.",
+        "",
+        *table(["requests", "images/s"], many),
+    ]
+    write_section("gateway", "What the gateway adds", f"{_CLIENTS} clients", lines)
 
 
-def _ms(session: requests.Session, url: str, headers: dict[str, str] | None = None) -> float:
+def _ms(session: requests.Session, url: str, image: bytes) -> float:
     started = time.monotonic()
-    answer = session.post(url, data=CAT.read_bytes(), headers=headers, timeout=60)
-    answer.raise_for_status()
+    session.post(url, data=image, timeout=60).raise_for_status()
     return 1000 * (time.monotonic() - started)
 
 
 @contextmanager
-def _slow_connections(gateway: Gateway) -> Iterator[None]:
+def _slow_connections(port: int) -> Iterator[None]:
     """Keep connections open, half sending headers a byte at a time, half a body."""
-    address = (HOST, gateway.options.http_port)
+    address = (HOST, port)
     connections = [
         socket.create_connection(address, source_address=(_SLOW_ADDRESS, 0))
         for _ in range(_SLOW_CONNECTIONS)

@@ -84,11 +84,11 @@ MUTATIONS = tuple(
         # --- Serving ---
         ("scripts/serve/machine.py", "max(1, cpus // workers)", "cpus", "limits"),
         ("scripts/serve/server.py", "address={HOST if grpc else _nowhere()}", "address={HOST}", ""),
-        ("scripts/serve/server.py", "str(not tokens)", "str(tokens)", ""),
+        ("scripts/gateway/nginx.conf.jinja", 'if ($client = "")', 'if ($client = "x")', ""),
         ("scripts/serve/commands.py", "and not card.trained", "and card.trained", "archive"),
         # --- The gateway ---
         ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "keys"),
-        ("scripts/gateway/config.py", "_TRIES = 6", "_TRIES = 1", ""),
+        ("scripts/gateway/nginx.conf.jinja", "500 502 503 507 = @again", "502 503 = @again", ""),
         ("scripts/evaluate.py", "guesses[:, 0] == self", "guesses[:, 1] == self", "evaluation"),
     )
 )

@@ -1,37 +1,19 @@
-"""`make gateway` and what is done to its nodes: drain, undrain, replace, upgrade, status, stop."""
+"""`make gateway`, `gateway-reload`, `gateway-stop`, `upgrade` and `rollback`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import requests
 import typer
 from rich.status import Status
-from rich.table import Table
 
-from scripts.gateway.gateway import (
-    GATEWAY_DIR,
-    Gateway,
-    Node,
-    Options,
-    find_gateway,
-    operation,
-    require_gateway,
-)
-from scripts.gateway.nginx import check_keys
-from scripts.gateway.nodes import (
-    drain,
-    keep_release,
-    replace,
-    start_nodes,
-    stop_nodes,
-    undrain,
-)
-from scripts.gateway.start import check, find_lost, start, stop, stop_lost
-from scripts.gateway.upgrade import AGREEMENT, TRIAL_SECONDS, upgrade
-from scripts.gateway.upstreams import find_nodes
-from scripts.serve.management import model_status, ready_workers
-from scripts.serve.running import HOST, RUN_DIR, find_running
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card, sha256
+from scripts.gateway import nginx
+from scripts.gateway.nginx import GATEWAY_DIR
+from scripts.gateway.options import Options, check
+from scripts.gateway.upgrade import AGREEMENT, PREVIOUS, stop_second, upgrade
+from scripts.serve.preflight import check_ports
+from scripts.serve.running import RUN_DIR
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, run, step, warn
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -39,195 +21,123 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command("start")
 def start_command(
-    nodes: Annotated[int | None, typer.Option(min=1, help="TorchServe nodes to start.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes a node.")] = None,
-    host: str = Options.host,
+    upstreams: Annotated[
+        str, typer.Option(help="HOST:PORT of servers, separated by spaces.")
+    ] = Options.upstreams,
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "",
+    host: Annotated[str, typer.Option(help="IP address to listen on.")] = Options.host,
     http_port: int = Options.http_port,
     https_port: int = Options.https_port,
-    certificate: str = "",
-    certificate_key: str = "",
-    keys: str = "",
-    rate: int = Options.rate,
-    burst: int = Options.burst,
-    connections: int = Options.connections,
-    metrics_port: int = Options.metrics_port,
-    upstreams: Annotated[
-        str, typer.Option(help="Nodes that others start: HOST:PORT, with spaces between.")
-    ] = "",
-    model: Annotated[str | None, typer.Option(help="Name of the archive.")] = None,
+    keys: Annotated[str, typer.Option(help="File of API keys.")] = "",
+    certificate: Annotated[str, typer.Option(help="PEM file.")] = "",
+    certificate_key: Annotated[str, typer.Option(help="PEM file.")] = "",
+    acme: Annotated[str, typer.Option(help="Folder of certbot --webroot.")] = "",
+    rate: Annotated[int, typer.Option(help="Requests per second of a client.")] = Options.rate,
+    burst: Annotated[int, typer.Option(help="More of them at once.")] = Options.burst,
+    connections: Annotated[
+        int, typer.Option(help="Concurrent requests of a client.")
+    ] = Options.connections,
+    proxies: Annotated[str, typer.Option(help="Addresses of load balancers.")] = "",
+    prefix: Annotated[str, typer.Option(help="Path behind a proxy, such as /classify.")] = "",
+    keepalive: Annotated[
+        int, typer.Option(help="Seconds an idle connection stays open.")
+    ] = Options.keepalive,
+    timeout: Annotated[int, typer.Option(help="Seconds to wait for an answer.")] = Options.timeout,
+    published: Annotated[str, typer.Option(help="Address of a container's ports.")] = "",
+    log: Annotated[str, typer.Option(help="file, stdout or syslog.")] = Options.log,
+    folder: Annotated[Path, typer.Option(help="For nginx's files.")] = GATEWAY_DIR,
+    *,
+    foreground: Annotated[bool, typer.Option(help="Run until SIGTERM or SIGQUIT.")] = False,
 ) -> None:
-    """Puts a gateway before the server of `make run`, or before nodes of its own."""
-    if find_gateway() is not None:
+    """Put nginx in front of the running server, or of UPSTREAMS."""
+    if nginx.find(folder) is not None:
         raise UserError("The gateway is running already. Stop it with: make gateway-stop")
     options = Options(
-        host,
-        http_port,
-        https_port,
-        certificate,
-        certificate_key,
-        keys,
-        rate,
-        burst,
-        connections,
-        metrics_port=metrics_port,
+        host=host,
+        published=published,
+        http_port=http_port,
+        https_port=https_port,
+        certificate=certificate,
+        certificate_key=certificate_key,
+        acme=acme,
+        keys=keys,
+        rate=rate,
+        burst=burst,
+        connections=connections,
+        proxies=proxies,
+        prefix=prefix.rstrip("/"),
+        keepalive=keepalive,
+        timeout=timeout,
         upstreams=upstreams,
+        model=model,
+        log=log,
+        foreground=foreground,
     )
-    if upstreams and (nodes or workers):
-        raise UserError("UPSTREAMS are started by others: leave NODES and WORKERS out.")
     check(options)
-    own = nodes is not None
-    if upstreams:
-        members = find_nodes(upstreams, model or DEFAULT_ARCHITECTURE)
-        if not members:
-            raise UserError(f"UPSTREAMS has no address just now: {upstreams}")
-    elif nodes:
-        archive = MODEL_STORE / f"{model or DEFAULT_ARCHITECTURE}.mar"
-        members = start_nodes(nodes, archive, workers)
-    else:
-        members = [_server_of_make_run(model)]
-    try:
-        started = start(options, members)
-    except BaseException:
-        stop_nodes(members if own else [])
-        raise
-    where = "of others" if upstreams else "on this machine"
-    step(f"Gateway: {len(members)} node(s) {where}, logs in {GATEWAY_DIR}")
-    card = None if upstreams else read_card(Path(members[0].archive))
+    check_ports(host, {"http": http_port, "https": https_port})
+    if not model:
+        name = DEFAULT_ARCHITECTURE if upstreams else nginx.require_upstream(folder.parent).model
+        options = dataclasses.replace(options, model=name)
+    if foreground:
+        nginx.prepare(options, folder)
+        nginx.replace_process(folder)
+    nginx.start(options, folder)
+    _show(options)
+
+
+def _show(options: Options) -> None:
+    step(f"Gateway: nginx in front of {options.upstreams or 'this server'}, logs in {GATEWAY_DIR}")
+    card = None if options.upstreams else read_card(MODEL_STORE / f"{options.model}.mar")
     if card is not None and card.warning:
         warn(card.warning)
     if not options.keys:
-        warn("Nobody needs a key: only this machine can reach it. KEYS=file asks for one.")
-    console.print(f"Pictures     {started.url}/predict")
-    console.print(f"Page         {started.url}/")
-    console.print(f"HTTPS        {started.https_url}/")
-    if options.keys:
-        console.print(f"Sign in      {started.https_url}/sign-in")
-    console.print(f"Ready        {started.url}/readyz")
-    console.print(f"Metrics      http://{HOST}:{options.metrics_port}/metrics")
+        warn("No API key is required, since only this machine can connect. KEYS=file changes that.")
+    console.print(f"Images       {options.url}/predict")
+    console.print(f"Web UI       {options.url}/")
+    console.print(f"HTTPS        {options.https_url}/")
+    console.print(f"Ready        {options.url.removesuffix(options.prefix)}/readyz")
 
 
-def _server_of_make_run(model: str | None) -> Node:
-    running = find_running()
-    if running is None:
-        raise UserError("There is nothing to stand before. Run make run first, or give NODES=2.")
-    archive = MODEL_STORE / f"{model or running.model}.mar"
-    if not archive.is_file() or sha256(archive) != running.models.get(archive.stem):
-        raise UserError(f"The server does not serve {archive} as it is now. Run: make run")
-    release = keep_release(archive)
-    return Node(str(RUN_DIR.resolve()), str(release.resolve()), max(1, ready_workers(running)))
+@app.command("reload")
+def reload_command(folder: Path = GATEWAY_DIR) -> None:
+    """Apply changed API keys and certificates."""
+    with nginx.lock(folder):
+        options = nginx.read_options(folder)
+        check(options)
+        nginx.reload(options, folder)
+    step("Gateway: reloaded")
 
 
 @app.command("stop")
-def stop_command() -> None:
-    """Stops the gateway and the nodes that were started for it."""
-    gateway = find_gateway()
-    lost = [] if gateway is not None else find_lost()
-    strays = _running_nodes()
-    if gateway is None and not lost and not strays:
-        step("Gateway: not running")
-        return
-    with Status("Stopping the gateway ...", console=console):
-        if gateway is not None:
-            refuse_during_an_operation(gateway)
-            stop(gateway)
-        stop_lost(lost)
-        stop_nodes(strays)
-    step("Gateway: stopped")
-
-
-def _running_nodes(run_dir: Path = RUN_DIR) -> list[Node]:
-    """All nodes of this folder, also those of an upgrade that was cut off."""
-    folders = sorted(run_dir.glob("node-*"))
-    return [Node(str(folder.resolve()), "", 0) for folder in folders]
-
-
-def refuse_during_an_operation(gateway: Gateway, folder: Path = GATEWAY_DIR) -> None:
-    """Stops, by a `UserError`, while somebody else changes the nodes; the watch ends with nginx."""
-    try:
-        with operation("make gateway-stop", folder):
-            pass
-    except UserError as error:
-        if f"(process {gateway.watch_pid})" not in str(error):
-            raise
-
-
-@app.command("status")
-def status_command() -> None:
-    """Shows the nodes."""
-    gateway = require_gateway()
-    table = Table(title=f"behind {gateway.url} and {gateway.https_url}")
-    for heading in ("node", "port", "state", "workers", "waiting", "version", "archive"):
-        table.add_column(heading)
-    for node in gateway.nodes:
-        table.add_row(node.name, *_describe(node))
-    console.print(table)
-    try:
-        check_keys(gateway)
-    except UserError as error:
-        warn(str(error))
-    if gateway.watch() is None:
-        warn(
-            "The watch has ended: hanging and dead nodes stay, tokens are not renewed, and nothing "
-            "is counted. Start the gateway anew."
-        )
-
-
-def _describe(node: Node) -> list[str]:
-    if node.address:
-        state = "drained" if node.drained else "serving" if node.healthy else "not answering"
-        return [node.address, state, "-", "-", "-", "-"]
-    archive = Path(node.archive).parent.name
-    running = find_running(Path(node.run_dir))
-    if running is None:
-        return ["-", "dead", "-", "-", "-", archive]
-    state = "drained" if node.drained else "serving" if node.healthy else "unhealthy"
-    try:
-        model = model_status(running)
-    except (requests.RequestException, OSError, ValueError):
-        return [str(running.ports.inference), "not answering", "-", "-", "-", archive]
-    ready = ready_workers(running)
-    waiting = model["jobQueueStatus"]["pendingRequests"]
-    port = str(running.ports.inference)
-    return [port, state, str(ready), str(waiting), model["modelVersion"], archive]
-
-
-NodeName = Annotated[str, typer.Option(help="As `make gateway-status` calls it.")]
-
-
-@app.command("drain")
-def drain_command(node: NodeName) -> None:
-    """Takes a node out and waits until it has answered what it had."""
-    drain([node])
-    step(f"Node: {node} is drained; make undrain NODE={node} lets it serve again")
-
-
-@app.command("undrain")
-def undrain_command(node: NodeName) -> None:
-    """Lets a drained node serve again."""
-    undrain(node)
-    step(f"Node: {node} serves")
-
-
-@app.command("replace")
-def replace_command(node: NodeName) -> None:
-    """Replaces a node, dead or alive, by a new one."""
-    fresh = replace(node)
-    step(f"Node: {fresh.name} serves in place of {node}")
+def stop_command(folder: Path = GATEWAY_DIR) -> None:
+    """Answer what is in flight, then stop."""
+    with nginx.lock(folder), Status("Stopping the gateway ...", console=console):
+        stopped = nginx.stop(folder)
+        stop_second(folder.parent)
+    step("Gateway: stopped" if stopped else "Gateway: not running")
 
 
 @app.command("upgrade")
 def upgrade_command(
-    archive: Annotated[Path, typer.Option(help="The new archive.")] = MODEL_STORE
-    / f"{DEFAULT_ARCHITECTURE}.mar",
+    archive: Annotated[
+        Path | None, typer.Option(help="The new one; otherwise the served model's, built anew.")
+    ] = None,
     agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of samples whose label(s) must stay.")
+        float, typer.Option(min=0, max=1, help="Share of samples whose label(s) must not change.")
     ] = AGREEMENT,
-    trial_seconds: Annotated[
-        float, typer.Option(min=0, help="Time of serving clients before the old nodes end.")
-    ] = TRIAL_SECONDS,
 ) -> None:
-    """Upgrades what the gateway serves, or leaves everything as it is."""
-    upgrade(archive, agreement, trial_seconds)
+    """Serve another model archive with zero downtime."""
+    model = nginx.require_upstream().model
+    upgrade(archive or MODEL_STORE / f"{model}.mar", agreement)
+
+
+@app.command("rollback")
+def rollback_command() -> None:
+    """Serve the archive that the last upgrade replaced."""
+    found = sorted((RUN_DIR / PREVIOUS).glob("*.mar"))
+    if not found:
+        raise UserError("There is no previous archive: make upgrade has not run.")
+    upgrade(found[0], agreement=0.0)
 
 
 if __name__ == "__main__":

@@ -1,177 +1,145 @@
-"""nginx's configuration and the sign-in pages, filled in from the templates beside this file."""
+"""Renders the gateway's nginx.conf from its options."""
 
 import base64
-import functools
-import hashlib
 import ipaddress
-import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
-from handler.settings import MAX_REQUEST_BYTES
-from scripts.gateway.gateway import Gateway, Node, Options
-from scripts.gateway.keys import SESSION_SECONDS
-from scripts.gateway.waiting import HOLD
+from scripts.gateway.options import Options, read_upstreams
+from scripts.gateway.template import Route, has_ipv6, render_template
 from scripts.serve.management import PIXEL
-from scripts.serve.running import HOST, find_running
-from scripts.terminal import UserError
 
-TEMPLATES = Path(__file__).parent
-SIGN_IN_PAGE = "sign-in.html.jinja"
-# Attempts at a request that failed within so many seconds. Killing a single node's worker whenever
-# it was back cost one attempt of three its answer.
-_TRIES = 6
-_QUICK_FAILURE = 5
-# Wrong keys of one address: so many a second for long, and so many at once.
-_WRONG_KEYS = {"rate": 1, "burst": 20}
+# Requests per second with a wrong key, per address, and how many at once.
+_WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
+# Seconds that a slow client may take for its answer after a reload.
+DRAIN_SECONDS = 90
+_RESOLV_CONF = Path("/etc/resolv.conf")
 
 
-def is_loopback(options: Options) -> bool:
-    """Whether only this machine can reach the gateway.
+def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]]) -> str:
+    """Return the gateway's nginx.conf.
 
-    Raises:
-        UserError: an address is none.
+    Args:
+        options: how it faces clients; `model` is set.
+        folder: for the files of nginx.
+        upstreams: hosts and ports of TorchServe. A single name that is not an address stands for
+            all its addresses, and is resolved again as they change.
     """
-    for name in ("host", "published", "metrics_host"):
-        address = getattr(options, name)
-        try:
-            if address or name == "host":
-                ipaddress.ip_address(address)
-        except ValueError as error:
-            raise UserError(f"{name.upper()} must be an IP address, got {address!r}.") from error
-    return ipaddress.ip_address(options.published or options.host).is_loopback
-
-
-def config(gateway: Gateway, folder: Path) -> str:
-    """The text of nginx.conf.
-
-    Raises:
-        UserError: nothing would be left to serve, or the nodes serve different models.
-    """
-    options = gateway.options
-    everyone = [_upstream(node, gateway.sockets) for node in gateway.nodes]
-    willing = [
-        upstream
-        for node, upstream in zip(gateway.nodes, everyone, strict=True)
-        if upstream and not node.drained
+    folder = folder.resolve()
+    certificate, key = (
+        (Path(options.certificate).resolve(), Path(options.certificate_key).resolve())
+        if options.certificate
+        else _self_signed(folder)
+    )
+    address = options.address
+    listeners = [
+        {"address": address, "port": options.http_port, "tls": False},
+        {"address": address, "port": options.https_port, "tls": True},
     ]
-    able = [
-        upstream
-        for node, upstream in zip(gateway.nodes, everyone, strict=True)
-        if upstream and not node.drained and node.healthy
-    ]
-    models = {Path(node.archive).stem for node in gateway.nodes}
-    if len(models) > 1:
-        raise UserError(f"All nodes must serve the same model, these serve {', '.join(models)}.")
-    (model,) = models
-    serving = able or willing  # where none looks healthy, each may still be lucky
-    if not serving:
-        raise UserError("No node would be left to serve. Add one first.")
-    return _template("nginx.conf.jinja").render(
-        as_root=os.geteuid() == 0,
-        folder=folder.resolve(),
-        sockets=gateway.sockets,
-        options=options,
-        loopback=is_loopback(options),
-        clients=[
-            {"name": key.name, "key": key.key, "sessions": key.sessions(gateway.secret)}
-            for key in gateway.keys
-        ],
-        all=[upstream for upstream in everyone if upstream],
-        serving=serving,
-        tries=_TRIES,
-        quick_failure=_QUICK_FAILURE,
-        hold=round(HOLD),
-        wrong_keys=_WRONG_KEYS,
-        max_request_bytes=MAX_REQUEST_BYTES,
-        session_seconds=SESSION_SECONDS,
-        policy=_policy(_style()),
-        routes=routes(model),
-        model=model,
-        pixel=base64.b64encode(PIXEL).decode(),
+    return render_template(
+        folder=folder,
+        foreground=options.foreground,
+        processes="auto",
+        worker_connections=4000,
+        drain_seconds=DRAIN_SECONDS,
+        proxies=options.proxies.split(),
+        keys=options.read_keys(),
+        limits={
+            "rate": options.rate,
+            "burst": options.burst,
+            "connections": options.connections,
+            **_WRONG_KEYS,
+        },
+        keepalive=options.keepalive,
+        timeout=options.timeout,
+        prefix=options.prefix,
+        servers=[f"{host}:{port}" for host, port in upstreams],
+        dns=_dns(upstreams),
+        listeners=listeners,
+        tls={"certificate": certificate, "key": key},
+        redirect_port=0 if options.is_loopback else options.https_port,
+        acme=Path(options.acme).resolve() if options.acme else None,
+        probe={
+            "pixel": base64.b64encode(PIXEL).decode(),
+            "path": f"/predictions/{options.model}",
+        },
+        routes=[*routes(options.model, options.prefix)],
+        **_logs(options.log, folder),
     )
 
 
-@functools.cache
-def _template(name: str) -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  # no HTML, or nothing of others' in it
-    )
-    return environment.get_template(name)
-
-
-def _style() -> str:
-    return (TEMPLATES / "sign-in.css").read_text()
-
-
-def _policy(style: str) -> str:
-    """The Content-Security-Policy of the sign-in page: its own style, its own form, no script."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
-    )
-
-
-def write_sign_in_pages(folder: Path) -> None:
-    """Writes the pages on which people give their keys."""
-    for name, refused in (("sign-in.html", False), ("sign-in-refused.html", True)):
-        page = _template(SIGN_IN_PAGE).render(
-            style=_style(), refused=refused, hours=SESSION_SECONDS // 3600
+def _self_signed(folder: Path) -> tuple[Path, Path]:
+    """Return a certificate for localhost and its key, made if they are missing; for trials."""
+    certificate, key = folder / "certificate.pem", folder / "certificate.key"
+    if not (certificate.exists() and key.exists()):
+        key.touch(mode=0o600)
+        command = (
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "90", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-keyout", key, "-out", certificate),
         )
-        (folder / name).write_text(page)
+        subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
 
 
-def routes(model: str) -> tuple[tuple[str, str, str], ...]:
-    """Address, what it is on a node, methods. Nothing else of TorchServe can be reached."""
-    return (
-        # The page, and what the plain form of a page of one's own sends to its own address.
-        ("/", f"/predictions/{model}", "GET|HEAD|POST"),
-        # On this address of TorchServe's, and only there, a query reaches the handler.
-        ("/predict", f"/{model}/predict", "POST|PUT"),
-        ("/explain", f"/explanations/{model}", "POST|PUT"),
-        (f"/predictions/{model}", f"/predictions/{model}", "GET|HEAD|POST|PUT"),
-        (f"/explanations/{model}", f"/explanations/{model}", "POST|PUT"),
-        # KServe's own, versions 1 and 2.
-        *((path, path, "POST") for path in _kserve(model)),
-    )
-
-
-def _kserve(model: str) -> Iterator[str]:
+def routes(model: str, prefix: str = "") -> list[Route]:
+    """Return the paths of the gateway; nothing else of TorchServe can be reached."""
+    upload = ("POST", "PUT")
+    found = [
+        # The web UI, and the form of a page without an action.
+        Route("/", f"/predictions/{model}", ("GET", "HEAD", "POST")),
+        # On this path of TorchServe, and only there, a query reaches the handler.
+        Route("/predict", f"/{model}/predict", upload),
+        Route("/explain", f"/explanations/{model}", upload),
+        Route(f"/predictions/{model}", f"/predictions/{model}", ("GET", "HEAD", *upload)),
+        Route(f"/explanations/{model}", f"/explanations/{model}", upload),
+    ]
     for verb in ("predict", "explain"):
-        yield f"/v1/models/{model}:{verb}"
+        path = f"/v1/models/{model}:{verb}"
+        found.append(Route(path, path, ("POST",)))
     for verb in ("infer", "explain"):
-        yield f"/v2/models/{model}/{verb}"
+        path = f"/v2/models/{model}/{verb}"
+        found.append(Route(path, path, ("POST",)))
+    return [Route(f"{prefix}{route.path}", route.target, route.methods) for route in found]
 
 
-def _upstream(node: Node, sockets: str) -> dict[str, str] | None:
-    """What the template needs of a node; None where it does not run, or only begins to."""
-    if node.address:
-        return _described(node, sockets, node.address, "")
-    running = find_running(Path(node.run_dir))
-    if running is None:
+def _dns(upstreams: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
+    """Return how nginx resolves the upstream; None for addresses, and for several names.
+
+    nginx resolves several names when it starts and when it is reloaded.
+    """
+    if len(upstreams) != 1 or _is_address(upstreams[0][0]):
         return None
+    lines = (line.split() for line in _RESOLV_CONF.read_text().splitlines())
+    servers = [words[1] for words in lines if words[:1] == ["nameserver"] and len(words) > 1]
+    # nginx takes no link-local address with its interface.
+    resolvers = [f"[{s}]" if ":" in s else s for s in servers if "%" not in s]
+    return {"resolvers": resolvers, "ipv6": has_ipv6()} if resolvers else None
+
+
+def _is_address(host: str) -> bool:
     try:
-        authorization = running.authorization("inference").get("Authorization", "")
-    except (OSError, ValueError):
-        return None  # its file of tokens is not there or not whole yet
-    return _described(node, sockets, f"{HOST}:{running.ports.inference}", authorization)
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return host == "localhost"
+    return True
 
 
-def _described(node: Node, sockets: str, address: str, authorization: str) -> dict[str, str]:
-    # After a reload the old processes of nginx take connections for a moment still. They must not
-    # get those of the new ones: what they would send to this node is an old port or a void token.
-    current = hashlib.sha256(f"{address} {authorization}".encode()).hexdigest()[:8]
-    return {
-        "name": node.name,
-        "address": address,
-        "authorization": authorization,
-        "socket": f"{sockets}/{node.name}.{current}.sock",
-    }
+def _logs(log: str, folder: Path) -> dict[str, str]:
+    """Return where nginx logs requests and errors."""
+    if log == "file":
+        access = f'"{folder}/access.log" requests buffer=32k flush=1s'
+        return {"access_log": access, "error_log": f'"{folder}/error.log" error'}
+    if log == "stdout":
+        return {"access_log": "/dev/stdout requests", "error_log": "stderr error"}
+    # journald: standard output is a socket there, which nginx cannot open.
+    access = "syslog:server=unix:/dev/log,nohostname,tag=densenet_gateway requests"
+    return {"access_log": access, "error_log": "stderr error"}
+
+
+def default_upstreams(options: Options, port: int) -> list[tuple[str, int]]:
+    """Return the configured upstreams; without any, the running server's port on loopback."""
+    return read_upstreams(options.upstreams) or [("127.0.0.1", port)]

@@ -1,146 +1,208 @@
-"""Runs nginx in front of the nodes, as an ordinary user.
+"""Starts, reloads and stops the gateway's nginx, as an ordinary user.
 
-Whoever changes which nodes serve does it with `change_nodes`, which holds a lock, writes the
-configuration anew and reloads nginx without cutting a connection.
+All files are in one folder, `.run/gateway`. `gateway.json` there holds the options, so that a
+reload needs none.
 """
 
 import dataclasses
+import fcntl
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from scripts.gateway.config import config
-from scripts.gateway.gateway import (
-    GATEWAY_DIR,
-    STATE,
-    Gateway,
-    Node,
-    Options,
-    lock,
-    require_gateway,
-)
-from scripts.gateway.keys import Key, read_keys
-from scripts.state import (
-    remember,
-)
+from scripts.gateway.config import DRAIN_SECONDS, default_upstreams, render
+from scripts.gateway.options import Options
+from scripts.serve.running import RUN_DIR, Running, find_running
+from scripts.state import forget, process_of, recall, remember, unreadable
 from scripts.terminal import UserError
 
+GATEWAY_DIR = RUN_DIR / "gateway"
+STATE = "gateway.json"
 # Seconds.
 _START_TIMEOUT = 10.0
-DRAIN_TIMEOUT = 100.0
+_DRAIN_TIMEOUT = DRAIN_SECONDS + 10.0
 _POLL = 0.05
 
 
-def change_nodes(
-    change: Callable[[tuple[Node, ...]], Sequence[Node]], folder: Path = GATEWAY_DIR
-) -> set[int]:
-    """Changes which nodes serve, and lets nginx know.
+def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
+    """Start nginx in the background.
 
     Args:
-        change: makes the new list from the present one.
-        folder: the gateway's.
-
-    Returns:
-        processes of nginx that still work by the old list, for `wait_for_drain`.
-    """
-    with lock(folder):
-        gateway = require_gateway(folder)
-        gateway = dataclasses.replace(gateway, nodes=tuple(change(gateway.nodes)))
-        # A mistake in that file keeps no node from being changed; `check_keys` says it.
-        with suppress(UserError):
-            gateway = dataclasses.replace(gateway, keys=keys_of(gateway.options))
-        changed = write_config(gateway, folder)
-        remember(folder / STATE, dataclasses.asdict(gateway))
-        return _reload(gateway) if changed else set()
-
-
-def check_keys(gateway: Gateway) -> None:
-    """Stops, by a `UserError`, where the file of keys is not what counts."""
-    try:
-        keys_of(gateway.options)
-    except UserError as error:
-        raise UserError(f"The keys that were read last still count. {error}") from error
-
-
-def keys_of(options: Options) -> tuple[Key, ...]:
-    """The clients' keys; none where nobody needs one."""
-    return tuple(read_keys(Path(options.keys))) if options.keys else ()
-
-
-def wait_for_drain(old: set[int]) -> bool:
-    """Waits until those processes have answered what they had; false where some took too long."""
-    deadline = time.monotonic() + DRAIN_TIMEOUT
-    while any(psutil.pid_exists(pid) for pid in old):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL)
-    return True
-
-
-def write_config(gateway: Gateway, folder: Path) -> bool:
-    """Writes nginx's configuration; false where it stays as it is.
+        options: complete and checked.
+        folder: for the files of nginx.
 
     Raises:
-        UserError: nginx refuses it; the old one stays then.
+        UserError: no server is running, or nginx rejects the configuration.
     """
-    path = folder / "nginx.conf"
-    text = config(gateway, folder)
-    if path.exists() and path.read_text() == text:
-        return False
+    prepare(options, folder)
+    run_nginx(folder / "nginx.conf", folder)
+    _wait_for(lambda: find(folder) is not None, "nginx did not start")
+
+
+def prepare(options: Options, folder: Path) -> None:
+    """Write the folder of a gateway that is about to start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nginx.pid").unlink(missing_ok=True)
+    write_config(options, folder)
+    remember(folder / STATE, dataclasses.asdict(options))
+
+
+def write_config(
+    options: Options, folder: Path, upstreams: Sequence[tuple[str, int]] | None = None
+) -> None:
+    """Write nginx.conf if nginx accepts it; otherwise the previous one stays.
+
+    Args:
+        options: of the gateway.
+        folder: of the gateway.
+        upstreams: instead of the configured ones.
+
+    Raises:
+        UserError: nginx rejects it, the API keys cannot be read, or no server is running.
+    """
+    if upstreams is None:
+        upstreams = default_upstreams(options, _port_of(folder.parent, options))
     candidate = folder / "nginx.conf.new"
     candidate.touch(mode=0o600)
-    candidate.write_text(text)
-    _run(candidate, folder, "-t")
-    candidate.replace(path)
-    return True
+    candidate.write_text(render(options, folder, upstreams))
+    run_nginx(candidate, folder, "-t")
+    candidate.replace(folder / "nginx.conf")
 
 
-def start_nginx(folder: Path) -> int:
-    """Starts nginx with the configuration of this folder; returns its master process."""
-    # What a gateway that was cut off may have left.
-    (folder / "nginx.pid").unlink(missing_ok=True)
-    _run(folder / "nginx.conf", folder)
-    return int(_wait_for(lambda: _read(folder / "nginx.pid"), "nginx did not start"))
+def _port_of(run_dir: Path, options: Options) -> int:
+    if options.upstreams:
+        return 0
+    return require_upstream(run_dir).ports.inference
 
 
-def _run(path: Path, folder: Path, *arguments: str) -> None:
-    log = folder.resolve() / "error.log"
-    result = subprocess.run(
-        ["nginx", "-c", str(path.resolve()), "-e", str(log), *arguments],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        raise UserError(f"nginx refuses to start: {result.stderr.strip()[-500:]}")
+def require_upstream(run_dir: Path = RUN_DIR) -> Running:
+    """Return the server that the gateway stands in front of.
+
+    Raises:
+        UserError: none is running.
+    """
+    running = find_running(run_dir)
+    if running is None:
+        raise UserError(
+            "TorchServe is not running. Run make run or make start first, or set UPSTREAMS."
+        )
+    return running
 
 
-def _reload(gateway: Gateway) -> set[int]:
-    """Has nginx read its configuration anew; returns the processes that work by the old one."""
-    master = gateway.process()
-    assert master is not None
+def reload(
+    options: Options, folder: Path = GATEWAY_DIR, upstreams: Sequence[tuple[str, int]] | None = None
+) -> None:
+    """Apply the options, API keys, certificate and upstreams, and drain the old processes.
+
+    Requests in flight are answered by the old processes of nginx. Returns when they are gone.
+
+    Args:
+        options: of the gateway.
+        folder: of the gateway.
+        upstreams: instead of the configured ones.
+
+    Raises:
+        UserError: the configuration cannot be used, and the previous one stays; or the gateway is
+            not running.
+    """
+    master = find(folder)
+    if master is None:
+        raise UserError("The gateway is not running. Start it with: make gateway")
+    write_config(options, folder, upstreams)
     old = {child.pid for child in master.children()}
     master.send_signal(signal.SIGHUP)
     _wait_for(
-        lambda: "new" if {child.pid for child in master.children()} - old else "",
-        "nginx did not read its configuration anew",
+        lambda: bool({child.pid for child in master.children()} - old),
+        "nginx did not reload its configuration",
     )
-    return old
+    deadline = time.monotonic() + _DRAIN_TIMEOUT
+    while any(psutil.pid_exists(pid) for pid in old) and time.monotonic() < deadline:
+        time.sleep(_POLL)
 
 
-def _wait_for(read: Callable[[], str], failure: str) -> str:
+def stop(folder: Path = GATEWAY_DIR) -> bool:
+    """Stop nginx after it has answered what is in flight; return false if it was not running."""
+    master = find(folder)
+    if master is None:
+        return False
+    master.send_signal(signal.SIGQUIT)
+    _, slow = psutil.wait_procs([master], timeout=_DRAIN_TIMEOUT)
+    for process in slow:
+        process.terminate()
+    forget(folder / STATE)
+    return True
+
+
+def find(folder: Path = GATEWAY_DIR) -> psutil.Process | None:
+    """Return nginx's master process, even if its folder was removed; None if it is not running."""
+    return process_of("nginx:", "master", str(folder.resolve() / "nginx.conf"))
+
+
+def read_options(folder: Path = GATEWAY_DIR) -> Options:
+    """Return the options of the gateway that was started last.
+
+    Raises:
+        UserError: there was none, or its file cannot be understood.
+    """
+    values = recall(folder / STATE)
+    if values is None:
+        raise UserError("The gateway is not running. Start it with: make gateway")
+    try:
+        return Options(**values)
+    except TypeError as error:
+        raise unreadable(folder / STATE) from error
+
+
+@contextmanager
+def lock(folder: Path = GATEWAY_DIR) -> Iterator[None]:
+    """Hold the right to reload the gateway; the kernel releases it if this process dies.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError("Another upgrade, rollback or gateway-reload is running.") from error
+        yield
+
+
+def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
+    """Run nginx's command line.
+
+    Raises:
+        UserError: it fails.
+    """
+    done = subprocess.run(
+        nginx_command(config, folder, *arguments), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise UserError(f"nginx does not start: {done.stderr.strip()[-500:]}")
+
+
+def nginx_command(config: Path, folder: Path, *arguments: str) -> list[str]:
+    """Return nginx's command line; early errors go to the folder's error.log."""
+    log = folder.resolve() / "error.log"
+    return ["nginx", "-c", str(config.resolve()), "-e", str(log), *arguments]
+
+
+def replace_process(folder: Path) -> None:
+    """Become nginx, in the foreground."""
+    command = [*nginx_command(folder / "nginx.conf", folder)[:-1], "stderr"]
+    os.execvp(command[0], command)  # noqa: S606
+
+
+def _wait_for(check: Callable[[], bool], failure: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT
-    while not (value := read()):
+    while not check():
         if time.monotonic() > deadline:
             raise UserError(f"{failure} within {_START_TIMEOUT:.0f} s.")
         time.sleep(_POLL)
-    return value
-
-
-def _read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""

@@ -1,244 +1,180 @@
-"""`make upgrade`: a new archive in place of the one that serves, without a gap.
+"""`make upgrade`: another model archive in place of the served one, with zero downtime.
 
-New nodes start beside the old ones, classify sample photographs, and take over in one reload of
-nginx. The old ones answer what they still have and end. Whenever a check fails, the old ones go on
-as if nothing had been. No model is ever registered with a running TorchServe, so that its API for
-that stays off.
+A second TorchServe starts with the new archive and classifies sample images. If its answers agree
+with the first one's, nginx sends all requests to it, the first one restarts with the new archive,
+and nginx switches back. Whatever fails, the old archive is served.
 """
 
-import dataclasses
-import re
-import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-import requests
-
 from classification_client import RefusedError, ServiceError
-from classification_client.retrying import tries
-from scripts.gateway.gateway import GATEWAY_DIR, Node, operation, require_gateway
-from scripts.gateway.nginx import change_nodes, wait_for_drain
-from scripts.gateway.nodes import (
-    keep_release,
-    require_own,
-    start_node,
-    stop_nodes,
-    stop_unused,
-)
-from scripts.samples import sample_photographs
-from scripts.serve.management import client_of, ready_workers
-from scripts.serve.running import Running, find_running
-from scripts.serve.server import stop as stop_server
-from scripts.store import read_card, sha256
+from scripts.gateway import nginx
+from scripts.gateway.nginx import GATEWAY_DIR
+from scripts.serve.management import client_of, poll, ready_workers
+from scripts.serve.running import HOST, Running, find_running, free_ports, require_running
+from scripts.serve.server import SERVING, START_TIMEOUT, start, stop
+from scripts.store import MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, step, warn
 
-# Of the sample photographs, the share whose first label may not change; of models that give several
-# labels, whose labels may not.
+# Share of the sample images whose top-1 label, or set of labels, must stay the same.
 AGREEMENT = 0.9
-# Seconds for which the new nodes serve clients before the old ones end.
-TRIAL_SECONDS = 5.0
+# In the server's folder: the archive that the last upgrade replaced.
+PREVIOUS = "previous"
+# Likewise: the second server, while it runs.
+SECOND = "second"
 _CHECK_TIMEOUT = 30.0
+
+# What a client sees of one image: its top-1 label, or all labels of a multi-label model.
+Labels = frozenset[str]
 
 
 def upgrade(
     archive: Path,
     agreement: float = AGREEMENT,
-    trial_seconds: float = TRIAL_SECONDS,
     folder: Path = GATEWAY_DIR,
+    model_store: Path = MODEL_STORE,
 ) -> None:
-    """Puts nodes that serve `archive` in the place of all that serve now.
+    """Serve another archive behind the gateway.
 
     Args:
-        archive: the new one.
-        agreement: share of the sample photographs, 0 to 1, on which new and old nodes must give the
-            same first label, or the same labels where a model gives several. A new handler keeps
-            all of them; other weights need a smaller share.
-        trial_seconds: how long the new nodes must serve clients without a failure.
-        folder: the gateway's.
+        archive: the new one, with the name of the served one.
+        agreement: share of the sample images, 0 to 1, on which both must give the same label(s).
+        folder: of the gateway; the server's is its parent.
+        model_store: where the server finds its archive when it starts.
 
     Raises:
-        UserError: a check failed, or another `operation` goes on; the old nodes serve as before.
+        UserError: a check failed, or another upgrade is running; the old archive is served.
     """
-    with operation(f"make upgrade to {archive.name}", folder):
-        _upgrade(archive, agreement, trial_seconds, folder)
+    with nginx.lock(folder):
+        _upgrade(archive, agreement, folder, model_store)
 
 
-def _upgrade(archive: Path, agreement: float, trial_seconds: float, folder: Path) -> None:
-    old = [node for node in require_gateway(folder).nodes if not node.drained]
-    names = {node.name for node in old}
-    require_own(old)
-    release = keep_release(archive, folder.parent)
-    _check_archive(release, old)
-    fresh: list[Node] = []
-    gone: list[Node] = []
+def _upgrade(archive: Path, agreement: float, folder: Path, model_store: Path) -> None:
+    run_dir = folder.parent
+    running = require_running(run_dir)
+    options = nginx.read_options(folder)
+    if options.upstreams:
+        raise UserError("UPSTREAMS are upgraded by whoever starts them, not by make upgrade.")
+    served = run_dir / SERVING / f"{running.model}.mar"
+    _check_archive(archive, served, running)
+    if find_running(run_dir / SECOND) is not None:
+        nginx.reload(options, folder)
+        stop_second(run_dir)
+    old = _copy(served, run_dir / SECOND / "old")
+    new = _copy(archive, run_dir / SECOND / "new")
     try:
-        for node in old:
-            fresh.append(start_node(release, node.workers, folder.parent))
-            step(f"Upgrade: {fresh[-1].name} is ready beside {node.name}")
-        _check_answers(fresh, old, agreement)
-        leaving = change_nodes(
-            lambda nodes: [
-                *(dataclasses.replace(n, drained=n.drained or n.name in names) for n in nodes),
-                *fresh,
-            ],
-            folder,
-        )
-        step("Upgrade: switched; the old nodes finish what they have")
-        _check_service(fresh, trial_seconds)
-        if not wait_for_drain(leaving):
-            warn("Some clients did not take their answers in time and were cut.")
-        gone = [node for node in require_gateway(folder).nodes if node.name in names]
-        change_nodes(lambda nodes: [node for node in nodes if node.name not in names], folder)
-    except BaseException:
+        second = start(new, free_ports(), running.workers, run_dir / SECOND)
+        step("Upgrade: a second server is ready with the new archive")
+        _compare(running, second, agreement)
+        nginx.reload(options, folder, [(HOST, second.ports.inference)])
         try:
-            _go_back(names, fresh, gone, folder)
-        except (UserError, OSError, psutil.Error) as error:
-            # What failed first is what the caller is told.
-            warn(f"The old nodes could not be put back: {error} See: make gateway-status")
-        raise
-    _end(old)
-    step(f"Upgrade: {len(fresh)} node(s) serve {release.parent.name}")
-
-
-def _go_back(
-    old: Collection[str], fresh: Sequence[Node], gone: Sequence[Node], folder: Path
-) -> None:
-    """Has the old nodes serve again, and ends the new ones once nobody waits for them.
-
-    In the list as it is now: what others changed in it meanwhile stays, and only those nodes come
-    back into it that this upgrade took out. New nodes that cannot be taken out serve on.
-    """
-    new = {node.name for node in fresh}
-
-    def with_old(nodes: Sequence[Node]) -> list[Node]:
-        kept = [node for node in nodes if node.name not in new]
-        present = {node.name for node in kept}
-        kept += [node for node in gone if node.name not in present]
-        return [
-            dataclasses.replace(node, drained=node.drained and node.name not in old)
-            for node in kept
-        ]
-
-    try:
-        wait_for_drain(change_nodes(with_old, folder))
+            step("Upgrade: switched; the first server restarts")
+            _restart(running, new, old, run_dir, model_store)
+            _copy(old, run_dir / PREVIOUS)
+        finally:
+            if find_running(run_dir) is not None:
+                nginx.reload(options, folder)
     finally:
-        stop_unused(fresh, folder)
+        if find_running(run_dir) is not None:
+            stop_second(run_dir)
+        else:
+            warn("The second server serves until the first one is started and upgraded again.")
+    step(f"Upgrade: {running.model} serves {sha256(archive)[:12]}; make rollback undoes it")
 
 
-def _end(nodes: Sequence[Node]) -> None:
-    """Ends nodes, the server of `make run` too."""
-    stop_nodes(nodes)
-    for node in nodes:
-        running = find_running(Path(node.run_dir))
-        if running is not None:
-            stop_server(running, Path(node.run_dir))
-
-
-def _check_archive(release: Path, old: Sequence[Node]) -> None:
-    new_card = read_card(release)
-    if new_card is None:
-        raise UserError(f"{release} is no archive of this project.")
-    if not old:
-        raise UserError("No node serves now; there is nothing to upgrade.")
-    names = {Path(node.archive).stem for node in old}
-    if names != {release.stem}:
+def _check_archive(archive: Path, served: Path, running: Running) -> None:
+    card = read_card(archive)
+    if card is None:
+        raise UserError(f"{archive} is not a model archive of this project.")
+    if len(running.models) > 1:
+        raise UserError("make upgrade works for a server of one model.")
+    if archive.stem != running.model:
         raise UserError(
-            f"The gateway serves {', '.join(names)}, and this archive is called {release.stem}. "
-            "An upgrade keeps the name, which is part of the clients' addresses."
+            f"The server serves {running.model}, and this archive is named {archive.stem}. An "
+            "upgrade keeps the name, which is part of the clients' URLs."
         )
-    if all(sha256(Path(node.archive)) == sha256(release) for node in old):
-        raise UserError("This archive is what is being served already.")
-    old_card = read_card(Path(old[0].archive))
-    if old_card is not None and old_card.trained and not new_card.trained:
-        raise UserError("The new archive has untrained random weights, the old one trained ones.")
+    if sha256(archive) == running.archive_sha256:
+        raise UserError("This archive is being served already.")
+    old_card = read_card(served)
+    if old_card is not None and old_card.trained and not card.trained:
+        raise UserError("The new archive has untrained weights, and the served one trained ones.")
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a client is told of one photograph, as far as an upgrade must not change it.
+def _compare(old: Running, new: Running, agreement: float) -> None:
+    from scripts.samples import sample_photographs  # noqa: PLC0415  # the image has no scikit-image
 
-    Attributes:
-        labels: the first label; of a model that gives several, all that pass, or none.
-        several: whether the model gives several.
-    """
-
-    labels: frozenset[str]
-    several: bool
-
-
-def _check_answers(fresh: Sequence[Node], old: Sequence[Node], agreement: float) -> None:
-    """Compares answers to sample photographs: of each new node, and of the old ones."""
-    photographs = list(sample_photographs())
-    before = _answers(old[0], photographs)
-    for node in fresh:
-        after = _answers(node, photographs)
-        several = before[0].several or after[0].several
-        compared = "labels" if several else "first label"
-        # Of several labels, all photographs may rightly get the same ones: none.
-        if len(set(after)) == 1 and not several:
-            label = next(iter(after[0].labels))
-            raise UserError(f"The new archive answers {label!r} to every sample photograph.")
-        same = sum(a.labels == b.labels for a, b in zip(before, after, strict=True))
-        share = same / len(photographs)
-        step(f"Upgrade: {node.name} gives the same {compared} to {share:.0%} of the samples")
-        if share < agreement:
-            raise UserError(
-                f"Only {share:.0%} of the sample photographs keep their {compared}, "
-                f"{agreement:.0%} were asked for. If the new archive is meant to answer "
-                "differently, say how much must stay: AGREEMENT=0.5"
-            )
-        if not any(answer.labels for answer in after):
-            warn(
-                f"{node.name} gives no sample photograph a label, so that they show little of the "
-                "new archive. Measure it on pictures of yours: make evaluate"
-            )
-
-
-def _answers(node: Node, photographs: Sequence[bytes]) -> list[_Answer]:
-    try:
-        with client_of(_running(node), patience=_CHECK_TIMEOUT) as client:
-            found = [client.classify(photograph) for photograph in photographs]
-    except RefusedError as error:
+    images = list(sample_photographs())
+    before, after = _labels(old, images), _labels(new, images)
+    share = sum(a == b for a, b in zip(before, after, strict=True)) / len(images)
+    step(f"Upgrade: the label is the same for {share:.0%} of the sample images")
+    if share < agreement:
         raise UserError(
-            f"{node.name} answers {error.code} to a sample photograph: {error.message[:300]}"
-        ) from error
+            f"Only {share:.0%} of the sample images keep their label, and {agreement:.0%} are "
+            "required. If the new archive is meant to answer differently: AGREEMENT=0.5"
+        )
+    if len(set(after)) == 1:
+        warn("All sample images get the same label, so they show little of the new archive.")
+
+
+def _labels(running: Running, images: Sequence[bytes]) -> list[Labels]:
+    try:
+        with client_of(running, patience=_CHECK_TIMEOUT) as client:
+            found = [client.classify(image) for image in images]
+    except RefusedError as error:
+        raise UserError(f"A sample image is rejected: {error.message[:300]}") from error
     except ServiceError as error:
-        raise UserError(f"{node.name} does not answer a sample photograph: {error}") from error
+        raise UserError(f"A sample image is not answered: {error}") from error
     return [
-        _Answer(frozenset([one.label]), several=False)
-        if one.labels is None
-        else _Answer(frozenset(label.label for label in one.labels), several=True)
+        frozenset([one.label] if one.labels is None else [label.label for label in one.labels])
         for one in found
     ]
 
 
-def _check_service(fresh: Sequence[Node], trial_seconds: float) -> None:
-    """Watches the new nodes serve clients: they must stay ready and answer nothing with a 5xx."""
-    deadline = time.monotonic() + trial_seconds
-    while True:
-        failed = {node.name: _failures(_running(node)) for node in fresh}
-        if any(failed.values()):
-            raise UserError(f"The new nodes fail at their clients' requests: {failed}.")
-        unready = [node.name for node in fresh if ready_workers(_running(node)) == 0]
-        if unready:
-            raise UserError(f"No worker of {', '.join(unready)} is ready any more.")
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.5)
+def _restart(running: Running, new: Path, old: Path, run_dir: Path, model_store: Path) -> None:
+    """Restart the first server with the new archive; if that fails, with the old one."""
+    try:
+        _restart_with(new, running, run_dir, model_store)
+    except BaseException:
+        warn("The server does not start with the new archive; it restarts with the old one.")
+        _restart_with(old, running, run_dir, model_store)
+        raise
 
 
-def _failures(running: Running) -> float:
-    """How many requests this server answered with a 5xx since it started."""
-    for attempt in tries(requests.RequestException, patience=_CHECK_TIMEOUT):
-        with attempt:
-            text = requests.get(running.metrics_url, timeout=_CHECK_TIMEOUT).text
-    return sum(float(n) for n in re.findall(r"^Requests5XX\{[^}]*\} (\S+)$", text, re.MULTILINE))
+def _restart_with(archive: Path, running: Running, run_dir: Path, model_store: Path) -> None:
+    target = _copy(archive, model_store)
+    present = find_running(run_dir)
+    if present is not None:
+        stop(present, run_dir)
+    if not running.supervised:
+        start(target, running.ports, running.workers, run_dir, grpc=running.grpc)
+    elif not poll(lambda: _serves(sha256(target), running.workers, run_dir), START_TIMEOUT):
+        raise UserError(f"The supervisor did not restart the server within {START_TIMEOUT:.0f} s.")
 
 
-def _running(node: Node) -> Running:
-    running = find_running(Path(node.run_dir))
-    if running is None:
-        raise UserError(f"{node.name} has ended; see {node.run_dir}/logs.")
-    return running
+def _serves(digest: str, workers: int, run_dir: Path) -> bool:
+    running = find_running(run_dir)
+    if running is None or running.archive_sha256 != digest:
+        return False
+    return ready_workers(running) >= workers
+
+
+def stop_second(run_dir: Path) -> None:
+    """Stop the second server of an upgrade, also of one that was killed."""
+    second = find_running(run_dir / SECOND)
+    if second is not None:
+        stop(second, run_dir / SECOND)
+    shutil.rmtree(run_dir / SECOND, ignore_errors=True)
+
+
+def _copy(archive: Path, folder: Path) -> Path:
+    """Return a copy in the folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / archive.name
+    if target.exists() and target.samefile(archive):
+        return target
+    unfinished = target.with_suffix(".unfinished")
+    shutil.copyfile(archive, unfinished)
+    unfinished.replace(target)
+    return target

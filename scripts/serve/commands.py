@@ -30,7 +30,7 @@ from scripts.serve.running import (
     lives,
     require_running,
 )
-from scripts.serve.server import start, stop
+from scripts.serve.server import start, stop, supervise
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, run, step, warn
 
@@ -51,8 +51,9 @@ def start_command(
     grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
-) -> None:
-    """Serves archives in the background; refuses one without trained weights."""
+    foreground: Annotated[bool, typer.Option(help="Run until SIGTERM, for a supervisor.")] = False,
+) -> int:
+    """Serve archives in the background, or in the foreground; reject untrained weights."""
     if find_running() is not None:
         raise UserError("TorchServe is running already. Stop it with: make stop")
     archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
@@ -61,9 +62,12 @@ def start_command(
     for archive in archives:
         _check_trained(archive)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    began = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
+    began = start(
+        archives[0], ports, workers, grpc=grpc, beside=archives[1:], supervised=foreground
+    )
     for model in began.models:
         step(f"TorchServe: serving on {began.serving(model).predictions_url}")
+    return supervise(began) if foreground else 0
 
 
 def _check_trained(archive: Path) -> None:

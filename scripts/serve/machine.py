@@ -10,8 +10,8 @@ from handler.settings import ADDED_BYTES
 
 # A worker after load was measured at 300 MB with ONNX Runtime; requests add so much at most.
 WORKER_BYTES = 300_000_000 + ADDED_BYTES
-# What OpenVINO makes of an 8-bit model takes so much more (benchmarks/results/precision.md).
-_INT8_BYTES = 350_000_000
+# What OpenVINO makes of an 8-bit model takes so much more (benchmarks/results/servers.md).
+_INT8_BYTES = 390_000_000
 
 # A frontend at its limits: heap and buffers (`vmargs` in config.properties), 2 and 4 GiB, and what
 # Java needs beside them.

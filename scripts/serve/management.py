@@ -45,9 +45,7 @@ def model_status(running: Running, timeout: float = HTTP_TIMEOUT) -> dict[str, A
     Raises:
         requests.RequestException: it does not answer.
     """
-    response = requests.get(
-        running.model_url, headers=running.authorization("management"), timeout=timeout
-    )
+    response = requests.get(running.model_url, timeout=timeout)
     response.raise_for_status()
     versions: list[dict[str, Any]] = response.json()
     return versions[0]
@@ -61,8 +59,8 @@ def ready_workers(running: Running, timeout: float = HTTP_TIMEOUT) -> int:
     """
     try:
         workers = model_status(running, timeout)["workers"]
-    except (requests.RequestException, OSError, ValueError):
-        return 0  # not up, or the file of tokens is not there or not whole yet
+    except (requests.RequestException, ValueError):
+        return 0  # not up yet
     return sum(worker["status"] == "READY" and lives(worker["pid"], running) for worker in workers)
 
 
@@ -103,7 +101,6 @@ def _ask_for_workers(running: Running, workers: int) -> requests.Response:
             answer = requests.put(
                 running.model_url,
                 params={"min_worker": workers, "max_worker": workers},
-                headers=running.authorization("management"),
                 timeout=HTTP_TIMEOUT,
             )
             # Under load TorchServe now and then answers 500 ConcurrentModificationException.
@@ -127,8 +124,7 @@ def _settled(running: Running, workers: int) -> bool:
 
 def client_of(running: Running, patience: float) -> Client:
     """A client of this server; `patience` in seconds."""
-    options = RequestOptions(patience=patience, headers=running.authorization("inference"))
-    return Client(running.predictions_url, options)
+    return Client(running.predictions_url, RequestOptions(patience=patience))
 
 
 def not_answering(running: Running) -> UserError:

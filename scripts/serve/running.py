@@ -5,13 +5,11 @@ folder and ports each.
 """
 
 import dataclasses
-import json
 import shutil
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -69,8 +67,9 @@ class Running:
         ports: where it listens.
         models: the SHA-256 of each archive that it serves, by the model's name.
         model: which of them is meant where nothing else is said.
-        tokens: whether every call needs one.
         grpc: whether it can be reached over gRPC.
+        workers: worker processes of each model at the start.
+        supervised: whether something starts it again after it stopped, such as systemd.
     """
 
     pid: int
@@ -79,8 +78,9 @@ class Running:
     ports: Ports
     models: dict[str, str]
     model: str
-    tokens: bool = False
     grpc: bool = False
+    workers: int = 1
+    supervised: bool = False
 
     def serving(self, model: str) -> "Running":
         """The same server, looked at for another of its models; `UserError` where it has none."""
@@ -94,17 +94,6 @@ class Running:
     def archive_sha256(self) -> str:
         """Of the archive that `model` was loaded from."""
         return self.models[self.model]
-
-    def authorization(self, api: Literal["inference", "management", "API"]) -> dict[str, str]:
-        """The header that TorchServe asks for on this API; empty where tokens are off.
-
-        "API" is the one that renews the other two. TorchServe keeps the valid tokens in a file
-        that only this user can read.
-        """
-        if not self.tokens:
-            return {}
-        keys = json.loads((Path(self.temporary) / "key_file.json").read_text())
-        return {"Authorization": f"Bearer {keys[api]['key']}"}
 
     @property
     def predictions_url(self) -> str:

@@ -9,10 +9,12 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +61,9 @@ _NOWHERE = "224.0.0.1"
 # Seconds. A worker is ready after about 5 s on an idle machine.
 START_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
+_SUPERVISE_INTERVAL = 0.5
+# In the server's folder: the archives that it serves.
+SERVING = "serving"
 # The log comes later than what it tells of.
 _LOG_DELAY = 1.0
 
@@ -70,11 +75,11 @@ def start(
     run_dir: Path = RUN_DIR,
     *,
     threads: int | None = None,
-    tokens: bool = False,
     grpc: bool = False,
     config: Path = CONFIG,
     log_config: Path = LOG_CONFIG,
     beside: Sequence[Path] = (),
+    supervised: bool = False,
 ) -> Running:
     """Starts TorchServe in the background and waits until all its workers are ready.
 
@@ -84,11 +89,11 @@ def start(
         workers: how many for each model; None for as many as suit the machine.
         run_dir: the server's folder.
         threads: CPU threads of one worker; None for the CPUs divided by the workers.
-        tokens: whether every call needs one of TorchServe's tokens, see `Running.authorization`.
         grpc: whether it can be reached over gRPC, by whose streams any client can end all workers.
         config: TorchServe's configuration, to which this start adds what it decides.
         log_config: what is logged.
         beside: more archives of the same folder, each served by workers of its own.
+        supervised: whether something starts it again after it stopped.
 
     Raises:
         UserError: a port is taken, Java or the archive cannot be used, the machine is too small, or
@@ -105,14 +110,18 @@ def start(
     dead = last_started(run_dir)
     if dead is not None and dead.process() is None:
         forget_server(dead, run_dir)
-    decided = _decided_at_start(archives, ports, chosen, tokens=tokens, grpc=grpc)
+    decided = _decided_at_start(archives, ports, chosen, grpc=grpc)
     # The last line of a key counts.
     (run_dir / "config.properties").write_text(config.read_text() + decided)
     # TorchServe names its sockets and its process file after nothing but the temporary folder:
     # two servers must not share one. The path is short, since a socket's must be.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     models = {archive.stem: sha256(archive) for archive in archives}
-    unborn = Running(0, "", temporary, ports, models, archives[0].stem, tokens, grpc)
+    unborn = Running(
+        *(0, "", temporary, ports, models, archives[0].stem, grpc),
+        workers=chosen.workers,
+        supervised=supervised,
+    )
     model_log = NewLines(logs / "model.log")
     try:
         remember(Path(temporary) / STATE, dataclasses.asdict(unborn))
@@ -126,10 +135,47 @@ def start(
     try:
         remember(run_dir / STATE, dataclasses.asdict(running))
         _wait_until_ready(running, archives, chosen.workers, logs, model_log)
+        _keep(archives, run_dir / SERVING)
     except BaseException:
         stop(running, run_dir)
         raise
     return running
+
+
+def _keep(archives: Sequence[Path], folder: Path) -> None:
+    """Keep copies of what is served: the files may be replaced, and an upgrade needs them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for archive in archives:
+        shutil.copyfile(archive, folder / archive.name)
+
+
+def supervise(running: Running, run_dir: Path = RUN_DIR) -> int:
+    """Wait until the server stops, or stop it on SIGTERM or SIGINT.
+
+    Returns:
+        the exit status: 0 after a signal, 1 if the server stopped by itself.
+    """
+    received = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: received.set())
+    _notify("READY=1")
+    while running.process() is not None:
+        if received.wait(_SUPERVISE_INTERVAL):
+            _notify("STOPPING=1")
+            stop(running, run_dir)
+            return 0
+    return 1
+
+
+def _notify(state: str) -> None:
+    """Report to systemd, if it started this process (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        notify.send(state.encode())
 
 
 def check_start(
@@ -169,9 +215,7 @@ def _heaviest(archives: Sequence[Path]) -> int:
     return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
 
 
-def _decided_at_start(
-    archives: Sequence[Path], ports: Ports, chosen: Plan, *, tokens: bool, grpc: bool
-) -> str:
+def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, grpc: bool) -> str:
     return (
         "\n# --- Decided at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
@@ -185,7 +229,6 @@ def _decided_at_start(
         f"load_models={','.join(archive.name for archive in archives)}\n"
         f"default_workers_per_model={chosen.workers}\n"
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
-        f"disable_token_authorization={str(not tokens).lower()}\n"
     )
 
 
@@ -244,7 +287,7 @@ def _launch(
         result = subprocess.run(
             command,
             env=environment,
-            # TorchServe writes its tokens into the folder in which it is started.
+            # TorchServe writes into the folder in which it is started.
             cwd=temporary,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -38,7 +38,7 @@ class Gateway(ThreadingHTTPServer):
         refusal: the status of every answer to a picture; 0 for a broken connection, None for none.
         retry_after: beside it.
         poison: breaks the connection for bodies that hold this, and for no others.
-        signed_in: who is, as the header says; somebody is once `/sign-in` was opened.
+        signed_in: who is, as the header says; somebody is once the page was opened again.
         times: when pictures came, in seconds.
     """
 
@@ -58,11 +58,10 @@ class Answer(BaseHTTPRequestHandler):
     server: Gateway
 
     def do_GET(self) -> None:
-        if self.path == "/sign-in":
+        if self.server.refusal == 401:
+            # The browser asks for name and key, and loads the page again with them.
             self.server.signed_in, self.server.refusal = "ada", None
-            self.answer(200, {"Content-Type": "text/html"}, b"<title>Sign in</title>")
-        else:
-            self.relay("GET", self.server.predictions_url)
+        self.relay("GET", self.server.predictions_url)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -251,15 +250,12 @@ def test_somebody_who_must_sign_in_is_led_there_and_keeps_the_images(
     assert len(gateway.times) == 4  # nobody is asked again before somebody signed in
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Sign in").click()
-    expect(opened.value).to_have_url(f"{gateway.url}/sign-in")
+    expect(opened.value).to_have_url(f"{gateway.url}/")
     opened.value.close()
     # The event of a window to which a person comes back; the driver's windows never lose focus.
     page.evaluate("() => dispatchEvent(new Event('focus'))")
     expect(answered(page)).to_have_count(6)
     expect(page.locator("#account")).to_contain_text("Signed in as ada")
-    expect(page.get_by_role("link", name="Sign out")).to_have_attribute(
-        "href", f"{gateway.url}/sign-out"
-    )
     page.locator(".toggle").first.click()
     page.locator(".copy:visible").click()
     expect(page.locator(".curl:visible pre")).to_contain_text("-H 'X-API-Key: YOUR-KEY'")

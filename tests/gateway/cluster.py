@@ -3,32 +3,76 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import requests
 
-from scripts.gateway.gateway import Options
+from scripts.gateway import nginx
+from scripts.gateway.options import Options, check
 from scripts.samples import CAT
-from scripts.serve.running import unused_ports
+from scripts.serve.running import Running, unused_ports
 
 TIMEOUT = 60
 
 
 def free_options(**options: Any) -> Options:
-    """Options of a gateway, with ports that nobody uses yet."""
-    http, https, metrics = unused_ports(3)
-    return Options(http_port=http, https_port=https, metrics_port=metrics, **options)
+    """Return options of a gateway with ports that nobody uses yet, and limits no test reaches."""
+    http, https = unused_ports(2)
+    usual = {"rate": 1000, "burst": 1000, "connections": 1000, "model": "densenet121"}
+    return Options(**{**usual, "http_port": http, "https_port": https, **options})
 
 
-class Gateway(Protocol):
-    """What clients must know of one."""
+def in_front_of(running: Running, **options: Any) -> Options:
+    """Return options of a gateway in front of this server."""
+    upstreams = f"127.0.0.1:{running.ports.inference}"
+    return free_options(upstreams=upstreams, model=running.model, **options)
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that is running, and a client of it."""
+
+    options: Options
+    folder: Path
 
     @property
     def url(self) -> str:
-        """Plain HTTP."""
+        """Return the address of plain HTTP, without the prefix."""
+        return f"http://127.0.0.1:{self.options.http_port}"
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Send a request over plain HTTP, and follow no redirect."""
+        options = {"allow_redirects": False, **options}
+        return requests.request(method, self.url + path, timeout=TIMEOUT, **options)
+
+    def predict(self, key: str | None = None, **headers: str) -> requests.Response:
+        """Classify a photograph."""
+        headers = {**headers, **({"X-API-Key": key} if key else {})}
+        return self.ask("POST", "/predict", data=CAT.read_bytes(), headers=headers)
+
+
+@contextmanager
+def gateway(options: Options, folder: Path) -> Iterator[Gateway]:
+    """Run a gateway, which must survive its tests."""
+    check(options)
+    nginx.start(options, folder)
+    try:
+        yield Gateway(options, folder)
+    finally:
+        survived = nginx.stop(folder)
+    assert survived, f"nginx ended during the tests; see {folder}"
+
+
+class HasUrl(Protocol):
+    """What clients must know of a gateway."""
+
+    @property
+    def url(self) -> str:
+        """Return the address of plain HTTP."""
         ...
 
 
@@ -48,15 +92,15 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Requests that were not answered 200."""
+        """Return how many requests were not answered 200."""
         return self.outcomes.total() - self.outcomes["200"]
 
 
 @contextmanager
-def clients(gateway: Gateway, count: int) -> Iterator[Tally]:
-    """Keeps so many clients asking, each the next request after the last answer.
+def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -> Iterator[Tally]:
+    """Keep so many clients sending requests, each the next one after the last answer.
 
-    Half of them connect anew for each request, as the tutorials' do; half keep their connection.
+    Half of them connect for each request, as the tutorials' do; half keep their connection.
     """
     tally = Tally()
     done = threading.Event()
@@ -69,7 +113,10 @@ def clients(gateway: Gateway, count: int) -> Iterator[Tally]:
             started = time.monotonic()
             try:
                 answer = sender.post(
-                    f"{gateway.url}/predict", files={"file": photograph}, timeout=TIMEOUT
+                    f"{server.url}/predict",
+                    files={"file": photograph},
+                    headers=headers,
+                    timeout=TIMEOUT,
                 )
                 outcome, text = str(answer.status_code), answer.text
             except requests.RequestException as error:
@@ -89,3 +136,11 @@ def clients(gateway: Gateway, count: int) -> Iterator[Tally]:
         done.set()
         for thread in threads:
             thread.join()
+
+
+def wait_for(ready: Callable[[], object]) -> None:
+    """Wait until the function returns true, for a minute."""
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.1)

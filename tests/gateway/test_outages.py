@@ -1,150 +1,145 @@
-"""Clients keep asking while workers and nodes die, leave and are replaced: none of them may notice.
-
-The short form of `make outages`.
-"""
+"""Clients keep sending requests while workers die and archives change: none of them may notice."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
-import requests
 
 from scripts.build.archive import build, recipe
 from scripts.build.weights import Weights
-from scripts.gateway import watch as watches
-from scripts.gateway.gateway import Gateway, require_gateway
-from scripts.gateway.nodes import drain, undrain
-from scripts.gateway.upgrade import upgrade
-from scripts.gateway.watch import renew_tokens
-from scripts.serve.running import Running
+from scripts.gateway import nginx
+from scripts.gateway.upgrade import PREVIOUS, upgrade
+from scripts.serve.management import model_status, ready_workers
+from scripts.serve.running import Running, find_running, free_ports
+from scripts.serve.server import start, stop
 from scripts.store import sha256
 from scripts.terminal import UserError
-from tests.gateway import faults
-from tests.gateway.cluster import clients
-from tests.gateway.conftest import Client
+from tests.gateway.cluster import Gateway, clients, free_options, gateway, wait_for
+from tests.gateway.conftest import KEYS, write_keys
 
 CLIENTS = 8
-SOON = timedelta(hours=2)
+SECONDS = 60
+KILL_INTERVAL = 5.0
+KEY = {"X-API-Key": KEYS["alice"]}
 
 
-def _all_serve(folder: Path) -> bool:
-    return all(node.healthy and not node.drained for node in require_gateway(folder).nodes)
+@pytest.fixture(scope="module")
+def served(
+    archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Gateway, Path]]:
+    """A server of two workers behind a gateway with keys, and the model store."""
+    place = tmp_path_factory.mktemp("outages")
+    run_dir, model_store = place / ".run", place / "model_store"
+    model_store.mkdir()
+    copied = model_store / archive.name
+    copied.write_bytes(archive.read_bytes())
+    start(copied, free_ports(), workers=2, run_dir=run_dir)
+    keys = write_keys(place, KEYS)
+    try:
+        with gateway(free_options(keys=str(keys)), run_dir / "gateway") as started:
+            yield started, model_store
+    finally:
+        running = find_running(run_dir)
+        assert running is not None
+        stop(running, run_dir)
 
 
 @contextmanager
-def _no_client_notices(gateway: Gateway, folder: Path) -> Iterator[None]:
-    """Clients are answered before what happens meanwhile, during it, and again after it."""
-    faults.wait_for(lambda: _all_serve(folder))
-    with clients(gateway, CLIENTS) as tally:
-        faults.wait_for(lambda: tally.outcomes.total() >= CLIENTS)
+def _no_client_notices(started: Gateway, note: list[str], what: str) -> Iterator[None]:
+    began = time.monotonic()
+    with clients(started, CLIENTS, KEY) as tally:
+        wait_for(lambda: tally.outcomes["200"] >= CLIENTS)
         yield
+        while time.monotonic() < began + SECONDS:
+            time.sleep(0.1)
         before = tally.outcomes.total()
-        faults.wait_for(lambda: tally.outcomes.total() > before + CLIENTS)  # some asked since
+        wait_for(lambda: tally.outcomes.total() > before + CLIENTS)
+    note.append(
+        f"{what}: {tally.outcomes.total()} requests, {tally.failed} failed, slowest "
+        f"{max(tally.seconds):.1f} s"
+    )
     assert tally.failed == 0, (tally.outcomes, tally.examples)
-    faults.wait_for(lambda: _all_serve(folder))
-    assert len(faults.servers_of(folder)) == 2
 
 
-def _kill_worker(folder: Path) -> None:
-    faults.kill_worker(folder, 0)
+def _server(started: Gateway) -> Running:
+    running = find_running(started.folder.parent)
+    assert running is not None
+    return running
 
 
-def _kill_worker_and_frontend_of_the_only_node_that_serves(folder: Path) -> None:
-    """Clients wait for as long as it takes."""
-    names = faults.nodes_of(folder)
-    faults.patiently(lambda: drain(names[1:], folder))
-    faults.kill_worker(folder, 0)
-    faults.kill_frontend(folder, 0)
-    faults.patiently(lambda: undrain(names[1], folder))
-    assert faults.nodes_of(folder) == names
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        _kill_worker,
-        faults.drain_node,
-        _kill_worker_and_frontend_of_the_only_node_that_serves,
-        faults.kill_node,
-    ],
-)
-def test_a_fault_costs_no_client_an_error(
-    fault: Callable[[Path], None], cluster: Gateway, folder: Path
+def test_a_worker_that_is_killed_every_5_seconds_costs_no_client_an_error(
+    served: tuple[Gateway, Path], note: list[str]
 ) -> None:
-    with _no_client_notices(cluster, folder):
-        fault(folder)
+    started, _ = served
+    began = time.monotonic()
+    with _no_client_notices(started, note, "a worker killed every 5 s"):
+        number = 0
+        while time.monotonic() < began + SECONDS:
+            workers = model_status(_server(started))["workers"]
+            psutil.Process(workers[number % len(workers)]["pid"]).kill()
+            number += 1
+            time.sleep(KILL_INTERVAL)
+    wait_for(lambda: ready_workers(_server(started)) == 2)
 
 
-def test_tokens_are_renewed_without_an_error_and_the_old_ones_are_void(
-    cluster: Gateway, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_reload_with_other_keys_costs_no_client_an_error(
+    served: tuple[Gateway, Path], note: list[str]
 ) -> None:
-    before = [server.authorization("inference") for server in faults.servers_of(folder)]
-
-    def fail(_: Running) -> None:
-        raise UserError("not today")
-
-    with _no_client_notices(cluster, folder):
-        with monkeypatch.context() as patch:
-            patch.setattr(watches, "renew", fail)
-            with pytest.raises(UserError, match="not today"):
-                renew_tokens(folder, before_expiry=SOON)
-        assert _all_serve(folder)
-        for _ in range(2):
-            assert len(renew_tokens(folder, before_expiry=SOON)) == 2
-    for server, old in zip(faults.servers_of(folder), before, strict=True):
-        answer = requests.post(server.predictions_url, data=b"x", headers=old, timeout=10)
-        assert answer.json()["type"] == "InvalidKeyException"
-    assert renew_tokens(folder, before_expiry=timedelta(minutes=1)) == []
-
-
-def test_a_hung_worker_is_ended_and_whoever_waits_for_it_is_answered(
-    cluster: Gateway, folder: Path
-) -> None:
-    """A worker that is stopped takes requests, and gives no answer; nor do those behind it get one.
-
-    The other node is free, and the gateway stays ready all the time.
-    """
-    worker = faults.worker_of(faults.servers_of(folder)[0])
-    worker.suspend()
-    with ThreadPoolExecutor(12) as pool:
-        asked = [pool.submit(Client(cluster).predict) for _ in range(11)]
-        ready = set()
-        while not all(answer.done() for answer in asked):
-            ready.add(Client(cluster).ask("GET", "/readyz").status_code)
-            time.sleep(0.2)
-    assert [answer.result().status_code for answer in asked] == [200] * 11
-    assert ready == {200}
-    assert not worker.is_running()
-    faults.wait_for(lambda: _all_serve(folder))
+    started, _ = served
+    with _no_client_notices(started, note, "a reload with other keys"):
+        for number in range(5):
+            write_keys(Path(started.options.keys).parent, {**KEYS, "carol": f"{number}" * 20})
+            nginx.reload(started.options, started.folder)
+            assert started.predict(f"{number}" * 20).status_code == 200
 
 
 @pytest.mark.timeout(600)
-def test_an_upgrade_costs_no_client_an_error_and_one_with_other_answers_must_be_asked_for(
-    cluster: Gateway, folder: Path, weights: Weights, tmp_path: Path
+def test_upgrade_and_rollback_cost_no_client_an_error(
+    served: tuple[Gateway, Path], weights: Weights, note: list[str], tmp_path: Path
 ) -> None:
+    started, model_store = served
     state = dict(weights.state_dict)
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = state[name].roll(1, dims=0)
-    other = dataclasses.replace(weights, state_dict=state, sha256="0" * 64)
-    archive = build(recipe(other), tmp_path)
+    archive = build(
+        recipe(dataclasses.replace(weights, state_dict=state, sha256="0" * 64)), tmp_path
+    )
 
     def best() -> int:
-        return int(Client(cluster).predict().json()["predictions"][0]["class_index"])
+        answer = started.predict(KEYS["bob"]).json()
+        return int(answer["predictions"][0]["class_index"])
 
-    names, before = faults.nodes_of(folder), best()
-    with pytest.raises(UserError, match="keep their first label"):
-        upgrade(archive, folder=folder)
-    assert faults.nodes_of(folder) == names
+    before, served_before = best(), _server(started)
+    with pytest.raises(UserError, match="keep their label"):
+        upgrade(archive, folder=started.folder, model_store=model_store)
+    assert _server(started).pid == served_before.pid
     assert best() == before
-    with _no_client_notices(cluster, folder):
-        faults.upgrade_all(folder, archive)
-    digests = {server.archive_sha256 for server in faults.servers_of(folder)}
-    assert digests == {sha256(archive)}
+    with _no_client_notices(started, note, "an upgrade"):
+        upgrade(archive, 0.0, started.folder, model_store)
+    assert _server(started).archive_sha256 == sha256(archive)
+    assert sha256(model_store / archive.name) == sha256(archive)
     assert best() == (before + 1) % 1000
     with pytest.raises(UserError, match="already"):
-        upgrade(archive, folder=folder)
+        upgrade(archive, 0.0, started.folder, model_store)
+    previous = started.folder.parent / PREVIOUS / archive.name
+    with _no_client_notices(started, note, "a rollback"):
+        upgrade(previous, 0.0, started.folder, model_store)
+    assert best() == before
+    assert [path.name for path in previous.parent.iterdir()] == [archive.name]
+
+
+def test_an_upgrade_to_an_archive_that_does_not_start_leaves_the_old_one(
+    served: tuple[Gateway, Path], tmp_path: Path
+) -> None:
+    started, model_store = served
+    before = _server(started)
+    broken = tmp_path / f"{before.model}.mar"
+    broken.write_bytes(b"not an archive")
+    with pytest.raises(UserError, match="not a model archive"):
+        upgrade(broken, folder=started.folder, model_store=model_store)
+    assert _server(started).pid == before.pid
+    assert started.predict(KEYS["alice"]).status_code == 200

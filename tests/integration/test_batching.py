@@ -19,7 +19,7 @@ from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.management import model_status, poll
 from scripts.serve.running import Running
-from tests.gateway.faults import wait_for
+from tests.gateway.cluster import wait_for
 
 JSON = {"Accept": "application/json", "Content-Type": "application/json"}
 IMAGES = [path.read_bytes() for path in PHOTOGRAPHS[:3]]

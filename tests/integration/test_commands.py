@@ -20,7 +20,6 @@ import pytest
 import requests
 
 from scripts import run
-from scripts.gateway.nodes import start_node
 from scripts.serve import commands, server
 from scripts.serve.management import model_status
 from scripts.serve.preflight import try_archive
@@ -81,11 +80,11 @@ def test_a_node_that_cannot_start_says_why_keeps_its_logs_and_leaves_nothing_beh
     kind: str, archive: Path, tmp_path: Path
 ) -> None:
     broken = broken_archive(archive, tmp_path, kind)
-    reason = f"cannot be loaded: {BROKEN[kind][2]}.* The worker's log is .*node-1/logs"
+    reason = f"cannot be loaded: {BROKEN[kind][2]}.* The worker's log is .*server/logs"
     with pytest.raises(UserError, match=reason):
-        start_node(broken, 1, tmp_path)
-    assert (tmp_path / "node-1" / "logs" / "model.log").exists()
-    assert find_running(tmp_path / "node-1") is None
+        start(broken, free_ports(), 1, tmp_path / "server")
+    assert (tmp_path / "server" / "logs" / "model.log").exists()
+    assert find_running(tmp_path / "server") is None
     assert not _servers_of(tmp_path)
 
 
@@ -173,9 +172,7 @@ def test_a_server_whose_folder_was_removed_is_still_ones_own(
         Path(__file__).parents[2] / name for name in (server.CONFIG, server.LOG_CONFIG)
     )
     (tmp_path / METRICS_CONFIG).symlink_to(config.parent / METRICS_CONFIG)
-    running = start(
-        archive, free_ports(), 1, folder, tokens=True, config=config, log_config=log_config
-    )
+    running = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
     shutil.rmtree(folder)
     found = find_running()
     assert found == running

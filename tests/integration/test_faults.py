@@ -12,7 +12,7 @@ from classification_client import Client
 from scripts.samples import CAT
 from scripts.serve.management import model_status, ready_workers, scale
 from scripts.serve.running import Running
-from tests.gateway.faults import wait_for
+from tests.gateway.cluster import wait_for
 from tests.pictures import encode
 from tests.served import frontend_memory, outcome, post
 from tests.stress import chaos, fuzz

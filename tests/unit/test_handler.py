@@ -13,7 +13,7 @@ import logging
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -348,6 +348,23 @@ def test_a_fault_in_any_stage_is_one_requests_500(  # noqa: PLR0913, PLR0917  # 
     assert [answers[i].json for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]
     assert "Failed on request id-1" in caplog.text
     assert "the secret of the house" in caplog.text
+
+
+def test_no_batch_of_the_engine_is_larger_than_max_batch(
+    serve: Serve, handler: DenseNetHandler, alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        sizes.append(len(pixels))
+        found: np.ndarray = real(pixels)
+        return found
+
+    real = handler.engine.logits
+    monkeypatch.setattr(handler.engine, "logits", logits)
+    monkeypatch.setattr(handler, "settings", replace(handler.settings, max_batch=3))
+    assert [answer.json for answer in serve(*GOOD[:4])] == alone[:4]
+    assert sizes == [3, 1]
 
 
 @pytest.mark.parametrize("logit", [None, np.nan, np.inf, -np.inf])

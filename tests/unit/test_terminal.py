@@ -13,7 +13,6 @@ import pytest
 from classification_client.terminal import spelt
 from scripts import terminal
 from scripts.classify import main as classify
-from scripts.gateway import commands as gateway
 from scripts.serve import commands as serve
 from scripts.sources import sources
 from scripts.terminal import UserError
@@ -88,7 +87,6 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
         ("scale", {"WORKERS": "0"}, "WORKERS must be greater than or equal to 1, got '0'."),
         ("scale", {}, "WORKERS is missing, as in: make scale WORKERS=..."),
         ("start", {"PORT": "http"}, "PORT must be a valid integer, got 'http'."),
-        ("drain", {}, "NODE is missing, as in: make drain NODE=..."),
     ],
 )
 def test_usage_errors_under_make_name_its_variables(
@@ -102,7 +100,7 @@ def test_usage_errors_under_make_name_its_variables(
     for name, value in {"TO": f"make {asked}", **variables}.items():
         monkeypatch.setenv(f"GIVEN_{name}", value)
     with pytest.raises(SystemExit, match="2"):
-        terminal.run((gateway if asked == "drain" else serve).app)
+        terminal.run(serve.app)
     assert capsys.readouterr().err == f"Error: {said}\n"
 
 

@@ -1,0 +1,172 @@
+"""How the gateway faces its clients and upstreams, and what is checked before it starts."""
+
+import ipaddress
+import re
+import shutil
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.gateway.keys import Key, read_keys
+from scripts.gateway.template import has_ipv6
+from scripts.serve.running import HOST
+from scripts.terminal import UserError
+
+_UPSTREAM = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MAX_PORT = 65535
+# A timeout within 5 s is a failed connect for nginx.conf.jinja, and retried.
+_MIN = {"rate": 1, "burst": 1, "connections": 1, "keepalive": 1, "timeout": 10}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `make gateway`.
+
+    Attributes:
+        host: IP address to listen on; `::` is all addresses, IPv4's too. Beyond loopback, keys are
+            required, and plain HTTP is redirected to HTTPS.
+        published: address at which others reach a container whose own one is `host`. It decides
+            what is required.
+        http_port, https_port: TCP ports; HTTPS speaks HTTP/2 too.
+        certificate, certificate_key: PEM files; empty for a self-signed certificate.
+        acme: folder that `certbot --webroot` writes to, served over plain HTTP.
+        keys: file of API keys; empty for no keys.
+        rate, burst: requests per second of one client, and how many more at once.
+        connections: concurrent requests of one client.
+        proxies: addresses or networks of load balancers whose X-Forwarded-For and
+            X-Forwarded-Proto count, separated by spaces.
+        prefix: path below which a proxy serves the gateway, such as `/classify`.
+        keepalive: seconds for which an idle connection stays open; longer than the balancer's.
+        timeout: seconds to wait for an answer; longer than TorchServe waits for a worker.
+        upstreams: HOST:PORT, separated by spaces; empty for the running server.
+        model: name of the model.
+        log: `file`, `stdout` or `syslog`.
+        foreground: whether a supervisor runs nginx, which stays in the foreground.
+    """
+
+    host: str = HOST
+    published: str = ""
+    http_port: int = 5000
+    https_port: int = 8443
+    certificate: str = ""
+    certificate_key: str = ""
+    acme: str = ""
+    keys: str = ""
+    rate: int = 50
+    burst: int = 100
+    connections: int = 64
+    proxies: str = ""
+    prefix: str = ""
+    keepalive: int = 75
+    timeout: int = 70
+    upstreams: str = ""
+    model: str = ""
+    log: str = "file"
+    foreground: bool = False
+
+    @property
+    def address(self) -> str:
+        """Return the host as URLs and nginx write it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def url(self) -> str:
+        """Return the address of plain HTTP."""
+        return f"http://{self.address}:{self.http_port}{self.prefix}"
+
+    @property
+    def https_url(self) -> str:
+        """Return the address of HTTPS."""
+        return f"https://{self.address}:{self.https_port}{self.prefix}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        return ipaddress.ip_address(self.published or self.host).is_loopback
+
+    def read_keys(self) -> list[Key]:
+        """Return the API keys; none where no file is configured."""
+        return read_keys(Path(self.keys)) if self.keys else []
+
+
+def check(options: Options) -> None:
+    """Check all options but the ports; start nothing.
+
+    Raises:
+        UserError: an option cannot work, or would not be safe.
+    """
+    if shutil.which("nginx") is None:
+        raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
+    _check_addresses(options)
+    if not options.is_loopback and not options.keys:
+        raise UserError(
+            f"{options.published or options.host} is not a loopback address: others could use the "
+            "service without a key. Set KEYS=file, with one line per client: its name and a key of "
+            "16 or more letters and digits."
+        )
+    for name, minimum in _MIN.items():
+        if getattr(options, name) < minimum:
+            got = getattr(options, name)
+            raise UserError(f"{name.upper()} must be {minimum} or more, got {got}.")
+    if options.model and not _MODEL.fullmatch(options.model):
+        raise UserError(f"MODEL must be letters, digits, - . and _, got {options.model!r}.")
+    if not _PREFIX.fullmatch(options.prefix):
+        raise UserError(f"PREFIX must be a path such as /classify, got {options.prefix!r}.")
+    if options.log not in {"file", "stdout", "syslog"}:
+        raise UserError(f"LOG must be file, stdout or syslog, got {options.log!r}.")
+    options.read_keys()
+    _check_certificate(options.certificate, options.certificate_key)
+
+
+def _check_addresses(options: Options) -> None:
+    for name in ("host", "published"):
+        address = getattr(options, name)
+        try:
+            if address or name == "host":
+                ipaddress.ip_address(address)
+        except ValueError as error:
+            raise UserError(f"{name.upper()} must be an IP address, got {address!r}.") from error
+    if ":" in options.host and not has_ipv6():
+        raise UserError(f"HOST={options.host} is an IPv6 address, and this machine has no IPv6.")
+    try:
+        for network in options.proxies.split():
+            ipaddress.ip_network(network)
+    except ValueError as error:
+        raise UserError(f"PROXIES must be addresses or networks: {error}.") from error
+    read_upstreams(options.upstreams)
+
+
+def _check_certificate(certificate: str, key: str) -> None:
+    if bool(certificate) != bool(key):
+        raise UserError("CERTIFICATE and CERTIFICATE_KEY belong together; give both, or neither.")
+    if not certificate and shutil.which("openssl") is None:
+        raise UserError("Set CERTIFICATE and CERTIFICATE_KEY, or install openssl for a trial one.")
+    for file in filter(None, (certificate, key)):
+        if not Path(file).is_file():
+            raise UserError(f"{file} is not a file that this user can read.")
+    try:
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key, password="")
+    except (ssl.SSLError, OSError) as error:
+        raise UserError(
+            f"{certificate} and {key} are not a certificate and its private key, both PEM and the "
+            f"key without a password: {error}"
+        ) from error
+
+
+def read_upstreams(text: str) -> list[tuple[str, int]]:
+    """Return hosts and ports of `UPSTREAMS`, such as "densenet:8080" or "10.0.0.7:8080 [::1]:80".
+
+    Raises:
+        UserError: one is not HOST:PORT.
+    """
+    found = []
+    for word in text.split():
+        match = _UPSTREAM.fullmatch(word)
+        if match is None or not 0 < int(match["port"]) <= _MAX_PORT:
+            raise UserError(f"UPSTREAMS must be HOST:PORT, separated by spaces, got {word!r}.")
+        found.append((match["host"], int(match["port"])))
+    return found

@@ -1,0 +1,80 @@
+"""Renders `nginx.conf.jinja`, from which the gateway and the container image get their nginx.
+
+Imports nothing but Jinja and the handler's settings, so that the container image stays small.
+"""
+
+import functools
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from handler.settings import MAX_REQUEST_BYTES
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path of the service.
+
+    Attributes:
+        path: what clients request.
+        target: path on TorchServe; "" for the same path.
+        methods: those that are allowed; none for all.
+        answer: a constant answer instead of TorchServe's.
+        needs_ready: whether the constant answer is `unready` with 503 while no worker is ready.
+    """
+
+    path: str
+    target: str = ""
+    methods: tuple[str, ...] = ()
+    answer: str | None = None
+    needs_ready: bool = False
+    unready: str = ""
+
+
+def render_template(**values: Any) -> str:
+    """Return nginx.conf; what only the gateway or only the container image has may be left out."""
+    absent: dict[str, Any] = {
+        "as_root": os.geteuid() == 0,
+        "foreground": True,
+        "proxies": [],
+        "keys": [],
+        "limits": None,
+        "capacity": None,
+        "dns": None,
+        "tls": None,
+        "redirect_port": 0,
+        "prefix": "",
+        "acme": None,
+        "probe": None,
+        "ready_file": None,
+        "error_alias": "",
+        "max_request_bytes": MAX_REQUEST_BYTES,
+    }
+    return _template().render(absent | values)
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701  # not HTML, and all values are validated
+    )
+    return environment.get_template("nginx.conf.jinja")
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can listen on IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

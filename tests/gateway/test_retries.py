@@ -1,0 +1,218 @@
+"""Which failures of an upstream are retried, on which upstream, and what clients see otherwise.
+
+The upstreams are small servers of the test's own, which fail as TorchServe does.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from scripts.serve.running import unused_ports
+from tests.gateway.cluster import Gateway, free_options, gateway
+from tests.gateway.test_gateway import error
+
+LENGTH = "Inference-Header-Content-Length"
+FORM = {"files": {"file": b"image"}}
+
+
+class Upstream(ThreadingHTTPServer):
+    """Answers each request with the next status; 200 when none is left.
+
+    Attributes:
+        statuses: of the next requests; 0 closes the connection, 1 answers after 12 s.
+        model: whether an answer names the model, as the handler's do and the frontend's do not.
+        requests: the paths of the requests that came, with the sizes of their bodies.
+    """
+
+    daemon_threads = True
+    model = False
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Answer)
+        self.statuses: list[int] = []
+        self.requests: list[tuple[str, int]] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Upstream
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, len(body)))
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        if status == 0:
+            self.close_connection = True
+            return
+        if status == 1:
+            time.sleep(12)
+        self.send_response(200 if status == 1 else status)
+        if self.server.model:
+            self.send_header("X-Model-Name", "densenet121")
+        self.send_header(LENGTH, self.headers.get(LENGTH, ""))
+        self.end_headers()
+        self.wfile.write(self.server.address.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def upstream(port: int = 0) -> Iterator[Upstream]:
+    with Upstream(port) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def first() -> Iterator[Upstream]:
+    with upstream() as server:
+        yield server
+
+
+@pytest.fixture
+def second() -> Iterator[Upstream]:
+    with upstream() as server:
+        yield server
+
+
+@pytest.fixture
+def one(first: Upstream, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway in front of a single upstream."""
+    with gateway(
+        free_options(upstreams=first.address, timeout=10), tmp_path / "gateway"
+    ) as started:
+        yield started
+
+
+@pytest.fixture
+def two(first: Upstream, second: Upstream, tmp_path: Path) -> Iterator[Gateway]:
+    upstreams = f"{first.address} {second.address}"
+    with gateway(free_options(upstreams=upstreams, timeout=10), tmp_path / "gateway") as started:
+        yield started
+
+
+@pytest.mark.parametrize("status", [0, 500, 502, 503, 507])
+def test_a_transient_failure_of_the_only_upstream_is_retried(
+    one: Gateway, first: Upstream, status: int
+) -> None:
+    first.statuses = [status]
+    answer = one.ask("POST", "/predict?topk=2", data=bytes(300_000), headers={LENGTH: "12"})
+    assert (answer.status_code, answer.text) == (200, first.address)
+    assert answer.headers[LENGTH] == "12"
+    assert first.requests == [("/densenet121/predict?topk=2", 300_000)] * 2
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("statuses", "seen"),
+    [
+        ([507, 507, 200], (503, "ServiceUnavailable")),
+        ([500, 500, 200], (500, "InternalError")),
+        ([503, 503, 200], (503, "ServiceUnavailable")),
+        ([0, 0, 200], (503, "ServiceUnavailable")),
+    ],
+)
+def test_a_request_that_may_crash_workers_runs_twice_at_most(
+    one: Gateway,
+    first: Upstream,
+    statuses: list[int],
+    seen: tuple[int, str],
+    *,
+    chunked: bool,
+) -> None:
+    first.statuses = list(statuses)
+    answer = one.ask("POST", "/predict", data=iter([b"ima", b"ge"]) if chunked else b"image")
+    assert error(answer) == seen
+    assert answer.headers.get("retry-after") == ("1" if seen[0] == 503 else None)
+    assert len(first.requests) == 2
+
+
+def test_two_upstreams_do_not_make_it_run_more_often(
+    two: Gateway, first: Upstream, second: Upstream
+) -> None:
+    for server in (first, second):
+        server.statuses = [507] * 4
+    assert error(two.ask("POST", "/predict", data=b"image")) == (503, "ServiceUnavailable")
+    assert len(first.requests + second.requests) == 2
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_what_the_client_did_wrong_is_neither_retried_nor_changed(
+    one: Gateway, first: Upstream, status: int
+) -> None:
+    first.statuses = [status]
+    answer = one.ask("POST", "/predict", data=b"image")
+    assert (answer.status_code, answer.text) == (status, first.address)
+    assert len(first.requests) == 1
+
+
+def test_a_timeout_is_not_retried(two: Gateway, first: Upstream, second: Upstream) -> None:
+    first.statuses, second.statuses = [1], [1]
+    assert error(two.ask("POST", "/predict", data=b"image")) == (504, "Timeout")
+    assert len(first.requests + second.requests) == 1
+
+
+def test_a_form_that_the_frontend_cannot_parse_is_the_clients_mistake(
+    one: Gateway, first: Upstream
+) -> None:
+    first.statuses = [500, 500]
+    assert error(one.ask("POST", "/predict", **FORM)) == (400, "BadRequest")
+    # The handler's own failure, with a sound form, is not.
+    first.statuses, first.model = [500, 500], True
+    assert error(one.ask("POST", "/predict", **FORM)) == (500, "InternalError")
+
+
+def test_an_upstream_that_stops_costs_no_request_and_comes_back(
+    two: Gateway, first: Upstream, second: Upstream
+) -> None:
+    def answers() -> set[str]:
+        with ThreadPoolExecutor(4) as pool:
+            asked = pool.map(lambda _: two.ask("POST", "/predict", data=b"image"), range(20))
+        return {answer.text for answer in asked}
+
+    assert answers() == {first.address, second.address}
+    first.shutdown()
+    first.server_close()
+    assert answers() == {second.address}
+    with upstream(first.server_port) as again:
+        assert answers() == {again.address, second.address}
+
+
+def test_without_any_upstream_clients_get_503_at_once(tmp_path: Path) -> None:
+    (port,) = unused_ports(1)
+    options = free_options(upstreams=f"127.0.0.1:{port}")
+    with gateway(options, tmp_path / "gateway") as started:
+        began = time.monotonic()
+        answer = started.ask("POST", "/predict", data=b"image")
+        assert error(answer) == (503, "ServiceUnavailable")
+        assert answer.headers["retry-after"] == "1"
+        assert error(started.ask("GET", "/readyz")) == (503, "ServiceUnavailable")
+        assert time.monotonic() - began < 5
+
+
+def test_a_name_is_resolved_by_nginx_and_an_unknown_one_is_503(
+    first: Upstream, tmp_path: Path
+) -> None:
+    with gateway(
+        free_options(upstreams="no-such-name.invalid:8080"), tmp_path / "gateway"
+    ) as started:
+        answer = started.ask("POST", "/predict", data=b"image")
+        assert error(answer) == (503, "ServiceUnavailable")
+    options = free_options(upstreams=f"localhost:{first.server_port}")
+    with gateway(options, tmp_path / "other") as started:
+        assert started.ask("POST", "/predict", data=b"image").text == first.address
