@@ -30,7 +30,8 @@
 #:  ADDRESS=host:port   of a Ray cluster; COLUMN=of Parquet, ACTORS=n, EMBEDDING=on, OUTPUT=folder
 #:  UPSTREAMS="a:8080"  servers that the gateway stands in front of; otherwise that of make run.
 #:                      HOST, HTTP_PORT, HTTPS_PORT, KEYS, CERTIFICATE, CERTIFICATE_KEY, ACME, RATE,
-#:                      BURST, CONNECTIONS, PROXIES, PREFIX, KEEPALIVE: docs/going-public.md
+#:                      BURST, CONNECTIONS, PROXIES, PREFIX, KEEPALIVE, TIMEOUT, LOG:
+#:                      docs/going-public.md
 #:  FOREGROUND=on       for make start and make gateway: run until SIGTERM, for a supervisor
 #:  ARCHIVE=file        the new archive; AGREEMENT=share of samples whose label must not change
 #:  TEST_OPTIONS=...    options for pytest, such as --require-browser
@@ -125,7 +126,7 @@ start: setup ## serve archives, with trained weights only
 image: setup ## an image of an archive, built with docker or podman
 	@$(VENV_PYTHON) -m scripts.container.image
 
-gateway: setup ## nginx in front of the running server, or of UPSTREAMS: HTTPS, API keys, limits, retries
+gateway: setup ## nginx in front of the server, or of UPSTREAMS: HTTPS, API keys, limits, retries
 	@$(VENV_PYTHON) -m scripts.gateway.commands start
 
 gateway-reload: setup ## apply changed API keys and certificates to the gateway
@@ -134,7 +135,7 @@ gateway-reload: setup ## apply changed API keys and certificates to the gateway
 gateway-stop: setup ## stop the gateway after it has answered what is in flight
 	@$(VENV_PYTHON) -m scripts.gateway.commands stop
 
-upgrade: setup ## serve another archive behind the gateway with zero downtime: make upgrade ARCHIVE=file
+upgrade: setup ## serve another archive with zero downtime: make upgrade ARCHIVE=file
 	@$(VENV_PYTHON) -m scripts.gateway.commands upgrade
 
 rollback: setup ## serve the archive that the last upgrade replaced

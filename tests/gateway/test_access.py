@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import requests
+from playwright.sync_api import expect, sync_playwright
 
 from scripts.gateway import nginx
 from scripts.gateway.keys import Key
@@ -16,6 +17,7 @@ from scripts.gateway.options import Options
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from scripts.terminal import UserError
+from tests.browser.conftest import launch
 from tests.gateway.cluster import Gateway, gateway, in_front_of
 from tests.gateway.conftest import KEYS, write_keys
 from tests.gateway.test_gateway import error
@@ -41,6 +43,25 @@ def test_a_person_signs_in_with_name_and_key(guarded: Gateway, scheme: str) -> N
     assert page.headers["x-signed-in"] == "alice"
     sent = str(page.request.headers["Authorization"]).split()[1]
     assert guarded.predict(Authorization=f"{scheme} {sent}").status_code == 200
+
+
+def test_the_web_ui_classifies_for_a_person_who_signed_in(guarded: Gateway) -> None:
+    with sync_playwright() as playwright:
+        browser = launch(playwright.chromium)
+        if browser is None:
+            pytest.skip("NOT RUN: no Chromium (on Debian: apt install chromium)")
+        credentials = {"username": "alice", "password": KEYS["alice"]}
+        page = browser.new_context(http_credentials=credentials).new_page()
+        page.goto(f"{guarded.url}/")
+        expect(page.locator("#account")).to_have_text("Signed in as alice")
+        with page.expect_response(lambda answer: answer.request.method == "POST") as sent:
+            page.set_input_files("input[type=file]", CAT)
+        assert sent.value.json()["success"] is True
+        stranger = browser.new_context(http_credentials=credentials | {"password": "wrong"})
+        answer = stranger.new_page().goto(f"{guarded.url}/")
+        assert answer is not None
+        assert answer.status == 401
+        browser.close()
 
 
 @pytest.mark.parametrize(

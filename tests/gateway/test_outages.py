@@ -22,7 +22,7 @@ from tests.gateway.cluster import Gateway, clients, free_options, gateway, wait_
 from tests.gateway.conftest import KEYS, write_keys
 
 CLIENTS = 8
-SECONDS = 60
+SECONDS = 20
 KILL_INTERVAL = 5.0
 KEY = {"X-API-Key": KEYS["alice"]}
 

@@ -89,9 +89,10 @@ def _predict(url: str, key: str = KEYS["alice"], **headers: str) -> requests.Res
 
 def test_the_scheme_that_a_trusted_proxy_reports_counts(public: Gateway, tmp_path: Path) -> None:
     with proxy(public.options.http_port, tmp_path / "proxy") as url:
-        served = _predict(url)
-        assert served.json()["success"] is True
-        assert "strict-transport-security" in served.headers
+        for reported in ("https", "HTTPS, http"):
+            served = _predict(url, **{"X-Test-Proto": reported})
+            assert served.json()["success"] is True
+            assert "strict-transport-security" in served.headers
         plain = _predict(url, **{"X-Test-Proto": "http"})
         assert plain.status_code == 308
         assert plain.headers["location"].startswith("https://images.example.com")

@@ -42,7 +42,7 @@ def test_ports_of_grpc_count_only_where_it_is_on() -> None:
 def test_more_workers_than_fit_are_rejected_with_the_number_that_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "_available", lambda: 4 * machine.WORKER_BYTES)
+    monkeypatch.setattr(machine, "_available", lambda: 5 * machine.WORKER_BYTES)
     monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     check_workers(3)
     with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
@@ -62,7 +62,7 @@ def test_a_worker_in_8_bits_is_given_more_memory(
 ) -> None:
     an_archive(tmp_path / "lower.mar", precision="int8")
     monkeypatch.setattr("joblib.cpu_count", lambda: 16)
-    monkeypatch.setattr(machine, "_available", lambda: 4 * machine.WORKER_BYTES)
+    monkeypatch.setattr(machine, "_available", lambda: 5 * machine.WORKER_BYTES)
     for name, workers in (("none.mar", 3), ("lower.mar", 2)):
         assert machine.plan(each=server._heaviest([tmp_path / name])).workers == workers
 
