@@ -20,8 +20,13 @@ WEIGHTS_NOTICE = "WEIGHTS-NOTICE.txt"
 
 
 def read_card(archive: Path) -> ModelCard | None:
-    """The model card inside an archive; None where there is no sound archive of ours."""
+    """Return the model card of an archive, or of a folder with the files of one.
+
+    None if there is no model card, or none that can be read.
+    """
     try:
+        if archive.is_dir():
+            return ModelCard.from_json((archive / MODEL_CARD).read_bytes())
         with zipfile.ZipFile(archive) as content:
             return ModelCard.from_json(content.read(MODEL_CARD))
     except (OSError, zipfile.BadZipFile, KeyError, ArchiveError):

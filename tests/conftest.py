@@ -63,7 +63,7 @@ _SLOW = (
     "browser/test_labels.py",
     "browser/test_trouble.py",
     "gateway/test_hostile.py",
-    "gateway/test_monitoring.py",
+    "deploy/test_monitoring.py",
     "gateway/test_outages.py",
     "integration/test_classify.py",
     "integration/test_digits.py",

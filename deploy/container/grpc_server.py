@@ -1,18 +1,16 @@
-"""KServe's gRPC, the Open Inference Protocol, for clients that speak no HTTP: `GRPC=on` starts it.
+"""KServe's gRPC, the Open Inference Protocol, for clients without HTTP: `GRPC=on` starts it.
 
-TorchServe has that protocol, but under a package name that no client of KServe's or Triton's asks
-for, without tensors in raw bytes, which both send, and always ready; and beside it are streams by
-which any client can end all workers. So its port stays closed, and each call is asked here over
-HTTP, with the limits, the readiness and the log of all other requests.
+Each call becomes a request to nginx, with the limits, readiness and log of all others. TorchServe's
+own gRPC stays closed: its package name is not that of KServe's and Triton's clients, it reads no
+tensors in raw bytes, it is always ready, and its streams let any client stop all workers.
 """
 
 import json
-import re
 import signal
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -20,167 +18,140 @@ from typing import Any
 from urllib.parse import quote
 
 import grpc
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
-from deploy.container import open_inference_pb2 as messages
+from deploy.container.open_inference import messages
 from handler.settings import MAX_REQUEST_BYTES
+from scripts.gateway.template import has_ipv6
 
 SERVICE = "inference.GRPCInferenceService"
-
 # Each holds a message: twice 20 MB while it is read.
-_MOST_AT_ONCE = 16
-# Names, shapes and parameters beside the pictures.
-_BESIDE_PICTURES = 65_536
-# Seconds: as long as TorchServe waits for a worker.
-_LONGEST = 60.0
-_GRACE = 20.0
+_MAX_CALLS = 16
+# Names, shapes and parameters beside the images.
+_MAX_OTHER_BYTES = 65_536
+# As long as TorchServe waits for a worker.
+_MAX_SECONDS = 60.0
 _JSON_LENGTH = "Inference-Header-Content-Length"
-
+# Others of 4xx are INVALID_ARGUMENT.
 _STATUSES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    415: grpc.StatusCode.INVALID_ARGUMENT,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
+    500: grpc.StatusCode.INTERNAL,
     502: grpc.StatusCode.UNAVAILABLE,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
+    507: grpc.StatusCode.UNAVAILABLE,
+}
+# The calls but for ModelInfer, and the paths whose JSON has the fields of their responses.
+_PATHS: dict[str, Callable[[Any], str]] = {
+    "ServerLive": lambda _: "/v2/health/live",
+    "ServerReady": lambda _: "/v2/health/ready",
+    "ModelReady": lambda request: f"{_model_path(request.name, request.version)}/ready",
+    "ServerMetadata": lambda _: "/v2",
+    "ModelMetadata": lambda request: _model_path(request.name, request.version),
 }
 
 
-class Failed(Exception):  # noqa: N818
-    """An answer over HTTP that is not 200."""
+class CallError(Exception):
+    """An answer over HTTP that is not 200; the message is for the client."""
 
     def __init__(self, status: int, message: str) -> None:
-        """Takes HTTP's status, and the message for the client."""
         super().__init__(message)
         self.status = status
 
 
-class Calls:
-    """The service's calls, each an address of the HTTP service's."""
+def call(name: str, request: Any, port: int, seconds: float) -> Message:
+    """Answer a call of the service, by its name, with a request to nginx's port.
 
-    def __init__(self, port: int) -> None:
-        """Takes the port of the HTTP service, on this machine."""
-        self._port = port
+    Raises:
+        CallError: the request is wrong, or was not answered within so many seconds.
+    """
+    if name == "ModelInfer":
+        return _infer(request, port, seconds)
+    response = getattr(messages, f"{name}Response")()
+    try:
+        document = json.loads(_ask(port, _PATHS[name](request), seconds)[0])
+    except CallError as error:
+        if error.status == HTTPStatus.SERVICE_UNAVAILABLE and name.endswith(("Live", "Ready")):
+            return response  # false
+        raise
+    return ParseDict(document, response, ignore_unknown_fields=True)
 
-    def server_live(self, _: Message, seconds: float) -> Message:
-        """Whether it answers at all, within so many seconds, as the others."""
-        return messages.ServerLiveResponse(live=self._is("/v2/health/live", "live", seconds))
 
-    def server_ready(self, _: Message, seconds: float) -> Message:
-        """Whether each model has a worker that is ready."""
-        return messages.ServerReadyResponse(ready=self._is("/v2/health/ready", "ready", seconds))
+def _infer(request: Any, port: int, seconds: float) -> Message:
+    document, tensors = to_http(request)
+    path = f"{_model_path(request.model_name, request.model_version)}/infer"
+    return from_http(*_ask(port, path, seconds, [json.dumps(document).encode(), *tensors]))
 
-    def model_ready(self, request: Any, seconds: float) -> Message:
-        """Whether a model has one."""
-        path = f"{_model(request.name, request.version)}/ready"
-        return messages.ModelReadyResponse(ready=self._is(path, "ready", seconds))
 
-    def server_metadata(self, _: Message, seconds: float) -> Message:
-        """What serves."""
-        return messages.ServerMetadataResponse(**self._json("/v2", seconds))
+def _ask(
+    port: int, path: str, seconds: float, parts: Sequence[bytes] = ()
+) -> tuple[bytes, int | None]:
+    """Send nginx a GET, or JSON and tensors; return the same of its answer.
 
-    def model_metadata(self, request: Any, seconds: float) -> Message:
-        """A model's tensors and version."""
-        path = _model(request.name, request.version)
-        return messages.ModelMetadataResponse(**self._json(path, seconds))
-
-    def model_infer(self, request: Any, seconds: float) -> Message:
-        """Classifies pictures."""
-        document, tensors = to_http(request)
-        text = json.dumps(document).encode()
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(len(text) + sum(map(len, tensors))),
-            _JSON_LENGTH: str(len(text)),
-        }
-        path = f"{_model(request.model_name, request.model_version)}/infer"
-        body, length = self._ask("POST", path, [text, *tensors], headers, seconds)
-        return from_http(body, length)
-
-    def _is(self, path: str, what: str, seconds: float) -> bool:
+    Returns:
+        The body, and the length of its JSON if tensors follow.
+    """
+    method, headers = "GET", {}
+    if parts:
+        method = "POST"
+        headers["Content-Type"] = "application/octet-stream"
+        headers["Content-Length"] = str(sum(map(len, parts)))
+        headers[_JSON_LENGTH] = str(len(parts[0]))
+    connection = HTTPConnection("127.0.0.1", port, timeout=seconds)
+    try:
+        connection.request(method, path, parts or None, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+    except TimeoutError as error:
+        raise CallError(504, f"There was no answer within {seconds:.0f} s.") from error
+    except (OSError, HTTPException) as error:
+        raise CallError(503, "The service cannot be reached. Retry in a second.") from error
+    finally:
+        connection.close()
+    if answer.status != HTTPStatus.OK:
         try:
-            return bool(self._json(path, seconds)[what])
-        except Failed as error:
-            if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
-                return False
-            raise
-
-    def _json(self, path: str, seconds: float) -> Any:
-        return json.loads(self._ask("GET", path, None, {}, seconds)[0])
-
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        body: Iterable[bytes] | None,
-        headers: Mapping[str, str],
-        seconds: float,
-    ) -> tuple[bytes, int | None]:
-        """An answer's body, and where its JSON ends if there is more behind it."""
-        connection = HTTPConnection("127.0.0.1", self._port, timeout=seconds)
-        try:
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            content = answer.read()
-        except TimeoutError as error:
-            raise Failed(504, f"There was no answer within {seconds:.0f} s.") from error
-        except (OSError, HTTPException) as error:
-            raise Failed(503, "The service cannot be asked just now. Ask again.") from error
-        finally:
-            connection.close()
-        if answer.status != HTTPStatus.OK:
-            raise Failed(answer.status, _message(content))
-        length = answer.headers.get(_JSON_LENGTH)
-        return content, None if length is None else int(length)
+            message = str(json.loads(content)["message"])
+        except (ValueError, LookupError, TypeError):
+            message = "The request failed."
+        raise CallError(answer.status, message)
+    length = answer.headers.get(_JSON_LENGTH)
+    return content, None if length is None else int(length)
 
 
-def _model(name: str, version: str) -> str:
+def _model_path(name: str, version: str) -> str:
     path = f"/v2/models/{quote(name, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}" if version else path
-
-
-def _message(content: bytes) -> str:
-    try:
-        return str(json.loads(content)["message"])
-    except (ValueError, LookupError, TypeError):
-        return "The request failed."
 
 
 # --- Tensors ---
 
 
 def to_http(request: Any) -> tuple[dict[str, Any], list[bytes]]:
-    """A `ModelInferRequest` as the JSON of the same protocol, and the tensors behind it.
+    """Return a `ModelInferRequest` as the JSON of the same protocol, and the tensors behind it.
 
     Raises:
-        Failed: the tensors' contents are missing, or of no kind that holds pictures.
+        CallError: the tensors' contents are missing, or of a type that holds no images.
     """
-    inputs, data = [], []
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
-        raise Failed(400, f"{len(request.inputs)} inputs have {len(raw)} raw_input_contents.")
-    for i, tensor in enumerate(request.inputs):
-        content = raw[i] if raw else _content(tensor)
-        data.append(content)
-        inputs.append(
+        raise CallError(400, f"{len(request.inputs)} inputs have {len(raw)} raw_input_contents.")
+    tensors = raw or [_content(tensor) for tensor in request.inputs]
+    document = {
+        **({"id": request.id} if request.id else {}),
+        "parameters": {**_parameters(request), "binary_data_output": True},
+        "inputs": [
             {
                 "name": tensor.name,
                 "datatype": tensor.datatype,
                 "shape": list(tensor.shape),
                 "parameters": {**_parameters(tensor), "binary_data_size": len(content)},
             }
-        )
-    document = {
-        "id": request.id,
-        "parameters": {**_parameters(request), "binary_data_output": True},
-        "inputs": inputs,
+            for tensor, content in zip(request.inputs, tensors, strict=True)
+        ],
         "outputs": [{"name": o.name, "parameters": _parameters(o)} for o in request.outputs],
     }
-    if not request.id:
-        del document["id"]
-    return document, data
+    return document, tensors
 
 
 def _content(tensor: Any) -> bytes:
@@ -192,98 +163,72 @@ def _content(tensor: Any) -> bytes:
             try:
                 return bytes(tensor.contents.uint_contents)
             except ValueError as error:
-                raise Failed(400, "A UINT8 tensor's elements must be 0 to 255.") from error
-    raise Failed(400, f"A tensor's datatype must be BYTES or UINT8, got {tensor.datatype[:20]!r}.")
+                raise CallError(400, "A UINT8 tensor's elements must be 0 to 255.") from error
+    kind = tensor.datatype[:20]
+    raise CallError(400, f"A tensor's datatype must be BYTES or UINT8, got {kind!r}.")
 
 
 def _parameters(of: Any) -> dict[str, Any]:
     return {
         name: getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
         for name, parameter in of.parameters.items()
-        if not re.fullmatch("binary_data.*", name)  # how bytes travel is settled here
+        if not name.startswith("binary_data")  # set above
     }
 
 
 def from_http(body: bytes, length: int | None) -> Message:
-    """A `ModelInferResponse` from JSON of the given length and the tensors behind it."""
+    """Return a `ModelInferResponse` from JSON of the given length and the tensors behind it."""
     document = json.loads(body[:length])
-    response = messages.ModelInferResponse(
-        model_name=document["model_name"],
-        model_version=document["model_version"],
-        id=document.get("id", ""),
-    )
-    at = len(body) if length is None else length
+    response = messages.ModelInferResponse()
+    start = len(body) if length is None else length
     for tensor in document["outputs"]:
-        size = tensor["parameters"]["binary_data_size"]
-        response.outputs.add(
-            name=tensor["name"], datatype=tensor["datatype"], shape=tensor["shape"]
-        )
-        response.raw_output_contents.append(body[at : at + size])
-        at += size
-    return response
+        end = start + tensor.pop("parameters")["binary_data_size"]
+        response.raw_output_contents.append(body[start:end])
+        start = end
+    return ParseDict(document, response, ignore_unknown_fields=True)
 
 
 # --- The server ---
 
 
-def start(http_port: int, address: str) -> grpc.Server:
-    """Starts the service.
-
-    Args:
-        http_port: of the HTTP service, on this machine.
-        address: where to listen, such as `[::]:9000`.
-    """
-    server = grpc.server(
-        ThreadPoolExecutor(_MOST_AT_ONCE),
-        maximum_concurrent_rpcs=_MOST_AT_ONCE,
-        options=[
-            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _BESIDE_PICTURES),
-            ("grpc.so_reuseport", 0),
-        ],
-    )
-    calls = Calls(http_port)
-    handlers = {
-        "ServerLive": _handler(calls.server_live, messages.ServerLiveRequest),
-        "ServerReady": _handler(calls.server_ready, messages.ServerReadyRequest),
-        "ModelReady": _handler(calls.model_ready, messages.ModelReadyRequest),
-        "ServerMetadata": _handler(calls.server_metadata, messages.ServerMetadataRequest),
-        "ModelMetadata": _handler(calls.model_metadata, messages.ModelMetadataRequest),
-        "ModelInfer": _handler(calls.model_infer, messages.ModelInferRequest),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    server.add_insecure_port(address)
-    server.start()
-    return server
-
-
-def _handler(
-    call: Callable[[Any, float], Message], request: Any
-) -> "grpc.RpcMethodHandler[Any, Any]":
+def _handler(name: str, port: int) -> "grpc.RpcMethodHandler[Any, Any]":
     def answer(message: Message, context: grpc.ServicerContext) -> Message:
         left = context.time_remaining()
         try:
-            return call(message, min(_LONGEST, left if left is not None else _LONGEST))
-        except Failed as error:
-            context.abort(_STATUSES.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+            return call(name, message, port, min(_MAX_SECONDS, left or _MAX_SECONDS))
+        except CallError as error:
+            code = _STATUSES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
+            context.abort(code, str(error))
 
     return grpc.unary_unary_rpc_method_handler(
         answer,
-        request_deserializer=request.FromString,
+        request_deserializer=getattr(messages, f"{name}Request").FromString,
         response_serializer=lambda message: message.SerializeToString(),
     )
 
 
 def main() -> None:
-    """Serves until SIGTERM, and answers what is in hand then.
+    """Serve until SIGTERM, then answer what is in flight; whoever sent it sets the time limit.
 
-    The command line has the port of the HTTP service, and the port to listen on.
+    The command line has nginx's port, and the port to listen on.
     """
+    http_port, port = map(int, sys.argv[1:])
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    http_port, port = map(int, sys.argv[1:])
-    server = start(http_port, f"[::]:{port}")
+    handlers = {name: _handler(name, http_port) for name in (*_PATHS, "ModelInfer")}
+    server = grpc.server(
+        ThreadPoolExecutor(_MAX_CALLS),
+        [grpc.method_handlers_generic_handler(SERVICE, handlers)],
+        options=[
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _MAX_OTHER_BYTES),
+            ("grpc.so_reuseport", 0),
+        ],
+        maximum_concurrent_rpcs=_MAX_CALLS,
+    )
+    server.add_insecure_port(f"{'[::]' if has_ipv6() else '0.0.0.0'}:{port}")  # noqa: S104
+    server.start()
     stop.wait()
-    server.stop(_GRACE).wait()
+    server.stop(_MAX_SECONDS).wait()
 
 
 if __name__ == "__main__":

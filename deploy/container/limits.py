@@ -1,31 +1,31 @@
-"""How many workers, threads and how much memory for Java the container's limits hold.
+"""How many workers, threads and requests, and how much memory for Java, fit the container's limits.
 
-Workers and threads for a number of CPUs are those of `make start` (`scripts.serve.machine`). What
-is decided here is how a limit to memory is shared between workers and frontend. What the frontend
-holds is bounded by nginx, which counts large requests for themselves.
+`scripts.serve.machine` chooses workers and threads per CPU, as for `make start`. Here the memory
+limit is shared between workers and TorchServe's frontend. nginx limits the requests that the
+frontend holds, and counts large ones separately.
 """
 
 from dataclasses import dataclass
 
-from deploy.container.serving import Refused
+from deploy.container.serving import StartError
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.machine import most_memory, plan
 
 _MIB = 1 << 20
-# What Java needs beside its heap and its buffers, and the first process and nginx beside Java.
-_BESIDE_BYTES = 350_000_000
-# Requests that TorchServe hands to a worker at once: `batchSize` in the archive.
+# Java outside its heap and buffers, nginx, and this program.
+_OVERHEAD_BYTES = 350_000_000
+# `batchSize` in the archive: requests that TorchServe sends a worker at once.
 _BATCH = 8
-# Requests that wait for a worker of a model (`job_queue_size`).
+# `job_queue_size`: requests that wait for a worker, per model.
 QUEUE = 64
-# What a request takes of the heap in a worker's hands: its body, and the batch's message, a buffer
-# that grows by copying into one of twice its size.
+# A request at a worker takes its body on the heap, and the batch's message, whose buffer grows by
+# copying into one of twice its size.
 _COPIES = 4
-# Requests below are small; their length has fewer digits (nginx.conf).
-SMALL_BYTES = 1_000_000
-# Larger ones at once: at least for each worker, and at most.
-_LEAST_LARGE = 4
-_MOST_LARGE = 100
+# Requests below are small: their length has six digits or fewer (nginx.conf.jinja).
+_SMALL_BYTES = 1_000_000
+# Large requests at once: at least, per worker; and at most.
+_MIN_LARGE = 4
+_MAX_LARGE = 100
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Limits:
     """What the container runs.
 
     Attributes:
-        workers: processes of each model.
-        threads: CPU threads that are each worker's own.
+        workers: processes per model.
+        threads: CPU threads of each worker.
         max_threads: CPU threads that a worker may use while the others are idle.
         requests: that the container takes at once.
-        large: how many of them may be larger than `SMALL_BYTES`, or of unknown length.
+        large: how many of them may have 1 MB or more, or an unknown length.
         heap_bytes: Java's heap.
         direct_bytes: Java's buffers outside the heap.
     """
@@ -50,71 +50,64 @@ class Limits:
     heap_bytes: int
     direct_bytes: int
 
+    @property
     def vmargs(self) -> str:
         """Java's arguments."""
-        return (
-            f"-Xmx{self.heap_bytes // _MIB}m -XX:MaxDirectMemorySize={self.direct_bytes // _MIB}m"
-        )
+        heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
+        return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
 
 
-def fitting(each: int, models: int = 1, workers: int | None = None) -> Limits:
-    """What fits into this container's limits to CPUs and memory.
+def fit_limits(worker_bytes: int, models: int = 1, workers: int | None = None) -> Limits:
+    """Return what fits this container's limits of CPU and memory.
 
     Args:
-        each: bytes that a worker may take.
+        worker_bytes: memory that a worker may take.
         models: how many are served.
-        workers: for each model; None for as many as suit and fit.
+        workers: per model; None for as many as are useful and fit.
 
     Raises:
-        Refused: the limit to memory does not hold the workers asked for, or not even one.
+        StartError: the memory limit is too small for these workers, or for a single one.
     """
     memory = most_memory()
-    fit = plan(workers, models, each).workers
-    while fit > 1 and not workers and _needed(fit, models, each) > memory:
-        fit -= 1
-    needed = _needed(fit, models, each)
-    if needed > memory:
+
+    def java_bytes(count: int, large: int) -> tuple[int, int]:
+        """Return heap and buffers for so many large requests beside all small ones."""
+        small = _requests(count, models) * _SMALL_BYTES
+        bodies = large + (_COPIES - 1) * min(large, models * count * _BATCH)
+        return bodies * MAX_REQUEST_BYTES + _COPIES * small, large * MAX_REQUEST_BYTES + small
+
+    def needed(count: int, large: int) -> int:
+        return _OVERHEAD_BYTES + count * models * worker_bytes + sum(java_bytes(count, large))
+
+    def least(count: int) -> int:
+        return needed(count, _MIN_LARGE * count * models)
+
+    fitting = plan(workers, models, worker_bytes).workers
+    while fitting > 1 and not workers and least(fitting) > memory:
+        fitting -= 1
+    if least(fitting) > memory:
         of = f"{models} models with " if models > 1 else ""
-        raise Refused(
-            f"The container's memory, {memory / 1e9:.2f} GB, does not hold {of}{fit} worker(s): "
-            f"that takes {needed / 1e9:.2f} GB. "
-            + ("Lower WORKERS, or raise the limit." if fit > 1 else "Raise the limit.")
+        raise StartError(
+            f"The container's memory, {memory / 1e9:.2f} GB, does not hold {of}{fitting} "
+            f"worker(s): that takes {least(fitting) / 1e9:.2f} GB. "
+            + ("Lower WORKERS, or raise the limit." if fitting > 1 else "Raise the limit.")
         )
-    chosen = plan(fit, models, each)
-    java = memory - _BESIDE_BYTES - fit * models * each
-    large = _MOST_LARGE
-    while _heap(large, fit, models) + _direct(large, fit, models) > java:
+    chosen = plan(fitting, models, worker_bytes)
+    large = _MAX_LARGE
+    while needed(fitting, large) > memory:
         large -= 1
+    heap, direct = java_bytes(fitting, large)
     return Limits(
-        workers=fit,
+        workers=fitting,
         threads=chosen.threads,
         max_threads=chosen.max_threads,
-        requests=_requests(fit, models) + large,
+        requests=_requests(fitting, models) + large,
         large=large,
-        heap_bytes=_heap(large, fit, models),
-        direct_bytes=_direct(large, fit, models),
+        heap_bytes=heap,
+        direct_bytes=direct,
     )
 
 
 def _requests(workers: int, models: int) -> int:
-    """That wait and that are in the workers' hands, at most."""
+    """Return the most that wait and that workers have."""
     return models * (QUEUE + workers * _BATCH)
-
-
-def _heap(large: int, workers: int, models: int) -> int:
-    """Bytes of heap that so many large requests take beside all small ones."""
-    in_hand = min(large, models * workers * _BATCH)
-    bodies = large + (_COPIES - 1) * in_hand
-    return bodies * MAX_REQUEST_BYTES + _COPIES * _requests(workers, models) * SMALL_BYTES
-
-
-def _direct(large: int, workers: int, models: int) -> int:
-    """The same outside the heap: bodies on their way in."""
-    return large * MAX_REQUEST_BYTES + _requests(workers, models) * SMALL_BYTES
-
-
-def _needed(workers: int, models: int, each: int) -> int:
-    """Bytes that a container takes at the least."""
-    large = _LEAST_LARGE * workers * models
-    java = _heap(large, workers, models) + _direct(large, workers, models)
-    return _BESIDE_BYTES + java + workers * models * each

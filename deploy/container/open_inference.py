@@ -1,123 +1,83 @@
-"""KServe's addresses, most of which TorchServe's frontend lacks, as nginx's locations.
+"""The gRPC messages of the Open Inference Protocol, as classes.
 
-What they answer is known when the container starts, but for whether it is ready. What holds
-pictures goes on to TorchServe, whose handler answers it.
+Names and order, which gives the field numbers, are those of
+github.com/kserve/open-inference-protocol (specification/protocol/open_inference_grpc.proto).
+Nested messages stand beside the others here, which is the same on the wire.
 """
 
-import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from types import SimpleNamespace
 
-SERVER = {"name": "torchserve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import FileDescriptorProto as File
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 
-# As handler/kserve.py in the archive has them, which a test compares.
-INPUTS = {"images": "BYTES"}
-OUTPUTS = {
-    "class_id": "BYTES",
-    "class_name": "BYTES",
-    "probability": "FP32",
-    "recognized": "BOOL",
-    "labels": "BYTES",
-    "result": "BYTES",
+_TENSOR = "name:string datatype:string shape:int64*"
+_MODEL = "name:string version:string"
+_INFER = "model_name:string model_version:string id:string parameters:map"
+# `*`: repeated. `map`: from string to InferParameter.
+_MESSAGES = {
+    "ServerLiveRequest": "",
+    "ServerLiveResponse": "live:bool",
+    "ServerReadyRequest": "",
+    "ServerReadyResponse": "ready:bool",
+    "ModelReadyRequest": _MODEL,
+    "ModelReadyResponse": "ready:bool",
+    "ServerMetadataRequest": "",
+    "ServerMetadataResponse": f"{_MODEL} extensions:string*",
+    "ModelMetadataRequest": _MODEL,
+    "ModelMetadataResponse": "name:string versions:string* platform:string "
+    "inputs:TensorMetadata* outputs:TensorMetadata*",
+    "TensorMetadata": _TENSOR,
+    "ModelInferRequest": f"{_INFER} inputs:InferInputTensor* outputs:InferRequestedOutputTensor* "
+    "raw_input_contents:bytes*",
+    "InferInputTensor": f"{_TENSOR} parameters:map contents:InferTensorContents",
+    "InferRequestedOutputTensor": "name:string parameters:map",
+    "ModelInferResponse": f"{_INFER} outputs:InferOutputTensor* raw_output_contents:bytes*",
+    "InferOutputTensor": f"{_TENSOR} parameters:map contents:InferTensorContents",
+    # A oneof, `parameter_choice`.
+    "InferParameter": "bool_param:bool int64_param:int64 string_param:string double_param:double "
+    "uint64_param:uint64",
+    "InferTensorContents": "bool_contents:bool* int_contents:int32* int64_contents:int64* "
+    "uint_contents:uint32* uint64_contents:uint64* fp32_contents:float* fp64_contents:double* "
+    "bytes_contents:bytes*",
 }
-# Only of a model that gives several labels a picture.
-_OF_SEVERAL = "labels"
 
 
-_MESSAGE = "There is no such model, version or address here."
-_NOT_FOUND = {
-    "success": False,
-    "code": 404,
-    "type": "NotFound",
-    "message": _MESSAGE,
-    "error": _MESSAGE,
-}
+def _build() -> SimpleNamespace:
+    file = File(name="open_inference.proto", package="inference", syntax="proto3")
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        if name == "InferParameter":
+            message.oneof_decl.add(name="parameter_choice")
+        for number, text in enumerate(fields.split(), 1):
+            field_name, kind = text.split(":")
+            field = _add(message, field_name, number, kind)
+            if name == "InferParameter":
+                field.oneof_index = 0
+            if kind == "map":
+                entry = message.nested_type.add(name="ParametersEntry")
+                entry.options.map_entry = True
+                _add(entry, "key", 1, "string")
+                _add(entry, "value", 2, "InferParameter")
+                field.type_name = f".inference.{name}.ParametersEntry"
+    pool = DescriptorPool()
+    pool.Add(file)
+    found = {n: GetMessageClass(pool.FindMessageTypeByName(f"inference.{n}")) for n in _MESSAGES}
+    return SimpleNamespace(**found)
 
 
-def metadata(model: str, version: str, *, multilabel: bool = False) -> dict[str, Any]:
-    """A model's, as the Open Inference Protocol has it; -1 stands for any number of pictures."""
-    outputs = {n: kind for n, kind in OUTPUTS.items() if multilabel or n != _OF_SEVERAL}
-    return {
-        "name": model,
-        "versions": [version],
-        "platform": "torchserve",
-        "inputs": _tensors(INPUTS),
-        "outputs": _tensors(outputs),
-    }
+def _add(message: DescriptorProto, name: str, number: int, kind: str) -> FieldDescriptorProto:
+    field = message.field.add(name=name, number=number)
+    repeated = kind == "map" or kind.endswith("*")
+    field.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+    kind = kind.rstrip("*")
+    if kind == "map" or kind[0].isupper():
+        field.type = field.TYPE_MESSAGE
+        field.type_name = f".inference.{kind}"
+    else:
+        field.type = getattr(field, f"TYPE_{kind.upper()}")
+    return field
 
 
-def _tensors(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
-    return [{"name": n, "datatype": datatype, "shape": [-1]} for n, datatype in tensors.items()]
-
-
-def addresses(models: Mapping[str, str], multilabel: Collection[str] = ()) -> dict[str, str]:
-    """Address to what nginx does there.
-
-    Args:
-        models: the name and version of each.
-        multilabel: the names of those that give several labels a picture.
-    """
-    found = {
-        "/": answer({"status": "alive"}),
-        "/v1/models": answer({"models": list(models)}),
-        "/v2": answer(SERVER),
-        "/v2/health/live": answer({"live": True}),
-        "/v2/health/ready": readiness(),
-        "/v2/models": answer({"models": list(models)}),
-        "/v1/": answer(_NOT_FOUND, 404),
-        "/v2/": answer(_NOT_FOUND, 404),
-    }
-    for model, version in models.items():
-        plain, versioned = f"/v2/models/{model}", f"/v2/models/{model}/versions/{version}"
-        found[f"/v1/models/{model}"] = readiness(model)
-        for verb in ("predict", "explain"):
-            found[f"/v1/models/{model}:{verb}"] = passed_on(f"/v1/models/{model}:{verb}")
-        for path in (plain, versioned):
-            found[path] = answer(metadata(model, version, multilabel=model in multilabel))
-            found[f"{path}/ready"] = readiness(model)
-            for verb in ("infer", "explain"):
-                found[f"{path}/{verb}"] = passed_on(f"{plain}/{verb}")
-    return found
-
-
-def locations(found: Mapping[str, str]) -> str:
-    """The text for nginx.conf; what stands between @ signs is filled in there."""
-    # Whatever is below an address that ends with a slash and not named itself.
-    modifiers = {path: "" if path.endswith("/") and path != "/" else "= " for path in found}
-    return "".join(
-        f"    location {modifiers[path]}{path} {{{body}    }}\n" for path, body in found.items()
-    )
-
-
-def answer(body: Mapping[str, Any], status: int = 200) -> str:
-    """What always says the same."""
-    return f"""
-      access_log off;
-      return {status} '{_text(body)}';
-"""
-
-
-def readiness(model: str | None = None) -> str:
-    """What says whether every model has a worker that is ready."""
-    named = {} if model is None else {"name": model}
-    return f"""
-      access_log off;
-      if (!-f @READY@) {{
-        return 503 '{_text({**named, "ready": False})}';
-      }}
-      return 200 '{_text({**named, "ready": True})}';
-"""
-
-
-def passed_on(target: str) -> str:
-    """What is at another address of TorchServe's, within the limits of all requests."""
-    return f"""
-      limit_conn all @REQUESTS@;
-      limit_conn large @LARGE@;
-      proxy_pass http://127.0.0.1:@TORCHSERVE_PORT@{target}$is_args$args;
-"""
-
-
-def _text(body: Mapping[str, Any]) -> str:
-    """JSON between nginx's single quotes; the names in it are words."""
-    return json.dumps(body, separators=(",", ":")) + "\\n"
+messages = _build()

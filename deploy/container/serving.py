@@ -1,19 +1,64 @@
-"""What the container serves, and where: from the command line and the environment it is given."""
+"""What the container serves and on which ports: from command line, environment and mounted folders.
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+    KServe     /mnt/models      config/config.properties and model-store/NAME.mar
+    SageMaker  /opt/ml/model    NAME.mar, or the files of one; the command line is `serve`
+    Vertex AI  AIP_STORAGE_URI  the same, if it is a folder; AIP_HTTP_PORT, AIP_HEALTH_ROUTE and
+                                AIP_PREDICT_ROUTE override port and paths
+
+Without a mounted folder the image's own model archives serve. A mounted config.properties chooses
+and names models; its other keys are ignored.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# The image's own archives.
-MODEL_STORE = HERE.parents[1] / "model_store"
-_LARGEST_PORT = 65535
+from scripts.serve.machine import WORKER_BYTES, worker_bytes
+from scripts.store import read_card
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_STORE = ROOT / "model_store"
+KSERVE = Path("/mnt/models")
+SAGEMAKER = Path("/opt/ml/model")
+
+# On loopback; the metrics' on all addresses.
+MANAGEMENT_PORT, METRICS_PORT, TORCHSERVE_PORT = OWN_PORTS = (8081, 8082, 8085)
 _GRPC_PORT = 9000
+_MAX_PORT = 65535
+_MAX_WORKERS = 1024
+# Kubernetes sets NAME_PORT=tcp://... for each Service, such as one with the name `grpc`.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+# Keys of a mounted config.properties. `model_store` can only be the folder beside it.
+_USED_KEYS = ("load_models", "model_snapshot", "model_store")
+_MANIFEST = "MAR-INF/MANIFEST.json"
+# One word in a path, in TorchServe's lists and in nginx.conf.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,126}")
 
 
-class Refused(Exception):  # noqa: N818
-    """The container cannot serve as it is asked to; the message is for who started it."""
+class StartError(Exception):
+    """The container cannot serve what it was asked to; the message is for who started it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model to serve.
+
+    Attributes:
+        name: its name in paths.
+        version: its archive's.
+        archive: a `.mar` file, or a folder with the files of one.
+        multilabel: whether an image may have several labels.
+        worker_bytes: memory that one of its workers may take.
+    """
+
+    name: str
+    version: str
+    archive: Path
+    multilabel: bool = False
+    worker_bytes: int = WORKER_BYTES
 
 
 @dataclass(frozen=True)
@@ -21,76 +66,194 @@ class Serving:
     """What is served, and where.
 
     Attributes:
-        archives: one or more `.mar` files of one folder, or folders with the content of one.
-        names: of their models, where those are not called as their files.
-        port: where nginx listens for requests, on all addresses.
-        grpc_port: where KServe's gRPC listens, on all addresses; None where it does not.
-        workers: for each model; None for as many as the container's limits hold.
-        properties: lines of TorchServe's configuration, which count before those of the image.
-        locations: nginx's locations beside the image's own, as text.
-        environment: variables that TorchServe and its workers get beside the container's.
+        models: one or more, with archives in one folder. Requests without a name get the first.
+        port: nginx's, on all addresses.
+        grpc_port: that of KServe's gRPC, on all addresses; None if it is off.
+        workers: per model; None for as many as the container's limits allow.
     """
 
-    archives: tuple[Path, ...]
-    names: tuple[str, ...] = ()
+    models: tuple[Model, ...]
     port: int = 8080
     grpc_port: int | None = None
     workers: int | None = None
-    properties: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    locations: str = ""
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def model_store(self) -> Path:
-        """The folder of the archives."""
-        return self.archives[0].parent
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Their names; the first one is meant where a request names none."""
-        return self.names or tuple(archive.stem for archive in self.archives)
 
 
-def chosen(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
-    """Decides what is served.
+def read_serving(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    kserve: Path = KSERVE,
+    sagemaker: Path = SAGEMAKER,
+) -> Serving:
+    """Return what the container serves on its platform.
 
     Args:
-        arguments: what stands behind the image's name on the command line.
-        environment: `PORT`, `WORKERS`, `GRPC` and `GRPC_PORT` of it.
+        arguments: those of the command line behind the image's name.
+        environment: the container's.
+        kserve: where KServe mounts `storageUri`.
+        sagemaker: where SageMaker unpacks `model.tar.gz`.
 
     Raises:
-        Refused: an argument or a variable cannot be used, or there is no archive.
+        StartError: an argument, a variable or a mounted file is unusable, or there is no archive.
     """
-    if arguments:
-        raise Refused(f"The image takes no argument, and got: {' '.join(arguments)}.")
+    on_sagemaker = list(arguments) == ["serve"]
+    if arguments and not on_sagemaker:
+        raise StartError(f"The image takes no argument, and got: {' '.join(arguments)}.")
+    port, grpc_port = _ports(environment)
+    try:
+        if kserve.exists():
+            models = _kserve_models(kserve)
+        elif uri := environment.get("AIP_STORAGE_URI"):
+            models = [_single_model(Path(uri.removeprefix("file://")))]
+        # SageMaker makes an empty folder for a model without data.
+        elif on_sagemaker and sagemaker.is_dir() and any(sagemaker.iterdir()):
+            models = [_single_model(sagemaker)]
+        else:
+            models = [_model(path) for path in _archives(MODEL_STORE)]
+    except OSError as error:
+        raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from error
     return Serving(
-        archives=archives_in(MODEL_STORE),
-        port=_number(environment, "PORT", _LARGEST_PORT) or Serving.port,
-        grpc_port=_grpc_port(environment),
-        workers=_number(environment, "WORKERS", 1024),
+        models=tuple(models),
+        port=port,
+        grpc_port=grpc_port,
+        workers=_number(environment, "WORKERS", _MAX_WORKERS),
     )
 
 
-def _grpc_port(environment: Mapping[str, str]) -> int | None:
-    wanted = environment.get("GRPC", "off")
-    if wanted not in {"on", "off"}:
-        raise Refused(f"GRPC must be on or off, got {wanted[:100]!r}.")
-    port = _number(environment, "GRPC_PORT", _LARGEST_PORT) or _GRPC_PORT
-    return port if wanted == "on" else None
+def read_properties(path: Path) -> dict[str, str]:
+    """Parse `key=value` lines; TorchServe's configurations use no more of Java's format."""
+    text = path.read_text("utf-8", errors="replace").replace("\\\n", "")
+    return dict(re.findall(r"^[ \t]*([^#!=\s]+)[ \t]*=[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
 
 
-def archives_in(folder: Path) -> tuple[Path, ...]:
-    """The archives of a folder by their names; `Refused` where there is none."""
-    archives = tuple(sorted(folder.glob("*.mar")))
-    if not archives:
-        raise Refused(f"There is no archive (*.mar) in {folder}.")
-    return archives
+# --- Variables ---
+
+
+def _ports(environment: Mapping[str, str]) -> tuple[int, int | None]:
+    """Return nginx's port, and gRPC's if it is on."""
+    grpc = environment.get("GRPC", "off")
+    if grpc not in {"on", "off"}:
+        raise StartError(f"GRPC must be on or off, got {grpc[:100]!r}.")
+    grpc_port = None
+    if grpc == "on":
+        grpc_port = _number(environment, "GRPC_PORT", _MAX_PORT) or _GRPC_PORT
+    name = "AIP_HTTP_PORT" if "AIP_HTTP_PORT" in environment else "PORT"
+    port = _number(environment, name, _MAX_PORT) or Serving.port
+    for variable, number, taken in (
+        ("GRPC_PORT", grpc_port, OWN_PORTS),
+        (name, port, (*OWN_PORTS, *([grpc_port] if grpc_port else []))),
+    ):
+        if number in taken:
+            listed = ", ".join(map(str, taken))
+            raise StartError(
+                f"{variable} must not be {number}: the container itself uses the ports {listed}."
+            )
+    return port, grpc_port
 
 
 def _number(environment: Mapping[str, str], name: str, most: int) -> int | None:
     text = environment.get(name, "")
-    if not text:
+    if not text or _SERVICE_LINK.match(text):
         return None
     if not text.isascii() or not text.isdigit() or not 0 < int(text) <= most:
-        raise Refused(f"{name} must be a whole number from 1 to {most}, got {text!r}.")
+        raise StartError(f"{name} must be a whole number from 1 to {most}, got {text!r}.")
     return int(text)
+
+
+# --- Mounted folders ---
+
+
+def _kserve_models(root: Path) -> list[Model]:
+    store, config = root / "model-store", root / "config" / "config.properties"
+    if not store.is_dir():
+        raise StartError(
+            f"{root} has no folder model-store: KServe's layout for TorchServe is "
+            "config/config.properties and model-store/NAME.mar."
+        )
+    properties = read_properties(config) if config.exists() else {}
+    if ignored := [key for key in properties if key not in _USED_KEYS]:
+        print(f"==> {config} only chooses models; ignored: {', '.join(ignored)}.")
+    if snapshot := properties.get("model_snapshot"):
+        found = [_model(store / _word(mar), name) for name, mar in _snapshot(config, snapshot)]
+        if not found:
+            raise StartError(f"{config}: model_snapshot names no model.")
+        return found
+    wanted = properties.get("load_models", "all")
+    if wanted.lower() in {"", "all", "none"}:
+        return [_model(path) for path in _archives(store)]
+    entries = (entry.strip().rpartition("=") for entry in wanted.split(","))
+    return [_model(store / _word(mar), name or None) for name, _, mar in entries]
+
+
+def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
+    """Return names and archives of the models in a snapshot of TorchServe."""
+    try:
+        models = json.loads(snapshot)["models"].items()
+        return [(name, of["marName"]) for name, all_ in models for of in all_.values()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StartError(
+            f'{config}: model_snapshot must be JSON such as {{"models": {{"pets": {{"1.0": '
+            '{"marName": "pets.mar"}}}}.'
+        ) from error
+
+
+def _single_model(folder: Path) -> Model:
+    """Return the model of a folder with one archive, or with the files of one."""
+    if not folder.is_dir():
+        raise StartError(
+            f"{folder} is no folder, and this image downloads nothing. Build the archive into the "
+            "image, and leave AIP_STORAGE_URI empty (no --artifact-uri)."
+        )
+    if (folder / _MANIFEST).is_file():
+        return _model(folder)
+    archives = _archives(folder)
+    if len(archives) > 1:
+        raise StartError(
+            f"{folder} holds {', '.join(path.name for path in archives)}: requests on this "
+            "platform name no model, so there can be one archive only."
+        )
+    return _model(archives[0])
+
+
+def _archives(folder: Path) -> list[Path]:
+    if archives := sorted(folder.glob("*.mar")):
+        return archives
+    raise StartError(f"There is no archive (*.mar) in {folder}.")
+
+
+# --- Archives ---
+
+
+def _model(archive: Path, name: str | None = None) -> Model:
+    """Return an archive's model; without a name it has that of its file."""
+    try:
+        if archive.is_dir():
+            text = (archive / _MANIFEST).read_bytes()
+        else:
+            with zipfile.ZipFile(archive) as content:
+                text = content.read(_MANIFEST)
+        manifest = json.loads(text)["model"]
+        own_name = manifest["modelName"]
+    except FileNotFoundError as error:
+        raise StartError(f"{archive.parent} holds no {archive.name}.") from error
+    except (zipfile.BadZipFile, ValueError, LookupError, TypeError) as error:
+        raise StartError(f"{archive} is no model archive, or is cut off.") from error
+    if name is None:
+        name = own_name if archive.is_dir() else archive.stem
+    card = read_card(archive)
+    return Model(
+        name=_word(name),
+        version=_word(manifest.get("modelVersion", "1.0")),
+        archive=archive,
+        multilabel=card is not None and card.multilabel,
+        worker_bytes=WORKER_BYTES if card is None else worker_bytes(card.precision),
+    )
+
+
+def _word(name: object) -> str:
+    """Return a plain name: no URL, from which TorchServe would download, and no path."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise StartError(
+            f"{str(name)[:100]!r} cannot be the name of a model, a version or an archive: letters, "
+            "digits, dots, hyphens and underscores can."
+        )
+    return name

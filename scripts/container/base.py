@@ -11,7 +11,7 @@ from scripts.container.engine import Engine
 from scripts.terminal import UserError
 
 SUITE = "bookworm"
-PACKAGES = ("python3", "python3-venv", "ca-certificates", "nginx")
+PACKAGES = ("python3", "python3-venv", "ca-certificates", "nginx", "tini")
 # Has the programs of the usual base that the Dockerfile calls.
 _RECIPE = """\
 FROM {imported}
@@ -20,7 +20,7 @@ RUN ln -s python3 /usr/bin/python
 
 
 def debian_base(engine: Engine) -> str:
-    """The name of an image of Debian with Python and nginx; made where it is not there yet.
+    """The name of an image of Debian with Python, nginx and tini; made where it is not there yet.
 
     Its name holds a digest of the list of packages, so that another list is another image.
 

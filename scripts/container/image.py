@@ -78,10 +78,10 @@ def build_image(
         folder = Path(name)
         context = folder / "context"
         _copy_context(context, archives)
-        options = [
-            f"--build-arg={key}={value}"
-            for key, value in _arguments(archives, base, recipe.lock).items()
-        ]
+        locks = " ".join(_locks(archives, recipe.lock))
+        options = [f"--build-arg=LOCKS={locks}", *_labels(base)]
+        if base is not None:
+            options.append(f"--build-arg=BASE={base}")
         if recipe.target is not None:
             options.append(f"--target={recipe.target}")
         with _pip_secrets(folder) as secrets:
@@ -127,20 +127,21 @@ def ray_tag() -> str:
     return f"{RAY_NAME}:{VERSION}-ray{pinned[1]}"
 
 
-def _arguments(archives: Sequence[Path], base: str | None, lock: str) -> dict[str, str]:
+def _labels(base: str | None) -> list[str]:
+    """Return the options for labels that the Dockerfile cannot know."""
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"],  # noqa: S607
         capture_output=True,
         text=True,
         check=False,
     ).stdout.strip()
-    arguments = {
-        "VERSION": VERSION,
-        "REVISION": revision or "unknown",
-        "CREATED": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "LOCKS": " ".join(_locks(archives, lock)),
+    labels = {
+        "version": VERSION,
+        "revision": revision or "unknown",
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **({"base.name": base} if base else {}),
     }
-    return arguments | ({"BASE": base} if base else {})
+    return [f"--label=org.opencontainers.image.{key}={value}" for key, value in labels.items()]
 
 
 def _locks(archives: Sequence[Path], first: str) -> list[str]:

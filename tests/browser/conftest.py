@@ -24,6 +24,7 @@ _ARGUMENTS = (
     "--disable-sync",
 )
 
+
 class Console:
     """What a page writes to the browser's console, and scripts that fail."""
 

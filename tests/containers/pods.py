@@ -1,9 +1,8 @@
 """The Deployment's pods on podman, with the gateway's container in front of them.
 
-`podman kube play` runs the very Deployment of `deploy/kubernetes`, but for what it cannot do, and
-that is taken away by kustomize. What a control plane would decide, which pod starts and which ends,
-is decided here. Pods and gateway have a network of their own, and clients reach the gateway by a
-port of this machine's loopback.
+`podman kube play` runs the Deployment of `deploy/kubernetes`; kustomize removes what podman does
+not support. The tests start and stop pods, as a control plane would. Pods and gateway have their
+own network, and clients connect to a port of this machine's loopback.
 """
 
 import json
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -23,13 +23,14 @@ from scripts.serve.management import poll
 from scripts.serve.running import unused_ports
 from scripts.terminal import UserError
 
-# Stands for all pods, as the Service without an address of its own does in Kubernetes.
+# Resolves to the addresses of all pods, like the headless Service in Kubernetes.
 NODES = "densenet-nodes"
 _OVERLAY = Path("deploy/kubernetes/overlays/cpu")
-# As in deploy/kubernetes/overlays/gateway: a pod that says nothing any more is noticed within 9 s.
+# As in deploy/kubernetes/overlays/gateway: keepalive notices within 9 s that a network is gone.
 SYSCTLS = {"time": 5, "intvl": 2, "probes": 2}
+# Seconds: grace periods as in deploy/kubernetes, and for a start on a busy machine.
 _STOP_SECONDS = 45
-# Seconds: a start on a busy machine.
+_GATEWAY_STOP_SECONDS = 105
 _PATIENCE = 180.0
 
 
@@ -38,8 +39,8 @@ class Pod:
     """A pod of the Deployment.
 
     Attributes:
-        name: podman's, of the pod.
-        container: that of TorchServe's container.
+        name: podman's name of the pod.
+        container: podman's name of TorchServe's container.
     """
 
     name: str
@@ -48,37 +49,35 @@ class Pod:
 
 @dataclass
 class Pods:
-    """Pods of the Deployment and the gateway before them.
+    """Pods of the Deployment and the gateway in front of them.
 
     Attributes:
         engine: podman.
         folder: for manifests.
-        label: in the names of all that is made, so that several may be there at once.
+        label: part of all names, so that several groups can run at once.
         url: of the gateway.
-        metrics: likewise, what Prometheus reads.
-        pods: those that run, the oldest first.
+        pods: the running ones, oldest first.
     """
 
     engine: Engine
     folder: Path
     label: str
     url: str = ""
-    metrics: str = ""
     pods: list[Pod] = field(default_factory=list)
     _started: int = 0
 
     @property
     def network(self) -> str:
-        """Of pods and gateway."""
+        """Return the name of the network."""
         return f"densenet-{self.label}"
 
     @property
     def gateway(self) -> str:
-        """The gateway's container."""
+        """Return the name of the gateway's container."""
         return f"densenet-{self.label}-gateway"
 
     def manifest(self, name: str, image: str) -> Path:
-        """Writes what podman plays: the overlay's Deployment, its name with this one's end."""
+        """Write the overlay's Deployment for podman, with a suffix to its name."""
         place = self.folder / name
         place.mkdir(parents=True, exist_ok=True)
         (place / "kustomization.yaml").write_text(_kustomization(place, name, image))
@@ -93,7 +92,7 @@ class Pods:
         return path
 
     def start(self, image: str) -> Pod:
-        """Starts a pod and waits until it is ready, as a rollout does before it ends another."""
+        """Start a pod and wait until it is ready, as a rollout does before it stops another."""
         self._started += 1
         name = f"{self.label}-{self._started}"
         manifest = self.manifest(name, image)
@@ -107,13 +106,13 @@ class Pods:
         return pod
 
     def wait_until_ready(self, pod: Pod) -> None:
-        """Asks what the readiness probe asks."""
+        """Wait until the readiness probe passes."""
         if not poll(lambda: self.ready(pod), _PATIENCE):
             logs = self.engine.tried("logs", "--tail", "40", pod.container).stdout
             raise UserError(f"{pod.name} is not ready after {_PATIENCE:.0f} s: {logs}")
 
     def ready(self, pod: Pod) -> bool:
-        """Whether it is."""
+        """Whether the readiness probe passes."""
         address = self.address(pod)
         if not address:
             return False
@@ -122,14 +121,18 @@ class Pods:
         except requests.RequestException:
             return False
 
-    def end(self, pod: Pod) -> None:
-        """Ends a pod with SIGTERM and the Deployment's grace period, and forgets it."""
-        self.engine.run("pod", "stop", "-t", str(_STOP_SECONDS), pod.name, timeout=_PATIENCE)
+    def stop(self, pod: Pod) -> None:
+        """Stop a pod with SIGTERM and the Deployment's grace period, and remove it.
+
+        As in Kubernetes the pod keeps its network until the container has exited; `podman pod stop`
+        would remove it at once.
+        """
+        self.engine.run("stop", "-t", str(_STOP_SECONDS), pod.container, timeout=_PATIENCE)
         self.engine.run("pod", "rm", "-f", pod.name, timeout=_PATIENCE)
         self.pods.remove(pod)
 
     def address(self, pod: Pod) -> str:
-        """Its address on the network; "" while it has none."""
+        """Return the pod's address on the network; "" while it has none."""
         with suppress(UserError):
             asked = ("pod", "inspect", "--format", "{{.InfraContainerID}}", pod.name)
             infra = self.engine.run(*asked, timeout=_PATIENCE).stdout.strip()
@@ -138,21 +141,43 @@ class Pods:
         return ""
 
     def process(self, pod: Pod) -> int:
-        """The first process of TorchServe's container, as this machine counts it; 0 for none."""
+        """Return the id of the container's first process on this machine; 0 for none."""
         return int(self.engine.inspect("container", pod.container)["State"]["Pid"])
 
-    def counted(self) -> dict[str, float]:
-        """What the gateway counted: how many answers, by their labels as Prometheus writes them."""
-        text = requests.get(f"{self.metrics}/metrics", timeout=10).text
-        name = "densenet_gateway_requests_total"
-        rows = (line.rpartition(" ") for line in text.splitlines() if line.startswith(name))
-        return {labels.removeprefix(name): float(value) for labels, _, value in rows}
+    def wait_for_gateway(self) -> None:
+        """Wait until the gateway reports that a worker is ready."""
+
+        def ready() -> bool:
+            try:
+                return requests.get(f"{self.url}/readyz", timeout=5).ok
+            except requests.RequestException:
+                return False
+
+        if not poll(ready, _PATIENCE):
+            logs = self.engine.tried("logs", self.gateway)
+            raise UserError(f"The gateway is not ready: {logs.stdout}{logs.stderr}")
+
+    def stop_gateway(self) -> None:
+        """Stop the gateway with its image's signal and the Deployment's grace period."""
+        seconds = str(_GATEWAY_STOP_SECONDS)
+        self.engine.run("stop", "-t", seconds, self.gateway, timeout=_PATIENCE)
+
+    def start_gateway(self) -> None:
+        """Start the stopped gateway."""
+        self.engine.run("start", self.gateway, timeout=_PATIENCE)
+        self.wait_for_gateway()
+
+    def logged(self) -> list[dict[str, Any]]:
+        """Return the gateway's access log of /predict, which it writes to standard output."""
+        output = self.engine.run("logs", self.gateway, timeout=_PATIENCE).stdout
+        lines = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+        return [line for line in lines if line["path"] == "/predict"]
 
 
-# What podman 4.3 cannot do: it plays no other kind, knows no topology, opens each port of a
-# container on all addresses of this machine, and has systemd ask the probes. An emptyDir is a
-# volume of its name, which pods would share: each gets its own.
-_UNPLAYED = ("HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "Service")
+# podman 4.3 supports no other kind and no topology, publishes each port of a container on all
+# addresses of this machine, and runs probes with systemd. An emptyDir is a volume with its name,
+# which pods would share, so each gets its own name.
+_UNSUPPORTED = ("HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "Service")
 _TEMPLATE = "/spec/template/spec"
 _REMOVED = (
     f"{_TEMPLATE}/topologySpreadConstraints",
@@ -175,7 +200,7 @@ def _kustomization(place: Path, name: str, image: str) -> str:
             "target": {"kind": kind},
             "patch": json.dumps({"$patch": "delete", "kind": kind, "metadata": {"name": "any"}}),
         }
-        for kind in _UNPLAYED
+        for kind in _UNSUPPORTED
     )
     return json.dumps(
         {
@@ -196,13 +221,13 @@ def _kustomization(place: Path, name: str, image: str) -> str:
 def replicas(
     engine: Engine, image: str, gateway_image: str, folder: Path, label: str = "replicas"
 ) -> Iterator[Pods]:
-    """Two pods of this image behind the gateway; all of it is gone afterwards.
+    """Run two pods of this image behind the gateway; remove everything afterwards.
 
     Args:
         engine: podman.
-        image: of TorchServe with an archive, with its tag.
-        gateway_image: of the gateway, likewise.
-        folder: for what is written meanwhile; inside the repository or not.
+        image: of TorchServe with a model archive, with its tag.
+        gateway_image: of the gateway, with its tag.
+        folder: for manifests.
         label: see `Pods`.
     """
     pods = Pods(engine, folder, label)
@@ -218,30 +243,21 @@ def replicas(
 
 
 def _start_gateway(pods: Pods, image: str) -> None:
-    http, metrics = unused_ports(2)
-    pods.url, pods.metrics = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}"
+    (port,) = unused_ports(1)
+    pods.url = f"http://127.0.0.1:{port}"
     sysctls = [f"--sysctl=net.ipv4.tcp_keepalive_{key}={value}" for key, value in SYSCTLS.items()]
     pods.engine.run(
         *("run", "-d", "--name", pods.gateway, "--network", pods.network, "--tmpfs=/tmp"),
-        *("--read-only", "--cap-drop=ALL", *sysctls),
-        *(f"--publish=127.0.0.1:{http}:5000", f"--publish=127.0.0.1:{metrics}:9145", image),
-        *(f"--upstreams={NODES}:8080", "--published=127.0.0.1", "--metrics-host=0.0.0.0"),
+        *("--read-only", "--cap-drop=ALL", *sysctls, f"--publish=127.0.0.1:{port}:5000", image),
+        *(f"--upstreams={NODES}:8080", "--model=densenet121", "--published=127.0.0.1"),
         *("--rate=1000", "--burst=1000"),
         timeout=_PATIENCE,
     )
-
-    def serves() -> bool:
-        try:
-            return requests.get(f"{pods.url}/readyz", timeout=5).ok
-        except requests.RequestException:
-            return False
-
-    if not poll(serves, _PATIENCE):
-        raise UserError(f"The gateway is not ready: {pods.engine.tried('logs', pods.gateway)}")
+    pods.wait_for_gateway()
 
 
 def _clean(pods: Pods) -> None:
-    """Removes pods, gateway and network, also those of a run that was cut off."""
+    """Remove pods, gateway and network, also those of an interrupted run."""
     engine, own = pods.engine, f"densenet-{pods.label}-"
     engine.tried("rm", "-f", "-t", "0", pods.gateway)
     for kind, forced in (("pod", ("-f", "-t", "0")), ("volume", ("-f",))):
@@ -252,11 +268,11 @@ def _clean(pods: Pods) -> None:
 
 
 def kill(pods: Pods, _: str) -> None:
-    """Kills a container as the kernel would; podman starts it again, as a kubelet does."""
+    """Kill a container as the kernel would; podman restarts it, as a kubelet does."""
     pod = pods.pods[0]
     before = pods.process(pod)
     os.kill(before, signal.SIGKILL)
-    _wait_for(lambda: pods.process(pod) not in {0, before}, f"{pod.name} was not started again")
+    _wait_for(lambda: pods.process(pod) not in {0, before}, f"{pod.name} was not restarted")
     pods.wait_until_ready(pod)
     pods.pods.append(pods.pods.pop(0))
 
@@ -265,11 +281,11 @@ def roll(pods: Pods, image: str) -> None:
     """Replace all pods by those of another image: each starts before the oldest one stops."""
     for oldest in list(pods.pods):
         pods.start(image)
-        pods.end(oldest)
+        pods.stop(oldest)
 
 
 def cut(pods: Pods, _: str, seconds: float = 15.0) -> None:
-    """Takes a pod's network interface down, in the pod's own namespace, and up again."""
+    """Take a pod's network interface down, in the pod's network namespace, and up again."""
     pod = pods.pods[0]
     process = pods.process(pod)
     with _interface_down(process):
@@ -291,7 +307,7 @@ def _interface_down(process: int) -> Iterator[None]:
 FAULTS: dict[str, Callable[[Pods, str], None]] = {
     "a container is killed": kill,
     "a container's network is cut for 15 s": cut,
-    "both are replaced, one after the other": roll,
+    "both are replaced one after the other": roll,
 }
 
 

@@ -143,11 +143,3 @@ def test_it_terminates_while_it_starts(engine: Engine, image: str) -> None:
         starting.signal("TERM")
         assert poll(lambda: not starting.runs(), 60)
         assert starting.state()["ExitCode"] in {0, 143}
-
-
-def test_too_little_memory_is_an_error_message(engine: Engine, image: str) -> None:
-    with container(engine, image, options=(*FENCED, "--memory=1g"), until=None) as refused:
-        assert poll(lambda: not refused.runs(), 60)
-        assert refused.state()["ExitCode"] == 1
-        assert "memory, 1.07 GB, does not hold 1 worker(s)" in refused.logs()
-        assert "Traceback" not in refused.logs()

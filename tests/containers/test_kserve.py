@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from deploy.container import open_inference_pb2 as messages
+from deploy.container.open_inference import messages
 from scripts.container.engine import Engine
 from scripts.samples import CAT
 from tests.containers.running import FENCED, OTHER, Container, container, other_archive, readable
@@ -140,7 +140,7 @@ def test_its_own_clients(pod: Container, clients: Path, client: str) -> None:
 
 
 # What each call returns; the name of a field stands for what the best prediction has there.
-_UNKNOWN = {"unknown model": "There is no such model"}
+_UNKNOWN = {"unknown model": "There is nothing here"}
 _ERROR = {"error": "The bytes are not a picture"}
 _READY: dict[str, Any] = {"live": True, "ready": True, "model ready": True}
 _INFER = {"infer": "class_id", "id": "42"}
@@ -165,27 +165,13 @@ _BOTH = {
 }
 # Over gRPC an unknown model is an error of the call's own.
 _NOT_FOUND = (
-    "InferenceServerException: [StatusCode.NOT_FOUND] There is no such model, version or address "
-    "here."
+    "InferenceServerException: [StatusCode.NOT_FOUND] There is nothing here. Send images to "
+    "/predict."
 )
 _TRITON: dict[str, dict[str, Any]] = {
     "": _BOTH,
     "grpc ": {**_BOTH, "unknown model ready": _NOT_FOUND},
 }
-
-
-def test_of_torchserves_own_grpc_nothing_can_be_reached(pod: Container) -> None:
-    """Its streams end workers; a call is answered by the image's own server, or not at all."""
-    with grpc.insecure_channel(f"127.0.0.1:{pod.ports[GRPC_PORT]}") as channel:
-        for name in (
-            "org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions",
-            "org.pytorch.serve.grpc.openinference.GRPCInferenceService/ModelInfer",
-            "org.pytorch.serve.grpc.management.ManagementAPIsService/ListModels",
-        ):
-            call: Any = channel.unary_unary(f"/{name}")
-            with pytest.raises(grpc.RpcError) as refused:
-                call(b"", timeout=30)
-            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED, name
 
 
 def test_a_message_over_grpc_is_bounded_as_a_body_is(pod: Container) -> None:

@@ -54,7 +54,7 @@ def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
         running.execute("sh", "-c", "kill -9 $(cat /tmp/densenet/.model_server.pid)")
         assert poll(lambda: not running.runs(), 60)
         assert running.state()["ExitCode"] == 1
-        assert "TorchServe ended by itself" in running.logs()
+        assert "TorchServe exited by itself" in running.logs()
 
 
 _END_WORKERS = """

@@ -1,1 +1,1 @@
-"""What is deployed elsewhere: manifests and image. Each check must find a deliberate mistake."""
+"""Manifests, images and monitoring. Checks of schemas must also find a deliberate mistake."""

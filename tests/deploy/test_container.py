@@ -1,41 +1,103 @@
-"""The container image without building it: its Dockerfile, its pins, what starts in it."""
+"""The container images without building them: Dockerfiles, pinned packages, what starts in them."""
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from deploy.container import entry, ready, serving
+from deploy.container.limits import Limits
+from deploy.container.serving import Model, Serving
+from scripts.serve.management import poll
 from scripts.serve.running import Running
+from tests.deploy.manifests import manifests
 
 CONTAINER = Path("deploy/container")
+GATEWAY = Path("deploy/gateway")
+STAGES = {
+    "ray": (CONTAINER, -2),
+    "server": (CONTAINER, -1),
+    "gateway": (GATEWAY, -1),
+}
+# Prints the help of a command; packages that are not among the arguments cannot be imported.
+_HELP = """
+import re, runpy, sys
+from importlib.metadata import packages_distributions
+
+installed = set(sys.argv[1:])
+absent = {
+    module
+    for module, names in packages_distributions().items()
+    if not installed & {re.sub("[-_.]+", "-", name).lower() for name in names}
+} - {"classification_client"}
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"{name} is not in the image")
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["gateway", "start", "--help"]
+runpy.run_module("scripts.gateway.commands", run_name="__main__")
+"""
 
 
-def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+@pytest.mark.parametrize("folder", [CONTAINER, GATEWAY], ids=str)
+def test_hadolint_finds_nothing_in_the_dockerfile(folder: Path) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
-    subprocess.run([hadolint, "--no-color", CONTAINER / "Dockerfile"], check=True)
+    subprocess.run([hadolint, "--no-color", folder / "Dockerfile"], check=True)
 
 
-@pytest.mark.parametrize("stage", ["ray", "server"])
-def test_the_image_ends_as_an_ordinary_user_with_files_that_exist(stage: str) -> None:
-    stages = (CONTAINER / "Dockerfile").read_text().split("\nFROM ")
-    final = stages[{"ray": -2, "server": -1}[stage]]
-    assert final.startswith("${BASE} AS ray\n") == (stage == "ray")
+def _copies(stage: str) -> list[tuple[str, str]]:
+    """Return source and target of everything that a stage copies from the repository."""
+    lines = re.findall(r"^COPY (?!--from)(.+) (\S+)$", stage, re.MULTILINE)
+    return [(source.rstrip("/"), target) for line, target in lines for source in line.split()]
+
+
+def _stage(name: str) -> str:
+    folder, number = STAGES[name]
+    text = (folder / "Dockerfile").read_text().replace("\\\n", " ")
+    return text.split("\nFROM ")[number]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_image_has_an_ordinary_user_and_files_that_exist(name: str) -> None:
+    final = _stage(name)
+    assert final.startswith("${BASE} AS ray\n") == (name == "ray")
     users = re.findall(r"^USER (\S+)", final, re.MULTILINE)
     assert users == ["10001:10001"]
     assert not re.search(r"\b(gcc|build-essential|pip)\b", final)
     ignored = Path(".dockerignore").read_text().splitlines()
     kept = [line[1:] for line in ignored if line.startswith("!")]
-    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", final, re.MULTILINE):
-        for source in (part.rstrip("/") for part in line.split()):
-            if source == "model_store":
-                assert "model_store/densenet121.mar" in kept
-                continue
-            assert Path(source).exists(), source
-            assert any(source == k or source.startswith(f"{k}/") for k in kept), source
+    for source, _ in _copies(final):
+        if source == "model_store":
+            assert "model_store/densenet121.mar" in kept
+            continue
+        assert Path(source).exists(), source
+        assert any(source == k or source.startswith(f"{k}/") for k in kept), source
+
+
+def test_the_gateways_image_has_what_its_command_imports(tmp_path: Path) -> None:
+    for source, target in _copies(_stage("gateway")):
+        if Path(source).is_dir():
+            shutil.copytree(source, tmp_path / target)
+        else:
+            (tmp_path / target).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, tmp_path / target)
+    lock = (GATEWAY / "requirements.lock").read_text()
+    packages = re.findall(r"^([a-z0-9.-]+)==", lock, re.MULTILINE)
+    command = [sys.executable, "-c", _HELP, *packages]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--upstreams" in done.stdout
 
 
 def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
@@ -45,40 +107,77 @@ def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
     # The tests' group has what the image's gRPC needs and no other part of the project does.
     known = pins(Path("requirements.lock")) | pins(Path("tests/requirements.lock"))
     known_to_ray = known | pins(Path("batch/requirements.lock"))
-    for folder, others in ((CONTAINER, known), (Path("deploy/ray"), known_to_ray)):
+    folders = {CONTAINER: known, GATEWAY: known, Path("deploy/ray"): known_to_ray}
+    for folder, others in folders.items():
         image = pins(folder / "requirements.lock")
         lines = (folder / "requirements.in").read_text().splitlines()
-        wanted = {line.split("[")[0] for line in lines if line and not line.startswith("#")}
+        wanted = {re.split(r"[\[ ]", line)[0] for line in lines if line and line[0] != "#"}
         assert len(wanted) > 5
         assert wanted <= {pin.split("==")[0] for pin in image}
         names = {pin.split("==")[0] for pin in others}
-        # Ray's head needs what nothing else here does.
+        # Only Ray's head needs packages that nothing else here does.
         assert {pin for pin in image if pin.split("==")[0] in names} <= others
-        assert folder != CONTAINER or image <= others
+        assert others is known_to_ray or image <= others
 
 
-def _properties(path: Path) -> dict[str, str]:
-    return dict(re.findall(r"^([^#=\n]+)=(.*)$", path.read_text(), re.MULTILINE))
+def _serving(**options: Any) -> Serving:
+    return Serving((Model("pets", "1.0", Path("/models/pets.mar")),), **options)
 
 
-def test_the_containers_configuration_differs_only_where_it_must() -> None:
-    here, there = (_properties(p / "config.properties") for p in (Path(), CONTAINER))
-    different = {key for key in here | there if here.get(key) != there.get(key)}
+LIMITS = Limits(
+    workers=2,
+    threads=1,
+    max_threads=2,
+    requests=90,
+    large=10,
+    heap_bytes=1 << 30,
+    direct_bytes=1 << 29,
+)
+
+
+def test_the_containers_torchserve_differs_from_the_repositorys_only_where_it_must() -> None:
+    base = dict(
+        re.findall(r"^([^#=\n]+)=(.*)$", Path("config.properties").read_text(), re.MULTILINE)
+    )
+    found = entry.torchserve_properties(_serving(), LIMITS)
+    different = {key: value for key, value in found.items() if base.get(key) != value}
+    assert different.pop("vmargs") == f"{base['vmargs']} -Xmx1024m -XX:MaxDirectMemorySize=512m"
     assert different == {
-        "inference_address",  # nginx is before it
-        "metrics_address",
-        "model_store",
-        "metrics_config",
-        "default_workers_per_model",
+        "inference_address": "http://127.0.0.1:8085",  # nginx is in front
+        "metrics_address": "http://0.0.0.0:8082",
+        "metrics_config": str(Path("metrics.yaml").resolve()),
+        "model_store": "/models",
+        "load_models": "pets=pets.mar",
+        "default_workers_per_model": "2",
     }
-    assert there["management_address"].startswith("http://127.0.0.1:")
+    assert found.keys() >= base.keys()
+    assert found["management_address"] == "http://127.0.0.1:8081"
+
+
+def test_nginx_listens_on_ipv6_only_if_the_machine_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_ipv6, ipv6 in ((True, ["[::]:9090 ipv6only=on"]), (False, [])):
+        monkeypatch.setattr(entry, "has_ipv6", lambda has_ipv6=has_ipv6: has_ipv6)
+        config = entry.nginx_config(_serving(port=9090), LIMITS, [])
+        assert re.findall(r"^ *listen (.*);$", config, re.MULTILINE) == ["0.0.0.0:9090", *ipv6]
+
+
+def test_the_container_stops_within_every_platforms_grace_period() -> None:
+    """That of Kubernetes is compared in test_manifests."""
+    (compose,) = manifests(Path("deploy/compose/compose.yaml"))
+    composed = int(compose["services"]["densenet"]["stop_grace_period"].removesuffix("s"))
+    (documented,) = re.findall(r"podman stop --time (\d+)", Path("docs/containers.md").read_text())
+    (sagemaker,) = re.findall(
+        r"kills .* after (\d+) seconds", Path("docs/sagemaker.md").read_text()
+    )
+    assert min(composed, int(documented), int(sagemaker)) > entry.STOP_SECONDS
 
 
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
         ("PORT=http", "PORT must be a whole number from 1 to 65535, got 'http'"),
-        ("AIP_STORAGE_URI=gs://bucket/model", "this image fetches nothing"),
+        ("AIP_STORAGE_URI=gs://bucket/model", "this image downloads nothing"),
+        ("AIP_PREDICT_ROUTE=/ping", "AIP_PREDICT_ROUTE is /ping, which has another use"),
         ("WORKERS=1024", "does not hold 1024 worker(s)"),
     ],
 )
@@ -98,34 +197,79 @@ def test_a_container_that_cannot_serve_exits_with_an_error_message(
     assert message in printed
 
 
-def test_it_is_ready_if_a_worker_is_and_not_without(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MANAGEMENT_PORT", str(running.ports.management))
-    assert ready.why_not_ready() is None
-    monkeypatch.setenv("MANAGEMENT_PORT", str(running.ports.metrics))
-    assert ready.why_not_ready() is not None
+def _child(script: str, ready: Path) -> "subprocess.Popen[bytes]":
+    """Start a stand-in for a process of the container, and wait until its traps are set."""
+    command = ["sh", "-c", script.format(ready=ready)]
+    child = subprocess.Popen(command, start_new_session=True)
+    assert poll(ready.exists, 10)
+    return child
 
 
-def test_the_probe_command_reports_what_the_first_process_noted(
+def test_the_phases_of_the_drain_share_one_time_limit_and_leave_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(SystemExit, match="not ready"):
-        ready.main()
-    ready.folder().mkdir()
-    ready.note().touch()
-    ready.main()
+    """As with an nginx and a gRPC server whose clients never finish, and a Java that hangs."""
+    monkeypatch.setattr(ready, "FILE", tmp_path / "ready")
+    monkeypatch.setattr(entry, "STOP_SECONDS", 4)
+    monkeypatch.setattr(entry, "_DRAIN_SECONDS", 1)
+    monkeypatch.setattr(entry, "_LAST_SECONDS", 2)
+    ready.FILE.touch()
+    stubborn = "trap '' TERM QUIT; touch {ready}; sleep 60 & wait"
+    processes = {
+        name: _child(stubborn, tmp_path / str(i))
+        for i, name in enumerate((entry.GRPC, entry.NGINX, entry.TORCHSERVE))
+    }
+    java = psutil.Process(processes[entry.TORCHSERVE].pid).children()
+    start = time.monotonic()
+    entry.stop(processes, start + entry.STOP_SECONDS)
+    assert 2 < time.monotonic() - start < entry.STOP_SECONDS
+    assert not ready.FILE.exists()
+    assert java
+    assert all(child.returncode == -signal.SIGKILL for child in processes.values())
+    assert poll(lambda: not any(_runs(process) for process in java), 10)
 
 
-def test_processes_are_believed_and_not_the_management_api(
-    monkeypatch: pytest.MonkeyPatch,
+def test_sigterm_reaches_java_through_its_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a gRPC stream TorchServe reports workers that ended as ready."""
+    monkeypatch.setattr(ready, "FILE", tmp_path / "ready")
+    java = f"trap 'touch {tmp_path}/stopped; exit' TERM; touch {tmp_path}/java; sleep 60 & wait"
+    processes = {
+        entry.NGINX: _child("trap exit QUIT; touch {ready}; sleep 60 & wait", tmp_path / "nginx"),
+        entry.TORCHSERVE: _child(f'sh -c "{java}" & wait', tmp_path / "java"),
+    }
+    entry.stop(processes, time.monotonic() + entry.STOP_SECONDS)
+    assert (tmp_path / "stopped").exists()
+    assert processes[entry.TORCHSERVE].returncode == 0
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_it_is_ready_if_a_worker_is_and_not_without(running: Running) -> None:
+    assert ready.why_not_ready(running.ports.management) is None
+    assert ready.why_not_ready(running.ports.metrics) is not None
+
+
+def test_the_readiness_program_needs_the_file_only(tmp_path: Path) -> None:
+    """Kubernetes may set MANAGEMENT_PORT, for a Service with that name."""
+    links = {"TMPDIR": str(tmp_path), "MANAGEMENT_PORT": "tcp://10.0.0.1:8081"}
+    command = [sys.executable, "-m", "deploy.container.ready"]
+    (tmp_path / "densenet").mkdir()
+    assert subprocess.run(command, env=os.environ | links, check=False).returncode == 1
+    (tmp_path / "densenet/ready").touch()
+    subprocess.run(command, env=os.environ | links, check=True)
+
+
+def test_a_worker_without_a_process_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe may go on reporting a crashed worker as ready."""
     # A zombie, this test, and an id that no process has.
     with subprocess.Popen(["true"]) as ended:  # noqa: S607
         pids = (ended.pid, os.getpid(), 2**22 + 1)
         workers = [{"workers": [{"pid": pid, "status": "READY"} for pid in pids]}]
         models = {"models": [{"modelName": "densenet121"}]}
-        monkeypatch.setattr(ready, "_asked", lambda path: workers if path else models)
-        assert ready.why_not_ready() == "no worker is ready for densenet121"
+        monkeypatch.setattr(
+            ready, "_get", lambda url: models if url.endswith("/models") else workers
+        )
+        assert ready.why_not_ready(8081) == "no worker is ready for densenet121"

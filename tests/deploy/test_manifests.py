@@ -1,4 +1,4 @@
-"""The manifests: they fit the published schemas, and what belongs together fits together."""
+"""The manifests fit the published schemas, and their names, labels and ports agree."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import yaml
 
 from deploy.container import entry, limits
 from handler.settings import ADDED_BYTES, DECODING_BYTES
+from scripts.gateway.config import DRAIN_SECONDS
 from scripts.serve.machine import WORKER_BYTES
 from tests.deploy.manifests import KUBERNETES, Manifest, manifests, overlay, template, validate
 
@@ -125,8 +126,12 @@ def test_the_gateway_finds_the_pods_and_may_reach_them() -> None:
     arguments = dict(word[2:].split("=", 1) for word in container["args"])
     service = gateway["Service", "densenet-nodes"]["spec"]
     port = service["ports"][0]["port"]
-    assert arguments["upstreams"] == f"densenet-nodes:{port}"
-    # One address for each pod, and not one for all of them.
+    # nginx does not apply search domains.
+    name = "densenet-nodes.$(NAMESPACE).svc.cluster.local"
+    assert arguments["upstreams"] == f"{name}:{port}"
+    (variable,) = container["env"]
+    assert variable["name"] == "NAMESPACE"
+    # The addresses of the pods, not one of the Service.
     assert service["clusterIP"] == "None"
     labels = template()["metadata"]["labels"]
     assert service["selector"] == labels
@@ -164,34 +169,44 @@ def test_objects_that_belong_together_have_the_same_names_labels_and_ports() -> 
     assert allowed == set(ports.values())
 
 
-def test_the_alerts_jobs_are_those_that_are_scraped() -> None:
+def test_the_alerts_select_the_job_that_is_scraped() -> None:
     (alerts,) = manifests(Path("deploy/monitoring/alerts.yaml"))
     expressions = " ".join(rule["expr"] for rule in alerts["groups"][0]["rules"])
-    jobs = {
-        job for named in re.findall(r'job=~?"([^"]+)"', expressions) for job in named.split("|")
-    }
+    (job,) = set(re.findall(r'job=~?"([^"]+)"', expressions))
     assert all("job=" in selector for selector in re.findall(r"\{([^}]*)\}", expressions))
     for file in ("monitoring/prometheus.yaml", "compose/prometheus.yaml"):
         (config,) = manifests(Path("deploy", file))
-        assert {scraped["job_name"] for scraped in config["scrape_configs"]} == jobs, file
+        assert [scraped["job_name"] for scraped in config["scrape_configs"]] == [job], file
 
     (found,) = manifests(KUBERNETES / "monitoring")
     monitor = found["spec"]
-    (expression,) = monitor["selector"]["matchExpressions"]
     (endpoint,) = monitor["podMetricsEndpoints"]
-    assert set(expression["values"]) == jobs
-    assert monitor["jobLabel"] == expression["key"]
-    for name, deployment, port in (
-        ("cpu", "densenet", 8082),
-        ("gateway", "densenet-gateway", 9145),
-    ):
-        pod = template(name, deployment)
-        # As the operator does: the job is the value of the pod's label of that name.
-        assert pod["metadata"]["labels"][monitor["jobLabel"]] in jobs
-        ports = {p["name"]: p["containerPort"] for p in pod["spec"]["containers"][0]["ports"]}
-        assert ports[endpoint["port"]] == port
-        # Nobody finds the pods a second time, under another job.
-        assert "prometheus.io" not in str(pod["metadata"].get("annotations"))
+    pod = template()
+    labels = pod["metadata"]["labels"]
+    assert monitor["selector"]["matchLabels"] == labels
+    # As the operator does: the job is the value of the pod's label with this name.
+    assert labels[monitor["jobLabel"]] == job
+    ports = {p["name"]: p["containerPort"] for p in pod["spec"]["containers"][0]["ports"]}
+    assert ports[endpoint["port"]] == 8082
+    # No second job scrapes the pods.
+    assert "prometheus.io" not in str(pod["metadata"].get("annotations"))
+
+
+def test_the_alerts_and_the_dashboard_use_metrics_that_torchserve_offers() -> None:
+    (offered,) = manifests(Path("metrics.yaml"))
+    names = {"up"}
+    for part in ("ts_metrics", "model_metrics"):
+        for kind, metrics in offered[part].items():
+            for metric in metrics:
+                suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+                names |= {metric["name"] + suffix for suffix in suffixes}
+    (alerts,) = manifests(Path("deploy/monitoring/alerts.yaml"))
+    expressions = [rule["expr"] for rule in alerts["groups"][0]["rules"]]
+    dashboard = json.loads(Path("deploy/monitoring/dashboard.json").read_text())
+    expressions += [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    used = set(re.findall(r"\b(\w+)[{\[]", " ".join(expressions)))
+    assert len(used) > 10
+    assert used <= names
 
 
 def test_a_pod_has_a_cpu_for_each_thread_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,19 +218,25 @@ def test_a_pod_has_a_cpu_for_each_thread_that_computes(monkeypatch: pytest.Monke
         most = int(memory[:-2]) << 30
         monkeypatch.setattr("joblib.cpu_count", lambda limited=limited: int(limited))
         monkeypatch.setattr(limits, "most_memory", lambda most=most: most)
-        found = limits.fitting(WORKER_BYTES)
+        found = limits.fit_limits(WORKER_BYTES)
         assert resources["requests"]["cpu"] == limited == str(found.workers * found.threads)
 
 
-def test_the_grace_period_covers_what_a_terminating_pod_does() -> None:
-    pod = template()["spec"]
+@pytest.mark.parametrize(
+    ("overlay_name", "name", "drain"),
+    [("cpu", "densenet", entry.STOP_SECONDS), ("gateway", "densenet-gateway", DRAIN_SECONDS)],
+)
+def test_the_grace_period_covers_what_a_terminating_pod_does(
+    overlay_name: str, name: str, drain: float
+) -> None:
+    pod = template(overlay_name, name)["spec"]
     (command, seconds) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
-    end = int(seconds) + entry.LONGEST_END
+    end = int(seconds) + drain
     assert end < pod["terminationGracePeriodSeconds"] <= end + 15
 
 
-def test_the_dashboard_is_json_that_grafana_takes() -> None:
+def test_the_dashboard_has_panels_with_unique_ids() -> None:
     dashboard = json.loads(Path("deploy/monitoring/dashboard.json").read_text())
     assert dashboard["uid"]
     ids = [panel["id"] for panel in dashboard["panels"]]

@@ -39,7 +39,7 @@ NOT_RUN = {
 }
 
 # What the text calls these, beside TorchServe's ports.
-GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443, "METRICS_PORT": 9145}
+GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443}
 
 # Where nobody answers: `make run` serves the model whose weights are a package, as for the text.
 _NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"

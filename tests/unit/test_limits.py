@@ -1,12 +1,12 @@
-"""What the container decides from its limits."""
+"""Workers, threads, requests and memory within the container's limits."""
 
 from pathlib import Path
 
 import pytest
 
-from deploy.container import limits, serving
-from deploy.container.limits import Limits, fitting
-from deploy.container.serving import Refused, chosen
+from deploy.container import limits
+from deploy.container.limits import Limits, fit_limits
+from deploy.container.serving import StartError
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve import machine
 from scripts.serve.machine import WORKER_BYTES
@@ -23,7 +23,7 @@ def container(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def _within(bytes_: int, container: pytest.MonkeyPatch, models: int = 1) -> Limits:
     container.setattr(limits, "most_memory", lambda: bytes_)
-    return fitting(WORKER_BYTES, models)
+    return fit_limits(WORKER_BYTES, models)
 
 
 @pytest.mark.parametrize("gibibytes", [2, 3, 4, 8, 64])
@@ -33,7 +33,7 @@ def test_all_processes_together_stay_within_the_limit(
 ) -> None:
     try:
         found = _within(gibibytes * GIB, container, models)
-    except Refused:
+    except StartError:
         assert gibibytes * GIB < models * 2 * GIB
         return
     java = found.heap_bytes + found.direct_bytes
@@ -51,11 +51,11 @@ def test_workers_follow_cpus_and_then_memory(container: pytest.MonkeyPatch) -> N
 
 
 def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refused, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"):
+    with pytest.raises(StartError, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"):
         _within(GIB, container)
     container.setattr(limits, "most_memory", lambda: 2 * GIB)
-    with pytest.raises(Refused, match=r"does not hold 2 worker\(s\).*Lower WORKERS"):
-        fitting(WORKER_BYTES, workers=2)
+    with pytest.raises(StartError, match=r"does not hold 2 worker\(s\).*Lower WORKERS"):
+        fit_limits(WORKER_BYTES, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,3 @@ def test_a_limit_above_the_machine_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine, "_container_memory", lambda: (1 << 62, 0))
     monkeypatch.setattr(machine, "_available", lambda: 4 * GIB)
     assert machine.most_memory() == 3 * GIB
-
-
-def test_what_is_served_is_the_images_own_unless_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serving, "MODEL_STORE", tmp_path)
-    with pytest.raises(Refused, match="There is no archive"):
-        chosen([], {})
-    (tmp_path / "b.mar").touch()
-    (tmp_path / "a.mar").touch()
-    found = chosen([], {"WORKERS": "3", "PORT": ""})
-    assert (found.models, found.workers, found.port) == (("a", "b"), 3, 8080)
-    with pytest.raises(Refused, match="WORKERS must be a whole number from 1 to 1024, got '0'"):
-        chosen([], {"WORKERS": "0"})

@@ -194,9 +194,8 @@ def test_what_is_not_json_is_never_sent() -> None:
 # --- The largest answer ---
 
 
-@pytest.mark.parametrize("config", ["config.properties", "deploy/container/config.properties"])
-def test_the_largest_answer_is_what_the_frontend_takes(config: str) -> None:
-    text = Path(config).read_text()
+def test_the_largest_answer_is_what_the_frontend_takes() -> None:
+    text = Path("config.properties").read_text()
     (configured,) = re.findall(r"^max_response_size=(\d+)$", text, re.MULTILINE)
     assert int(configured) == responses.MAX_ANSWER_BYTES
 

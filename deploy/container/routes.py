@@ -1,0 +1,134 @@
+"""The HTTP paths of the container: those of TorchServe, KServe, SageMaker and Vertex AI.
+
+Readiness and metadata are constant or a file, so nginx answers them. Images go to TorchServe.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from deploy.container.serving import Model, StartError
+from scripts.gateway.template import Route
+
+SERVER = {"name": "torchserve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
+# A test compares them with handler/kserve.py, which is in the archive.
+INPUTS = {"images": "BYTES"}
+OUTPUTS = {
+    "class_id": "BYTES",
+    "class_name": "BYTES",
+    "probability": "FP32",
+    "recognized": "BOOL",
+    "labels": "BYTES",
+    "result": "BYTES",
+}
+_ONLY_MULTILABEL = {"labels"}
+_UPLOAD = ("POST", "PUT")
+# Paths of the template itself; the first two are health checks.
+_OWN = ("/ping", "/live", "/error")
+# What is one word in nginx.conf.
+_PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
+
+
+def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list[Route]:
+    """Return the paths; all others are 404.
+
+    Args:
+        models: the first is that of requests without a name.
+        environment: `AIP_HEALTH_ROUTE` and `AIP_PREDICT_ROUTE` of it.
+
+    Raises:
+        StartError: one of these is unusable, or has another use here.
+    """
+    names = {"models": [model.name for model in models]}
+    found = [
+        _constant("/", {"status": "alive"}),
+        _constant("/v1/models", names),
+        _constant("/v2", SERVER),
+        _constant("/v2/health/live", {"live": True}),
+        _readiness("/v2/health/ready"),
+        _constant("/v2/models", names),
+        _upload("/invocations"),
+        # The gateway's path, which error messages name. On this path of TorchServe, and only there,
+        # a query reaches the handler.
+        _upload("/predict", f"/{models[0].name}/predict"),
+    ]
+    for model in models:
+        found += _model_routes(model)
+    health = [route.path for route in found if route.needs_ready]
+    if path := _new_path("AIP_HEALTH_ROUTE", environment, (*_OWN[:2], *health), found):
+        found.append(_readiness(path))
+    uploads = [route.path for route in found if route.answer is None]
+    if path := _new_path("AIP_PREDICT_ROUTE", environment, uploads, found):
+        found.append(_upload(path, f"/{models[0].name}/predict"))
+    # Two versions of a model share paths.
+    return list({route.path: route for route in found}.values())
+
+
+def _model_routes(model: Model) -> list[Route]:
+    name, v2 = model.name, f"/v2/models/{model.name}"
+    found = [
+        _readiness(f"/v1/models/{name}", name),
+        _upload(f"/v1/models/{name}:predict"),
+        _upload(f"/v1/models/{name}:explain"),
+        _upload(f"/{name}/predict"),
+    ]
+    for path in (name, f"{name}/{model.version}"):
+        # GET: the web UI.
+        found.append(Route(f"/predictions/{path}", methods=("GET", "HEAD", *_UPLOAD)))
+        found.append(_upload(f"/explanations/{path}"))
+    for path in (v2, f"{v2}/versions/{model.version}"):
+        found += [
+            _constant(path, metadata(model)),
+            _readiness(f"{path}/ready", name),
+            _upload(f"{path}/infer", f"{v2}/infer"),
+            _upload(f"{path}/explain", f"{v2}/explain"),
+        ]
+    return found
+
+
+def metadata(model: Model) -> dict[str, Any]:
+    """Return a model's metadata in the Open Inference Protocol; -1 is any number of images."""
+    absent = set() if model.multilabel else _ONLY_MULTILABEL
+    inputs, outputs = (
+        [{"name": n, "datatype": kind, "shape": [-1]} for n, kind in tensors.items()]
+        for tensors in (INPUTS, {n: kind for n, kind in OUTPUTS.items() if n not in absent})
+    )
+    about = {"name": model.name, "versions": [model.version], "platform": "torchserve"}
+    return {**about, "inputs": inputs, "outputs": outputs}
+
+
+def _new_path(
+    variable: str,
+    environment: Mapping[str, str],
+    same: Collection[str],
+    taken: Sequence[Route],
+) -> str:
+    """Return the path in a variable; "" if there is none, or if one with the same use has it."""
+    path = environment.get(variable, "")
+    if not path or path in same:
+        return ""
+    if not _PATH.fullmatch(path):
+        raise StartError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
+    if path in _OWN or any(path == route.path for route in taken):
+        raise StartError(f"{variable} is {path}, which has another use here. Choose another path.")
+    return path
+
+
+def _constant(path: str, body: Mapping[str, Any]) -> Route:
+    return Route(path, answer=_text(body))
+
+
+def _readiness(path: str, model: str | None = None) -> Route:
+    """Return a path that reports whether each model has a worker that is ready."""
+    named = {} if model is None else {"name": model}
+    ready, unready = (_text({**named, "ready": value}) for value in (True, False))
+    return Route(path, answer=ready, needs_ready=True, unready=unready)
+
+
+def _upload(path: str, target: str = "") -> Route:
+    return Route(path, target, _UPLOAD)
+
+
+def _text(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"))

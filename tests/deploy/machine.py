@@ -1,0 +1,294 @@
+"""A machine to install the service on: a container of Debian's packages that boots systemd."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from scripts import bootstrap
+from scripts.container.base import SUITE
+from scripts.container.engine import Engine
+from scripts.serve.management import poll
+from scripts.terminal import UserError
+from tests.containers.running import other_archive
+from tests.deploy.load import TIMEOUT, Request
+from tests.workspace import project_files
+
+PROJECT = "/opt/densenet"
+# python3 brings the libraries that another Python needs; nginx is the gateway.
+_PACKAGES = ("systemd", "systemd-sysv", "dbus", "procps", "openssl", "python3", "nginx")
+_PYTHON = "/opt/python"
+CLIENTS = 8
+_KEY = "0123456789abcdef0123456789abcdef"
+_URL = "https://127.0.0.1/predict"
+# What systemd needs as the first process, which makes namespaces for its units.
+_SYSTEMD = (
+    *("--systemd", "false", "--env", "container=podman", "--stop-signal", "SIGRTMIN+3"),
+    *("--tmpfs", "/run", "--cgroupns", "private", "--cap-add", "ALL"),
+    *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
+)
+# Version 2 of cgroups, as on a machine: IPAddressDeny needs it. Some kernels mount both.
+_INIT = """\
+umount --recursive /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec /sbin/init
+"""
+# Seconds.
+_BOOT_TIMEOUT = 120.0
+_BEFORE = 3.0
+_OPTIONS = f"""\
+GIVEN_MODELS=efficientnet_lite0
+GIVEN_HOST=0.0.0.0
+GIVEN_HTTP_PORT=80
+GIVEN_HTTPS_PORT=443
+GIVEN_KEYS=/etc/densenet/keys
+GIVEN_RATE=1000
+PYTHONPATH={PROJECT}/client
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A booted machine with the service.
+
+    Attributes:
+        engine: what runs it.
+        name: of the container and of its network namespace, which outlives a reboot.
+        project: the folder that is `/opt/densenet` in it.
+    """
+
+    engine: Engine
+    name: str
+    project: Path
+
+    def shell(self, command: str) -> str:
+        """Run a command as root; return what it printed."""
+        run = ("exec", "--env", f"PYTHONPATH={PROJECT}/client", self.name, "sh", "-c", command)
+        return self.engine.run(*run).stdout.strip()
+
+    def start(self) -> None:
+        """Boot."""
+        self.engine.run("start", self.name)
+        state = ("exec", self.name, "systemctl", "is-system-running", "--wait")
+        assert poll(
+            lambda: self.engine.tried(*state).stdout.strip() in {"running", "degraded"},
+            _BOOT_TIMEOUT,
+        ), self.engine.tried("logs", self.name).stdout
+
+    def reboot(self) -> None:
+        """Shut down in order, then boot; what a container cannot do by itself is done here."""
+        self.engine.tried("exec", self.name, "systemctl", "reboot")
+        self.engine.run("wait", self.name)
+        self.start()
+
+    def wait_until_ready(self) -> None:
+        """Wait until a worker behind the gateway answers.
+
+        Raises:
+            AssertionError: none did, with the journal.
+        """
+        ask = [
+            *self._inside,
+            "curl",
+            "--silent",
+            "--insecure",
+            "--fail",
+            "https://127.0.0.1/readyz",
+        ]
+        if not poll(
+            lambda: subprocess.run(ask, capture_output=True, check=False).returncode == 0,
+            _BOOT_TIMEOUT,
+        ):
+            raise AssertionError(self.shell("journalctl --no-pager -n 60 -u 'densenet*'"))
+
+    @property
+    def _inside(self) -> list[str]:
+        return ["ip", "netns", "exec", self.name]
+
+    @contextmanager
+    def clients(self) -> Iterator[list[Request]]:
+        """Keep clients sending requests; the list is filled at the end."""
+        found: list[Request] = []
+        certificate = self.project / ".run/gateway/certificate.pem"
+        command = [*self._inside, sys.executable, "-m", "tests.deploy.load", _URL, _KEY]
+        with subprocess.Popen(
+            [*command, str(CLIENTS)],
+            env={**os.environ, "REQUESTS_CA_BUNDLE": str(certificate)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            yield found
+            lines, _ = process.communicate(timeout=2 * TIMEOUT)
+        found.extend(Request(**json.loads(line)) for line in lines.splitlines())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What clients saw of an event.
+
+    Attributes:
+        requests: how many they sent.
+        failed: how many of each status or error other than 200.
+        without_retry_after: answers of 502 and 503 without that header.
+        recovered: seconds from the event to the first 200 after the last failure; 0 for none.
+        slowest: seconds of the slowest request.
+    """
+
+    requests: int
+    failed: Counter[str] = field(default_factory=Counter)
+    without_retry_after: int = 0
+    recovered: float = 0.0
+    slowest: float = 0.0
+
+
+def outcome_of(found: list[Request], event: float) -> Outcome:
+    """Summarize what clients saw of an event at this time."""
+    failed = [request for request in found if request.outcome != "200"]
+    last = max((request.begin for request in failed), default=0.0)
+    after = [one.end for one in found if one.outcome == "200" and one.begin > last]
+    return Outcome(
+        requests=len(found),
+        failed=Counter(request.outcome for request in failed),
+        without_retry_after=sum(
+            one.outcome in {"502", "503"} and one.retry_after is None for one in failed
+        ),
+        recovered=min(after, default=float("inf")) - event if failed else 0.0,
+        slowest=max(request.end - request.begin for request in found),
+    )
+
+
+def kill(pattern: str) -> Callable[[Machine], None]:
+    """Return an event: kill -9 of the oldest process whose command line matches."""
+    return lambda machine: print(machine.shell(f"kill -9 $(pgrep --oldest --full '{pattern}')"))
+
+
+def upgrade(machine: Machine) -> None:
+    """Serve another archive, and after that the first one again."""
+    command = f"{PROJECT}/deploy/systemd/gateway"
+    new = f"{PROJECT}/new/efficientnet_lite0.mar"
+    printed = machine.shell(
+        f"{command} upgrade --agreement 0 --archive {new} && {command} rollback"
+    )
+    assert printed.count("make rollback undoes it") == 2, printed
+
+
+EVENTS: dict[str, Callable[[Machine], None]] = {
+    "worker": kill("model_service_worker"),
+    "frontend": kill("org.pytorch.serve.ModelServer"),
+    "supervisor": kill("scripts.serve.commands start"),
+    "nginx": kill("nginx: master"),
+    "upgrade": upgrade,
+    "reboot": Machine.reboot,
+}
+
+
+def measure(machine: Machine, event: str, after: float = 20.0) -> Outcome:
+    """Cause an event while clients send requests.
+
+    Args:
+        machine: one that is ready.
+        event: a key of `EVENTS`.
+        after: seconds for which clients go on.
+    """
+    with machine.clients() as found:
+        time.sleep(_BEFORE)
+        at = time.time()
+        EVENTS[event](machine)
+        time.sleep(after)
+        machine.wait_until_ready()
+        time.sleep(_BEFORE)
+    return outcome_of(found, at)
+
+
+@contextmanager
+def machine(engine: Engine, archive: Path, folder: Path) -> Iterator[Machine]:
+    """Boot a machine on which the service was installed as docs/one-machine.md has it.
+
+    Args:
+        engine: podman, with a runtime that works.
+        archive: of efficientnet_lite0.
+        folder: for the machine's copy of the project.
+    """
+    project = folder / "densenet"
+    _copy_project(project, archive)
+    name = f"densenet-machine-{uuid4().hex[:8]}"
+    for command in (("netns", "add", name), ("-n", name, "link", "set", "lo", "up")):
+        subprocess.run(["ip", *command], check=True)  # noqa: S607
+    mounts = {project: PROJECT, Path(".venv/lib").resolve(): f"{PROJECT}/.venv/lib:ro"}
+    if sys.base_prefix != "/usr":
+        mounts[Path(sys.base_prefix)] = f"{_PYTHON}:ro"
+    try:
+        engine.run(
+            *("create", "--name", name, "--network", f"ns:/run/netns/{name}", *_SYSTEMD),
+            *(word for mount in mounts.items() for word in ("--volume", f"{mount[0]}:{mount[1]}")),
+            *(systemd_image(engine), "sh", "-c", _INIT),
+        )
+        found = Machine(engine, name, project)
+        found.start()
+        _install(found)
+        yield found
+    finally:
+        engine.tried("rm", "--force", "--time", "5", name)
+        subprocess.run(["ip", "netns", "delete", name], check=False)  # noqa: S607
+
+
+def _copy_project(project: Path, archive: Path) -> None:
+    for path in project_files():
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, project / path)
+    shutil.copy(archive, project / "model_store" / archive.name)
+    (project / "new").mkdir()
+    other_archive(archive, project / "new" / archive.name)
+    # An environment with the packages of this one, and a Python that the service's user can read.
+    bin_folder = project / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    (project / ".venv/lib").mkdir()
+    home = f"{_PYTHON}/bin" if sys.base_prefix != "/usr" else "/usr/bin"
+    (bin_folder / "python").symlink_to(f"{home}/python3")
+    (project / ".venv/pyvenv.cfg").write_text(f"home = {home}\n")
+    assert bootstrap.is_installed("run"), "the environment is not up to date: make setup-tests"
+
+
+def _install(machine: Machine) -> None:
+    # The Python of this environment may be linked with a library beside it.
+    machine.shell(f"echo {_PYTHON}/lib >/etc/ld.so.conf.d/python.conf; ldconfig")
+    machine.shell("systemctl disable --now nginx")
+    machine.shell(f"{PROJECT}/deploy/systemd/install")
+    machine.shell(
+        f"printf '%s' '{_OPTIONS}' >/etc/densenet/environment; "
+        f"echo 'alice {_KEY}' | install -m 640 -g densenet /dev/stdin /etc/densenet/keys"
+    )
+    machine.shell("systemctl start densenet densenet-gateway")
+    machine.wait_until_ready()
+
+
+def systemd_image(engine: Engine) -> str:
+    """Return the name of an image that boots systemd; made if it is missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    digest = hashlib.sha256(" ".join((SUITE, *_PACKAGES)).encode()).hexdigest()[:12]
+    name = f"localhost/densenet-systemd:{digest}"
+    if engine.has_image(name):
+        return name
+    packages = f"--include={','.join(_PACKAGES)}"
+    made = subprocess.Popen(
+        ["mmdebstrap", "--variant=minbase", packages, SUITE, "-"],  # noqa: S607
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with made:
+        engine.run("import", "-", name, stdin=made.stdout)
+    if made.returncode != 0:
+        engine.tried("image", "rm", "--force", name)
+        raise UserError(f"mmdebstrap failed with exit status {made.returncode}.")
+    return name

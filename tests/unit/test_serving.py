@@ -1,0 +1,272 @@
+"""What hosting platforms mount and set, and which models, ports and paths follow from it."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from deploy.container import routes
+from deploy.container.routes import list_routes
+from deploy.container.serving import Model, Serving, StartError, read_serving
+from handler import kserve
+from handler.settings import MODEL_CARD, ModelCard
+from scripts.serve.machine import WORKER_BYTES
+
+NOWHERE = Path("/nowhere")
+SNAPSHOT = '{"models": {"cats": {"1.0": {"marName": "pets.mar", "minWorkers": 1}}}}'
+
+
+def _archive(path: Path, name: str = "densenet121", version: str = "1.0") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest = {"model": {"modelName": name, "modelVersion": version}}
+    with zipfile.ZipFile(path, "w") as content:
+        content.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The image's own model store."""
+    store = tmp_path / "own"
+    _archive(store / "densenet121.mar")
+    monkeypatch.setattr("deploy.container.serving.MODEL_STORE", store)
+    return store
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    """KServe's, with two archives and a configuration that asks for more than it gets."""
+    root = tmp_path / "models"
+    _archive(root / "model-store" / "pets.mar", version="2.0")
+    _archive(root / "model-store" / "flowers.mar")
+    _configure(root, "inference_address=http://0.0.0.0:8085", "enable_model_api=true")
+    return root
+
+
+def _configure(root: Path, *lines: str) -> None:
+    (root / "config").mkdir(exist_ok=True)
+    (root / "config" / "config.properties").write_text("# comment\n" + "\n".join(lines) + "\n")
+
+
+def _on_kserve(root: Path) -> Serving:
+    return read_serving([], {}, root, NOWHERE)
+
+
+def _on_sagemaker(folder: Path) -> Serving:
+    return read_serving(["serve"], {}, NOWHERE, folder)
+
+
+def _with(variables: Mapping[str, str]) -> Serving:
+    return read_serving([], variables, NOWHERE, NOWHERE)
+
+
+def _names(serving: Serving) -> tuple[str, ...]:
+    return tuple(model.name for model in serving.models)
+
+
+def test_the_images_own_archive_serves_where_nothing_is_mounted(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for serving in (
+        _on_kserve(NOWHERE),
+        _on_sagemaker(tmp_path / "empty"),
+        _with({"AIP_STORAGE_URI": ""}),
+    ):
+        assert [model.archive for model in serving.models] == [own / "densenet121.mar"]
+        assert (_names(serving), serving.port, serving.workers) == (("densenet121",), 8080, None)
+    _archive(own / "a.mar")
+    assert _names(_with({"WORKERS": "3", "PORT": ""})) == ("a", "densenet121")
+
+
+def test_of_kserves_layout_only_the_choice_of_models_is_taken(
+    layout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = _on_kserve(layout)
+    assert _names(serving) == ("flowers", "pets")
+    assert {model.archive.parent for model in serving.models} == {layout / "model-store"}
+    assert "ignored: inference_address, enable_model_api" in capsys.readouterr().out
+    shutil.rmtree(layout / "config")
+    assert _names(_on_kserve(layout)) == ("flowers", "pets")
+
+
+@pytest.mark.parametrize(
+    ("line", "models"),
+    [
+        ("load_models=all", ("flowers", "pets")),
+        ("load_models=pets.mar", ("pets",)),
+        ("load_models=cats=pets.mar, flowers.mar", ("cats", "flowers")),
+        (f"model_snapshot={SNAPSHOT}", ("cats",)),
+    ],
+)
+def test_kserves_configuration_chooses_and_names_models(
+    layout: Path, line: str, models: tuple[str, ...]
+) -> None:
+    _configure(layout, line)
+    assert _names(_on_kserve(layout)) == models
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("load_models=dogs.mar", "holds no dogs.mar"),
+        ("load_models=http://elsewhere/pets.mar", "cannot be the name"),
+        ("load_models=../own/densenet121.mar", "cannot be the name"),
+        ('load_models=a"b;=pets.mar', "cannot be the name"),
+        ("model_snapshot={", "model_snapshot must be JSON"),
+        ('model_snapshot={"models": {}}', "names no model"),
+        ('model_snapshot={"models": {"cats": {"1.0": {"marName": 7}}}}', "cannot be the name"),
+    ],
+)
+def test_a_broken_configuration_is_rejected(layout: Path, line: str, message: str) -> None:
+    _configure(layout, line)
+    with pytest.raises(StartError, match=message):
+        _on_kserve(layout)
+
+
+def test_a_broken_layout_is_rejected(layout: Path) -> None:
+    store = layout / "model-store"
+    (store / "pets.mar").write_bytes(b"half an archive")
+    with pytest.raises(StartError, match=r"pets\.mar is no model archive, or is cut off"):
+        _on_kserve(layout)
+    (store / "pets.mar").unlink()
+    (store / "flowers.mar").unlink()
+    with pytest.raises(StartError, match="There is no archive"):
+        _on_kserve(layout)
+    store.rmdir()
+    with pytest.raises(StartError, match="has no folder model-store: KServe's layout"):
+        _on_kserve(layout)
+
+
+def test_sagemaker_serves_an_archive_or_the_content_of_one(tmp_path: Path) -> None:
+    folder = tmp_path / "ml" / "model"
+    archive = _archive(folder / "pets.mar")
+    assert _names(_on_sagemaker(folder)) == ("pets",)
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(folder)
+    (model,) = _on_sagemaker(folder).models
+    assert (model.name, model.archive) == ("densenet121", folder)
+    # Without the argument the image does not look there.
+    (model,) = read_serving([], {}, NOWHERE, folder).models
+    assert model.archive != folder
+    (folder / "MAR-INF/MANIFEST.json").unlink()
+    _archive(folder / "flowers.mar")
+    with pytest.raises(StartError, match=r"holds flowers.mar, pets.mar: .* one archive only"):
+        _on_sagemaker(folder)
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_workers_memory_and_labels_follow_the_archives_model_card(
+    tmp_path: Path, *, unpacked: bool
+) -> None:
+    card = ModelCard(
+        *("pets", 3, True, "a test", "0", "0"),
+        precision="int8",
+        activation="sigmoid",
+        thresholds=(0.5, 0.5, 0.5),
+    )
+    archive = _archive(tmp_path / "pets.mar")
+    with zipfile.ZipFile(archive, "a") as content:
+        content.writestr(MODEL_CARD, card.to_json())
+        content.extractall(tmp_path / "unpacked")
+    (model,) = _on_sagemaker(tmp_path / "unpacked" if unpacked else tmp_path).models
+    assert model.multilabel
+    assert model.worker_bytes > WORKER_BYTES
+    assert "labels" in [tensor["name"] for tensor in routes.metadata(model)["outputs"]]
+
+
+def test_vertex_ai_chooses_port_and_folder(tmp_path: Path) -> None:
+    _archive(tmp_path / "pets.mar")
+    serving = _with(
+        {"AIP_HTTP_PORT": "9090", "PORT": "80", "AIP_STORAGE_URI": f"file://{tmp_path}"}
+    )
+    assert (serving.port, _names(serving)) == (9090, ("pets",))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AIP_STORAGE_URI", "gs://bucket/model", "this image downloads nothing"),
+        ("AIP_STORAGE_URI", "/nowhere", "/nowhere is no folder"),
+        ("AIP_HTTP_PORT", "80800", "AIP_HTTP_PORT must be a whole number"),
+        ("AIP_HTTP_PORT", "8085", "AIP_HTTP_PORT must not be 8085"),
+        ("PORT", "8081", "PORT must not be 8081: the container itself uses the ports 8081, 8082"),
+        ("PORT", "9000", r"PORT must not be 9000: .* 8081, 8082, 8085, 9000\."),
+        ("GRPC_PORT", "8082", "GRPC_PORT must not be 8082"),
+        ("WORKERS", "0", "WORKERS must be a whole number from 1 to 1024, got '0'"),
+        ("GRPC", "yes", "GRPC must be on or off"),
+    ],
+)
+def test_an_unusable_variable_is_rejected(name: str, value: str, message: str) -> None:
+    with pytest.raises(StartError, match=message):
+        _with({"GRPC": "on", name: value})
+
+
+def test_an_argument_is_rejected() -> None:
+    with pytest.raises(StartError, match="takes no argument, and got: train"):
+        read_serving(["train"], {}, NOWHERE, NOWHERE)
+
+
+def test_kubernetes_service_links_are_no_ports() -> None:
+    """They are set for Services with the name `grpc`, or none at all."""
+    links = dict.fromkeys(("GRPC_PORT", "MANAGEMENT_PORT", "PORT"), "tcp://10.0.0.1:9000")
+    serving = _with({"GRPC": "on", **links})
+    assert (serving.port, serving.grpc_port) == (8080, 9000)
+    assert _with({"GRPC": "off", "PORT": "9000", "GRPC_PORT": "8082"}).grpc_port is None
+
+
+# --- Paths ---
+
+CATS = Model("cats", "2.0", Path("cats.mar"))
+
+
+def test_two_versions_of_a_model_have_each_path_once() -> None:
+    """With a path twice, nginx would not start."""
+    old = Model("cats", "1.0", Path("old.mar"))
+    paths = [route.path for route in list_routes([old, CATS], {})]
+    assert len(set(paths)) == len(paths)
+    assert {"/predictions/cats/1.0", "/predictions/cats/2.0", "/v1/models/cats"} <= set(paths)
+
+
+def test_vertex_ai_chooses_paths() -> None:
+    predict = "/v1/endpoints/1/deployedModels/2:predict"
+    variables = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": predict}
+    added = {route.path: route for route in list_routes([CATS], variables)}
+    assert added["/health"].needs_ready
+    assert (added[predict].target, added[predict].methods) == ("/cats/predict", ("POST", "PUT"))
+
+
+@pytest.mark.parametrize(
+    ("health", "predict"),
+    [("/ping", "/predictions/cats"), ("/v2/health/ready", "/v1/models/cats:predict"), ("", "")],
+)
+def test_vertex_ai_may_choose_a_path_with_the_same_use(health: str, predict: str) -> None:
+    variables = {"AIP_HEALTH_ROUTE": health, "AIP_PREDICT_ROUTE": predict}
+    assert list_routes([CATS], variables) == list_routes([CATS], {})
+
+
+@pytest.mark.parametrize("path", ["/ping", "/live", "/error", "/v2", "/health"])
+def test_a_path_with_another_use_cannot_be_vertex_ais(path: str) -> None:
+    variables = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": path}
+    with pytest.raises(StartError, match=f"AIP_PREDICT_ROUTE is {path}, which has another use"):
+        list_routes([CATS], variables)
+    with pytest.raises(StartError, match="AIP_HEALTH_ROUTE is /invocations"):
+        list_routes([CATS], {"AIP_HEALTH_ROUTE": "/invocations"})
+
+
+@pytest.mark.parametrize("name", ["AIP_HEALTH_ROUTE", "AIP_PREDICT_ROUTE"])
+@pytest.mark.parametrize("path", ["/a { return 200; }", "predict"])
+def test_a_path_that_is_none_is_rejected(name: str, path: str) -> None:
+    with pytest.raises(StartError, match=f"{name} must be a path"):
+        list_routes([CATS], {name: path})
+
+
+def test_the_metadata_are_the_handlers() -> None:
+    assert list(kserve._OUTPUTS.items()) == list(routes.OUTPUTS.items())
+    for multilabel in (False, True):
+        wanted = kserve.read_outputs({}, explained=False, multilabel=multilabel)
+        model = Model("cats", "2.0", Path("cats.mar"), multilabel=multilabel)
+        outputs = routes.metadata(model)["outputs"]
+        assert [tensor["name"] for tensor in outputs] == [tensor.name for tensor in wanted]
+    assert set(routes.INPUTS.values()) <= set(kserve._DATATYPES)
