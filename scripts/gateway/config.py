@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import joblib
+
 from scripts.gateway.options import Options, read_upstreams
 from scripts.gateway.template import Route, has_ipv6, render_template
 from scripts.serve.management import PIXEL
@@ -15,6 +17,8 @@ from scripts.serve.management import PIXEL
 _WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
 # Seconds that a slow client may take for its answer after a reload.
 DRAIN_SECONDS = 90
+# nginx's processes only pass bytes on. `auto` would count the host's CPUs in a container.
+_MAX_PROCESSES = 4
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
 
@@ -41,7 +45,7 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
     return render_template(
         folder=folder,
         foreground=options.foreground,
-        processes="auto",
+        processes=min(joblib.cpu_count(), _MAX_PROCESSES),
         worker_connections=4000,
         drain_seconds=DRAIN_SECONDS,
         proxies=options.proxies.split(),

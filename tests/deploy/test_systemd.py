@@ -185,3 +185,39 @@ def test_requests_are_in_the_journal_of_the_gateway(booted: Machine) -> None:
     booted.wait_until_ready()
     journal = booted.shell("journalctl --no-pager --output cat --unit densenet-gateway")
     assert '"path":"/readyz"' in journal
+
+
+# As certbot leaves it: only root can read it.
+_LIVE = "/etc/letsencrypt/live/images.example.com"
+_ISSUE = f"""
+umask 077; mkdir -p {_LIVE}; cd {_LIVE}
+openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=images.example.com \\
+  -keyout privkey.pem -out fullchain.pem 2>/dev/null
+RENEWED_LINEAGE={_LIVE} /opt/densenet/deploy/systemd/certbot-deploy-hook
+openssl x509 -noout -fingerprint -in fullchain.pem
+"""
+_SERVED = """
+openssl s_client -connect 127.0.0.1:443 </dev/null 2>/dev/null | openssl x509 -noout -fingerprint
+"""
+_USE = """
+echo GIVEN_CERTIFICATE=/etc/densenet/tls/fullchain.pem >>/etc/densenet/environment
+echo GIVEN_CERTIFICATE_KEY=/etc/densenet/tls/privkey.pem >>/etc/densenet/environment
+systemctl restart densenet-gateway
+"""
+_CHALLENGE = "/.well-known/acme-challenge"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_machine_serves_the_certificate_that_certbot_got_last(booted: Machine) -> None:
+    booted.wait_until_ready()
+    # What certbot --webroot writes is served over plain HTTP.
+    booted.shell(f"cd /var/lib/densenet/acme; mkdir -p .{_CHALLENGE}; echo proof >.{_CHALLENGE}/x")
+    assert booted.get(f"http://127.0.0.1{_CHALLENGE}/x") == "proof\n"
+    first = booted.shell(_ISSUE)
+    booted.shell(_USE)
+    booted.wait_until_ready()
+    assert booted.shell(_SERVED) == first
+    second = booted.shell(_ISSUE)
+    assert second != first
+    assert booted.shell(_SERVED) == second
