@@ -81,7 +81,7 @@ def main() -> None:
     many = [
         ("directly", median(before for before, _ in rates)),
         ("through the gateway", median(after for _, after in rates)),
-        ("the ratio", median(after / before for before, after in rates)),
+        ("the ratio", f"{median(after / before for before, after in rates):.3f}"),
     ]
     lines = [
         f"{_CLIENTS} clients, {_ROUNDS} rounds of {_SECONDS} s of each kind, in turn.",

@@ -95,19 +95,13 @@ class Machine:
         Raises:
             AssertionError: none did, with the journal.
         """
-        ask = [
-            *self._inside,
-            "curl",
-            "--silent",
-            "--insecure",
-            "--fail",
-            "https://127.0.0.1/readyz",
-        ]
-        if not poll(
-            lambda: subprocess.run(ask, capture_output=True, check=False).returncode == 0,
-            _BOOT_TIMEOUT,
-        ):
+        if not poll(lambda: "ready" in self.get("https://127.0.0.1/readyz"), _BOOT_TIMEOUT):
             raise AssertionError(self.shell("journalctl --no-pager -n 60 -u 'densenet*'"))
+
+    def get(self, url: str) -> str:
+        """Return the body of an answer of 200; otherwise nothing."""
+        ask = [*self._inside, "curl", "--silent", "--insecure", "--fail", url]
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout
 
     @property
     def _inside(self) -> list[str]:
