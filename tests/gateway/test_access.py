@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import HttpCredentials, expect, sync_playwright
 
 from scripts.gateway import nginx
 from scripts.gateway.keys import Key
@@ -50,14 +50,15 @@ def test_the_web_ui_classifies_for_a_person_who_signed_in(guarded: Gateway) -> N
         browser = launch(playwright.chromium)
         if browser is None:
             pytest.skip("NOT RUN: no Chromium (on Debian: apt install chromium)")
-        credentials = {"username": "alice", "password": KEYS["alice"]}
+        credentials = HttpCredentials(username="alice", password=KEYS["alice"])
         page = browser.new_context(http_credentials=credentials).new_page()
         page.goto(f"{guarded.url}/")
         expect(page.locator("#account")).to_have_text("Signed in as alice")
         with page.expect_response(lambda answer: answer.request.method == "POST") as sent:
             page.set_input_files("input[type=file]", CAT)
         assert sent.value.json()["success"] is True
-        stranger = browser.new_context(http_credentials=credentials | {"password": "wrong"})
+        wrong = HttpCredentials(username="alice", password="wrong")  # noqa: S106
+        stranger = browser.new_context(http_credentials=wrong)
         answer = stranger.new_page().goto(f"{guarded.url}/")
         assert answer is not None
         assert answer.status == 401
