@@ -6,20 +6,17 @@
 #:  PORT=n              predictions; MANAGEMENT_PORT and METRICS_PORT likewise
 #:  GRPC=on             gRPC too, by which any client can stop the service (docs/operating.md);
 #:                      GRPC_INFERENCE_PORT, GRPC_MANAGEMENT_PORT
-#:  ENGINE=torch        PyTorch (GPU) instead of ONNX Runtime
-#:  ARCH=resnet50       another of torchvision's classifiers, or efficientnet_lite0
-#:                      or, for make archive, timm/NAME; REVISION=commit of its weights
-#:  WEIGHTS=file        weights of your own, or random; WEIGHTS_URL=torchvision's elsewhere
-#:  MODEL_FILE=file     an ONNX file instead of weights; make archive only
-#:  HEAD=linear,relu,dropout,linear   the layers of a head of your own, where they cannot be seen
-#:  CLASSES=file        classes of your own, a name a line, or JSON
-#:  NAME=name           of the archive and of the model; otherwise the architecture's
-#:  RESIZE, CROP, MEAN, STD, INTERPOLATION   other preprocessing than torchvision's
-#:  FIT=squash          or pad: the whole picture, instead of the square from its centre
-#:  PRECISION=int8      or bf16, with OpenVINO, where the processor has it; CALIBRATE=folder of a few
-#:                      hundred pictures for int8, EVALUATE=folder of others; MAX_LOSS=points of top 1
-#:                      and top 5, or AGREEMENT=share of first labels, that it may cost
-#:  ACTIVATION=sigmoid  several labels a picture (docs/own-models.md); THRESHOLDS=number or file
+#:  MODEL_FILE=file     for make archive and make run: a model file (.yaml) that says all
+#:                      (docs/models.md); or an ONNX file, a folder in Hugging Face's form, or a
+#:                      Python file with one nn.Module class. For the common cases these suffice:
+#:  ARCH=resnet50       another of torchvision's classifiers, efficientnet_lite0, or timm/NAME
+#:  WEIGHTS=file        weights of your own, or random; WEIGHTS_KEY=key of a state dict in the file
+#:  CLASSES=file        classes of your own, in the order of the model's outputs
+#:  NAME=name           of the model archive and of the model; otherwise the architecture's
+#:  CHANNELS=bgr        the model's order of channels, if it is not rgb
+#:  PRECISION=int8      or bf16, with OpenVINO, if the processor has it; IMAGES=folder of a few
+#:                      hundred images to calibrate on and to measure the cost on
+#:  ACTIVATION=sigmoid  a multi-label model
 #:  LABELS=file         what each picture shows then, for make evaluate; MIN_PRECISION=share of
 #:                      labels that must be right, or else the best F-score counts
 #:  MODELS="a b"        which archives to start, side by side, or to pack into an image
@@ -45,11 +42,10 @@ VENV_PYTHON := .venv/bin/python
 # environment, as GIVEN_WORKERS and so on, where quotes and spaces in them stay what they are
 # (scripts/terminal.py). Only the command line's count: an environment may hold a NAME, a HOST or a
 # PORT by chance.
-packing := ARCH WEIGHTS WEIGHTS_URL HEAD CLASSES NAME ENGINE RESIZE CROP MEAN STD INTERPOLATION FIT \
-	PRECISION CALIBRATE EVALUATE MAX_LOSS AGREEMENT ACTIVATION THRESHOLDS
+packing := MODEL_FILE ARCH WEIGHTS WEIGHTS_KEY CLASSES NAME PRECISION IMAGES CHANNELS ACTIVATION
 serving := WORKERS PORT MANAGEMENT_PORT METRICS_PORT GRPC GRPC_INFERENCE_PORT GRPC_MANAGEMENT_PORT
 variables-run := $(packing) $(serving)
-variables-archive := $(packing) MODEL_FILE REVISION
+variables-archive := $(packing)
 variables-start := MODELS FOREGROUND $(serving)
 variables-image := MODELS TAG BASE TARGET
 variables-scale := WORKERS MODEL
@@ -68,9 +64,6 @@ goals := $(or $(MAKECMDGOALS),help)
 given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 $(foreach name,$(given),$(eval export GIVEN_$(name) = $$(value $(name))))
 export GIVEN_TO := make $(goals)
-# Installed only where it is asked for.
-with-precision := $(if $(filter bf16 int8,$(GIVEN_PRECISION)),setup-precision)
-with-timm := $(if $(filter timm/%,$(GIVEN_ARCH)),setup-timm) $(if $(filter efficientnet_lite0,$(GIVEN_ARCH)),setup-lite0)
 foreign := $(filter-out $(everywhere) $(foreach goal,$(goals),$(variables-$(goal))),$(given))
 lists := $(foreach list,$(filter variables-%,$(.VARIABLES)),'$(list:variables-%=%) $($(list))')
 
@@ -85,7 +78,7 @@ variables:
 	@$(if $(foreign),$(PYTHON) scripts/variables.py '$(goals)' '$(foreign)' $(lists),:)
 
 ##@ Serve
-run: setup $(with-precision) $(with-timm) ## do everything: weights, archive, server, and a first answer
+run: setup ## do everything: weights, archive, server, and a first answer
 	@$(VENV_PYTHON) -m scripts.run
 
 status: setup ## show workers, memory, queue and versions
@@ -116,7 +109,7 @@ digits: setup ## a model of one's own, from training to serving, about a minute
 shapes: setup ## a model that gives several labels a picture, likewise, about two minutes
 	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.shapes
 
-archive: setup $(with-precision) $(with-timm) ## build an archive, with trained weights only
+archive: setup ## build an archive, with trained weights only
 	@$(VENV_PYTHON) -m scripts.build.commands
 
 ##@ Production
@@ -169,16 +162,17 @@ bench-%: setup-benchmarks
 	@$(VENV_PYTHON) -m benchmarks $*
 
 ##@ Maintenance
-setup: variables ## make .venv; setup-all, -batch, -benchmarks, -lite0, -precision, -tests, -timm
+setup: variables ## make .venv; setup-all, -batch, -benchmarks, -huggingface, ...
 	@$(PYTHON) scripts/bootstrap.py run
 
 # What each of these installs in addition to what running needs; all is for make lint and make test-slow.
-groups-all := tests precision batch timm lite0
+groups-all := tests precision batch timm lite0 huggingface
 groups-batch := batch
-groups-benchmarks := tests precision batch timm lite0 benchmarks
+groups-benchmarks := tests precision batch timm lite0 huggingface benchmarks
+groups-huggingface := huggingface
 groups-lite0 := timm lite0
 groups-precision := precision
-groups-tests := tests timm lite0
+groups-tests := tests timm lite0 huggingface
 groups-timm := timm
 SETUPS := $(patsubst groups-%,setup-%,$(filter groups-%,$(.VARIABLES)))
 .PHONY: $(SETUPS)
@@ -203,7 +197,7 @@ format: setup-tests ## put the code into the common style
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements.in client/pyproject.toml
-TOGETHER := tests precision timm-models timm-models/lite0 batch
+TOGETHER := tests precision timm-models timm-models/lite0 huggingface batch
 IMAGES := deploy/container deploy/gateway deploy/ray
 lock: setup ## pin all packages anew, from the requirements.in and the client's needs
 	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null

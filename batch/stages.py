@@ -215,7 +215,7 @@ def _options(folder: Path, card: ModelCard, choices: Choices) -> Options:
         options = replace(options, threshold=choices.threshold)
     if choices.embedding and not card.embedding:
         raise NoEmbedding(
-            "This archive gives no embeddings: it was built for PyTorch (ENGINE=torch), or its "
+            "This archive gives no embeddings: it was built for PyTorch (engine: torch), or its "
             "last layer is no linear one."
         )
     return replace(options, embedding=choices.embedding)

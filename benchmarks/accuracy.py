@@ -25,9 +25,9 @@ from handler.openvino_engine import OpenVinoEngine
 from handler.precision import MODEL_FILES
 from handler.responses import softmax
 from handler.settings import PRECISIONS, Preprocessing
-from scripts.build.commands import build_timm
-from scripts.build.guard import Bounds, compare
-from scripts.build.lower_precision import chosen
+from scripts.build.guard import Limits, compare
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.store import PACKAGED_ARCHITECTURE, read_card
 from scripts.terminal import step
 
@@ -51,18 +51,12 @@ def main() -> None:
         crops, photographs, imagenet = {}, {}, {}
         for precision in PRECISIONS:
             # The guard judges below, so that what it rejects is measured too.
-            lower = chosen(
-                precision,
-                calibrate if precision == "int8" else None,
-                None if precision == "float32" else evaluate,
-                agreement=0,
-            )
-            archive = build_timm(
-                PACKAGED_ARCHITECTURE,
-                name=precision,
-                lower=lower,
-                model_store=Path(folder, "store"),
-            )
+            images = {} if precision == "float32" else {"evaluation": evaluate}
+            if precision == "int8":
+                images["calibration"] = calibrate
+            wanted = {"type": precision, **images, "agreement": 0}
+            spec = from_options(name=precision, arch=PACKAGED_ARCHITECTURE, precision=wanted)
+            archive = build(spec, Path(folder, "store"))
             card = read_card(archive)
             assert card is not None
             with engine_of(archive, precision) as engine:
@@ -144,8 +138,9 @@ def _row(
     imagenet: Mapping[str, NDArray[np.float32]],
 ) -> list[str]:
     # What float32 answers counts as right here.
-    found = compare(crops["float32"], crops[precision], crops["float32"].argmax(axis=1).tolist())
-    judged = compare(crops["float32"], crops[precision]).excess(Bounds())
+    truth = np.eye(1000, dtype=bool)[crops["float32"].argmax(axis=1)]
+    found = compare(crops["float32"], crops[precision], truth)
+    judged = compare(crops["float32"], crops[precision]).excess(Limits())
     names = [label.class_name for label in load_class_index(Path("handler", CLASS_INDEX), 1000)]
     before, after = (
         [names[row.argmax()] for row in photographs[name]] for name in ("float32", precision)
@@ -158,7 +153,7 @@ def _row(
     right = int((imagenet[precision].argmax(axis=1) == list(IMAGENET.values())).sum())
     wrong = sum(label not in known.labels for known, label in zip(KNOWN, after, strict=True))
     return [
-        *(precision, str(found.accuracy["top 1"][1]), str(found.accuracy["top 5"][1])),
+        *(precision, *(f"{loss.after:.2%}" for loss in found.losses)),
         *(f"{found.largest_change:.4f}", "rejected" if judged else "accepted"),
         *(f"{'; '.join(changed) or 'none'}; {wrong} wrong", f"{right} of {len(IMAGENET)}"),
     ]

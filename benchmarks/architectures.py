@@ -21,11 +21,10 @@ import torch
 import typer
 
 from benchmarks.report import RESULTS, write_section
-from scripts.build import timm_models
-from scripts.build.architectures import TIMM, architectures
-from scripts.build.archive import build, recipe
-from scripts.build.packing import BUILD, Said
-from scripts.build.weights import untrained
+from scripts.build.architectures import architectures
+from scripts.build.model_file import TIMM, from_options
+from scripts.build.packing import BUILD
+from scripts.build.pipeline import build
 from scripts.terminal import console, step
 
 # One of each of a dozen families.
@@ -60,7 +59,7 @@ _DIFFERENCE = re.compile(
 
 
 def _of_torchvision(name: str, folder: Path) -> Path:
-    return build(recipe(untrained(name)), folder)
+    return build(from_options(arch=name, weights="random"), folder)
 
 
 def _of_timm(name: str, folder: Path) -> Path:
@@ -68,9 +67,7 @@ def _of_timm(name: str, folder: Path) -> Path:
     file = folder / "weights.safetensors"
     model = timm.create_model(name, pretrained=False)
     safetensors.torch.save_model(model, str(file))
-    preprocessing = timm_models.preprocessing_of(TIMM + name, Said())
-    found = timm_models.obtain(TIMM + name, file, None)
-    return timm_models.build(found, preprocessing, model_store=folder)
+    return build(from_options(arch=TIMM + name, weights=str(file)), folder)
 
 
 def measure(name: str) -> tuple[str, float, float, str]:

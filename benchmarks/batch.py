@@ -27,9 +27,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from benchmarks.report import CORES, table, write_section
-from handler.settings import Preprocessing
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.samples import CAT
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
@@ -169,8 +168,10 @@ _COLUMNS: dict[str, Callable[[Memory], float]] = {
 
 def memory(work: Path, count: int) -> list[list[object]]:
     """Return rows: peak memory while many small pictures are classified by a small network."""
-    small = Preprocessing(resize=64, crop=64)
-    archive = build(recipe(untrained("resnet18"), "small", preprocessing=small), work / "store")
+    small = from_options(
+        name="small", arch="resnet18", weights="random", preprocessing={"resize": 64, "crop": 64}
+    )
+    archive = build(small, work / "store")
     pictures = make_pictures(work / "small", SMALL, 1)
     (picture,) = pictures.iterdir()
     Image.open(picture).resize((96, 96)).save(picture)
@@ -231,7 +232,7 @@ def main(
     """Write benchmarks/results/batch.md."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        archive = build(recipe(untrained()), work / "store")
+        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
         rows = compare(archive, work, SMALL, count, rounds)
         rows += compare(archive, work, LARGE, large, rounds)
         resident = memory(work, tiny)

@@ -31,9 +31,9 @@ from benchmarks.pictures import encode, noisy, photograph
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import NAMES, OURS, Server, serve
 from benchmarks.timing import alternate, images_per_second, wait_until_idle
-from scripts.build.archive import build, recipe
-from scripts.build.lower_precision import chosen
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import random_source
 from scripts.terminal import command, step, warn
 
 IMAGES: dict[str, Callable[[], bytes]] = {
@@ -129,20 +129,16 @@ def _prepare(precision: str, work: Path) -> Path:
     """Write the archive and the peers' files, with random weights, which change no speed."""
     work.mkdir(parents=True)
     # Called trained, since a reduced precision needs that; the archive is thrown away afterwards.
-    weights = replace(untrained(), trained=True)
+    source = replace(random_source("densenet121"), trained=True)
     photographs, crops = sorted(PHOTOGRAPHS), work / "crops"
     write_crops(photographs, crops)
-    lower = chosen(
-        precision,
-        # int8 divides one folder between calibration and comparison.
-        crops if precision == "int8" else None,
-        crops if precision == "bf16" else None,
-        agreement=0,
-    )
-    archive = build(recipe(weights, lower=lower), work / "store")
+    # int8 divides one folder between calibration and comparison.
+    use = {"int8": {"calibration": crops}, "bf16": {"evaluation": crops}}.get(precision, {})
+    wanted = {"type": precision, **use, "agreement": 0}
+    archive = build(from_options(arch="densenet121", precision=wanted), work / "store", source)
     with zipfile.ZipFile(archive) as content:
         content.extractall(work)
-    torch.save(weights.state_dict, work / "weights.pth")
+    torch.save(source.module.state_dict(), work / "weights.pth")
     (work / "small.jpg").write_bytes(IMAGES["720x720"]())
     return work
 

@@ -15,8 +15,8 @@ import yaml
 from benchmarks.containerized import FENCED, Container, container, in_hand, status_on
 from benchmarks.pictures import costly
 from benchmarks.report import table, write_section
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.container.base import debian_base
 from scripts.container.engine import Engine, require_engine, runnable
 from scripts.container.image import build_image, size_of
@@ -58,7 +58,9 @@ def main(
     """Write benchmarks/results/containers.md."""
     rows: list[tuple[str, str]] = []
     with TemporaryDirectory() as folder:
-        archive = build(recipe(untrained(), engine=engine), Path(folder))
+        archive = build(
+            from_options(arch="densenet121", weights="random", engine=engine), Path(folder)
+        )
         with _image(archive, base, Path(folder), rows) as (program, image):
             _measure(program, image, rows)
     lines = [_HOW, "", *table(["measured", "result"], rows)]

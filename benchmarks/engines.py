@@ -26,9 +26,10 @@ from rich.progress import track
 from benchmarks.report import CORES, table, write_section
 from benchmarks.timing import alternate, images_per_second
 from handler.settings import Preprocessing
-from scripts.build.archive import build, recipe
 from scripts.build.export import Normalized
-from scripts.build.weights import build_model, untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import random_source
 from scripts.samples import sample_views
 from scripts.terminal import step
 
@@ -68,7 +69,7 @@ def _onnx(model: Path, threads: int, options: dict[str, Any]) -> Logits:
 
 def _torch(threads: int, how: str) -> Logits:
     torch.set_num_threads(threads)
-    model = Normalized(build_model(untrained()), Preprocessing()).eval()
+    model = Normalized(random_source("densenet121").module, Preprocessing()).eval()
     if how != "PyTorch eager":
         model = model.to(memory_format=torch.channels_last)
     run: Any = model
@@ -217,7 +218,7 @@ def main(
 def _prepare(work: Path) -> None:
     images = sample_views(Preprocessing(), 240)
     np.save(work / "images.npy", images)
-    archive = build(recipe(untrained()), work / "store")
+    archive = build(from_options(arch="densenet121", weights="random"), work / "store")
     with zipfile.ZipFile(archive) as content:
         (work / "model.onnx").write_bytes(content.read("model.onnx"))
     _int8(work / "model.onnx", images[:CALIBRATION_IMAGES], work / "int8.onnx")

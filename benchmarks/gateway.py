@@ -15,8 +15,8 @@ import requests
 from benchmarks.load import Body, closed_loop, require_wrk
 from benchmarks.pictures import encode, photograph
 from benchmarks.report import table, write_section
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.gateway import nginx
 from scripts.gateway.options import Options
 from scripts.serve.running import HOST, free_ports, unused_ports
@@ -41,7 +41,12 @@ def main() -> None:
         options = Options(
             http_port=http, https_port=https, rate=10_000, burst=10_000, connections=10_000
         )
-        running = start(build(recipe(untrained()), Path(name) / "store"), free_ports(), 2, run_dir)
+        running = start(
+            build(from_options(arch="densenet121", weights="random"), Path(name) / "store"),
+            free_ports(),
+            2,
+            run_dir,
+        )
         folder = run_dir / "gateway"
         try:
             nginx.start(replace(options, model=running.model), folder)

@@ -22,7 +22,7 @@ from handler.images import PixelBudget, decode, decode_all
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.export import Normalized
-from scripts.build.weights import build_model, untrained
+from scripts.build.sources.torchvision import random_source
 from scripts.samples import CAT, sample_views
 from scripts.terminal import step
 
@@ -35,15 +35,15 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     on_gpu = torch.cuda.is_available()
     device = "cuda:0" if on_gpu else "cpu"
     batches = GPU_BATCHES if on_gpu else CPU_BATCHES
-    weights = untrained()
+    model = random_source("densenet121").module
     preprocessing = Preprocessing()
     card = ModelCard("densenet121", 1000, trained=False, weights_file="", weights_sha256="",
                      inputs_sha256="")  # fmt: skip
     with TemporaryDirectory() as folder:
-        torch.save(weights.state_dict, Path(folder) / "model.pth")
+        torch.save(model.state_dict(), Path(folder) / "model.pth")
         cores = Cores(torch.get_num_threads(), 1, Path(folder) / "busy")
         engine = load_engine(Path(folder) / "model.pth", card, cores, gpu=0 if on_gpu else None)
-    eager = Normalized(build_model(weights), preprocessing).eval().to(device)
+    eager = Normalized(model, preprocessing).eval().to(device)
     views = sample_views(preprocessing, max(batches))
 
     def run_eager(images: np.ndarray[Any, Any]) -> Any:

@@ -21,8 +21,8 @@ from benchmarks.pictures import LARGE, SMALL, jpeg
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import Server, ours
 from benchmarks.timing import alternate, wait_until_idle
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.serve.server import CONFIG, LOG_CONFIG
 from scripts.terminal import step
 
@@ -87,7 +87,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "small.jpg").write_bytes(bodies["0.5 MP"].data)
-        archive = build(recipe(untrained()), work / "store")
+        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
         for name in alternate(only or list(VARIANTS), rounds):
             _measure(name, archive, work, bodies, seconds, measured[name])
             step(f"{name}: {measured[name]['0.5 MP: images/s'][-1]:.1f}/s")

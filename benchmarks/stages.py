@@ -28,9 +28,9 @@ from handler.cores import Cores
 from handler.engines import load_engine
 from handler.images import PixelBudget, decode
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build.archive import build, recipe
+from scripts.build.model_file import from_options
 from scripts.build.packing import AT_START
-from scripts.build.weights import untrained
+from scripts.build.pipeline import build
 from scripts.terminal import step
 
 _MAX_PIXELS = 64_000_000
@@ -45,7 +45,7 @@ def main(
     require_wrk()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        archive = build(recipe(untrained()), work / "store")
+        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
         passes = _forward_passes(archive, work, rounds, repeats)
         decoding = _decoding(rounds, repeats)
         workers = list(_workers(archive, work))

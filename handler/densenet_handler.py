@@ -145,8 +145,8 @@ class DenseNetHandler:
             )
         if request.wants_embeddings and not self.card.embedding:
             raise NoEmbedding(
-                "This archive gives no embeddings: it was built for PyTorch (ENGINE=torch), or its "
-                "last layer is no linear one. Those for ONNX Runtime of most architectures do."
+                "This archive gives no embeddings: it was built for PyTorch (engine: torch), or "
+                "its last layer is no linear one. Those for ONNX Runtime of most architectures do."
             )
         responses.check_topk(request, self.card.classes)
 

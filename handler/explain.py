@@ -140,7 +140,8 @@ def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
     """uint8 (height, width) of `size`: 0 where the map is least, 255 where it is greatest."""
     low, high = float(activation.min()), float(activation.max())
     relative = (activation - low) / ((high - low) or 1)
-    smooth = Image.fromarray(relative).resize(size, Image.Resampling.BILINEAR)
+    # Bilinear interpolation draws ridges and stars between the positions.
+    smooth = Image.fromarray(relative).resize(size, Image.Resampling.BICUBIC)
     result: NDArray[np.uint8] = (np.asarray(smooth).clip(0, 1) * 255).round().astype(np.uint8)
     return result
 

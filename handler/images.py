@@ -17,6 +17,7 @@ than its header says, in a process that the kernel bounds (`handler.decoder_proc
 
 import atexit
 import io
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -619,7 +620,9 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     crop, filter_ = preprocessing.crop, _FILTERS[preprocessing.interpolation]
     (width, height), (left, top) = _resized(image.size, preprocessing)
     if preprocessing.fit == "pad":
-        colour = tuple(min(255, max(0, round(255 * mean))) for mean in preprocessing.mean)
+        mean = preprocessing.mean
+        rgb = mean[::-1] if preprocessing.channels == "bgr" else mean
+        colour = tuple(min(255, max(0, round(255 * value))) for value in rgb)
         square = Image.new("RGB", (crop, crop), colour)
         square.paste(image.resize((width, height), filter_), (-left, -top))
         return square
@@ -662,4 +665,5 @@ def _resized(
         width, height = short, int(short * size[1] / size[0])
     else:
         width, height = int(short * size[0] / size[1]), short
-    return (width, height), (round((width - crop) / 2.0), round((height - crop) / 2.0))
+    rounded = math.floor if preprocessing.crop_rounding == "down" else round
+    return (width, height), (rounded((width - crop) / 2.0), rounded((height - crop) / 2.0))

@@ -17,7 +17,8 @@ from handler.errors import ArchiveError
 MODEL_CARD = "model-card.json"
 
 FITS = ("crop", "squash", "pad")
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+CHANNELS = ("rgb", "bgr")
 PRECISIONS = ("float32", "bf16", "int8")
 # From logits to probabilities: one class of all, or each class for itself.
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -102,11 +103,14 @@ class Preprocessing:
             sides with "squash", of the longer side with "pad".
         crop: side of the square cut from the centre, in pixels; with "pad" it may be larger than
             that, and what is around it gets the colour of the mean.
-        mean: per channel (red, green, blue), on the scale 0 to 1, subtracted before dividing.
-        std: per channel, on the scale 0 to 1.
+        mean: per channel, in the model's order, on the scale 0 to 1, subtracted before dividing.
+        std: likewise.
         interpolation: how pixels are resized: nearest, bilinear or bicubic, the last two
             antialiased.
-        fit: what becomes of pictures that are no squares: "crop", "squash" or "pad".
+        fit: what becomes of images that are not square: "crop", "squash" or "pad".
+        channels: the model's order of channels: "rgb" or "bgr".
+        crop_rounding: where the crop begins if half a pixel is left: "even" as in torchvision and
+            timm, "down" as in transformers.
     """
 
     resize: int = _bounded(255, 1, 4096)
@@ -115,14 +119,20 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
     fit: str = "crop"
+    channels: str = "rgb"
+    crop_rounding: str = "even"
 
     def __post_init__(self) -> None:
         _check_bounds(self)
-        if self.interpolation not in _INTERPOLATIONS:
-            allowed = ", ".join(_INTERPOLATIONS)
-            raise ArchiveError(f"interpolation must be {allowed}, got {self.interpolation!r}")
-        if self.fit not in FITS:
-            raise ArchiveError(f"fit must be {', '.join(FITS)}, got {self.fit!r}")
+        for name, allowed in (
+            ("interpolation", INTERPOLATIONS),
+            ("fit", FITS),
+            ("channels", CHANNELS),
+            ("crop_rounding", ("even", "down")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ArchiveError(f"{name} must be {', '.join(allowed)}, got {value!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != _CHANNELS or not all(map(_is_float32, values)):
@@ -154,8 +164,6 @@ class ModelCard:
         activation: of `ACTIVATIONS`.
         thresholds: with sigmoid, for each class the least probability, 0 to 1, that makes it one of
             a picture's labels; empty with softmax.
-        head: what stands in the place of one of the architecture's modules, see
-            `handler.torch_models.empty_model`; empty for its own.
         embedding: channels of the pooled last features, which the last layer takes; 0 where the
             model does not give them out.
         trained_model: with random weights, the name of a trained model that is served with this
@@ -173,7 +181,6 @@ class ModelCard:
     precision: str = "float32"
     activation: str = "softmax"
     thresholds: tuple[float, ...] = ()
-    head: str = ""
     embedding: int = _bounded(0, 0, 1_000_000)
     trained_model: str = ""
 

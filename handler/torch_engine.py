@@ -26,12 +26,13 @@ class TorchEngine:
         on_gpu = gpu is not None and torch.cuda.is_available()
         self._device = torch.device(f"cuda:{gpu}" if on_gpu else "cpu")
         self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        model = empty_model(card.architecture, card.classes, card.head)
+        model = empty_model(card.architecture, card.classes)
         model.load_state_dict(torch.load(weights_file, map_location="cpu", weights_only=True))
         self._model = model.to(self._device, self._dtype, memory_format=torch.channels_last)
         self._with_features = with_features(self._model, card.features) if card.features else None
         self._mean = self._channels(card.preprocessing.mean)
         self._std = self._channels(card.preprocessing.std)
+        self._reversed = card.preprocessing.channels == "bgr"
         crop = card.preprocessing.crop
         self._graphs = (
             {size: _CudaGraph(self._forward, (size, 3, crop, crop)) for size in self._BUCKETS}
@@ -50,6 +51,8 @@ class TorchEngine:
         return self._model(self._normalized(images)).float()
 
     def _normalized(self, images: Any) -> Any:
+        if self._reversed:
+            images = images.flip(1)
         normalized = (images.float() / 255 - self._mean) / self._std
         return normalized.to(self._dtype, memory_format=torch.channels_last)
 

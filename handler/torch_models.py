@@ -3,45 +3,15 @@
 torchvision costs a process 160 MB, so that workers with another engine never import this.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torchvision
-from torch import nn
 from torchvision.models import feature_extraction
 
 INCEPTIONS = ("googlenet", "inception_v3")
 
-# What a head of one's own may be made of. With parameters, by name and sizes:
-_SIZED: dict[str, Callable[..., nn.Module]] = {
-    "linear": nn.Linear,
-    "batchnorm": nn.BatchNorm1d,
-    "layernorm": nn.LayerNorm,
-}
-# And without.
-PLAIN: dict[str, Callable[[], nn.Module]] = {
-    "celu": nn.CELU,
-    "dropout": nn.Dropout,
-    "elu": nn.ELU,
-    "flatten": nn.Flatten,
-    "gelu": nn.GELU,
-    "hardsigmoid": nn.Hardsigmoid,
-    "hardswish": nn.Hardswish,
-    "identity": nn.Identity,
-    "leakyrelu": nn.LeakyReLU,
-    "mish": nn.Mish,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "selu": nn.SELU,
-    "sigmoid": nn.Sigmoid,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-    "tanh": nn.Tanh,
-}
-LAYERS = (*_SIZED, *PLAIN)
 
-
-def empty_model(architecture: str, classes: int, head: str = "") -> Any:
+def empty_model(architecture: str, classes: int) -> Any:
     """One of torchvision's classifiers, its parameters yet to be loaded, in evaluation mode.
 
     The two Inceptions come without the auxiliary classifiers that only training uses, and scale
@@ -51,8 +21,6 @@ def empty_model(architecture: str, classes: int, head: str = "") -> Any:
     Args:
         architecture: name in torchvision's registry.
         classes: how many it tells apart.
-        head: what stands in the place of one of its modules, as in
-            "fc=linear:512:256,relu,linear:256:5"; empty for its own.
     """
     options: dict[str, Any] = {"num_classes": classes}
     if architecture.startswith("vit_"):
@@ -62,17 +30,7 @@ def empty_model(architecture: str, classes: int, head: str = "") -> Any:
     if architecture in INCEPTIONS:
         options |= {"aux_logits": False, "transform_input": True, "init_weights": False}
     model = torchvision.models.get_model(architecture, weights=None, **options)
-    if head:
-        place, _, layers = head.partition("=")
-        model.set_submodule(place, nn.Sequential(*map(_layer, layers.split(","))))
     return model.eval()
-
-
-def _layer(text: str) -> nn.Module:
-    name, *sizes = text.split(":")
-    if name in PLAIN:
-        return PLAIN[name]()
-    return _SIZED[name](*map(int, sizes))
 
 
 def with_features(model: Any, node: str) -> Any:

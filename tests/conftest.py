@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from scripts.build.archive import build, recipe
-from scripts.build.commands import build_timm
-from scripts.build.weights import Weights, untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import PACKAGED_ARCHITECTURE
@@ -165,9 +165,9 @@ def note() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def weights() -> Weights:
-    """Random weights whose answers differ from picture to picture."""
-    return untrained()
+def densenet() -> TorchvisionSource:
+    """DenseNet-121 with random weights whose answers differ from image to image."""
+    return random_source("densenet121")
 
 
 def _kept(folder: str, build: Callable[[Path], Path]) -> Path:
@@ -183,15 +183,16 @@ def _kept(folder: str, build: Callable[[Path], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def archive(weights: Weights) -> Path:
+def archive() -> Path:
     """A real archive, built as `make run` builds it, in a model store of its own."""
-    return _kept("untrained", lambda model_store: build(recipe(weights), model_store))
+    spec = from_options(arch="densenet121", weights="random")
+    return _kept("untrained", lambda model_store: build(spec, model_store))
 
 
 @pytest.fixture(scope="session")
 def lite0_archive() -> Path:
     """The archive of EfficientNet-Lite0, whose weights are trained."""
-    return _kept("", lambda folder: build_timm(PACKAGED_ARCHITECTURE, model_store=folder))
+    return _kept("", lambda folder: build(from_options(arch=PACKAGED_ARCHITECTURE), folder))
 
 
 @contextmanager

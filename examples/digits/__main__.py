@@ -12,18 +12,14 @@ from classification_client.results import Row, classify_all
 from examples.digits.train import (
     EPOCHS,
     FOLDER,
-    MEAN,
     NAMES,
-    SIDE,
-    STD,
     guesses,
     load,
     save,
     train,
 )
-from handler.settings import Preprocessing
-from scripts.build.archive import build, recipe
-from scripts.build.weights import load as load_weights
+from scripts.build.model_file import read
+from scripts.build.pipeline import build
 from scripts.serve.running import free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
@@ -46,10 +42,7 @@ def main(
     in_pytorch = guesses(model, held_out)
     files = save(model, held_out, folder)
 
-    weights = load_weights(folder / "weights.pth")
-    preprocessing = Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3)
-    packed = recipe(weights, "digits", folder / "classes.txt", preprocessing)
-    archive = build(packed, folder / "model_store")
+    archive = build(read(folder / "digits.yaml"), folder / "model_store")
     running = start(archive, free_ports(), run_dir=folder / "run")
     try:
         step(f"TorchServe: serving on {running.predictions_url}")

@@ -102,10 +102,20 @@ def guesses(model: nn.Module, data: Split) -> list[int]:
     return [int(row.argmax()) for inputs, _ in batches for row in model(inputs)]
 
 
+MODEL_FILE = f"""\
+name: digits
+arch: densenet121
+weights: weights.pth
+classes: classes.txt
+preprocessing: {{resize: {SIDE}, crop: {SIDE}, mean: {MEAN}, std: {STD}}}
+"""
+
+
 def save(model: nn.Module, held_out: Split, folder: Path = FOLDER) -> list[Path]:
-    """Writes weights, classes and held-out pictures; returns the pictures' files, in order."""
+    """Write weights, classes, the model file and held-out images; return these, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / "weights.pth")
+    (folder / "digits.yaml").write_text(MODEL_FILE)
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
     files = []
     for number, (picture, digit) in enumerate(zip(held_out.pictures, held_out.digits, strict=True)):

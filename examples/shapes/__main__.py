@@ -10,24 +10,20 @@ import numpy as np
 import typer
 
 from classification_client import RequestOptions
-from examples.shapes.pictures import LABELS_FILE, SIDE
+from examples.shapes.pictures import LABELS_FILE
 from examples.shapes.train import (
-    ARCHITECTURE,
     EPOCHS,
     FOLDER,
-    MEAN,
     PICTURES,
-    STD,
     held_out,
     mean_average_precision,
     probabilities,
     save,
     train,
 )
-from handler.settings import Preprocessing
-from scripts.build.activation import EVEN, Activation
-from scripts.build.archive import build, recipe
-from scripts.build.weights import load as load_weights
+from scripts.build.model_file import read
+from scripts.build.pipeline import build
+from scripts.build.thresholds import EVEN
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
     evaluate_labels,
@@ -44,18 +40,10 @@ MOST_DIFFERENT = 1e-4
 _AT_ONCE = 8
 
 
-def pack(folder: Path, threshold: float | Path) -> Path:
-    """As `make archive ACTIVATION=sigmoid THRESHOLDS=...`."""
-    weights = load_weights(folder / "weights.pth", ARCHITECTURE)
-    preprocessing = Preprocessing(SIDE, SIDE, (MEAN,) * 3, (STD,) * 3)
-    packed = recipe(
-        weights,
-        "shapes",
-        folder / "classes.txt",
-        preprocessing,
-        activation=Activation("sigmoid", threshold),
-    )
-    return build(packed, folder / "model_store")
+def pack(folder: Path, thresholds: float | Path) -> Path:
+    """Build the archive of the model file, with these thresholds in it."""
+    spec = read(folder / "shapes.yaml").replace(thresholds=thresholds)
+    return build(spec, folder / "model_store")
 
 
 @contextmanager

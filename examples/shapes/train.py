@@ -98,10 +98,21 @@ def mean_average_precision(labels: NDArray[np.bool_], found: NDArray[np.float32]
     return float(average_precision_score(labels, found))
 
 
+MODEL_FILE = f"""\
+name: shapes
+arch: {ARCHITECTURE}
+weights: weights.pth
+classes: classes.txt
+preprocessing: {{resize: {SIDE}, crop: {SIDE}, mean: {MEAN}, std: {STD}}}
+activation: sigmoid
+"""
+
+
 def save(model: nn.Module, folder: Path = FOLDER) -> dict[str, list[Path]]:
-    """Writes weights, classes and held-out pictures; returns the pictures' files by part."""
+    """Write weights, classes, the model file and held-out images; return these by part."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / "weights.pth")
+    (folder / "shapes.yaml").write_text(MODEL_FILE)
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
     return {part: write(held_out(part), folder / part) for part in _HELD_OUT}
 

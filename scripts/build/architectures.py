@@ -1,12 +1,12 @@
 """The classifiers of torchvision: names, preprocessing, and the layer that depends on classes."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
@@ -16,9 +16,6 @@ from handler.torch_models import INCEPTIONS, empty_model
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 
-# Before the names of timm's models.
-TIMM = "timm/"
-
 Shapes = dict[str, torch.Size]
 
 
@@ -27,8 +24,6 @@ def check_architecture(name: str) -> str:
     names = architectures()
     if name in names:
         return name
-    if name.startswith(TIMM):
-        raise UserError(f"timm's models are built by make archive ARCH={name}; then make start.")
     family = name.rstrip("0123456789_").split("_")[0][:4].lower()
     similar = [other for other in names if family and family in other]
     raise UserError(
@@ -100,18 +95,6 @@ def shapes(architecture: str, classes: int) -> Shapes:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def misfit(architecture: str, classes: int, head: str) -> str:
-    """Why a head of one's own does not take what an architecture gives it; empty where it does."""
-    crop = official_preprocessing(architecture).crop
-    with _WithoutMemory():
-        model = empty_model(architecture, classes, head).to("meta")
-    try:
-        logits = model(torch.zeros((1, 3, crop, crop), device="meta"))
-    except (RuntimeError, ValueError) as error:  # the latter of a batch norm
-        return " ".join(str(error).split())[:200].rstrip(".")
-    return "" if logits.shape == (1, classes) else f"it gives a shape of {list(logits.shape)}"
-
-
 def class_layer(architecture: str) -> str:
     """The name of the parameter whose first axis has an entry a class, such as "fc.weight"."""
     few, more = shapes(architecture, 2), shapes(architecture, 3)
@@ -121,24 +104,3 @@ def class_layer(architecture: str) -> str:
 def last_layer(model: nn.Module, architecture: str) -> nn.Module:
     """The layer that gives the logits."""
     return model.get_submodule(class_layer(architecture).removesuffix(".weight"))
-
-
-def fits(state_dict: Mapping[str, Tensor], architecture: str) -> bool:
-    """Whether parameters are an architecture's, for however many classes."""
-    found = {name: tensor.shape for name, tensor in state_dict.items()}
-    layer = found.get(class_layer(architecture))
-    return layer is not None and (
-        len(layer) > 0 and _fit(found, shapes(architecture, layer[0]), architecture)
-    )
-
-
-def guess(state_dict: Mapping[str, Tensor]) -> str | None:
-    """The architecture whose parameters these are, if torchvision has one."""
-    return next((name for name in architectures() if fits(state_dict, name)), None)
-
-
-def _fit(found: Shapes, expected: Shapes, architecture: str) -> bool:
-    """Whether shapes are equal, but for counters that old files do not have."""
-    names = {name for name in expected if not name.endswith("num_batches_tracked")}
-    mine = set(without_auxiliary(architecture, found))
-    return names <= mine <= expected.keys() and all(found[n] == expected[n] for n in names)

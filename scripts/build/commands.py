@@ -1,156 +1,115 @@
-"""`make archive`, and the options that say what goes into an archive."""
+"""`make archive`: builds a model archive of a model file, or of variables for the common cases."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from scripts.build import onnx_archive
-from scripts.build.activation import SOFTMAX, Activation, choose
-from scripts.build.guard import Bounds
-from scripts.build.lower_precision import LowerPrecision, chosen
-from scripts.build.packing import Said, check_choices
-from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, PACKAGED_ARCHITECTURE
-from scripts.terminal import UserError, command
+from scripts.build import model_file as model_files
+from scripts.build.model_file import RANDOM, ModelFile
+from scripts.build.pipeline import build, resolved
+from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
+from scripts.terminal import UserError, command, console, step
 
-ArchOption = Annotated[str, typer.Option(help="Of torchvision, efficientnet_lite0, or timm/NAME.")]
-Pixels = Annotated[int | None, typer.Option(min=1, max=4096, help="In pixels.")]
-Channels = Annotated[str | None, typer.Option(help="Red, green, blue, as in 0.485,0.456,0.406.")]
-InterpolationOption = Annotated[str | None, typer.Option(help="As in bicubic.")]
-FitOption = Annotated[str | None, typer.Option(help="crop, squash or pad.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Of timm's weights, a commit.")]
-HeadOption = Annotated[str | None, typer.Option(help="As in linear,relu,dropout,linear.")]
-NameOption = Annotated[str | None, typer.Option(help="Of the archive.")]
-EngineOption = Annotated[str, typer.Option(help="onnx (CPU) or torch (GPU).")]
-PrecisionOption = Annotated[str, typer.Option(help="float32, bf16 or int8.")]
-CalibrateOption = Annotated[Path | None, typer.Option(help="Pictures to calibrate int8 on.")]
-EvaluateOption = Annotated[Path | None, typer.Option(help="Pictures to measure its cost on.")]
-MaxLossOption = Annotated[
-    float, typer.Option(min=0, max=100, help="Of top 1 and top 5, in percentage points.")
+ModelFileOption = Annotated[
+    Path | None,
+    typer.Option(help="A model file (.yaml), or the model: an ONNX file, a folder, a Python file."),
 ]
-AgreementOption = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of first labels that must stay.")
+ArchOption = Annotated[
+    str | None, typer.Option(help="Of torchvision, efficientnet_lite0, or timm/NAME.")
 ]
-ActivationOption = Annotated[str, typer.Option(help="softmax, or sigmoid for several labels.")]
-ThresholdsOption = Annotated[
-    str | None, typer.Option(help="Of labels with sigmoid: a number, or a file of them.")
+WeightsOption = Annotated[str | None, typer.Option(help="A file of your own, or an address.")]
+WeightsKeyOption = Annotated[str | None, typer.Option(help="Which state dict of a checkpoint.")]
+ClassesOption = Annotated[
+    Path | None, typer.Option(help="A list of classes, in the order of the model's outputs.")
 ]
-UrlOption = Annotated[str | None, typer.Option("--url", help="A mirror of torchvision's file.")]
-ModelFileOption = Annotated[Path | None, typer.Option(help="An ONNX file, instead of weights.")]
+NameOption = Annotated[str | None, typer.Option(help="Of the archive and of the model.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="float32, bf16 or int8.")]
+ImagesOption = Annotated[
+    Path | None, typer.Option(help="A folder to calibrate int8 on, and to measure the cost on.")
+]
+ChannelsOption = Annotated[
+    str | None, typer.Option(help="rgb, or bgr as OpenCV and Caffe have it.")
+]
+ActivationOption = Annotated[str | None, typer.Option(help="softmax, or sigmoid for multi-label.")]
 
-# As WEIGHTS, in the place of a file: only to try the service.
-RANDOM = Path("random")
+_MODEL_FILES = {".yaml", ".yml", ".json"}
 
 
 def main(
     model_file: ModelFileOption = None,
-    weights: Annotated[Path | None, typer.Option(help="A file of your own.")] = None,
-    weights_url: UrlOption = None,
-    arch: ArchOption = DEFAULT_ARCHITECTURE,
-    classes: Annotated[Path | None, typer.Option(help="A list of your own classes.")] = None,
+    arch: ArchOption = None,
+    weights: WeightsOption = None,
+    weights_key: WeightsKeyOption = None,
+    classes: ClassesOption = None,
     name: NameOption = None,
+    precision: PrecisionOption = None,
+    images: ImagesOption = None,
+    channels: ChannelsOption = None,
+    activation: ActivationOption = None,
     model_store: Annotated[Path, typer.Option(help="Folder for the archive.")] = MODEL_STORE,
-    revision: RevisionOption = None,
-    head: HeadOption = None,
-    engine: EngineOption = "onnx",
-    resize: Pixels = None,
-    crop: Pixels = None,
-    mean: Channels = None,
-    std: Channels = None,
-    interpolation: InterpolationOption = None,
-    fit: FitOption = None,
-    precision: PrecisionOption = "float32",
-    calibrate: CalibrateOption = None,
-    evaluate: EvaluateOption = None,
-    max_loss: MaxLossOption = Bounds.max_loss,
-    agreement: AgreementOption = Bounds.agreement,
-    activation: ActivationOption = SOFTMAX.name,
-    thresholds: ThresholdsOption = None,
 ) -> None:
-    """Builds the archive with trained weights; without any it stops."""
-    lower = chosen(precision, calibrate, evaluate, max_loss, agreement)
-    check_choices(name, engine, lower)
-    labelling = choose(activation, thresholds)
-    said = Said(resize, crop, mean, std, interpolation, fit)
-    if weights == RANDOM:
+    """Build a model archive with trained weights; without any it stops."""
+    spec = spec_of(
+        model_file=model_file,
+        arch=arch,
+        weights=weights,
+        weights_key=weights_key,
+        classes=classes,
+        name=name,
+        precision=precision,
+        images=images,
+        channels=channels,
+        activation=activation,
+    )
+    if spec.weights == RANDOM:
         raise UserError("WEIGHTS=random is for make run. A model archive needs trained weights.")
-    if model_file is not None:
-        others = {
-            "WEIGHTS": weights is not None,
-            "WEIGHTS_URL": weights_url is not None,
-            "HEAD": head is not None,
-            "REVISION": revision is not None,
-            "ARCH": arch != DEFAULT_ARCHITECTURE,
-            "ENGINE": engine != "onnx",
-        }
-        for variable, value in others.items():
-            if value:
-                raise UserError(f"MODEL_FILE is a whole model. Leave {variable} out.")
-        onnx_archive.build(model_file, said, name, classes, lower, model_store, labelling)
-        return
-    # PyTorch is not needed before here.
-    if is_timm(arch):
-        check_timm(arch, weights_url, head, engine)
-        build_timm(
-            arch, weights, said, name, classes, lower, model_store, labelling, revision=revision
-        )
-        return
-    if revision is not None:
-        raise UserError("REVISION is for ARCH=timm/... Leave it out.")
-    from scripts.build.architectures import check_architecture  # noqa: PLC0415
-    from scripts.build.archive import build, preprocessing_of, recipe  # noqa: PLC0415
-    from scripts.build.weights import obtain  # noqa: PLC0415
-
-    check_architecture(arch)
-    preprocessing = preprocessing_of(arch, said)
-    found = obtain(weights, weights_url, arch, head)
-    build(recipe(found, name, classes, preprocessing, engine, lower, labelling), model_store)
+    show(spec, build(spec, model_store), model_file)
 
 
-def is_timm(arch: str) -> bool:
-    """Return whether timm makes this architecture, and not torchvision."""
-    return arch == PACKAGED_ARCHITECTURE or arch.startswith("timm/")
-
-
-def check_timm(arch: str, weights_url: str | None, head: str | None, engine: str) -> None:
-    """Raise `UserError` if a variable is set that only torchvision's architectures have."""
-    others = {"WEIGHTS_URL": weights_url, "HEAD": head, "ENGINE": engine != "onnx"}
-    for variable, value in others.items():
-        if value:
-            raise UserError(f"ARCH={arch} has no {variable}. Leave it out.")
-
-
-def build_timm(
-    arch: str,
-    weights: Path | None = None,
-    said: Said | None = None,
-    name: str | None = None,
-    classes: Path | None = None,
-    lower: LowerPrecision | None = None,
-    model_store: Path = MODEL_STORE,
-    labelling: Activation = SOFTMAX,
+def spec_of(
     *,
-    revision: str | None = None,
-) -> Path:
-    """Build the model archive of one of timm's models; arguments as in `timm_models.build`.
+    model_file: Path | None = None,
+    precision: str | None = None,
+    images: Path | None = None,
+    channels: str | None = None,
+    **options: Any,
+) -> ModelFile:
+    """Return the model file that a command line amounts to.
+
+    Args:
+        model_file: a model file, whose keys the others replace; or the model itself.
+        precision: see `scripts.build.model_file.Precision`.
+        images: calibration images of int8, evaluation images of bf16.
+        channels: of the preprocessing.
+        options: other keys of a model file; None for what is not said.
 
     Raises:
-        UserError: with the reason and what to do.
+        UserError: with the key and what is allowed.
     """
-    from scripts.build import efficientnet_lite0, timm_models  # noqa: PLC0415
+    said = {key: value for key, value in options.items() if value is not None}
+    if images is not None and precision not in {"bf16", "int8"}:
+        raise UserError("IMAGES is for PRECISION=int8 or PRECISION=bf16.")
+    if precision is not None:
+        use = "calibration" if precision == "int8" else "evaluation"
+        said["precision"] = {"type": precision, **({use: images} if images else {})}
+    if channels is not None:
+        said["preprocessing"] = {"channels": channels}
+    if model_file is None:
+        return model_files.from_options(**{"arch": DEFAULT_ARCHITECTURE, **said})
+    model_file = model_file.expanduser()
+    if model_file.suffix not in _MODEL_FILES:
+        return model_files.from_options(model=model_file, **said)
+    return model_files.read(model_file, said)
 
-    said = said or Said()
-    if arch == PACKAGED_ARCHITECTURE:
-        if revision is not None:
-            raise UserError("REVISION is for ARCH=timm/... Leave it out.")
-        preprocessing = timm_models.preprocessing_of(efficientnet_lite0.TIMM_ARCHITECTURE, said)
-        model = efficientnet_lite0.obtain(weights)
-    else:
-        if weights is not None and revision is not None:
-            raise UserError("REVISION is of weights on the hub. Leave it out, or WEIGHTS.")
-        preprocessing = timm_models.preprocessing_of(arch, said)
-        model = timm_models.obtain(arch, weights, revision)
-    return timm_models.build(model, preprocessing, name, classes, lower, model_store, labelling)
+
+def show(spec: ModelFile, archive: Path, model_file: Path | None) -> None:
+    """Print the model file that variables amounted to, for the user to keep."""
+    card = read_card(archive)
+    if card is None or (model_file is not None and model_file.suffix in _MODEL_FILES):
+        return
+    step(f"Model file: what was built. Kept as {spec.name}.yaml it is MODEL_FILE={spec.name}.yaml")
+    console.print(resolved(spec, card.preprocessing).to_yaml(), end="", markup=False)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,15 @@ class Input:
 
         Args:
             images: uint8 (N, 3, crop, crop).
-            preprocessing: of which mean and std count.
+            preprocessing: of which channels, mean and std count.
         """
         mean, std = (
             np.array(v, np.float32).reshape(_CHANNELS, 1, 1)
             for v in (preprocessing.mean, preprocessing.std)
         )
-        values = images
+        values = images[:, ::-1] if preprocessing.channels == "bgr" else images
         if self.dtype != "uint8":
-            values = ((images.astype(np.float32) / 255 - mean) / std).astype(self.dtype)
+            values = ((values.astype(np.float32) / 255 - mean) / std).astype(self.dtype)
         return values if self.layouts == ("NCHW",) else values.transpose(0, 2, 3, 1)
 
 
@@ -384,6 +384,14 @@ def _layouts(sizes: list[int | None]) -> tuple[str, ...]:
 # --- What its output is ---
 
 
+def outputs(model: Model) -> int | None:
+    """Return the number of values of a model's only output, if the file says it."""
+    if len(model.proto.graph.output) != 1:
+        return None
+    sizes = [d.dim_value for d in model.proto.graph.output[0].type.tensor_type.shape.dim[1:]]
+    return int(np.prod(sizes)) if sizes and all(size > 0 for size in sizes) else None
+
+
 def output(
     model: Model,
     given: Mapping[str, NDArray[np.generic]],
@@ -512,31 +520,6 @@ def _is_mean(node: NodeProto) -> bool:
     return node.op_type in {"GlobalAveragePool", "ReduceMean", "AveragePool"}
 
 
-# --- Embeddings of our own exports ---
-
-
-def add_embedding(file: Path) -> None:
-    """Makes the last layer's input an output of an exported model, where the graph shows it."""
-    proto = onnx.load(file)
-    taken = Input("images", "uint8", ("NCHW",), None)
-    last = head(Model(file.name, proto, taken), Output("logits", "logits"))
-    if last is None:
-        return
-    proto.graph.node.append(_node("Identity", [last.pooled], ["embedding"]))
-    proto.graph.output.append(
-        helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", last.weights.shape[1]])
-    )
-    file.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def embedding_channels(file: Path) -> int:
-    """How many channels the embeddings of such a model have; 0 where it gives none."""
-    for value in onnx.load(file).graph.output:
-        if value.name == "embedding":
-            return int(value.type.tensor_type.shape.dim[1].dim_value)
-    return 0
-
-
 # --- What the engine takes ---
 
 
@@ -639,6 +622,9 @@ def _prepared(given: Input, preprocessing: Preprocessing, graph: GraphProto) -> 
         before, tensor = tensor, _PREFIX + name
         return _node(operator, [before, *others], [tensor], **attributes)
 
+    if preprocessing.channels == "bgr":
+        order = _add_constant(graph, "bgr", np.array([2, 1, 0], np.int64))
+        yield step("Gather", "reversed", order, axis=1)
     if given.dtype != "uint8":
         yield step("Cast", "float", to=TensorProto.FLOAT)
         yield step("Div", "scaled", _add_constant(graph, "255", np.array(255, np.float32)))

@@ -1,15 +1,15 @@
-"""Makes an int8 model of a float32 one, and finds the layers that this costs most.
+"""Quantize a float32 model to int8, and find the layers whose quantization costs most.
 
-NNCF's post-training quantisation, calibrated on pictures as the model gets them. Imports OpenVINO
-and NNCF, which only `PRECISION=int8` needs.
+NNCF's post-training quantization, calibrated on images as the model gets them. Imports OpenVINO and
+NNCF, which only the precision int8 needs.
 """
 
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# NNCF would report its use to its maker; these two it takes for machines that must not.
+# NNCF reports its use to its maker, except on machines that set these two.
 os.environ.setdefault("NNCF_CI", "1")
 os.environ.setdefault("CI", "true")
 
@@ -22,90 +22,108 @@ from numpy.typing import NDArray
 
 nncf.set_log_level(logging.ERROR)
 
-# Pictures to rank layers with: noise is a mean over thousands of values of each.
-_RANKED_ON = 8
+# To rank layers on: noise is a mean over thousands of values of each image.
+_RANKING_IMAGES = 8
 
-_QUANTISED = ("Convolution", "GroupConvolution", "MatMul")
+_QUANTIZED = ("Convolution", "GroupConvolution", "MatMul")
+# What may stand between a layer and its weights, as a GroupConvolution's Reshape.
+_RESHAPING = ("Convert", "Reshape", "Transpose", "Unsqueeze")
 
 
-def quantise(
+class Layer(NamedTuple):
+    """A layer that is quantized.
+
+    Attributes:
+        name: for `quantize`.
+        weights: name of its weights, such as "features.conv0"; empty if the model file has none.
+        noise: mean square of the error that quantizing this layer adds, relative to its output's.
+    """
+
+    name: str
+    weights: str
+    noise: float
+
+
+def quantize(
     model_file: Path,
-    pictures: Sequence[NDArray[np.uint8]],
+    images: Sequence[NDArray[np.uint8]],
     target: Path,
     kept: Collection[str] = (),
 ) -> None:
-    """Writes an int8 model.
+    """Write an int8 model.
 
     Args:
         model_file: the float32 model, as ONNX.
-        pictures: to calibrate on, each uint8 (3, crop, crop).
+        images: to calibrate on, each uint8 (3, crop, crop).
         target: OpenVINO's `.xml`; a `.bin` is written beside it.
-        kept: names of layers that stay in float32, as `costliest` gives them.
+        kept: names of layers that stay in float32, as `costliest` returns them.
     """
-    model = _read(model_file)
     result = nncf.quantize(
-        model,
-        nncf.Dataset([picture[None] for picture in pictures]),
+        _read(model_file),
+        nncf.Dataset([image[None] for image in images]),
         preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(pictures),
-        ignored_scope=nncf.IgnoredScope(
-            names=[op.get_friendly_name() for op in _layers(model) if _name(op) in kept]
-        ),
+        subset_size=len(images),
+        ignored_scope=nncf.IgnoredScope(names=list(kept)),
     )
     for number, op in enumerate(result.get_ordered_ops()):
-        # What OpenVINO made is numbered through the process: the same model would have other bytes.
-        if op.get_type_name() not in (*_QUANTISED, "Parameter"):
+        # OpenVINO numbers operators through the process: the same model would have other bytes.
+        if op.get_type_name() not in (*_QUANTIZED, "Parameter"):
             op.set_friendly_name(f"{op.get_type_name()}_{number}")
     openvino.save_model(result, target, compress_to_fp16=False)
 
 
 def costliest(
-    model_file: Path, quantised: Path, pictures: Sequence[NDArray[np.uint8]]
-) -> list[tuple[str, float]]:
-    """Layers by the noise that each adds, most first.
-
-    Noise is the mean square of what quantisation changes, as a part of the mean square itself; a
-    layer adds what its output has more of than its input.
+    model_file: Path, quantized: Path, images: Sequence[NDArray[np.uint8]]
+) -> list[Layer]:
+    """Return the layers by the noise that each adds to that of its input, most first.
 
     Args:
         model_file: the float32 model, as ONNX.
-        quantised: the same in int8.
-        pictures: each uint8 (3, crop, crop).
-
-    Returns:
-        names, as of the layers' weights, and noise, a part of 1.
+        quantized: the same in int8, with all layers quantized.
+        images: each uint8 (3, crop, crop).
     """
-    exact, lower = _read(model_file), openvino.Core().read_model(quantised)
-    names = [_name(op) for op in _layers(exact)]
-    order = [op.get_friendly_name() for op in _layers(exact)]
-    runs = [_looked_into(model, order) for model in (exact, lower)]
-    noise = np.zeros((len(pictures[:_RANKED_ON]), len(names), 2))
-    for row, picture in zip(noise, pictures, strict=False):
-        found = [run(picture[None]) for run in runs]
-        for index, (wanted, got) in enumerate(zip(*found, strict=True)):
-            row[index // 2, index % 2] = np.mean((got - wanted) ** 2) / np.mean(wanted**2)
-    added = noise[..., 1].mean(axis=0) - noise[..., 0].mean(axis=0)
-    return sorted(zip(names, added.tolist(), strict=True), key=lambda item: -item[1])
+    exact, lower = _read(model_file), openvino.Core().read_model(quantized)
+    layers = _layers(exact)
+    names = [op.get_friendly_name() for op in layers]
+    runs = [_probe(model, names) for model in (exact, lower)]
+    noise = np.zeros((len(images[:_RANKING_IMAGES]), len(layers), 2))
+    for row, image in zip(noise, images, strict=False):
+        for index, (wanted, got) in enumerate(
+            zip(*(run(image[None]) for run in runs), strict=True)
+        ):
+            scale = max(float(np.mean(wanted**2)), np.finfo(np.float32).tiny)
+            row[index // 2, index % 2] = np.mean((got - wanted) ** 2) / scale
+    added = (noise[..., 1] - noise[..., 0]).mean(axis=0)
+    found = map(Layer, names, map(_weights_name, layers), added.tolist())
+    return sorted(found, key=lambda layer: -layer.noise)
 
 
 def _read(model_file: Path) -> Any:
+    """Read the float32 model; its layers get the same names each time."""
     model = openvino.Core().read_model(model_file)
     model.reshape([1, *list(model.input().partial_shape)[1:]])
+    for number, op in enumerate(_layers(model)):
+        op.set_friendly_name(f"layer_{number}")
     return model
 
 
 def _layers(model: Any) -> list[Any]:
-    return [op for op in model.get_ordered_ops() if op.get_type_name() in _QUANTISED]
+    return [op for op in model.get_ordered_ops() if op.get_type_name() in _QUANTIZED]
 
 
-def _name(layer: Any) -> str:
-    """What the layer's weights are called, as in "features.conv0.weight"."""
-    name: str = layer.input_value(1).get_node().get_friendly_name()
+def _weights_name(layer: Any) -> str:
+    node = layer.input_value(1).get_node()
+    while node.get_type_name() in _RESHAPING:
+        node = node.input_value(0).get_node()
+    name: str = node.get_friendly_name()
+    # Others are made up by an exporter or by OpenVINO, as in "val_17" and "Constant_41785".
+    if node.get_type_name() != "Constant" or not {".", "/"} & set(name):
+        return ""
     return name.removeprefix("classifier.").removeprefix("model.").removesuffix(".weight")
 
 
-def _looked_into(model: Any, layers: Sequence[str]) -> Any:
-    """A function from a picture to each layer's input and output, one after the other."""
+def _probe(model: Any, layers: Sequence[str]) -> Any:
+    """Return a function from an image to each layer's input and output, one after the other."""
     by_name = {op.get_friendly_name(): op for op in _layers(model)}
     watched = []
     for name in layers:
@@ -113,13 +131,11 @@ def _looked_into(model: Any, layers: Sequence[str]) -> Any:
         if source.get_node().get_type_name() == "FakeQuantize":
             source = source.get_node().input_value(0)
         watched += [source, by_name[name].output(0)]
-    looked_into = openvino.Model(watched, model.get_parameters(), "looked into")
-    compiled = openvino.Core().compile_model(
-        looked_into, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
+    probed = openvino.Model(watched, model.get_parameters(), "probed")
+    compiled = openvino.Core().compile_model(probed, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def run(picture: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        found = compiled([picture])
+    def run(image: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        found = compiled([image])
         return [found[index] for index in range(len(watched))]
 
     return run

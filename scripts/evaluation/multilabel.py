@@ -17,7 +17,7 @@ from classification_client import Client, RequestOptions, ServiceError
 from classification_client.results import Row
 from handler.labels import Label
 from scripts.average_precision import average_precisions
-from scripts.build.activation import EVEN
+from scripts.build.thresholds import EVEN
 from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
 from scripts.labels_file import FORM, read_labels
 from scripts.matching import match
@@ -226,8 +226,8 @@ def report_labels(
         f"{folder}"
     )
     step(
-        f"Thresholds: THRESHOLDS={thresholds_file} packs them. They suit these pictures best; how "
-        "good the labels are then, others must tell"
+        f"Thresholds: the model file packs them with thresholds: {thresholds_file}. They suit "
+        "these images best: measure on others"
     )
 
 

@@ -11,10 +11,8 @@ import pytest
 import requests
 from PIL import Image
 
-from handler.settings import Preprocessing
-from scripts.build.activation import Activation
-from scripts.build.archive import build, recipe
-from scripts.build.weights import untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.samples import CAT
 from scripts.serve.running import Running, free_ports, unused_ports
 from scripts.serve.server import start, stop
@@ -28,8 +26,9 @@ _REGION = "us-east-1"
 
 def _build(folder: Path, name: str, **choices: Any) -> Path:
     """Build an archive that takes milliseconds per image."""
-    size = Preprocessing(resize=_CROP, crop=_CROP)
-    return build(recipe(untrained("resnet18"), name, preprocessing=size, **choices), folder)
+    size = {"resize": _CROP, "crop": _CROP}
+    spec = from_options(name=name, arch="resnet18", weights="random", preprocessing=size, **choices)
+    return build(spec, folder)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +40,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def multilabel_archive(small_archive: Path) -> Path:
     """Of the same model, as a multi-label one."""
-    return _build(small_archive.parent, "several", activation=Activation("sigmoid"))
+    return _build(small_archive.parent, "several", activation="sigmoid")
 
 
 @pytest.fixture(scope="session")

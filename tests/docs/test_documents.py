@@ -104,7 +104,7 @@ class Workspace:
 
         def told(match: re.Match[str]) -> str:
             chosen = self.gateway if match[1] == "gateway" else self.server
-            weights = f" WEIGHTS_URL={_NO_WEIGHTS}" if match[1] == "run" else ""
+            weights = f" WEIGHTS={_NO_WEIGHTS}" if match[1] == "run" else ""
             return (
                 match[0]
                 + "".join(f" {name}={mine}" for name, (_, mine) in chosen.items())

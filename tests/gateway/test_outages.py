@@ -1,5 +1,6 @@
 """Clients keep sending requests while workers die and archives change: none of them may notice."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.build.archive import build, recipe
-from scripts.build.weights import Weights
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.gateway import nginx
 from scripts.gateway.upgrade import PREVIOUS, upgrade
 from scripts.serve.management import model_status, ready_workers
@@ -99,15 +101,14 @@ def test_a_reload_with_other_keys_costs_no_client_an_error(
 
 @pytest.mark.timeout(600)
 def test_upgrade_and_rollback_cost_no_client_an_error(
-    served: tuple[Gateway, Path], weights: Weights, note: list[str], tmp_path: Path
+    served: tuple[Gateway, Path], densenet: TorchvisionSource, note: list[str], tmp_path: Path
 ) -> None:
     started, model_store = served
-    state = dict(weights.state_dict)
-    for name in ("classifier.weight", "classifier.bias"):
-        state[name] = state[name].roll(1, dims=0)
-    archive = build(
-        recipe(dataclasses.replace(weights, state_dict=state, sha256="0" * 64)), tmp_path
-    )
+    model = copy.deepcopy(densenet.module)
+    for parameter in model.get_submodule("classifier").parameters():
+        parameter.data = parameter.data.roll(1, dims=0)
+    another = dataclasses.replace(densenet, module=model, sha256="0" * 64)
+    archive = build(from_options(arch="densenet121"), tmp_path, another)
 
     def best() -> int:
         answer = started.predict(KEYS["bob"]).json()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from classification_client import Client, RequestOptions
-from scripts.build.weights import Weights, build_model
+from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.evaluate import evaluate, report
 from scripts.samples import CAT
 from scripts.serve.running import Running
@@ -19,11 +19,13 @@ COUNT, WRONG_BUT_NEAR, WRONG = 40, 6, 4
 
 
 @pytest.fixture(scope="module")
-def folders(running: Running, weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(
+    running: Running, densenet: TorchvisionSource, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """30 images in the folder of PyTorch's best class, 6 in its second, 4 in its tenth."""
     place = tmp_path_factory.mktemp("by-class")
     labels = _labels(running)
-    model = build_model(weights)
+    model = densenet.module
     for number, (_, image) in enumerate(list(photographs())[:COUNT]):
         rgb = image.convert("RGB")
         with torch.inference_mode():

@@ -19,16 +19,13 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import get_model, get_model_weights
+from torchvision.models import get_model_weights
 from torchvision.transforms._presets import ImageClassification
 
 from classification_client import RequestOptions
 from classification_client.command import classify
-from scripts.build import timm_models
-from scripts.build.archive import build, recipe
-from scripts.build.onnx_archive import build as build_onnx
-from scripts.build.packing import Said
-from scripts.build.weights import load
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
 from scripts.samples import CAT
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
@@ -91,16 +88,40 @@ def images() -> list[tuple[str, Image.Image]]:
     return list(islice(small, IMAGES))
 
 
-def of_a_head(folder: Path, name: str, layers: list[nn.Module], said: str | None) -> Kind:
+CODE = """
+from torch import nn
+from torchvision.models import resnet18
+
+class Pets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = resnet18()
+        self.body.fc = nn.Identity()
+        self.head = nn.Sequential(nn.Linear(512, 32), nn.GELU(), nn.Dropout(), nn.Linear(32, 5))
+
+    def forward(self, images):
+        return self.head(self.body(images))
+"""
+
+
+def of_python(folder: Path) -> Kind:
+    """A head of one's own, in code of one's own."""
+    (folder / "pets.py").write_text(CODE)
     torch.manual_seed(3)
-    model = get_model("resnet18", weights=None).eval()
-    model.fc = nn.Sequential(*layers).eval()
+    made: dict[str, Any] = {}
+    exec(CODE, made)  # noqa: S102  # the code above
+    model = made["Pets"]().eval()
     transform = get_model_weights("resnet18").DEFAULT.transforms()
     spread(model, transform)
-    torch.save(model.state_dict(), folder / f"{name}.pth")
-    weights = load(folder / f"{name}.pth", "resnet18", said)
-    archive = build(recipe(weights, name, folder / "classes.txt"), folder)
-    return Kind(archive, pytorch(model, layers[-1], transform), explained=said is None)
+    torch.save({"model_state_dict": model.state_dict()}, folder / "pets.pth")
+    spec = from_options(
+        name="python",
+        model=folder / "pets.py",
+        weights=folder / "pets.pth",
+        classes=folder / "classes.txt",
+        preprocessing={"preset": "torch", "resize": 256, "crop": 224},
+    )
+    return Kind(build(spec, folder), pytorch(model, model.head[-1], transform), explained=False)
 
 
 def of_onnx(folder: Path) -> Kind:
@@ -108,8 +129,8 @@ def of_onnx(folder: Path) -> Kind:
     made = Made(shape=("N", 64, 64, 3), nhwc=True, end=("Softmax",))
     file = folder / "from-elsewhere.onnx"
     file.write_bytes(onnx_model(made).SerializeToString())
-    said = Said(resize=72, crop=64, mean="0.5", std="0.25")
-    archive = build_onnx(file, said, classes=folder / "classes.txt", model_store=folder)
+    said = {"resize": 72, "crop": 64, "mean": 0.5, "std": 0.25}
+    spec = from_options(model=file, classes=folder / "classes.txt", preprocessing=said)
     transform = ImageClassification(
         crop_size=64, resize_size=72, mean=(0.5,) * 3, std=(0.25,) * 3, antialias=True
     )
@@ -124,33 +145,33 @@ def of_onnx(folder: Path) -> Kind:
         probabilities, embedding = session.run(None, {"input": given})
         return probabilities[0], embedding[0]
 
-    return Kind(archive, answer, explained=True)
+    return Kind(build(spec, folder), answer, explained=True)
 
 
 def of_timm(folder: Path) -> Kind:
-    """The whole picture, padded, and not what the model's configuration says of that."""
+    """The whole image, padded, and not what the model's configuration says of that."""
     torch.manual_seed(3)
     model = timm.create_model("test_resnet", num_classes=len(CLASSES)).eval()
     transform = timm_transform("test_resnet.r160_in1k", crop_mode="border", crop_pct=1.0)
     spread(model, transform)
     save_file(model.state_dict(), folder / "timm.safetensors")
-    name = "timm/test_resnet.r160_in1k"
-    preprocessing = timm_models.preprocessing_of(name, Said(fit="pad"))
-    mine = timm_models.obtain(name, folder / "timm.safetensors", None)
-    archive = timm_models.build(
-        mine, preprocessing, "from-timm", folder / "classes.txt", model_store=folder
+    spec = from_options(
+        name="from-timm",
+        arch="timm/test_resnet.r160_in1k",
+        weights=folder / "timm.safetensors",
+        classes=folder / "classes.txt",
+        preprocessing={"fit": "pad"},
     )
     last = model.get_submodule("fc")
-    return Kind(archive, pytorch(model, last, transform), explained=True)
+    return Kind(build(spec, folder), pytorch(model, last, transform), explained=True)
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "classes.txt").write_text("\n".join(CLASSES))
-    two = [nn.Linear(512, 32), nn.GELU(), nn.Dropout(), nn.Linear(32, len(CLASSES))]
     return {
-        "head": of_a_head(folder, "head", two, "linear,gelu,dropout,linear"),
+        "python": of_python(folder),
         "from-elsewhere": of_onnx(folder),
         "from-timm": of_timm(folder),
     }
@@ -165,7 +186,7 @@ def server(kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) -> 
     stop(running, run_dir)
 
 
-NAMES = ["head", "from-elsewhere", "from-timm"]
+NAMES = ["python", "from-elsewhere", "from-timm"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -71,7 +71,7 @@ def test_make_evaluate_finds_the_list_and_writes_thresholds_by_precision(
     assert f"Mean average precision  {served} of 6 classes, 400 pictures" in printed
     written = report / "thresholds.json"
     assert json.loads(written.read_text()).keys() == set(NAMES)
-    assert f"THRESHOLDS={written}" in "".join(printed.split())
+    assert f"thresholds:{written}" in "".join(printed.split())
     with (report / "classes.csv").open() as file:
         for row in csv.DictReader(file):
             reached = float(row["precision_at_threshold"]) >= 0.8

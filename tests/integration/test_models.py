@@ -10,8 +10,9 @@ import requests
 import torch
 from torchvision.models import get_model_weights
 
-from scripts.build.archive import build, recipe
-from scripts.build.weights import Weights, build_model, untrained
+from scripts.build.model_file import from_options
+from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.samples import CAT
 from scripts.serve.management import ready_workers, scale
 from scripts.serve.running import Running, free_ports
@@ -23,19 +24,22 @@ CLASSES = ("<b>cat</b>", "chien", "鳥")
 
 
 @pytest.fixture(scope="module")
-def mobilenet() -> Weights:
+def mobilenet() -> TorchvisionSource:
     """It has class activation maps, and resizes to another size than DenseNet-121."""
-    return untrained("mobilenet_v2")
+    return random_source("mobilenet_v2")
 
 
 @pytest.fixture(scope="module")
-def server(mobilenet: Weights, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
     (folder / "classes.txt").write_text("\n".join(CLASSES), "utf-8")
     # Without class activation maps, with PyTorch's engine, and a name and classes of its own.
-    weights = untrained("squeezenet1_1", len(CLASSES))
-    pets = build(recipe(weights, "pets", folder / "classes.txt", engine="torch"), folder)
-    other = build(recipe(mobilenet), folder)
+    classes = folder / "classes.txt"
+    spec = from_options(
+        name="pets", arch="squeezenet1_1", weights="random", classes=classes, engine="torch"
+    )
+    pets = build(spec, folder)
+    other = build(from_options(arch="mobilenet_v2", weights="random"), folder)
     running = start(pets, free_ports(), 1, folder / "run", beside=[other])
     yield running
     stop(running, folder / "run")
@@ -52,10 +56,10 @@ def description(running: Running) -> dict[str, Any]:
 
 
 def test_answers_equal_plain_pytorch_with_the_architectures_own_transform(
-    server: Running, mobilenet: Weights
+    server: Running, mobilenet: TorchvisionSource
 ) -> None:
     transform = get_model_weights("mobilenet_v2").DEFAULT.transforms()
-    model, labels = build_model(mobilenet), set()
+    model, labels = mobilenet.module, set()
     url = server.serving("mobilenet_v2").predictions_url
     for title, image in list(photographs())[:50:3]:
         rgb = image.convert("RGB")
@@ -109,7 +113,7 @@ def test_an_archive_for_pytorch_rejects_requests_for_embeddings_and_no_others(
     assert by_form.status_code == by_tensor.status_code == 404
     assert by_form.json()["type"] == "NoEmbedding"
     for message in (by_form.json()["message"], by_tensor.json()["error"]):
-        assert "gives no embeddings: it was built for PyTorch (ENGINE=torch)" in message
+        assert "gives no embeddings: it was built for PyTorch (engine: torch)" in message
     assert ask(pets.predictions_url).status_code == 200
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.known import CAT_LABELS, KNOWN, Photograph
-from scripts.build import efficientnet_lite0
+from scripts.build.sources import efficientnet_lite0
 from scripts.serve.running import Running
 from tests.timm_transforms import timm_transform
 

@@ -22,10 +22,8 @@ from handler.cores import Cores
 from handler.engines import Engine, load_engine
 from handler.openvino_engine import OpenVinoEngine
 from handler.precision import MODEL_FILES
-from handler.settings import Preprocessing
-from scripts.build.archive import build, recipe
-from scripts.build.lower_precision import chosen
-from scripts.build.weights import load as load_weights
+from scripts.build.model_file import ModelFile, from_options
+from scripts.build.pipeline import build
 from scripts.serve.running import Running, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import read_card
@@ -38,7 +36,6 @@ TIMEOUT = 60
 EPOCHS = 3
 # A ResNet-18 has features of 2 x 2 at this side, so that it can be explained.
 SIDE = 64
-PREPROCESSING = Preprocessing(SIDE, SIDE, (0.5,) * 3, (0.5,) * 3)
 # Percentage points of 360 images that a precision may lose; digits are not what is tested here.
 MAX_LOSS = 3.0
 # The largest change of a probability from float32's that is allowed for.
@@ -94,14 +91,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def archives(folder: Path) -> dict[str, Path]:
-    weights = load_weights(folder / "weights.pth", "resnet18")
-    found = {}
-    for name in PRECISIONS:
-        calibrate = folder / "train" if name == "int8" else None
-        lower = None if name == "float32" else chosen(name, calibrate, folder / "test", MAX_LOSS)
-        mine = recipe(weights, name, folder / "classes.txt", PREPROCESSING, lower=lower)
-        found[name] = build(mine, folder / "store")
-    return found
+    return {name: build(_spec(folder, name, name), folder / "store") for name in PRECISIONS}
+
+
+def _spec(folder: Path, name: str, precision: str, max_loss: float = MAX_LOSS) -> ModelFile:
+    wanted: dict[str, Any] = {"type": precision, "max_loss": max_loss}
+    if precision != "float32":
+        wanted["evaluation"] = folder / "test"
+    if precision == "int8":
+        wanted["calibration"] = folder / "train"
+    return from_options(
+        name=name,
+        arch="resnet18",
+        weights=folder / "weights.pth",
+        classes=folder / "classes.txt",
+        preprocessing={"resize": SIDE, "crop": SIDE, "mean": 0.5, "std": 0.5},
+        precision=wanted,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +180,7 @@ def test_probabilities_maps_and_embeddings_of_each_precision_are_near_float32s(
     """
     files = [path for name in NAMES for path in sorted((folder / "test" / name).iterdir())[:5]]
     images = _pixels(files)
-    classifier = load_weights(folder / "weights.pth", "resnet18").state_dict["fc.weight"].numpy()
+    classifier = torch.load(folder / "weights.pth", weights_only=True)["fc.weight"].numpy()
     found = {}
     for precision, archive in archives.items():
         engine = _engine(archive, tmp_path / precision)

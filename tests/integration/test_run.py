@@ -11,7 +11,7 @@ from pathlib import Path
 
 import requests
 
-from scripts.build.weights import Weights
+from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve.running import RUN_DIR, free_ports
 from tests.published import publish
@@ -19,19 +19,19 @@ from tests.workspace import copy_project
 
 
 def test_densenet_alone_is_served_if_its_weights_can_be_fetched(
-    weights: Weights, tmp_path: Path
+    densenet: TorchvisionSource, tmp_path: Path
 ) -> None:
     host, clone, ports = tmp_path / "host", tmp_path / "clone", free_ports()
     host.mkdir()
     clone.mkdir()
-    file = publish(weights, host)
+    file = publish(densenet, host)
     copy_project(clone)
     serve = partial(SimpleHTTPRequestHandler, directory=str(host))
     with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever).start()
         variables = {
             "GIVEN_TO": "make run",
-            "GIVEN_WEIGHTS_URL": f"http://127.0.0.1:{server.server_port}/{file.name}",
+            "GIVEN_WEIGHTS": f"http://127.0.0.1:{server.server_port}/{file.name}",
             "GIVEN_PORT": str(ports.inference),
             "GIVEN_MANAGEMENT_PORT": str(ports.management),
             "GIVEN_METRICS_PORT": str(ports.metrics),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from handler.settings import Preprocessing
-from scripts.build.weights import Weights, build_model
+from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve.running import Running
 from tests.pictures import encode, generated, photographs
@@ -38,12 +38,12 @@ def test_curl_uploads_a_file_as_the_body_and_as_a_form(running: Running) -> None
     assert json.loads(answers[0])["success"] is True
 
 
-def test_served_answers_equal_plain_pytorch(running: Running, weights: Weights) -> None:
+def test_served_answers_equal_plain_pytorch(running: Running, densenet: TorchvisionSource) -> None:
     """One at a time, so that no batch rounds otherwise. The unit tests compare many more images."""
     images = [
         (name, image) for name, image in (*photographs(), *generated()) if not is_very_long(image)
     ][::12]
-    model = build_model(weights)
+    model = densenet.module
     labels = set()
     for name, image in images:
         body = encode(image, compress_level=1)
@@ -86,7 +86,7 @@ def test_topk_and_threshold_are_form_fields(running: Running) -> None:
 
 
 def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
-    running: Running, weights: Weights
+    running: Running, densenet: TorchvisionSource
 ) -> None:
     for body in (CAT.read_bytes(), b"no image"):
         response = requests.post(running.predictions_url, data=body, timeout=TIMEOUT)
@@ -98,7 +98,7 @@ def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
     metadata = model["customizedMetadata"]
     assert "untrained" in metadata["warning"]
     assert metadata["architecture"] == "densenet121"
-    assert metadata["weights_sha256"] == weights.sha256
+    assert metadata["weights_sha256"] == densenet.sha256
     assert metadata["trained"] is False
     assert metadata["classes"] == 1000
     assert metadata["engine"].startswith("ONNX Runtime")

@@ -18,7 +18,7 @@ import requests
 from PIL import Image
 
 from benchmarks.known import PHOTOGRAPHS
-from scripts.build.weights import Weights
+from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve import commands, management
 from scripts.serve.management import poll, ready_workers, scale
@@ -254,7 +254,7 @@ def test_curl_gets_a_heat_map_of_the_best_class(host: str, expected: dict[str, A
 
 
 def test_maps_and_biases_make_up_the_probabilities(
-    host: str, weights: Weights, expected: dict[str, Any]
+    host: str, densenet: TorchvisionSource, expected: dict[str, Any]
 ) -> None:
     """The sum of a class's map and its bias is its logit, and the difference of two logits is the
     logarithm of the ratio of their probabilities.
@@ -268,7 +268,7 @@ def test_maps_and_biases_make_up_the_probabilities(
             headers={"Accept": "application/json"},
         )
 
-    bias = weights.state_dict["classifier.bias"].numpy()
+    bias = densenet.module.state_dict()["classifier.bias"].numpy()
     logits = []
     for row in expected["predictions"]:
         explained = explain(class_index=str(row["class_index"]))

@@ -1,7 +1,5 @@
 """Any of torchvision's classifiers: its own preprocessing, and explanations if it can have them."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torchvision.models import get_model_weights
 
 from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
-from handler.torch_models import empty_model
+from handler.torch_models import empty_model, with_features
 from scripts.build.architectures import (
     architectures,
     check_architecture,
@@ -18,9 +16,7 @@ from scripts.build.architectures import (
     last_layer,
     official_preprocessing,
 )
-from scripts.build.archive import preprocessing_of
-from scripts.build.export import Normalized, WithFeatures, features_node
-from scripts.build.packing import Said
+from scripts.build.export import Normalized, features_node
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
 from tests.pictures import encode, photographs
@@ -89,12 +85,13 @@ def test_features_are_found_if_logits_are_linear_in_them(
     torch.manual_seed(0)
     model = empty_model(name, 10)
     last = last_layer(model, name)
-    node = features_node(model, last, SMALL, images)
+    node = features_node(model, last, SMALL)
     assert bool(node) is linear
     if linear:
         with torch.inference_mode():
             pixels = torch.from_numpy(images)
-            logits, features = Normalized(WithFeatures(model, node), SMALL)(pixels)
+            found = Normalized(with_features(model, node), SMALL)(pixels)
+            logits, features = found["logits"], found["features"]
             assert torch.equal(logits, Normalized(model, SMALL)(pixels))
             assert features.shape[2:] == (4, 4)
             assert torch.allclose(last(features.mean((2, 3))), logits, atol=1e-3)
@@ -103,24 +100,3 @@ def test_features_are_found_if_logits_are_linear_in_them(
 def test_a_name_that_torchvision_does_not_have_gets_similar_ones() -> None:
     with pytest.raises(UserError, match=r"no classifier 'resnet51'. ARCH can be: .*resnet50"):
         check_architecture("resnet51")
-
-
-def test_options_override_the_official_preprocessing() -> None:
-    mine = preprocessing_of("densenet121", Said(resize=64, crop=64, std="1"))
-    assert mine == Preprocessing(64, 64, std=(1, 1, 1))
-    assert sample_batch(mine, 9).shape == (2, 3, 64, 64)
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"crop": 300}, "crop 300 is larger than resize 255"),
-        ({"std": "0,1,1"}, "std must be above 0"),
-        ({"mean": "0.5,0.5"}, "mean must be three numbers"),
-        ({"mean": "grey"}, "MEAN must be numbers"),
-        ({"interpolation": "lanczos"}, "interpolation must be nearest, bilinear, bicubic"),
-    ],
-)
-def test_impossible_preprocessing_is_rejected(said: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        preprocessing_of("densenet121", Said(**said))

@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import shutil
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
@@ -14,11 +13,15 @@ import timm
 import torch
 
 from scripts import run
-from scripts.build import efficientnet_lite0 as lite0
-from scripts.build import weights
-from scripts.build.commands import main as make_archive
-from scripts.build.weight_files import DigestError, read_state_dict
+from scripts.build import pipeline, sources
+from scripts.build.checkpoints import DigestError, read_checkpoint
+from scripts.build.model_file import ModelFile, from_options
+from scripts.build.sources import efficientnet_lite0 as lite0
+from scripts.build.sources import torchvision as torchvision_source
+from scripts.build.sources.source import HostUnreachableError
 from scripts.terminal import UserError
+
+SPEC = from_options(arch="efficientnet_lite0")
 
 
 @pytest.fixture
@@ -38,10 +41,10 @@ def own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_packaged_weights_are_every_tensor_of_timms_model_and_carry_their_license() -> None:
-    model = lite0.obtain()
+    model = lite0.open_source(SPEC)
     expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     assert model.module.state_dict().keys() == expected.keys()
-    assert (model.architecture, model.classes) == ("efficientnet_lite0", 1000)
+    assert (model.architecture, model.outputs) == ("efficientnet_lite0", 1000)
     assert model.sha256 == lite0.SHA256
     with pytest.raises(KeyError):
         lite0.timm_key("_unknown.weight")
@@ -55,7 +58,7 @@ def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path)
     content[len(content) // 2] ^= 1
     own_copy.write_bytes(content)
     with pytest.raises(UserError, match=r"its SHA-256 begins with .*, not 57934424.*was removed"):
-        lite0.obtain()
+        lite0.open_source(SPEC)
     site = own_copy.parents[2]
     assert list(site.iterdir()) == []
     assert not (site.parent / "installed-lite0").exists()
@@ -66,7 +69,7 @@ def test_a_file_with_another_hash_is_not_even_parsed(tmp_path: Path) -> None:
     hostile.write_bytes(pickle.dumps({"weight": torch.ones(1)}))
     digest = hashlib.sha256(b"another file").hexdigest()
     with pytest.raises(DigestError, match="It was not loaded"):
-        read_state_dict(hostile, digest)
+        read_checkpoint(hostile, digest)
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(
@@ -74,66 +77,60 @@ def test_without_the_package_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setattr(lite0, "PACKAGE", "no-such-package-as-this")
     with pytest.raises(UserError, match="make setup-lite0"):
-        lite0.obtain()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights_url": "http://127.0.0.1/x"}, "has no WEIGHTS_URL"),
-        ({"engine": "torch"}, "has no ENGINE"),
-        ({"head": "linear"}, "has no HEAD"),
-        ({"revision": "0" * 40}, "REVISION is for ARCH=timm"),
-        ({"weights": Path("random")}, "needs trained weights"),
-    ],
-)
-def test_what_cannot_be_combined_is_rejected(options: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make_archive(arch="efficientnet_lite0", **options)  # type: ignore[arg-type]
+        lite0.open_source(SPEC)
 
 
 def test_custom_weights_of_the_architecture_are_accepted(tmp_path: Path) -> None:
     torch.manual_seed(5)
     fine_tuned = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3)
     torch.save(fine_tuned.state_dict(), tmp_path / "pets.pth")
-    model = lite0.obtain(tmp_path / "pets.pth")
-    assert (model.classes, model.architecture, model.notice) == (3, "efficientnet_lite0", "")
-
-
-def test_random_weights_need_no_network() -> None:
-    unreachable = "http://127.0.0.1:9/x.pth"
-    weights, is_fallback = run._obtain(Path("random"), unreachable, "squeezenet1_1", None)
-    assert (weights.trained, is_fallback) == (False, False)
+    model = lite0.open_source(SPEC.replace(weights=tmp_path / "pets.pth"))
+    assert (model.outputs, model.architecture, model.notice) == (3, "efficientnet_lite0", "")
 
 
 def test_an_http_error_of_the_official_host_is_a_reason_to_fall_back_but_not_of_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    built: list[tuple[ModelFile, str]] = []
+    real = pipeline.build
+
+    def build(spec: ModelFile, trained_model: str = "") -> Path:
+        if spec.weights != "random" and spec.arch != "efficientnet_lite0":
+            real(spec, tmp_path)
+        built.append((spec, trained_model))
+        return tmp_path / f"{spec.name}.mar"
+
+    monkeypatch.setattr(run, "build", build)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as host:  # answers 501
         threading.Thread(target=host.serve_forever).start()
         url = f"http://127.0.0.1:{host.server_port}/squeezenet1_1-b8a52dc0.pth"
-        monkeypatch.setattr(weights, "official_url", lambda _: url)
-        found, is_fallback = run._obtain(None, None, "squeezenet1_1", None)
-        assert (found.trained, is_fallback) == (False, True)
+        monkeypatch.setattr(torchvision_source, "official_url", lambda _: url)
+        spec = from_options(arch="squeezenet1_1")
+        names = [path.stem for path in run._build(spec)]
+        assert names == ["efficientnet_lite0", "squeezenet1_1"]
+        assert built[1] == (spec.replace(weights="random"), "efficientnet_lite0")
         assert "answered 501" in capsys.readouterr().out
         with pytest.raises(UserError, match="answered 501"):
-            run._obtain(None, url, "squeezenet1_1", None)
+            run._build(spec.replace(weights=url))
         host.shutdown()
 
 
-@pytest.mark.parametrize("fault", ["damaged", "not installable"])
 def test_without_a_sound_package_only_random_weights_are_served(
-    fault: str, own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if fault == "damaged":
-        own_copy.write_bytes(b"damaged")
-        # The real one is installed: nothing is to be installed here.
-        done = subprocess.CompletedProcess[str]("bootstrap", 0)
-        monkeypatch.setattr("scripts.run.subprocess.run", lambda *_, **__: done)
-    else:  # without the program that installs packages
-        monkeypatch.chdir(own_copy.parent)
-    assert run._packaged_model() == []
+    own_copy.write_bytes(b"damaged")
+    # The real one is installed: nothing is to be installed here.
+    monkeypatch.setattr(sources, "require", lambda *_: None)
+    real = pipeline.build
+
+    def build(spec: ModelFile, **_: str) -> Path:
+        if spec.arch == "densenet121" and spec.weights is None:
+            raise HostUnreachableError("cannot be reached.")
+        return Path("random") if spec.weights == "random" else real(spec, own_copy.parent)
+
+    monkeypatch.setattr(run, "build", build)
+    assert run._build(from_options(arch="densenet121")) == [Path("random")]
     printed = " ".join(capsys.readouterr().out.split())
     assert "UNTRAINED random weights" in printed
-    assert ("is damaged or not the expected file" in printed) is (fault == "damaged")
+    assert "is damaged or not the expected file" in printed

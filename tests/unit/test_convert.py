@@ -1,8 +1,10 @@
 """ONNX files of other tools: packed so that they answer as before, or rejected with the reason."""
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -18,33 +20,38 @@ from scipy.special import expit
 
 from handler.cores import Cores
 from handler.engines import load_engine
+from handler.labels import CLASS_INDEX
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts import samples
-from scripts.build.activation import choose
-from scripts.build.commands import main as make_archive
-from scripts.build.onnx_archive import build, convert
+from scripts.build.commands import spec_of
+from scripts.build.convert import convert
+from scripts.build.model_file import from_options
 from scripts.build.onnx_model import read
-from scripts.build.packing import Said
+from scripts.build.pipeline import build
 from scripts.store import read_card
 from scripts.terminal import UserError
 from tests.onnx_files import CLASSES, Made, model, quantized, with_data_elsewhere, with_operator
 
-SAID = Said(resize=72, crop=64, mean="0.5", std="0.25")
+SAID = {"resize": 72, "crop": 64, "mean": 0.5, "std": 0.25}
 sample_images = cache(samples.sample_batch)
 
 
 @pytest.fixture(autouse=True)
 def _images_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding the sample images would take most of the time of these tests."""
-    monkeypatch.setattr("scripts.build.onnx_archive.sample_batch", sample_images)
+    monkeypatch.setattr("scripts.build.convert.sample_batch", sample_images)
 
 
-def packed(proto: ModelProto, folder: Path, said: Said = SAID, **options: Any) -> Path:
+def packed(proto: ModelProto, folder: Path, **options: Any) -> Path:
     (folder / "mine.onnx").write_bytes(proto.SerializeToString())
-    (folder / "classes.txt").write_text("\n".join(f"class {i}" for i in range(CLASSES)))
-    names = folder / "classes.txt"
-    return build(folder / "mine.onnx", said, classes=names, model_store=folder, **options)
+    keys: dict[str, Any] = {
+        "model": folder / "mine.onnx",
+        "classes": [f"class {i}" for i in range(CLASSES)],
+        "preprocessing": SAID,
+        **options,
+    }
+    return build(from_options(**keys), folder)
 
 
 class Converted(NamedTuple):
@@ -57,23 +64,31 @@ class Converted(NamedTuple):
 
 
 def converted(
-    proto: ModelProto, folder: Path, *, classes: int = CLASSES, several: bool = False
+    proto: ModelProto,
+    folder: Path,
+    *,
+    classes: int = CLASSES,
+    multilabel: bool = False,
+    channels: str = "rgb",
 ) -> Converted:
     file = folder / "mine.onnx"
     file.write_bytes(proto.SerializeToString())
     normalizes = proto.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     mean, std = (0.0, 1.0) if normalizes else (0.5, 0.25)
-    preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3)
-    target, classifier, channels = convert(
-        read(file), preprocessing, classes, folder, several=several
-    )
+    preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3, channels=channels)
+    target = folder / "converted.onnx"
+    activation, thresholds = ("sigmoid", (0.5,) * classes) if multilabel else ("softmax", ())
+    card = ModelCard(
+        "mine", classes, True, "", "", "", preprocessing,  # noqa: FBT003
+        activation=activation, thresholds=thresholds,
+    )  # fmt: skip
+    made = convert(read(file), card, target)
     outputs = {value.name for value in onnx.load(target).graph.output}
-    assert channels == (16 if "embedding" in outputs else 0)
-    card = ModelCard("mine", classes, True, "", "", "", preprocessing)  # noqa: FBT003
+    assert made.channels == (16 if "embedding" in outputs else 0)
     engine = load_engine(target, card, Cores(1, 1, folder / "busy"))
     images = sample_images(preprocessing, 3)
-    features = None if classifier is None else engine.logits_and_features(images)[1]
-    return Converted(images, engine.logits(images), classifier, features)
+    features = None if made.classifier is None else engine.logits_and_features(images)[1]
+    return Converted(images, engine.logits(images), made.classifier, features)
 
 
 def plain(proto: ModelProto, images: np.ndarray[Any, Any], made: Made) -> np.ndarray[Any, Any]:
@@ -163,35 +178,35 @@ def test_each_output_is_a_label_of_a_multi_label_model(
     classes: int, end: tuple[str, ...], tmp_path: Path
 ) -> None:
     made = Made(classes=classes, end=end)
-    found = converted(model(made), tmp_path, classes=classes, several=True)
+    found = converted(model(made), tmp_path, classes=classes, multilabel=True)
     expected = plain(model(replace(made, end=())), found.images, made)
     assert np.abs(expit(found.logits) - expit(expected)).max() < 1e-5
     assert found.classifier.shape == (classes, 16)
 
 
 def test_thresholds_are_packed_with_a_multi_label_model(tmp_path: Path) -> None:
-    labelling = choose("sigmoid", "0.3")
-    card = read_card(packed(model(Made(end=("Sigmoid",))), tmp_path, labelling=labelling))
+    proto = model(Made(end=("Sigmoid",)))
+    card = read_card(packed(proto, tmp_path, activation="sigmoid", thresholds=0.3))
     assert card is not None
     assert (card.activation, card.thresholds) == ("sigmoid", (0.3,) * CLASSES)
 
 
 def test_a_sigmoid_before_a_cast_is_removed(tmp_path: Path) -> None:
     """Files that compute in float16, but take and give float32, are written like this."""
-    found = converted(model(Made(half=True, end=("Sigmoid",))), tmp_path, several=True)
+    found = converted(model(Made(half=True, end=("Sigmoid",))), tmp_path, multilabel=True)
     expected = plain(model(Made(half=True)), found.images, Made())
     assert np.abs(found.logits - expected).max() < 0.05
 
 
 def test_probabilities_near_0_are_not_the_same_for_all(tmp_path: Path) -> None:
     proto = rescaled(model(Made(classes=1, end=("Sigmoid",))), 1, -25)
-    found = converted(proto, tmp_path, classes=1, several=True)
+    found = converted(proto, tmp_path, classes=1, multilabel=True)
     assert np.ptp(found.logits) > 1
 
 
 def test_outputs_of_a_linear_layer_are_logits_even_if_they_are_from_0_to_1(tmp_path: Path) -> None:
     proto = rescaled(model(), 0.01, 0.5)
-    found = converted(proto, tmp_path, several=True)
+    found = converted(proto, tmp_path, multilabel=True)
     assert np.abs(found.logits - plain(proto, found.images, Made())).max() < 1e-4
     assert 0 < found.logits.min() < found.logits.max() < 1
 
@@ -280,7 +295,7 @@ def with_thousands_of_zeros() -> ModelProto:
 
 IN_OTHER_OPERATORS = "gives numbers from 0 to 1 only, .*it ends in Neg. Export it"
 TOO_MANY_NODES = "more than 1,000,000 nodes would come of them"
-HUGE_SAID = replace(SAID, resize=None, crop=None, fit="pad")
+LARGE = {"fit": "pad", "mean": 0.5, "std": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -289,14 +304,17 @@ HUGE_SAID = replace(SAID, resize=None, crop=None, fit="pad")
         (Made(shape=("N", 1, 64, 64)), r"\? x 1 x 64 x 64, in which no axis has 3 channels"),
         (Made(shape=("N", 3, 64, 48)), "they must be squares"),
         (Made(shape=("N", 3)), r"tensor of \? x 3. It must take pictures"),
-        (Made(shape=("N", 3, 32, 32)), "32 x 32 pixels.*CROP=32"),
-        (Made(classes=7), "no output with a number for each of the 5 classes.* output 1 x 7"),
+        (Made(shape=("N", 3, 32, 32)), "crop of mine.onnx is 32 and cannot be changed"),
+        (Made(classes=7), "names 5 classes, but mine.onnx has 7. .*in the order of its outputs"),
         (Made(end=("Sigmoid",)), "Say so: ACTIVATION=sigmoid"),
         (Made(end=("Sigmoid", "Flatten")), "Say so: ACTIVATION=sigmoid"),
         (Made(end=("Sigmoid", "Neg", "Neg")), IN_OTHER_OPERATORS),
         (Made(opset=99), r"version 99 .*knows 8 to \d+.*opset_version=20"),
         (Made(opset=6), r"version 6 of ONNX's operators"),
-        (Made(dtype=TensorProto.UINT8), "normalises them itself. Leave MEAN and STD out"),
+        (
+            Made(dtype=TensorProto.UINT8),
+            "mean of mine.onnx is .* cannot be changed: leave it out|std of mine",
+        ),
         (quantized, "in 8 bits already.*PRECISION=int8 makes 8 bits of it"),
         (lambda: with_operator("com.acme", "Run"), "would need a library: com.acme.Run"),
         (lambda: with_data_elsewhere("weights.bin"), r"another file \('weights.bin'"),
@@ -334,7 +352,7 @@ def test_probabilities_of_one_label_are_rejected_for_a_multi_label_model(
     end: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        packed(model(Made(end=end)), tmp_path, labelling=choose("sigmoid"))
+        packed(model(Made(end=end)), tmp_path, activation="sigmoid")
 
 
 @pytest.mark.parametrize(
@@ -359,45 +377,102 @@ def test_a_file_of_something_else_is_rejected(tmp_path: Path) -> None:
         read(tmp_path / "mine.onnx")
 
 
-UNUSABLE = "preprocessing of mine.onnx cannot be used: "
+UNUSABLE = "preprocessing of mine.onnx: "
 
 
 @pytest.mark.parametrize(
     ("side", "said", "message"),
     [
-        ("h", Said(), r"Say it: RESIZE=... CROP=... MEAN=... STD=... "),
-        (64, Said(), r"Say it: RESIZE=... MEAN=... STD=... "),
-        (300_000, replace(SAID, crop=None), f"{UNUSABLE}crop must be 1 to 4096, got 300000"),
-        (5000, HUGE_SAID, f"{UNUSABLE}resize must be 1 to 4096"),
-        (64, replace(SAID, mean="nan", fit="pad"), f"{UNUSABLE}mean must be .* numbers of float32"),
-        (64, replace(SAID, mean="1e300"), f"{UNUSABLE}mean must be three numbers of float32"),
-        (64, replace(SAID, std="inf"), f"{UNUSABLE}std must be three numbers of float32"),
+        ("h", {}, r"under preprocessing: resize, crop, mean, std \("),
+        (64, {}, r"under preprocessing: resize, mean, std \("),
+        (64, {"preset": "tf"}, r"under preprocessing: resize \("),
+        (300_000, {**LARGE, "resize": 72}, f"{UNUSABLE}crop must be 1 to 4096, got 300000"),
+        (5000, LARGE, f"{UNUSABLE}resize must be 1 to 4096"),
+        (64, {**SAID, "mean": float("nan")}, f"{UNUSABLE}mean must be .* numbers of float32"),
+        (64, {**SAID, "std": float("inf")}, f"{UNUSABLE}std must be three numbers of float32"),
     ],
 )
 def test_missing_or_impossible_preprocessing_is_rejected(
-    side: int | str, said: Said, message: str, tmp_path: Path
+    side: int | str, said: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        packed(model(Made(shape=("N", 3, side, side))), tmp_path, said)
+        packed(model(Made(shape=("N", 3, side, side))), tmp_path, preprocessing=said)
+
+
+def test_a_model_that_takes_bgr_gets_bgr_with_mean_and_std_in_its_order(tmp_path: Path) -> None:
+    """The same numbers as with the kernel's channels reversed, which takes RGB."""
+    proto = model()
+    found = converted(proto, tmp_path, channels="bgr")
+    kernel = next(tensor for tensor in proto.graph.initializer if tensor.name == "kernel")
+    values = numpy_helper.to_array(kernel)[:, ::-1].copy()
+    kernel.CopyFrom(numpy_helper.from_array(values, "kernel"))
+    assert np.abs(found.logits - plain(proto, found.images, Made())).max() < 1e-4
+
+
+def saturated(classes: int) -> ModelProto:
+    """Class 2 gets a probability of 1 for all photographs, though logits differ."""
+    proto = model(Made(classes=classes))
+    for tensor in proto.graph.initializer:
+        if tensor.name == "bias":
+            values = numpy_helper.to_array(tensor).copy()
+            values[2] += 100
+            tensor.CopyFrom(numpy_helper.from_array(values, "bias"))
+    return proto
+
+
+def test_a_model_that_is_certain_of_one_class_is_rejected_unless_it_has_few_or_may(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed(saturated(CLASSES), tmp_path)
+    assert "with class 2 and a probability above 0.999" in capsys.readouterr().out
+    many = [f"class {i}" for i in range(12)]
+    with pytest.raises(UserError, match=r"with class 2 .*preprocessing.* allow_saturated: true"):
+        packed(saturated(12), tmp_path, classes=many, name="many")
+    packed(saturated(12), tmp_path, classes=many, name="many", allow_saturated=True)
+
+
+def test_class_names_and_input_size_come_from_the_file_unless_overridden(tmp_path: Path) -> None:
+    """As Ultralytics' exports have them."""
+    proto = model(Made(shape=("N", 3, "h", "w")))
+    names = {index: f"name {index}" for index in range(CLASSES)}
+    helper.set_model_props(proto, {"names": str(names), "imgsz": "[64, 64]"})
+    said = {"resize": 72, "mean": 0.5, "std": 0.25}
+    archive = packed(proto, tmp_path, classes=None, preprocessing=said)
+    card = read_card(archive)
+    assert card is not None
+    assert card.preprocessing.crop == 64
+    with zipfile.ZipFile(archive) as content:
+        labels = json.loads(content.read(CLASS_INDEX))
+    assert labels["4"] == ["name 4", "name 4"]
+    with zipfile.ZipFile(packed(proto, tmp_path, preprocessing=said)) as content:
+        assert json.loads(content.read(CLASS_INDEX))["4"] == ["class 4", "class 4"]
+
+
+def test_a_model_of_one_image_at_a_time_is_packed_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed(model(Made(shape=(1, 3, 64, 64), fixed=True)), tmp_path)
+    assert "requests are never batched" in capsys.readouterr().out
 
 
 def test_the_command_does_without_pytorch(tmp_path: Path) -> None:
-    packed(model(), tmp_path).unlink()
-    file, names = tmp_path / "mine.onnx", tmp_path / "classes.txt"
-    options = f"--model-file={file} --classes={names} --model-store={tmp_path} --resize=72"
+    (tmp_path / "mine.onnx").write_bytes(model().SerializeToString())
+    (tmp_path / "mine.yaml").write_text(
+        "model: mine.onnx\nclasses: [a, b, c, d, e]\n"
+        "preprocessing: {resize: 72, crop: 64, mean: 0.5, std: 0.25}\n"
+    )
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
         "import runpy; runpy.run_module('scripts.build.commands', run_name='__main__')"
     )
+    options = (f"--model-file={tmp_path / 'mine.yaml'}", f"--model-store={tmp_path}")
     result = subprocess.run(
-        [sys.executable, "-c", program, *options.split(), "--mean=0.5", "--std=0.25"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", program, *options], capture_output=True, text=True, check=False
     )
     assert (tmp_path / "mine.mar").exists(), result.stderr
 
 
 def test_an_architecture_is_rejected_for_a_whole_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"MODEL_FILE is a whole model. Leave ARCH out"):
-        make_archive(model_file=tmp_path / "mine.onnx", arch="resnet18")
+    (tmp_path / "mine.onnx").touch()
+    with pytest.raises(UserError, match="say one of model and arch"):
+        spec_of(model_file=tmp_path / "mine.onnx", arch="resnet18")

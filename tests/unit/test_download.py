@@ -11,18 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.build import weights as weights_module
-from scripts.build.architectures import official_preprocessing
+from handler.settings import Preprocessing
+from scripts.build.architectures import official_weights
 from scripts.build.export import Normalized
-from scripts.build.weights import (
-    HostUnreachableError,
-    Weights,
-    build_model,
-    fetch,
-    obtain,
-    official_url,
-    untrained,
-)
+from scripts.build.model_file import from_options
+from scripts.build.sources import download
+from scripts.build.sources.download import fetch
+from scripts.build.sources.source import HostUnreachableError
+from scripts.build.sources.torchvision import TorchvisionSource, open_source, random_source
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
 from tests.published import publish
@@ -80,18 +76,19 @@ def files_in(cache: Path) -> list[str]:
 
 
 def test_the_official_file_is_fetched_and_its_old_names_are_understood(
-    host: Host, cache: Path, weights: Weights, tmp_path: Path
+    host: Host, cache: Path, densenet: TorchvisionSource, tmp_path: Path
 ) -> None:
-    file = publish(weights, tmp_path)
+    file = publish(densenet, tmp_path)
     content = file.read_bytes()
     host.files[file.name] = content
-    found = obtain(url=host.url(file.name))
+    found = open_source(from_options(arch="densenet121", weights=host.url(file.name)))
     assert files_in(cache) == [file.name]
     assert (found.file, found.trained) == (file.name, True)
     assert found.sha256 == hashlib.sha256(content).hexdigest()
-    assert found.state_dict.keys() == weights.state_dict.keys()
-    for name, tensor in weights.state_dict.items():
-        assert name.endswith("num_batches_tracked") or found.state_dict[name].equal(tensor)
+    expected, got = densenet.module.state_dict(), found.module.state_dict()
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert name.endswith("num_batches_tracked") or got[name].equal(tensor)
 
 
 def test_a_file_is_fetched_once_and_again_only_if_it_is_damaged(host: Host, cache: Path) -> None:
@@ -135,7 +132,7 @@ def test_an_unreachable_host_is_distinguished(cache: Path) -> None:
 
 
 def test_a_host_that_stops_sending_times_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "NETWORK_TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "NETWORK_TIMEOUT", 0.5)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(UserError, match="timed out"),
@@ -157,18 +154,18 @@ def test_a_full_disk_leaves_nothing(host: Host, cache: Path) -> None:
 
 
 def test_the_official_address_carries_the_known_hash() -> None:
-    assert official_url().endswith("/densenet121-a639ec97.pth")
+    assert official_weights("densenet121").url.endswith("/densenet121-a639ec97.pth")
 
 
 def test_random_weights_are_reproducible_and_give_different_answers_to_different_images(
-    weights: Weights,
+    densenet: TorchvisionSource,
 ) -> None:
-    first, again = (untrained("shufflenet_v2_x0_5") for _ in range(2))
+    first, again = (random_source("shufflenet_v2_x0_5") for _ in range(2))
     assert again.sha256 == first.sha256
     assert not again.trained
-    for random in (weights, again):
-        preprocessing = official_preprocessing(random.architecture)
+    for random in (densenet, again):
+        preprocessing = Preprocessing(**random.preprocessing)
         images = torch.from_numpy(sample_batch(preprocessing, 2))
         with torch.inference_mode():
-            logits = Normalized(build_model(random), preprocessing).eval()(images)
+            logits = Normalized(random.module, preprocessing).eval()(images)
         assert len(set(logits.argmax(1).tolist())) >= 4

@@ -1,7 +1,8 @@
 """What the archive holds, when it is built again, and that it answers as the tutorial's model."""
 
+import dataclasses
 import json
-import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,11 +18,15 @@ from handler.errors import ArchiveError
 from handler.images import PixelBudget, decode
 from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
-from scripts.build import export
-from scripts.build.archive import Recipe, build, recipe
 from scripts.build.commands import main as make_archive
+from scripts.build.convert import convert
 from scripts.build.differences import MAX_DIFFERENCE
-from scripts.build.weights import Weights, untrained
+from scripts.build.export import Normalized, write_onnx
+from scripts.build.model_file import from_options
+from scripts.build.packing import BUILD
+from scripts.build.pipeline import build
+from scripts.build.sources.source import Source, TorchSource
+from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.samples import sample_batch
 from scripts.serve.commands import start_command
 from scripts.store import read_card
@@ -30,55 +35,44 @@ from tests.pictures import encode, photographs
 from tests.unit.test_images import TUTORIAL
 
 SMALL = Preprocessing(resize=64, crop=64)
+SPEC = from_options(
+    arch="resnet18", weights="random", preprocessing={"resize": SMALL.resize, "crop": SMALL.crop}
+)
 
 
 @pytest.fixture(scope="module")
-def small() -> Recipe:
-    return recipe(untrained("resnet18"), preprocessing=SMALL)
+def small() -> TorchvisionSource:
+    return random_source("resnet18")
 
 
 @pytest.fixture(scope="module")
-def small_archive(small: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(small, tmp_path_factory.mktemp("small"))
+def small_archive(small: TorchvisionSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(SPEC, tmp_path_factory.mktemp("small"), small)
 
 
 class Tiny(nn.Module):
-    """A classifier of two layers, whose logits are linear in the means of its features."""
+    """A classifier of two layers."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.conv = nn.Conv2d(3, 8, kernel_size=3, stride=8)
-        self.bn = nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 20)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = torch.relu(self.bn(self.conv(images)))
+        features = torch.relu(self.conv(images))
         return self.fc(features.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def tiny() -> Tiny:
-    return Tiny().eval()
-
-
-@pytest.fixture
-def subject(tiny: Tiny) -> export.Exportable:
-    """The tiny classifier, with the node of its last features."""
-    node = export.features_node(tiny, tiny.fc, SMALL, sample_batch(SMALL))
-    assert node
-    return export.Exportable(tiny, SMALL, node)
-
-
 def test_densenet121_answers_as_the_tutorials_model_and_transform_with_both_engines(
-    archive: Path, weights: Weights, tmp_path: Path
+    archive: Path, densenet: TorchvisionSource, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(archive) as content:
         card = ModelCard.from_json(content.read("model-card.json"))
         content.extract("model.onnx", tmp_path)
-    torch.save(weights.state_dict, tmp_path / "model.pth")
+    torch.save(densenet.module.state_dict(), tmp_path / "model.pth")
     model = densenet121()
-    model.load_state_dict(weights.state_dict)
+    model.load_state_dict(densenet.module.state_dict())
     images = [image.convert("RGB") for _, image in list(photographs())[::6]]
     with torch.inference_mode():
         expected = model.eval()(torch.stack([TUTORIAL(image) for image in images])).numpy()
@@ -115,70 +109,92 @@ def test_the_archive_holds_the_handler_and_nothing_of_this_machine(small_archive
 
 
 def test_two_builds_and_two_exports_are_byte_identical(
-    small: Recipe, small_archive: Path, subject: export.Exportable, tmp_path: Path
+    small: TorchvisionSource, small_archive: Path, tmp_path: Path
 ) -> None:
-    assert build(small, tmp_path).read_bytes() == small_archive.read_bytes()
-    files = [tmp_path / "first.onnx", tmp_path / "second.onnx"]
-    for file in files:
-        export.export(subject, file)
-    assert files[0].read_bytes() == files[1].read_bytes()
+    for kept in BUILD.glob("converted-resnet18-*"):
+        shutil.rmtree(kept)
+    assert build(SPEC, tmp_path, small).read_bytes() == small_archive.read_bytes()
 
 
-def test_an_archive_that_is_up_to_date_is_kept_and_its_content_printed(
-    small: Recipe, small_archive: Path, capsys: pytest.CaptureFixture[str]
+def test_an_archive_that_is_up_to_date_is_kept(
+    small: TorchvisionSource, small_archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = small_archive.stat().st_mtime_ns
-    assert build(small, small_archive.parent) == small_archive
+    assert build(SPEC, small_archive.parent, small) == small_archive
     assert small_archive.stat().st_mtime_ns == before
-    printed = capsys.readouterr().out
-    assert "resnet18 on ONNX Runtime (CPU), weights seeded random numbers in float32" in printed
-    assert (
-        "shorter side to 64 pixels (bilinear), 64 x 64 from the centre, "
-        "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in printed
-    )
-    assert "1000 classes: tench, goldfish, ..., toilet_tissue" in printed
+    assert "is up to date" in capsys.readouterr().out
 
 
-def test_other_weights_replace_the_archive(small: Recipe, tmp_path: Path) -> None:
+def test_other_weights_replace_the_archive_and_its_content_is_printed(
+    small: TorchvisionSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "resnet18.mar").write_bytes(b"half an archive")
-    weights = small.weights
-    other = Weights(weights.state_dict, "mine.pth", weights.sha256, True, "resnet18")  # noqa: FBT003
-    card = read_card(build(recipe(other, preprocessing=SMALL), tmp_path))
+    other = dataclasses.replace(small, file="mine.pth", trained=True)
+    card = read_card(build(SPEC, tmp_path, other))
     assert card is not None
     assert (card.trained, card.weights_file) == (True, "mine.pth")
+    printed = capsys.readouterr().out
+    assert "resnet18 on ONNX Runtime (CPU), from mine.pth" in printed
+    assert (
+        "shorter side to 64 pixels (bilinear), center 64 x 64, RGB, "
+        "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in printed
+    )
+    assert "1000 classes, in the order of the model's outputs: tench, goldfish, ..., t" in printed
 
 
-def test_an_export_whose_logits_differ_stops_the_build(
-    tiny: Tiny, subject: export.Exportable, tmp_path: Path
-) -> None:
-    exported, reports = tmp_path / "model.onnx", list[str]()
-    export.export(subject, exported)
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_an_export_whose_logits_differ_stops_the_build(channels: str, tmp_path: Path) -> None:
+    preprocessing = dataclasses.replace(SMALL, channels=channels)
+    tiny = Tiny().eval()
+    source = TorchSource(architecture="tiny", file="", sha256="", module=tiny)
+    model = source.to_onnx(preprocessing, tmp_path)
+    card = ModelCard("tiny", 20, True, "", "", "", preprocessing)  # noqa: FBT003
+    packed = convert(model, card, tmp_path / "model.onnx").file
+    source.check(packed, preprocessing)
     with torch.no_grad():
         tiny.fc.bias[7] += 0.001
     with pytest.raises(UserError, match=r"differs from PyTorch by 1.0e-03"):
-        export.check(subject, exported, sample_batch(SMALL), reports.append)
-    assert "over 18 images" in reports[0]
+        source.check(packed, preprocessing)
 
 
-def test_an_export_whose_features_differ_stops_the_build(
-    tiny: Tiny, subject: export.Exportable, tmp_path: Path
+@pytest.mark.parametrize(
+    ("outputs", "classes", "message"),
+    [
+        (5, None, "has 5 classes, and nothing names them"),
+        (5, ["a", "b"], "names 2 classes, but tiny.pth has 5"),
+        (1, ["a"], "one output: it tells two classes apart, so classes must name two"),
+        (1001, ["a"], "names 1 classes, but tiny.pth has 1001"),
+    ],
+)
+def test_a_wrong_number_of_classes_is_rejected_before_the_export(
+    outputs: int, classes: list[str] | None, message: str, tmp_path: Path
 ) -> None:
-    """Features that the logits do not show: a channel without weight in the last layer."""
-    exported, reports = tmp_path / "model.onnx", list[str]()
-    with torch.no_grad():
-        tiny.fc.weight[:, 7] = 0
-    export.export(subject, exported)
-    with torch.no_grad():
-        tiny.bn.bias[7] += 100
-    with pytest.raises(UserError, match=r"differs from PyTorch by \d.\de\+0"):
-        export.check(subject, exported, sample_batch(SMALL)[:4], reports.append)
-    assert re.search(r"e-0\d in logits, \d.\de\+0\d in features", reports[0])
+    source = Source(architecture="tiny", file="tiny.pth", sha256="0", outputs=outputs)
+    with pytest.raises(UserError, match=message):
+        build(from_options(arch="tiny", classes=classes), tmp_path, source)
+
+
+def test_one_output_of_pytorch_becomes_two_classes_with_both_engines(tmp_path: Path) -> None:
+    source = random_source("resnet18", 1)
+    images = sample_batch(SMALL, 6)
+    with torch.inference_mode():
+        raw = Normalized(source.module, SMALL)(torch.from_numpy(images)).numpy()
+    for engine in ("onnx", "torch"):
+        spec = SPEC.replace(name=engine, engine=engine, classes=["no", "yes"])
+        archive = build(spec, tmp_path, source)
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(tmp_path / engine)
+        card = read_card(archive)
+        assert card is not None
+        (file,) = (tmp_path / engine).glob("model.[op][nt]*")
+        logits = load_engine(file, card, Cores(1, 1, tmp_path / "busy")).logits(images)
+        assert np.abs(logits - np.hstack([np.zeros_like(raw), raw])).max() < MAX_DIFFERENCE
 
 
 def test_a_model_too_large_for_onnx_is_rejected_before_its_export(tmp_path: Path) -> None:
     model = torch.nn.Linear(30_000, 20_000, device="meta")
-    with pytest.raises(UserError, match=r"weights are 2.4 GB, and .* holds 2.1 GB.* ENGINE=torch"):
-        export.export_plain(model, 224, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"weights are 2.4 GB, and .* holds 2.1 GB.* engine: torch"):
+        write_onnx(model, 224, tmp_path / "model.onnx", "large")
 
 
 def test_untrained_weights_are_neither_packed_nor_served_by_default(
@@ -186,9 +202,10 @@ def test_untrained_weights_are_neither_packed_nor_served_by_default(
 ) -> None:
     """No host is reachable at this address, and the archive in the store is untrained."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="WEIGHTS=path"):
-        make_archive(weights_url="http://127.0.0.1:9/densenet121-a639ec97.pth")
+        make_archive(weights="http://127.0.0.1:9/densenet121-a639ec97.pth", model_store=tmp_path)
+    with pytest.raises(UserError, match="needs trained weights"):
+        make_archive(weights="random")
     with pytest.raises(UserError, match=r"holds untrained random weights.*WEIGHTS=path"):
         start_command("resnet18", model_store=small_archive.parent)
 

@@ -1,0 +1,266 @@
+"""Read a list of class names in the forms in which people and frameworks keep them."""
+
+import ast
+import codecs
+import csv
+import itertools
+import json
+import re
+import reprlib
+import shlex
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import handler
+from handler.labels import CLASS_INDEX, Label, load_class_index
+from scripts.terminal import UserError
+
+IMAGENET_CLASSES = 1000
+
+MAX_BYTES = 10_000_000
+MAX_CLASSES = 100_000
+# Python's parser takes 500 bytes of memory per byte; ImageNet-21k's dictionary has 0.9 MB.
+_MAX_PYTHON_LENGTH = 1_000_000
+
+_FORMS = (
+    "Accepted are: text with one name per line; CSV with lines such as 0,cat; a Hugging Face "
+    'config.json; and JSON: ["cat", "dog"], {"0": "cat", "1": "dog"}, {"0": ["id-of-cat", "cat"]} '
+    'or {"cat": 0, "dog": 1}.'
+)
+# WordNet's id and the class's name, as in "n01440764 tench, Tinca tinca".
+_SYNSET = re.compile(r"(n\d{8})[\s,;]+(\S.*)")
+_POSITION = re.compile(r"\d{1,9}", re.ASCII)
+# Categories of characters that no name has: controls, halves of characters, line separators.
+_NOT_TEXT = {"Cc", "Cs", "Zl", "Zp"}
+
+
+def imagenet_classes(outputs: int) -> list[Label]:
+    """Return ImageNet's classes for a model with 1000 outputs, or 1001 as TensorFlow's have."""
+    background = {0: [], 1: [Label("background", "background")]}.get(outputs - IMAGENET_CLASSES)
+    if background is None:
+        raise ValueError(f"ImageNet has {IMAGENET_CLASSES} classes, not {outputs}")
+    index = Path(handler.__file__).with_name(CLASS_INDEX)
+    return background + load_class_index(index, IMAGENET_CLASSES)
+
+
+def read_classes(path: Path) -> list[Label]:
+    """Read a list of classes from a file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Raises:
+        UserError: see `classes_from_text`; or the file is missing, too large or not in UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"The list of classes {path} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"The list of classes {path} is larger than {MAX_BYTES // 10**6} MB.")
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if utf16 else "utf-8")
+    except UnicodeDecodeError as error:
+        if utf16:
+            raise UserError(f"The list of classes {path} is UTF-16, but damaged.") from error
+        raise UserError(_encoding_message(path, data, error.start)) from error
+    return classes_from_text(text, str(path))
+
+
+def _encoding_message(path: Path, data: bytes, start: int) -> str:
+    number = data.count(b"\n", 0, start) + 1
+    line = data.split(b"\n")[number - 1].strip().decode("cp1252", "replace")
+    converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    files = f"{shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+    return (
+        f"The list of classes {path} is not UTF-8: line {number} has the byte 0x{data[start]:02X}. "
+        f"It looks like Windows-1252, in which the line reads {_shown(line)}. If that is right, "
+        f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {files}"
+    )
+
+
+def classes_from_text(text: str, source: str) -> list[Label]:
+    """Parse a list of classes: one name per line, CSV, JSON or a Python dictionary or list.
+
+    Args:
+        text: the list.
+        source: where the text is from, for messages.
+
+    Returns:
+        the classes by position in the model's output. A class without an id gets its name as id;
+        equal names get different ids, "crane" and "crane-2".
+
+    Raises:
+        UserError: the list is in none of these forms, has gaps, or a name is empty or not text.
+    """
+    text = text.removeprefix("\ufeff")
+    if text.lstrip()[:1] in {"[", "{"}:
+        return classes_from_json(_structure(text, source), source)
+    if not text.strip():
+        _reject(source, "it names no class")
+    lines = re.split(r"\r\n|\n|\r", text.rstrip(), maxsplit=MAX_CLASSES + 1)
+    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if empty is not None:
+        _reject(source, f"line {empty} is empty, so that class has no name")
+    positions = _from_csv(lines)
+    return _labels(lines if positions is None else _by_position(positions, source), source)
+
+
+def classes_from_json(value: object, source: str) -> list[Label]:
+    """Convert a parsed list of classes, from JSON, YAML or Python, to labels.
+
+    Args:
+        value: a list of names; a mapping from position to name, or to id and name, or from name to
+            position; or a mapping that has one of these as `id2label` or `label2id`.
+        source: where the value is from, for messages.
+
+    Returns:
+        see `classes_from_text`; the same errors.
+    """
+    if isinstance(value, Mapping):
+        nested = [value.get(key) for key in ("id2label", "label2id")]
+        value = next((classes for classes in nested if isinstance(classes, Mapping)), value)
+    if isinstance(value, Mapping):
+        value = _by_position(_pairs(value, source), source)
+    if not isinstance(value, list | tuple):
+        _reject(source, f"{_shown(value)} is not a list of classes")
+    return _labels(value, source)
+
+
+def _structure(text: str, source: str) -> object:
+    """Parse JSON or a Python literal."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
+    except RecursionError:
+        _reject(source, "it is nested too deeply")
+    except ValueError as error:
+        reason = str(error)
+    if len(text) > _MAX_PYTHON_LENGTH:
+        _reject(source, f"it is not JSON ({reason})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\d" in a name
+            tree = ast.parse(text.strip(), mode="eval").body
+            value: object = ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        _reject(source, f"it is neither JSON ({reason}) nor a Python dictionary or list")
+    if isinstance(tree, ast.Dict) and isinstance(value, dict) and len(value) < len(tree.keys):
+        _reject(source, "a position or name occurs twice")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]], source: str) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        _reject(source, f"{_shown(key)} occurs twice")
+    return found
+
+
+def _from_csv(lines: Sequence[str]) -> list[tuple[int, object]] | None:
+    """Return positions and names; None if the lines are names that may have commas in them."""
+    for delimiter, column in itertools.product(",;\t", (0, -1)):
+        try:
+            rows = [next(csv.reader([line], delimiter=delimiter)) for line in lines]
+        except csv.Error:
+            return None
+        body = rows if _POSITION.fullmatch(rows[0][column].strip()) else rows[1:]  # a header
+        cells = [row[column].strip() for row in body if len(row) > 1]
+        if not cells or len(cells) < len(body) or not all(map(_POSITION.fullmatch, cells)):
+            continue
+        found = {int(cell) for cell in cells}
+        # Other numbers are part of the names, as in "10,5 mm".
+        if 0 in found or found == set(range(1, len(body) + 1)):
+            rest = slice(1, None) if column == 0 else slice(None, -1)
+            names = [delimiter.join(row[rest]) for row in body]
+            return list(zip(map(int, cells), names, strict=True))
+    return None
+
+
+def _pairs(value: Mapping[object, object], source: str) -> list[tuple[int, object]]:
+    """Return positions and classes: positions are the values if all are integers, else the keys."""
+    by_name = [(i, name) for name, i in value.items() if type(i) is int and isinstance(name, str)]
+    if len(by_name) == len(value):
+        return list(by_name)
+    result = []
+    for key, row in value.items():
+        index = int(key) if isinstance(key, str) and _POSITION.fullmatch(key) else key
+        if type(index) is not int:
+            _reject(source, f"{_shown(key)} is not the position of a class")
+        result.append((index, row))
+    return result
+
+
+def _by_position(pairs: Sequence[tuple[int, object]], source: str) -> list[object]:
+    found: dict[int, object] = {}
+    for index, row in pairs:
+        if index in found:
+            both = f"{_shown(found[index])} and {_shown(row)}"
+            _reject(source, f"{both} have the same position, {_shown(index)}")
+        found[index] = row
+    missing = next((index for index in range(len(found)) if index not in found), None)
+    if missing is not None:
+        wanted = f"positions begin at 0, so those of {len(found)} classes are 0 to {len(found) - 1}"
+        _reject(source, f"{wanted}, but no class has position {missing}")
+    return [found[index] for index in range(len(found))]
+
+
+def _labels(values: Sequence[object], source: str) -> list[Label]:
+    """Give each class an id of its own: the given one, or its name, with a number if taken."""
+    if not values:
+        _reject(source, "it names no class")
+    if len(values) > MAX_CLASSES:
+        _reject(source, f"it has more than {MAX_CLASSES} classes")
+    rows = [_row(value, index, source) for index, value in enumerate(values)]
+    ids = Counter(class_id for class_id, _ in rows if class_id is not None)
+    twice = next((class_id for class_id, count in ids.items() if count > 1), None)
+    if twice is not None:
+        _reject(source, f"two classes have the same id, {_shown(twice)}")
+    taken = set(ids) | {name for class_id, name in rows if class_id is None}
+    used, labels = set(ids), []
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+    for class_id, name in rows:
+        unique = name if class_id is None else class_id
+        if class_id is None and name in used:
+            candidates = (f"{name}-{number}" for number in numbers[name])
+            unique = next(candidate for candidate in candidates if candidate not in taken)
+            taken.add(unique)
+        used.add(unique)
+        labels.append(Label(unique, name))
+    return labels
+
+
+def _row(value: object, index: int, source: str) -> tuple[str | None, str]:
+    """Return the class's id, if it has one, and its name."""
+    match value:
+        case str():
+            synset = _SYNSET.fullmatch(value.strip())
+            class_id, name = (synset[1], synset[2]) if synset else (None, value.strip())
+        case [str() as first, str() as second]:
+            class_id, name = first.strip(), second.strip()
+        case bool() | int() | float() | None:
+            _reject(source, f"class {index} is {_shown(value)}, not text: put it in quotes")
+        case _:
+            _reject(source, f"class {index} is {_shown(value)}, not a name")
+    if not name or class_id == "":
+        _reject(source, f"class {index} has an empty name or id")
+    if any(unicodedata.category(character) in _NOT_TEXT for character in (class_id or "") + name):
+        _reject(source, f"class {index} has a control character in {_shown(value)}")
+    return class_id, name
+
+
+def _shown(value: object) -> str:
+    """Return a short form of a value of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number"
+
+
+def _reject(source: str, reason: str) -> NoReturn:
+    raise UserError(f"The list of classes {source} cannot be used: {reason}. {_FORMS}")

@@ -1,0 +1,374 @@
+"""The model file: all that a model archive is made of, in YAML (`MODEL_FILE=pets.yaml`).
+
+Its keys are typed. An error names the file, the line, the key and what is allowed. Relative paths
+are relative to the file. `python -m scripts.build.model_file` prints its JSON schema.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from scripts.build.guard import Limits
+from scripts.build.preprocessing import PreprocessingOptions
+from scripts.store import PACKAGED_ARCHITECTURE
+from scripts.terminal import UserError
+
+TIMM = "timm/"
+RANDOM = "random"
+
+# A model's name is part of URLs and of file names.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MAX_BYTES = 1_000_000
+
+
+def _located(path: Path, info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", ""), path.expanduser())
+
+
+def _is_there(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
+    return path
+
+
+def _is_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path} must be a folder of images")
+    return path
+
+
+File = Annotated[Path, AfterValidator(_located), AfterValidator(_is_there)]
+Folder = Annotated[Path, AfterValidator(_located), AfterValidator(_is_folder)]
+
+
+def _weights(value: object, info: ValidationInfo) -> str:
+    """Return an address, "random", or the absolute or relative path of a file that is there."""
+    if not isinstance(value, (str, Path)):
+        raise ValueError(f"must be a file, an address or random, got {value!r}")  # noqa: TRY004
+    if value == RANDOM or re.match("https?://", str(value)):
+        return str(value)
+    return str(_is_there(_located(Path(value), info)))
+
+
+def _classes(value: object, info: ValidationInfo) -> Any:
+    """Return a list of classes as it is written, or the path of a file of them."""
+    return _is_there(_located(Path(value), info)) if isinstance(value, (str, Path)) else value
+
+
+def _thresholds(value: object, info: ValidationInfo) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not 0 <= value <= 1:
+            raise ValueError(f"must be from 0 to 1, got {value}")
+        return float(value)
+    if isinstance(value, (str, Path)):
+        return _is_there(_located(Path(value), info))
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a number, a mapping of class to number, or a file")  # noqa: TRY004
+    return dict(value)
+
+
+class Precision(BaseModel):
+    """What the model computes in, and what that may cost.
+
+    Attributes:
+        type: float32, bf16 or int8.
+        calibration: folder of images that int8 is calibrated on.
+        evaluation: folder of images that the cost is measured on; for int8 the default is a part
+            of `calibration`.
+        max_loss: of top-1 and top-5 accuracy or of mean average precision, in percentage points,
+            for images in folders named like the classes or listed in a file of labels.
+        agreement: share of images, 0 to 1, whose top-1 prediction must not change, for other
+            images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["float32", "bf16", "int8"] = "float32"
+    calibration: Folder | None = None
+    evaluation: Folder | None = None
+    max_loss: Annotated[float, Field(ge=0, le=100)] = Limits.max_loss
+    agreement: Annotated[float, Field(ge=0, le=1)] = Limits.agreement
+
+    @property
+    def limits(self) -> Limits:
+        """What the type may cost."""
+        return Limits(self.max_loss, self.agreement)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Precision":
+        if self.type == "float32" and (self.calibration or self.evaluation):
+            raise ValueError("calibration and evaluation are for bf16 and int8")
+        if self.type == "int8" and self.calibration is None:
+            raise ValueError(
+                "int8 is calibrated on a few hundred images like those that the model will get: "
+                "calibration: folder (on the command line IMAGES=folder)"
+            )
+        if self.type == "bf16" and self.calibration is not None:
+            raise ValueError("bf16 needs no calibration: leave it out")
+        if self.type == "bf16" and self.evaluation is None:
+            raise ValueError(
+                "what bf16 costs is measured on images like those that the model will get: "
+                "evaluation: folder (on the command line IMAGES=folder)"
+            )
+        return self
+
+
+def _by_name(key: str) -> BeforeValidator:
+    """Let a mapping be given by the value of one of its keys, such as `precision: float32`."""
+    return BeforeValidator(
+        lambda value: {key: value} if isinstance(value, str) else value,
+        json_schema_input_type=str | dict[str, Any],
+    )
+
+
+class ModelFile(BaseModel):
+    """All that a model archive is made of.
+
+    Attributes:
+        name: of the model archive, and of the model in URLs.
+        model: an ONNX file, a folder in Hugging Face's form, or a Python file with one nn.Module
+            class (then with `weights`).
+        arch: instead of `model`: one of torchvision's classifiers, efficientnet_lite0, or
+            timm/NAME.
+        weights: a file; the address of torchvision's on a mirror; "random" (`make run` only,
+            to try the service). The default is the published weights of `arch`.
+        weights_key: which state dict of a checkpoint, if it holds several.
+        revision: the commit of the weights on the Hugging Face hub, for timm/NAME alone.
+        classes: a file, or the list itself, in the order of the model's outputs.
+        preprocessing: a preset's name, or keys of `PreprocessingOptions`.
+        activation: softmax (one class of all) or sigmoid (multi-label).
+        thresholds: for sigmoid, the confidence threshold: a number, a mapping of class to number,
+            or a JSON file of that.
+        engine: onnx (CPU; OpenVINO for bf16 and int8) or torch (GPU; torchvision's only).
+        precision: a type, or keys of `Precision`.
+        allow_saturated: pack a model although it answers the same class with certainty to all
+            sample images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, title="Model file")
+
+    name: str = ""
+    model: File | None = None
+    arch: str | None = None
+    weights: Annotated[
+        str | None, BeforeValidator(lambda v, i: v if v is None else _weights(v, i))
+    ] = None
+    weights_key: str | None = None
+    revision: str | None = None
+    classes: Annotated[Any, BeforeValidator(_classes, json_schema_input_type=str | list[str])] = (
+        None
+    )
+    preprocessing: Annotated[PreprocessingOptions, _by_name("preset")] = PreprocessingOptions()
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    thresholds: Annotated[
+        Any,
+        BeforeValidator(_thresholds, json_schema_input_type=float | str | dict[str, float]),
+    ] = None
+    engine: Literal["onnx", "torch"] = "onnx"
+    precision: Annotated[Precision, _by_name("type")] = Precision()
+    allow_saturated: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("name"):
+            return values
+        origin = values.get("arch") or (values.get("model") and Path(str(values["model"])).stem)
+        name = str(origin or "").removeprefix(TIMM).replace(".", "-")
+        return {**values, "name": name}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelFile":
+        for wrong, message in (
+            (bool(self.arch) == bool(self.model), "say one of model and arch"),
+            (
+                NAME.fullmatch(self.name) is None,
+                f"name {self.name!r} must be 1 to 64 letters, digits, - and _, a letter first",
+            ),
+            (
+                self.is_python and not self.weights,
+                "a Python file needs weights: the file of its state dict",
+            ),
+            (
+                self.model is not None and not self.is_python and self.weights is not None,
+                "model is a whole model: leave weights out",
+            ),
+            (
+                self.weights_key is not None and self.weights is None,
+                "weights_key is for weights: it chooses one state dict of the file",
+            ),
+            (
+                self.engine == "torch" and not self.is_torchvision,
+                "engine: torch is for torchvision's architectures; leave it out",
+            ),
+            (
+                self.engine == "torch" and self.precision.type != "float32",
+                f"precision {self.precision.type} is OpenVINO's: leave engine: torch out",
+            ),
+            (
+                self.revision is not None and (not self.is_timm or self.weights is not None),
+                "revision is for arch: timm/NAME without weights",
+            ),
+            (
+                self.thresholds is not None and self.activation != "sigmoid",
+                "thresholds are for activation: sigmoid; softmax has handler/model-config.yaml",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    @property
+    def is_python(self) -> bool:
+        """Whether the model is the user's own Python code."""
+        return self.model is not None and self.model.suffix == ".py"
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether timm makes the architecture."""
+        return (self.arch or "").startswith(TIMM)
+
+    @property
+    def is_torchvision(self) -> bool:
+        """Whether torchvision makes the architecture."""
+        return bool(self.arch) and not self.is_timm and self.arch != PACKAGED_ARCHITECTURE
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image can have several labels, or none."""
+        return self.activation == "sigmoid"
+
+    def replace(self, **values: Any) -> "ModelFile":
+        """Return the same with other values."""
+        return ModelFile(**{**dict(self), **values})
+
+    def to_yaml(self) -> str:
+        """Return the text of a file that says the same, without what is the default."""
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        return yaml.safe_dump(
+            {"name": self.name, **values},
+            sort_keys=False,
+            allow_unicode=True,
+            default_flow_style=None,
+        )
+
+
+def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
+    """Read and validate a model file.
+
+    Args:
+        path: YAML, of which JSON is a part.
+        overrides: from the command line: values that replace the file's, by key; paths are relative
+            to the current folder, and `preprocessing` replaces single keys.
+
+    Raises:
+        UserError: with the line, the key and what is allowed.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is too large for a model file.")
+        text = path.read_text("utf-8-sig")
+        tree = yaml.compose(text, yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The model file {path} cannot be read: {error}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"The model file {path} is not valid YAML: {problem}.") from error
+    if not isinstance(content, dict) or not isinstance(tree, yaml.MappingNode):
+        raise UserError(f"The model file {path} must hold keys and values, such as: arch: resnet50")
+    _check_repeated(tree, path)
+    try:
+        spec = ModelFile.model_validate(content, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise UserError(_message(error, path, tree)) from error
+    said = dict(overrides or {})
+    if "preprocessing" in said:
+        given = spec.preprocessing.model_dump(exclude_none=True)
+        said["preprocessing"] = {**given, **said["preprocessing"]}
+    return from_options(**{**dict(spec), **said}) if said else spec
+
+
+def from_options(**options: Any) -> ModelFile:
+    """Return the model file that options of the command line amount to.
+
+    Args:
+        options: values by key; None for what is not said.
+
+    Raises:
+        UserError: with the key, in upper case as a variable of make, and what is allowed.
+    """
+    try:
+        return ModelFile.model_validate({k: v for k, v in options.items() if v is not None})
+    except ValidationError as error:
+        raise UserError(_message(error)) from error
+
+
+def _message(error: ValidationError, path: Path | None = None, tree: Any = None) -> str:
+    """Return the first few errors, one sentence each."""
+    sentences = []
+    for one in error.errors()[:3]:
+        keys = [str(key) for key in one["loc"]]
+        where = f"{path}, line {_line(tree, keys)}: " if path else ""
+        sentences.append(where + _sentence(one, keys))
+    return " ".join(dict.fromkeys(sentences))
+
+
+def _sentence(one: Mapping[str, Any], keys: list[str]) -> str:
+    if one["type"] == "extra_forbidden":
+        owner = {"preprocessing": PreprocessingOptions, "precision": Precision}
+        fields = list((owner[keys[0]] if len(keys) > 1 else ModelFile).model_fields)
+        near = get_close_matches(keys[-1], fields, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{keys[-1]!r} is no key here.{hint} Allowed are: {', '.join(fields)}."
+    message = str(one["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    got = f", got {one['input']!r:.60}" if message.startswith("must be") else ""
+    begin = f"{': '.join(keys)}: " if keys else ""
+    return f"{begin}{message}{'' if 'got ' in message else got}."
+
+
+def _line(node: Any, keys: list[str]) -> int:
+    """Return the line of the innermost of nested keys that the file has, from 1 on."""
+    line = int(node.start_mark.line) + 1
+    for key in keys:
+        for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if name.value == key:
+                line, node = int(name.start_mark.line) + 1, value
+                break
+    return line
+
+
+def _check_repeated(node: yaml.MappingNode, path: Path) -> None:
+    seen = set()
+    for name, value in node.value:
+        if name.value in seen:
+            raise UserError(f"{path}, line {name.start_mark.line + 1}: {name.value} is said twice.")
+        seen.add(name.value)
+        if isinstance(value, yaml.MappingNode):
+            _check_repeated(value, path)
+
+
+def schema() -> str:
+    """Return the JSON schema, for editors that check YAML as it is written."""
+    return json.dumps(ModelFile.model_json_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

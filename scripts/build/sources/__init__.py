@@ -1,0 +1,56 @@
+"""Where models come from: one module per origin. Each reads what is known of a model into a
+`Source`; all that follows exists once, in `scripts.build.pipeline`.
+"""
+
+from pathlib import Path
+
+from scripts.build.model_file import ModelFile
+from scripts.build.sources.source import Source
+from scripts.groups import require
+from scripts.store import PACKAGED_ARCHITECTURE
+from scripts.terminal import UserError
+
+
+def open_source(spec: ModelFile) -> Source:
+    """Read the model that a model file names; PyTorch is imported only if the origin needs it.
+
+    Raises:
+        UserError: with what is wrong with the model's files, or what is missing.
+    """
+    if spec.model is None:
+        return _of_architecture(spec)
+    if spec.is_python:
+        from scripts.build.sources import python_file  # noqa: PLC0415
+
+        assert spec.weights is not None
+        return python_file.open_source(spec.model, Path(spec.weights), spec.weights_key)
+    if spec.model.is_dir():
+        require("huggingface")
+        from scripts.build.sources import huggingface  # noqa: PLC0415
+
+        return huggingface.open_source(spec.model)
+    if spec.model.suffix != ".onnx":
+        raise UserError(
+            f"{spec.model} is no model: that is an ONNX file (.onnx), a Python file (.py), or a "
+            "folder with config.json, preprocessor_config.json and model.safetensors. A file of "
+            "weights goes with its architecture: ARCH=resnet50 WEIGHTS=file"
+        )
+    from scripts.build.sources import onnx_file  # noqa: PLC0415
+
+    return onnx_file.open_source(spec.model)
+
+
+def _of_architecture(spec: ModelFile) -> Source:
+    if spec.arch == PACKAGED_ARCHITECTURE:
+        require("timm", "lite0")
+        from scripts.build.sources import efficientnet_lite0  # noqa: PLC0415
+
+        return efficientnet_lite0.open_source(spec)
+    if spec.is_timm:
+        require("timm")
+        from scripts.build.sources import timm  # noqa: PLC0415
+
+        return timm.open_source(spec)
+    from scripts.build.sources import torchvision  # noqa: PLC0415
+
+    return torchvision.open_source(spec)

@@ -1,0 +1,100 @@
+"""What is known of a model before the seconds of work begin, and how it becomes ONNX."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handler.labels import Label
+from handler.settings import Preprocessing
+from scripts.build import onnx_model
+from scripts.terminal import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class DownloadError(UserError):
+    """A file of weights could not be fetched, or what arrived is not that file."""
+
+
+class HostUnreachableError(DownloadError):
+    """The weights' host did not answer at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model of any origin.
+
+    Attributes:
+        architecture: as the model card and messages call it.
+        file: name of the file that the weights came from.
+        sha256: of that file.
+        outputs: number of values of the model's output; None if only a run shows it.
+        preprocessing: fields of `Preprocessing` from the model's own files, or the architecture's.
+        fixed: fields of `Preprocessing` that the model allows no other value for.
+        labels: the classes that the model's own files name.
+        trained: false for seeded random numbers.
+        notice: text that must accompany copies of the weights.
+    """
+
+    architecture: str
+    file: str
+    sha256: str
+    outputs: int | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    labels: Sequence[Label] | None = None
+    trained: bool = True
+    notice: str = ""
+
+    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
+        """Return the model as ONNX, from its own normalized input to its output.
+
+        Args:
+            preprocessing: of which `crop` counts.
+            folder: for temporary files.
+        """
+        raise NotImplementedError
+
+    def check(self, packed: Path, preprocessing: Preprocessing) -> None:
+        """Compare the packed model with the framework that it was trained with; raise `UserError`
+        if they differ. Without such a framework there is nothing to do.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxSource(Source):
+    """A model that is ONNX already."""
+
+    model: onnx_model.Model
+
+    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:  # noqa: ARG002
+        """See `Source.to_onnx`."""
+        return self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchSource(Source):
+    """A PyTorch module.
+
+    Attributes:
+        module: in evaluation mode, on the CPU; from normalized float32 (N, 3, crop, crop) to
+            float32 (N, outputs).
+    """
+
+    module: "nn.Module"
+
+    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
+        """See `Source.to_onnx`."""
+        from scripts.build import export  # noqa: PLC0415  # torch
+
+        target = folder / "exported.onnx"
+        export.write_onnx(self.module, preprocessing.crop, target, self.architecture)
+        return replace(onnx_model.read(target), file="the exported model")
+
+    def check(self, packed: Path, preprocessing: Preprocessing) -> None:
+        """See `Source.check`."""
+        from scripts.build import export  # noqa: PLC0415  # torch
+
+        export.compare(self.module, packed, preprocessing)

@@ -1,0 +1,107 @@
+"""`ARCH=timm/NAME`: timm makes the model and knows its preprocessing; a worker needs nothing of it.
+
+Weights come from a file, or from the Hugging Face hub at a pinned revision.
+"""
+
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm as library
+import timm.data
+import torch
+
+from scripts.build.checkpoints import Checkpoint, read_checkpoint
+from scripts.build.model_file import TIMM, ModelFile
+from scripts.build.sources.download import fetch_from_hub
+from scripts.build.sources.source import TorchSource
+from scripts.build.state_dicts import Template, fit, load_into
+from scripts.terminal import UserError
+
+# What timm calls what is done to images that are not square.
+_FITS = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+def open_source(spec: ModelFile) -> TorchSource:
+    """Return timm's model with the user's weights, or with those of the hub.
+
+    Raises:
+        UserError: with the reason and what to do.
+    """
+    architecture = spec.arch or ""
+    if spec.weights:
+        path = Path(spec.weights)
+    else:
+        repository = _config(architecture).hf_hub_id
+        if not repository:
+            raise UserError(
+                f"timm keeps no weights of {architecture} on the hub. Give a file: WEIGHTS=path"
+            )
+        path = fetch_from_hub(repository, spec.revision)
+    return load(architecture, read_checkpoint(path), spec.weights_key)
+
+
+def load(architecture: str, checkpoint: Checkpoint, weights_key: str | None = None) -> TorchSource:
+    """Put weights into timm's model, with as many classes as they have.
+
+    Args:
+        architecture: as in "timm/resnet50.a1_in1k".
+        checkpoint: in timm's naming.
+        weights_key: which of its state dicts.
+
+    Raises:
+        UserError: timm has no such model, or the weights do not fit it.
+    """
+    name = architecture.removeprefix(TIMM)
+    config = _config(architecture)
+    layers = [config.classifier] if isinstance(config.classifier, str) else config.classifier
+    if not layers:
+        raise UserError(f"{architecture} has no layer of classes.")
+
+    def shapes(classes: int) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            model = library.create_model(name, pretrained=False, num_classes=classes)
+        return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+    fitted = fit(
+        checkpoint, Template(architecture=architecture, shapes=shapes, last=layers[0]), weights_key
+    )
+    module = library.create_model(name, pretrained=False, num_classes=fitted.classes).eval()
+    load_into(module, fitted)
+    return TorchSource(
+        architecture=architecture,
+        file=checkpoint.file,
+        sha256=checkpoint.sha256,
+        outputs=fitted.classes,
+        preprocessing=_preprocessing(config),
+        module=module,
+    )
+
+
+def _preprocessing(config: Any) -> dict[str, Any]:
+    """Return what timm does to an image before the model gets it, as fields of `Preprocessing`."""
+    data: Any = timm.data
+    resolved = data.resolve_data_config({}, pretrained_cfg=config.to_dict())
+    crop = resolved["input_size"][-1]
+    return {
+        "resize": math.floor(crop / resolved["crop_pct"]),
+        "crop": crop,
+        "mean": tuple(resolved["mean"]),
+        "std": tuple(resolved["std"]),
+        "interpolation": resolved["interpolation"],
+        "fit": _FITS.get(resolved["crop_mode"], resolved["crop_mode"]),
+    }
+
+
+def _config(architecture: str) -> Any:
+    name = architecture.removeprefix(TIMM)
+    config = library.get_pretrained_cfg(name) if library.is_model(name) else None
+    if config is None:
+        known = [*library.list_models(), *library.list_pretrained()]
+        alike = get_close_matches(name, known, n=8)
+        raise UserError(
+            f"timm has no model {name!r}."
+            + (f" Alike are: {', '.join(TIMM + other for other in alike)}." if alike else "")
+        )
+    return config
