@@ -196,23 +196,21 @@ format: setup-tests ## put the code into the common style
 # stand on it. Each image has a lock that stands alone, with the versions of all others.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
-RUNNING := requirements.in client/pyproject.toml
-TOGETHER := tests precision timm-models timm-models/lite0 huggingface batch
-IMAGES := deploy/container deploy/gateway deploy/ray
-lock: setup ## pin all packages anew, from the requirements.in and the client's needs
-	@$(PIN) $(RUNNING) $(TOGETHER:%=%/requirements.in) -o .venv/pins.txt >/dev/null
-	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements.lock >/dev/null
-	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements.lock | sort -u); \
+RUNNING := requirements/run.in client/pyproject.toml
+TOGETHER := tests precision timm lite0 huggingface batch
+lock: setup ## pin all packages again, from requirements/*.in and the client's needs
+	@$(PIN) $(RUNNING) $(TOGETHER:%=requirements/%.in) -o .venv/pins.txt >/dev/null
+	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements/run.lock >/dev/null
+	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements/run.lock | sort -u); \
 	for group in $(TOGETHER) benchmarks; do \
-		$(PIN) $$pinned -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+		$(PIN) $$pinned -c .venv/pins.txt requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
-	@for group in $(IMAGES); do \
-		$(PIN) -c .venv/pins.txt $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	@for group in container gateway ray; do \
+		$(PIN) -c .venv/pins.txt requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
-	@for group in tests/clients tests/batch; do \
-		$(PIN) $$group/requirements.in -o $$group/requirements.lock >/dev/null || exit; \
+	@for group in clients moto sbom; do \
+		$(PIN) requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
-	@$(PIN) deploy/container/sbom.in -o deploy/container/sbom.lock >/dev/null
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

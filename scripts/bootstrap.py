@@ -29,16 +29,17 @@ CHOICE = VENV / "torch"
 LOCKED = "locked"
 CPU = "cpu"
 
-# Each group's name, its lock, and for whom it is. The first is part of every other.
+# Each group, whose lock is requirements/NAME.lock, and for whom it is. The first is part of every
+# other.
 GROUPS = {
-    "run": (Path("requirements.lock"), "running"),
-    "tests": (Path("tests", "requirements.lock"), "tests and checks"),
-    "precision": (Path("precision", "requirements.lock"), "lower precision"),
-    "timm": (Path("timm-models", "requirements.lock"), "timm's models"),
-    "lite0": (Path("timm-models", "lite0", "requirements.lock"), "EfficientNet-Lite0's weights"),
-    "huggingface": (Path("huggingface", "requirements.lock"), "Hugging Face's models"),
-    "batch": (Path("batch", "requirements.lock"), "batch classification"),
-    "benchmarks": (Path("benchmarks", "requirements.lock"), "benchmarks"),
+    "run": "running",
+    "tests": "tests and checks",
+    "precision": "reduced precision",
+    "timm": "timm's models",
+    "lite0": "EfficientNet-Lite0's weights",
+    "huggingface": "Hugging Face's models",
+    "batch": "batch classification",
+    "benchmarks": "benchmarks",
 }
 
 # The package that the run group has beside its lock, as it is in its folder.
@@ -116,6 +117,11 @@ def is_installed(group: str) -> bool:
     return PYTHON.exists() and stamp.exists() and stamp.read_text() == fingerprint(group)
 
 
+def lock_of(group: str) -> Path:
+    """Return the file of what a group installs."""
+    return Path("requirements", group + ".lock")
+
+
 def stamp_of(group: str) -> Path:
     """What says that a group was installed, and from which lock."""
     return VENV / ("installed-" + group)
@@ -123,7 +129,7 @@ def stamp_of(group: str) -> Path:
 
 def fingerprint(group: str) -> str:
     """Changes whenever the installation of a group should be looked at."""
-    contents = [GROUPS[group][0].read_bytes(), sys.version.encode()]
+    contents = [lock_of(group).read_bytes(), sys.version.encode()]
     if group == "run":
         contents.append((CLIENT / "pyproject.toml").read_bytes())
     return hashlib.sha256(b"".join(contents)).hexdigest()
@@ -164,7 +170,7 @@ def make_venv() -> None:
 
 def get_uv() -> None:
     """Installs the uv that the lock pins, by pip."""
-    pinned = {"uv": packages(GROUPS["run"][0])["uv"]}
+    pinned = {"uv": packages(lock_of("run"))["uv"]}
     name = pinned["uv"].split()[0].replace("==", "-") + ".dist-info"
     if UV.exists() and list(VENV.glob("lib/python*/site-packages/" + name)):
         return
@@ -201,9 +207,9 @@ def choose() -> str:
 
 def install(group: str, choice: str) -> None:
     """Installs one group: from its lock, by hash, but for a PyTorch that comes from elsewhere."""
-    lock, purpose = GROUPS[group]
+    lock, purpose = lock_of(group), GROUPS[group]
     # What a package without a wheel is built with comes from the lock, too.
-    building = ["--build-constraints", str(GROUPS["run"][0])]
+    building = ["--build-constraints", str(lock_of("run"))]
     steps = [["--require-hashes", *building, "-r", str(lock)]]
     if group == "run" and choice != LOCKED:
         # Another build of the same versions has other hashes, and needs no CUDA.
@@ -229,7 +235,7 @@ def install(group: str, choice: str) -> None:
 
 def torch_from(choice: str) -> "list[str]":
     """What tells uv to take the pinned PyTorch from its CPU index or from an address."""
-    pinned = packages(GROUPS["run"][0])
+    pinned = packages(lock_of("run"))
     versions = {name: re.sub(r"\\\n *--hash=\S+ *", "", pinned[name]) for name in TORCH}
     where = ["--torch-backend", CPU] if choice == CPU else ["--default-index", choice]
     return where + ["-r", write("torch.txt", versions)]

@@ -22,13 +22,12 @@ PLATFORMS = {
 }
 OLDEST_MACOS = "14.0"
 
-BESIDE_RUN = ("tests", "precision", "timm-models", "timm-models/lite0", "batch", "benchmarks")
-ALONE = ("tests/clients", "tests/batch", "deploy/container", "deploy/gateway", "deploy/ray")
+BESIDE_RUN = ("tests", "precision", "timm", "lite0", "huggingface", "batch", "benchmarks")
+ALONE = ("clients", "moto", "container", "gateway", "ray", "sbom")
 GROUPS = {
-    "run": ["requirements.lock"],
-    **{name: ["requirements.lock", f"{name}/requirements.lock"] for name in BESIDE_RUN},
-    **{name: [f"{name}/requirements.lock"] for name in ALONE},
-    "deploy/sbom": ["deploy/container/sbom.lock"],
+    "run": ["requirements/run.lock"],
+    **{name: ["requirements/run.lock", f"requirements/{name}.lock"] for name in BESIDE_RUN},
+    **{name: [f"requirements/{name}.lock"] for name in ALONE},
 }
 
 # Packages of pure Python without a wheel.

@@ -160,11 +160,12 @@ def _run(file: Path, images: NDArray[np.uint8], batch: int | None) -> Outputs:
 
 
 def _heads(last: Head | None) -> list[Head | None]:
-    """Return the last layer with features and without, and none."""
+    """Return the last layer with features, channels first or last, then without, and none."""
     if last is None:
         return [None]
     bare = dataclasses.replace(last, features="")
-    return [last, bare, None] if last.features else [bare, None]
+    with_features = [last, dataclasses.replace(last, channels_last=True)] if last.features else []
+    return [*with_features, bare, None]
 
 
 def _rows(head: Head, found: Output) -> NDArray[np.float32]:

@@ -106,12 +106,14 @@ class Head:
         features: the tensor of whose means that is made; empty where it is not known.
         weights: float32 (classes, channels).
         bias: float32 (classes,).
+        channels_last: whether `features` is (N, height, width, channels).
     """
 
     pooled: str
     features: str
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -468,8 +470,13 @@ def _casts_to(node: NodeProto) -> int | None:
 
 
 def _through(model: Model, name: str, operators: set[str]) -> str:
-    """The tensor from which operators without effect made another."""
-    while (node := model.producers.get(name)) is not None and node.op_type in operators:
+    """Return the tensor from which operators without effect made another.
+
+    A cast to float32 may have an effect: whoever passes it compares the numbers afterwards.
+    """
+    while (node := model.producers.get(name)) is not None and (
+        node.op_type in operators or _casts_to(node) == TensorProto.FLOAT
+    ):
         name = node.input[0]
     return name
 
@@ -484,7 +491,8 @@ def head(model: Model, found: Output) -> Head | None:
         constants = [c for i in node.input if (c := _constant(model, i)) is not None]
         if len(sides) != 1 or len(constants) != 1:
             return None
-        bias, node = constants[0].reshape(-1), model.producers.get(sides[0])
+        side = _through(model, sides[0], _SAME_NUMBERS)
+        bias, node = constants[0].reshape(-1), model.producers.get(side)
     if node is None or node.op_type not in {"Gemm", "MatMul"}:
         return None
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -577,11 +585,13 @@ def rewritten(
     given = dataclasses.replace(model.input, name=_other(model.input.name))
     before = list(_prepared(given, preprocessing, graph))
     after = list(_answered(found, graph))
-    after += [
-        _node("Identity", [_other(outputs[name])], [name])
-        for name in ("embedding", "features")
-        if name in outputs
-    ]
+    if last is not None:
+        after.append(_node("Identity", [_other(last.pooled)], ["embedding"]))
+    if last is not None and last.features:
+        operator, turn = (
+            ("Transpose", {"perm": [0, 3, 1, 2]}) if last.channels_last else ("Identity", {})
+        )
+        after.append(_node(operator, [_other(last.features)], ["features"], **turn))
     constants = {tensor.name for tensor in graph.initializer}
     crop = preprocessing.crop
     images = helper.make_tensor_value_info(

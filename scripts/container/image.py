@@ -26,10 +26,10 @@ NAME = "densenet-torchserve"
 VERSION = "1.0.0"
 RAY_NAME = "densenet-batch"
 # The packages of the image, and of others where an archive needs them.
-_LOCK = "deploy/container/requirements.lock"
-_LOCK_OF_RAY = "deploy/ray/requirements.lock"
-_LOCK_OF_TORCH = "requirements.lock"
-_LOCK_OF_PRECISION = "precision/requirements.lock"
+_LOCK = "requirements/container.lock"
+_LOCK_OF_RAY = "requirements/ray.lock"
+_LOCK_OF_TORCH = "requirements/run.lock"
+_LOCK_OF_PRECISION = "requirements/precision.lock"
 
 
 @dataclass(frozen=True)

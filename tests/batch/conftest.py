@@ -89,7 +89,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
     """Turns a key into an address in the empty bucket `images` of an S3 server, Moto's."""
-    python = environment(tmp_path / "moto", Path(__file__).with_name("requirements.lock"))
+    python = environment(tmp_path / "moto", Path("requirements/moto.lock").absolute())
     (port,) = unused_ports(1)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")

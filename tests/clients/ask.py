@@ -1,6 +1,6 @@
 """Asks a server as KServe's or Triton's own client does, and prints what it answered as JSON.
 
-It runs in an environment of its own, see requirements.in beside it:
+It runs in an environment of its own, see requirements/clients.in:
 
     python ask.py kserve|triton ADDRESS GRPC_ADDRESS MODEL PICTURE
 

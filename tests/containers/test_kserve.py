@@ -69,7 +69,7 @@ def pod(engine: Engine, image: str, store: Path) -> Iterator[Container]:
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python with KServe's and Triton's own clients."""
-    return environment(tmp_path_factory.mktemp("clients"), CLIENTS / "requirements.lock")
+    return environment(tmp_path_factory.mktemp("clients"), Path("requirements/clients.lock").absolute())
 
 
 def test_the_mounted_model_serves_and_the_mounted_configuration_gives_no_rights(

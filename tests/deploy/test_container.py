@@ -92,7 +92,7 @@ def test_the_gateways_image_has_what_its_command_imports(tmp_path: Path) -> None
         else:
             (tmp_path / target).mkdir(parents=True, exist_ok=True)
             shutil.copy(source, tmp_path / target)
-    lock = (GATEWAY / "requirements.lock").read_text()
+    lock = Path("requirements/gateway.lock").read_text()
     packages = re.findall(r"^([a-z0-9.-]+)==", lock, re.MULTILINE)
     command = [sys.executable, "-c", _HELP, *packages]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -105,12 +105,13 @@ def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
         return set(re.findall(r"^([a-z0-9.-]+==[^ ]+)", path.read_text(), re.MULTILINE))
 
     # The tests' group has what the image's gRPC needs and no other part of the project does.
-    known = pins(Path("requirements.lock")) | pins(Path("tests/requirements.lock"))
-    known_to_ray = known | pins(Path("batch/requirements.lock"))
-    folders = {CONTAINER: known, GATEWAY: known, Path("deploy/ray"): known_to_ray}
-    for folder, others in folders.items():
-        image = pins(folder / "requirements.lock")
-        lines = (folder / "requirements.in").read_text().splitlines()
+    folder = Path("requirements")
+    known = pins(folder / "run.lock") | pins(folder / "tests.lock")
+    known_to_ray = known | pins(folder / "batch.lock")
+    groups = {"container": known, "gateway": known, "ray": known_to_ray}
+    for group, others in groups.items():
+        image = pins(folder / f"{group}.lock")
+        lines = (folder / f"{group}.in").read_text().splitlines()
         wanted = {re.split(r"[\[ ]", line)[0] for line in lines if line and line[0] != "#"}
         assert len(wanted) > 5
         assert wanted <= {pin.split("==")[0] for pin in image}

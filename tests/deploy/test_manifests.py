@@ -97,7 +97,7 @@ def test_only_the_ray_jobs_pods_reach_one_another() -> None:
 
 
 def test_all_of_a_ray_cluster_has_the_version_that_is_pinned() -> None:
-    lock = Path("deploy/ray/requirements.lock").read_text()
+    lock = Path("requirements/ray.lock").read_text()
     (pinned,) = re.findall(r"^ray==(\S+)", lock, re.MULTILINE)
     assert manifests(RAY_JOB)[0]["spec"]["rayClusterSpec"]["rayVersion"] == pinned
     images = {pod["spec"]["containers"][0]["image"] for pod in _ray_pods().values()}

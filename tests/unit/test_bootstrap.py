@@ -45,11 +45,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
     (tmp_path / ".venv/bin/uv").write_text(UV)
     (tmp_path / ".venv/bin/uv").chmod(0o755)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/requirements.lock").write_text("tool==1")
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/tests.lock").write_text("tool==1")
     (tmp_path / "client").mkdir()
     (tmp_path / "client/pyproject.toml").write_text("version = 1")
-    (tmp_path / "requirements.lock").write_text(LOCK)
+    (tmp_path / "requirements/run.lock").write_text(LOCK)
     (tmp_path / ".venv/installed-run").write_text(bootstrap.fingerprint("run"))
     return tmp_path
 
@@ -60,7 +60,7 @@ def test_a_finished_installation_is_found_without_starting_anything(
     monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
     bootstrap.main()
-    for changed in ("requirements.lock", "client/pyproject.toml", ".venv/installed-run"):
+    for changed in ("requirements/run.lock", "client/pyproject.toml", ".venv/installed-run"):
         before = (folder / changed).read_text()
         (folder / changed).write_text(before + "#")
         assert not bootstrap.is_installed("run"), changed
@@ -130,18 +130,18 @@ def test_groups_are_installed_by_hash_each_from_its_lock(
     monkeypatch.setenv("PIP_INDEX_URL", "http://mirror")
     monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
     bootstrap.CHOICE.write_text("locked")
-    (folder / "requirements.lock").write_text(LOCK + "b==7\n")
+    (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
     install = "http://mirror pip install --python .venv/bin/python --no-deps"
-    by_hash = "--require-hashes --build-constraints requirements.lock -r"
+    by_hash = "--require-hashes --build-constraints requirements/run.lock -r"
     bootstrap.main()
     assert (folder / ".venv/asked").read_text().splitlines() == [
-        f"{install} --dry-run {by_hash} requirements.lock",
+        f"{install} --dry-run {by_hash} requirements/run.lock",
         "http://mirror cache dir",
-        f"{install} {by_hash} requirements.lock",
+        f"{install} {by_hash} requirements/run.lock",
         f"{install} --quiet --offline --editable client",
-        f"{install} --dry-run {by_hash} tests/requirements.lock",
+        f"{install} --dry-run {by_hash} requirements/tests.lock",
         "http://mirror cache dir",
-        f"{install} {by_hash} tests/requirements.lock",
+        f"{install} {by_hash} requirements/tests.lock",
     ]
     assert bootstrap.is_installed("run")
     assert bootstrap.is_installed("tests")
@@ -158,7 +158,7 @@ def test_pytorch_from_an_index_has_the_locks_version_without_hashes_and_without_
     assert bootstrap.CHOICE.stat().st_mode & 0o077 == 0
     asked = (folder / ".venv/asked").read_text()
     assert "--no-deps --default-index http://me:secret@here -r .venv/torch.txt\n" in asked
-    assert "--require-hashes --build-constraints requirements.lock -r .venv/without" in asked
+    assert "--require-hashes --build-constraints requirements/run.lock -r .venv/without" in asked
     assert (folder / ".venv/torch.txt").read_text().split() == ["torch==3", "torchvision==4"]
     others = (folder / ".venv/without-torch.txt").read_text()
     assert others == LOCK[: LOCK.index("torch==")] + LOCK[LOCK.index("uv==") :]
