@@ -13,7 +13,7 @@ from pyarrow import fs, parquet
 from batch import storage
 from batch.parts import MOST_BYTES, SCHEMA, SHARD, shard_name, size_for
 from batch.storage import Place
-from classification_client.pictures import SUFFIXES
+from classification_client.images import SUFFIXES
 
 _PARQUET = ".parquet"
 

@@ -17,20 +17,26 @@ from scripts.serve.running import require_running
 from scripts.sources import sources
 from scripts.terminal import command
 
+ImageOption = Annotated[
+    str | None, typer.Option(help="A file or folder; or names and patterns, as in a shell.")
+]
+
 
 def main(
+    image: ImageOption = None,
+    images: ImageOption = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
-    format: FormatOption = None,  # noqa: A002  # as the variable is called
+    format: FormatOption = None,  # noqa: A002  # as the option is called
     output: OutputOption = None,
     topk: TopkOption = None,
     threshold: ThresholdOption = None,
     key: KeyOption = None,
 ) -> int:
-    """Classifies pictures with the server that runs here."""
+    """Classify images with the server that runs here."""
     running = require_running()
     url = (running.serving(model) if model else running).predictions_url
     options = RequestOptions(topk=topk, threshold=threshold, key=key)
-    return classify(sources("IMAGE", "IMAGES"), url, options, format_=format, output=output)
+    return classify(sources(image, images), url, options, format_=format, output=output)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import classification_report, confusion_matrix
 
-from classification_client import Client, RequestOptions, ServiceError
-from classification_client.client import check_address
+from classification_client import Client, RequestOptions, Row, ServiceError, check_address
 from classification_client.command import AT_ONCE, KeyOption
-from classification_client.pictures import Found, search
-from classification_client.results import Row
+from classification_client.images import Found, search
 from handler.labels import Label
 from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
 from scripts.evaluation.multilabel import evaluate_labels, report_labels
@@ -26,7 +24,7 @@ from scripts.labels_file import NAME as LABELS_FILE
 from scripts.matching import match
 from scripts.serve.running import RUN_DIR, require_running
 from scripts.sources import sources
-from scripts.terminal import UserError, asked, command, console, printable, step, warn
+from scripts.terminal import UserError, command, console, printable, step, warn
 
 OUTPUT = RUN_DIR / "evaluation"
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -279,7 +277,7 @@ def _plot_calibration(evaluation: Evaluation, path: Path) -> None:
 
 def main(
     images: Annotated[
-        list[str] | None, typer.Argument(help="A folder with a folder of pictures a class.")
+        str | None, typer.Option(help="A folder with a folder of images per class.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
@@ -294,11 +292,10 @@ def main(
     ] = None,
 ) -> None:
     """Evaluates a served model on pictures whose classes are known."""
-    images = images or sources("IMAGES")
-    if len(images) != 1:
-        how = "name it" if asked() is None else f"{asked()} IMAGES=folder"
-        raise UserError(f"One folder is needed, with a folder of pictures for each class: {how}.")
-    options, folder, address = RequestOptions(key=key), Path(images[0]), _where_to_send(url, model)
+    named = sources(images)
+    if len(named) != 1:
+        raise UserError("Name one folder, with a folder of images for each class: --images folder.")
+    options, folder, address = RequestOptions(key=key), Path(named[0]), _where_to_send(url, model)
     if labels is None and (folder / LABELS_FILE).is_file():
         labels = folder / LABELS_FILE
     if labels is not None:

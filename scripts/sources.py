@@ -1,39 +1,29 @@
-"""Which files, folders and patterns a person named in make's variables.
-
-Make's variables come through the environment (see the Makefile), where spaces, quotes and dollars
-in the name of a file survive.
-"""
+"""Which files, folders and patterns a person named in one option: IMAGES="holidays more/*.jpg"."""
 
 import glob
 import os
 import shlex
 
-from scripts.terminal import GIVEN, UserError
+from scripts.terminal import UserError
 
 
-def sources(*names: str) -> list[str]:
-    """The files, folders and patterns that variables of make name, all by one rule.
+def sources(*values: str | None) -> list[str]:
+    """Return the files, folders and patterns that values of options name, all by one rule.
 
     A value that is the name of something there, or a pattern of such names, is that, spaces, quotes
-    and all; any other is taken apart at its spaces as a shell does it.
-
-    Raises:
-        UserError: a quote has no end.
+    and all; any other is split at its spaces as a shell does it. `UserError` if a quote has no end.
     """
-    given = {name: os.environ.get(f"{GIVEN}_{name}", "") for name in names}
-    return [source for name, value in given.items() for source in _taken_apart(name, value)]
+    return [source for value in values if value for source in _split(value)]
 
 
-def _taken_apart(variable: str, value: str) -> list[str]:
-    if not value.strip():
-        return []
+def _split(value: str) -> list[str]:
     if os.path.lexists(value) or glob.glob(value):  # noqa: PTH207  # takes absolute ones
         return [value]
     try:
         parts = shlex.split(value)
     except ValueError as error:
         raise UserError(
-            f"{variable}={value}: there is no such file, and as a list it has a quote without "
-            "an end. A name with a quote in it goes between quotes of the other kind."
+            f"{value}: there is no such file, and as a list it has a quote without an end. A name "
+            "with a quote in it goes between quotes of the other kind."
         ) from error
     return [os.path.expanduser(part) for part in parts]  # noqa: PTH111  # patterns too

@@ -5,26 +5,30 @@ Example:
         print(client.classify(Path("cat.jpg")).label)
 """
 
-from classification_client.client import (
-    Classification,
-    Client,
-    ModelVersion,
-    Prediction,
+from classification_client.answers import Classification, ModelVersion, Prediction
+from classification_client.bulk import classify_all
+from classification_client.client import Client, RequestOptions, check_address
+from classification_client.errors import (
+    ClientError,
+    PassingError,
     RefusedError,
-    RequestOptions,
     ServiceError,
     UnavailableError,
 )
-from classification_client.reading import PassingError
+from classification_client.results import Row
 
 __all__ = [
     "Classification",
     "Client",
+    "ClientError",
     "ModelVersion",
     "PassingError",
     "Prediction",
     "RefusedError",
     "RequestOptions",
+    "Row",
     "ServiceError",
     "UnavailableError",
+    "check_address",
+    "classify_all",
 ]

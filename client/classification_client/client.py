@@ -1,448 +1,224 @@
-"""A client for the service: classifies pictures, and asks again where that is worth it.
+"""Sends images to the service, and retries transient errors: a classification changes nothing.
 
-It asks again where the server is full, restarts or loses the connection, which is safe: a
-classification changes nothing.
+A full queue, a restart of the server and a lost connection are transient. A wrong host name, TLS
+error or rejected request is permanent.
 """
 
+import errno
 import sys
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InvalidHeader, NameResolutionError
+from urllib3.util import Retry
 
-from classification_client.reading import PassingError, Snapshot, check_unchanged, in_thread, read
+from classification_client.answers import Classification, ModelVersion
+from classification_client.errors import PassingError, RefusedError, UnavailableError
+from classification_client.reading import check_unchanged, read
 from classification_client.retrying import tries
 
-_SUCCESS = range(200, 300)
-
 # The server's queue is full, its worker was lost with the request, or the network was too slow for
-# a gateway: another try may do.
-_BUSY = {408, 429, 502, 503, 504, 507}
+# a gateway.
+_TRANSIENT_STATUSES = {408, 429, 502, 503, 504, 507}
 _LOST_WORKER = "Worker died"
 
-# Seconds.
-PATIENCE = 120.0
-TIMEOUT = 60.0
-
-# The service's bound for a request; the form around a picture needs a little of it.
-MAX_PICTURE_BYTES = 20_971_520 - 4096
-
-# Statuses that speak of what was sent, and what they say of how it was asked, not of a picture.
-# The last two have no error of this service in them, so that they may come from anybody.
-_ABOUT_THE_BODY = {400, 413, 415}
-_ABOUT_THE_QUESTION = {
-    "BadRequest",
-    "MissingImage",
-    "RepeatedPart",
-    "TooManyImages",
-    "BadRequestException",
-    "HTTPError",
-    "NotThisService",
-}
-
-# What tells which model answered.
-_NAME_HEADER, _VERSION_HEADER = "x-model-name", "x-model-version"
-# Only of a model that gives several labels, and what it says then.
-_ACTIVATION_HEADER, _EACH_FOR_ITSELF = "x-model-activation", "sigmoid"
-
-
-class ServiceError(Exception):
-    """Something kept a picture from being classified; `str(error)` says what."""
-
-
-class RefusedError(ServiceError):
-    """The server's answer is that it will not: asking again would not help.
-
-    Attributes:
-        code: the HTTP status.
-        type: the server's name for what is wrong, such as "NotAnImage".
-        message: in words.
-        model: which model said so, where one did.
-    """
-
-    def __init__(
-        self, code: int, type_: str, message: str, model: "ModelVersion | None" = None
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.type = type_
-        self.message = message
-        self.model = model
-
-    @property
-    def is_about_the_picture(self) -> bool:
-        """Whether another picture could fare better."""
-        return self.code in _ABOUT_THE_BODY and self.type not in _ABOUT_THE_QUESTION
-
-
-class UnavailableError(ServiceError):
-    """The server gave no answer for as long as the client was told to be patient."""
-
-
-class UnreadableError(ServiceError):
-    """No picture can be read any more, as where a network drive is gone."""
-
-
-class _BusyError(Exception):
-    """Ask again."""
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """Which model answered.
-
-    Attributes:
-        name: under which it is served.
-        version: of its archive; the digits at its end change with all that was packed.
-        multilabel: whether it gives several labels a picture.
-    """
-
-    name: str
-    version: str
-    multilabel: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}".strip()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class and how probable it is.
-
-    Attributes:
-        label: the class's name.
-        probability: 0 to 1.
-        class_id: the class's id, such as "n02124075".
-        class_index: its position in the model's logits.
-    """
-
-    label: str
-    probability: float
-    class_id: str
-    class_index: int
-
-
-@dataclass(frozen=True)
-class Classification:
-    """What the server says of one picture.
-
-    Attributes:
-        predictions: best first, as many as were asked for.
-        recognized: whether the best one reaches the threshold; of a model that gives several
-            labels, whether any class reaches its own.
-        warning: what must be known about the model, such as that it is untrained.
-        model: which one it was; None where the server does not say.
-        labels: all classes that reach their threshold, best first, of a model that gives several
-            labels a picture; None of any other.
-        embedding: the pooled last features, where they were asked for.
-    """
-
-    predictions: tuple[Prediction, ...]
-    recognized: bool
-    warning: str | None = None
-    model: ModelVersion | None = None
-    labels: tuple[Prediction, ...] | None = None
-    embedding: Sequence[float] | None = None
-
-    @property
-    def best(self) -> Prediction:
-        """The best label; without one the best class, recognised or not."""
-        return (self.labels or self.predictions)[0]
-
-    @property
-    def label(self) -> str:
-        """The best class's name, recognised or not."""
-        return self.best.label
-
-    @property
-    def probability(self) -> float:
-        """The best class's probability, 0 to 1."""
-        return self.best.probability
-
-    @classmethod
-    def from_answer(
-        cls, body: Mapping[str, Any], model: ModelVersion | None = None
-    ) -> "Classification":
-        """Takes the server's answer to one picture; `ValueError` where it is something else."""
-        match body:
-            case {"predictions": [_, *_] as rows, "recognized": bool() as recognized}:
-                predictions = tuple(_prediction(row) for row in rows)
-            case _:
-                raise ValueError("no predictions")
-        warning = body.get("warning")
-        return cls(
-            predictions,
-            recognized,
-            None if warning is None else str(warning),
-            model,
-            _labels(body.get("labels")),
-            _embedding(body),
-        )
-
-
-def _labels(rows: object) -> tuple[Prediction, ...] | None:
-    if rows is None:
-        return None
-    if not isinstance(rows, list):
-        raise ValueError("no labels")  # noqa: TRY004  # as of any other answer
-    return tuple(_prediction(row) for row in rows)
-
-
-def _embedding(body: Mapping[str, Any]) -> Sequence[float] | None:
-    match body.get("embedding"):
-        case None:
-            return None
-        case [_, *_] as values if all(isinstance(value, (int, float)) for value in values):
-            return array("f", values)  # a tenth of a tuple's memory
-        case _:
-            raise ValueError("no embedding")
-
-
-def _prediction(row: object) -> Prediction:
-    match row:
-        case {
-            "label": str() as label,
-            "probability": int() | float() as probability,
-            "class_id": str() as class_id,
-            "class_index": int() as class_index,
-        }:
-            return Prediction(label, float(probability), class_id, class_index)
-        case _:
-            raise ValueError("no prediction")
+# The service's limit for a request; the form around an image needs a little of it.
+MAX_IMAGE_BYTES = 20_971_520 - 4096
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """How to ask.
+    """What to request, and for how long to try.
 
     Attributes:
-        topk: predictions wanted; None for as many as the server gives.
-        threshold: least probability, 0 to 1, that counts as recognised; None for the server's,
-            which may be another for each class.
-        embedding: ask for the pooled last features too.
-        patience: seconds for which one picture is tried again and again; 0 for one try.
-        timeout: seconds that one try may take.
-        key: a client's key, where a gateway asks for one.
-        headers: more headers of HTTP, such as a token's.
+        topk: number of predictions; None for the server's default.
+        threshold: confidence threshold, 0 to 1; None for the server's, which may differ per class.
+        patience: seconds for which one image is retried; 0 for one attempt.
+        timeout: seconds that one attempt may take.
+        key: a client's key, if a gateway requires one.
+        headers: more HTTP headers, such as a token's.
+        embedding: request the embedding too.
     """
 
     topk: int | None = None
     threshold: float | None = None
-    patience: float = PATIENCE
-    timeout: float = TIMEOUT
+    patience: float = 120.0
+    timeout: float = 60.0
     key: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     embedding: bool = False
 
-    @property
-    def fields(self) -> dict[str, str]:
-        """The form's fields beside the picture."""
-        embedding = "true" if self.embedding else None
-        given = {"topk": self.topk, "threshold": self.threshold, "embedding": embedding}
-        return {name: str(value) for name, value in given.items() if value is not None}
 
-    @property
-    def all_headers(self) -> dict[str, str]:
-        """The headers with the key among them."""
-        return {**self.headers, **({} if self.key is None else {"X-API-Key": self.key})}
-
-
-class Client:
-    """Classifies pictures; several threads may share one."""
+class Client(AbstractContextManager["Client"]):
+    """Classifies images; several threads may share one."""
 
     def __init__(
         self, url: str, options: RequestOptions | None = None, connections: int = 16
     ) -> None:
-        """Connects when it is first used.
-
-        Args:
-            url: where pictures go, such as "http://127.0.0.1:8080/predictions/densenet121".
-            options: how to ask.
-            connections: how many stay open, for as many threads.
-        """
+        """Connects when it is first used, and keeps so many connections, for as many threads."""
         self.url = url
         self.options = options or RequestOptions()
+        # A form leaves out what is None.
+        self._fields: dict[str, Any] = {
+            "topk": self.options.topk,
+            "threshold": self.options.threshold,
+            "embedding": "true" if self.options.embedding else None,
+        }
         self._session = requests.Session()
-        self._session.headers.update(self.options.all_headers)
+        self._session.headers.update(self.options.headers)
+        if self.options.key is not None:
+            self._session.headers["X-API-Key"] = self.options.key
         self._session.auth = lambda request: request  # none of .netrc, which would replace a token
+        # Proxies of the environment (http_proxy, ALL_PROXY, ...) are for other hosts.
+        host = urlsplit(url).hostname or ""
+        self._proxies = {"no_proxy": host} if _is_loopback(host) else None
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
-
-    def __enter__(self) -> "Client":  # noqa: PYI034  # Self is younger than Python 3.10
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
         self._session.close()
 
-    def classify(self, picture: Path | bytes) -> Classification:
-        """Classifies one picture.
-
-        Args:
-            picture: a file, or its bytes.
+    def classify(self, image: Path | bytes) -> Classification:
+        """Classify one image, a file or its bytes.
 
         Raises:
-            RefusedError: the server will not, for a reason that it gives.
-            UnavailableError: it did not answer within the patience.
+            RefusedError: the server rejects it.
+            UnavailableError: the server cannot be reached, or not within the patience.
             PassingError: the file could not be read within the patience.
             OSError: the file can never be read as it is.
         """
-        loaded: Snapshot | None = None
-        with self._answering():
-            for attempt in tries(_is_worth_another_try, self.options.patience):
-                with attempt:
-                    if loaded is None:
-                        loaded = self._load(picture)
-                    try:
-                        # The name stays here: nobody needs it.
-                        file = ("picture", loaded.content, "application/octet-stream")
-                        return self._post(files={"file": file}, data=self.options.fields)
-                    except RefusedError:
-                        refused, loaded = loaded, None
-                        if isinstance(picture, Path):
-                            check = partial(check_unchanged, picture, refused)
-                            in_thread(check, self.options.timeout)
-                        raise
-        raise AssertionError  # the last try returns or raises
+        return self._retry(partial(self._classify, image))
 
     def model(self) -> ModelVersion | None:
-        """Which model answers there; None where the server does not say.
+        """Return which model answers; None if the server does not report it.
 
-        Raises:
-            RefusedError: the server will not, for a reason that it gives.
-            UnavailableError: it did not answer within the patience.
+        Raises `RefusedError` or `UnavailableError` as `classify` does.
         """
         try:
-            with self._answering():
-                for attempt in tries(_is_worth_another_try, self.options.patience):
-                    with attempt:
-                        # There is no picture in it: the refusal says which model it is from.
-                        return self._post().model
+            return self._retry(self._post).model
         except RefusedError as error:
-            return _who_refused(error)
-        raise AssertionError  # the last try returns or raises
+            # The request has no image, and the rejection names the model that it is from.
+            if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
+                raise
+            return error.model
 
-    def _load(self, picture: Path | bytes) -> Snapshot:
-        """The bytes to send, with what tells whether the file has changed since.
+    def _retry(self, request: Callable[[], Classification]) -> Classification:
+        handled = sys.exc_info()[1]  # an error of the caller's, which is no cause of this one's
+        patience = self.options.patience
+        try:
+            for attempt in tries(partial(_retry_after, patience), patience):
+                with attempt:
+                    return request()
+        except (requests.RequestException, _TransientError, UnicodeError) as error:
+            reason = _reason(error, handled)
+            raise UnavailableError(f"{self.url} gave no answer: {reason}") from error
+        raise AssertionError  # the last attempt returns or raises
 
-        Raises:
-            RefusedError: there are none, or more of them than the service accepts.
-            PassingError: the file cannot be read now.
-            OSError: the file can never be read as it is.
-        """
-        if isinstance(picture, Path):
-            loaded = in_thread(partial(read, picture, MAX_PICTURE_BYTES), self.options.timeout)
-        else:
-            loaded = Snapshot(picture, len(picture), 0)
-        if loaded.size > MAX_PICTURE_BYTES:
-            size = f"{loaded.size / 1e6:.1f} MB"
-            raise RefusedError(
-                413, "TooLarge", f"The picture has {size}, more than the 20 accepted."
-            )
-        if not loaded.size:
-            raise RefusedError(400, "EmptyImage", "The picture is empty: it has no bytes.")
-        return loaded
+    def _classify(self, image: Path | bytes) -> Classification:
+        if isinstance(image, bytes):
+            return self._send(image, len(image))
+        content, status = read(image, MAX_IMAGE_BYTES)
+        try:
+            return self._send(content, status.st_size)
+        except RefusedError:
+            check_unchanged(image, status)
+            raise
+
+    def _send(self, content: bytes, size: int) -> Classification:
+        if size > MAX_IMAGE_BYTES:
+            message = f"The image has {size / 1e6:.1f} MB, more than the 20 accepted."
+            raise RefusedError(413, "TooLarge", message)
+        if not size:
+            raise RefusedError(400, "EmptyImage", "The image is empty: it has no bytes.")
+        # The file's name is not sent: nobody needs it.
+        file = ("image", content, "application/octet-stream")
+        return self._post(files={"file": file}, data=self._fields)
 
     def _post(self, **body: Any) -> Classification:
-        """Asks once."""
-        return _read(
-            self._session.post(
-                self.url, **body, timeout=self.options.timeout, allow_redirects=False
-            )
-        )
-
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Says in this module's terms that the last try had no answer."""
-        before = sys.exc_info()[1]  # the caller's own, which it may be handling
-        try:
-            yield
-        except (requests.RequestException, _BusyError, UnicodeError) as error:
-            raise UnavailableError(
-                f"{self.url} gave no answer, however often it was asked: {_reason(error, before)}"
-            ) from error
+        body |= {"timeout": self.options.timeout, "proxies": self._proxies}
+        return _parse(self._session.post(self.url, **body, allow_redirects=False))
 
 
-def _is_worth_another_try(error: Exception) -> bool:
-    """A full server, a restart, a lost connection or drive; not a wrong address or certificate."""
-    if isinstance(error, (_BusyError, PassingError)):
-        return True
-    lost = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-    return isinstance(error, lost) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
+def check_address(url: str) -> str:
+    """Return the address if images could be sent there; `ValueError` with a message otherwise."""
+    with suppress(ValueError):  # the errors of requests are ones, too
+        requests.Request("POST", url).prepare()
+        if urlsplit(url).scheme in {"http", "https"}:
+            return url
+    like = "http://127.0.0.1:8080/predictions/densenet121"
+    raise ValueError(f"{url!r} must be a whole address, such as {like}.")
 
 
-def _reason(error: BaseException, before: BaseException | None) -> str:
-    """What happened in the end, without what each library says of it.
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
-    Args:
-        error: the last one.
-        before: one that has nothing to do with it.
-    """
+
+class _TransientError(Exception):
+    """A response after which to retry, after so many seconds if it says so."""
+
+    def __init__(self, response: requests.Response, message: str) -> None:
+        super().__init__(f"status {response.status_code} {message}".strip())
+        self.after = 0.0
+        with suppress(InvalidHeader):
+            self.after = Retry().parse_retry_after(response.headers.get("Retry-After", "0"))
+
+
+def _retry_after(patience: float, error: Exception) -> bool | float:
+    """Return whether to retry, or after how many seconds."""
+    if isinstance(error, _TransientError):
+        return error.after <= patience and (error.after or True)
+    if isinstance(error, PassingError):
+        return error.errno != errno.ENOENT  # a missing folder: a later run may find it
+    if isinstance(error, requests.exceptions.SSLError):  # a bad certificate, or a port without TLS
+        return False
+    if isinstance(error, requests.ConnectionError):
+        reason = getattr(error.args[0] if error.args else None, "reason", None)
+        # The unknown host may be the proxy.
+        return not isinstance(getattr(reason, "original_error", reason), NameResolutionError)
+    return isinstance(error, (requests.Timeout, requests.exceptions.ChunkedEncodingError))
+
+
+def _reason(error: BaseException, handled: BaseException | None) -> str:
+    """Return the message of the first cause, without what each library adds to it."""
     cause: BaseException | None = error
-    while cause is not None and cause is not before:
+    while cause is not None and cause is not handled:
         error, cause = cause, cause.__cause__ or cause.__context__
     return str(error) or type(error).__name__
 
 
-def _read(response: requests.Response) -> Classification:
-    """The answer; raises `_BusyError` where it is worth asking again, else `RefusedError`."""
+def _parse(response: requests.Response) -> Classification:
+    """Return the answer, or raise `_TransientError` or `RefusedError`."""
     try:
         body = response.json()
     except ValueError:
         body = None
     answer: Mapping[str, Any] = body if isinstance(body, dict) else {}
-    message = str(answer.get("message", ""))
-    if response.status_code in _BUSY or _LOST_WORKER in message:
-        raise _BusyError(f"status {response.status_code} {message}".strip())
-    model = _model(response.headers)
-    if response.status_code in _SUCCESS:
-        try:
-            return Classification.from_answer(answer, model)
-        except ValueError as error:
-            raise RefusedError(
-                response.status_code,
-                "NotThisService",
-                "What answers there is no image classification service.",
-            ) from error
-    raise RefusedError(
-        response.status_code,
-        str(answer.get("type", "HTTPError")),
-        message or f"The server answered with status {response.status_code}.",
-        model,
-    )
-
-
-def _model(headers: Mapping[str, str]) -> ModelVersion | None:
-    name, version = headers.get(_NAME_HEADER), headers.get(_VERSION_HEADER)
-    multilabel = headers.get(_ACTIVATION_HEADER) == _EACH_FOR_ITSELF
-    return ModelVersion(name, version, multilabel) if name and version else None
-
-
-def _who_refused(error: RefusedError) -> ModelVersion | None:
-    """The model that was asked without a picture; raises what it is not the model that says."""
-    if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
-        raise error
-    return error.model
-
-
-def check_address(url: str) -> str:
-    """The address as it is, if pictures could go there; `ValueError` with a sentence otherwise."""
-    like = "such as http://127.0.0.1:8080/predictions/densenet121"
+    message, status = str(answer.get("message", "")), response.status_code
+    if status in _TRANSIENT_STATUSES or _LOST_WORKER in message:
+        raise _TransientError(response, message)
+    name, version = (response.headers.get(f"x-model-{what}") for what in ("name", "version"))
+    multilabel = response.headers.get("x-model-activation") == "sigmoid"
+    model = ModelVersion(name, version, multilabel) if name and version else None
+    if not response.ok or response.is_redirect:
+        message = message or f"The server answered with status {status}."
+        raise RefusedError(status, str(answer.get("type", "HTTPError")), message, model)
     try:
-        parsed = urlsplit(url)
-        if parsed.scheme in {"http", "https"} and parsed.hostname:
-            requests.Request("POST", url).prepare()
-            return url
-    except ValueError as error:  # what requests raises is one, too
-        raise ValueError(f"{url!r} is no address, {like}: {error}.") from error
-    raise ValueError(f"{url!r} must be a whole address with http:// or https://, {like}.")
+        return Classification.from_answer(answer, model)
+    except ValueError as error:
+        message = "What answers there is no image classification service."
+        raise RefusedError(status, "NotThisService", message) from error

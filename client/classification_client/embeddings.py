@@ -1,47 +1,39 @@
-"""Writes embeddings to a file: NumPy's format, or Parquet where pyarrow is installed."""
+"""Writes embeddings to a file: NumPy's .npy, or .parquet, with the libraries of these formats."""
 
 import os
-import struct
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from classification_client.terminal import UserError, spelt
+from classification_client.errors import UserError
 
-SUFFIXES = (".npy", ".parquet")
-
-# NumPy's format 1.0: the header and what is before it fill whole multiples of this.
-_ALIGNMENT = 64
-_MAGIC = b"\x93NUMPY\x01\x00"
+# The package that writes each; an extra of this one.
+PACKAGES = {".npy": "numpy", ".parquet": "pyarrow"}
 
 
 def check_writable(path: Path) -> None:
-    """Raises `UserError` where a file of this kind cannot be written at all."""
-    if path.suffix.lower() == ".parquet":
-        _pyarrow(path)
+    """Raise `UserError` if a file of this kind cannot be written at all."""
+    package = PACKAGES[path.suffix.lower()]
+    if find_spec(package) is None:
+        raise UserError(f"{path} needs the package {package}: pip install {package}.")
     if not path.parent.is_dir():
-        raise UserError(f"{path} cannot be written: its folder is not there.")
+        raise UserError(f"{path} cannot be written: its folder does not exist.")
 
 
-def write(path: Path, rows: Sequence[tuple[str, Sequence[float]]]) -> None:
-    """Writes pictures' names and embeddings, whole or not at all.
+def write(path: Path, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
+    """Write images' names and embeddings, float32 (channels,) each, whole or not at all.
 
-    Args:
-        path: ends in .npy or .parquet.
-        rows: names, each with as many float32 numbers as the others. In NumPy they are fields
-            `picture` and `embedding` of one array, in Parquet columns of these names.
-
-    Raises:
-        UserError: it cannot be written, or the embeddings have different lengths.
+    They are columns, or in .npy fields of one array, `picture` and `embedding`.
     """
-    if len({len(vector) for _, vector in rows}) > 1:
+    if len({*map(len, vectors)}) > 1:
         raise UserError("The embeddings have different lengths: another model answered meanwhile.")
+    # Names of files need not be text in any encoding.
+    names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix.lower() == ".parquet":
-            _write_parquet(unfinished, rows)
-        else:
-            _write_npy(unfinished, rows)
+        with unfinished.open("wb") as file:
+            (_save_npy if path.suffix.lower() == ".npy" else _save_parquet)(file, names, vectors)
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -49,37 +41,17 @@ def write(path: Path, rows: Sequence[tuple[str, Sequence[float]]]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_npy(path: Path, rows: Sequence[tuple[str, Sequence[float]]]) -> None:
-    """A structured array, without NumPy (numpy.lib.format has the specification)."""
-    # Names of files need not be text in any encoding.
-    names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name, _ in rows]
-    longest = max((len(name) for name in names), default=1) or 1
-    channels = len(rows[0][1]) if rows else 0
-    described = [("picture", f"<U{longest}"), ("embedding", "<f4", (channels,))]
-    header = str({"descr": described, "fortran_order": False, "shape": (len(rows),)})
-    room = -(len(_MAGIC) + 2 + len(header) + 1) % _ALIGNMENT
-    text = (header + " " * room + "\n").encode("ascii")
-    with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<H", len(text)) + text)
-        for name, (_, vector) in zip(names, rows, strict=True):
-            file.write(name.encode("utf-32-le").ljust(4 * longest, b"\0"))
-            file.write(struct.pack(f"<{channels}f", *vector))
+def _save_npy(file: Any, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
+    import numpy as np  # noqa: PLC0415
+
+    name = f"U{max(map(len, names), default=1)}"
+    fields = [("picture", name), ("embedding", "<f4", (len(vectors[0]) if vectors else 0,))]
+    np.save(file, np.array([*zip(names, vectors, strict=True)], np.dtype(fields)))
 
 
-def _write_parquet(path: Path, rows: Sequence[tuple[str, Sequence[float]]]) -> None:
-    arrow, parquet = _pyarrow(path)
-    names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name, _ in rows]
-    vectors = arrow.array([list(vector) for _, vector in rows], arrow.list_(arrow.float32()))
-    parquet.write_table(arrow.table({"picture": names, "embedding": vectors}), path)
+def _save_parquet(file: Any, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
+    import pyarrow as pa  # noqa: PLC0415
+    from pyarrow import parquet  # noqa: PLC0415
 
-
-def _pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa  # noqa: PLC0415  # only where asked for
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise UserError(
-            f"{path.suffix} needs the package pyarrow (pip install "
-            f"'classification-client[parquet]'). Without it name a .npy for {spelt('output')}."
-        ) from error
-    return pa, parquet
+    embeddings = pa.array([[*vector] for vector in vectors], pa.list_(pa.float32()))
+    parquet.write_table(pa.table({"picture": names, "embedding": embeddings}), file)

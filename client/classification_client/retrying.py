@@ -1,28 +1,16 @@
-"""The one way in which anything is tried again: with growing and random pauses."""
+"""The retry policy: exponential backoff with jitter."""
 
-from collections.abc import Callable
 from typing import Any
 
 import stamina
 
-# Seconds.
-_FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 
-On = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+def tries(on: Any, patience: float) -> Any:
+    """Return an iterable of attempts, each a context in which to do the work once.
 
-
-def tries(on: On, patience: float) -> Any:
-    """An iterable of tries, each a context in which to do the work once.
-
-    Args:
-        on: what is worth another try: kinds of errors, or a function that tells.
-        patience: seconds after which the last error is raised; 0 for one try.
+    `on` are the errors to retry, see stamina. After `patience` seconds the last error is raised; 0
+    is for one attempt.
     """
-    return stamina.retry_context(
-        on=on,
-        attempts=None if patience else 1,
-        timeout=patience or None,
-        wait_initial=_FIRST_WAIT,
-        wait_max=_LONGEST_WAIT,
-        wait_jitter=_FIRST_WAIT,
-    )
+    attempts = None if patience else 1
+    waits = {"wait_initial": 0.1, "wait_max": 5.0, "wait_jitter": 0.1}
+    return stamina.retry_context(on=on, attempts=attempts, timeout=patience or None, **waits)

@@ -7,8 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from classification_client import Classification, Client
-from classification_client.results import Row, classify_all
+from classification_client import Classification, Client, Row, classify_all
 from examples.digits.train import (
     EPOCHS,
     FOLDER,
@@ -70,8 +69,8 @@ def _ask(files: Sequence[Path], url: str) -> list[int]:
 
     def take(row: Row) -> None:
         if not isinstance(row.answer, Classification):
-            raise UserError(f"{row.picture}: {row.problem}")
-        found[row.picture] = NAMES.index(row.answer.label)
+            raise UserError(f"{row.image}: {row.problem}")
+        found[row.image] = NAMES.index(row.answer.label)
 
     with Client(url, connections=_AT_ONCE) as client:
         classify_all(files, client, _AT_ONCE, take)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from classification_client import Classification, Client, RefusedError
-from classification_client.results import Row, classify_all
+from classification_client import Classification, Client, RefusedError, Row, classify_all
 from handler.labels import Label
 from scripts.terminal import UserError, console, warn
 
@@ -61,7 +60,7 @@ def ask(pictures: Sequence[Path], client: Client, at_once: int) -> Answers:
         ServiceError: the server cannot be asked.
     """
     rows = _classify(pictures, client, at_once)
-    good = [(Path(row.picture), row.answer) for row in rows]
+    good = [(Path(row.image), row.answer) for row in rows]
     found = [(path, answer) for path, answer in good if isinstance(answer, Classification)]
     if not found:
         raise UserError(f"The server classified none of the pictures: {rows[0].problem}")
@@ -95,6 +94,6 @@ def _classify(pictures: Sequence[Path], client: Client, at_once: int) -> list[Ro
 def warn_of_refused(refused: Sequence[Row]) -> None:
     """Names the pictures that count nowhere, or how many there are."""
     for row in refused[:_SHOWN_REFUSALS]:
-        warn(f"Not counted: {row.picture}: {row.problem}")
+        warn(f"Not counted: {row.image}: {row.problem}")
     if len(refused) > _SHOWN_REFUSALS:
         warn(f"Not counted: {len(refused) - _SHOWN_REFUSALS} more pictures")

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
-from classification_client import Client, RequestOptions, ServiceError
-from classification_client.results import Row
+from classification_client import Client, RequestOptions, Row, ServiceError
 from handler.labels import Label
 from scripts.average_precision import average_precisions
 from scripts.build.thresholds import EVEN

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from classification_client.pictures import SUFFIXES
+from classification_client.images import SUFFIXES
 from handler.errors import ArchiveError
 from handler.exchange import Response
 from handler.explain import HEAT_COLOURS

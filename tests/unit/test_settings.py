@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from classification_client.client import MAX_PICTURE_BYTES
+from classification_client.client import MAX_IMAGE_BYTES
 from handler.errors import ArchiveError
 from handler.labels import load_class_index
 from handler.page import PAGE
@@ -124,4 +124,4 @@ def test_the_largest_request_is_the_same_everywhere() -> None:
     assert set(re.findall(r"\b\d+ MB\b", page)) == {f"{MAX_REQUEST_BYTES // 1024**2} MB"}
     # The lines and headers of a form around one image take 4096 bytes at most.
     assert "const FORM_BYTES = 4096;" in page
-    assert MAX_PICTURE_BYTES == MAX_REQUEST_BYTES - 4096
+    assert MAX_IMAGE_BYTES == MAX_REQUEST_BYTES - 4096

@@ -1,4 +1,4 @@
-"""How commands read make's variables, and what a person sees when one cannot go on."""
+"""What a person sees when a command cannot go on, and how images are named in one option."""
 
 import os
 import signal
@@ -10,20 +10,18 @@ from typing import NoReturn
 
 import pytest
 
-from classification_client.terminal import spelt
 from scripts import terminal
 from scripts.classify import main as classify
-from scripts.serve import commands as serve
 from scripts.sources import sources
 from scripts.terminal import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder, Ctrl-C and make's variables that are the test's own."""
+    """A folder and Ctrl-C that are the test's own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("TO", "IMAGE", "IMAGES"):
-        monkeypatch.delenv(f"GIVEN_{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["command"])
     handler = signal.getsignal(signal.SIGINT)
     yield
@@ -41,15 +39,15 @@ def raising(error: BaseException) -> Callable[[], None]:
     ("error", "status", "message"),
     [
         (UserError("the disk is full"), 1, "Error: the disk is full\n"),
-        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. Run the same command again to go on.\n"),
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. Run the same command again to resume.\n"),
     ],
 )
-def test_a_command_ends_with_a_sentence(
+def test_a_command_exits_with_a_sentence(
     error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         terminal.command(raising(error))
-    assert ended.value.code == status
+    assert exited.value.code == status
     assert capsys.readouterr().err.strip() == message.strip()
 
 
@@ -66,13 +64,30 @@ def test_an_unexpected_error_is_a_sentence_with_its_details_in_a_file(
     assert "in main" in details
 
 
+def test_a_usage_error_names_the_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--topk", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        terminal.command(classify)
+    assert "--topk" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import scripts; raise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert ended.stderr == b"Stopped by Ctrl-C.\n"
+
+
+def program(*lines: str) -> str:
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"from classification_client.terminal import *\ndef main():\n{body}run(program(main))"
+
+
 def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
-    program = (
-        "from classification_client.terminal import program, run\n"
-        "def main():\n    for i in range(100_000): print(i)\nrun(program(main))"
-    )
+    code = program("for i in range(100_000): print(i)")
     result = subprocess.run(
-        ["sh", "-c", f'"{sys.executable}" -c "$0" | head -1', program],  # noqa: S607
+        ["sh", "-c", f'"{sys.executable}" -c "$0" | head -1', code],  # noqa: S607
         capture_output=True,
         text=True,
         check=False,
@@ -82,44 +97,28 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "variables", "said"),
+    ("encoding", "printed"),
     [
-        ("scale", {"WORKERS": "0"}, "WORKERS must be greater than or equal to 1, got '0'."),
-        ("scale", {}, "WORKERS is missing, as in: make scale WORKERS=..."),
-        ("start", {"PORT": "http"}, "PORT must be a valid integer, got 'http'."),
+        ("ascii", rb"\xe9\u9ce5"),
+        ("latin-1", b"\xe9\\u9ce5"),
+        ("utf-8", "\u00e9\u9ce5".encode()),
     ],
 )
-def test_usage_errors_under_make_name_its_variables(
-    asked: str,
-    variables: dict[str, str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(
+    encoding: str, printed: bytes
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["python", asked])
-    for name, value in {"TO": f"make {asked}", **variables}.items():
-        monkeypatch.setenv(f"GIVEN_{name}", value)
-    with pytest.raises(SystemExit, match="2"):
-        terminal.run(serve.app)
-    assert capsys.readouterr().err == f"Error: {said}\n"
+    text = r"'\u00e9\u9ce5'"
+    code = program(f"print({text})", f"console.print({text})", r"print('\udcff')")
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    # A byte of a file's name that is no text comes out as it is.
+    assert result.stdout == printed + b"\n" + printed + b"\n\xff\n"
 
 
-def test_without_make_usage_is_told_in_options(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", "scale", "--workers", "0"])
-    with pytest.raises(SystemExit, match="2"):
-        terminal.run(serve.app)
-    assert "--workers" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["command", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        terminal.command(classify)
-    shown = capsys.readouterr().out
-    assert "CLASSIFY_KEY" in shown
-    assert "GIVEN" not in shown
-
-
-@pytest.mark.parametrize("variable", ["IMAGE", "IMAGES"])
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -134,27 +133,20 @@ def test_without_make_usage_is_told_in_options(
         ('"it\'s.jpg" x.jpg', ["it's.jpg", "x.jpg"]),
         ("~/images x.jpg", [os.path.expanduser("~/images"), "x.jpg"]),  # noqa: PTH111
         ("-", ["-"]),
-        ("missing.jpg", ["missing.jpg"]),
         ("  ", []),
+        (None, []),
     ],
 )
 def test_a_value_is_one_existing_name_or_else_a_list_as_in_a_shell(
-    variable: str, value: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    value: str | None, expected: list[str]
 ) -> None:
     Path("my folder").mkdir()
     for name in ("my cat.jpg", "it's.jpg", 'a "b" $(c).jpg', "x.jpg", "my folder/z.jpg"):
         Path(name).touch()
-    monkeypatch.setenv(f"GIVEN_{variable}", value)
-    assert sources("IMAGE", "IMAGES") == expected
+    assert sources(value) == expected
+    assert sources("x.jpg", value) == ["x.jpg", *expected]
 
 
-def test_a_quote_without_an_end_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIVEN_IMAGES", "it's.jpg x.jpg")
-    with pytest.raises(UserError, match=r"IMAGES=it's\.jpg x\.jpg: .* a quote without an end"):
-        sources("IMAGES")
-
-
-def test_options_are_spelt_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [spelt("topk", 3), spelt("output")] == ["--topk 3", "--output"]
-    monkeypatch.setenv("GIVEN_TO", "make classify")
-    assert [spelt("topk", 3), spelt("output")] == ["TOPK=3", "OUTPUT"]
+def test_a_quote_without_an_end_is_rejected() -> None:
+    with pytest.raises(UserError, match=r"it's\.jpg x\.jpg: .* a quote without an end"):
+        sources("it's.jpg x.jpg")
