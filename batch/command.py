@@ -35,6 +35,7 @@ def main(
             "this machine, or s3://..., gs://..."
         ),
     ] = None,
+    images: Annotated[str | None, typer.Option(help="The same, as one name.")] = None,
     output: Annotated[str, typer.Option(help="A folder for the results; the same goes on.")] = "",
     archive: Annotated[Path, typer.Option(help="The .mar.")] = _ARCHIVE,
     column: Annotated[
@@ -53,7 +54,7 @@ def main(
     ] = None,
 ) -> int:
     """Classifies any number of pictures on all cores of this machine, or on a Ray cluster."""
-    named = pictures or sources("IMAGES")
+    named = pictures or sources(images)
     if len(named) != 1:
         raise UserError("Name one folder, list or Parquet file: IMAGES=pictures.")
     if not output:

@@ -1,4 +1,4 @@
-"""The commands behind the Makefile; each module is one, run as `python -m scripts.NAME`."""
+"""The commands behind the Makefile; `python -m scripts COMMAND` runs one."""
 
 import sys
 from types import TracebackType

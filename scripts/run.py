@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.status import Status
+from rich.table import Table
 
-from classification_client import Client, ServiceError
-from classification_client.printing import show
+from classification_client import Classification, Client, ServiceError
+from classification_client.terminal import safe
 from scripts.build.commands import (
     ActivationOption,
     ArchOption,
@@ -38,7 +39,7 @@ from scripts.serve.preflight import try_archive
 from scripts.serve.running import RUN_DIR, Ports, Running, find_running
 from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
 from scripts.store import PACKAGED_ARCHITECTURE, sha256
-from scripts.terminal import UserError, command, console, step, warn
+from scripts.terminal import UserError, console, step, warn
 
 
 def main(
@@ -88,7 +89,7 @@ def main(
     shutil.copyfile(CAT, picture)
     try:
         with Client(running.predictions_url) as client:
-            show(str(picture), client.classify(picture))
+            _show(str(picture), client.classify(picture))
     except ServiceError as error:
         raise UserError(f"The server runs, but did not classify {picture}: {error}") from error
 
@@ -100,6 +101,22 @@ def main(
     console.print(f"Metrics      {running.metrics_url}")
     console.print(f"\nTry it:      curl -T {picture} {running.predictions_url}")
     console.print("Stop it:     make stop")
+
+
+def _show(image: str, result: Classification) -> None:
+    """Print a result as a table, best label first."""
+    table = Table(title=safe(image if result.recognized else f"{image}: nothing recognized"))
+    table.add_column("label")
+    table.add_column("probability", justify="right")
+    table.add_column("class id")
+    if result.labels is not None:
+        table.add_column("passes")
+    for label in result.all_labels:
+        passes = ["yes" if label in result.labels else ""] if result.labels is not None else []
+        table.add_row(safe(label.label), f"{label.probability:.4f}", safe(label.class_id), *passes)
+    console.print(table)
+    if result.warning is not None:
+        warn(result.warning)
 
 
 def _build(spec: ModelFile) -> list[Path]:
@@ -155,7 +172,3 @@ def _serve(archives: Sequence[Path], ports: Ports, workers: int | None, *, grpc:
     ready = sum(ready_workers(running.serving(model)) for model in running.models)
     step(f"TorchServe: {ready} worker(s) ready, logs in {RUN_DIR / 'logs'}")
     return running
-
-
-if __name__ == "__main__":
-    command(main)

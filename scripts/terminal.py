@@ -1,10 +1,8 @@
-"""How make's commands speak to a person.
+"""How the commands of this project run: errors as sentences, what nobody foresaw in a log file.
 
-Each option of such a command is a variable of make's: `make run WORKERS=2` sets `GIVEN_WORKERS` for
-it (see the Makefile), and what is wrong with it is said in make's words.
+An option can also be set in the environment, for units and containers: DENSENET_WORKERS=2.
 """
 
-import os
 import sys
 import tempfile
 import traceback
@@ -14,24 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
+from rich.markup import escape
 
 from classification_client import terminal
-from classification_client.terminal import (
-    UserError,
-    asked,
-    console,
-    explain_usage,
-    fail,
-    printable,
-    program,
-    step,
-    warn,
-)
+from classification_client.errors import UserError
+from classification_client.terminal import console, explain_known, fail, printable, program, warn
 
 __all__ = [
-    "GIVEN",
+    "PREFIX",
     "UserError",
-    "asked",
     "command",
     "console",
     "printable",
@@ -44,12 +33,12 @@ __all__ = [
 LOGS = Path(".run/logs")
 _DETAILS = "errors.log"
 
-# How the Makefile passes variables on.
-GIVEN = "GIVEN"
+# Of environment variables that set options.
+PREFIX = "DENSENET"
 
 
 def command(function: Callable[..., int | None]) -> NoReturn:
-    """Runs `function` as a command line made from its signature, with errors as sentences.
+    """Run `function` as a command line made from its signature, with errors as sentences.
 
     Exit status: what the function returns, 0 for nothing; 1 for a `UserError` or a mistake of the
     program's own, 2 for a bad command line, 130 for Ctrl-C.
@@ -58,46 +47,31 @@ def command(function: Callable[..., int | None]) -> NoReturn:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Runs a command line with the conventions of `command`."""
+    """Run a command line with the conventions of `command`."""
     _run(typer.main.get_command(app))
+
+
+def step(text: str) -> None:
+    """Print what is being done or was found."""
+    console.print(f"[bold cyan]==>[/] {escape(text)}")
 
 
 def _run(parsed: Any) -> NoReturn:
     for part in (parsed, *getattr(parsed, "commands", {}).values()):
-        part.context_settings["auto_envvar_prefix"] = GIVEN
+        part.context_settings["auto_envvar_prefix"] = PREFIX
         for parameter in part.params:
-            # These are for the Makefile, and nobody's to set; `--help` leaves them out.
+            # A column of the same prefix would only widen `--help`.
             parameter.show_envvar = getattr(parameter, "envvar", None) is not None
     terminal.run(parsed, _explain)
 
 
 def _explain(error: Any) -> NoReturn:
-    sentence = _about_variable(error)
-    if sentence is not None:
-        fail(sentence, error.exit_code)
-    explain_usage(error)
+    explain_known(error)
     fail(_unexpected(error))
 
 
-def _about_variable(error: Any) -> str | None:
-    """What is wrong with one of make's variables; None where the person gave options."""
-    parameter = getattr(error, "param", None)
-    if asked() is None or parameter is None or parameter.name is None:
-        return None
-    name = parameter.name.rstrip("_").upper()
-    value = os.environ.get(f"{GIVEN}_{name}")
-    if hasattr(error, "param_type"):  # typer's error for what was not given at all
-        return f"{name} is missing, as in: {asked()} {name}=..."
-    if value is None:
-        return None
-    # As in "Input should be a valid integer, unable to parse string as an integer".
-    said = error.message.removeprefix("Value error, ").removesuffix(".")
-    said = said.replace("Input should be", "must be").split(", unable")[0]
-    return f"{name} {said}, got {value!r}."
-
-
 def _unexpected(error: Exception) -> str:
-    """A sentence for what nobody foresaw; the details go to a file."""
+    """Return a sentence for what nobody foresaw; the details go to a file."""
     details = "".join(traceback.format_exception(error))
     # What a library says of itself is of no use to the person; the kind of error may be.
     first = next(iter(str(error).splitlines()), "")[:200]

@@ -23,7 +23,7 @@ from scripts.store import PACKAGED_ARCHITECTURE
 
 # What `make test` tells this process is not for the commands that tests start.
 for _name in list(os.environ):
-    if _name.startswith("GIVEN_") or _name in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TEST_OPTIONS"}:
+    if _name.startswith(("DENSENET_", "MAKE")) or _name in {"MFLAGS", "TEST_OPTIONS"}:
         del os.environ[_name]
 
 # A shell that starts tests in the background has them ignore Ctrl-C, and so would what they start.

@@ -9,7 +9,7 @@ from scripts.build import model_file as model_files
 from scripts.build.model_file import RANDOM, ModelFile
 from scripts.build.pipeline import build, resolved
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
-from scripts.terminal import UserError, command, console, step
+from scripts.terminal import UserError, console, step
 
 ModelFileOption = Annotated[
     Path | None,
@@ -110,7 +110,3 @@ def show(spec: ModelFile, archive: Path, model_file: Path | None) -> None:
         return
     step(f"Model file: what was built. Kept as {spec.name}.yaml it is MODEL_FILE={spec.name}.yaml")
     console.print(resolved(spec, card.preprocessing).to_yaml(), end="", markup=False)
-
-
-if __name__ == "__main__":
-    command(main)

@@ -287,9 +287,9 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
         text = path.read_text("utf-8-sig")
         tree = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The model file {path} cannot be read: {error}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"The model file {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError too
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"The model file {path} is not valid YAML: {problem}.") from error
     if not isinstance(content, dict) or not isinstance(tree, yaml.MappingNode):
@@ -333,8 +333,9 @@ def _message(error: ValidationError, path: Path | None = None, tree: Any = None)
 
 def _sentence(one: Mapping[str, Any], keys: list[str]) -> str:
     if one["type"] == "extra_forbidden":
-        owner = {"preprocessing": PreprocessingOptions, "precision": Precision}
-        fields = list((owner[keys[0]] if len(keys) > 1 else ModelFile).model_fields)
+        owners: dict[str, type[BaseModel]]
+        owners = {"preprocessing": PreprocessingOptions, "precision": Precision}
+        fields = list((owners[keys[0]] if len(keys) > 1 else ModelFile).model_fields)
         near = get_close_matches(keys[-1], fields, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"{keys[-1]!r} is no key here.{hint} Allowed are: {', '.join(fields)}."

@@ -20,7 +20,7 @@ from scripts.container.base import debian_base, engine_options
 from scripts.container.engine import Engine, require_engine, scratch
 from scripts.serve.preflight import check_archives
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, WEIGHTS_NOTICE, read_card
-from scripts.terminal import UserError, command, step
+from scripts.terminal import UserError, step
 
 NAME = "densenet-torchserve"
 VERSION = "1.0.0"
@@ -223,7 +223,3 @@ def main(
     step(f"Image: {engine.program} builds {tag}, which takes minutes ...")
     image = build_image(engine, archives, tag, base, recipe)
     step(f"Image: {tag}, {size_of(engine, tag) / 1e6:.0f} MB, {image}")
-
-
-if __name__ == "__main__":
-    command(main)

@@ -14,12 +14,9 @@ from scripts.gateway.upgrade import AGREEMENT, PREVIOUS, stop_second, upgrade
 from scripts.serve.preflight import check_ports
 from scripts.serve.running import RUN_DIR
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
-from scripts.terminal import UserError, console, run, step, warn
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from scripts.terminal import UserError, console, step, warn
 
 
-@app.command("start")
 def start_command(
     upstreams: Annotated[
         str, typer.Option(help="HOST:PORT of servers, separated by spaces.")
@@ -98,7 +95,6 @@ def _show(options: Options) -> None:
     console.print(f"Ready        {options.url.removesuffix(options.prefix)}/readyz")
 
 
-@app.command("reload")
 def reload_command(folder: Path = GATEWAY_DIR) -> None:
     """Apply changed API keys and certificates."""
     with nginx.lock(folder):
@@ -108,7 +104,6 @@ def reload_command(folder: Path = GATEWAY_DIR) -> None:
     step("Gateway: reloaded")
 
 
-@app.command("stop")
 def stop_command(folder: Path = GATEWAY_DIR) -> None:
     """Answer what is in flight, then stop."""
     with nginx.lock(folder), Status("Stopping the gateway ...", console=console):
@@ -117,7 +112,6 @@ def stop_command(folder: Path = GATEWAY_DIR) -> None:
     step("Gateway: stopped" if stopped else "Gateway: not running")
 
 
-@app.command("upgrade")
 def upgrade_command(
     archive: Annotated[
         Path | None, typer.Option(help="The new one; otherwise the served model's, built anew.")
@@ -131,14 +125,9 @@ def upgrade_command(
     upgrade(archive or MODEL_STORE / f"{model}.mar", agreement)
 
 
-@app.command("rollback")
 def rollback_command() -> None:
     """Serve the archive that the last upgrade replaced."""
     found = sorted((RUN_DIR / PREVIOUS).glob("*.mar"))
     if not found:
         raise UserError("There is no previous archive: make upgrade has not run.")
     upgrade(found[0], agreement=0.0)
-
-
-if __name__ == "__main__":
-    run(app)

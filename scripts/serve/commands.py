@@ -32,15 +32,12 @@ from scripts.serve.running import (
 )
 from scripts.serve.server import start, stop, supervise
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
-from scripts.terminal import UserError, console, run, step, warn
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from scripts.terminal import UserError, console, step, warn
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
 Grpc = Annotated[bool, typer.Option(help="Reachable over gRPC too, whose streams end workers.")]
 
 
-@app.command("start")
 def start_command(
     models: Annotated[str, typer.Option(help="Names of archives.")] = DEFAULT_ARCHITECTURE,
     workers: Workers = None,
@@ -74,8 +71,7 @@ def _check_trained(archive: Path) -> None:
     if not archive.is_file():
         others = sorted(path.stem for path in archive.parent.glob("*.mar"))
         raise UserError(
-            f"There is no archive {archive}. Build it with make archive, and ARCH or NAME where it "
-            f"is not {DEFAULT_ARCHITECTURE}."
+            f"There is no model archive {archive}. Build it with make archive."
             + (f" There are archives of: {', '.join(others)}." if others else "")
         )
     check_archives([archive])
@@ -87,7 +83,6 @@ def _check_trained(archive: Path) -> None:
         )
 
 
-@app.command("stop")
 def stop_command() -> None:
     """Stops the server, and clears what a dead one left behind."""
     running = find_running()
@@ -103,7 +98,6 @@ def stop_command() -> None:
         step("TorchServe: not running")
 
 
-@app.command("scale")
 def scale_command(
     workers: Annotated[int, typer.Option(min=1)],
     model: Annotated[str | None, typer.Option(help="Which, of several.")] = None,
@@ -114,7 +108,6 @@ def scale_command(
     step(f"TorchServe: {workers} worker(s) ready")
 
 
-@app.command("status")
 def status_command() -> None:
     """Shows workers, queue and versions."""
     running = require_running()
@@ -162,7 +155,3 @@ def _memory(pid: int) -> str:
         return f"{psutil.Process(pid).memory_info().rss / 1e6:.0f} MB"
     except psutil.Error:
         return "-"
-
-
-if __name__ == "__main__":
-    run(app)

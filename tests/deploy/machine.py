@@ -44,13 +44,13 @@ umount --recursive /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exe
 _BOOT_TIMEOUT = 120.0
 _BEFORE = 3.0
 _OPTIONS = f"""\
-GIVEN_MODELS=efficientnet_lite0
-GIVEN_HOST=0.0.0.0
-GIVEN_HTTP_PORT=80
-GIVEN_HTTPS_PORT=443
-GIVEN_KEYS=/etc/densenet/keys
-GIVEN_ACME=/var/lib/densenet/acme
-GIVEN_RATE=1000
+DENSENET_MODELS=efficientnet_lite0
+DENSENET_HOST=0.0.0.0
+DENSENET_HTTP_PORT=80
+DENSENET_HTTPS_PORT=443
+DENSENET_KEYS=/etc/densenet/keys
+DENSENET_ACME=/var/lib/densenet/acme
+DENSENET_RATE=1000
 PYTHONPATH={PROJECT}/client
 """
 
@@ -178,7 +178,7 @@ def upgrade(machine: Machine) -> None:
 EVENTS: dict[str, Callable[[Machine], None]] = {
     "worker": kill("model_service_worker"),
     "frontend": kill("org.pytorch.serve.ModelServer"),
-    "supervisor": kill("scripts.serve.commands start"),
+    "supervisor": kill("scripts start --foreground"),
     "nginx": kill("nginx: master"),
     "upgrade": upgrade,
     "reboot": Machine.reboot,

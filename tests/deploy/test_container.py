@@ -45,8 +45,8 @@ class Finder:
             raise ModuleNotFoundError(f"{name} is not in the image")
 
 sys.meta_path.insert(0, Finder())
-sys.argv = ["gateway", "start", "--help"]
-runpy.run_module("scripts.gateway.commands", run_name="__main__")
+sys.argv = ["scripts", "gateway", "--help"]
+runpy.run_module("scripts", run_name="__main__")
 """
 
 

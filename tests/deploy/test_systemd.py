@@ -7,9 +7,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from scripts import __main__ as cli
 from scripts.container.engine import find_engine, runnable
 from scripts.terminal import UserError
 from tests.deploy.load import TIMEOUT
@@ -98,10 +101,14 @@ def test_every_path_and_command_of_a_unit_exists(installed: Path, unit: str) -> 
 
 def test_the_options_of_the_example_exist() -> None:
     example = (SYSTEMD / "environment").read_text()
-    names = re.findall(r"^#?GIVEN_(\w+)=", example, re.MULTILINE)
+    names = re.findall(r"^#?DENSENET_(\w+)=", example, re.MULTILINE)
     assert len(names) > 5
-    makefile = Path("Makefile").read_text()
-    assert not [name for name in names if not re.search(rf"\b{name}\b", makefile)]
+    parsed: list[Any] = [
+        typer.main.get_command(cli.program(name)).commands[name]  # type: ignore[attr-defined]
+        for name in ("start", "gateway")
+    ]
+    options = {parameter.name.upper() for command in parsed for parameter in command.params}
+    assert set(names) <= options
 
 
 def test_certbots_hook_copies_the_certificate_and_reloads_the_gateway(tmp_path: Path) -> None:
@@ -200,8 +207,8 @@ _SERVED = """
 openssl s_client -connect 127.0.0.1:443 </dev/null 2>/dev/null | openssl x509 -noout -fingerprint
 """
 _USE = """
-echo GIVEN_CERTIFICATE=/etc/densenet/tls/fullchain.pem >>/etc/densenet/environment
-echo GIVEN_CERTIFICATE_KEY=/etc/densenet/tls/privkey.pem >>/etc/densenet/environment
+echo DENSENET_CERTIFICATE=/etc/densenet/tls/fullchain.pem >>/etc/densenet/environment
+echo DENSENET_CERTIFICATE_KEY=/etc/densenet/tls/privkey.pem >>/etc/densenet/environment
 systemctl restart densenet-gateway
 """
 _CHALLENGE = "/.well-known/acme-challenge"

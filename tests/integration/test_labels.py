@@ -64,7 +64,7 @@ def test_the_thresholds_that_the_evaluation_chose_decide_the_labels(
 def test_make_evaluate_finds_the_list_and_writes_thresholds_by_precision(
     shapes: Shapes, shapes_server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images, report = [str(shapes.folder / "test")], tmp_path / "report"
+    images, report = str(shapes.folder / "test"), tmp_path / "report"
     evaluate(images, shapes_server.predictions_url, output=report, min_precision=0.8)
     printed = capsys.readouterr().out
     served = re.findall(r"precision served +(0\.\d{4})", shapes.said)[-1]
@@ -86,7 +86,7 @@ def test_images_without_a_list_of_labels_are_rejected(
     (tmp_path / "star" / "1.png").write_bytes(image.read_bytes())
     message = rf"\(ACTIVATION=sigmoid\), and folders cannot.* {tmp_path}/labels.csv, .*LABELS=file"
     with pytest.raises(UserError, match=message):
-        evaluate([str(tmp_path)], shapes_server.predictions_url, output=tmp_path / "report")
+        evaluate(str(tmp_path), shapes_server.predictions_url, output=tmp_path / "report")
 
 
 @pytest.mark.parametrize(

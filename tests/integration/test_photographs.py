@@ -117,7 +117,7 @@ def test_classify_recognizes_a_folder_and_names_a_corrupt_image(
     assert done.returncode == 4, done.stderr
     lines = output.read_text().splitlines()
     rows = {Path(row["picture"]).name: row for row in map(json.loads, lines)}
-    assert "not a picture" in rows.pop("corrupt.jpg")["error"]
+    assert "not an image" in rows.pop("corrupt.jpg")["error"]
     assert len(rows) == len(KNOWN)
     for known in KNOWN:
         row = rows[known.path.name]

@@ -30,16 +30,15 @@ def test_densenet_alone_is_served_if_its_weights_can_be_fetched(
     with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever).start()
         variables = {
-            "GIVEN_TO": "make run",
-            "GIVEN_WEIGHTS": f"http://127.0.0.1:{server.server_port}/{file.name}",
-            "GIVEN_PORT": str(ports.inference),
-            "GIVEN_MANAGEMENT_PORT": str(ports.management),
-            "GIVEN_METRICS_PORT": str(ports.metrics),
+            "DENSENET_WEIGHTS": f"http://127.0.0.1:{server.server_port}/{file.name}",
+            "DENSENET_PORT": str(ports.inference),
+            "DENSENET_MANAGEMENT_PORT": str(ports.management),
+            "DENSENET_METRICS_PORT": str(ports.metrics),
             "TORCH_HOME": str(clone / "torch"),
         }
         try:
             printed = subprocess.check_output(
-                [sys.executable, "-m", "scripts.run"],
+                [sys.executable, "-m", "scripts", "run"],
                 cwd=clone,
                 env=os.environ | variables,
                 text=True,

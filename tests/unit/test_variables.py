@@ -1,23 +1,18 @@
-"""`make` itself: its variables, and what it says there is."""
+"""`make` itself: its variables are options of the program behind, and the documents know them."""
 
 import os
 import re
 import subprocess
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from classification_client import terminal
+from batch.command import main as classify_batch
+from scripts.__main__ import COMMANDS, program
 
 MAKEFILE = Path("Makefile").read_text()
-COMMANDS = re.findall(
-    r"^([a-z-]+):[^\n]*##[^\n]*\n\t@\$\(VENV_PYTHON\) -m (scripts\.[\w.]+)(?: (\S+))?$",
-    MAKEFILE,
-    re.MULTILINE,
-)
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,44 +25,39 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def variables_of(command: str) -> list[str]:
-    return make("--eval", f"print: ; @echo $(variables-{command})", "print").stdout.split()
+def options_of(command: str) -> set[str]:
+    """Return the options of a command, as variables of make."""
+    if command == "classify-batch":
+        app = typer.Typer()
+        app.command()(classify_batch)
+        parsed: Any = typer.main.get_command(app)
+    else:
+        parsed = typer.main.get_command(program(command)).commands[command]  # type: ignore[attr-defined]
+    names = [option for parameter in parsed.params for option in parameter.opts]
+    return {name.removeprefix("--").replace("-", "_").upper() for name in names}
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (["run", "WORKER=2"], "WORKER is no variable of make run. Did you mean WORKERS?"),
-        (["run", "workers=2"], "workers is no variable of make run. Did you mean WORKERS?"),
-        (["start", "ARCH=resnet50"], "ARCH is no variable of make start, but of: make archive, "),
-        (["stop", "FOO=it's"], "FOO is no variable of make stop. It has none."),
-        (["FOO=1"], "FOO is no variable of make help."),
-        (["clean", "FOO=1"], "FOO is no variable of make clean."),
-    ],
-)
-def test_what_is_no_variable_of_a_command_is_rejected(command: list[str], said: str) -> None:
-    done = make(*command)
-    assert said in done.stderr
+def test_every_command_of_the_program_is_a_command_of_make() -> None:
+    called = re.findall(
+        r"^([a-z-]+): setup ## [^\n]*\n\t@\$\(SCRIPTS\) (\S+) ", MAKEFILE, re.MULTILINE
+    )
+    assert dict(called) == {name: name for name in COMMANDS}
+
+
+def test_a_misspelled_variable_is_an_error() -> None:
+    done = make("scale", "WORKER=2")
     assert done.returncode == 2
-    assert "==>" not in done.stdout, "nothing was begun"
+    assert "No such option: --worker" in done.stderr
+    assert "--workers" in done.stderr
 
 
-def test_several_commands_share_their_variables() -> None:
-    assert make("-n", "archive", "start", "ARCH=resnet50", "MODELS=a").returncode == 0
-
-
-def test_every_variable_of_a_command_is_an_option_of_its_program() -> None:
-    assert len(COMMANDS) > 12
-    for command, module, part in COMMANDS:
-        program = import_module(module)
-        parsed: Any = (
-            typer.main.get_command(program.app).commands[part]  # type: ignore[attr-defined]
-            if part
-            else terminal.program(program.main)
-        )
-        options = {option.name.rstrip("_").upper() for option in parsed.params if option.name}
-        # What pictures are meant is read by `scripts.sources`, which has tests of its own.
-        assert set(variables_of(command)) - {"IMAGE", "IMAGES"} <= options, command
+def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> None:
+    """A shell or a Windows next to it sets NAME and HOST, a hosting platform PORT."""
+    weights = """it's "my" $(file); echo.pth"""
+    arguments = (f"WEIGHTS={weights}", "GRPC=on", "PYTHON=true", "VENV_PYTHON=printf '%s\\n'")
+    done = make("run", *arguments, NAME="machine", PORT="80")
+    given = {line for line in done.stdout.splitlines() if line.startswith("--")}
+    assert given == {f"--weights={weights}", "--grpc"}
 
 
 def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
@@ -83,29 +73,26 @@ def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
     ]
     assert len(found) > 30
     # WORKRES is shown with the error that it gets.
-    everywhere = {"PYTHON", "TORCH_INDEX", "WORKRES"}
+    everywhere = {"PYTHON", "TORCH_INDEX", "WORKRES", "TEST_OPTIONS"}
+    options = {command: options_of(command) for _, command, _ in found if command in COMMANDS}
+    options["classify-batch"] = options_of("classify-batch")
     for document, command, name in found:
-        assert name in {*variables_of(command), *everywhere}, f"{document}: make {command} {name}"
+        allowed = options.get(command, set()) | everywhere
+        assert name in allowed, f"{document}: make {command} {name}"
 
 
-def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> None:
-    """A shell or a Windows beside it sets NAME and HOST, a hosting platform PORT."""
-    weights = """it's "my" $(file); echo.pth"""
-    done = make("--eval", "print: ; @env", "print", f"WEIGHTS={weights}", NAME="machine", PORT="80")
-    given = sorted(line for line in done.stdout.splitlines() if line.startswith("GIVEN_"))
-    assert given == ["GIVEN_TO=make print", f"GIVEN_WEIGHTS={weights}"]
-
-
-def test_help_names_every_command_and_variable_on_two_screens() -> None:
+def test_help_lists_every_command_on_one_screen() -> None:
     done = make()
     assert done.stderr == ""
     for command in re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split():
-        assert f"\n  {command} " in done.stdout or command in {"help", "variables"}
-    for command, _, _ in COMMANDS:
-        for variable in variables_of(command):
-            assert re.search(rf"\b{variable}\b", done.stdout), variable
+        assert f"\n  {command} " in f"\n{done.stdout}"
     lines = done.stdout.splitlines()
-    assert len(lines) <= 100
+    assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
-    groups = ("Serve", "Classify", "Own models", "Production", "Tests", "Benchmarks", "Maintenance")
-    assert [line for line in lines if line in groups] == list(groups)
+
+
+@pytest.mark.parametrize("command", ["run", "classify"])
+def test_help_of_a_command_shows_its_options(command: str) -> None:
+    shown = make(f"help-{command}", COLUMNS="160").stdout
+    for name in options_of(command):
+        assert f"--{name.lower().replace('_', '-')}" in shown, name
