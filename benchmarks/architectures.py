@@ -10,6 +10,7 @@ compared, again; the row says so.
 
 import re
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def measure(name: str) -> tuple[str, float, float, str]:
     """Build one archive; return name, CPU seconds, MB, worst difference or error."""
     make: Callable[[str, Path], Path] = _of_timm if name.startswith(TIMM) else _of_torchvision
     BUILD.mkdir(exist_ok=True)
-    before = set(BUILD.iterdir())
+    before = set(BUILD.glob("converted-*"))
     size, error = 0, ""
     started = _cpu_seconds()
     with tempfile.TemporaryDirectory() as folder, console.capture() as printed:
@@ -84,8 +85,8 @@ def measure(name: str) -> tuple[str, float, float, str]:
             # Whatever an exporter raises is this row's result.
             error = f"{type(failed).__name__}: {failed}".splitlines()[0][:120]
     seconds = _cpu_seconds() - started
-    for left in set(BUILD.iterdir()) - before:
-        left.unlink()
+    for left in set(BUILD.glob("converted-*")) - before:
+        shutil.rmtree(left)
     worst = "exported before"
     for difference, rounding in _DIFFERENCE.findall(printed.get()):
         worst = f"{difference}; rounding {rounding}" if rounding else difference

@@ -18,7 +18,7 @@ from benchmarks.report import table, write_section
 from benchmarks.timing import images_per_second
 from handler.cores import Cores
 from handler.engines import load_engine
-from handler.images import PixelBudget, decode, decode_all
+from handler.images import Job, PixelBudget, decode, decode_all
 from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.export import Normalized
@@ -69,9 +69,10 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             part = views[:batch]
 
             def from_bytes(batch: int = batch) -> Any:
-                pictures = [(jpeg, PixelBudget(10**9), decode) for _ in range(batch)]
-                decoded = decode_all(pictures, preprocessing, pool)
-                return softmax(engine.logits(np.stack(decoded)))  # type: ignore[arg-type]
+                jobs = [Job(jpeg, PixelBudget(10**9), decode) for _ in range(batch)]
+                decode_all(jobs, preprocessing, pool)
+                pixels = np.stack([job.result for job in jobs])  # type: ignore[misc]
+                return softmax(engine.logits(pixels))
 
             rates = [
                 images_per_second(partial(engine.logits, part), batch, seconds),

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import pickle
 import re
 import warnings
 import zipfile
@@ -36,18 +37,9 @@ MAX_COMPRESSED_CODE_BYTES = 10_000_000
 
 # An exported program's list of tensors, and their types by the numbers that it uses.
 _EXPORTED_INDEX = "data/weights/model_weights_config.json"
-_EXPORTED_DTYPES = {
-    1: torch.uint8,
-    2: torch.int8,
-    3: torch.int16,
-    4: torch.int32,
-    5: torch.int64,
-    6: torch.float16,
-    7: torch.float32,
-    8: torch.float64,
-    12: torch.bool,
-    13: torch.bfloat16,
-}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.float32, torch.float64)
+_EXPORTED_DTYPES = dict(enumerate(_INTEGERS + _FLOATS, 1)) | {12: torch.bool, 13: torch.bfloat16}
 _DTYPES = set(_EXPORTED_DTYPES.values())
 
 
@@ -89,6 +81,10 @@ class DigestError(UserError):
     """A file of weights does not have the expected SHA-256."""
 
 
+class _RejectedError(Exception):
+    """Why a file cannot be used, as in "it ..."."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state dicts in a file.
@@ -98,13 +94,11 @@ class Checkpoint:
         sha256: of its bytes.
         states: every state dict by its keys with dots between, as in "model_ema"; "" for the file
             itself. Optimizers' states are left out. Layers' versions are kept in `_metadata`.
-        keys: at the top of the file, for messages.
     """
 
     file: str
     sha256: str
     states: dict[str, "OrderedDict[str, Tensor]"]
-    keys: tuple[str, ...]
 
 
 def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoint:
@@ -130,37 +124,44 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoin
             f"not {expected_sha256[:8]}. It was not loaded."
         )
     try:
-        loaded = _load(content, path)
-        keys = tuple(str(key)[:MAX_NAME_LENGTH] for key in loaded)
-        states = dict(_states(loaded, path))
-    except UserError:
-        raise
+        states = dict(_states(_load(content, path), len(content)))
     except Exception as error:  # a foreign or hostile file makes the readers raise nearly anything
         raise UserError(
-            f"{path} cannot be read as weights: it is damaged, cut off, or something else "
-            f"({type(error).__name__}: {str(error)[:200]})."
+            f"{path} cannot be used as weights: {_reason(error, path)}. Save the state dict of the "
+            "model as it was trained: torch.save(model.state_dict(), path)"
         ) from error
-    if not states:
-        found = f"It holds {', '.join(keys[:10])[:300]}. " if keys else ""
-        raise UserError(
-            f"{path} does not hold a state dict, a mapping of names to tensors. {found}"
-            "Save the weights with torch.save(model.state_dict(), path)."
-        )
-    for state in states.values():
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in state.values()}
-        # A few bytes can stand for a tensor of any size.
-        if sum(storage.nbytes() for storage in storages.values()) > len(content) or any(
-            tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in state.values()
-        ):
-            raise UserError(f"{path} claims more weights than it holds. Save its state dict.")
-    return Checkpoint(path.name, digest, states, keys)
+    return Checkpoint(path.name, digest, states)
 
 
-def _states(
-    loaded: Mapping[Any, Any], path: Path
-) -> Iterator[tuple[str, "OrderedDict[str, Tensor]"]]:
-    """Find the state dicts: mappings with a name with a dot, or a matrix, among their tensors."""
-    todo: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), loaded)]
+def _reason(error: Exception, path: Path) -> str:
+    """Return why a file was rejected, and what to do if it is a pickle of more than weights."""
+    if isinstance(error, _RejectedError):
+        return str(error)
+    # PyTorch's own text is not shown: it recommends to load the file with the code in it.
+    needed = re.search(r"GLOBAL ([\w.<>]{1,200})", str(error))
+    if needed is None or not isinstance(error, pickle.UnpicklingError):
+        return f"it is damaged, cut off, or no file of weights ({type(error).__name__})"
+    if "is blocked" in str(error):
+        return f"it would run {needed[1]} if it were loaded, so do not trust it"
+    # A name is quoted in a command only if a shell changes nothing in it.
+    file = Path(path.name if re.fullmatch(r"[\w.-]+", path.name) else "x.ckpt")
+    return (
+        f"it holds more than weights, and loading it needs {needed[1]}. If you have only this "
+        'file, and only if you trust it, since this runs code in it: python -c "import torch; '
+        f"torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
+        f"'{file.stem}-weights.pth')\" with the key of the weights for 'state_dict', or with "
+        ".state_dict() instead of ['state_dict'] if it is a whole model"
+    )
+
+
+def _states(loaded: object, size: int) -> Iterator[tuple[str, "OrderedDict[str, Tensor]"]]:
+    """Find the state dicts: mappings with a name with a dot, or a matrix, among their tensors.
+
+    Raises:
+        _RejectedError: there is none, one is not plain, or they claim more than `size` bytes.
+    """
+    top = loaded if isinstance(loaded, Mapping) else {}
+    todo: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
     seen: set[int] = set()
     count = 0
     for keys, mapping in todo:
@@ -176,21 +177,25 @@ def _states(
         ]
         if not any("." in name or tensor.dim() > 1 for name, tensor in tensors.items()):
             continue
-        _check_plain(items, path)
         count += len(tensors)
         if count > MAX_TENSORS or any(len(key) > MAX_NAME_LENGTH for key in (*keys, *tensors)):
-            raise UserError(f"{path} has too many tensors, or too long names. Save its state dict.")
-        versions = {
+            raise _RejectedError("it has too many tensors, or too long names")
+        _check_plain(items)
+        _check_size(tensors, size)
+        tensors._metadata = {  # type: ignore[attr-defined]  # noqa: SLF001
             str(module): {"version": entry["version"]}
             for module, entry in getattr(mapping, "_metadata", {}).items()
             if isinstance(entry.get("version"), int)
         }
-        tensors._metadata = versions  # type: ignore[attr-defined]  # noqa: SLF001
         yield ".".join(keys), tensors
+    if not count:
+        found = ", ".join(str(key) for key in list(top)[:10])[:300]
+        but = f", but {found}" if found else ""
+        raise _RejectedError(f"it holds no state dict, a mapping of names to tensors{but}")
 
 
-def _check_plain(items: list[tuple[str, Any]], path: Path) -> None:
-    """Raise `UserError` for anything with the name of a parameter but a plain tensor."""
+def _check_plain(items: list[tuple[str, Any]]) -> None:
+    """Raise `_RejectedError` for anything with the name of a parameter but a plain tensor."""
     for name, value in items:
         if isinstance(value, Tensor):
             is_own = type(value) in {Tensor, torch.nn.Parameter} and value.is_cpu
@@ -198,139 +203,76 @@ def _check_plain(items: list[tuple[str, Any]], path: Path) -> None:
         else:
             plain = "." not in name or value is None or isinstance(value, Mapping)
         if not plain:
-            raise UserError(
-                f"{path}: {name} is not a plain tensor, as in quantized or sparse models. Save the "
-                "state dict of the model as it was trained."
-            )
+            raise _RejectedError(f"{name} is not a plain tensor, as in quantized or sparse models")
 
 
-def _load(content: bytes, path: Path) -> Mapping[Any, Any]:
-    if path.suffix == ".safetensors":
-        return _from_safetensors(content, path)
-    names: list[str] = []
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        names = [entry.filename for entry in _zip_entries(content, path)]
-    if any(name.endswith("/constants.pkl") for name in names):
-        return _from_torchscript(_zip_members(content, path), path)
-    if any(name.endswith(_EXPORTED_INDEX) for name in names):
-        return _from_exported_program(_zip_members(content, path), path)
-    return _from_pickle(content, path)
-
-
-def _zip_entries(content: bytes, path: Path) -> list[zipfile.ZipInfo]:
-    """Return the entries of a zip file, before any of them is decompressed.
-
-    Raises:
-        UserError: two of them have the same name but for case, or they are far larger than they
-            look.
-    """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = archive.infolist()
-    if len({entry.filename.casefold() for entry in entries}) < len(entries):
-        raise UserError(f"{path} holds two files of one name. Save its state dict.")
-    if sum(entry.file_size for entry in entries) > 2 * len(content) + MAX_COMPRESSED_CODE_BYTES:
-        raise UserError(f"{path} is far larger than it looks. Save its state dict.")
-    return entries
-
-
-def _zip_members(content: bytes, path: Path) -> dict[str, bytes]:
-    """Return the contents of a zip file by name; raise as `_zip_entries` does."""
-    entries = _zip_entries(content, path)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {entry.filename: archive.read(entry) for entry in entries}
-
-
-def _from_safetensors(content: bytes, path: Path) -> StateDict:
-    try:
-        return safetensors.torch.load(content)
-    except Exception as error:  # its own errors, and torch's for types it does not know
-        raise UserError(f"{path} is no safetensors file, or is cut off: {error}.") from error
-
-
-def _from_pickle(content: bytes, path: Path) -> Mapping[Any, Any]:
-    try:
-        with safe_globals(list(_STAND_INS)):
-            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise many kinds for a foreign file
-        raise UserError(_pickle_problem(str(error), path)) from error
-    return loaded if isinstance(loaded, Mapping) else {}
-
-
-def _pickle_problem(message: str, path: Path) -> str:
-    needed = re.search(r"GLOBAL ([\w.<>]{1,200})", message)
-    if needed is None:
-        return (
-            f"{path} is not a file of PyTorch weights, is cut off, or holds more than weights. "
-            "Save its state dict: torch.save(model.state_dict(), path)"
-        )
-    if "is blocked" in message:
-        return f"{path} would run {needed[1]} if it were loaded. It was rejected: do not trust it."
-    # A name is quoted in a command only if a shell changes nothing in it.
-    file = Path(path.name if re.fullmatch(r"[\w.-]+", path.name) else "x.ckpt")
-    return (
-        f"{path} holds more than weights: loading it needs {needed[1]}. Save the state dict: "
-        "torch.save(model.state_dict(), path). If you have only this file, and only where you "
-        'trust it, since this runs code in it: python -c "import torch; '
-        f"torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
-        f"'{file.stem}-weights.pth')\" with the key of the weights for 'state_dict', or with "
-        ".state_dict() instead of ['state_dict'] if it is a whole model."
-    )
-
-
-def _from_torchscript(members: Mapping[str, bytes], path: Path) -> StateDict:
-    """Return the tensors; of TorchScript's code, only `__setstate__` runs on loading."""
-    if any(
-        b"__setstate__" in content
-        for name, content in members.items()
-        if not name.endswith(".debug_pkl")
+def _check_size(tensors: StateDict, size: int) -> None:
+    """Raise `_RejectedError` for tensors larger than the file: a few bytes can stand for any."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors.values())}
+    if sum(storages.values()) > size or any(
+        tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors.values()
     ):
-        raise UserError(f"{path} runs code of its own when it is loaded. Save its state dict.")
+        raise _RejectedError("it claims more weights than it holds")
+
+
+def _load(content: bytes, path: Path) -> object:
+    """Parse a file of any of the forms; raise what its reader raises."""
+    file = io.BytesIO(content)
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load(content)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            _check_zip(archive, len(content))
+            if any(name.endswith("/constants.pkl") for name in names):
+                return _from_torchscript(archive)
+            for name in names:
+                if name.endswith(_EXPORTED_INDEX):
+                    return _from_exported_program(archive, name)
+    file.seek(0)
+    with safe_globals(list(_STAND_INS)):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_zip(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise `_RejectedError` before anything is decompressed that PyTorch could read otherwise."""
+    entries = archive.infolist()
+    if len({entry.filename.casefold() for entry in entries}) < len(entries):
+        raise _RejectedError("it holds two files of one name")
+    if sum(entry.file_size for entry in entries) > 2 * size + MAX_COMPRESSED_CODE_BYTES:
+        raise _RejectedError("it is far larger than it looks")
+
+
+def _from_torchscript(archive: zipfile.ZipFile) -> StateDict:
+    """Return the tensors; of TorchScript's code, only `__setstate__` runs on loading."""
     # Packed again: PyTorch parses zip files in its own way, and must see what was checked here.
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
+        for name in archive.namelist():
+            member = archive.read(name)
+            if b"__setstate__" in member and not name.endswith(".debug_pkl"):
+                raise _RejectedError("it runs code of its own when it is loaded")
+            copy.writestr(name, member)
     packed.seek(0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are not gone
-            module = torch.jit.load(packed, map_location="cpu")  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise UserError(f"{path} is no TorchScript that can be loaded, or is cut off.") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are not gone
+        module = torch.jit.load(packed, map_location="cpu")  # type: ignore[no-untyped-call]
     return OrderedDict(module.state_dict())
 
 
-def _from_exported_program(members: Mapping[str, bytes], path: Path) -> StateDict:
+def _from_exported_program(archive: zipfile.ZipFile, index: str) -> StateDict:
     """Return the tensors; not by `torch.export.load`, which unpickles whatever the file holds."""
-    index = next(name for name in members if name.endswith(_EXPORTED_INDEX))
-    folder = index.rpartition("/")[0]
-    try:
-        return OrderedDict(
-            (name, _exported_tensor(members[f"{folder}/{entry['path_name']}"], entry))
-            for name, entry in json.loads(members[index])["config"].items()
-        )
-    except Exception as error:
-        raise UserError(
-            f"{path} is no exported program whose weights can be read without running code: "
-            f"{error}. Save its state dict."
-        ) from error
-
-
-def _exported_tensor(raw: bytes, entry: Mapping[str, object]) -> Tensor:
-    if entry["use_pickle"]:
-        raise ValueError("its tensors are pickled")
-    match entry["tensor_meta"]:
-        case {
-            "dtype": int() as dtype,
-            "sizes": list() as sizes,
-            "strides": list() as strides,
-            "storage_offset": {"as_int": 0},
-        }:
-            shape = [size["as_int"] for size in sizes]
-            steps = [step["as_int"] for step in strides]
-        case _:
-            raise ValueError("it describes its tensors in another way")
-    flat = torch.frombuffer(bytearray(raw), dtype=_EXPORTED_DTYPES[dtype])
-    if flat.numel() < math.prod(shape):
-        raise ValueError("it is cut off")
-    return flat.as_strided(shape, steps).clone()
+    tensors = {}
+    for name, entry in json.loads(archive.read(index))["config"].items():
+        if entry["use_pickle"]:
+            raise _RejectedError("its tensors are pickled, and could run code if they were loaded")
+        raw = bytearray(archive.read(f"{index.rpartition('/')[0]}/{entry['path_name']}"))
+        meta = entry["tensor_meta"]
+        flat = torch.frombuffer(raw, dtype=_EXPORTED_DTYPES[meta["dtype"]])
+        # Values of other kinds than these are symbols, in tensors of no fixed size.
+        sizes, steps = ([v["as_int"] for v in meta[key]] for key in ("sizes", "strides"))
+        if math.prod(sizes) > flat.numel():
+            raise _RejectedError("it is cut off, or claims more weights than it holds")
+        # Cloned, since PyTorch checks negative sizes only here.
+        tensors[name] = flat.as_strided(sizes, steps, meta["storage_offset"]["as_int"]).clone()
+    return tensors

@@ -10,8 +10,8 @@ import reprlib
 import shlex
 import unicodedata
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,26 +60,19 @@ def read_classes(path: Path) -> list[Label]:
         raise UserError(f"The list of classes {path} cannot be read: {error.strerror}.") from error
     if len(data) > MAX_BYTES:
         raise UserError(f"The list of classes {path} is larger than {MAX_BYTES // 10**6} MB.")
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-16" if utf16 else "utf-8")
+        return classes_from_text(data.decode("utf-16" if is_utf16 else "utf-8"), str(path))
     except UnicodeDecodeError as error:
-        if utf16:
-            raise UserError(f"The list of classes {path} is UTF-16, but damaged.") from error
-        raise UserError(_encoding_message(path, data, error.start)) from error
-    return classes_from_text(text, str(path))
-
-
-def _encoding_message(path: Path, data: bytes, start: int) -> str:
-    number = data.count(b"\n", 0, start) + 1
-    line = data.split(b"\n")[number - 1].strip().decode("cp1252", "replace")
-    converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    files = f"{shlex.quote(str(path))} > {shlex.quote(str(converted))}"
-    return (
-        f"The list of classes {path} is not UTF-8: line {number} has the byte 0x{data[start]:02X}. "
-        f"It looks like Windows-1252, in which the line reads {_shown(line)}. If that is right, "
-        f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {files}"
-    )
+        number = data.count(b"\n", 0, error.start)
+        line = data.split(b"\n")[number].strip().decode("cp1252", "replace")
+        converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
+        raise UserError(
+            f"The list of classes {path} is not {error.encoding}: line {number + 1} has the byte "
+            f"0x{data[error.start]:02X}. It may be Windows-1252, in which the line reads "
+            f"{_shown(line)}. If that is right, convert it: iconv -f WINDOWS-1252 -t UTF-8 "
+            f"{shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+        ) from error
 
 
 def classes_from_text(text: str, source: str) -> list[Label]:
@@ -102,9 +95,9 @@ def classes_from_text(text: str, source: str) -> list[Label]:
     if not text.strip():
         _reject(source, "it names no class")
     lines = re.split(r"\r\n|\n|\r", text.rstrip(), maxsplit=MAX_CLASSES + 1)
-    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
-    if empty is not None:
-        _reject(source, f"line {empty} is empty, so that class has no name")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            _reject(source, f"line {number} is empty, so that class has no name")
     positions = _from_csv(lines)
     return _labels(lines if positions is None else _by_position(positions, source), source)
 
@@ -123,8 +116,10 @@ def classes_from_json(value: object, source: str) -> list[Label]:
     if isinstance(value, Mapping):
         nested = [value.get(key) for key in ("id2label", "label2id")]
         value = next((classes for classes in nested if isinstance(classes, Mapping)), value)
-    if isinstance(value, Mapping):
-        value = _by_position(_pairs(value, source), source)
+        pairs = list(value.items())
+        if all(type(i) is int and isinstance(name, str) for name, i in pairs):
+            pairs = [(i, name) for name, i in pairs]
+        value = _by_position(pairs, source)
     if not isinstance(value, list | tuple):
         _reject(source, f"{_shown(value)} is not a list of classes")
     return _labels(value, source)
@@ -137,75 +132,60 @@ def _structure(text: str, source: str) -> object:
     except RecursionError:
         _reject(source, "it is nested too deeply")
     except ValueError as error:
-        reason = str(error)
+        reason = f"it is neither JSON ({error}) nor a Python dictionary or list"
     if len(text) > _MAX_PYTHON_LENGTH:
-        _reject(source, f"it is not JSON ({reason})")
+        _reject(source, reason)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a name
             tree = ast.parse(text.strip(), mode="eval").body
-            value: object = ast.literal_eval(tree)
+        if isinstance(tree, ast.Dict):
+            _check_unique(map(ast.literal_eval, filter(None, tree.keys)), source)
+        return ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        _reject(source, f"it is neither JSON ({reason}) nor a Python dictionary or list")
-    if isinstance(tree, ast.Dict) and isinstance(value, dict) and len(value) < len(tree.keys):
-        _reject(source, "a position or name occurs twice")
-    return value
+        _reject(source, reason)
 
 
 def _unique(pairs: list[tuple[str, object]], source: str) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        _reject(source, f"{_shown(key)} occurs twice")
-    return found
+    _check_unique([key for key, _ in pairs], source)
+    return dict(pairs)
 
 
-def _from_csv(lines: Sequence[str]) -> list[tuple[int, object]] | None:
+def _check_unique(keys: Iterable[object], source: str) -> None:
+    for key, count in Counter(keys).most_common(1):
+        if count > 1:
+            _reject(source, f"{_shown(key)} occurs twice")
+
+
+def _from_csv(lines: Sequence[str]) -> list[tuple[str, str]] | None:
     """Return positions and names; None if the lines are names that may have commas in them."""
     for delimiter, column in itertools.product(",;\t", (0, -1)):
         try:
             rows = [next(csv.reader([line], delimiter=delimiter)) for line in lines]
         except csv.Error:
             return None
-        body = rows if _POSITION.fullmatch(rows[0][column].strip()) else rows[1:]  # a header
-        cells = [row[column].strip() for row in body if len(row) > 1]
-        if not cells or len(cells) < len(body) or not all(map(_POSITION.fullmatch, cells)):
+        has_header = not _POSITION.fullmatch(rows[0][column].strip())
+        body = rows[has_header:]
+        cells = [row.pop(column).strip() for row in body]
+        if not body or not all(body) or not all(map(_POSITION.fullmatch, cells)):
             continue
         found = {int(cell) for cell in cells}
         # Other numbers are part of the names, as in "10,5 mm".
         if 0 in found or found == set(range(1, len(body) + 1)):
-            rest = slice(1, None) if column == 0 else slice(None, -1)
-            names = [delimiter.join(row[rest]) for row in body]
-            return list(zip(map(int, cells), names, strict=True))
+            return list(zip(cells, map(delimiter.join, body), strict=True))
     return None
 
 
-def _pairs(value: Mapping[object, object], source: str) -> list[tuple[int, object]]:
-    """Return positions and classes: positions are the values if all are integers, else the keys."""
-    by_name = [(i, name) for name, i in value.items() if type(i) is int and isinstance(name, str)]
-    if len(by_name) == len(value):
-        return list(by_name)
-    result = []
-    for key, row in value.items():
-        index = int(key) if isinstance(key, str) and _POSITION.fullmatch(key) else key
-        if type(index) is not int:
-            _reject(source, f"{_shown(key)} is not the position of a class")
-        result.append((index, row))
-    return result
-
-
-def _by_position(pairs: Sequence[tuple[int, object]], source: str) -> list[object]:
-    found: dict[int, object] = {}
-    for index, row in pairs:
-        if index in found:
-            both = f"{_shown(found[index])} and {_shown(row)}"
-            _reject(source, f"{both} have the same position, {_shown(index)}")
-        found[index] = row
-    missing = next((index for index in range(len(found)) if index not in found), None)
-    if missing is not None:
-        wanted = f"positions begin at 0, so those of {len(found)} classes are 0 to {len(found) - 1}"
-        _reject(source, f"{wanted}, but no class has position {missing}")
-    return [found[index] for index in range(len(found))]
+def _by_position(pairs: Sequence[tuple[object, object]], source: str) -> list[object]:
+    """Sort classes by their positions, numbers or their digits."""
+    keys = [int(k) if isinstance(k, str) and _POSITION.fullmatch(k) else k for k, _ in pairs]
+    _check_unique(keys, source)
+    found = {k: row for k, (_, row) in zip(keys, pairs, strict=True) if type(k) is int}
+    for position in range(len(pairs)):
+        if position not in found:
+            reason = f"no class has position {position}: they are {_shown(keys)}"
+            _reject(source, f"positions must be 0 to {len(pairs) - 1}, but {reason}")
+    return [found[position] for position in range(len(pairs))]
 
 
 def _labels(values: Sequence[object], source: str) -> list[Label]:
@@ -215,19 +195,17 @@ def _labels(values: Sequence[object], source: str) -> list[Label]:
     if len(values) > MAX_CLASSES:
         _reject(source, f"it has more than {MAX_CLASSES} classes")
     rows = [_row(value, index, source) for index, value in enumerate(values)]
-    ids = Counter(class_id for class_id, _ in rows if class_id is not None)
-    twice = next((class_id for class_id, count in ids.items() if count > 1), None)
-    if twice is not None:
-        _reject(source, f"two classes have the same id, {_shown(twice)}")
-    taken = set(ids) | {name for class_id, name in rows if class_id is None}
-    used, labels = set(ids), []
-    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+    _check_unique((class_id for class_id, _ in rows if class_id), source)
+    wanted = {class_id or name for class_id, name in rows}
+    used = {class_id for class_id, _ in rows}
+    labels = []
+    numbers = dict.fromkeys(wanted, 1)
     for class_id, name in rows:
-        unique = name if class_id is None else class_id
-        if class_id is None and name in used:
-            candidates = (f"{name}-{number}" for number in numbers[name])
-            unique = next(candidate for candidate in candidates if candidate not in taken)
-            taken.add(unique)
+        unique = class_id or name
+        while class_id is None and unique in used:
+            numbers[name] += 1
+            numbered = f"{name}-{numbers[name]}"
+            unique = unique if numbered in wanted else numbered
         used.add(unique)
         labels.append(Label(unique, name))
     return labels
@@ -241,10 +219,8 @@ def _row(value: object, index: int, source: str) -> tuple[str | None, str]:
             class_id, name = (synset[1], synset[2]) if synset else (None, value.strip())
         case [str() as first, str() as second]:
             class_id, name = first.strip(), second.strip()
-        case bool() | int() | float() | None:
-            _reject(source, f"class {index} is {_shown(value)}, not text: put it in quotes")
         case _:
-            _reject(source, f"class {index} is {_shown(value)}, not a name")
+            _reject(source, f"class {index} is {_shown(value)}, not a name in quotes")
     if not name or class_id == "":
         _reject(source, f"class {index} has an empty name or id")
     if any(unicodedata.category(character) in _NOT_TEXT for character in (class_id or "") + name):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from classification_client.pictures import Found, search
+from classification_client.images import Found, search
 from handler.cores import Cores
 from handler.engines import Engine
 from handler.errors import ArchiveError, ClientError

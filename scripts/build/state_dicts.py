@@ -9,6 +9,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,8 @@ MIN_SHARE = 0.5
 # Copies of a model in a file: raw, averaged, of the best epoch.
 MAX_PREFIXES = 20
 # `_suggested` compares only with architectures whose number of parameters differs by no more: by
-# that of the largest last layer of 1000 classes, or by this share.
-MAX_LAST_LAYER_PARAMETERS = 4_200_000
-MAX_DIFFERENCE = 0.1
+# that of the largest last layer of 1000 classes, RegNetY-128GF's.
+MAX_LAST_LAYER_PARAMETERS = 7_400_000
 
 _EXPORT = (
     'Export the whole model with torch.onnx.export(model, torch.zeros(1, 3, 224, 224), "m.onnx",'
@@ -42,7 +42,7 @@ _EXPORT = (
 
 _AVERAGED = re.compile(r"(?<![a-zA-Z])(ema|swa)(?![a-z])|EMA|SWA|Ema|averag")
 # What may be left out: counters of thop and of weight averaging, and what only losses use.
-_COUNTERS = ("n_averaged", "num_updates", "total_ops", "total_params")
+_COUNTER = re.compile(r"(^|\.)(n_averaged|num_updates|total_ops|total_params)$")
 _LOSS = re.compile(
     r"(^|[._])(criterion|metrics?)([._\d]|$)|loss(es)?(_?fn|_?func)?([._\d]|$)|"
     r"(pos|class)_weights?$",
@@ -87,57 +87,46 @@ class Template:
     optional: Callable[[str], bool] = lambda _: False
     rename: Callable[[str], str] = lambda name: name
 
+    @property
+    def few(self) -> Mapping[str, torch.Size]:
+        """Shapes for the smallest number of classes with an axis of its own, or the fixed one."""
+        return self.shapes(2 if self.last else 0)
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights that fit an architecture.
+    """The tensors below a prefix of a state dict, as weights of an architecture.
 
     Attributes:
-        state_dict: all of the architecture's names; with the file's `_metadata`, if it has one, for
-            layers that convert parameters of their older versions.
-        classes: outputs of the last layer; 0 if the code fixes them.
-        key: of the state dict that was taken, with the prefix of its names, as in "model_ema".
+        key: of the state dict, with the prefix of its names, as WEIGHTS_KEY has them.
+        state_dict: all of the architecture's names; `_metadata` has the versions of the file's
+            layers, by which they convert old parameters.
+        classes: outputs of the last layer; 0 if the code fixes them, or no last layer was found.
+        problems: differing shapes and missing names; empty if the weights are complete.
+        source: the whole state dict.
+        prefix: of the names in it, as in "module."; or empty.
+        last: the last layer's name below the prefix.
         notes: sentences to print.
     """
 
+    key: str
     state_dict: "OrderedDict[str, Tensor]"
     classes: int
-    key: str
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """The tensors below a prefix of a state dict, as those of the architecture.
-
-    Attributes:
-        key: of the state dict.
-        prefix: of the names, as in "module."; or empty.
-        tensors: by the architecture's names.
-        used: their names in the file.
-        classes: outputs of the last layer; 0 if the code fixes them, or no last layer was found.
-        own: whether at least `MIN_SHARE` of the architecture's names were found.
-        last: the last layer's name in the file, without the prefix.
-        problems: differing shapes and missing names; empty if the weights are complete.
-    """
-
-    key: str
-    prefix: str
-    tensors: "OrderedDict[str, Tensor]"
-    used: frozenset[str]
-    classes: int
-    own: bool
-    last: str
     problems: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """The key and the prefix, as WEIGHTS_KEY has them."""
-        return ".".join(filter(None, (self.key, self.prefix.rstrip(".")))) or "."
+    source: StateDict
+    prefix: str
+    last: str
+    notes: tuple[str, ...] = ()
 
     @property
     def averaged(self) -> bool:
-        return _AVERAGED.search(self.label) is not None
+        """Whether the key names an average of the weights, such as EMA."""
+        return _AVERAGED.search(self.key) is not None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this is a whole model, or an averaged one without its buffers."""
+        return self.averaged or not self.problems
 
 
 def torchvision_template(architecture: str) -> Template:
@@ -167,38 +156,46 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
     """
     file, states = checkpoint.file, checkpoint.states
     template = replace(template, shapes=functools.cache(template.shapes))
-    found = [c for key, state in states.items() for c in _candidates(key, state, template)]
+    found = [f for key, state in states.items() for f in _candidates(key, state, template)]
     asked = found if weights_key is None else _asked(checkpoint, found, weights_key)
-    complete = [candidate for candidate in asked if not candidate.problems]
-    if not complete:
+    misfit = f"{file} does not fit {template.architecture}"
+    if not asked:
         state = states.get(weights_key or "", max(states.values(), key=len))
-        raise UserError(_misfit(checkpoint, asked, state, template))
-    taken = _preferred(complete, file)
-    harmless, computing = _left_out(taken, found, states[taken.key], template)
-    if computing:
+        hint = _hint(state, {}, template)
+        raise UserError(f"{misfit}: its first names are {_listed(state)}. {hint}")
+    taken = _preferred(asked, file)
+    harmless, further = _left_out(taken, found, template)
+    problems = [*taken.problems]
+    if further:
+        problems.insert(0, f"it has further layers that change its answers: {_listed(further)}")
+    if problems:
+        hint = _hint(taken.source, taken.state_dict, template)
+        classes = f" with {taken.classes} classes" if taken.classes else ""
+        raise UserError(f"{misfit}{classes}: {_listed(problems, separator='; ')}. {hint}")
+    copies = {id(copy.source) for copy in found if copy.is_copy}
+    others = [
+        key or "."
+        for key, state in states.items()
+        if id(state) not in copies and any(tensor.dim() > 1 for tensor in state.values())
+    ]
+    if others and weights_key is None:
         raise UserError(
-            f"{file} does not fit {template.architecture}: it has further layers, "
-            f"{_listed(computing)}, without which the model gives other answers. "
-            f"{_suggested(states[taken.key], template) or _EXPORT}"
+            f"{file} holds further layers under {_listed(others)}. If they are no part of the "
+            f"model, choose its weights: WEIGHTS_KEY={taken.key}"
         )
-    if weights_key is None:
-        _check_other_states(checkpoint, found, taken)
-    for name, tensor in taken.tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in taken.state_dict.items():
+        if not bool(tensor.isfinite().all()):
             raise UserError(f"{file}: {name} holds values that are not finite.")
-    _copy_versions(states[taken.key], taken)
-    notes = tuple(_notes(taken, asked, harmless, template, file))
-    return Fitted(taken.tensors, taken.classes, taken.label, notes)
+    return replace(taken, notes=tuple(_notes(taken, asked, harmless, template)))
 
 
 def load_into(module: nn.Module, fitted: Fitted) -> nn.Module:
     """Load weights into a module of their architecture, and print what was noticed about them."""
     for note in fitted.notes:
         step(f"Weights: {note}")
-    if not hasattr(fitted.state_dict, "_metadata"):
-        # A file of another format than torch's: the module's version decides, as MNASNet needs.
-        versions = module.state_dict()._metadata  # type: ignore[attr-defined]  # noqa: SLF001
-        fitted.state_dict._metadata = OrderedDict({"": versions[""]})  # type: ignore[attr-defined]  # noqa: SLF001
+    # Without a version, as in other formats than torch's, the module's decides; MNASNet needs it.
+    versions: Any = fitted.state_dict._metadata  # type: ignore[attr-defined]  # noqa: SLF001
+    versions.setdefault("", {"version": module._version})  # noqa: SLF001
     module.load_state_dict(fitted.state_dict)
     return module
 
@@ -209,44 +206,45 @@ def _present_name(name: str) -> str:
     return name
 
 
-def _candidates(key: str, state: StateDict, template: Template) -> Iterator[_Candidate]:
-    """Find the prefixes below which most of the architecture's names are, or the best one."""
-    few = template.shapes(2 if template.last else 0)
-    present = {
-        template.rename(name): tensor for name, tensor in state.items() if not _is_counter(name)
-    }
+def _candidates(key: str, source: StateDict, template: Template) -> Iterator[Fitted]:
+    """Find the prefixes below which most of the architecture's names are."""
+    present = {template.rename(name): tensor for name, tensor in source.items()}
     starts = Counter(
         name[:start]
         for name in present
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-        if name[start:] in few
+        if name[start:] in template.few
     )
-    required = sum(not name.endswith(".num_batches_tracked") for name in few)
-    for number, (prefix, count) in enumerate(starts.most_common(MAX_PREFIXES)):
-        own = count >= MIN_SHARE * required
-        if own or number == 0:
-            yield _candidate(key, prefix, present, template, own=own)
+    required = sum(not name.endswith(".num_batches_tracked") for name in template.few)
+    for prefix, count in starts.most_common(MAX_PREFIXES):
+        if count >= MIN_SHARE * required:
+            label = f"{key}.{prefix}".strip(".") or "."
+            below = {n.removeprefix(prefix): t for n, t in present.items() if n.startswith(prefix)}
+            last = _last_layer(below, template)
+            tensors, classes, problems = _compare(below, last, template)
+            tensors._metadata = {  # type: ignore[attr-defined]  # noqa: SLF001
+                f"{module}."[len(prefix) : -1]: version
+                for module, version in getattr(source, "_metadata", {}).items()
+                if f"{module}.".startswith(prefix)
+            }
+            yield Fitted(label, tensors, classes, problems, source, prefix, last)
 
 
-def _candidate(
-    key: str, prefix: str, present: StateDict, template: Template, *, own: bool
-) -> _Candidate:
-    few = template.shapes(2 if template.last else 0)
-    last = template.last and _last_layer(prefix, present, template.last, few)
-    renamed = {f"{template.last}.{part}": f"{last}.{part}" for part in ("weight", "bias")}
-    names = {name: prefix + renamed.get(name, name) for name in few}
-    found = {name: inside for name, inside in names.items() if inside in present}
-    weight, bias = renamed
-    classes = 0
-    if weight in found and weight in few:
-        shape = present[found[weight]].shape
-        classes = shape[0] if len(shape) > 0 and shape[1:] == few[weight][1:] else 0
+def _compare(
+    below: StateDict, last: str, template: Template
+) -> tuple["OrderedDict[str, Tensor]", int, tuple[str, ...]]:
+    """Return the tensors by the architecture's names, the number of classes, and the problems."""
+    few = template.few
+    weight, bias = (f"{template.last}.{part}" for part in ("weight", "bias"))
+    names = {name: name for name in few} | {weight: f"{last}.weight", bias: f"{last}.bias"}
+    tensors = OrderedDict((n, below[names[n]]) for n in few if names[n] in below)
+    shape = tensors[weight].shape if weight in tensors else ()
+    classes = shape[0] if shape and shape[1:] == few[weight][1:] else 0
     expected = template.shapes(classes) if classes else few
-    tensors = OrderedDict((name, present[inside]) for name, inside in found.items())
-    for name in (name for name in expected if name not in found):
+    for name in (name for name in expected if name not in tensors):
         if name.endswith(".num_batches_tracked"):  # not in files of PyTorch 0.4 and before
             tensors[name] = torch.zeros((), dtype=torch.int64)
-        elif name == bias and weight in found:
+        elif name == bias and weight in tensors:
             tensors[name] = torch.zeros(expected[name])
     lacking = [n for n in expected if n not in tensors and not template.optional(n)]
     problems = [
@@ -256,144 +254,97 @@ def _candidate(
     ]
     if lacking:
         problems.insert(0, f"it lacks {_listed(lacking)}")
-    used = frozenset(found.values())
-    return _Candidate(key, prefix, tensors, used, classes, own, last, tuple(problems))
+    return tensors, classes, tuple(problems)
 
 
-def _is_counter(name: str) -> bool:
-    return name.rpartition(".")[2] in _COUNTERS
-
-
-def _last_layer(
-    prefix: str, present: StateDict, last: str, expected: Mapping[str, torch.Size]
-) -> str:
+def _last_layer(names: Iterable[str], template: Template) -> str:
     """Return the name of the layer in the place of the last one.
 
     It may be in an nn.Sequential there, or in the place of one that holds only the last layer.
     """
-    modules = [last]
-    parent, _, own = last.rpartition(".")
-    siblings = [n for n in expected if n.startswith(f"{parent}.") and not n.startswith(f"{last}.")]
-    if parent and not siblings and (own.isdecimal() or parent in _PLAIN_HEADS):
-        modules.append(parent)
-    for module in modules:
-        start = f"{prefix}{module}."
-        inside = {name.removeprefix(prefix) for name in present if name.startswith(start)}
+    parent, _, own = template.last.rpartition(".")
+    layers = {name.rpartition(".")[0] for name in template.few if name.startswith(f"{parent}.")}
+    is_plain = layers == {template.last} and (own.isdecimal() or parent in _PLAIN_HEADS)
+    for module in (template.last, parent) if is_plain else (template.last,):
+        inside = [n for n in names if n.startswith(f"{module}.") and not _COUNTER.search(n)]
         layers = {name.rpartition(".")[0] for name in inside}
-        layer = layers.pop() if len(layers) == 1 else ""
-        is_linear = {f"{layer}.weight"} <= inside <= {f"{layer}.weight", f"{layer}.bias"}
-        if is_linear and re.fullmatch(rf"{re.escape(module)}(\.\d+)?", layer):
-            return layer
-    return last
+        pattern = re.compile(rf"{re.escape(module)}(\.\d+)?\.(weight|bias)")
+        if len(layers) == 1 and all(map(pattern.fullmatch, inside)):
+            return layers.pop()
+    return template.last
 
 
-def _asked(checkpoint: Checkpoint, found: list[_Candidate], weights_key: str) -> list[_Candidate]:
+def _asked(checkpoint: Checkpoint, found: list[Fitted], weights_key: str) -> list[Fitted]:
     """Return the candidates of a key or a prefix, those that it names in full first."""
     wanted = weights_key.rstrip(".") or "."
-    in_full = [c for c in found if wanted in (c.label, c.key, c.prefix.rstrip("."))]
-    asked = in_full or [c for c in found if f".{wanted}." in f".{c.label}."]
+    state = checkpoint.states.get(wanted)
+    in_full = [f for f in found if f.source is state or wanted in (f.key, f.prefix.rstrip("."))]
+    asked = in_full or [f for f in found if f".{wanted}." in f".{f.key}."]
     if not asked and weights_key not in checkpoint.states:
-        labels = [c.label for c in found if c.own] or [key or "." for key in checkpoint.states]
+        keys = [f.key for f in found] or [key or "." for key in checkpoint.states]
         raise UserError(
             f"{checkpoint.file} has no weights {weights_key!r}. "
-            f"WEIGHTS_KEY can be: {_listed(labels, limit=20)}."
+            f"WEIGHTS_KEY can be: {_listed(keys, limit=20)}."
         )
     return asked
 
 
-def _preferred(complete: list[_Candidate], file: str) -> _Candidate:
-    best = [candidate for candidate in complete if candidate.averaged] or complete
+def _preferred(asked: list[Fitted], file: str) -> Fitted:
+    """Return the complete candidate, the averaged one of several, or else the most complete."""
+    complete = [f for f in asked if not f.problems]
+    best = [f for f in complete if f.averaged] or complete
     if len(best) > 1:
         raise UserError(
             f"{file} holds the weights of several models. Choose one with WEIGHTS_KEY: "
-            f"{_listed([candidate.label for candidate in complete], limit=20)}."
+            f"{_listed([f.key for f in complete], limit=20)}."
         )
-    return best[0]
+    return best[0] if best else max(asked, key=lambda f: len(f.state_dict))
 
 
 def _left_out(
-    taken: _Candidate, found: list[_Candidate], state: StateDict, template: Template
+    taken: Fitted, found: list[Fitted], template: Template
 ) -> tuple[list[str], list[str]]:
     """Return the tensors that the architecture does not have: harmless ones, and all others.
 
-    Those of complete or averaged copies of the model are neither.
+    Those of complete or averaged copies of the model are neither. Harmless are counters and,
+    outside the model, what only losses use. A loss's tensor with two dimensions may compute:
+    ArcFace's, for example, is the last layer.
     """
-    modules = {name.partition(".")[0] for name in template.shapes(2 if template.last else 0)}
-    copies = [c for c in found if c.key == taken.key and c.own and (not c.problems or c.averaged)]
-    used = frozenset().union(*(copy.used for copy in (taken, *copies)))
-    prefixes = tuple(c.prefix for c in copies if c.prefix and not taken.prefix.startswith(c.prefix))
-    harmless, computing = [], []
-    for name, tensor in state.items():
-        present = template.rename(name)
-        inner = present.removeprefix(taken.prefix)
-        below = present.startswith(taken.prefix)
-        if present in used or present.startswith(prefixes) or (below and template.optional(inner)):
+    modules = {name.partition(".")[0] for name in template.few}
+    copies = [f for f in found if f.source is taken.source and f.is_copy]
+    used = {id(tensor) for copy in (taken, *copies) for tensor in copy.state_dict.values()}
+    prefixes = tuple(f.prefix for f in copies if f.prefix and not taken.prefix.startswith(f.prefix))
+    harmless, further = [], []
+    for old, tensor in taken.source.items():
+        name = template.rename(old)
+        below = name.startswith(taken.prefix)
+        inner = name.removeprefix(taken.prefix)
+        if id(tensor) in used or name.startswith(prefixes) or (below and template.optional(inner)):
             continue
         inside = below and inner.partition(".")[0] in modules
-        if _is_harmless(name, tensor, inside=inside):
-            harmless.append(name)
+        counts = _COUNTER.search(name) or not (inside or tensor.is_floating_point())
+        loss = not inside and tensor.dim() <= 1 and _LOSS.search(name)
+        if loss or (counts and tensor.numel() == 1):
+            harmless.append(old)
         else:
-            computing.append(f"{name} {list(tensor.shape)}")
-    return harmless, computing
-
-
-def _is_harmless(name: str, tensor: Tensor, *, inside: bool) -> bool:
-    """Whether a tensor computes nothing: a counter, or, outside the model, a loss's weights.
-
-    One of a loss with two dimensions is none of these: ArcFace's, for example, is the last layer.
-    """
-    if tensor.numel() == 1 and _is_counter(name):
-        return True
-    if inside:
-        return False
-    is_scalar = tensor.numel() == 1 and not tensor.is_floating_point()
-    return is_scalar or (tensor.dim() <= 1 and _LOSS.search(name) is not None)
-
-
-def _check_other_states(checkpoint: Checkpoint, found: list[_Candidate], taken: _Candidate) -> None:
-    """Raise `UserError` for state dicts that may be another part of the model."""
-    copies = {c.key for c in found if c.own and (not c.problems or c.averaged)}
-    others = [
-        key
-        for key, state in checkpoint.states.items()
-        if key not in copies and any(t.dim() > 1 for t in state.values())
-    ]
-    if others:
-        raise UserError(
-            f"{checkpoint.file} holds further layers under {_listed(k or '.' for k in others)}. If "
-            f"they are no part of the model, choose its weights: WEIGHTS_KEY={taken.label}"
-        )
-
-
-def _copy_versions(state: StateDict, taken: _Candidate) -> None:
-    """Keep the versions of the file's layers, by which they convert old parameters."""
-    versions = {
-        f"{module}."[len(taken.prefix) : -1]: version
-        for module, version in getattr(state, "_metadata", {}).items()
-        if f"{module}.".startswith(taken.prefix)
-    }
-    if versions:
-        taken.tensors._metadata = OrderedDict(versions)  # type: ignore[attr-defined]  # noqa: SLF001
+            further.append(f"{old} {list(tensor.shape)}")
+    return harmless, further
 
 
 def _notes(
-    taken: _Candidate,
-    asked: list[_Candidate],
-    harmless: list[str],
-    template: Template,
-    file: str,
+    taken: Fitted, asked: list[Fitted], harmless: list[str], template: Template
 ) -> Iterator[str]:
-    raw = [c.label for c in asked if not c.problems and not c.averaged]
-    incomplete = [c for c in asked if c.own and c.problems and c.averaged]
+    raw = [f.key for f in asked if not f.problems and not f.averaged]
+    incomplete = [f for f in asked if f.problems and f.averaged]
     if taken.averaged and raw:
-        yield f"Took the averaged weights, {taken.label}. The raw ones: WEIGHTS_KEY={raw[0]}"
+        yield f"Took the averaged weights, {taken.key}. The raw ones: WEIGHTS_KEY={raw[0]}"
     elif incomplete:
         yield (
-            f"Took {taken.label}, since the averaged weights, {incomplete[0].label}, are "
+            f"Took {taken.key}, since the averaged weights, {incomplete[0].key}, are "
             f"incomplete: {incomplete[0].problems[0]}."
         )
     if taken.prefix:
-        yield f"Removed the prefix {printable(taken.prefix)} from the names in {file}."
+        yield f"Removed the prefix {printable(taken.prefix)} from the names."
     if harmless:
         yield f"Left out, since they are no part of the model: {_listed(harmless, limit=20)}."
     if taken.last != template.last and taken.last.rpartition(".")[2] not in {"0", taken.last}:
@@ -404,68 +355,39 @@ def _notes(
         )
 
 
-def _misfit(
-    checkpoint: Checkpoint, asked: list[_Candidate], state: StateDict, template: Template
-) -> str:
-    """Explain why no state dict fits, and what to do."""
-    file = checkpoint.file
-    best = max(asked, key=lambda c: (c.own, len(c.used)), default=None)
-    if best is None or not best.own:
-        state = checkpoint.states[best.key] if best else state
-        library = _library(state, template)
-        return (
-            f"{file} does not fit {template.architecture}: its first names are "
-            f"{_listed(state)}. {library or _suggested(state, template) or _EXPORT}"
-        )
-    state = checkpoint.states[best.key]
-    _check_channels(best, template, file)
-    problems = _listed(best.problems, separator="; ")
-    further = _left_out(best, asked, state, template)[1]
-    has = f"; it has {_listed(further)} besides" if further else ""
-    classes = f" with {best.classes} classes" if best.classes else ""
-    hint = _suggested(state, template) or _EXPORT
-    return f"{file} does not fit {template.architecture}{classes}: {problems}{has}. {hint}"
+def _hint(state: StateDict, tensors: StateDict, template: Template) -> str:
+    """Return what to do with weights that do not fit.
 
-
-def _check_channels(candidate: _Candidate, template: Template, file: str) -> None:
-    """Raise `UserError` for weights that take images of other channels than three."""
-    for name, shape in template.shapes(2 if template.last else 0).items():
-        if len(shape) == 4 and shape[1] == 3:  # noqa: PLR2004  # a convolution of an image
-            found = candidate.tensors[name].shape if name in candidate.tensors else shape
-            if len(found) == len(shape) and found[1] != shape[1]:
-                raise UserError(
-                    f"{file} takes images of {found[1]} channel(s): {name} has the shape "
-                    f"{list(found)}. Here images have 3: red, green and blue, also gray ones. "
-                    "Train with those, as Grayscale(num_output_channels=3) of torchvision's "
-                    "transforms gives."
-                )
-            return
-
-
-def _library(state: StateDict, template: Template) -> str:
-    """Return what to do with the names of another library; empty if they are none's."""
-    for pattern, text in _LIBRARIES.items():
-        if any(re.search(pattern, name) for name in state):
-            return "" if template.architecture.startswith("timm/") and "timm/" in text else text
-    return ""
-
-
-def _suggested(state: StateDict, template: Template) -> str:
-    """Name the architecture of torchvision whose layers these are, if one's."""
+    Args:
+        state: the weights.
+        tensors: those of them that have names of the architecture, if they are most.
+        template: what the architecture expects.
+    """
+    for name, tensor in tensors.items():
+        # An image has 3 channels, and a convolution's weights 4 dimensions.
+        if len(tensor.shape) == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:  # noqa: PLR2004
+            return (
+                f"It takes images of {tensor.shape[1]} channel(s). Here they have 3: red, green "
+                "and blue, also gray ones. Train with those, as Grayscale(num_output_channels=3) "
+                "of torchvision's transforms gives"
+            )
+    is_timm = template.architecture.startswith("timm/")
+    for pattern, text in {} if tensors else _LIBRARIES.items():
+        if any(re.search(pattern, name) for name in state) and not (is_timm and "timm/" in text):
+            return text
     size = sum(t.numel() for name, t in state.items() if ".running_" not in name)
     for name in architectures():
-        parameters = official_weights(name).meta["num_params"]
-        limit = max(MAX_LAST_LAYER_PARAMETERS, MAX_DIFFERENCE * parameters)
-        if name == template.architecture or abs(size - parameters) > limit:
+        difference = abs(size - official_weights(name).meta["num_params"])
+        if name == template.architecture or difference > MAX_LAST_LAYER_PARAMETERS:
             continue
         other = torchvision_template(name)
         for candidate in _candidates("", state, other):
-            if not candidate.problems and not _left_out(candidate, [candidate], state, other)[1]:
+            if not candidate.problems and not _left_out(candidate, [candidate], other)[1]:
                 return f"Its layers are those of {name}: ARCH={name}"
-    return ""
+    return _EXPORT
 
 
 def _listed(items: Iterable[str], *, limit: int = MAX_LISTED, separator: str = ", ") -> str:
-    texts = [printable(item[:200]) for item in items]
-    more = f"{separator}and {len(texts) - limit} more" if len(texts) > limit else ""
-    return separator.join(texts[:limit]) + more
+    texts = [printable(item) for item in items]
+    more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
+    return separator.join(texts[:limit] + more)

@@ -463,11 +463,14 @@ def test_the_command_does_without_pytorch(tmp_path: Path) -> None:
     )
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-        "import runpy; runpy.run_module('scripts.build.commands', run_name='__main__')"
+        "import runpy; runpy.run_module('scripts', run_name='__main__')"
     )
     options = (f"--model-file={tmp_path / 'mine.yaml'}", f"--model-store={tmp_path}")
     result = subprocess.run(
-        [sys.executable, "-c", program, *options], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, "archive", *options],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (tmp_path / "mine.mar").exists(), result.stderr
 

@@ -17,13 +17,11 @@ import safetensors.torch
 import torch
 import transformers
 from huggingface_hub import is_offline_mode
-from PIL import Image
 from torch import nn
 from transformers.utils import logging
 
 from handler.images import PixelBudget, decode
 from handler.responses import softmax
-from handler.settings import Preprocessing
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.build.sources.huggingface import CONFIG, PREPROCESSOR, WEIGHTS, open_source

@@ -13,7 +13,7 @@ from torchvision.models import get_model
 
 from scripts.build import state_dicts
 from scripts.build.checkpoints import Checkpoint, read_checkpoint
-from scripts.build.state_dicts import Fitted, Template, fit, torchvision_template
+from scripts.build.state_dicts import Fitted, Template, fit, load_into, torchvision_template
 from scripts.terminal import UserError
 
 CLASSES = 3
@@ -49,9 +49,12 @@ def renamed(state: Tensors, old: str, new: str) -> dict[str, Tensor]:
     return {re.sub(old, new, name): tensor for name, tensor in state.items()}
 
 
+Fit = Callable[..., Fitted]
+
+
 @pytest.fixture
-def fitted(tmp_path: Path) -> Callable[..., Fitted]:
-    """Save an object to mine.pth, and fit that."""
+def fitted(tmp_path: Path) -> Fit:
+    """Save weights to mine.pth, and fit those."""
 
     def save_and_fit(content: object, template: Template = NET, key: str | None = None) -> Fitted:
         torch.save(content, tmp_path / "mine.pth")
@@ -64,41 +67,37 @@ def same(result: Tensors, expected: Tensors) -> bool:
     return result.keys() == expected.keys() and all(result[n].equal(expected[n]) for n in expected)
 
 
-PREFIXES = ["module.", "_orig_mod.", "net.backbone.", "timm_model.", "encoder.0.", "fc."]
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_any_common_prefix_is_removed_and_noted(prefix: str, fitted: Callable[..., Fitted]) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "net.backbone.", "timm_model.", "encoder.0.", "fc."]
+)
+def test_any_common_prefix_is_removed_and_noted(prefix: str, fitted: Fit) -> None:
     result = fitted({"state_dict": below(prefix)})
     assert same(result.state_dict, RAW)
     assert (result.classes, result.key) == (CLASSES, f"state_dict.{prefix[:-1]}")
-    assert result.notes == (f"Removed the prefix {prefix} from the names in mine.pth.",)
+    assert result.notes == (f"Removed the prefix {prefix} from the names.",)
 
 
-def test_versions_of_layers_are_kept_without_the_prefix(fitted: Callable[..., Fitted]) -> None:
-    versions = fitted(nn.Sequential(Net(2)).state_dict()).state_dict._metadata  # type: ignore[attr-defined]
-    assert versions["layer1.0"] == {"version": 2}
-    assert versions.keys() == Net(2).state_dict()._metadata.keys()  # type: ignore[attr-defined]
-    assert not hasattr(fitted(below("")).state_dict, "_metadata")
-
-
-COUNTERS = {"layer1.0.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+def test_versions_of_layers_are_kept_without_the_prefix(fitted: Fit) -> None:
+    net = Net(2)
+    result = fitted(nn.Sequential(net).state_dict())
+    assert result.state_dict._metadata == net.state_dict()._metadata  # type: ignore[attr-defined]
+    plain = fitted(below(""))
+    load_into(Net(CLASSES), plain)
+    assert plain.state_dict._metadata == {"": {"version": 1}}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     "foreign",
     [
-        {"criterion.weight": torch.ones(3)},
-        {"ce_loss.pos_weight": torch.ones(3)},
-        {"class_weights": torch.ones(3)},
-        {"n_averaged": torch.tensor(4)},
+        {"criterion.weight": torch.ones(3), "ce_loss.pos_weight": torch.ones(3)},
+        {"class_weights": torch.ones(3), "n_averaged": torch.tensor(4)},
         {"train_metrics.total": torch.tensor(4.0)},
-        COUNTERS,
+        {"layer1.0.total_ops": torch.zeros(1), "total_params": torch.zeros(1)},
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_losses_and_counters_are_left_out_and_named(
-    foreign: dict[str, Tensor], prefix: str, fitted: Callable[..., Fitted]
+    foreign: dict[str, Tensor], prefix: str, fitted: Fit
 ) -> None:
     result = fitted(below(prefix) | foreign)
     assert same(result.state_dict, RAW)
@@ -120,16 +119,14 @@ def test_losses_and_counters_are_left_out_and_named(
     ],
 )
 def test_what_may_compute_is_rejected_by_name(
-    prefix: str, name: str, tensor: Tensor, fitted: Callable[..., Fitted]
+    prefix: str, name: str, tensor: Tensor, fitted: Fit
 ) -> None:
-    message = rf"further layers, {re.escape(name)} \[.*give[s]? other answers.*torch\.onnx\.export"
+    message = rf"further layers that change its answers: {re.escape(name)} \[.*torch\.onnx\.export"
     with pytest.raises(UserError, match=message):
         fitted(below(prefix) | {name: tensor})
 
 
-def test_another_part_under_another_key_is_left_out_only_if_a_key_is_chosen(
-    fitted: Callable[..., Fitted],
-) -> None:
+def test_another_part_under_another_key_is_left_out_only_if_a_key_is_chosen(fitted: Fit) -> None:
     parts = {"encoder": RAW, "classifier": {"weight": torch.ones(2, 3)}}
     with pytest.raises(UserError, match=r"further layers under classifier\..*WEIGHTS_KEY=encoder"):
         fitted(parts)
@@ -149,7 +146,7 @@ def test_another_part_under_another_key_is_left_out_only_if_a_key_is_chosen(
     ],
 )
 def test_averaged_weights_are_taken_unless_the_key_of_the_raw_ones_is_given(
-    content: Mapping[str, object], averaged: str, raw: str, fitted: Callable[..., Fitted]
+    content: Mapping[str, object], averaged: str, raw: str, fitted: Fit
 ) -> None:
     result = fitted(content)
     assert same(result.state_dict, AVERAGED)
@@ -157,101 +154,93 @@ def test_averaged_weights_are_taken_unless_the_key_of_the_raw_ones_is_given(
     assert f"Took the averaged weights, {averaged}. The raw ones: WEIGHTS_KEY={raw}" in result.notes
     assert same(fitted(content, key=raw).state_dict, RAW)
     assert same(fitted(content, key=averaged.partition(".")[0]).state_dict, AVERAGED)
-    with pytest.raises(UserError, match=r"no weights 'emma'\. WEIGHTS_KEY can be: ") as error:
+    keys = rf"({re.escape(averaged)}, {re.escape(raw)}|{re.escape(raw)}, {re.escape(averaged)})"
+    with pytest.raises(UserError, match=rf"no weights 'emma'\. WEIGHTS_KEY can be: {keys}\.$"):
         fitted(content, key="emma")
-    assert {averaged, raw} == set(
-        str(error.value).rpartition(": ")[2].removesuffix(".").split(", ")
-    )
 
 
-def test_incomplete_averaged_weights_are_not_taken(fitted: Callable[..., Fitted]) -> None:
+def test_incomplete_averaged_weights_are_not_taken(fitted: Fit) -> None:
     parameters = {name: t for name, t in AVERAGED.items() if "running" not in name}
     for content in ({"net": RAW, "ema": parameters}, below("net.") | below("ema.", parameters)):
         result = fitted(content)
         assert same(result.state_dict, RAW)
-        assert re.match(
-            "Took net, since the averaged.*ema, are incomplete: it lacks", result.notes[0]
-        )
+        note = "Took net, since the averaged weights, ema, are incomplete: it lacks"
+        assert result.notes[0].startswith(note)
 
 
-def test_several_models_are_not_guessed_among(fitted: Callable[..., Fitted]) -> None:
+def test_several_models_are_not_guessed_among(fitted: Fit) -> None:
     for content in ({"student": RAW, "teacher": AVERAGED}, below("a.") | below("b.", AVERAGED)):
         with pytest.raises(UserError, match=r"several models.* WEIGHTS_KEY: (student|a), "):
             fitted(content)
 
 
 @pytest.mark.parametrize(("new", "assumed"), [("fc.0.", 0), ("fc.1.", 1), ("fc.4.", 1)])
-def test_a_last_layer_after_dropout_is_recognized(
-    new: str,
-    assumed: int,
-    fitted: Callable[..., Fitted],
-) -> None:
+def test_a_last_layer_after_dropout_is_recognized(new: str, assumed: int, fitted: Fit) -> None:
     result = fitted(renamed(RAW, r"^fc\.", new))
     assert same(result.state_dict, RAW)
     note = f"Whatever comes before {new[:-1]} in fc is taken as dropout"
     assert sum(text.startswith(note) for text in result.notes) == assumed
 
 
-def test_a_last_layer_may_have_one_output_or_no_bias(fitted: Callable[..., Fitted]) -> None:
+def test_a_last_layer_may_have_one_output_or_no_bias(fitted: Fit) -> None:
     result = fitted({n: t for n, t in Net(1).state_dict().items() if n != "fc.bias"})
     assert result.classes == 1
     assert result.state_dict["fc.bias"].equal(torch.zeros(1))
 
 
-OTHER_SIZE = r"3 classes: layer1\.1\.weight has the shape \[8, 4, 3, 3\] instead of \[8, 4, 1, 1\]"
 HIDDEN = {"fc.0.weight": torch.ones(8, 8), "fc.2.weight": torch.ones(3, 8)}
 WITHOUT_HEAD = {name: tensor for name, tensor in RAW.items() if "fc" not in name}
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer1.1.weight": torch.ones(8, 4, 3, 3)}, r"3 classes: layer1\.1\.weight has the"),
+        ({"fc.weight": torch.ones(3, 9)}, r"fc\.weight has the shape \[3, 9\] instead of \[2, 8\]"),
+        ({"fc.weight": torch.ones(0, 8)}, r"fc\.weight has the shape \[0, 8\]"),
+        ({"fc.weight": torch.tensor(1.0)}, r"fc\.weight has the shape \[\]"),
+        ({"conv1.weight": torch.ones(4, 1, 3, 3)}, "takes images of 1 channel.*Grayscale"),
+        ({"fc.bias": torch.tensor([0, 1, torch.nan])}, r"fc\.bias holds values that are not"),
+    ],
+)
+def test_tensors_of_other_shapes_or_values_are_rejected(
+    changes: dict[str, Tensor], message: str, fitted: Fit
+) -> None:
+    with pytest.raises(UserError, match=rf"mine\.pth.*{message}"):
+        fitted(RAW | changes)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
-        (RAW | {"layer1.1.weight": torch.ones(8, 4, 3, 3)}, OTHER_SIZE),
-        (RAW | {"fc.weight": torch.ones(3, 9)}, r"fc\.weight has the shape \[3, 9\]"),
-        (RAW | {"fc.weight": torch.ones(0, 8)}, r"fc\.weight has the shape \[0, 8\]"),
-        (RAW | {"fc.weight": torch.tensor(1.0)}, r"fc\.weight has the shape \[\]"),
-        (RAW | {"conv1.weight": torch.ones(4, 1, 3, 3)}, r"mine\.pth takes images of 1 channel"),
-        (RAW | {"fc.bias": torch.tensor([0, 1, torch.nan])}, r"fc\.bias holds values that are not"),
         (WITHOUT_HEAD, r"it lacks fc\.weight, fc\.bias\."),
-        (WITHOUT_HEAD | HIDDEN, r"it lacks fc.*; it has fc\.0\.weight \[8, 8\], fc\.2\.weight"),
+        (WITHOUT_HEAD | HIDDEN, r"layers.*: fc\.0\.weight \[8, 8\], fc\.2\.weight.*it lacks fc"),
         (WITHOUT_HEAD | {"fc.x.weight": torch.ones(3, 8)}, r"it lacks fc\.weight"),
-        (
-            below("", {"a.weight": torch.ones(1), "b": torch.eye(2)}),
-            r"first names are a\.weight, b\.",
-        ),
-        (
-            {"_conv_stem.weight": torch.ones(1), "_blocks.0.x": torch.ones(1)},
-            "efficientnet_pytorch",
-        ),
-        (
-            {"vit.embeddings.cls_token": torch.ones(1)},
-            r"Hugging Face.*MODEL_FILE=folder with config",
-        ),
-        ({"resnet.embedder.embedder.convolution.weight": torch.ones(1)}, "Hugging Face's names"),
-        ({"conv_stem.weight": torch.ones(1), "blocks.0.0.x": torch.ones(1)}, "ARCH=timm/NAME"),
+        ({"a.weight": torch.ones(1), "b": torch.eye(2)}, r"first names are a\.weight, b\."),
+        ({"_conv_stem.weight": torch.ones(1)}, "efficientnet_pytorch"),
+        ({"vit.embeddings.cls_token": torch.ones(1)}, "Hugging Face.*MODEL_FILE=folder with conf"),
+        ({"resnet.embedder.embedder.x": torch.ones(1)}, "Hugging Face's names"),
+        ({"conv_stem.weight": torch.ones(1)}, "ARCH=timm/NAME"),
         ({"patch_embed.proj.weight": torch.ones(1)}, "ARCH=timm/NAME"),
         ({"stages.0.blocks.0.x": torch.ones(1)}, "ARCH=timm/NAME"),
     ],
 )
 def test_weights_that_do_not_fit_are_rejected_with_the_reason_and_what_to_do(
-    content: Tensors, message: str, fitted: Callable[..., Fitted]
+    content: Tensors, message: str, fitted: Fit
 ) -> None:
     with pytest.raises(UserError, match=message):
         fitted(content)
 
 
-def test_code_that_fixes_the_number_of_classes_needs_no_last_layer(
-    fitted: Callable[..., Fitted],
-) -> None:
+def test_code_that_fixes_the_number_of_classes_needs_no_last_layer(fitted: Fit) -> None:
     python_class = Template("MyNet", shapes, "")
     result = fitted(below("module."), python_class)
     assert same(result.state_dict, RAW)
-    assert result.classes == 0
     with pytest.raises(UserError, match=r"MyNet: .*fc\.weight has the shape \[5, 8\] instead of"):
         fitted(Net(5).state_dict(), python_class)
 
 
-def test_chexnets_published_layout_fits_densenet121(fitted: Callable[..., Fitted]) -> None:
+def test_chexnets_published_layout_fits_densenet121(fitted: Fit) -> None:
     state = get_model("densenet121", num_classes=14).state_dict()
     old = renamed(state, r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2")
     old = renamed(old, r"classifier\.", "classifier.0.")
@@ -282,12 +271,12 @@ def test_usual_replacements_of_torchvisions_heads_and_its_old_names_fit(
     with torch.device("meta"):
         model = get_model(architecture, num_classes=CLASSES, **auxiliary)
     state = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
-    checkpoint = Checkpoint("mine.pth", "", {"": OrderedDict(renamed(state, old, new))}, ())
+    checkpoint = Checkpoint("mine.pth", "", {"": OrderedDict(renamed(state, old, new))})
     result = fit(checkpoint, template)
     assert result.state_dict.keys() == template.shapes(CLASSES).keys()
 
 
-def test_the_right_architecture_of_torchvision_is_suggested(fitted: Callable[..., Fitted]) -> None:
+def test_the_right_architecture_of_torchvision_is_suggested(fitted: Fit) -> None:
     squeezenet = below("module.", get_model("squeezenet1_1", num_classes=CLASSES).state_dict())
     for template in (NET, torchvision_template("squeezenet1_0")):
         with pytest.raises(UserError, match=r"layers are those of squeezenet1_1: ARCH=squeezenet1"):
