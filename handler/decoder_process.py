@@ -1,13 +1,13 @@
-"""Decodes pictures in a small process of its own, whose time and memory the kernel bounds.
+"""Decode images in a small process whose time and memory the kernel limits.
 
-A decoder in C cannot be stopped from beside it in the same process, and what one takes of memory
-nobody can foresee. So pictures whose cost does not follow from their header are decoded here: a
-timer of the kernel ends the process once it has used the time that the picture may cost, a limit
-of the kernel refuses memory above the bound, and a decoder that crashes takes nothing else along.
-The worker goes on in each case and answers that one picture with an error.
+A decoder in C cannot be stopped from within its own process, and nobody can foresee what memory it
+takes. So in the decoder process a kernel timer (ITIMER_PROF, CPU time) ends the process when the
+image has used its time, and RLIMIT_DATA refuses memory above the limit. (RLIMIT_CPU counts whole
+seconds since the process started, and RLIMIT_AS also counts the shared libraries.) A deadline of
+wall time is kept by the worker, which survives in each case and answers that image with an error.
 
-A worker has one such process at most, started when first needed, kept for the next picture and
-ended when idle, or when the worker is gone. It knows nothing of the model.
+A worker has at most one such process: started when first needed, kept for the next image, stopped
+when idle or when the worker is gone.
 """
 
 import contextlib
@@ -22,25 +22,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Event, Lock, Timer
+from threading import Lock, Timer
 from typing import IO, Any
 
 from handler.settings import DECODING_BYTES
 
-# Seconds without a picture after which the process ends.
+# The process stops after so many seconds without an image.
 IDLE_SECONDS = 60
 
-# Of wall time, after which something other than work must hold the process: it sleeps, or the
-# machine is so busy that the request is lost anyway (`responseTimeout` is 60 s).
-_STUCK_SECONDS = 30
+# Wall time for one image: the process sleeps, or the machine is so busy that the request is lost
+# anyway (`responseTimeout` is 60 s).
+_MAX_WALL_SECONDS = 30.0
+# A process that closed its pipes is about to exit.
+_MAX_EXIT_SECONDS = 5.0
 
-# What a picture that ends the process costs above its own time: starting the next one.
+# What an image that ends the process costs its request above its own time: the next start.
 RESTART_SECONDS = 0.3
 
-# Before a message: bytes of its JSON, and of what follows that.
+# Precedes a message: bytes of its JSON, and of the content after that.
 _PREFIX = struct.Struct("<II")
 
-# glibc's allocator in the process: one heap, and large blocks go back at once.
+# glibc's allocator in the process: one heap, and large blocks are returned at once.
 _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
@@ -48,33 +50,23 @@ _ALLOCATOR = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 
-
-# In the process: a question and an encoded picture -> the answer's JSON and bytes.
+# In the process: a question and an encoded image -> the answer's JSON and bytes.
 Answer = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
 
 
 class DecoderEndedError(Exception):
-    """The process ended on this picture.
+    """The process ended on this image.
 
     Attributes:
-        signal: that ended it; 0 for an exit.
-        was_stuck: the worker sent that signal, because nothing happened for too long.
+        ran_out_of_time: the kernel's timer or the deadline ended it.
+        was_killed: something else sent SIGKILL: the kernel, when the machine has no memory left.
     """
 
-    def __init__(self, signal_number: int, *, was_stuck: bool) -> None:
+    def __init__(self, signal_number: int, *, overdue: bool) -> None:
         super().__init__(f"the decoder process ended with signal {signal_number}")
         self.signal = signal_number
-        self.was_stuck = was_stuck
-
-    @property
-    def ran_out_of_time(self) -> bool:
-        """The kernel's timer ended it, or it was stuck."""
-        return self.signal == signal.SIGPROF or self.was_stuck
-
-    @property
-    def was_killed(self) -> bool:
-        """Somebody else ended it: the kernel, where the machine has no memory left."""
-        return self.signal == signal.SIGKILL and not self.was_stuck
+        self.ran_out_of_time = overdue or signal_number == signal.SIGPROF
+        self.was_killed = signal_number == signal.SIGKILL and not overdue
 
 
 class DecoderProcess:
@@ -87,63 +79,57 @@ class DecoderProcess:
     def ask(
         self, question: Mapping[str, Any], pieces: Sequence[bytes | memoryview], seconds: float
     ) -> tuple[dict[str, Any], bytes]:
-        """Has one picture decoded.
+        """Send one image to the process; return the answer's JSON, with `seconds`, and its bytes.
 
         Args:
             question: JSON, for `answer` in `serve`.
-            pieces: the encoded picture.
+            pieces: the encoded image.
             seconds: of CPU that it may take, above 0.
 
-        Returns:
-            the answer's JSON, with `seconds` that it took, and its bytes.
-
         Raises:
-            DecoderEndedError: the picture took too long, or ended the process otherwise.
+            DecoderEndedError: the image took too long, or ended the process otherwise.
         """
         with self._lock:
             for _ in range(2):
-                process = self._living() or self._start()
-                stuck = Event()
+                if self._process is not None and self._process.poll() is not None:
+                    self._reap(self._process)  # it ended while it was idle
+                process = self._process or self._start()
+                started = time.monotonic()
                 try:
-                    with _not_stuck(process, stuck):
+                    with _deadline(process):
                         _send(process.stdin, {**question, "limit": seconds}, pieces)
                         return _receive(process.stdout)
                 except (OSError, EOFError):
-                    code = self._ended(process)
+                    code = self._reap(process)
                     if code:
                         break
-                    # It had been idle for too long just then.
+                    # It had just been idle for too long.
                 except BaseException:
-                    # An answer that nobody took would be the next picture's.
+                    # An answer that nobody took would be the next image's.
                     process.kill()
-                    self._ended(process)
+                    self._reap(process)
                     raise
-            raise DecoderEndedError(max(0, -code), was_stuck=stuck.is_set())
+            overdue = time.monotonic() - started >= _MAX_WALL_SECONDS
+            raise DecoderEndedError(max(0, -code), overdue=overdue)
 
     def close(self) -> None:
-        """Ends the process, if there is one."""
+        """Stop the process, if there is one."""
         with self._lock:
             if self._process is not None:
                 self._process.kill()
-                self._ended(self._process)
+                self._reap(self._process)
 
     @property
     def pid(self) -> int | None:
-        """The process's id; None where there is none."""
+        """Return the process's id; None if there is none."""
         return self._process.pid if self._process is not None else None
 
     def program(self) -> str:
-        """The process's Python code; it ends in `serve`."""
+        """Return the process's Python code, which calls `serve`."""
         return (
             f"import sys; sys.path[:] = {sys.path!r}; "
             "from handler.images import serve_decoding; serve_decoding()"
         )
-
-    def _living(self) -> "subprocess.Popen[bytes] | None":
-        """The process, unless it ended while it was idle: no picture is to blame for that."""
-        if self._process is not None and self._process.poll() is not None:
-            self._ended(self._process)
-        return self._process
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Isolated from the environment: TorchServe's, and what the archive does at Python's start.
@@ -154,34 +140,34 @@ class DecoderProcess:
             env={**os.environ, **_ALLOCATOR},
         )
         try:
-            with _not_stuck(process, Event()):
+            with _deadline(process):
                 _receive(process.stdout)
         except EOFError as error:
-            code = str(self._ended(process))
+            code = self._reap(process)
             raise RuntimeError(
                 f"The decoder process cannot start: it ended with {code}."
             ) from error
         self._process = process
         return process
 
-    def _ended(self, process: "subprocess.Popen[bytes]") -> int:
+    def _reap(self, process: "subprocess.Popen[bytes]") -> int:
+        """Return the exit status of a process that closed its pipes or was killed."""
         self._process = None
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        return process.wait()
+        try:
+            return process.wait(_MAX_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
 
 @contextlib.contextmanager
-def _not_stuck(process: "subprocess.Popen[bytes]", stuck: Event) -> Iterator[None]:
-    """Ends the process where it does nothing for too long, and then sets `stuck`."""
-
-    def end() -> None:
-        stuck.set()
-        process.kill()
-
-    timer = Timer(_STUCK_SECONDS, end)
+def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Kill the process after the longest wall time, which ends all waiting for its pipes."""
+    timer = Timer(_MAX_WALL_SECONDS, process.kill)
     timer.start()
     try:
         yield
@@ -218,17 +204,17 @@ def _read(source: IO[bytes], length: int) -> bytes:
 
 
 def serve(answer: Answer) -> None:
-    """Answers questions on standard input until it ends or none comes for a while.
+    """Answer questions on standard input until it ends or none comes for a while.
 
     Args:
-        answer: question and encoded picture -> (JSON, bytes). After an answer whose JSON has
-            `ends` the process ends, because of what the picture may have left behind.
+        answer: question and encoded image -> (JSON, bytes). After an answer whose JSON has `ends`
+            the process exits, because of what the image may have left behind.
     """
     source = sys.stdin.buffer
     # What a library prints must not be taken for an answer.
     target = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _bound_memory()
+    _limit_memory()
     _send(target, {}, [])
     # Decoders warn of strangers' files. Only now, so that what kept it from starting is in the log.
     for stream in (sys.stdout, sys.stderr):
@@ -239,7 +225,7 @@ def serve(answer: Answer) -> None:
         except EOFError:
             return  # the worker is gone
         # From here on the kernel counts. The signal's default is to end the process.
-        signal.setitimer(signal.ITIMER_PROF, question["limit"])
+        signal.setitimer(signal.ITIMER_PROF, question.pop("limit"))
         started = time.process_time()
         reply, content = answer(question, data)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -248,15 +234,15 @@ def serve(answer: Answer) -> None:
             return
 
 
-def _bound_memory() -> None:
-    """From here on: what is there now, and `DECODING_BYTES`."""
+def _limit_memory() -> None:
+    """Limit the process to what it has now, and `DECODING_BYTES`."""
     with contextlib.suppress(OSError):
-        # Where memory is short all the same, the kernel ends this process first.
+        # If memory is short all the same, the kernel kills this process first.
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return  # macOS has no such limit; the estimates before decoding and the timer remain
+        return  # macOS has no such limit; the timer remains
     (used,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))
-    most = int(used) * 1024 + DECODING_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    limit = int(used) * 1024 + DECODING_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -32,7 +32,7 @@ from handler.exchange import (
     attempt,
     together,
 )
-from handler.images import Decoder, Encoded, Photo, PixelBudget, decode, decode_all, decode_photo
+from handler.images import Decoder, Job, Photo, PixelBudget, decode, decode_all, decode_photo
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.metrics import Metrics, Times
 from handler.multilabel import foremost, sigmoid
@@ -153,38 +153,31 @@ class DenseNetHandler:
     def _decode(self, requests: Sequence[Request]) -> None:
         """Decodes the images of all requests together."""
         sound = [
-            (image, self._encoded(request, image, budget))
+            (image, Job(image.data, budget, self._decoder(request)))
             for request in requests
             for budget in [PixelBudget(self.settings.max_pixels, self.settings.max_seconds)]
             for image in request.images
             if image.error is None
         ]
         pool = self.pools.get(self.cores.available())
-        decoded = decode_all([encoded for _, encoded in sound], self.card.preprocessing, pool)
-        for (image, _), result in zip(sound, decoded, strict=True):
-            match result:
-                case ClientError():
-                    image.error = result
-                case Exception():
-                    logger.error("Failed on request %s", image.request_id, exc_info=result)
-                    image.error = InternalError(image.request_id)
-                case Photo():
-                    image.photo, image.pixels = result, result.pixels
-                case _:
-                    image.pixels = result
+        decode_all([job for _, job in sound], self.card.preprocessing, pool)
+        for image, job in sound:
+            if isinstance(job.error, ClientError):
+                image.error = job.error
+            elif job.error is not None:
+                logger.error("Failed on request %s", image.request_id, exc_info=job.error)
+                image.error = InternalError(image.request_id)
+            elif isinstance(job.result, Photo):
+                image.photo, image.pixels = job.result, job.result.pixels
+            else:
+                image.pixels = job.result
 
-    def _encoded(self, request: Request, image: RequestImage, budget: PixelBudget) -> Encoded:
-        decoder: Decoder
+    def _decoder(self, request: Request) -> Decoder:
+        reduced = self.settings.reduced_decoding
         if request.purpose is Purpose.EXPLAIN:
             longest_side = explain.LONGEST_SIDE if request.as_picture else None
-            decoder = partial(
-                decode_photo,
-                longest_side=longest_side,
-                reduced=self.settings.reduced_decoding,
-            )
-        else:
-            decoder = partial(decode, reduced=self.settings.reduced_decoding)
-        return image.data, budget, decoder
+            return partial(decode_photo, longest_side=longest_side, reduced=reduced)
+        return partial(decode, reduced=reduced)
 
     def _classify(self, images: Sequence[RequestImage]) -> None:
         for batch, pixels in self._batches(images):

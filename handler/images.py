@@ -1,18 +1,18 @@
-"""From encoded bytes to the model's input: uint8 (3, crop, crop), red, green, blue.
+"""Decode encoded images to the model's input: uint8 (3, crop, crop), red, green, blue.
 
-Of an upright 8-bit RGB picture the result is that of torchvision's transforms, bit for bit, such as
-the tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit picture) and `CenterCrop(224)`, or
-of timm's where the whole picture is squashed or padded to a square. Other pictures are first made
-one as a person sees them: turned upright, transparency on white. Scaling to 0..1 and normalising
-happen in the model, so that a batch stays four times smaller until there.
+Of an upright 8-bit RGB image the result is that of torchvision's transforms, bit for bit, such as
+the tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit image) and `CenterCrop(224)`, or
+of timm's if the whole image is squashed or padded to a square. Other images are first converted to
+what a person sees: turned upright, transparency on white. Scaling to 0..1 and normalizing happen in
+the model, so that a batch stays four times smaller until there.
 
 A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size,
 which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
 off.
 
-The bytes are a stranger's. What a picture would cost is found out and bounded before any of it is
-decoded (`handler.formats`). Ordinary JPEGs, PNGs and WebPs are decoded here; whatever may cost more
-than its header says, in a process that the kernel bounds (`handler.decoder_process`).
+The bytes are a stranger's. Ordinary JPEGs, PNGs and WebPs of limited size are decoded in the worker
+(`handler.formats` tells which); everything else in a process whose time and memory the kernel
+limits (`handler.decoder_process`).
 """
 
 import atexit
@@ -23,59 +23,49 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, features
 
-from handler import errors
-from handler.decoder_process import (
-    RESTART_SECONDS,
-    DecoderEndedError,
-    DecoderProcess,
-    serve,
-)
-from handler.errors import (
-    ClientError,
-    DamagedImage,
-    EmptyImage,
-    NotAnImage,
-    TooLarge,
-    UnsupportedFormat,
-)
-from handler.formats import ACCEPTED, Survey, least_bytes, survey
-from handler.names import name_of
+from handler import errors, tiff
+from handler.decoder_process import RESTART_SECONDS, DecoderEndedError, DecoderProcess, serve
+from handler.encoded import Header, unsupported
+from handler.errors import ClientError, DamagedImage, EmptyImage, TooLarge
+from handler.formats import min_bytes, probe
 from handler.rgb import orientation, to_rgb, turned, upright
 from handler.settings import DECODING_BYTES, Preprocessing, Settings
 
-# Above this many pixels the tutorial's whole resized picture is not made, only the crop is.
+# Above this many pixels the tutorial's whole resized image is not made, only the crop is.
 _MAX_RESIZED_PIXELS = 4_000_000
 
 # How many times the needed size a JPEG keeps when it is decoded at a fraction of its size. With 5
 # no pixel was further from the exact result than 3 levels of 255; with 4 it was 4, with 2 up to 8.
 _REDUCED_SIZE = 5
 
-# Orientations (Exif 2.3, 4.6.4) by what they do: rows become columns, left becomes right, top
-# becomes bottom.
+# Orientations (Exif 2.3, 4.6.4) that swap width and height, and that mirror the file's columns or
+# rows to make the image upright.
 _SWAPS_SIDES = {5, 6, 7, 8}
-_MIRRORS_X = {2, 3, 6, 7}
-_MIRRORS_Y = {3, 4, 7, 8}
+_MIRRORS_X = {2, 3, 7, 8}
+_MIRRORS_Y = {3, 4, 6, 7}
 
-# A picture that takes more than this of CPU time or memory, by its header, is not decoded in the
-# worker's own threads.
-_MOST_SECONDS_HERE = 0.5
-_MOST_BYTES_HERE = 80_000_000
-# Less is not worth a try.
-_LEAST_SECONDS = 0.01
+# A simple image that takes more memory than this is decoded in the decoder process all the same.
+_MAX_SIMPLE_BYTES = 80_000_000
+# With less CPU time left no further image of a request is decoded.
+_MIN_SECONDS = 0.01
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+
+# What Pillow calls the libraries that a format needs.
+_LIBRARIES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "TIFF": "libtiff", "AVIF": "avif"}
 
 # One model input: uint8 (3, crop, crop), 0 to 255, red, green, blue.
 Pixels = NDArray[np.uint8]
@@ -85,65 +75,56 @@ Box = tuple[float, float, float, float]
 
 
 class PixelBudget:
-    """What decoding the images of one request may cost together; threads may share it."""
+    """Limits what decoding all images of one request may cost; threads may share it."""
 
     def __init__(self, pixels: int, seconds: float = Settings.max_seconds) -> None:
         """Args: width times height of all images; seconds of CPU."""
         self.limit = self._left = pixels
-        self._most_seconds = self._seconds = seconds
+        self._max_seconds = self._seconds = seconds
         self._lock = Lock()
 
     def take(self, width: int, height: int) -> None:
-        """Takes one image's pixels; raises `TooLarge` where too few are left."""
+        """Take one image's pixels; raise `TooLarge` if too few are left."""
         with self._lock:
-            enough = width * height <= self._left
-            if enough:
-                self._left -= width * height
-        if not enough:
-            raise TooLarge(
-                f"The image has {width} x {height} pixels; the images of a request may have "
-                f"{self.limit:,} together. Send a smaller copy, or fewer at once."
-            )
+            if width * height > self._left:
+                raise TooLarge(
+                    f"The image has {width} x {height} pixels; the images of a request may have "
+                    f"{self.limit:,} together. Send a smaller copy, or fewer at once."
+                )
+            self._left -= width * height
 
     def spend(self, seconds: float) -> None:
-        """Takes CPU time that decoding an image takes or took."""
+        """Take CPU time that decoding an image took."""
         with self._lock:
             self._seconds -= seconds
 
     @contextmanager
-    def reserved(self, seconds: float) -> Iterator[None]:
-        """Takes CPU time before it is spent, at most so much, and gives back what this thread left.
-
-        Raises:
-            TooLarge: hardly any is left.
-        """
+    def timed(self) -> Iterator[None]:
+        """Take the CPU time that this thread uses; raise `TooLarge` if hardly any is left."""
         self.seconds_left()
-        self.spend(seconds)
         started = time.thread_time()
         try:
             yield
         finally:
-            self.spend(time.thread_time() - started - seconds)
+            self.spend(time.thread_time() - started)
 
     def seconds_left(self) -> float:
-        """CPU time for the next image; raises `TooLarge` where hardly any is left."""
-        with self._lock:
-            left = self._seconds
-        if left < _LEAST_SECONDS:
+        """Return the CPU time for the next image; raise `TooLarge` if hardly any is left."""
+        if self._seconds < _MIN_SECONDS:
             raise self.too_slow()
-        return left
+        return self._seconds
 
     def too_slow(self) -> TooLarge:
-        """The error for an image that takes too long."""
+        """Return the error for an image that takes too long."""
         return TooLarge(
             "The image takes too long to decode; the images of a request may take "
-            f"{self._most_seconds:g} s together. Send a smaller copy, or save it as a JPEG, or "
+            f"{self._max_seconds:g} s together. Send a smaller copy, or save it as a JPEG, or "
             "send fewer at once."
         )
 
 
 class MemoryBudget:
-    """The memory that the pictures being decoded may take together; threads share it."""
+    """Limits the memory of all images that are being decoded; threads share it."""
 
     def __init__(self, limit: int) -> None:
         """Args: bytes."""
@@ -152,7 +133,7 @@ class MemoryBudget:
 
     @contextmanager
     def reserved(self, needed: int) -> Iterator[None]:
-        """Waits until so many bytes are left, or all where more are needed, and takes them."""
+        """Wait until so many bytes are left, or all if more are needed, and take them."""
         needed = min(needed, self._limit)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= needed)
@@ -172,14 +153,14 @@ atexit.register(_decoder_process.close)
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture of which the model's view is to be shown.
+    """A decoded image of which the model's view can be shown.
 
     Attributes:
         pixels: uint8 (3, crop, crop), the model's input.
-        size: width and height of the whole upright picture, in pixels.
+        size: width and height of the whole upright image, in pixels.
         crop: left, top, right and bottom of what the model sees, in pixels of that.
-        preview: the whole upright picture, RGB, made smaller where it was larger than asked for;
-            None where none was asked for.
+        preview: the whole upright image, RGB, made smaller if it was larger than asked for; None
+            if none was asked for.
     """
 
     pixels: Pixels
@@ -188,54 +169,51 @@ class Photo:
     preview: Image.Image | None
 
 
-# What was decoded, or what is wrong with it; other errors are the server's own.
-Decoded = Pixels | Photo | Exception
 Decoder = Callable[[bytes | bytearray, Preprocessing, PixelBudget], Pixels | Photo]
 
-# Encoded bytes (or what was wrong with the request's part), what they may cost, and what to make.
-Encoded = tuple[bytes | bytearray | ClientError, PixelBudget, Decoder]
 
+@dataclass
+class Job:
+    """One image of a batch.
 
-def decode_all(
-    pictures: Sequence[Encoded], preprocessing: Preprocessing, pool: Executor | None
-) -> list[Decoded]:
-    """Decodes the pictures of a batch.
-
-    Args:
-        pictures: encoded pictures, each with its request's budget and `decode` or `decode_photo`;
-            errors are passed on.
-        preprocessing: the sizes to resize and crop to.
-        pool: threads to decode in, since Pillow lets others run meanwhile; None for this thread.
-
-    Returns:
-        for each picture, in order, what was made of it or what is wrong with it.
+    Attributes:
+        data: the encoded image.
+        budget: of its request.
+        decoder: `decode` or `decode_photo`.
+        result: what the decoder returned; None if it failed.
+        error: what is wrong with the image; any but a `ClientError` is the server's own fault.
     """
 
-    def decode_one(picture: Encoded) -> Decoded:
-        data, budget, decoder = picture
-        if isinstance(data, ClientError):
-            return data
+    data: bytes | bytearray
+    budget: PixelBudget
+    decoder: Decoder
+    result: Pixels | Photo | None = None
+    error: Exception | None = None
+
+
+def decode_all(jobs: Sequence[Job], preprocessing: Preprocessing, pool: Executor | None) -> None:
+    """Decode the images of a batch; each job gets its result or its error.
+
+    Args:
+        jobs: the images.
+        preprocessing: the sizes to resize and crop to.
+        pool: threads to decode in, since Pillow lets others run meanwhile; None for this thread.
+    """
+
+    def run(job: Job) -> None:
         try:
-            return decoder(data, preprocessing, budget)
+            job.result = job.decoder(job.data, preprocessing, job.budget)
         except ClientError as error:
-            return error.bare()
-        except Exception as error:  # the server's own fault, with this picture alone
-            return error
+            job.error = error.bare()
+        except Exception as error:  # the server's own fault, with this image alone
+            job.error = error
 
     with _without_warnings():
-        if pool is None or len(pictures) < 2:  # noqa: PLR2004  # one waits for no other thread
-            return [decode_one(picture) for picture in pictures]
-        return list(pool.map(decode_one, pictures))
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What to make of a picture: for the model alone, or for a person too."""
-
-    preprocessing: Preprocessing
-    reduced: bool
-    is_photo: bool = False
-    longest_side: int | None = None
+        if pool is None or len(jobs) < 2:  # noqa: PLR2004  # one waits for no other thread
+            for job in jobs:
+                run(job)
+        else:
+            list(pool.map(run, jobs))
 
 
 def decode(
@@ -246,24 +224,22 @@ def decode(
     reduced: bool = True,
     isolated: bool = False,
 ) -> Pixels:
-    """Decodes one picture and makes it the model's input.
+    """Decode one image to the model's input.
 
     Args:
-        data: the encoded picture; of several frames or pages the first one counts.
+        data: the encoded image; of several frames or pages the first one counts.
         preprocessing: the sizes to resize and crop to.
-        budget: where the picture's pixels are taken from before any of it is decoded.
+        budget: from which the image's pixels are taken before any of it is decoded.
         reduced: decode large JPEGs at a fraction of their size; see the head of this module.
-        isolated: decode it in the decoder process, whatever it may cost.
+        isolated: decode it in the decoder process, however simple it is.
 
     Returns:
         uint8 (3, crop, crop), 0 to 255, red, green, blue.
 
     Raises:
-        ClientError: the bytes are empty, not an accepted picture, damaged, or too large.
+        ClientError: the bytes are empty, not an accepted image, damaged, or too large.
     """
-    result = _decode(data, _Task(preprocessing, reduced), budget, isolated=isolated)
-    assert isinstance(result, np.ndarray)
-    return result
+    return _decode(data, budget, _Task(preprocessing, reduced), isolated=isolated).pixels
 
 
 def decode_photo(
@@ -274,85 +250,85 @@ def decode_photo(
     *,
     reduced: bool = True,
 ) -> Photo:
-    """Decodes one picture for the model and for a person.
+    """Decode one image for the model and for a person: as `decode`, with a preview.
 
     Args:
-        data: as in `decode`, and so are `preprocessing`, `budget` and `reduced`.
-        preprocessing: the sizes to resize and crop to.
-        budget: where the picture's pixels are taken from.
+        data: as in `decode`.
+        preprocessing: as in `decode`.
+        budget: as in `decode`.
         longest_side: of the preview, in pixels; None for no preview.
         reduced: as in `decode`.
-
-    Raises:
-        ClientError: as in `decode`.
     """
-    task = _Task(preprocessing, reduced, is_photo=True, longest_side=longest_side)
-    result = _decode(data, task, budget)
-    assert isinstance(result, Photo)
-    return result
+    return _decode(data, budget, _Task(preprocessing, reduced, longest_side))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How to decode one image, in either process.
+
+    Attributes:
+        preprocessing: the sizes to resize and crop to.
+        reduced: decode large JPEGs at a fraction of their size.
+        longest_side: of the preview, in pixels; None for no preview.
+        names: Pillow's names of the formats to try.
+        orientation: 1 to 8; None to read it from the file.
+        size: that the decoder must see; None if it is not known.
+        max_pixels: if it is not known.
+    """
+
+    preprocessing: Preprocessing
+    reduced: bool
+    longest_side: int | None = None
+    names: Sequence[str] = ()
+    orientation: int | None = None
+    size: Sequence[int] | None = None
+    max_pixels: int = 0
 
 
 def _decode(
-    data: bytes | bytearray, task: _Task, budget: PixelBudget, *, isolated: bool = False
-) -> Pixels | Photo:
-    """Finds out what the picture may cost, and decodes it where that does no harm."""
+    data: bytes | bytearray, budget: PixelBudget, task: _Task, *, isolated: bool = False
+) -> Photo:
+    """Check the header against the limits, and choose where to decode."""
     if not data:
         raise EmptyImage("The image is empty: it has no bytes.")
-    found = survey(data)
-    if found is None:
-        raise _unidentified(data)
-    if found.size is not None:
-        budget.take(*found.size)
-        _check_memory(found.names[0], found.size, found.fixed_bytes)
-    if not (isolated or found.isolated) and found.size is not None:
-        memory = _memory(found, found.size, task)
-        if found.seconds <= _MOST_SECONDS_HERE and memory <= _MOST_BYTES_HERE:
-            with (
-                budget.reserved(found.seconds),
-                _memory_budget.reserved(memory),
-                _without_warnings(),
-            ):
-                return _made(found.cleaned(), found.names, task, _same_as(found.size))
+    header = probe(data)
+    if header.size is not None:
+        budget.take(*header.size)
+        _check_memory(header.names[0], header.size, header.fixed_bytes)
+    task = replace(
+        task,
+        names=header.names,
+        orientation=header.orientation,
+        size=header.size,
+        max_pixels=budget.limit,
+    )
+    if header.simple and not isolated:
+        needed = _needed_bytes(header, task)
+        if needed <= _MAX_SIMPLE_BYTES:
+            with budget.timed(), _memory_budget.reserved(needed), _without_warnings():
+                return _make(b"".join(header.pieces), task)
     with _memory_budget.reserved(DECODING_BYTES):
-        return _decode_isolated(found, task, budget)
+        return _decode_isolated(header, task, budget)
 
 
-def _same_as(size: tuple[int, int]) -> Callable[[tuple[int, int]], None]:
-    """A check that the decoder sees the size for which memory was reserved."""
-
-    def check(seen: tuple[int, int]) -> None:
-        if seen != size:
-            raise DamagedImage("The image is damaged: its header gives two sizes.")
-
-    return check
-
-
-def _memory(found: Survey, size: tuple[int, int], task: _Task) -> int:
-    """Bytes that decoding and resizing take at most."""
-    width, height = size
-    if "JPEG" in found.names and task.reduced and _is_large(size, task.preprocessing):
-        enough = _REDUCED_SIZE * task.preprocessing.resize
-        # As Pillow's `draft` chooses.
-        scale = next(s for s in (8, 4, 2, 1) if s <= max(1, min(width, height) // enough))
-        width, height = -(-width // scale), -(-height // scale)
-    resized, _ = _resized((max(1, width), max(1, height)), task.preprocessing)
+def _needed_bytes(header: Header, task: _Task) -> int:
+    """Return the memory that decoding and resizing a simple image takes at most."""
+    assert header.size is not None
+    width, height = (max(1, side) for side in header.size)
+    pixels = width * height
+    if header.names == ("JPEG",) and task.reduced and _is_large(header.size, task.preprocessing):
+        pixels //= 4  # half the sides, or less
+    resized, _ = _resized((width, height), task.preprocessing)
     resizing = resized[0] * height + resized[0] * resized[1]
-    if task.preprocessing.fit != "pad":  # which makes no box of a picture that is larger
+    if task.preprocessing.fit != "pad":  # which makes no box of an image that is larger
         resizing = min(resizing, 2 * _MAX_RESIZED_PIXELS)
-    resizing *= 4
-    return found.fixed_bytes + width * height * found.pixel_bytes + resizing
+    return header.fixed_bytes + pixels * header.pixel_bytes + 4 * resizing
 
 
-def _decode_isolated(found: Survey, task: _Task, budget: PixelBudget) -> Pixels | Photo:
+def _decode_isolated(header: Header, task: _Task, budget: PixelBudget) -> Photo:
     limit = budget.seconds_left()
-    question = {
-        "names": found.names,
-        "task": asdict(task),
-        # Only of pictures whose size nobody knows yet.
-        "pixels": None if found.size is not None else budget.limit,
-    }
     try:
-        answer, content = _decoder_process.ask(question, found.pieces, limit)
+        answer, content = _decoder_process.ask(asdict(task), header.pieces, limit)
     except DecoderEndedError as error:
         if error.ran_out_of_time:
             budget.spend(limit)
@@ -364,24 +340,27 @@ def _decode_isolated(found: Survey, task: _Task, budget: PixelBudget) -> Pixels 
                 "copy, or save it as a JPEG."
             ) from error
         raise DamagedImage(
-            f"The {found.names[0]} image is damaged: it ended the program that decodes it."
+            f"The {task.names[0]} image is damaged: it crashed the program that decodes it."
         ) from error
     budget.spend(answer["seconds"] + (RESTART_SECONDS if answer.get("ends") else 0))
     if "failure" in answer:
         raise RuntimeError(f"The decoder process failed: {answer['failure']}")
     if "error" in answer:
-        error_type = getattr(errors, answer["error"])
-        raise error_type(answer["message"])
-    if found.size is None:
-        budget.take(*answer["file_size"])
-    return _unpacked(answer, content, task)
+        raise getattr(errors, answer["error"])(answer["message"])
+    if header.size is None:
+        budget.take(*answer["size"])
+    crop, preview = task.preprocessing.crop, None
+    pixels = np.frombuffer(content, np.uint8, 3 * crop * crop).reshape(3, crop, crop).copy()
+    if answer["preview"] is not None:
+        preview = Image.frombytes("RGB", answer["preview"], content[pixels.nbytes :])
+    return Photo(pixels, tuple(answer["size"]), tuple(answer["crop"]), preview)
 
 
 # --- In the decoder process ---
 
 
 def serve_decoding() -> None:
-    """The decoder process: answers `_decode_isolated`'s questions."""
+    """Run the decoder process: answer the questions of `_decode_isolated`."""
     # Threads would spend the same CPU time, and each takes memory.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     try:
@@ -395,95 +374,47 @@ def serve_decoding() -> None:
 
 
 def _answer(question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    values = question["task"]
-    task = _Task(**{**values, "preprocessing": Preprocessing(**values["preprocessing"])})
-    sizes: list[tuple[int, int]] = []
-
-    def check(size: tuple[int, int]) -> None:
-        sizes.append(size)
-        if question["pixels"] is not None:
-            PixelBudget(question["pixels"]).take(*size)
-
+    preprocessing = Preprocessing(**question.pop("preprocessing"))
     try:
         with _without_warnings():
-            result = _made(data, question["names"], task, check)
+            photo = _make(data, _Task(preprocessing=preprocessing, **question))
     except ClientError as error:
         # A decoder that got no memory may have left anything behind.
         ends = isinstance(error.__cause__, MemoryError)
         return {"error": type(error).__name__, "message": str(error), "ends": ends}, b""
     except Exception as error:  # our own fault, for the worker's log
         return {"failure": f"{type(error).__name__}: {error}", "ends": True}, b""
-    answer, content = _packed(result)
-    return {"file_size": sizes[0], **answer}, content
-
-
-def _packed(result: Pixels | Photo) -> tuple[dict[str, Any], bytes]:
-    if not isinstance(result, Photo):
-        return {}, result.tobytes()
-    preview = result.preview
-    content = result.pixels.tobytes() + (preview.tobytes() if preview is not None else b"")
+    preview = photo.preview
+    content = photo.pixels.tobytes() + (preview.tobytes() if preview is not None else b"")
     return {
-        "size": result.size,
-        "crop": result.crop,
+        "size": photo.size,
+        "crop": photo.crop,
         "preview": preview.size if preview is not None else None,
     }, content
 
 
-def _unpacked(answer: dict[str, Any], content: bytes, task: _Task) -> Pixels | Photo:
-    crop = task.preprocessing.crop
-    pixels = np.frombuffer(content, np.uint8, 3 * crop * crop).reshape(3, crop, crop).copy()
-    if not task.is_photo:
-        return pixels
-    preview = None
-    if answer["preview"] is not None:
-        preview = Image.frombytes("RGB", answer["preview"], content[pixels.nbytes :])
-    return Photo(pixels, tuple(answer["size"]), tuple(answer["crop"]), preview)
+# --- In either process ---
 
 
-# --- In either ---
-
-
-def _made(
-    data: bytes,
-    names: Sequence[str],
-    task: _Task,
-    check: Callable[[tuple[int, int]], None],
-) -> Pixels | Photo:
-    """Decodes a cleaned file.
-
-    Args:
-        data: the cleaned file.
-        names: Pillow's names of the formats to try.
-        task: what to make of it.
-        check: is told the size before any pixel is decoded, and may raise a `ClientError`.
-    """
+def _make(data: bytes, task: _Task) -> Photo:
+    """Decode a file, turn it upright, resize and crop it."""
     preprocessing = task.preprocessing
-    with _opened(data, names) as image:
-        check(image.size)
-        _check_memory(image.format, image.size)
-        is_reduced = (
-            task.reduced and image.format == "JPEG" and _is_large(image.size, preprocessing)
-        )
-        if not task.is_photo:
-            if is_reduced:
-                return _as_input(_reduced_crop(image, data, preprocessing))
-            return _as_input(resize_and_crop(upright(image, data), preprocessing))
-        size = image.size
-        if is_reduced:
-            if orientation(image) in _SWAPS_SIDES:
-                size = size[1], size[0]
-            pixels = _as_input(_reduced_crop(image, data, preprocessing))
-            whole = upright(image, data)
+    with _opened(data, task) as image:
+        preview = None
+        if task.reduced and image.format == "JPEG" and _is_large(image.size, preprocessing):
+            exif = orientation(image) if task.orientation is None else task.orientation
+            size = image.size[::-1] if exif in _SWAPS_SIDES else image.size
+            cropped = _reduced_crop(image, data, preprocessing, exif)
+            if task.longest_side is not None:
+                preview = _shrunk(upright(image, data, exif), task.longest_side)
         else:
-            whole = upright(image, data)
+            whole = upright(image, data, task.orientation)
             size = whole.size
-            pixels = _as_input(resize_and_crop(whole, preprocessing))
-        return Photo(
-            pixels=pixels,
-            size=size,
-            crop=crop_box(size, preprocessing),
-            preview=None if task.longest_side is None else _shrunk(whole, task.longest_side),
-        )
+            cropped = resize_and_crop(whole, preprocessing)
+            if task.longest_side is not None:
+                preview = _shrunk(whole, task.longest_side)
+        pixels = np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
+        return Photo(pixels, size, crop_box(size, preprocessing), preview)
 
 
 def _shrunk(image: Image.Image, longest_side: int) -> Image.Image:
@@ -492,13 +423,9 @@ def _shrunk(image: Image.Image, longest_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _as_input(image: Image.Image) -> Pixels:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Pillow warns of what a server need not know, such as odd metadata.
+    """Ignore Pillow's warnings of what a server need not know, such as odd metadata.
 
     Warning filters are the process's: threads that use this need another around all of them.
     """
@@ -508,37 +435,52 @@ def _without_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(data: bytes, names: Sequence[str]) -> Iterator[Image.Image]:
-    """The picture; decoding errors become `ClientError`."""
-    with _open(data, names) as image:
-        try:
-            yield image
-        except ClientError:
-            raise
-        except MemoryError as error:
-            raise _too_much_memory(image.size) from error
-        except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
-            if "memory" in str(error):  # their own words for it
-                raise _too_much_memory(image.size) from MemoryError()
-            raise DamagedImage(
-                f"The {image.format} image is damaged or cut off and cannot be decoded."
-            ) from error
-
-
-def _open(data: bytes, names: Sequence[str]) -> Image.Image:
-    """Reads the header only."""
+def _opened(data: bytes, task: _Task) -> Iterator[Image.Image]:
+    """Open an image whose header is within the limits; turn decoding errors into `ClientError`."""
+    _check_decoders(tuple(task.names))
+    what, size = "image", None  # as far as they are known
     try:
-        return Image.open(io.BytesIO(data), formats=tuple(names))
+        if "TIFF" in task.names:
+            tiff.check(data)
+        with Image.open(io.BytesIO(data), formats=tuple(task.names)) as image:
+            what, size = f"{image.format} image", image.size
+            _check_size(image, task)
+            yield image
+    except ClientError:
+        raise
     except Image.DecompressionBombError as error:
         raise TooLarge("The image has more pixels than this server accepts.") from error
     except MemoryError as error:
-        raise _too_much_memory(None) from error
-    except Exception as error:  # beside its own, Pillow raises many kinds on hostile headers
-        raise DamagedImage("The image is damaged or cut off: its header cannot be read.") from error
+        raise _too_much_memory(size) from error
+    except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+        if "memory" in str(error):  # their own words for it
+            raise _too_much_memory(size) from MemoryError()
+        if "BMP" in task.names and type(error) is OSError and size is None and any(data[14:18]):
+            raise unsupported(f"a BMP of an unusual kind ({error})") from error
+        raise DamagedImage(f"The {what} is damaged or cut off and cannot be decoded.") from error
+
+
+@cache
+def _check_decoders(names: tuple[str, ...]) -> None:
+    """Raise `RuntimeError` if a decoder is missing, which is no fault of the image."""
+    Image.preinit()
+    for name in names:
+        if name not in Image.OPEN:
+            Image.init()
+        if name not in Image.OPEN or not features.check(_LIBRARIES.get(name, "pil")):
+            raise RuntimeError(f"The decoder of {name} is missing in Pillow or its plugins.")
+
+
+def _check_size(image: Image.Image, task: _Task) -> None:
+    if task.size is None:
+        PixelBudget(task.max_pixels).take(*image.size)
+    elif image.size != tuple(task.size):
+        raise DamagedImage("The image is damaged: its header gives two sizes.")
+    _check_memory(image.format, image.size)
 
 
 def _check_memory(name: str | None, size: tuple[int, int], fixed: int = 0) -> None:
-    if least_bytes(name, size) + fixed > DECODING_BYTES:
+    if min_bytes(name, size) + fixed > DECODING_BYTES:
         raise _too_much_memory(size)
 
 
@@ -550,15 +492,11 @@ def _too_much_memory(size: tuple[int, int] | None) -> TooLarge:
     )
 
 
-def _unidentified(data: bytes | bytearray) -> ClientError:
-    accepted = ", ".join(ACCEPTED)
-    if (name := name_of(data)) is not None:
-        return UnsupportedFormat(f"This is {name} file. Accepted are: {accepted}.")
-    return NotAnImage(f"The bytes are not a picture. Accepted are: {accepted}.")
+# --- Resizing ---
 
 
 def _is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
-    """Whether a JPEG of this size is decoded at a fraction of it."""
+    """Return whether a JPEG of this size is decoded at a fraction of it."""
     return (
         min(size) >= 2 * _REDUCED_SIZE * preprocessing.resize
         # The only ones for which the difference was measured.
@@ -567,52 +505,46 @@ def _is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
     )
 
 
-def _reduced_crop(image: Image.Image, data: bytes, preprocessing: Preprocessing) -> Image.Image:
-    """The model's input from a large JPEG, decoded at a fraction of its size: (crop, crop), RGB.
+def _reduced_crop(
+    image: Image.Image, data: bytes, preprocessing: Preprocessing, exif_orientation: int
+) -> Image.Image:
+    """Decode a large JPEG at a fraction of its size; return (crop, crop), RGB.
 
     Only what the crop needs is resized, and only the crop is turned upright.
     """
-    held = orientation(image)
     width, height = image.size
-    upright_size = (height, width) if held in _SWAPS_SIDES else (width, height)
-    box = _unturned(crop_box(upright_size, preprocessing), upright_size, held)
+    # The crop's rounding is not symmetric, so it is mirrored as the image will be.
+    left, top, right, bottom = crop_box(image.size, preprocessing)
+    if exif_orientation in _MIRRORS_X:
+        left, right = width - right, width - left
+    if exif_orientation in _MIRRORS_Y:
+        top, bottom = height - bottom, height - top
 
     enough = _REDUCED_SIZE * preprocessing.resize
     draft = image.draft(None, (enough, enough))
     # The copy's sides are rounded up; the exact fraction keeps the crop in its place.
     fraction = draft[1][2] / width if draft is not None else 1.0
-    left, top, right, bottom = (side * fraction for side in box)
     small = to_rgb(image, data).resize(
         (preprocessing.crop, preprocessing.crop),
         Image.Resampling.BILINEAR,
-        box=(left, top, right, bottom),
+        box=(left * fraction, top * fraction, right * fraction, bottom * fraction),
     )
-    return turned(small, held)
-
-
-def _unturned(box: Box, size: tuple[int, int], held: int) -> Box:
-    """From the upright picture's coordinates, `size` wide and high, to those of the file."""
-    left, top, right, bottom = box
-    if held in _MIRRORS_X:
-        left, right = size[0] - right, size[0] - left
-    if held in _MIRRORS_Y:
-        top, bottom = size[1] - bottom, size[1] - top
-    return (top, left, bottom, right) if held in _SWAPS_SIDES else (left, top, right, bottom)
+    return turned(small, exif_orientation)
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resizes a picture and cuts the centre square, as torchvision does, or as timm pads.
+    """Resize an image and cut out the center square, as torchvision does, or as timm pads.
 
     Source of the arithmetic: `_compute_resized_output_size` and `center_crop` in
     torchvision/transforms/functional.py, `ResizeKeepRatio` and `center_crop_or_pad` in
     timm/data/transforms.py.
 
     Args:
-        image: an RGB picture of any size.
+        image: an RGB image of any size.
         preprocessing: the sizes.
 
     Returns:
-        an RGB picture of (crop, crop). Equal to torchvision's, except for pictures so long that
+        an RGB image of (crop, crop). Equal to torchvision's, except for images so long that
         torchvision would make more than 4 million pixels of them: there only the crop is
         computed, so that they cost no more than others, and Pillow's 32-bit box coordinates move
         a pixel by at most 2 levels of 255.
@@ -622,8 +554,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     if preprocessing.fit == "pad":
         mean = preprocessing.mean
         rgb = mean[::-1] if preprocessing.channels == "bgr" else mean
-        colour = tuple(min(255, max(0, round(255 * value))) for value in rgb)
-        square = Image.new("RGB", (crop, crop), colour)
+        color = tuple(min(255, max(0, round(255 * value))) for value in rgb)
+        square = Image.new("RGB", (crop, crop), color)
         square.paste(image.resize((width, height), filter_), (-left, -top))
         return square
     if width * height <= _MAX_RESIZED_PIXELS:
@@ -635,9 +567,9 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
-    """Left, top, right and bottom of the centre square, in pixels of a picture of this size.
+    """Return left, top, right and bottom of the center square, in pixels of an image of this size.
 
-    Where the picture is padded they are outside of it.
+    If the image is padded they are outside of it.
     """
     crop = preprocessing.crop
     (width, height), (left, top) = _resized(size, preprocessing)
@@ -648,7 +580,7 @@ def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
 def _resized(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height after resizing, and left and top of the centre square in that."""
+    """Return width and height after resizing, and left and top of the center square in that."""
     short, crop = preprocessing.resize, preprocessing.crop
     if preprocessing.fit == "squash":
         width = height = short

@@ -54,7 +54,7 @@ Kinds = dict[str, Callable[[], bytes]]
 
 def kinds() -> Kinds:
     """All of them."""
-    parts = (jpegs(), pngs(), gifs_and_bmps(), webps(), tiffs(), isos())
+    parts = (jpegs(), pngs(), gifs_and_bmps(), webps(), tiffs(), isos(), simple())
     return dict(chain.from_iterable(part.items() for part in parts))
 
 
@@ -142,9 +142,7 @@ def jpegs() -> Kinds:
         "JPEG: images behind the image": lambda: filled(jpeg, jpeg),
         "JPEG: film behind the image": lambda: filled(progressive, b"\xff\xda\0\1"),
         "JPEG: noise of 20 MB": lambda: encode(noise(2350), "JPEG", quality=99, subsampling=0),
-        "JPEG: 100 scans of 64 megapixels": lambda: _many_scans(8000, 8000, 90),
         "JPEG: 100 scans of 12 megapixels": lambda: _many_scans(4000, 3000, 90),
-        "JPEG: 100 scans of 4 megapixels": lambda: _many_scans(2000, 2000, 90),
         "JPEG: 500 scans": lambda: _many_scans(2000, 2000, 500),
         "JPEG: arithmetic coding": lambda: jpeg_with_size(
             encode(noise(2400), "JPEG", quality=100), 8000, 8000, 0xC9
@@ -217,10 +215,7 @@ def pngs() -> Kinds:
         "49 megapixels of RGB": (7000, 7000, 8, 2),
         "25 megapixels of RGBA": (5000, 5000, 8, 6),
         "64 megapixels of grey": (8000, 8000, 8, 0),
-        "36 megapixels of grey": (6000, 6000, 8, 0),
         "36 megapixels with a palette": (6000, 6000, 8, 3),
-        "25 megapixels of grey with alpha": (5000, 5000, 8, 4),
-        "36 megapixels of 16 bits": (6000, 6000, 16, 0),
         "25 megapixels of 64 bits": (5000, 5000, 16, 6),
         "36 megapixels, interlaced": (6000, 6000, 8, 2, 1),
         "64,000,000 x 1": (64_000_000, 1, 8, 0),
@@ -294,7 +289,6 @@ def gifs_and_bmps() -> Kinds:
         ),
         "GIF: codes that clear": lambda: filled(canvas + frame, clearing),
         "BMP: 64 megapixels of runs": lambda: bmp_of_runs(7905, b"\xff\1"),
-        "BMP: 8 megapixels of runs": lambda: bmp_of_runs(2805, b"\xff\1"),
         "BMP: 8 megapixels of runs of 1": lambda: bmp_of_runs(2800, b"\1\1"),
         "BMP: 8 megapixels of runs, 4 bits": lambda: bmp_of_runs(2794, b"\xfe\x12", bits=4),
         "BMP: 64 megapixels of 1 bit": lambda: flat("BMP", 8000, mode="1"),
@@ -341,7 +335,6 @@ def webps() -> Kinds:
         ),
         "WebP: animation": lambda: _riff(filled(_vp8x(320, 240, 2) + anim, frame)),
         "WebP: 64 megapixels, transparent": lambda: lossless(8000),
-        "WebP: 9 megapixels, transparent": lambda: lossless(3000),
         "WebP: 12 megapixels": lambda: flat("WEBP", 4000, 3000, method=0),
         "WebP: 12 megapixels of noise": lambda: fast(large, quality=100)[:LARGEST],
         "WebP: noise, lossless": lambda: fast(noise(2600), lossless=True, quality=0)[:LARGEST],
@@ -367,13 +360,13 @@ def _repeated(starts: int, count: int, length: int) -> dict[int, Tag]:
 
 def tiffs() -> Kinds:
     """Directories that lie, and what each compression unpacks to."""
-    size = [(256, 4, 1, 64), (257, 4, 1, 64)]
-    strips = [(273, 4, 4_900_000, 8), (279, 4, 4_900_000, 8), (258, 3, 9_000_000, 8)]
+    size = [(256, 4, 1, 64), (257, 4, 1, 64), (262, 3, 1, 1)]
+    strips = [(273, 4, 4_900_000, 8), (279, 4, 4_900_000, 8), (258, 3, 1, 8)]
     sides, strip = {322: shorts(16), 323: shorts(16)}, (273, 278, 279)
     grey_of = partial(tiff, [bytes(256)], 8, BLACK_IS_ZERO)
     texts = [*size, *((40_000 + i, 2, 19_000_000, 8) for i in range(50))]
     lies = {
-        "65,535 tags": [(60_000 + i % 5000, 4, 1, 0) for i in range(65_535)],
+        "65,535 tags": [*size, *((60_000 + i % 5000, 4, 1, 0) for i in range(65_532))],
         "tags that each take all of it": [
             *size,
             *((40_000 + i, 7, 19_000_000, 8) for i in range(20_000)),
@@ -389,7 +382,6 @@ def tiffs() -> Kinds:
         },
         "TIFF: text": lambda: filled(_directory(texts), b"a"),
         "TIFF: 64 megapixels, deflate": lambda: _of_strip(8000, 32946, _zeros(64_000_000)),
-        "TIFF: 36 megapixels, deflate": lambda: _of_strip(6000, 32946, _zeros(36_000_000)),
         "TIFF: deflate that unpacks to more": lambda: _of_strip(100, 32946, _zeros(400_000_000)),
         **{
             f"TIFF: 36 megapixels, {name}": partial(grey, compression=name)
@@ -429,7 +421,6 @@ def isos() -> Kinds:
     frames = partial(encode, save_all=True, append_images=[frame] * 300)
     kinds_: Kinds = {
         "AVIF: 64 megapixels": lambda: flat("AVIF", 8000, speed=10),
-        "AVIF: 20 megapixels": lambda: flat("AVIF", 4500, speed=10),
         "AVIF: noise": lambda: encode(noise(1400), "AVIF", speed=10, quality=100),
         "AVIF: animation": lambda: frames(frame, "AVIF", speed=10),
         "HEIC: 12 megapixels": lambda: flat("HEIF", 4000, 3000, quality=1),
@@ -461,6 +452,27 @@ def _of_items(head: bytes, count: int) -> bytes:
     )
     iinf = _box(b"iinf", struct.pack(">IH", 0, count) + items)
     return head + _box(b"meta", bytes(4) + _box(b"hdlr", bytes(8) + b"pict" + bytes(13)) + iinf)
+
+
+# --- The worst that the worker decodes itself, just within its limits ---
+
+
+def simple() -> Kinds:
+    """Scans, bytes, segments and pixels."""
+    part = segment(0xE1, b"Exif\0\0" + _exif([(i, 7, 65_000, 8) for i in range(5400)]))
+    jpeg = small("JPEG")
+    return {
+        "in the worker: JPEG of 48 scans": lambda: _many_scans(2000, 2000, 38),
+        "in the worker: JPEG of 10 MB": lambda: encode(noise(2500), "JPEG", quality=98),
+        "in the worker: Exif in 180 segments": lambda: jpeg[:2] + part * 180 + jpeg[2:],
+        "in the worker: PNG of 5,000 chunks": lambda: (
+            small("PNG")[:33] + chunk(b"eXIf", b"II*\0") * 4990 + small("PNG")[33:]
+        ),
+        "in the worker: blocks of deflate": lambda: (
+            png_header(1, 1, 8, 0) + chunk(b"IDAT", b"\x78\x01" + _empty_blocks() * 16_000)
+        ),
+        "in the worker: WebP of 4 MB": lambda: encode(noise(1800), "WEBP", method=0, quality=99),
+    }
 
 
 # --- What one costs ---

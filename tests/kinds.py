@@ -1,6 +1,6 @@
 """Files of every kind of pixels, written by hand, and what they show by plain arithmetic.
 
-Pillow writes few of these kinds, and reads some of them wrongly, so it is not asked.
+Pillow writes few of these kinds, and reads some of them wrongly.
 """
 
 import base64
@@ -54,14 +54,6 @@ def from_cmyk(inks: NDArray[np.integer]) -> Seen:
     return np.rint((255.0 - inks[..., :3]) * (255.0 - inks[..., 3:4]) / 255).astype(np.uint8)
 
 
-def from_ycbcr(samples: NDArray[np.integer]) -> Seen:
-    """ITU-R BT.601, full range, as JPEG has it."""
-    luma, blue, red = (samples[..., channel].astype(float) for channel in range(3))
-    blue, red = blue - 128, red - 128
-    channels = luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue
-    return np.rint(np.stack(channels, axis=2)).clip(0, 255).astype(np.uint8)
-
-
 # --- Writers ---
 
 
@@ -75,7 +67,7 @@ def packed(samples: Samples, bits: int, order: str = ">") -> list[bytes]:
 
 
 # How TIFF calls the types of its tags' values, and `struct` does.
-_SHORT, _LONG, _BYTE = (3, "H"), (4, "I"), (1, "B")
+_SHORT, _LONG = (3, "H"), (4, "I")
 
 Tag = tuple[tuple[int, str], Sequence[int]]
 
@@ -220,18 +212,23 @@ def png(  # noqa: PLR0913  # a chunk or field each
     )
 
 
-def bmp(
+def bmp(  # noqa: PLR0913  # a field each
     samples: Samples,
     bits: int,
     *,
     palette: Samples | None = None,
     compression: int = 0,
     masks: Sequence[int] = (),
+    pixels: bytes = b"",
 ) -> bytes:
-    """A BMP, bottom row first; of 16 and 32 bits `samples` are whole pixels."""
+    """A BMP, bottom row first; of 16 and 32 bits `samples` are whole pixels.
+
+    `pixels` are run-length encoded already.
+    """
     height, width, _ = samples.shape
-    rows = packed(samples[::-1], bits, "<")
-    pixels = b"".join(row + bytes(-len(row) % 4) for row in rows)
+    if not pixels:
+        rows = packed(samples[::-1], bits, "<")
+        pixels = b"".join(row + bytes(-len(row) % 4) for row in rows)
     colors = b"" if palette is None else bgr0(palette)
     header_size = 56 if masks else 40
     offset = 14 + header_size + len(colors)
@@ -251,42 +248,6 @@ def bgr0(palette: Samples) -> bytes:
 def segment(marker: int, content: bytes = b"") -> bytes:
     """One segment of a JPEG."""
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-
-
-def lossless_jpeg(samples: Samples, *, adobe: bool = False) -> bytes:
-    """A JPEG of process 14 (ITU-T T.81, annex H): each sample from its left neighbour.
-
-    With Adobe's marker, which says that the channels are the picture's own and CMYK is inverted.
-    """
-    height, width, count = samples.shape
-    wide = samples.astype(int)
-    before = np.roll(wide, 1, axis=1)
-    before[1:, 0], before[0, 0] = wide[:-1, 0], 128
-    bits = []
-    for difference in (wide - before).ravel().tolist():
-        # 17 codes of 5 bits each: how many bits the difference has, and then these.
-        length = abs(difference).bit_length()
-        bits.append(f"{length:05b}")
-        if length:
-            value = difference if difference > 0 else difference + 2**length - 1
-            bits.append(f"{value:0{length}b}")
-    text = "".join(bits)
-    text += "1" * (-len(text) % 8)
-    scan = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
-    codes = bytes([0] * 4 + [17] + [0] * 11) + bytes(range(17))
-    components = b"".join(bytes([index + 1, 0x11, 0]) for index in range(count))
-    selected = b"".join(bytes([index + 1, 0]) for index in range(count))
-    return b"".join(
-        (
-            b"\xff\xd8",
-            segment(0xEE, b"Adobe\0\x64" + bytes(5)) if adobe else b"",
-            segment(0xC3, struct.pack(">BHHB", 8, height, width, count) + components),
-            segment(0xC4, b"\0" + codes),
-            segment(0xDA, bytes([count]) + selected + b"\1\0\0"),
-            scan,
-            b"\xff\xd9",
-        )
-    )
 
 
 # One image of 40 x 30 in three ways: Huffman, and the same by libjpeg-turbo's lossless
@@ -315,6 +276,15 @@ HUFFMAN_JPEG, *ARITHMETIC_JPEGS = (
 )
 
 
+# Of process 14 (ITU-T T.81, annex H), 8 x 8.
+_LOSSLESS_JPEG = zlib.decompress(
+    base64.b85decode(
+        "c-s4a<Nsj>K@J8WWM&j(U=n0t7G(H;gh7P?1Oyq703#DK3o9Et2PYRd4=*3T!2eqeJj{#?ObpBnj0_CUzvM6ci)"
+        "WaJiI{%O8w%p{|K9`vpz}}h"
+    )
+)
+
+
 # --- Kinds that are read ---
 
 
@@ -323,11 +293,9 @@ def read(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     yield from _read_tiffs(photograph)
     yield from _read_pngs(photograph)
     yield from _read_bmps(photograph)
-    small = photograph[:60, :80]
-    yield "JPEG lossless", lossless_jpeg(small), small
-    yield "JPEG lossless greyscale", lossless_jpeg(luma(small)), grey(luma(small))
-    inks = np.concatenate([255 - small, slope(60, 80) // 2], 2)
-    yield "JPEG lossless CMYK Adobe", lossless_jpeg(255 - inks, adobe=True), from_cmyk(inks)
+    down, right = np.mgrid[:8, :8]
+    steps = np.stack([right * 30, down * 30, (down + right) * 15], axis=2)
+    yield "JPEG lossless", _LOSSLESS_JPEG, steps.astype(np.uint8)
 
 
 def luma(photograph: Seen) -> NDArray[np.uint8]:
@@ -367,34 +335,17 @@ def color_map(colors: Samples) -> dict[int, Tag]:
 def _read_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     """A few; `unit/test_rgb` has all combinations of tags."""
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
-    deep = deepened(levels, 12)
-    yield "TIFF 12-bit grey", tiff(deep, 12, BLACK_IS_ZERO), grey(to_8_bits(deep, 12))
     yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), grey(levels)
     data = tiff(deepened(photograph, 16), 16, RGB, order=">", compression=DEFLATE, in_planes=True)
     yield "TIFF 16-bit RGB planes, big-endian", data, photograph
     with_alpha = deepened(np.concatenate([photograph, alpha], 2), 16)
     data = tiff(with_alpha, 16, RGB, extra=[2])
     yield "TIFF 16-bit RGB and alpha", data, on_white(photograph, alpha)
-    undeclared = tiff(np.concatenate([photograph, np.full_like(alpha, 255)], 2), 8, RGB)
-    yield "TIFF RGB and an undeclared sample, all opaque", undeclared, photograph
     inks = np.concatenate([255 - photograph, alpha // 2], 2)
     yield "TIFF 16-bit CMYK", tiff(deepened(inks, 16), 16, CMYK), from_cmyk(inks)
     indices, colors = palette_of(photograph, 4)
     data = tiff(indices, 4, PALETTE, tags=color_map(colors))
     yield "TIFF 4-bit palette", data, colors[indices[..., 0]].astype(np.uint8)
-
-
-def subsampled(photograph: Seen) -> tuple[bytes, Seen]:
-    """Each four neighbours with one pair of colour differences (TIFF 6.0, section 21)."""
-    height, width, _ = photograph.shape
-    differences = photograph[::2, ::2, 1:]
-    blocks = photograph[..., 0].reshape(height // 2, 2, width // 2, 2).swapaxes(1, 2)
-    units = np.concatenate([blocks.reshape(height // 2, width // 2, 4), differences], axis=2)
-    wide = differences.repeat(2, axis=0).repeat(2, axis=1)
-    shown = from_ycbcr(np.concatenate([photograph[..., :1], wide], axis=2))
-    tags = {530: shorts(2, 2)}
-    size = (height, width, 3)
-    return tiff([units.tobytes()], 8, YCBCR, size=size, tags=tags), shown
 
 
 def _read_pngs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
@@ -408,10 +359,11 @@ def _read_pngs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
         yield f"PNG {bits}-bit grey, a clear level", data, np.where(samples == level, 255, shown)
     for bits in (8, 16):
         samples = deepened(photograph, bits)
-        colour = samples[10, 10]
-        data = png(samples, bits, 2, clear=struct.pack(">HHH", *colour.tolist()))
-        is_clear = (samples == colour).all(axis=2, keepdims=True)
-        yield f"PNG {bits}-bit RGB, a clear colour", data, np.where(is_clear, 255, photograph)
+        if bits == 8:
+            color = samples[10, 10]
+            data = png(samples, bits, 2, clear=struct.pack(">HHH", *color.tolist()))
+            is_clear = (samples == color).all(axis=2, keepdims=True)
+            yield "PNG 8-bit RGB, a clear color", data, np.where(is_clear, 255, photograph)
         for color_type, colors in ((4, levels), (6, photograph)):
             data = png(deepened(np.concatenate([colors, alpha], 2), bits), bits, color_type)
             shown = on_white(colors, alpha)
@@ -430,6 +382,10 @@ def _read_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     for bits in (1, 4, 8):
         data = bmp(levels >> 7, bits, palette=black_and_white)
         yield f"BMP {bits}-bit, black and white", data, grey((levels >> 7) * 255)
+    pairs = np.concatenate([np.ones_like(levels), levels >> 7], 2).reshape(len(levels), -1)
+    runs = b"".join(row.tobytes() + b"\0\0" for row in pairs[::-1])
+    data = bmp(levels >> 7, 8, palette=black_and_white, compression=1, pixels=runs)
+    yield "BMP run-length, black and white", data, grey((levels >> 7) * 255)
     ramp = np.arange(16).repeat(3).reshape(16, 3)
     yield "BMP 4-bit, nearly black", bmp(levels >> 4, 4, palette=ramp), grey(levels >> 4)
     indices, palette = palette_of(photograph, 4)
@@ -453,92 +409,60 @@ def _read_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
 
 
 def unread(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
-    """Names, files, and what a refusal must say."""
+    """Names, files, and what the error must say."""
     yield from _unread_tiffs(photograph)
     yield from _camera_files(photograph)
     yield from _unread_jpegs()
-    yield from _unread_bmps(photograph)
-    yield "PNG of iOS", b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI" + bytes(100), "CgBI"
+    levels = luma(photograph)
+    yield "BMP 2-bit", bmp(levels >> 6, 2, palette=np.zeros((4, 3), int)), r"depth \(2\)"
+    yield "BMP with a JPEG", bmp(levels, 32, compression=4), r"compression \(4\)"
+    data = bmp(levels, 16, compression=3, masks=(0xF00, 0xF0, 0xF, 0))
+    yield "BMP 4-4-4", data, "bitfields layout"
+    yield "PNG of iOS", PNG_START + b"\0\0\0\4CgBI" + bytes(100), "CgBI"
+    clear = png(deepened(photograph, 16), 16, 2, clear=bytes(6))
+    yield "PNG 16-bit RGB, a clear color", clear, "16-bit RGB with a transparent color"
 
 
 def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
-    deep, deeper = deepened(levels, 12), deepened(levels, 16)
     inks = np.concatenate([photograph, alpha], 2)
-    five = np.concatenate([inks, alpha], 2)
     grey_alpha = np.concatenate([levels, alpha], 2)
     grey_ = partial(tiff, photometric=BLACK_IS_ZERO)
-    for bits in (8, 16, 32):
-        yield f"TIFF signed {bits}-bit", grey_(levels >> 1, bits, number=2), f"signed {bits}-bit"
-    for bits in (16, 32, 64):
-        for photometric, samples, name in ((1, levels, "grey"), (RGB, photograph, "RGB")):
-            data = tiff(samples, bits, photometric, number=3)
-            yield f"TIFF float {bits}-bit {name}", data, f"floating-point {bits}-bit {name}"
     for name, data, words in (
+        ("signed 8-bit", grey_(levels >> 1, 8, number=2), "signed 8-bit grey"),
+        ("float 32-bit RGB", tiff(photograph, 32, RGB, number=3), "floating-point 32-bit RGB"),
         ("undefined numbers", grey_(levels, 8, number=4), "undefined 8-bit grey"),
-        ("complex", grey_(levels, 64, number=6), "complex floating-point 64-bit"),
+        ("complex", grey_(levels, 64, number=6), "complex 64-bit"),
         ("32-bit", grey_(levels, 32), "32-bit grey"),
-        ("10-bit", grey_(levels, 10), "10-bit grey"),
-        ("12-bit RGB", tiff(photograph, 12, RGB), "12-bit RGB"),
-        ("12-bit big-endian", grey_(deep, 12, order=">"), "12-bit grey, big-endian"),
-        ("12-bit, white is zero", tiff(deep, 12, WHITE_IS_ZERO), "grey where white is zero"),
-        (
-            "16-bit big-endian, white is zero",
-            tiff(deeper, 16, WHITE_IS_ZERO, order=">"),
-            "white is zero, big-endian",
-        ),
-        (
-            "5, 6 and 5 bits",
-            tiff(photograph, 8, RGB, tags={258: shorts(5, 6, 5)}),
-            "samples of different kinds",
-        ),
-        ("mask", tiff(levels, 1, 4), "a mask"),
-        ("ICCLab", tiff(photograph, 8, 9), "8-bit ICCLab"),
-        ("LogLuv", tiff(photograph, 16, 32845), "16-bit LogLuv"),
-        ("unknown colors", tiff(photograph, 8, 77), r"unknown colours \(77\)"),
-        ("no photometric tag", grey_(levels, 8, without=[262]), "no photometric tag"),
+        ("12-bit", grey_(levels, 12), "12-bit grey"),
+        ("16-bit, white is zero", tiff(levels, 16, WHITE_IS_ZERO), "grey where white is zero"),
+        ("5, 6 and 5 bits", tiff(photograph, 8, RGB, tags={258: shorts(5, 6, 5)}), "different"),
+        ("CIELab", tiff(photograph, 8, CIELAB), "8-bit CIELab"),
+        ("LogLuv", tiff(photograph, 16, 32845), r"unknown colors \(32845\)"),
+        ("no photometric tag", grey_(levels, 8, without=[262]), r"unknown colors \(None\)"),
         ("other inks", tiff(inks, 8, CMYK, tags={332: shorts(2)}), "inks other than CMYK"),
-        ("CMYK and alpha", tiff(five, 8, CMYK, extra=[2]), "CMYK with 5 samples"),
-        ("RGB with an undeclared sample", tiff(inks, 8, RGB), "fourth channel"),
-        ("RGB of 2 samples", tiff(inks[..., :2], 8, RGB), "RGB with 2 samples"),
+        (
+            "RGB with an undeclared sample",
+            tiff(inks, 8, RGB),
+            "with 4 samples a pixel instead of 3",
+        ),
         (
             "grey, alpha in its plane",
             grey_(grey_alpha, 8, extra=[2], in_planes=True),
-            "transparency in a plane of its own",
+            "transparency in a plane",
         ),
-        ("16-bit grey and alpha", grey_(grey_alpha, 16, extra=[2]), "16-bit grey with 2 samples"),
-        (
-            "16-bit RGB, bits reversed",
-            tiff(deepened(photograph, 16), 16, RGB, reversed_bits=True),
-            "bits in reverse order",
-        ),
-        ("YCbCr of unknown subsampling", tiff(photograph, 8, YCBCR), "subsampled"),
+        ("RGB, bits reversed", tiff(photograph, 8, RGB, reversed_bits=True), "reverse order"),
+        ("YCbCr", tiff(photograph, 8, YCBCR), "without JPEG compression"),
         (
             "a palette of bytes",
             tiff(levels >> 4, 4, PALETTE, tags={320: shorts(*range(48))}),
             "palette has 8 bits",
         ),
-        (
-            "1,001 tags",
-            grey_(levels, 8, tags={tag: shorts(0) for tag in range(40_000, 41_001)}),
-            "more than 1000 tags",
-        ),
-        ("big-endian, 64-bit", _big_tiff(levels), "big-endian and with 64-bit offsets"),
+        ("old JPEG", grey_(levels, 8, tags={259: shorts(6)}), r"tiff_jpeg compression \(6\)"),
+        ("LERC", grey_(levels, 8, tags={259: shorts(34887)}), r"unknown compression \(34887\)"),
+        ("big-endian, 64-bit", _big_tiff(levels), "Accepted are: JPEG"),
     ):
         yield f"TIFF {name}", data, words
-    for number, name in (
-        (6, "old-style JPEG"),
-        (34887, "LERC"),
-        (34933, "PNG"),
-        (34712, "JPEG 2000"),
-        (33003, "JPEG 2000"),
-        (50001, "WebP"),
-        (50002, "JPEG XL"),
-        (34676, "SGILog"),
-        (12345, r"unknown \(12345\)"),
-    ):
-        data = tiff([b"\0" * 1000], 8, RGB, size=(10, 10, 3), compression=number)
-        yield f"TIFF {name} ({number})", data, f"TIFF with {name} compression"
 
 
 def _big_tiff(levels: Samples, order: str = ">") -> bytes:
@@ -556,52 +480,31 @@ def _big_tiff(levels: Samples, order: str = ">") -> bytes:
 def _camera_files(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
     """A small rendered copy on the first page, the sensor's data on one below it."""
     small = photograph[::4, ::4]
-    reduced = {254: (_LONG, [1])}
-    yield "RAW DNG", tiff(small, 8, RGB, tags={50706: (_BYTE, [1, 4, 0, 0])}), r"camera RAW \(DNG\)"
-    sensor = luma(photograph)
-    yield "RAW PEF", tiff(sensor, 12, 32803), "camera RAW"
-    for name, tags in (("NEF", reduced), ("ARW", {})):
-        data = tiff(small, 8, RGB, tags={**tags, 330: (_LONG, [0])})
-        # The first entry's value is known only now: the directory below comes last.
-        at = data.index(struct.pack("<HHI", 330, 4, 1)) + 8
-        data = data[:at] + struct.pack("<I", len(data)) + data[at + 4 :]
-        below = {254: (_LONG, [0]), 258: shorts(12), 259: shorts(34713), 262: shorts(32803)}
-        yield f"RAW {name}", data + directory(below, len(data)), "camera RAW"
-    cr2 = tiff(small, 8, RGB)
-    moved = b"II*\0\x10\0\0\0CR\2\0" + bytes(4)
-    yield "RAW CR2", moved + directory({254: shorts(0)}, 16) + cr2, r"camera RAW \(CR2\)"
+    reduced = {254: longs(1)}
+    yield "RAW DNG", tiff(small, 8, RGB, tags={50706: ((1, "B"), [1, 4, 0, 0])}), "camera RAW"
+    yield "RAW PEF", tiff(luma(photograph), 12, 32803), "camera RAW"
+    data = tiff(small, 8, RGB, tags={330: longs(0)})
+    # The first entry's value is known only now: the directory below comes last.
+    at = data.index(struct.pack("<HHI", 330, 4, 1)) + 8
+    data = data[:at] + struct.pack("<I", len(data)) + data[at + 4 :]
+    below = {254: longs(0), 258: shorts(12), 259: shorts(34713), 262: shorts(32803)}
+    yield "RAW ARW", data + directory(below, len(data)), "camera RAW"
+    cr2 = b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + directory({254: shorts(0)}, 16)
+    yield "RAW CR2", cr2, r"camera RAW \(CR2\)"
     yield "TIFF thumbnail first", tiff(small, 8, RGB, tags=reduced), "small copy of another"
 
 
 def _unread_jpegs() -> Iterator[tuple[str, bytes, str]]:
     frame = HUFFMAN_JPEG.index(b"\xff\xc0")
-
-    def changed(offset: int, value: int) -> bytes:
-        data = bytearray(HUFFMAN_JPEG)
-        data[frame + offset] = value
-        return bytes(data)
-
-    yield "JPEG 12-bit", changed(4, 12), "12 bits a channel"
-    yield "JPEG 2 channels", changed(9, 2), "2 channels"
-    yield "JPEG-LS", changed(1, 0xF7), "a JPEG-LS"
-    yield "JPEG hierarchical", changed(1, 0xC5), "hierarchical"
-    yield "JPEG lossless arithmetic", changed(1, 0xCB), "lossless JPEG with arithmetic"
-    deep = lossless_jpeg(np.zeros((4, 4, 1), np.uint8)).replace(
-        b"\xc3\0\x0b\x08", b"\xc3\0\x0b\x10"
-    )
-    yield "JPEG lossless 16-bit", deep, "16 bits a channel"
-
-
-def _unread_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
-    levels = luma(photograph)
-    two = np.array([[0] * 3, [255] * 3])
-    yield "BMP 2-bit", bmp(levels >> 6, 2, palette=np.zeros((4, 3), int)), "2 bits a pixel"
-    yield "BMP with a JPEG", bmp(levels, 32, compression=4), "a JPEG inside"
-    yield "BMP with a PNG", bmp(levels, 32, compression=5), "a PNG inside"
-    data = bmp(levels, 16, compression=3, masks=(0xF00, 0xF0, 0xF, 0))
-    yield "BMP 4-4-4", data, "16 bits a pixel in an unusual order"
-    runs = bmp(levels >> 7, 8, palette=two, compression=1)
-    yield "BMP black and white, run-length", runs, "run-length encoded and black and white"
+    for name, offset, value, words in (
+        ("12-bit", 4, 12, "12 bits a channel"),
+        ("2 channels", 9, 2, "2 channels"),
+        ("LS", 1, 0xF7, "a JPEG-LS"),
+        ("hierarchical", 1, 0xC5, "hierarchical"),
+        ("lossless arithmetic", 1, 0xCB, "lossless JPEG with arithmetic"),
+    ):
+        at = frame + offset
+        yield f"JPEG {name}", HUFFMAN_JPEG[:at] + bytes([value]) + HUFFMAN_JPEG[at + 1 :], words
 
 
 # --- Other formats ---
@@ -609,38 +512,19 @@ def _unread_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
 
 _SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 
-# Names, the beginnings of files, and what a rejection must say; no library wrote these.
+# Names, the beginnings of files, and what the error must say; no library wrote these.
 NAMED = [
-    ("TGA without a footer", bytes([0, 0, 2, *[0] * 9, 9, 0, 9, 0, 24, 32]) + bytes(300), "a TGA"),
-    (
-        "TGA with a palette",
-        bytes([0, 1, 1, 0, 0, 0, 1, 24, *[0] * 4, 9, 0, 9, 0, 8, 0]),
-        "a TGA",
-    ),
-    # Of a kind that no header tells from noise; the footer does.
-    ("TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "a TGA"),
-    ("PAM", b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\0", "a PAM"),
-    ("PPM after a comment", b"P3#x\n1 1 1 0 0 0", "a PPM"),
-    ("float map", b"PF\n1 1\n-1.0\n" + bytes(12), "a PFM"),
-    ("cursor", b"\0\0\2\0\1\0" + bytes(100), "a cursor"),
-    ("GIMP", b"gimp xcf v011\0" + bytes(100), "a GIMP"),
+    ("TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "unsupported format"),
+    ("cursor", b"\0\0\2\0\1\0" + bytes(100), "unsupported format"),
     ("DICOM", bytes(128) + b"DICM" + bytes(100), "a DICOM"),
-    ("FITS", b"SIMPLE  =                    T" + b" " * 50, "a FITS"),
-    ("OpenEXR", b"\x76\x2f\x31\x01\x02\0\0\0" + bytes(100), "an OpenEXR"),
-    ("Radiance", b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n", "a Radiance HDR"),
+    ("FITS", b"SIMPLE  =                    T" + b" " * 50, "unsupported format"),
     ("JPEG XL in boxes", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "a JPEG XL"),
-    ("JPEG XR", b"II\xbc\1" + bytes(100), "a JPEG XR"),
-    ("FLIF", b"FLIF1" + bytes(100), "a FLIF"),
     ("RAW CR3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100), r"camera RAW \(CR3\)"),
     ("RAW RAF", b"FUJIFILMCCD-RAW 0201" + bytes(100), r"camera RAW \(RAF\)"),
-    ("RAW ORF", b"IIRO\x08\0\0\0" + bytes(100), r"camera RAW \(ORF\)"),
-    ("RAW RW2", b"IIU\0\x18\0\0\0" + bytes(100), r"camera RAW \(RW2\)"),
     ("MOV", b"\0\0\0\x14ftypqt  \0\0\2\0qt  " + bytes(100), r"QuickTime video \(MOV\)"),
-    ("MOV of old", b"\0\1\0\0mdat" + bytes(100), r"QuickTime video \(MOV\)"),
+    ("JSON", b'{"image": "aGk="}', "a JSON"),
     ("SVG after a byte order mark", b"\xef\xbb\xbf" + _SVG, "an SVG"),
-    ("SVG after white space", b"\n\t  " + _SVG, "an SVG"),
     ("SVG in UTF-16", _SVG.decode().encode("utf-16"), "an SVG"),
     ("SVG after a comment", b"<?xml version='1.0'?>\n<!-- by a program -->\n" + _SVG, "an SVG"),
-    ("SVG after its document type", b"<!DOCTYPE svg PUBLIC>" + _SVG, "an SVG"),
     ("HTML in small letters", b"<!doctype html><p>no such page", "an HTML"),
 ]

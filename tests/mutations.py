@@ -46,14 +46,14 @@ MUTATIONS = tuple(
         ("handler/kserve.py", "math.prod(shape) != elements", "False", "kserve"),
         ("handler/kserve.py", "if len(elements) > max_images:", "if False:", "kserve"),
         # --- Decoding ---
-        ("handler/images.py", "        budget.take(*found.size)\n", "", "images"),
-        ("handler/images.py", "if seen != size:", "if False:", "images"),
+        ("handler/images.py", "        budget.take(*header.size)\n", "", "images"),
+        ("handler/images.py", "elif image.size != tuple(task.size):", "elif False:", "images"),
         ("handler/images.py", "int(short * size[1]", "int(2 * short * size[1]", "fit"),
         ("handler/images.py", "round((width - crop) / 2.0)", "round((width - crop) / 3)", "images"),
-        ("handler/images.py", "size[0] - right, size[0] - left", "left, right", "images"),
+        ("handler/images.py", "width - right, width - left", "left, right", "images"),
         ("handler/images.py", "+ fixed > DECODING_BYTES", "< 0", "images"),
         ("handler/decoder_process.py", "resource.setrlimit(", "(lambda *_: None)(", "images"),
-        ("handler/jpeg.py", "is_cut=position == len(data)", "is_cut=False", "images"),
+        ("handler/jpeg.py", "_LOOK_AHEAD if in_one_scan", "bytes(9999) if in_one_scan", "images"),
         # --- Inference ---
         ("handler/exchange.py", "attempt(one, lambda alone: stage([alone]))", "raise", "handler"),
         ("handler/densenet_handler.py", "np.isfinite(values).all()", "True", "handler"),

@@ -44,7 +44,7 @@ _DTYPES = set(_EXPORTED_DTYPES.values())
 
 
 class _Inert:
-    """Stands in for an object beside the weights: nothing of the real one is made or called."""
+    """Stands in for an object saved with the weights: nothing of the real one is made or called."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -56,7 +56,7 @@ def _inert_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
-# What training scripts save beside the weights. numpy's own `scalar` and `dtype` are not called,
+# What training scripts save with the weights. numpy's own `scalar` and `dtype` are not called,
 # since a crafted state can make them read memory out of bounds.
 _PATHS = ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
 _HARMLESS = {

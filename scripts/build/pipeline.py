@@ -258,7 +258,7 @@ def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -
 
 
 def _files(spec: ModelFile) -> list[Path]:
-    """Return the files that a model file names, and those beside them that take part."""
+    """Return the files that a model file names, and others of their folders that take part."""
     named = [spec.model, spec.classes, spec.thresholds, Path(spec.weights or "")]
     files = [path for path in named if isinstance(path, Path) and path.is_file()]
     if spec.is_python and spec.model is not None:

@@ -68,7 +68,7 @@ def add_reduced_precision(
     labels: Sequence[Label],
     folder: Path,
 ) -> None:
-    """Write all that an archive of reduced precision has beside the float32 model.
+    """Write all that an archive of reduced precision has in addition to the float32 model.
 
     Args:
         wanted: bf16 or int8.

@@ -110,7 +110,7 @@ def test_an_image_that_crashes_its_decoder_and_a_precision_that_fails_are_report
     (crashed,) = (row for row in found if row["error_type"])
     assert crashed["path"] == str(folder / "crash.jpg")
     assert crashed["error_type"] == "DamagedImage"
-    assert "it ended the program that decodes it" in crashed["error_message"]
+    assert "it crashed the program that decodes it" in crashed["error_message"]
     # The precision is of the rows and of the report.
     assert {row["precision"] for row in found} == {"float32"}
     assert "21 pictures are answered in float32, not the archive's precision: " in printed

@@ -69,7 +69,8 @@ def pod(engine: Engine, image: str, store: Path) -> Iterator[Container]:
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python with KServe's and Triton's own clients."""
-    return environment(tmp_path_factory.mktemp("clients"), Path("requirements/clients.lock").absolute())
+    lock = Path("requirements/clients.lock").absolute()
+    return environment(tmp_path_factory.mktemp("clients"), lock)
 
 
 def test_the_mounted_model_serves_and_the_mounted_configuration_gives_no_rights(
@@ -141,7 +142,7 @@ def test_its_own_clients(pod: Container, clients: Path, client: str) -> None:
 
 # What each call returns; the name of a field stands for what the best prediction has there.
 _UNKNOWN = {"unknown model": "There is nothing here"}
-_ERROR = {"error": "The bytes are not a picture"}
+_ERROR = {"error": "The bytes are not an image"}
 _READY: dict[str, Any] = {"live": True, "ready": True, "model ready": True}
 _INFER = {"infer": "class_id", "id": "42"}
 _EXPLAINED = {"predict": "class_id", "explain": "class_id"}

@@ -1,5 +1,6 @@
 """Time, memory and crashes of decoding are limited, whatever a decoder does."""
 
+import dataclasses
 import signal
 import struct
 import subprocess
@@ -19,7 +20,8 @@ from PIL import Image, ImageFile
 from handler import decoder_process, images
 from handler.decoder_process import DecoderEndedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
-from handler.images import MemoryBudget, PixelBudget, decode, decode_all
+from handler.formats import probe
+from handler.images import Job, MemoryBudget, PixelBudget, decode, decode_all
 from handler.settings import DECODING_BYTES, Preprocessing
 from tests import costs
 from tests.corpus import jpeg_with_size, photograph
@@ -86,7 +88,7 @@ def test_a_decoder_that_hangs_or_crashes_is_replaced(
     first = process.pid
     with monkeypatch.context() as patch:
         if "sleep" in decoder:
-            patch.setattr(decoder_process, "_STUCK_SECONDS", 1)
+            patch.setattr(decoder_process, "_MAX_WALL_SECONDS", 1)
         with pytest.raises(DecoderEndedError) as ended:
             process.ask({"bad": True}, [b"bad"], 0.2)
     assert ended.value.signal == how
@@ -137,6 +139,36 @@ def test_a_decoder_process_that_cannot_start_says_so(process_of: ProcessOf) -> N
     process.code = "raise SystemExit(3)"
     with pytest.raises(RuntimeError, match="cannot start: it ended with 3"):
         process.ask({}, [], 1.0)
+
+
+def test_a_decoder_that_closes_its_pipes_and_stays_is_killed(
+    process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_process, "_MAX_EXIT_SECONDS", 0.2)
+    process = process_of("os.closerange(0, 64)\n    time.sleep(60)".replace("    ", ""))
+    with pytest.raises(DecoderEndedError):
+        process.ask({}, [b"one"], 1.0)
+    assert process.pid is None
+
+
+def test_a_missing_decoder_is_the_servers_fault(
+    process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images._check_decoders.cache_clear()
+    webp, heic = encode(photograph(), "WEBP"), encode(photograph(), "HEIF")
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.features.check", lambda name: name != "webp")
+        with pytest.raises(RuntimeError, match="decoder of WEBP is missing"):
+            decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS))
+    process = process_of("pass")
+    process.code = (
+        f"import sys; sys.path[:] = {sys.path!r}; sys.modules['pi_heif'] = None; "
+        "from handler.images import serve_decoding; serve_decoding()"
+    )
+    monkeypatch.setattr(images, "_decoder_process", process)
+    with pytest.raises(RuntimeError, match="decoder of HEIF is missing"):
+        decode(heic, PREPROCESSING, PixelBudget(MAX_PIXELS))
+    assert decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS)).any()
 
 
 def test_an_answer_that_nobody_took_is_no_other_images(
@@ -217,34 +249,37 @@ def test_the_decoder_process_reports_what_was_wrong() -> None:
 
 
 def test_the_images_of_a_request_share_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+    limits: list[float] = []
     ask = DecoderProcess.ask
 
     def counted(self: DecoderProcess, question: Any, pieces: Sequence[Any], limit: float) -> Any:
-        asked.append(limit)
+        limits.append(limit)
         return ask(self, question, pieces, limit)
 
     monkeypatch.setattr(DecoderProcess, "ask", counted)
-    job = (costs.bmp_of_runs(2800, b"\1\1"), PixelBudget(16 * MAX_PIXELS, 0.3), decode)
-    results = decode_all([job] * 16, PREPROCESSING, None)
-    assert all(isinstance(result, TooLarge) for result in results), results
-    assert asked == [pytest.approx(0.3)]
+    budget = PixelBudget(16 * MAX_PIXELS, 0.3)
+    jobs = [Job(costs.bmp_of_runs(2800, b"\1\1"), budget, decode) for _ in range(16)]
+    decode_all(jobs, PREPROCESSING, None)
+    assert all(isinstance(job.error, TooLarge) for job in jobs)
+    assert limits == [pytest.approx(0.3)]
 
 
-def test_time_that_an_image_did_not_take_is_left_for_the_next() -> None:
-    budget = PixelBudget(MAX_PIXELS, 0.5)
-    for _ in range(5):
-        with budget.reserved(0.4):
+def test_time_that_an_image_took_in_the_worker_is_gone() -> None:
+    budget = PixelBudget(MAX_PIXELS, 0.1)
+    with budget.timed():
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
             pass
-    with pytest.raises(TooLarge), budget.reserved(0.5), budget.reserved(0.1):
+    with pytest.raises(TooLarge, match="takes too long"), budget.timed():
         pass
 
 
 def test_an_error_does_not_keep_the_image() -> None:
     """Its traceback would, until the whole batch is answered."""
     jpeg = encode(photograph(), "JPEG")
-    job = (jpeg[: len(jpeg) // 2], PixelBudget(MAX_PIXELS), decode)
-    (error,) = decode_all([job], PREPROCESSING, None)
+    job = Job(jpeg[: len(jpeg) // 2], PixelBudget(MAX_PIXELS), decode)
+    decode_all([job], PREPROCESSING, None)
+    error = job.error
     assert isinstance(error, DamagedImage)
     assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
@@ -266,27 +301,31 @@ def _hidden_in_png(*, twice: bool) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "may_decode"),
+    "data",
     [
-        pytest.param(_hidden_in_jpeg(), [], id="JPEG"),
-        pytest.param(_hidden_in_png(twice=False), [], id="PNG"),
-        pytest.param(_hidden_in_png(twice=True), [(320, 240)], id="PNG twice"),
+        pytest.param(_hidden_in_jpeg(), id="JPEG"),
+        pytest.param(_hidden_in_png(twice=False), id="PNG"),
+        pytest.param(_hidden_in_png(twice=True), id="PNG twice"),
     ],
 )
 def test_the_worker_never_decodes_an_image_that_is_hidden_in_another(
-    data: bytes, may_decode: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: list[tuple[int, int]] = []
-    load = ImageFile.ImageFile.load
-
-    def recorded(image: ImageFile.ImageFile) -> Any:
-        decoded.append(image.size)
-        return load(image)
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", recorded)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded here"))
     with pytest.raises(ClientError):
         decode(data, PREPROCESSING, PixelBudget(1_000_000, 0.5))
-    assert set(decoded) == set(may_decode)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_decoder_that_sees_another_size_than_the_header_is_stopped(
+    isolated: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jpeg = encode(photograph(), "JPEG")
+    header = dataclasses.replace(probe(jpeg), size=(10, 10))
+    monkeypatch.setattr(images, "probe", lambda _: header)
+    with pytest.raises(DamagedImage, match="its header gives two sizes"):
+        decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), isolated=isolated)
 
 
 def test_ordinary_images_need_no_other_process() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import transforms
 
 from handler.errors import ClientError, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
-from handler.images import PixelBudget, decode, decode_all
+from handler.images import Job, PixelBudget, decode, decode_all
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
 from scripts.samples import CAT
@@ -81,10 +81,10 @@ def test_very_long_images_stay_within_two_levels_of_the_tutorial(size: tuple[int
     ("data", "error", "words"),
     [
         (b"", EmptyImage, "no bytes"),
-        (b"hello" * 100, NotAnImage, "not a picture. Accepted are: JPEG"),
+        (b"hello" * 100, NotAnImage, "not an image. Accepted are: JPEG"),
         (b"%PDF-1.7 ...", UnsupportedFormat, "a PDF file. Accepted are: JPEG"),
         # Pillow could read it.
-        (encode(Image.new("RGB", (10, 10)), "PPM"), UnsupportedFormat, "a PPM file"),
+        (encode(Image.new("RGB", (10, 10)), "PPM"), UnsupportedFormat, "has an unsupported format"),
     ],
 )
 def test_what_is_no_accepted_image_is_named(
@@ -133,7 +133,7 @@ def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> None:
-    """Its sides are no multiples of 8: the smaller copy has more than the picture at two edges."""
+    """Its sides are no multiples of 8: the smaller copy has more than the image at two edges."""
     with Image.open(CAT) as cat:
         large = cat.convert("RGB").resize((2557, 3001))
     exif = Image.Exif()
@@ -150,19 +150,24 @@ def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> 
 def test_images_decoded_in_threads_are_those_decoded_one_by_one() -> None:
     good = [quickly(image) for _, image in islice(photographs(), 12)]
     budget = PixelBudget(10 * MAX_PIXELS)
-    pictures = [(data, budget, decode) for data in (*good, b"", b"hello" * 100)]
+    in_threads, one_by_one = (
+        [Job(data, budget, decode) for data in (*good, b"", b"hello" * 100)] for _ in range(2)
+    )
     with ThreadPoolExecutor(4) as pool:
-        together = decode_all(pictures, PREPROCESSING, pool)
-    alone = decode_all(pictures, PREPROCESSING, None)
-    for mine, expected in zip(together[: len(good)], alone[: len(good)], strict=True):
-        assert np.array_equal(mine, expected)  # type: ignore[arg-type]
-    assert [type(error) for error in together[len(good) :]] == [EmptyImage, NotAnImage]
+        decode_all(in_threads, PREPROCESSING, pool)
+    decode_all(one_by_one, PREPROCESSING, None)
+    for mine, expected in zip(in_threads[: len(good)], one_by_one[: len(good)], strict=True):
+        assert isinstance(mine.result, np.ndarray)
+        assert isinstance(expected.result, np.ndarray)
+        assert np.array_equal(mine.result, expected.result)
+    assert [type(job.error) for job in in_threads[len(good) :]] == [EmptyImage, NotAnImage]
 
 
 def test_threads_share_one_budget() -> None:
-    picture = CAT.read_bytes()
+    data = CAT.read_bytes()
     with Image.open(CAT) as cat:
         budget = PixelBudget(cat.width * cat.height * 3)
+    jobs = [Job(data, budget, decode) for _ in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        results = decode_all([(picture, budget, decode)] * 8, PREPROCESSING, pool)
-    assert sum(isinstance(result, TooLarge) for result in results) == 5
+        decode_all(jobs, PREPROCESSING, pool)
+    assert sum(isinstance(job.error, TooLarge) for job in jobs) == 5
