@@ -66,10 +66,10 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
 
 # Appended to the archive's own code: no image is known that crashes Pillow.
 _CRASH = b"""
-_sound = _made
+_sound = _make
 
 
-def _made(data, *rest):
+def _make(data, *rest):
     if Image.open(io.BytesIO(data)).size == (97, 13):
         import os
         os.abort()
