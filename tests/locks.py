@@ -24,6 +24,7 @@ OLDEST_MACOS = "14.0"
 
 BESIDE_RUN = ("tests", "precision", "timm", "lite0", "huggingface", "batch", "benchmarks")
 ALONE = ("clients", "moto", "container", "gateway", "ray", "sbom")
+IMAGES = ("container", "gateway", "ray", "sbom")
 GROUPS = {
     "run": ["requirements/run.lock"],
     **{name: ["requirements/run.lock", f"requirements/{name}.lock"] for name in BESIDE_RUN},
@@ -60,7 +61,7 @@ def problem(case: tuple[str, str, str]) -> str:
 
 def compiled(group: str, platform: str) -> tuple[str, ...]:
     """Return packages of Triton's and KServe's clients that must be compiled on ARM64."""
-    return ("gevent", "psutil") if (group, platform[-5:]) == ("tests/clients", "ARM64") else ()
+    return ("gevent", "psutil") if (group, platform[-5:]) == ("clients", "ARM64") else ()
 
 
 def main() -> int:
@@ -68,7 +69,7 @@ def main() -> int:
     places = [
         (group, platform)
         for group, platform in itertools.product(GROUPS, PLATFORMS)
-        if not group.startswith("deploy/") or platform.startswith("Linux")
+        if group not in IMAGES or platform.startswith("Linux")
     ]
     cases = [(*place, python) for place in places for python in PYTHONS]
     with ThreadPoolExecutor(4) as threads:

@@ -236,7 +236,7 @@ def resolved(spec: ModelFile, used: Preprocessing) -> ModelFile:
 def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -> str:
     """Return what changes whenever the archive would; reads files, but no model."""
     values = spec.model_dump(mode="json")
-    files = {path.name: sha256(path) for path in _files(spec)}
+    files = [(path.name, sha256(path)) for path in _files(spec)]
     images = reduced_precision.digest(spec.precision) if spec.precision.type != "float32" else ""
     for key in ("model", "weights", "classes", "thresholds"):
         value = getattr(spec, key)
