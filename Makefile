@@ -94,7 +94,7 @@ test-slow: setup-all ## run the rest: chaos, costs, training, containers, Ray, a
 
 test-all: test test-slow ## run both
 
-fuzz: setup-tests ## corrupted pictures, by the thousand
+fuzz: setup-tests ## thousands of corrupted images
 	@$(VENV_PYTHON) -m tests.stress.fuzz
 
 chaos: setup-tests ## five minutes of bad clients and killed workers
@@ -112,19 +112,13 @@ bench-%: setup-benchmarks
 setup: ## make .venv; setup-all, -batch, -benchmarks, -huggingface, ...
 	@$(PYTHON) scripts/bootstrap.py run
 
-# What each of these installs in addition to what running needs; all is for make lint and make test-slow.
+# setup-NAME installs requirements/NAME.lock in addition to the run group; these names, more than one.
 groups-all := tests precision batch timm lite0 huggingface
-groups-batch := batch
-groups-benchmarks := tests precision batch timm lite0 huggingface benchmarks
-groups-huggingface := huggingface
+groups-benchmarks := $(groups-all) benchmarks
 groups-lite0 := timm lite0
-groups-precision := precision
 groups-tests := tests timm lite0 huggingface
-groups-timm := timm
-SETUPS := $(patsubst groups-%,setup-%,$(filter groups-%,$(.VARIABLES)))
-.PHONY: $(SETUPS)
-$(SETUPS): setup-%:
-	@$(PYTHON) scripts/bootstrap.py run $(groups-$*)
+setup-%:
+	@$(PYTHON) scripts/bootstrap.py run $(or $(groups-$*),$*)
 
 lint: setup-all ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
@@ -138,18 +132,18 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# Running, testing and the groups of TOGETHER are resolved as one, so that one gives way to the other;
-# the benchmarks give way to all. What the run group pins is left out of the other locks, which only
-# stand on it. Each image has a lock that stands alone, with the versions of all others.
+# The run group and those of setup-all are resolved together, since .venv has all of them; benchmarks take
+# their versions. These locks leave out what run.lock pins. The lock of a container image (container,
+# gateway, ray) has the same versions and is complete; clients, moto and sbom have environments of
+# their own.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements/run.in client/pyproject.toml
-TOGETHER := tests precision timm lite0 huggingface batch
 lock: setup ## pin all packages again, from requirements/*.in and the client's needs
-	@$(PIN) $(RUNNING) $(TOGETHER:%=requirements/%.in) -o .venv/pins.txt >/dev/null
+	@$(PIN) $(RUNNING) $(groups-all:%=requirements/%.in) -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements/run.lock >/dev/null
 	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements/run.lock | sort -u); \
-	for group in $(TOGETHER) benchmarks; do \
+	for group in $(groups-benchmarks); do \
 		$(PIN) $$pinned -c .venv/pins.txt requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
 	@for group in container gateway ray; do \

@@ -42,7 +42,7 @@ class Archive:
         """The module `batch.stages`, with the archive's handler behind it."""
         folder = self.folder()
         enter(folder)
-        from batch import stages  # noqa: PLC0415  # imports the archive's handler
+        from batch import stages  # imports the archive's handler
 
         return stages
 

@@ -139,7 +139,7 @@ def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
 
 
 def _described(folder: Path, choices: dict[str, Any]) -> Any:
-    from batch import stages  # noqa: PLC0415  # imports the archive's handler
+    from batch import stages  # imports the archive's handler
 
     try:
         return stages.describe(folder, stages.Choices(**choices))

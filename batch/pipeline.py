@@ -215,10 +215,10 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
         else:
             try:
                 made = decoder.pixels(content, isolated=isolated)
-            except stages.RequestError as refusal:
-                error = (refusal.type, str(refusal))
-            except Exception as fault:  # whatever it is, it is this picture's row
-                error = _failed(fault)
+            except stages.RequestError as rejection:
+                error = (rejection.type, str(rejection))
+            except Exception as failure:  # whatever it is, it is this image's row
+                error = _internal(f"{type(failure).__name__}: {failure}")
         pixels.append(made)
         errors.append(error)
     if len(away) == len(paths):
@@ -228,9 +228,9 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
     return pa.table(dict(zip(schema.decoded().names, columns, strict=True)), schema.decoded())
 
 
-def _failed(fault: Exception) -> tuple[str, str]:
-    """For what the server would answer with its own fault."""
-    return _INTERNAL, f"The picture failed: {type(fault).__name__}: {fault}"
+def _internal(detail: str) -> tuple[str, str]:
+    """Return the error's type and message if the server would return 500."""
+    return _INTERNAL, f"The image failed: {detail}"
 
 
 @lru_cache(maxsize=1)
@@ -290,30 +290,30 @@ class Model:
 
     def _results(self, pictures: Any) -> Any:
         sound = pictures.column(schema.PIXELS).drop_null()
-        answers = self._classifier.answers([value.as_buffer() for value in sound])
+        results = self._classifier.results([value.as_buffer() for value in sound])
         rows = []
         for row in pictures.drop_columns([schema.PIXELS]).to_pylist():
-            found = {} if row["error_type"] else _columns(next(answers))
+            found = {} if row["error_type"] else _columns(next(results))
             rows.append(row | found | self._same)
         return pa.Table.from_pylist(rows, self._schema)
 
 
-def _columns(answer: dict[str, Any] | Exception) -> dict[str, Any]:
-    """A server's result as columns."""
-    if isinstance(answer, Exception):
-        kind, message = _failed(answer)
+def _columns(result: Any) -> dict[str, Any]:
+    """Return a result, or an error of the handler, as columns."""
+    if isinstance(result, Exception):
+        kind, message = _internal(getattr(result, "detail", str(result)))
         return {"error_type": kind, "error_message": message}
-    predictions = answer["predictions"]
+    predictions = result["predictions"]
     found = {
         "labels": [prediction["label"] for prediction in predictions],
         "class_ids": [prediction["class_id"] for prediction in predictions],
         "probabilities": [prediction["probability"] for prediction in predictions],
-        "recognized": answer["recognized"],
+        "recognized": result["recognized"],
     }
-    if "labels" in answer:
-        found["passing"] = [label["label"] for label in answer["labels"]]
-    if "embedding" in answer:
-        found["embedding"] = answer["embedding"]
+    if "labels" in result:
+        found["passing"] = [label["label"] for label in result["labels"]]
+    if "embedding" in result:
+        found["embedding"] = result["embedding"]
     return found
 
 

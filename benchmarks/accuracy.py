@@ -16,14 +16,15 @@ from PIL import Image
 
 from benchmarks.known import IMAGENET, KNOWN, PHOTOGRAPHS
 from benchmarks.report import CORES, table, write_section
-from handler.cores import Cores
-from handler.engines import Engine
-from handler.images import PixelBudget, decode
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.activation import softmax
+from handler.inference.cores import Cores
+from handler.inference.engines import Engine
+from handler.inference.onnx_engine import OnnxEngine
+from handler.inference.openvino_engine import OpenVinoEngine
+from handler.inference.precision import MODEL_FILES
 from handler.labels import CLASS_INDEX, load_class_index
-from handler.onnx_engine import OnnxEngine
-from handler.openvino_engine import OpenVinoEngine
-from handler.precision import MODEL_FILES
-from handler.responses import softmax
 from handler.settings import PRECISIONS, Preprocessing
 from scripts.build.guard import Limits, compare
 from scripts.build.model_file import from_options
@@ -127,8 +128,10 @@ def _probabilities(
     engine: Engine, paths: Sequence[Path], preprocessing: Preprocessing
 ) -> NDArray[np.float32]:
     """Return float32 (N, classes)."""
-    images = [decode(path.read_bytes(), preprocessing, PixelBudget(_PIXELS)) for path in paths]
-    return np.concatenate([softmax(engine.logits(image[None])) for image in images])
+    images = [
+        decode(path.read_bytes(), preprocessing, PixelBudget(_PIXELS)).pixels for path in paths
+    ]
+    return np.concatenate([softmax(engine.run(image[None]).logits) for image in images])
 
 
 def _row(

@@ -30,7 +30,7 @@ from benchmarks.report import CORES, table, write_section
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import step
 
@@ -92,7 +92,7 @@ def batch(archive: Path, pictures: Path, output: Path, *options: str) -> float:
     return float(sum(rows[1:]) / (ends[-1] - ends[0]))
 
 
-def served(server: Running, pictures: Path, output: Path) -> None:
+def served(server: ServerState, pictures: Path, output: Path) -> None:
     """The client's command, eight pictures at a time."""
     program = [sys.executable, "-m", "classification_client", str(pictures)]
     subprocess.run(
@@ -104,7 +104,7 @@ def served(server: Running, pictures: Path, output: Path) -> None:
 
 
 @contextmanager
-def server_of(archive: Path, folder: Path) -> Iterator[Running]:
+def server_of(archive: Path, folder: Path) -> Iterator[ServerState]:
     """A server of an archive, with a worker a core."""
     server = start(archive, free_ports(), workers=CORES, run_dir=folder)
     try:

@@ -78,7 +78,7 @@ class Result:
         return median(getattr(load, value) for load in found) if found else float("nan")
 
 
-def main(  # noqa: PLR0913  # options of a command line
+def main(  # options of a command line
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     seconds: Annotated[int, typer.Option(min=2, help="Duration of each load.")] = 6,
     server: Annotated[list[str] | None, typer.Option(help="Only these servers.")] = None,
@@ -197,7 +197,7 @@ def bare() -> None:
     print(images_per_second(lambda: model.run(["logits"], {"images": images}), 8, _BARE_SECONDS))
 
 
-def _report(  # noqa: PLR0913
+def _report(
     results: dict[Key, Result],
     bare: dict[str, list[float]],
     cases: list[Case],

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from scripts.container.engine import Engine
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 from scripts.serve.running import unused_ports
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
@@ -71,7 +71,7 @@ class Container:
         if body is not None and not request.has_header("Content-type"):
             request.add_header("Content-Type", "application/octet-stream")
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return Answer(answer.status, answer.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -95,7 +95,7 @@ class Container:
             assert self.runs(), f"the container ended:\n{self.logs()}"
             return self.ready()
 
-        assert poll(look, READY_TIMEOUT), f"it is not ready:\n{self.logs()}"
+        assert wait_until(look, READY_TIMEOUT), f"it is not ready:\n{self.logs()}"
 
     def execute(self, *command: str) -> str:
         """What a command inside it prints."""
@@ -112,7 +112,7 @@ class Container:
 
     def logs(self) -> str:
         """All that it printed."""
-        found = self.engine.tried("logs", self.name, timeout=ASKED)
+        found = self.engine.run_unchecked("logs", self.name, timeout=ASKED)
         return found.stdout + found.stderr
 
     def signal(self, name: str) -> None:
@@ -164,7 +164,7 @@ def status_on(connection: socket.socket) -> int:
 
 
 @contextmanager
-def container(  # noqa: PLR0913
+def container(
     engine: Engine,
     image: str,
     *arguments: str,
@@ -202,4 +202,4 @@ def container(  # noqa: PLR0913
             until(made)
         yield made
     finally:
-        engine.tried("rm", "--force", "--volumes", made.name, timeout=ASKED)
+        engine.run_unchecked("rm", "--force", "--volumes", made.name, timeout=ASKED)

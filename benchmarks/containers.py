@@ -18,10 +18,10 @@ from benchmarks.report import table, write_section
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.container.base import debian_base
-from scripts.container.engine import Engine, require_engine, runnable
-from scripts.container.image import build_image, size_of
+from scripts.container.engine import Engine, require_engine, with_working_runtime
+from scripts.container.image import build_image, image_size
 from scripts.samples import CAT
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 
 PREDICT = "/predictions/densenet121"
 STARTS = 2
@@ -78,11 +78,11 @@ def _image(
     try:
         rows += [
             ("built with", f"{engine.program}, in {seconds:.0f} s beside the base"),
-            ("size", f"{size_of(engine, _IMAGE) / 1e6:.0f} MB"),
+            ("size", f"{image_size(engine, _IMAGE) / 1e6:.0f} MB"),
         ]
-        yield runnable(engine, _IMAGE, folder), _IMAGE
+        yield with_working_runtime(engine, _IMAGE, folder), _IMAGE
     finally:
-        engine.tried("image", "rm", "--force", _IMAGE)
+        engine.run_unchecked("image", "rm", "--force", _IMAGE)
 
 
 def _measure(engine: Engine, image: str, rows: list[tuple[str, str]]) -> None:
@@ -96,7 +96,7 @@ def _measure(engine: Engine, image: str, rows: list[tuple[str, str]]) -> None:
         with container(engine, image, options=fenced) as running:
             ready.append(time.monotonic() - began)
             running.signal("TERM")
-            ends.append(_timed(lambda: poll(lambda: not running.runs(), 60))[1])
+            ends.append(_timed(lambda: wait_until(lambda: not running.runs(), 60))[1])
     rows.append((f"from `run` to ready, {STARTS} starts", _seconds(ready)))
     rows.append(("from SIGTERM to the end with nothing in hand", _seconds(ends)))
     with container(engine, image, options=fenced) as running:
@@ -131,7 +131,7 @@ def _end(running: Container, picture: bytes, rows: list[tuple[str, str]]) -> Non
         told = time.monotonic()
         answers = Counter(str(status_on(connection)) for connection in connections)
         answered = time.monotonic()
-        poll(lambda: not running.runs(), 60)
+        wait_until(lambda: not running.runs(), 60)
         ended = time.monotonic()
     status = running.state()["ExitCode"]
     answered_in, ended_in = answered - told, ended - answered
@@ -143,7 +143,7 @@ def _end(running: Container, picture: bytes, rows: list[tuple[str, str]]) -> Non
 
 def _expect(running: Container, picture: bytes) -> None:
     answer = running.ask(PREDICT, picture)
-    assert answer.status == 200, answer.body  # noqa: PLR2004
+    assert answer.status == 200, answer.body
 
 
 def _ask(running: Container, bodies: Sequence[bytes], clients: int) -> Counter[str]:

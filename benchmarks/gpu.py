@@ -16,10 +16,11 @@ import typer
 
 from benchmarks.report import table, write_section
 from benchmarks.timing import images_per_second
-from handler.cores import Cores
-from handler.engines import load_engine
-from handler.images import Job, PixelBudget, decode, decode_all
-from handler.responses import softmax
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.activation import softmax
+from handler.inference.cores import Cores
+from handler.inference.engines import load_engine
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.export import Normalized
 from scripts.build.sources.torchvision import random_source
@@ -51,7 +52,7 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             return eager(torch.from_numpy(images).to(device)).cpu().numpy()
 
     step(f"{engine.name}")
-    expected, mine = run_eager(views), engine.logits(views)
+    expected, mine = run_eager(views), engine.run(views).logits
     same = float((expected.argmax(1) == mine.argmax(1)).mean())
     probability = float(np.abs(softmax(expected) - softmax(mine)).max())
     jpeg = CAT.read_bytes()
@@ -69,13 +70,14 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             part = views[:batch]
 
             def from_bytes(batch: int = batch) -> Any:
-                jobs = [Job(jpeg, PixelBudget(10**9), decode) for _ in range(batch)]
-                decode_all(jobs, preprocessing, pool)
-                pixels = np.stack([job.result for job in jobs])  # type: ignore[misc]
-                return softmax(engine.logits(pixels))
+                def one(_: int) -> Any:
+                    return decode(jpeg, preprocessing, PixelBudget(10**9)).pixels
+
+                pixels = np.stack(list(pool.map(one, range(batch))))
+                return softmax(engine.run(pixels).logits)
 
             rates = [
-                images_per_second(partial(engine.logits, part), batch, seconds),
+                images_per_second(partial(engine.run, part), batch, seconds),
                 images_per_second(partial(run_eager, part), batch, seconds),
                 images_per_second(from_bytes, batch, seconds),
             ]

@@ -51,7 +51,7 @@ def _row(cells: Iterable[object]) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return "" if value != value else f"{value:,.{0 if abs(value) >= 100 else 1}f}"  # noqa: PLR0124, PLR2004
+        return "" if value != value else f"{value:,.{0 if abs(value) >= 100 else 1}f}"  # noqa: PLR0124
     return str(value)
 
 

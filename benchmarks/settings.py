@@ -105,7 +105,7 @@ def main(
     write_section("settings", "Settings", "TorchServe and its Java runtime", lines)
 
 
-def _measure(  # noqa: PLR0913, PLR0917
+def _measure(
     name: str,
     archive: Path,
     work: Path,

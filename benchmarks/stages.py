@@ -23,10 +23,11 @@ from benchmarks.pictures import KINDS, SMALL, jpeg
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import ours
 from benchmarks.timing import Cost, alternate, cost, medians
-from handler.allocator import keep_freed_memory
-from handler.cores import Cores
-from handler.engines import load_engine
-from handler.images import PixelBudget, decode
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.allocator import keep_freed_memory
+from handler.inference.cores import Cores
+from handler.inference.engines import load_engine
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from scripts.build.model_file import from_options
 from scripts.build.packing import AT_START
@@ -76,7 +77,7 @@ def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dic
 
     def way(threads: int) -> Callable[[], float]:
         engine = load_engine(model, card, Cores(threads, threads, work / f"cores-{threads}"))
-        return lambda: cost(lambda: engine.logits(image), repeats).seconds * 1000
+        return lambda: cost(lambda: engine.run(image).logits, repeats).seconds * 1000
 
     return medians({f"{n} thread(s)": way(n) for n in sorted({1, CORES})}, rounds)
 
@@ -105,7 +106,7 @@ def _decoding(rounds: int, repeats: int) -> list[tuple[str, float, float]]:
 _PROGRAM = "import sys; from benchmarks.stages import decoded; decoded(*sys.argv[1:])"
 
 
-def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> Cost:  # noqa: FBT001
+def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> Cost:
     """In a process of its own: what the allocator keeps is the process's."""
     arguments = [kind, "reduced" if reduced else "", "kept" if kept else "", str(repeats)]
     result = subprocess.run(

@@ -1,16 +1,16 @@
-"""What can be wrong with a request, and with an archive.
+"""Errors of a request, and of an archive.
 
-A request becomes an answer in four steps, and most have their errors:
+A request becomes a response in four stages, each with errors of its own:
 
-    row --inputs--> bytes and options --images--> pixels --engine--> logits --responses--> answer
+    parts --parse--> bytes and options --decode--> pixels --infer--> logits --respond--> response
          BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption, NoExplanation,
          NoEmbedding
                              EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
                                                                            AnswerTooLarge
 
 Everything a client can cause is a `ClientError`: its class decides status and type, its message is
-written for the person who sent the request. Anything else, in any step, is the server's own fault:
-an `InternalError`, whose detail stays in the server's log.
+written for the person who sent the request. Anything else, in any stage, is an `InternalError`,
+whose detail stays in the server's log.
 """
 
 from typing import ClassVar, TypeVar
@@ -19,7 +19,7 @@ _Error = TypeVar("_Error", bound="RequestError")
 
 
 class RequestError(Exception):
-    """What a request, or one of its images, is answered instead of a result.
+    """The response to a request, or to one of its images, instead of a result.
 
     `str(error)` goes to the client.
     """
@@ -27,19 +27,24 @@ class RequestError(Exception):
     status: ClassVar[int]
     type: ClassVar[str]
 
-    def bare(self: _Error) -> _Error:  # noqa: PYI019  # Python 3.10 has no Self
-        """Itself without its traceback and causes, which keep whole bodies and pictures alive."""
+    def without_traceback(self: _Error) -> _Error:  # Python 3.10 has no Self
+        """Return itself without traceback and causes, which would keep bodies and images alive."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
 
 class InternalError(RequestError):
-    """A fault of the server's own: the client gets no more than an id to find it by in the log."""
+    """A fault of the server: the client gets only an id by which the log has the cause.
+
+    Attributes:
+        detail: the cause; never sent to a client of the server.
+    """
 
     status = 500
     type = "InternalError"
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, detail: str = "") -> None:
+        self.detail = detail
         super().__init__(
             f"The server failed on this request; its log has the cause under id {request_id}."
         )
@@ -81,21 +86,21 @@ class EmptyImage(ClientError):
 
 
 class NotAnImage(ClientError):
-    """The bytes are not a picture in any known format."""
+    """The bytes are not an image in any known format."""
 
     status = 400
     type = "NotAnImage"
 
 
 class DamagedImage(ClientError):
-    """The bytes begin as a picture, but are cut off or corrupt."""
+    """The bytes begin as an image, but are cut off or corrupt."""
 
     status = 400
     type = "DamagedImage"
 
 
 class TooLarge(ClientError):
-    """A picture has more pixels than the server accepts, or takes more memory or time."""
+    """An image has more pixels than the server accepts, or takes more memory or time."""
 
     status = 413
     type = "TooLarge"
@@ -109,7 +114,7 @@ class TooManyImages(ClientError):
 
 
 class AnswerTooLarge(ClientError):
-    """The answer would be larger than TorchServe passes on."""
+    """The response would be larger than TorchServe passes on."""
 
     status = 413
     type = "AnswerTooLarge"
@@ -144,8 +149,8 @@ class NoEmbedding(ClientError):
 
 
 class ArchiveError(RuntimeError):
-    """The archive cannot be served as it is: a file is missing, corrupt or misspelt.
+    """The archive cannot be served as it is: a file is missing or malformed.
 
     A `RuntimeError`, because that is what TorchServe's worker logs and reports while it loads a
-    model; other exceptions end the worker without an answer to the frontend.
+    model; other exceptions crash the worker without a reply to the frontend.
     """

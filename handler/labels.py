@@ -17,7 +17,7 @@ class Label(NamedTuple):
 
 
 def load_class_index(path: Path, classes: int) -> list[Label]:
-    """Reads `{"0": ["n01440764", "tench"], ...}` into a list by position.
+    """Read `{"0": ["n01440764", "tench"], ...}` into a list by position.
 
     Args:
         path: the JSON file.

@@ -1,8 +1,7 @@
-"""What a batch leaves behind for the operator: Prometheus metrics, and one log line per request.
+"""Metrics for Prometheus, and one line of JSON per request in the log.
 
-A metric goes from here to TorchServe's frontend as a printed line. Only those that `metrics.yaml`
-lists reach Prometheus; on a server without that file the others are dropped, and nothing fails. A
-request's line is JSON, without anything of its images but their size.
+The worker prints a metric as a line for TorchServe's frontend, which drops those that
+`metrics.yaml` does not list. A request's line holds nothing of its images but their size.
 """
 
 import json
@@ -12,35 +11,39 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from typing import Any
 
 from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 
+from handler.archive import Archive
 from handler.errors import InternalError, RequestError
-from handler.exchange import Purpose, Request, RequestImage
-from handler.settings import ModelCard
+from handler.pipeline import Times
+from handler.request import Purpose, Request, RequestImage
 
 logger = logging.getLogger(__name__)
 
-# Its lines are what the log configuration puts into `requests.log`: they begin with this key.
+# The log configuration writes its lines to `requests.log`: they begin with this key.
 _request_log = logging.getLogger("densenet.requests")
 _FIRST_KEY = "time"
 
 _COUNTERS = {
-    "densenet_images_total": ("outcome", "error_type", "model_version"),
-    "densenet_requests_total": ("status", "model_version"),
-    "densenet_precision_images_total": ("precision", "archive_precision", "model_version"),
+    "images_total": ("outcome", "error_type"),
+    "requests_total": ("status",),
+    "precision_images_total": ("precision", "archive_precision"),
 }
-_HISTOGRAMS = (
-    "densenet_decode_seconds",
-    "densenet_inference_seconds",
-    "densenet_batch_images",
-    "densenet_best_probability",
-)
+_HISTOGRAMS = ("decode_seconds", "inference_seconds", "batch_images", "best_probability")
 
-# An id that a gateway or a client chose; anything else could forge lines of the log.
+# The labels of all metrics under each prefix. The second prefix is the old one, an alias for one
+# release.
+_PREFIXES = {
+    "image_classifier_": ("model_name", "model_version"),
+    "densenet_": ("model_version",),
+}
+
+# An id that a gateway or a client may choose; anything else could forge lines of the log.
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
@@ -49,100 +52,97 @@ _VERSION_DIGITS = 8
 
 
 @dataclass(frozen=True)
-class Times:
-    """How long a batch took, in seconds."""
-
-    decoding: float
-    inference: float
-
-
-@dataclass(frozen=True)
 class _Outcome:
-    """What became of one image. TorchServe drops a metric that has an empty label."""
+    """The outcome of one image. TorchServe drops a metric that has an empty label."""
 
     name: str
     error_type: str = "none"
 
 
 class Metrics:
-    """Counts and logs what each batch came to."""
+    """Counts and logs the outcome of each batch.
 
-    def __init__(self, context: Context, card: ModelCard, precision: str) -> None:
-        """Makes the metrics known to TorchServe's worker.
+    Attributes:
+        model_version: such as "1.0+1a2b3c4d". It distinguishes archives with the same version
+            number: the digits change with the weights and with the handler.
+    """
 
-        `precision` is what serves, which may be another than the archive's.
-
-        The version label tells archives apart that carry the same version number: its digits
-        change with the weights and with the handler.
-        """
-        model_version = context.manifest["model"]["modelVersion"]
-        self._version = f"{model_version}+{card.inputs_sha256[:_VERSION_DIGITS]}"
-        self._precisions = precision, card.precision
-        self._counters = {
-            name: _metric(context, name, labels, MetricTypes.COUNTER)
-            for name, labels in _COUNTERS.items()
-        }
-        self._histograms = {
-            name: _metric(context, name, ("model_version",), MetricTypes.HISTOGRAM)
-            for name in _HISTOGRAMS
-        }
-
-    @property
-    def model_version(self) -> str:
-        """The version label, such as "1.0+1a2b3c4d"."""
-        return self._version
-
-    def record(self, requests: Sequence[Request], times: Times) -> None:
-        """Takes note of a batch; costs some microseconds per image.
+    def __init__(self, context: Context, archive: Archive, precision: str) -> None:
+        """Register the metrics with TorchServe's worker.
 
         Args:
-            requests: after they were answered.
+            context: takes the metrics.
+            archive: what is served.
+            precision: that is served, which may differ from the archive's.
+        """
+        digest = archive.card.inputs_sha256[:_VERSION_DIGITS]
+        self.model_version = f"{archive.version}+{digest}"
+        self._precisions = precision, archive.card.precision
+        values = {"model_name": archive.name, "model_version": self.model_version}
+        # Per metric: each metric of TorchServe's, and its last labels.
+        self._metrics: dict[str, list[tuple[Any, list[str]]]] = {}
+        for prefix, common in _PREFIXES.items():
+            last = [values[label] for label in common]
+            for name, labels in _COUNTERS.items():
+                metric = _metric(context, prefix + name, (*labels, *common), MetricTypes.COUNTER)
+                self._metrics.setdefault(name, []).append((metric, last))
+            for name in _HISTOGRAMS:
+                metric = _metric(context, prefix + name, common, MetricTypes.HISTOGRAM)
+                self._metrics.setdefault(name, []).append((metric, last))
+
+    def record(self, requests: Sequence[Request], times: Times) -> None:
+        """Record a batch, which costs some microseconds per image.
+
+        Args:
+            requests: with their responses.
             times: of the whole batch.
         """
         try:
             self._record(requests, times)
-        except Exception:  # the answers are made: nothing that is only counted may lose them
-            logger.exception("A batch could not be counted")
+        except Exception:  # a metric that fails must not lose the responses
+            logger.exception("A batch was not counted")
 
     def _record(self, requests: Sequence[Request], times: Times) -> None:
         outcomes = [_outcomes(request) for request in requests]
-        for outcome, count in Counter(o for of_one in outcomes for o in of_one).items():
-            self._count("densenet_images_total", count, outcome.name, outcome.error_type)
+        for outcome, count in Counter(chain.from_iterable(outcomes)).items():
+            self._count("images_total", count, outcome.name, outcome.error_type)
         statuses = Counter(request.response.status for request in requests if request.response)
         for status, count in statuses.items():
-            self._count("densenet_requests_total", count, str(int(status)))
+            self._count("requests_total", count, str(int(status)))
         images = [image for request in requests for image in request.images]
         classified = [image.probabilities for image in images if image.probabilities is not None]
         if classified:
-            self._observe("densenet_decode_seconds", times.decoding)
-            self._observe("densenet_inference_seconds", times.inference)
-            self._observe("densenet_batch_images", len(classified))
-            self._count("densenet_precision_images_total", len(classified), *self._precisions)
+            self._observe("decode_seconds", times.decoding)
+            self._observe("inference_seconds", times.inference)
+            self._observe("batch_images", len(classified))
+            self._count("precision_images_total", len(classified), *self._precisions)
         for request in requests:
             if request.purpose is Purpose.CLASSIFY:
                 for image in request.images:
                     if image.probabilities is not None:
                         best = float(image.probabilities.max())
-                        self._observe("densenet_best_probability", best)
+                        self._observe("best_probability", best)
         batch = {
             "batch_requests": len(requests),
             "batch_images": len(images),
             "decode_ms": round(times.decoding * 1000, 1),
             "inference_ms": round(times.inference * 1000, 1),
-            "model_version": self._version,
+            "model_version": self.model_version,
         }
-        for request, of_one in zip(requests, outcomes, strict=True):
-            _log(request, of_one, batch)
+        for request, own in zip(requests, outcomes, strict=True):
+            _log(request, own, batch)
 
     def _count(self, name: str, value: int, *labels: str) -> None:
-        self._counters[name].add_or_update(value, [*labels, self._version])
+        for metric, last in self._metrics[name]:
+            metric.add_or_update(value, [*labels, *last])
 
     def _observe(self, name: str, value: float) -> None:
-        self._histograms[name].add_or_update(f"{value:.6f}", [self._version])
+        for metric, last in self._metrics[name]:
+            metric.add_or_update(f"{value:.6f}", last)
 
 
 def _outcomes(request: Request) -> list[_Outcome]:
-    """What became of a request's images; of one that failed as a whole, what became of it."""
+    """Return the outcomes of a request's images, or the request's if it failed as a whole."""
     if request.error is not None:
         return [_failure(request.error)]
     return [_outcome(image) for image in request.images]
@@ -176,7 +176,7 @@ def _log(request: Request, outcomes: Sequence[_Outcome], batch: Mapping[str, Any
 
 
 def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: MetricTypes) -> Any:
-    """The metric that `metrics.yaml` declares, or one that only the worker knows."""
+    """Return the metric that `metrics.yaml` declares, or one that only the worker has."""
     try:
         return context.metrics.get_metric(name, metric_type)
     except MetricsCacheKeyError:
@@ -184,12 +184,12 @@ def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: M
 
 
 def _request_id(request: Request) -> str:
-    """The id that the gateway or the client gave the request, if it is fit for a log."""
+    """Return the id that the gateway or the client chose, if it is safe in a log."""
     given = request.header("x-request-id")
     return given if _REQUEST_ID.fullmatch(given) else request.request_id
 
 
 def _length(request: Request) -> int | None:
-    """Bytes of the request's body as announced; None over gRPC, which announces nothing."""
+    """Return the body's announced bytes; None over gRPC, which announces nothing."""
     given = request.header("content-length")
     return int(given) if _DIGITS.fullmatch(given) else None

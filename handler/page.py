@@ -1,7 +1,7 @@
-"""The web page: one file, packed into the archive, that needs nothing from anywhere else.
+"""The web UI: one HTML file, packed into the archive, that loads nothing from elsewhere.
 
-Its Content-Security-Policy lets exactly the page's own script and style run, by their hashes, and
-lets the script talk to nobody but the server that the page came from.
+Its Content-Security-Policy allows only its own script and style, by their hashes, and connections
+to the server that it came from.
 """
 
 import base64
@@ -9,37 +9,32 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
+from handler.archive import Archive
 from handler.errors import ArchiveError
-from handler.exchange import Response
-from handler.labels import Label
-from handler.settings import ModelCard, Settings
+from handler.request import Response
+from handler.settings import ModelCard
 
 PAGE = Path(__file__).with_name("page.html")
 
-# Where the page reads what the handler tells it. JSON is full of double quotes, so that single ones
-# around it save 10 kB of escapes for 1,000 classes.
+# The web UI reads its settings here. JSON is full of double quotes, so single ones around it save
+# 10 kB of escapes for 1,000 classes.
 _SETTINGS_PLACE = "<meta name=\"settings\" content='{}'>"
 
-# Names of classes that the page lists: 1,000 have 15,000 characters. A page with a million of them
-# would be larger than an answer may be.
-_LONGEST_CLASS_LIST = 250_000
+# Characters of the class names that the web UI lists: 1,000 names have 15,000. With a million names
+# it would be larger than a response may be.
+_MAX_CLASS_LIST = 250_000
 
 
-def load_page(
-    path: Path, card: ModelCard, settings: Settings, labels: Sequence[Label], model: str
-) -> Response:
-    """The answer to a browser, made once.
+def load_page(path: Path, archive: Archive) -> Response:
+    """Return the response to a browser, which is the same for all.
 
     Args:
         path: `page.html`.
-        card: says whether the page must warn.
-        settings: where the page's controls stand at first.
-        labels: the classes, which the page lists unless there are too many.
-        model: the name under which TorchServe serves the model.
+        archive: its classes are listed unless there are too many; its settings are the controls'
+            defaults.
 
     Raises:
         ArchiveError: the file is missing, or has no place for the settings.
@@ -50,25 +45,26 @@ def load_page(
         raise ArchiveError(f"{path.name}: cannot be read: {error}") from error
     if page.count(_SETTINGS_PLACE) != 1:
         raise ArchiveError(f"{path.name}: needs {_SETTINGS_PLACE} once")
-    names = [label.class_name for label in labels]
-    told = {
-        "model": model,
+    card, settings = archive.card, archive.settings
+    names = [label.class_name for label in archive.labels]
+    values = {
+        "model": archive.name,
         "classes": len(names),
-        "names": names if sum(map(len, names)) <= _LONGEST_CLASS_LIST else None,
+        "names": names if sum(map(len, names)) <= _MAX_CLASS_LIST else None,
         "topk": settings.topk,
         "threshold": _one_threshold(card) if card.multilabel else settings.threshold,
         "warning": card.warning,
         "explains": bool(card.features),
     }
     if card.multilabel:
-        told["multilabel"] = True
-    escaped = html.escape(json.dumps(told), quote=False).replace("'", "&#39;")
+        values["multilabel"] = True
+    escaped = html.escape(json.dumps(values), quote=False).replace("'", "&#39;")
     filled = _SETTINGS_PLACE.replace("{}", escaped)
     headers = {
         "Content-Security-Policy": _policy(page),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        # Whether it is the page or an answer depends on the Accept header.
+        # The Accept header decides between the web UI and JSON.
         "Vary": "Accept",
     }
     body = page.replace(_SETTINGS_PLACE, filled).encode("utf-8")
@@ -76,7 +72,7 @@ def load_page(
 
 
 def _one_threshold(card: ModelCard) -> float | None:
-    """What all classes have; None where they differ."""
+    """Return the threshold of all classes; None if they differ."""
     found = set(card.thresholds)
     return found.pop() if len(found) == 1 else None
 
@@ -87,7 +83,7 @@ def _policy(page: str) -> str:
             "default-src 'none'",
             f"script-src {_hashes(page, 'script')}",
             f"style-src {_hashes(page, 'style')}",
-            # The pictures that the user chose, from the browser's memory, and the page's own icon
+            # The images that the user chose, from the browser's memory, and the web UI's own icon
             # and samples.
             "img-src blob: data:",
             "connect-src 'self'",

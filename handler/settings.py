@@ -1,8 +1,7 @@
-"""What the archive says about itself, read and checked once, when the worker starts.
+"""Settings of the operator and the model card of the builder, checked when the worker starts.
 
-`Settings` is the operator's part: the section `handler` of `model-config.yaml`. `ModelCard` is the
-builder's part: `model-card.json`, written when the archive is made. A misspelt key or a value out
-of range stops the worker with a message that names it.
+`Settings` is the section `handler` of `model-config.yaml`, `ModelCard` is `model-card.json`. A
+misspelled key or a value out of range stops the worker with a message that names it.
 """
 
 import dataclasses
@@ -24,19 +23,18 @@ PRECISIONS = ("float32", "bf16", "int8")
 ACTIVATIONS = ("softmax", "sigmoid")
 _CHANNELS = 3
 
-# Of float32.
-_LARGEST = 3.4e38
+_MAX_FLOAT32 = 3.4e38
 
-# What a plain number may be given as: YAML reads `threshold: 1` as an int.
+# Types that a field accepts: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
 # `max_request_size` of TorchServe's configuration, which cannot be read from here: 20 MB. Whatever
-# else knows this bound takes it from here, or a test compares the two.
+# else uses this limit imports it, or a test compares the two.
 MAX_REQUEST_BYTES = 20 * 1024 * 1024
 
-# Bytes of memory that decoding may take in a worker at any moment: all pictures that are being
-# decoded together, in its decoder process too. A picture that needs more is refused, one that does
-# not fit just now waits. 12 megapixels of WebP need 196 MB, 24 of HEIC 175 MB, 50 of PNG 200 MB.
+# Bytes of memory that all decoding in a worker and its decoder process may take at any moment. An
+# image that needs more is rejected; one that needs more than is left waits. 12 megapixels of WebP
+# need 196 MB, 24 of HEIC 175 MB, 50 of PNG 200 MB.
 DECODING_BYTES = 210_000_000
 
 # The decoder process itself: Python, NumPy and Pillow.
@@ -44,7 +42,7 @@ _DECODER_BYTES = 42_000_000
 # The bodies of one batch: `batchSize` (model-config.yaml) of them.
 _BODIES_BYTES = 8 * MAX_REQUEST_BYTES
 
-# The most that requests of any kind add to a worker: 420 MB.
+# Requests of any kind add at most so much to a worker: 420 MB.
 ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
 
 _T = TypeVar("_T")
@@ -59,20 +57,19 @@ class Settings:
     """Section `handler` of `model-config.yaml`; each key is optional.
 
     Attributes:
-        topk: predictions in an answer when the request does not say, 1 or more.
-        threshold: least probability, 0 to 1, at which the model counts as having recognised
-            something, when the request does not say. With the activation sigmoid the model card's
-            thresholds count instead.
+        topk: default number of predictions, 1 or more.
+        threshold: default confidence threshold, 0 to 1. With the activation sigmoid the model
+            card's thresholds count instead.
         max_pixels: width times height, of all images of a request together, above which an image
-            is refused before it is decoded.
+            is rejected before it is decoded.
         max_seconds: of CPU, to decode all images of a request together; one that takes longer is
-            given up.
+            rejected.
         max_images: images that one request may hold.
-        max_batch: images that go through the model in one call; what they need stays the worker's.
+        max_batch: images that go through the model in one call; a worker keeps their memory.
         reduced_decoding: decode large JPEGs at a fraction of their size, twice as fast;
             within 3 levels of 255 of the exact result.
-        require_precision: stop where the archive's precision fails its check on this processor,
-            rather than serve float32.
+        require_precision: stop if the archive's precision fails its check on this processor,
+            instead of serving float32.
     """
 
     topk: int = _bounded(5, 1, 1_000_000)
@@ -89,25 +86,25 @@ class Settings:
 
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":
-        """Takes the whole of `model-config.yaml`, as TorchServe hands it to the handler."""
+        """Read the whole of `model-config.yaml`, as TorchServe passes it to the handler."""
         section = (model_config or {}).get("handler") or {}
         return _checked(cls, section, "model-config.yaml, section 'handler'")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the model's input; the defaults are the tutorial's.
+    """How an image becomes the model's input; the defaults are the tutorial's.
 
     Attributes:
         resize: length after resizing, in pixels: of the shorter side with fit "crop", of both
             sides with "squash", of the longer side with "pad".
-        crop: side of the square cut from the centre, in pixels; with "pad" it may be larger than
-            that, and what is around it gets the colour of the mean.
+        crop: side of the square cut from the center, in pixels; with "pad" it may be larger than
+            that, and the border gets the color of the mean.
         mean: per channel, in the model's order, on the scale 0 to 1, subtracted before dividing.
         std: likewise.
         interpolation: how pixels are resized: nearest, bilinear or bicubic, the last two
             antialiased.
-        fit: what becomes of images that are not square: "crop", "squash" or "pad".
+        fit: how an image becomes square: "crop", "squash" or "pad".
         channels: the model's order of channels: "rgb" or "bgr".
         crop_rounding: where the crop begins if half a pixel is left: "even" as in torchvision and
             timm, "down" as in transformers.
@@ -152,20 +149,20 @@ class ModelCard:
     Attributes:
         architecture: name in torchvision's model registry.
         classes: number of classes, the length of the logits.
-        trained: false where the weights are seeded random numbers, good for trying only.
+        trained: false if the weights are seeded random numbers.
         weights_file: name of the file that the weights came from.
         weights_sha256: SHA-256 of that file, or of the random weights' values.
-        inputs_sha256: digest of all that the archive was built from; equal means up to date.
-        preprocessing: how a picture becomes the model's input.
+        inputs_sha256: digest of everything the archive was built from; equal means up to date.
+        preprocessing: how an image becomes the model's input.
         features: the node of the architecture's graph, in torchvision's naming, that gives the
-            last features; empty where logits are no linear function of their means, so that
-            there is no class activation map.
-        precision: what the model was checked to compute in, of `PRECISIONS`.
+            last features; empty if logits are no linear function of their means, so that there is
+            no class activation map.
+        precision: in which the model was checked, of `PRECISIONS`.
         activation: of `ACTIVATIONS`.
-        thresholds: with sigmoid, for each class the least probability, 0 to 1, that makes it one of
-            a picture's labels; empty with softmax.
-        embedding: channels of the pooled last features, which the last layer takes; 0 where the
-            model does not give them out.
+        thresholds: with sigmoid, the confidence threshold of each class, 0 to 1; empty with
+            softmax.
+        embedding: channels of the pooled last features, the last layer's input; 0 if the model
+            does not output them.
         trained_model: with random weights, the name of a trained model that is served with this
             one; empty if there is none.
     """
@@ -202,7 +199,7 @@ class ModelCard:
 
     @classmethod
     def load(cls, path: Path) -> "ModelCard":
-        """Reads `model-card.json`; raises `ArchiveError` where it is missing or malformed."""
+        """Read `model-card.json`; raise `ArchiveError` if it is missing or malformed."""
         try:
             return cls.from_json(path.read_bytes())
         except OSError as error:
@@ -210,7 +207,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ModelCard":
-        """Parses the text of a `model-card.json`; raises `ArchiveError` where it is malformed."""
+        """Parse the text of a `model-card.json`; raise `ArchiveError` if it is malformed."""
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -222,23 +219,23 @@ class ModelCard:
         return _checked(cls, values, MODEL_CARD)
 
     def to_json(self) -> str:
-        """The text that `from_json` reads."""
+        """Return the text that `from_json` parses."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @property
     def multilabel(self) -> bool:
-        """Whether a picture can have several labels, or none."""
+        """Whether an image can have several labels, or none."""
         return self.activation == "sigmoid"
 
     @property
     def warning(self) -> str | None:
-        """What every answer must say about this model, if anything."""
+        """The warning that every response must hold, if any."""
         if self.trained:
             return None
-        said = "untrained random weights: this answer means nothing and only shows the service"
+        warning = "untrained random weights: this answer means nothing and only shows the service"
         if self.trained_model:
-            said += f"; /predictions/{self.trained_model} has a trained model"
-        return said
+            warning += f"; /predictions/{self.trained_model} has a trained model"
+        return warning
 
 
 def _is_share(value: object) -> bool:
@@ -246,11 +243,11 @@ def _is_share(value: object) -> bool:
 
 
 def _is_float32(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= _LARGEST
+    return isinstance(value, (int, float)) and abs(value) <= _MAX_FLOAT32
 
 
 def _checked(cls: type[_T], values: object, source: str) -> _T:
-    """Builds the dataclass `cls` from `values`, or raises `ArchiveError` that names the culprit."""
+    """Build the dataclass `cls`, or raise an `ArchiveError` that names the wrong key."""
     if not isinstance(values, Mapping):
         raise ArchiveError(f"{source}: expected keys and values, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

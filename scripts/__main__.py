@@ -7,7 +7,7 @@ import typer
 
 from scripts.terminal import run
 
-# Where each command is. Only the one that is asked for is imported: some bring a second's worth.
+# Module and function of each command. Only the requested one is imported: some take a second.
 COMMANDS = {
     "run": "scripts.run:main",
     "archive": "scripts.build.commands:main",
@@ -29,7 +29,7 @@ COMMANDS = {
 def program(wanted: str | None = None) -> typer.Typer:
     """Return the program with one command, or with all if there is no such command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-    # Without this a program of one command has no name for it.
+    # Without a callback, typer runs a single command without its name.
     app.callback()(lambda: None)
     for name in [wanted] if wanted in COMMANDS else COMMANDS:
         module, _, function = COMMANDS[name].partition(":")

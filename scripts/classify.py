@@ -25,8 +25,8 @@ ImageOption = Annotated[
 def main(
     image: ImageOption = None,
     images: ImageOption = None,
-    model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
-    format: FormatOption = None,  # noqa: A002  # as the option is called
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    format: FormatOption = None,  # as the option is called
     output: OutputOption = None,
     topk: TopkOption = None,
     threshold: ThresholdOption = None,

@@ -1,4 +1,4 @@
-"""Installs a group of packages when something asks for it."""
+"""Installs groups of packages on demand."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from scripts.terminal import UserError
 
 
 def require(*groups: str) -> None:
-    """Install groups of packages that are not here; their names are those of `make setup-NAME`.
+    """Install missing groups of packages; NAME of `make setup-NAME` is a group.
 
     Raises:
         UserError: they cannot be installed.

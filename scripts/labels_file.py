@@ -1,10 +1,10 @@
-"""The list that says what each picture shows, where that can be several labels or none.
+"""Read the list of each image's labels, for multi-label models.
 
-CSV with a line a picture: the picture's file, relative to the folder of the pictures, and then each
-of its labels, by id or by name. A picture that shows none has its name alone. A first line that
-begins with `picture` is a header.
+CSV with a line per image: its file, relative to the folder of the images, and then each of its
+labels, by id or by name. An image without labels has its file alone. A first line that begins with
+`image` or `picture` is a header.
 
-    picture,labels
+    image,labels
     0001.png,circle,star
     0002.png
     0003.png,triangle
@@ -17,22 +17,19 @@ from scripts.terminal import UserError
 
 NAME = "labels.csv"
 
-_HEADER = "picture"
-FORM = (
-    'Each line is a picture and its labels, such as "0001.png,cat,dog"; one without has its name.'
-)
+_HEADERS = {"image", "picture"}
+FORM = 'Each line is an image and its labels, such as "0001.png,cat,dog"; one without has its name.'
 
 
 def read_labels(path: Path, images: Path) -> dict[Path, tuple[str, ...]]:
-    """The labels of each picture, as they are written.
+    """Return the labels of each image, as they are written.
 
     Args:
         path: the list.
-        images: the folder of the pictures.
+        images: the folder of the images.
 
     Raises:
-        UserError: the list cannot be read, or names no picture, or one that is not there or has two
-            lines.
+        UserError: the list cannot be read, names no image, or an image is missing or has two lines.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -43,14 +40,14 @@ def read_labels(path: Path, images: Path) -> dict[Path, tuple[str, ...]]:
     found: dict[Path, tuple[str, ...]] = {}
     for number, line in enumerate(lines, start=1):
         cells = [cell.strip() for cell in line]
-        if not any(cells) or (number == 1 and cells[0].lower() == _HEADER):
+        if not any(cells) or (number == 1 and cells[0].lower() in _HEADERS):
             continue
-        picture = images / cells[0]
-        if not cells[0] or not picture.is_file():
-            raise UserError(f"{path}, line {number}: {images} has no picture {cells[0]!r}. {FORM}")
-        if picture in found:
+        image = images / cells[0]
+        if not cells[0] or not image.is_file():
+            raise UserError(f"{path}, line {number}: {images} has no image {cells[0]!r}. {FORM}")
+        if image in found:
             raise UserError(f"{path}, line {number}: {cells[0]} has a line already.")
-        found[picture] = tuple(dict.fromkeys(filter(None, cells[1:])))
+        found[image] = tuple(dict.fromkeys(filter(None, cells[1:])))
     if not found:
-        raise UserError(f"{path} names no picture. {FORM}")
+        raise UserError(f"{path} names no image. {FORM}")
     return found

@@ -1,4 +1,4 @@
-"""Which of a model's classes a person means, by id or by name, however it is spelt."""
+"""Match names of classes, as users write them, with a model's classes."""
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
@@ -6,25 +6,27 @@ from collections.abc import Collection, Iterable, Sequence
 from handler.labels import Label
 from scripts.terminal import UserError
 
-# Of the classes that a name may be meant for, or of a model that has few.
-_SHOWN_CLASSES = 12
-# Of two names, from 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
-_SIMILAR = 0.84
+# In a message: of the similar classes, or of all if the model has no more.
+_MAX_SHOWN_CLASSES = 12
+# Similarity of two names, 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
+_MIN_SIMILARITY = 0.84
 
 
 def match(
     names: Collection[str], labels: Sequence[Label], called: str, instead: str
 ) -> dict[str, int]:
-    """The position of the class that each name means: by id, else by name, however it is spelt.
+    """Return the position of each name's class: that of this id, or else of this name.
+
+    Case, `_` and `-` in names do not matter.
 
     Args:
-        names: as a person wrote them.
+        names: as the user wrote them.
         labels: the model's classes, by position.
-        called: where the names stand, for messages: "as a folder is called".
-        instead: what to do where a name could be several classes: "Call the folder by id".
+        called: where the names are from, for messages: "as a folder is called".
+        instead: what to do if several classes have a name: "Call the folder by id".
 
     Raises:
-        UserError: a name is no class, or could be several.
+        UserError: no class has a name, or several have.
     """
     found = {}
     for name, matches in meanings(sorted(names), labels).items():
@@ -38,7 +40,7 @@ def match(
 
 
 def meanings(names: Iterable[str], labels: Sequence[Label]) -> dict[str, list[int]]:
-    """The positions of the classes that each name can mean, none or several too: see `match`."""
+    """Return the positions of all classes that match each name, see `match`; none is possible."""
     by_id = {label.class_id: index for index, label in enumerate(labels)}
     by_name: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -49,17 +51,16 @@ def meanings(names: Iterable[str], labels: Sequence[Label]) -> dict[str, list[in
 
 
 def _similar(name: str, labels: Sequence[Label]) -> str:
-    """A sentence on the classes that a name may be meant for; on all of them if they are few."""
+    """Return a sentence on similar classes or, if there are none, on all or some of them."""
     by_name = {_plain(label.class_name): label for label in labels}
     words = _words(name)
-    # A folder `cat` means the cats; one whose name is nearly that of a class is misspelt.
+    # Classes that have all words of the name (`cat`: `tiger_cat`), or else a similar spelling.
     found = [label for other, label in by_name.items() if words and words <= _words(other)]
-    found = found or [
-        by_name[other] for other in difflib.get_close_matches(_plain(name), by_name, 3, _SIMILAR)
-    ]
+    close = difflib.get_close_matches(_plain(name), by_name, cutoff=_MIN_SIMILARITY)
+    found = found or [by_name[other] for other in close]
     if found:
-        return f"Similar are: {', '.join(map(_shown, found[:_SHOWN_CLASSES]))}."
-    if len(labels) <= _SHOWN_CLASSES:
+        return f"Similar are: {', '.join(map(_shown, found[:_MAX_SHOWN_CLASSES]))}."
+    if len(labels) <= _MAX_SHOWN_CLASSES:
         return f"Its classes are: {', '.join(map(_shown, labels))}."
     examples = ", ".join(map(_shown, labels[:2]))
     return f"It has {len(labels)} classes, such as {examples}. Call classes by name or by id."
@@ -71,7 +72,7 @@ def _shown(label: Label) -> str:
 
 
 def _words(name: str) -> set[str]:
-    """In the singular, as far as that is a matter of an s."""
+    """Return a name's words, without a plural's s."""
     return {word.removesuffix("s") for word in _plain(name).split()}
 
 

@@ -1,8 +1,8 @@
-"""`make run`: from nothing to a served model and a first answer.
+"""`make run`: builds a model archive, serves it and classifies a sample image.
 
-The weights are torchvision's, or the user's. If torchvision's cannot be fetched, a trained model
-whose weights are a Python package answers instead, and the one that was asked for is served as
-well, with random weights.
+The weights are torchvision's, or the user's. If torchvision's cannot be downloaded, the fallback is
+a trained model whose weights are a Python package. The requested model is then served as well, with
+random weights.
 """
 
 import shutil
@@ -14,45 +14,24 @@ from rich.table import Table
 
 from classification_client import Classification, Client, ServiceError
 from classification_client.terminal import safe
-from scripts.build.commands import (
-    ActivationOption,
-    ArchOption,
-    ChannelsOption,
-    ClassesOption,
-    ImagesOption,
-    ModelFileOption,
-    NameOption,
-    PrecisionOption,
-    WeightsKeyOption,
-    WeightsOption,
-    spec_of,
-)
-from scripts.build.commands import show as show_model_file
+from scripts.build.commands import ModelOptions, show, with_model_options
 from scripts.build.model_file import RANDOM, ModelFile
 from scripts.build.pipeline import build
 from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, Workers
-from scripts.serve.machine import plan
+from scripts.serve.machine import plan_workers
 from scripts.serve.management import ready_workers
 from scripts.serve.preflight import try_archive
-from scripts.serve.running import RUN_DIR, Ports, Running, find_running
+from scripts.serve.running import RUN_DIR, Ports, ServerState, find_running
 from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
 from scripts.store import PACKAGED_ARCHITECTURE, sha256
 from scripts.terminal import UserError, console, step, warn
 
 
+@with_model_options
 def main(
-    model_file: ModelFileOption = None,
-    arch: ArchOption = None,
-    weights: WeightsOption = None,
-    weights_key: WeightsKeyOption = None,
-    classes: ClassesOption = None,
-    name: NameOption = None,
-    precision: PrecisionOption = None,
-    images: ImagesOption = None,
-    channels: ChannelsOption = None,
-    activation: ActivationOption = None,
+    options: ModelOptions,
     workers: Workers = None,
     port: int = Ports.inference,
     management_port: int = Ports.management,
@@ -62,36 +41,25 @@ def main(
     grpc_management_port: int = Ports.grpc_management,
 ) -> None:
     """Build the archive, serve it and classify a sample photograph."""
-    spec = spec_of(
-        model_file=model_file,
-        arch=arch,
-        weights=weights,
-        weights_key=weights_key,
-        classes=classes,
-        name=name,
-        precision=precision,
-        images=images,
-        channels=channels,
-        activation=activation,
-    )
+    spec = options.spec()
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    # What runs already must not be stopped for something that cannot start.
+    # A running server must not be stopped for one that cannot start.
     check_start([], ports, workers, grpc=grpc, instead_of=find_running())
     archives = _build(spec)
-    if any((model_file, arch, classes)):
-        show_model_file(spec, archives[-1], model_file)
+    if not options.is_model_file and (options.model_file or options.arch or options.classes):
+        show(spec, archives[-1])
     if len(archives) > 1 and workers is None:
-        # As many as one model would have, shared.
-        workers = max(1, plan(None, len(archives)).workers // len(archives))
+        # The models share the workers that a single model would have.
+        workers = max(1, plan_workers(None, len(archives)).workers // len(archives))
     running = _serve(archives, ports, workers, grpc=grpc)
 
-    picture = RUN_DIR / "cat.png"
-    shutil.copyfile(CAT, picture)
+    image = RUN_DIR / "cat.png"
+    shutil.copyfile(CAT, image)
     try:
         with Client(running.predictions_url) as client:
-            _show(str(picture), client.classify(picture))
+            _show(str(image), client.classify(image))
     except ServiceError as error:
-        raise UserError(f"The server runs, but did not classify {picture}: {error}") from error
+        raise UserError(f"The server runs, but did not classify {image}: {error}") from error
 
     console.print(f"Predictions  {running.predictions_url}")
     console.print("             in a browser it is the web UI")
@@ -99,7 +67,7 @@ def main(
         console.print(f"             {running.serving(other).predictions_url} (random weights)")
     console.print(f"Management   {running.model_url}")
     console.print(f"Metrics      {running.metrics_url}")
-    console.print(f"\nTry it:      curl -T {picture} {running.predictions_url}")
+    console.print(f"\nTry it:      curl -T {image} {running.predictions_url}")
     console.print("Stop it:     make stop")
 
 
@@ -120,15 +88,15 @@ def _show(image: str, result: Classification) -> None:
 
 
 def _build(spec: ModelFile) -> list[Path]:
-    """Return the model archive; if its trained weights cannot be fetched, one with random weights.
+    """Build the model archive; if its trained weights cannot be downloaded, the fallbacks.
 
-    Before that then comes one of the model whose trained weights are a package, if that can be
-    installed.
+    These are an archive of the model whose trained weights are a package, if that can be installed,
+    and one of the requested model with random weights, in this order.
     """
     try:
         return [build(spec)]
     except DownloadError as error:
-        # An address of the user's own may be misspelled.
+        # The user's own URL may be misspelled, so that its errors have no fallback.
         if not spec.is_torchvision or (
             spec.weights is not None and not isinstance(error, HostUnreachableError)
         ):
@@ -142,16 +110,18 @@ def _build(spec: ModelFile) -> list[Path]:
         except UserError as error:
             warn(str(error))
     if not archives:
-        warn("Going on with UNTRAINED random weights: everything works, but answers mean nothing.")
+        warn("Using UNTRAINED random weights: everything works, but answers mean nothing.")
     trained = archives[0].stem if archives else ""
     random = spec.replace(weights=RANDOM, weights_key=None)
     return [*archives, build(random, trained_model=trained)]
 
 
-def _serve(archives: Sequence[Path], ports: Ports, workers: int | None, *, grpc: bool) -> Running:
-    """Keeps a server that serves these very archives where it was asked to; else starts one.
+def _serve(
+    archives: Sequence[Path], ports: Ports, workers: int | None, *, grpc: bool
+) -> ServerState:
+    """Return the running server if it serves these archives on these ports; else start one.
 
-    The first archive's model is the one that a client gets who names none.
+    The first archive's model is the default.
     """
     running = find_running()
     if running is not None:
@@ -165,10 +135,10 @@ def _serve(archives: Sequence[Path], ports: Ports, workers: int | None, *, grpc:
         if not same_archives:
             with Status("Trying the new archive ...", console=console):
                 for archive in archives:
-                    try_archive(archive, plan(workers).threads, METRICS_CONFIG)
-        step("TorchServe: stopping the running one, it differs from what was asked for")
+                    try_archive(archive, plan_workers(workers).threads, METRICS_CONFIG)
+        step("TorchServe: stopping the running one, which serves something else or elsewhere")
         stop(running)
-    running = start(archives[0], ports, workers, grpc=grpc, beside=archives[1:])
+    running = start(archives[0], ports, workers, grpc=grpc, extra_archives=archives[1:])
     ready = sum(ready_workers(running.serving(model)) for model in running.models)
     step(f"TorchServe: {ready} worker(s) ready, logs in {RUN_DIR / 'logs'}")
     return running

@@ -1,4 +1,4 @@
-"""Real photographs that scikit-image carries: nothing has to be downloaded to try the service."""
+"""Sample photographs from scikit-image, so that a trial needs no download."""
 
 import io
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ import skimage
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.images import PixelBudget, decode
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.settings import Preprocessing
 
 # Stefan van der Walt's cat, in the public domain (CC0).
@@ -27,18 +28,20 @@ _NAMES = (
 
 
 def sample_batch(preprocessing: Preprocessing, every: int = 1) -> NDArray[np.uint8]:
-    """Six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255.
+    """Return six photographs in three views each, decoded: uint8 (18, 3, crop, crop), 0 to 255.
 
     Args:
         preprocessing: how to decode them.
-        every: take one of so many.
+        every: step between the views that are used; 1 for all 18.
     """
     views = islice(_views(), 0, None, every)
-    return np.stack([decode(_png(view), preprocessing, PixelBudget(10**8)) for view in views])
+    return np.stack(
+        [decode(_png(view), preprocessing, PixelBudget(10**8)).pixels for view in views]
+    )
 
 
 def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
-    """Random cuts of the six photographs, the same every time: uint8 (count, 3, crop, crop)."""
+    """Return random crops of the photographs, with a fixed seed: uint8 (count, 3, crop, crop)."""
     random = np.random.default_rng(11)
     photographs = [Image.open(CAT.parent / name).convert("RGB") for name in _NAMES]
     views = []
@@ -48,12 +51,12 @@ def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
         left = int(random.integers(0, image.width - side + 1))
         top = int(random.integers(0, image.height - side + 1))
         view = image.crop((left, top, left + side, top + side))
-        views.append(decode(_png(view), preprocessing, PixelBudget(10**8)))
+        views.append(decode(_png(view), preprocessing, PixelBudget(10**8)).pixels)
     return np.stack(views)
 
 
 def sample_photographs() -> Iterator[bytes]:
-    """The same in encoded form, as a client sends them."""
+    """Return the views of `sample_batch` as PNG files, as a client sends them."""
     return map(_png, _views())
 
 

@@ -1,4 +1,4 @@
-"""Which files, folders and patterns a person named in one option: IMAGES="holidays more/*.jpg"."""
+"""Parses options that name files, folders and patterns: IMAGES="holidays more/*.jpg"."""
 
 import glob
 import os
@@ -8,16 +8,19 @@ from scripts.terminal import UserError
 
 
 def sources(*values: str | None) -> list[str]:
-    """Return the files, folders and patterns that values of options name, all by one rule.
+    """Return the files, folders and patterns in the values of options.
 
-    A value that is the name of something there, or a pattern of such names, is that, spaces, quotes
-    and all; any other is split at its spaces as a shell does it. `UserError` if a quote has no end.
+    A value that is an existing path, or a pattern that matches one, is used as it is, with its
+    spaces and quotes. Any other value is split at its spaces as a shell does it.
+
+    Raises:
+        UserError: a quote is not closed.
     """
     return [source for value in values if value for source in _split(value)]
 
 
 def _split(value: str) -> list[str]:
-    if os.path.lexists(value) or glob.glob(value):  # noqa: PTH207  # takes absolute ones
+    if os.path.lexists(value) or glob.glob(value):  # noqa: PTH207  # allows absolute patterns
         return [value]
     try:
         parts = shlex.split(value)

@@ -1,8 +1,8 @@
-"""What the commands remember of the processes they started: one JSON file in each process's folder.
+"""State files of the processes that the commands start: one JSON file in each process's folder.
 
-A process is recognised by what no clock moves: its id together with when it started, counted by the
-kernel since the machine did. Where a file is gone, `process_of` finds what still runs by what it
-was started with. Only `forget` removes anything; commands that look report what they cannot read.
+A process is identified by its id and its start time, counted by the kernel since boot, so that
+setting the clock does not matter. If a state file is gone, `process_by_arguments` finds the process
+by its command line. Only `delete_state` removes a state file: an unreadable one is reported.
 """
 
 import json
@@ -17,45 +17,46 @@ import psutil
 from scripts.terminal import UserError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Fields of /proc/PID/stat (proc(5)) behind the name, which may hold spaces: the 22nd is the time.
+# The start time is field 22 of /proc/PID/stat (proc(5)). Its index here is counted after the name,
+# field 2, which may hold spaces.
 _START_TIME = 22 - 3
 
 
-def started(pid: int) -> str:
-    """When the process of that id started, as nothing but another process's start changes it.
+def start_time(pid: int) -> str:
+    """Return the start time of a process, as a string that changes with nothing but the process.
 
     Raises:
-        psutil.NoSuchProcess: there is none.
+        psutil.NoSuchProcess: there is no such process.
     """
     try:
         boot = _BOOT_ID.read_text().strip()
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        # No Linux: there the kernel keeps the time that it wrote down at the start.
+        # Not Linux: other kernels store the time of day at which the process started.
         return f"{psutil.Process(pid).create_time():.3f}"
     return f"{boot}/{stat.rpartition(')')[2].split()[_START_TIME]}"
 
 
-def living_process(pid: int, when: str) -> psutil.Process | None:
-    """The process of that id that `started` then; None where it has ended."""
+def process_by_id(pid: int, started: str) -> psutil.Process | None:
+    """Return the process with this id and start time; None if it has exited."""
     try:
         process = psutil.Process(pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE and started(pid) == when
+        alive = process.status() != psutil.STATUS_ZOMBIE and start_time(pid) == started
     except psutil.NoSuchProcess:
         return None
     return process if alive else None
 
 
-def process_of(*words: str) -> psutil.Process | None:
-    """This user's living process that was started with all of these words, wherever they stand.
+def process_by_arguments(*arguments: str) -> psutil.Process | None:
+    """Return this user's process whose command line has all of these arguments; None if none has.
 
     Args:
-        words: whole arguments, such as the path of a configuration that is nobody else's.
+        arguments: whole ones, such as the path of a configuration file that only it uses.
     """
     for process in psutil.process_iter(["cmdline", "uids", "status"]):
-        said = f" {' '.join(process.info['cmdline'] or [])} "
+        command_line = f" {' '.join(process.info['cmdline'] or [])} "
         if (
-            all(f" {word} " in said for word in words)
+            all(f" {argument} " in command_line for argument in arguments)
             and process.info["uids"] is not None
             and process.info["uids"].effective == os.geteuid()
             and process.info["status"] != psutil.STATUS_ZOMBIE
@@ -64,8 +65,8 @@ def process_of(*words: str) -> psutil.Process | None:
     return None
 
 
-def remember(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all, whatever happens; only this user can read it."""
+def write_state(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a state file atomically; only this user can read it."""
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     unfinished = Path(name)
     try:
@@ -79,8 +80,8 @@ def remember(path: Path, values: Mapping[str, Any]) -> None:
         raise
 
 
-def recall(path: Path) -> dict[str, Any] | None:
-    """What `remember` wrote there; None where there is no such file.
+def read_state(path: Path) -> dict[str, Any] | None:
+    """Return the values of a state file; None if there is no such file.
 
     Raises:
         UserError: the file cannot be read.
@@ -92,21 +93,21 @@ def recall(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise unreadable(path) from error
+        raise unreadable_state(path) from error
     if not isinstance(values, dict):
-        raise unreadable(path)
+        raise unreadable_state(path)
     return values
 
 
-def unreadable(path: Path) -> UserError:
-    """What a person can do about a file of another version, or one that something else wrote."""
+def unreadable_state(path: Path) -> UserError:
+    """Return the error for a state file of another version or of another program."""
     return UserError(
         f"{path} says which processes run here, and cannot be understood: another version of this "
-        "project wrote it, or something else. Remove it: what runs here is then found by what it "
-        "was started with."
+        "project wrote it, or another program. Delete it: a process that runs is then found by its "
+        "command line."
     )
 
 
-def forget(path: Path) -> None:
-    """Removes the file of a process that has been ended."""
+def delete_state(path: Path) -> None:
+    """Delete the state file of a process that was stopped."""
     path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The model store: the folder of archives, and what each of them says of itself.
+"""The model store: the folder of model archives, and their model cards.
 
-Imports nothing of PyTorch, so that commands which only look at archives start at once.
+It does not import PyTorch, so that commands which only read archives start fast.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ from handler.settings import MODEL_CARD, ModelCard
 
 MODEL_STORE = Path("model_store")
 DEFAULT_ARCHITECTURE = "densenet121"
-# Its trained weights come with a package of the package index: see `build/efficientnet_lite0.py`.
+# Its trained weights are a Python package: see `scripts/build/sources/efficientnet_lite0.py`.
 PACKAGED_ARCHITECTURE = "efficientnet_lite0"
 
-# In a model archive: the license of its weights, if that asks for a copy of itself.
+# File in a model archive: the license of its weights, if that requires a copy.
 WEIGHTS_NOTICE = "WEIGHTS-NOTICE.txt"
 
 
@@ -34,7 +34,7 @@ def read_card(archive: Path) -> ModelCard | None:
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal digits."""
+    """Return the file's SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

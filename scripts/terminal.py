@@ -1,6 +1,6 @@
-"""How the commands of this project run: errors as sentences, what nobody foresaw in a log file.
+"""Runs the commands of this project: prints errors as messages, and logs unexpected ones.
 
-An option can also be set in the environment, for units and containers: DENSENET_WORKERS=2.
+An option can also be set by an environment variable, for units and containers: DENSENET_WORKERS=2.
 """
 
 import sys
@@ -29,19 +29,19 @@ __all__ = [
     "warn",
 ]
 
-# Where what no person should have to read goes.
+# Folder of the log with the tracebacks of unexpected errors.
 LOGS = Path(".run/logs")
 _DETAILS = "errors.log"
 
-# Of environment variables that set options.
+# Prefix of environment variables that set options.
 PREFIX = "DENSENET"
 
 
 def command(function: Callable[..., int | None]) -> NoReturn:
-    """Run `function` as a command line made from its signature, with errors as sentences.
+    """Run `function` as a command line made from its signature, with errors as messages.
 
-    Exit status: what the function returns, 0 for nothing; 1 for a `UserError` or a mistake of the
-    program's own, 2 for a bad command line, 130 for Ctrl-C.
+    Exit status: what the function returns, 0 for None; 1 for a `UserError` or an unexpected error,
+    2 for a wrong command line, 130 for Ctrl-C.
     """
     _run(program(function))
 
@@ -52,7 +52,7 @@ def run(app: typer.Typer) -> NoReturn:
 
 
 def step(text: str) -> None:
-    """Print what is being done or was found."""
+    """Print a step of the command, or its result."""
     console.print(f"[bold cyan]==>[/] {escape(text)}")
 
 
@@ -60,7 +60,7 @@ def _run(parsed: Any) -> NoReturn:
     for part in (parsed, *getattr(parsed, "commands", {}).values()):
         part.context_settings["auto_envvar_prefix"] = PREFIX
         for parameter in part.params:
-            # A column of the same prefix would only widen `--help`.
+            # `--help` would repeat the prefix for each option.
             parameter.show_envvar = getattr(parameter, "envvar", None) is not None
     terminal.run(parsed, _explain)
 
@@ -71,12 +71,12 @@ def _explain(error: Any) -> NoReturn:
 
 
 def _unexpected(error: Exception) -> str:
-    """Return a sentence for what nobody foresaw; the details go to a file."""
+    """Log the traceback of an unexpected error; return a message for the user."""
     details = "".join(traceback.format_exception(error))
-    # What a library says of itself is of no use to the person; the kind of error may be.
+    # The type of the error may help the user; a library's long message does not.
     first = next(iter(str(error).splitlines()), "")[:200]
-    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    begin = f"something went wrong that this program did not expect ({said})"
+    summary = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    begin = f"something went wrong that this program did not expect ({summary})"
     for folder in (LOGS, Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pytest
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.build.sources.torchvision import TorchvisionSource, random_source
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import PACKAGED_ARCHITECTURE
 
@@ -196,7 +196,9 @@ def lite0_archive() -> Path:
 
 
 @contextmanager
-def _served(archive: Path, run_dir: Path, workers: int, *, grpc: bool = False) -> Iterator[Running]:
+def _served(
+    archive: Path, run_dir: Path, workers: int, *, grpc: bool = False
+) -> Iterator[ServerState]:
     """Run a server, which must survive its tests."""
     server = start(archive, free_ports(), workers=workers, run_dir=run_dir, grpc=grpc)
     yield server
@@ -212,7 +214,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(archive: Path, run_dir: Path) -> Iterator[Running]:
+def running(archive: Path, run_dir: Path) -> Iterator[ServerState]:
     """The server that the tests share."""
     with _served(archive, run_dir, workers=2) as server:
         yield server
@@ -221,7 +223,7 @@ def running(archive: Path, run_dir: Path) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def lite0_server(
     lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+) -> Iterator[ServerState]:
     """A server of trained weights, for what needs right answers."""
     with _served(lite0_archive, tmp_path_factory.mktemp("run"), workers=1) as server:
         yield server
@@ -262,7 +264,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
 
 
 @pytest.fixture(scope="session")
-def shapes_server(shapes: Shapes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def shapes_server(
+    shapes: Shapes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerState]:
     """A server of that archive, with gRPC."""
     run_dir = tmp_path_factory.mktemp("run")
     with _served(shapes.archive, run_dir, workers=1, grpc=True) as server:

@@ -82,7 +82,7 @@ def longs(*values: int) -> Tag:
     return _LONG, values
 
 
-def tiff(  # noqa: PLR0913  # a tag each
+def tiff(  # a tag each
     samples: Samples | Sequence[bytes],
     bits: int,
     photometric: int,
@@ -189,7 +189,7 @@ def png_header(width: int, height: int, bits: int, color_type: int, interlaced: 
     return PNG_START + chunk(b"IHDR", fields)
 
 
-def png(  # noqa: PLR0913  # a chunk or field each
+def png(  # a chunk or field each
     samples: Samples,
     bits: int,
     color_type: int,
@@ -212,7 +212,7 @@ def png(  # noqa: PLR0913  # a chunk or field each
     )
 
 
-def bmp(  # noqa: PLR0913  # a field each
+def bmp(  # a field each
     samples: Samples,
     bits: int,
     *,

@@ -22,13 +22,12 @@ PLATFORMS = {
 }
 OLDEST_MACOS = "14.0"
 
-BESIDE_RUN = ("tests", "precision", "timm", "lite0", "huggingface", "batch", "benchmarks")
-ALONE = ("clients", "moto", "container", "gateway", "ray", "sbom")
+# Groups with an environment of their own; the others are installed in addition to the run group.
 IMAGES = ("container", "gateway", "ray", "sbom")
+STANDALONE = ("run", "clients", "moto", *IMAGES)
 GROUPS = {
-    "run": ["requirements/run.lock"],
-    **{name: ["requirements/run.lock", f"requirements/{name}.lock"] for name in BESIDE_RUN},
-    **{name: [f"requirements/{name}.lock"] for name in ALONE},
+    lock.stem: [str(lock)] if lock.stem in STANDALONE else ["requirements/run.lock", str(lock)]
+    for lock in sorted(Path("requirements").glob("*.lock"))
 }
 
 # Packages of pure Python without a wheel.

@@ -53,7 +53,7 @@ def model(made: Made | None = None) -> ModelProto:
 
 
 @cache
-def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # noqa: FBT001
+def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """A last layer that gives logits of mean 0 and standard deviation 2 over the sample images."""
     weight = np.random.default_rng(5).normal(0, 1, (classes, CHANNELS)).astype(np.float32)
     bias = np.zeros(classes, np.float32)

@@ -13,14 +13,14 @@ import requests
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.serve.management import model_status
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 
 
 @contextmanager
 def served(
     workers: int | None = 2, inside: AbstractContextManager[object] | None = None
-) -> Iterator[Running]:
+) -> Iterator[ServerState]:
     """A real TorchServe on free ports, ended afterwards.
 
     Args:
@@ -40,18 +40,18 @@ def served(
             stop(running, run_dir)
 
 
-def worker_pids(running: Running) -> list[int]:
+def worker_pids(running: ServerState) -> list[int]:
     """The processes that serve now."""
     return sorted(worker["pid"] for worker in model_status(running)["workers"])
 
 
-def worker_memory(running: Running) -> float:
+def worker_memory(running: ServerState) -> float:
     """Memory of one worker on average, in bytes, shared pages divided among those who share."""
     sizes = [psutil.Process(pid).memory_full_info().pss for pid in worker_pids(running)]
     return float(sum(sizes) / len(sizes))
 
 
-def frontend_memory(running: Running, *, collected: bool) -> float:
+def frontend_memory(running: ServerState, *, collected: bool) -> float:
     """Memory of the frontend in bytes, once its garbage is `collected` or as it is."""
     process = running.process()
     assert process is not None, "TorchServe has ended"
@@ -61,7 +61,7 @@ def frontend_memory(running: Running, *, collected: bool) -> float:
     return float(process.memory_full_info().pss)
 
 
-def post(running: Running, data: bytes, timeout: float = 120) -> requests.Response:
+def post(running: ServerState, data: bytes, timeout: float = 120) -> requests.Response:
     """Sends bytes as the body of a request."""
     return requests.post(
         running.predictions_url,
@@ -71,7 +71,7 @@ def post(running: Running, data: bytes, timeout: float = 120) -> requests.Respon
     )
 
 
-def outcome(running: Running, data: bytes) -> str:
+def outcome(running: ServerState, data: bytes) -> str:
     """The status of a request, or how its connection was lost."""
     try:
         return str(post(running, data, timeout=300).status_code)

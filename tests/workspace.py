@@ -10,7 +10,7 @@ from scripts import bootstrap
 def project_files() -> list[Path]:
     """Return the project's files as git has them, with those that are not committed yet."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
         check=True,
         text=True,

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.report import CORES
-from handler.cores import Cores
-from handler.precision import MODEL_FILES
+from handler.inference.cores import Cores
+from handler.inference.precision import MODEL_FILES
 
 # A worker a core with one thread each is the best for all of them.
 WORKERS = CORES
@@ -33,7 +33,7 @@ class LowerPrecision:
     """This project's engine for lower precision, called as an ONNX Runtime session is."""
 
     def __init__(self, precision: str, threads: int) -> None:
-        from handler.openvino_engine import OpenVinoEngine
+        from handler.inference.openvino_engine import OpenVinoEngine
 
         cores = Cores(threads, threads, FILES / f"busy-{os.getpid()}")
         self._engine = OpenVinoEngine(FILES / MODEL_FILES[precision], precision, cores)
@@ -41,7 +41,7 @@ class LowerPrecision:
     def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[NDArray[np.float32]]:
         """The logits of a batch."""
         assert outputs == ["logits"]
-        return [self._engine.logits(inputs["images"])]
+        return [self._engine.run(inputs["images"]).logits]
 
 
 def session(threads: int) -> Any:

@@ -48,7 +48,7 @@ def main(
         str | None, typer.Option(help="A list of files, one per line; - is standard input.")
     ] = None,
     url: Annotated[str, typer.Option(envvar="CLASSIFY_URL", help="Where to send them.")] = URL,
-    format: FormatOption = None,  # noqa: A002  # as the option is called
+    format: FormatOption = None,  # as the option is called
     output: OutputOption = None,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
     topk: TopkOption = None,

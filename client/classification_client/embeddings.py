@@ -42,7 +42,7 @@ def write(path: Path, names: Sequence[str], vectors: Sequence[Sequence[float]]) 
 
 
 def _save_npy(file: Any, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     name = f"U{max(map(len, names), default=1)}"
     fields = [("picture", name), ("embedding", "<f4", (len(vectors[0]) if vectors else 0,))]
@@ -50,8 +50,8 @@ def _save_npy(file: Any, names: Sequence[str], vectors: Sequence[Sequence[float]
 
 
 def _save_parquet(file: Any, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
-    import pyarrow as pa  # noqa: PLC0415
-    from pyarrow import parquet  # noqa: PLC0415
+    import pyarrow as pa
+    from pyarrow import parquet
 
     embeddings = pa.array([[*vector] for vector in vectors], pa.list_(pa.float32()))
     parquet.write_table(pa.table({"picture": names, "embedding": embeddings}), file)

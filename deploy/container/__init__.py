@@ -1,1 +1,1 @@
-"""Runs in the image: what is served, within which limits, and its processes."""
+"""Runs in the container image: reads the configuration, plans resources, runs the processes."""

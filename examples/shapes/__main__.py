@@ -29,7 +29,7 @@ from scripts.evaluation.multilabel import (
     evaluate_labels,
     report_labels,
 )
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
 
@@ -47,7 +47,7 @@ def pack(folder: Path, thresholds: float | Path) -> Path:
 
 
 @contextmanager
-def serving(archive: Path, folder: Path) -> Iterator[Running]:
+def serving(archive: Path, folder: Path) -> Iterator[ServerState]:
     """A server of the archive for as long as it is needed."""
     running = start(archive, free_ports(), 1, run_dir=folder / "run")
     try:
@@ -57,7 +57,7 @@ def serving(archive: Path, folder: Path) -> Iterator[Running]:
         stop(running, folder / "run")
 
 
-def evaluated(folder: Path, part: str, running: Running) -> MultilabelEvaluation:
+def evaluated(folder: Path, part: str, running: ServerState) -> MultilabelEvaluation:
     """As `make evaluate IMAGES=...`."""
     images = folder / part
     return evaluate_labels(

@@ -1,1 +1,1 @@
-"""All that ends in an archive: weights, classes, architectures, export, packing."""
+"""Build model archives: sources, conversion to ONNX, quantization, packing."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_weights, list_models
 from torchvision.transforms._presets import ImageClassification
 
+from handler.inference.torch_models import INCEPTIONS, empty_model
 from handler.settings import Preprocessing
-from handler.torch_models import INCEPTIONS, empty_model
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 
@@ -20,30 +21,29 @@ Shapes = dict[str, torch.Size]
 
 
 def check_architecture(name: str) -> str:
-    """The name, if torchvision has a classifier of it; else `UserError` with what is similar."""
+    """Return the name; raise `UserError` with similar ones if torchvision does not have it."""
     names = architectures()
     if name in names:
         return name
-    family = name.rstrip("0123456789_").split("_")[0][:4].lower()
-    similar = [other for other in names if family and family in other]
+    similar = get_close_matches(name.lower(), names, 8)
     raise UserError(
         f"torchvision has no classifier {name!r}. ARCH can be: {', '.join(similar or names)}."
     )
 
 
 def architectures() -> list[str]:
-    """All names of torchvision's classification registry."""
+    """Return all names of torchvision's classification registry."""
     names: list[str] = list_models(module=torchvision.models)
     return names
 
 
 def official_weights(architecture: str) -> WeightsEnum:
-    """The best weights that torchvision has for an architecture."""
+    """Return the best weights that torchvision has for an architecture."""
     return get_model_weights(architecture).DEFAULT
 
 
 def official_preprocessing(architecture: str) -> Preprocessing:
-    """What torchvision does to a picture before its weights see it; DenseNet-121: the tutorial's.
+    """Return the preprocessing of torchvision's weights; for DenseNet-121 the tutorial's.
 
     The tutorial resizes to 255, torchvision to 256.
     """
@@ -62,16 +62,16 @@ def official_preprocessing(architecture: str) -> Preprocessing:
 
 
 def without_auxiliary(architecture: str, keys: Iterable[str]) -> list[str]:
-    """The keys of a state dict but for an Inception's auxiliary classifiers, for training only."""
+    """Return a state dict's keys without an Inception's auxiliary classifiers for training."""
     if architecture not in INCEPTIONS:
         return list(keys)
     return [key for key in keys if not key.startswith(("aux", "AuxLogits"))]
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Layers made within have shapes, but no values.
+    """Make layers with shapes, but no values.
 
-    Not `torch.device("meta")`: RegNets compute their widths with tensors, which must have values.
+    `torch.device("meta")` cannot be used: RegNets compute their widths with tensors' values.
     """
 
     def __torch_function__(
@@ -89,18 +89,18 @@ class _WithoutMemory(TorchFunctionMode):
 
 @functools.cache
 def shapes(architecture: str, classes: int) -> Shapes:
-    """Of every parameter and buffer."""
+    """Return the shape of every parameter and buffer."""
     with _WithoutMemory():
         model = empty_model(architecture, classes)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def class_layer(architecture: str) -> str:
-    """The name of the parameter whose first axis has an entry a class, such as "fc.weight"."""
+    """Return the name of the parameter with a row per class, such as "fc.weight"."""
     few, more = shapes(architecture, 2), shapes(architecture, 3)
     return next(name for name in few if few[name] != more[name] and name.endswith("weight"))
 
 
 def last_layer(model: nn.Module, architecture: str) -> nn.Module:
-    """The layer that gives the logits."""
+    """Return the layer that computes the logits."""
     return model.get_submodule(class_layer(architecture).removesuffix(".weight"))

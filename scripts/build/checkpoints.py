@@ -1,4 +1,4 @@
-"""Reads every state dict in a file of weights, in the forms in which PyTorch's users keep them.
+"""Read the state dicts in a file of weights, in all forms that PyTorch's users keep them in.
 
 No code in a file is ever run: pickles are read with `weights_only`, and of a TorchScript or an
 exported program only the tensors are read.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from scripts.build.messages import read_bytes
 from scripts.terminal import UserError
 
 StateDict = Mapping[str, Tensor]
@@ -30,7 +31,7 @@ StateDict = Mapping[str, Tensor]
 # Limits for hostile files; timm's largest models have 3,000 tensors with names of 100 characters.
 MAX_TENSORS = 20_000
 MAX_NAME_LENGTH = 300
-# Dictionaries in dictionaries, as in {"models": {"student": {"state_dict": ...}}}.
+# Levels of nested dictionaries, as in {"models": {"student": {"state_dict": ...}}}.
 MAX_DEPTH = 5
 # TorchScript's code is the only part of these files that is compressed.
 MAX_COMPRESSED_CODE_BYTES = 10_000_000
@@ -44,7 +45,7 @@ _DTYPES = set(_EXPORTED_DTYPES.values())
 
 
 class _Inert:
-    """Stands in for an object saved with the weights: nothing of the real one is made or called."""
+    """A placeholder for an object saved with the weights, which is neither made nor called."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -52,12 +53,12 @@ class _Inert:
 
 
 def _inert_dict(*_: object) -> dict[Any, Any]:
-    """Stand in for a defaultdict: torch fills only plain dictionaries."""
+    """Return a placeholder for a defaultdict: torch fills only plain dictionaries."""
     return {}
 
 
-# What training scripts save with the weights. numpy's own `scalar` and `dtype` are not called,
-# since a crafted state can make them read memory out of bounds.
+# Types that training scripts save with the weights. numpy's own `scalar` and `dtype` are not
+# called, since a crafted state can make them read memory out of bounds.
 _PATHS = ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
 _HARMLESS = {
     "argparse": ("Namespace",),
@@ -82,7 +83,7 @@ class DigestError(UserError):
 
 
 class _RejectedError(Exception):
-    """Why a file cannot be used, as in "it ..."."""
+    """A file cannot be used; the text is a clause that begins with "it"."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,7 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoin
         UserError: the file is missing, cut off, holds no weights, or would have to run code;
             `DigestError` if its SHA-256 is not the expected one.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"The weights {path} cannot be read: {error.strerror}.") from error
+    content = read_bytes(path, "weights")
     digest = hashlib.sha256(content).hexdigest()
     if expected_sha256 is not None and digest != expected_sha256:
         raise DigestError(
@@ -137,13 +135,13 @@ def _reason(error: Exception, path: Path) -> str:
     """Return why a file was rejected, and what to do if it is a pickle of more than weights."""
     if isinstance(error, _RejectedError):
         return str(error)
-    # PyTorch's own text is not shown: it recommends to load the file with the code in it.
+    # PyTorch's own text is not shown, since it recommends loading the file with its code.
     needed = re.search(r"GLOBAL ([\w.<>]{1,200})", str(error))
     if needed is None or not isinstance(error, pickle.UnpicklingError):
         return f"it is damaged, cut off, or no file of weights ({type(error).__name__})"
     if "is blocked" in str(error):
         return f"it would run {needed[1]} if it were loaded, so do not trust it"
-    # A name is quoted in a command only if a shell changes nothing in it.
+    # The name is quoted in the command only if it has no special characters of a shell.
     file = Path(path.name if re.fullmatch(r"[\w.-]+", path.name) else "x.ckpt")
     return (
         f"it holds more than weights, and loading it needs {needed[1]}. If you have only this "
@@ -182,7 +180,7 @@ def _states(loaded: object, size: int) -> Iterator[tuple[str, "OrderedDict[str, 
             raise _RejectedError("it has too many tensors, or too long names")
         _check_plain(items)
         _check_size(tensors, size)
-        tensors._metadata = {  # type: ignore[attr-defined]  # noqa: SLF001
+        tensors._metadata = {  # type: ignore[attr-defined]
             str(module): {"version": entry["version"]}
             for module, entry in getattr(mapping, "_metadata", {}).items()
             if isinstance(entry.get("version"), int)
@@ -207,7 +205,7 @@ def _check_plain(items: list[tuple[str, Any]]) -> None:
 
 
 def _check_size(tensors: StateDict, size: int) -> None:
-    """Raise `_RejectedError` for tensors larger than the file: a few bytes can stand for any."""
+    """Raise `_RejectedError` for tensors larger than the file, which strides of 0 can make."""
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors.values())}
     if sum(storages.values()) > size or any(
         tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors.values()
@@ -240,12 +238,12 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> None:
     if len({entry.filename.casefold() for entry in entries}) < len(entries):
         raise _RejectedError("it holds two files of one name")
     if sum(entry.file_size for entry in entries) > 2 * size + MAX_COMPRESSED_CODE_BYTES:
-        raise _RejectedError("it is far larger than it looks")
+        raise _RejectedError("it expands to far more than its size")
 
 
 def _from_torchscript(archive: zipfile.ZipFile) -> StateDict:
     """Return the tensors; of TorchScript's code, only `__setstate__` runs on loading."""
-    # Packed again: PyTorch parses zip files in its own way, and must see what was checked here.
+    # Repacked, so that PyTorch's own zip parser reads exactly what was checked here.
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
         for name in archive.namelist():
@@ -255,7 +253,7 @@ def _from_torchscript(archive: zipfile.ZipFile) -> StateDict:
             copy.writestr(name, member)
     packed.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated; its files are not gone
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
         module = torch.jit.load(packed, map_location="cpu")  # type: ignore[no-untyped-call]
     return OrderedDict(module.state_dict())
 
@@ -269,10 +267,10 @@ def _from_exported_program(archive: zipfile.ZipFile, index: str) -> StateDict:
         raw = bytearray(archive.read(f"{index.rpartition('/')[0]}/{entry['path_name']}"))
         meta = entry["tensor_meta"]
         flat = torch.frombuffer(raw, dtype=_EXPORTED_DTYPES[meta["dtype"]])
-        # Values of other kinds than these are symbols, in tensors of no fixed size.
+        # Values of other kinds are symbols, in tensors without a fixed size.
         sizes, steps = ([v["as_int"] for v in meta[key]] for key in ("sizes", "strides"))
         if math.prod(sizes) > flat.numel():
             raise _RejectedError("it is cut off, or claims more weights than it holds")
-        # Cloned, since PyTorch checks negative sizes only here.
+        # Cloned, since PyTorch checks for negative sizes only then.
         tensors[name] = flat.as_strided(sizes, steps, meta["storage_offset"]["as_int"]).clone()
     return tensors

@@ -1,4 +1,4 @@
-"""Writes `handler/index_to_name.json` from the ImageNet class ids and names that `timm` carries."""
+"""Write `handler/index_to_name.json` from the ImageNet class ids and names that timm contains."""
 
 import json
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ TARGET = Path("handler/index_to_name.json")
 
 
 def class_index() -> list[Label]:
-    """1,000 classes, such as `("n01440764", "tench")`, by their position in the logits.
+    """Return 1,000 classes, such as `("n01440764", "tench")`, by their position in the logits.
 
-    The name is the first lemma of the class's WordNet synset with underscores for spaces, which
-    is how the Keras and PyTorch tutorials' class index names them.
+    As in the class index of Keras' and PyTorch's tutorials, the name is the first lemma of the
+    class's WordNet synset with underscores for spaces.
     """
     info = files("timm") / "data" / "_info"
     synsets = (info / "imagenet_synsets.txt").read_text("utf-8").split()
@@ -29,13 +29,13 @@ def class_index() -> list[Label]:
 
 
 def as_json(labels: Iterable[Label]) -> str:
-    """The file's text: one row a line, so that a change can be read."""
+    """Return the file's text: one class per line, so that a change can be read."""
     rows = [f'  "{index}": {json.dumps(label)}' for index, label in enumerate(labels)]
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
 def main() -> None:
-    """Writes the class index."""
+    """Write the class index."""
     text = as_json(class_index())
     TARGET.write_text(text, "utf-8")
     step(f"Class index: wrote {TARGET}, {text.count('[')} classes")

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import handler
 from handler.labels import CLASS_INDEX, Label, load_class_index
+from scripts.build.messages import read_bytes
 from scripts.terminal import UserError
 
 IMAGENET_CLASSES = 1000
@@ -34,7 +35,7 @@ _FORMS = (
 # WordNet's id and the class's name, as in "n01440764 tench, Tinca tinca".
 _SYNSET = re.compile(r"(n\d{8})[\s,;]+(\S.*)")
 _POSITION = re.compile(r"\d{1,9}", re.ASCII)
-# Categories of characters that no name has: controls, halves of characters, line separators.
+# Unicode categories that no name has: control characters, surrogates, line separators.
 _NOT_TEXT = {"Cc", "Cs", "Zl", "Zp"}
 
 
@@ -53,13 +54,7 @@ def read_classes(path: Path) -> list[Label]:
     Raises:
         UserError: see `classes_from_text`; or the file is missing, too large or not in UTF-8.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"The list of classes {path} cannot be read: {error.strerror}.") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"The list of classes {path} is larger than {MAX_BYTES // 10**6} MB.")
+    data = read_bytes(path, "list of classes", MAX_BYTES)
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return classes_from_text(data.decode("utf-16" if is_utf16 else "utf-8"), str(path))

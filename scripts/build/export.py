@@ -1,4 +1,4 @@
-"""Exports a PyTorch module to ONNX, and compares what was packed with PyTorch."""
+"""Export a PyTorch module to ONNX, and compare the packed model with PyTorch."""
 
 import copy
 from pathlib import Path
@@ -14,23 +14,26 @@ from torch import Tensor, nn
 from torchvision.models import feature_extraction
 
 from handler.settings import Preprocessing
-from scripts.build.differences import MAX_DIFFERENCE, scaled_difference
+from scripts.build.differences import MAX_DIFFERENCE, check_difference, scaled_difference
+from scripts.build.messages import first_line
 from scripts.samples import sample_batch
-from scripts.terminal import UserError, console, step
+from scripts.terminal import UserError, console
 
-# Some models magnify rounding: an export may differ by a few times what float32 does in PyTorch.
-_ROUNDINGS = 4
+# Some models magnify rounding: an export may differ from PyTorch by this many times the difference
+# between float32 and float64 in PyTorch.
+_MAX_ROUNDINGS = 4
 
 OPSET = 20
 
-# As many as show that the batch axis is free; more would take gigabytes with large models.
+# Enough to show that the batch axis is free; more would take gigabytes with large models.
 _BATCH = 4
 _NOISE_IMAGES = 8
 
-# A file of ONNX is one message of protobuf, of less than 2**31 bytes; some are the graph's.
+# Of the weights. A file of ONNX is one message of protobuf, of less than 2**31 bytes; 16 MiB are
+# for the graph.
 _MAX_BYTES = 2**31 - 2**24
 
-# Among so many last nodes of a graph are the last features, in every architecture that has such.
+# The last features are among so many last nodes in every architecture of torchvision that has some.
 _LAST_NODES = 12
 
 
@@ -48,9 +51,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Any:
-        """Normalize as torchvision's ToTensor and Normalize do, and return what the classifier
-        gives for that.
-        """
+        """Normalize as torchvision's ToTensor and Normalize do; return the classifier's output."""
         images = images.flip(1) if self.reversed else images
         return self.classifier((images.float() / 255 - self.mean) / self.std)
 
@@ -75,8 +76,8 @@ def write_onnx(model: nn.Module, crop: int, target: Path, architecture: str) -> 
             model(example)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"{architecture} cannot take images of {crop} x {crop} pixels: "
-            f"{' '.join(str(error).split())[:200]}. Choose another crop."
+            f"{architecture} cannot take images of {crop} x {crop} pixels: {first_line(error)}. "
+            "Choose another crop."
         ) from error
     with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
         try:
@@ -91,9 +92,8 @@ def write_onnx(model: nn.Module, crop: int, target: Path, architecture: str) -> 
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise UserError(
-                f"torch cannot export {architecture} to ONNX ({first[:200]}). Serve it with "
+                f"torch cannot export {architecture} to ONNX ({first_line(error)}). Serve it with "
                 "PyTorch: engine: torch"
             ) from error
     assert program is not None
@@ -134,31 +134,20 @@ def compare(model: nn.Module, packed: Path, preprocessing: Preprocessing) -> Non
         difference = float(np.max(differences))  # NaN if any is
         rounding = 0.0
         if not difference <= MAX_DIFFERENCE:
-            # Of weights that make logits of thousands, PyTorch's own rounding is large as well.
+            # If logits are in the thousands, PyTorch's own rounding is large as well.
             doubled = copy.deepcopy(model).double()
             exact = _logits(doubled, images, preprocessing)
             rounding = scaled_difference(expected, exact)
-    step(
-        f"Model: largest difference to PyTorch over {len(images)} images: {difference:.1e} in "
-        "logits"
-        + (f" (PyTorch's own rounding: {rounding:.1e})" if rounding else "")
-        + "; preprocessing is not part of this comparison"
-    )
-    allowed = max(MAX_DIFFERENCE, _ROUNDINGS * rounding)
-    # Written so that NaN stops the build too.
-    if not difference <= allowed:
-        raise UserError(
-            f"The exported model differs from PyTorch by {difference:.1e} in logits, more than "
-            f"{allowed:.0e}. Nothing was packed; please report the versions of torch and "
-            "onnxruntime."
-        )
+    kind = f"logits (PyTorch's own rounding: {rounding:.1e})" if rounding else "logits"
+    allowed = max(MAX_DIFFERENCE, _MAX_ROUNDINGS * rounding)
+    check_difference(difference, "PyTorch", len(images), allowed, kind=kind)
 
 
 @torch.inference_mode()
 def _logits(
     model: nn.Module, images: NDArray[np.uint8], preprocessing: Preprocessing
 ) -> NDArray[np.floating]:
-    """Return what PyTorch gives, in the precision of the model's parameters."""
+    """Return PyTorch's logits, in the precision of the model's parameters."""
     precision = next((tensor.dtype for tensor in model.parameters()), torch.float32)
     whole = Normalized(model, preprocessing).eval().to(precision)
     given = [whole(torch.from_numpy(batch)).numpy() for batch in _batches(images, _BATCH)]
@@ -174,28 +163,25 @@ def _difference(
     batches: list[NDArray[np.uint8]],
     expected: NDArray[np.floating],
 ) -> float:
-    """Return the largest difference; a model with one output was packed with two, of which the
-    last is its own.
-    """
+    """Return the largest difference; a model with one output was packed with two, its own last."""
     got = np.concatenate([session.run(["logits"], {"images": batch})[0] for batch in batches])
     return scaled_difference(got[:, -expected.shape[1] :], expected)
 
 
 @torch.inference_mode()
 def features_node(model: nn.Module, last: nn.Module, preprocessing: Preprocessing) -> str:
-    """Return the node of a module's graph that gives features to explain a class with.
+    """Find the node of a module's graph whose features class activation maps are made of.
 
-    That the logits are a linear function of the features' means is not assumed of an architecture,
-    but tried with real images.
+    Tested with real images: the logits must be a linear function of the features' means.
 
     Args:
         model: in evaluation mode.
-        last: its layer that gives the logits.
+        last: its layer that returns the logits.
         preprocessing: of the model.
 
     Returns:
-        the node's name, as `handler.torch_models.with_features` takes it; empty if no node is like
-        that, or if it has only one position.
+        the node's name, as `with_features` takes it; empty if no node is like that, or if it has
+        only one position.
     """
     if not isinstance(last, nn.Linear):
         return ""
@@ -211,7 +197,7 @@ def features_node(model: nn.Module, last: nn.Module, preprocessing: Preprocessin
         features = outputs[name]
         if (
             isinstance(features, Tensor)
-            and features.dim() == 4  # noqa: PLR2004  # N, channels, height, width
+            and features.dim() == 4  # N, channels, height, width
             and features.shape[1] == last.in_features
             and features.shape[2] * features.shape[3] > 1
             and scaled_difference(last(features.mean((2, 3))), logits) < MAX_DIFFERENCE

@@ -1,4 +1,4 @@
-"""The model file: all that a model archive is made of, in YAML (`MODEL_FILE=pets.yaml`).
+"""The model file: the description of a model archive in YAML (`MODEL_FILE=pets.yaml`).
 
 Its keys are typed. An error names the file, the line, the key and what is allowed. Relative paths
 are relative to the file. `python -m scripts.build.model_file` prints its JSON schema.
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from scripts.build.guard import Limits
+from scripts.build.messages import read_bytes
 from scripts.build.preprocessing import PreprocessingOptions
 from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import UserError
@@ -59,7 +60,7 @@ Folder = Annotated[Path, AfterValidator(_located), AfterValidator(_is_folder)]
 def _weights(value: object, info: ValidationInfo) -> str:
     """Return an address, "random", or the absolute or relative path of a file that is there."""
     if not isinstance(value, (str, Path)):
-        raise ValueError(f"must be a file, an address or random, got {value!r}")  # noqa: TRY004
+        raise ValueError(f"must be a file, an address or random, got {value!r}")
     if value == RANDOM or re.match("https?://", str(value)):
         return str(value)
     return str(_is_there(_located(Path(value), info)))
@@ -80,12 +81,12 @@ def _thresholds(value: object, info: ValidationInfo) -> Any:
     if isinstance(value, (str, Path)):
         return _is_there(_located(Path(value), info))
     if not isinstance(value, Mapping):
-        raise ValueError("must be a number, a mapping of class to number, or a file")  # noqa: TRY004
+        raise ValueError("must be a number, a mapping of class to number, or a file")
     return dict(value)
 
 
 class Precision(BaseModel):
-    """What the model computes in, and what that may cost.
+    """The type that the model computes in, and limits of its cost.
 
     Attributes:
         type: float32, bf16 or int8.
@@ -108,7 +109,7 @@ class Precision(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        """What the type may cost."""
+        """Return the limits of the cost."""
         return Limits(self.max_loss, self.agreement)
 
     @model_validator(mode="after")
@@ -131,7 +132,7 @@ class Precision(BaseModel):
 
 
 def _by_name(key: str) -> BeforeValidator:
-    """Let a mapping be given by the value of one of its keys, such as `precision: float32`."""
+    """Accept the value of one key in place of a mapping, such as `precision: float32`."""
     return BeforeValidator(
         lambda value: {key: value} if isinstance(value, str) else value,
         json_schema_input_type=str | dict[str, Any],
@@ -139,7 +140,7 @@ def _by_name(key: str) -> BeforeValidator:
 
 
 class ModelFile(BaseModel):
-    """All that a model archive is made of.
+    """The description of a model archive.
 
     Attributes:
         name: of the model archive, and of the model in URLs.
@@ -148,7 +149,7 @@ class ModelFile(BaseModel):
         arch: instead of `model`: one of torchvision's classifiers, efficientnet_lite0, or
             timm/NAME.
         weights: a file; the address of torchvision's on a mirror; "random" (`make run` only,
-            to try the service). The default is the published weights of `arch`.
+            to try the service). Default: the published weights of `arch`.
         weights_key: which state dict of a checkpoint, if it holds several.
         revision: the commit of the weights on the Hugging Face hub, for timm/NAME alone.
         classes: a file, or the list itself, in the order of the model's outputs.
@@ -196,63 +197,51 @@ class ModelFile(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelFile":
-        for wrong, message in (
-            (bool(self.arch) == bool(self.model), "say one of model and arch"),
-            (
-                NAME.fullmatch(self.name) is None,
-                f"name {self.name!r} must be 1 to 64 letters, digits, - and _, a letter first",
-            ),
-            (
-                self.is_python and not self.weights,
-                "a Python file needs weights: the file of its state dict",
-            ),
-            (
-                self.model is not None and not self.is_python and self.weights is not None,
-                "model is a whole model: leave weights out",
-            ),
-            (
-                self.weights_key is not None and self.weights is None,
-                "weights_key is for weights: it chooses one state dict of the file",
-            ),
-            (
-                self.engine == "torch" and not self.is_torchvision,
-                "engine: torch is for torchvision's architectures; leave it out",
-            ),
-            (
-                self.engine == "torch" and self.precision.type != "float32",
-                f"precision {self.precision.type} is OpenVINO's: leave engine: torch out",
-            ),
-            (
-                self.revision is not None and (not self.is_timm or self.weights is not None),
-                "revision is for arch: timm/NAME without weights",
-            ),
-            (
-                self.thresholds is not None and self.activation != "sigmoid",
-                "thresholds are for activation: sigmoid; softmax has handler/model-config.yaml",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+        whole = self.model is not None and not self.is_python
+        if bool(self.arch) == bool(self.model):
+            raise ValueError("set one of model and arch")
+        if NAME.fullmatch(self.name) is None:
+            raise ValueError(
+                f"name {self.name!r} must be 1 to 64 letters, digits, - and _, not - or _ first"
+            )
+        if self.is_python and not self.weights:
+            raise ValueError("a Python file needs weights: the file of its state dict")
+        if whole and self.weights is not None:
+            raise ValueError("model is a whole model: leave weights out")
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError("weights_key is for weights: it chooses one state dict of the file")
+        if self.engine == "torch" and not self.is_torchvision:
+            raise ValueError("engine: torch is for torchvision's architectures; leave it out")
+        if self.engine == "torch" and self.precision.type != "float32":
+            raise ValueError(
+                f"precision {self.precision.type} is OpenVINO's: leave engine: torch out"
+            )
+        if self.revision is not None and (not self.is_timm or self.weights is not None):
+            raise ValueError("revision is for arch: timm/NAME without weights")
+        if self.thresholds is not None and not self.multilabel:
+            raise ValueError(
+                "thresholds are for activation: sigmoid; softmax has handler/model-config.yaml"
+            )
         return self
 
     @property
     def is_python(self) -> bool:
-        """Whether the model is the user's own Python code."""
+        """Return whether the model is the user's own Python code."""
         return self.model is not None and self.model.suffix == ".py"
 
     @property
     def is_timm(self) -> bool:
-        """Whether timm makes the architecture."""
+        """Return whether timm makes the architecture."""
         return (self.arch or "").startswith(TIMM)
 
     @property
     def is_torchvision(self) -> bool:
-        """Whether torchvision makes the architecture."""
+        """Return whether torchvision makes the architecture."""
         return bool(self.arch) and not self.is_timm and self.arch != PACKAGED_ARCHITECTURE
 
     @property
     def multilabel(self) -> bool:
-        """Whether an image can have several labels, or none."""
+        """Return whether an image can have several labels, or none."""
         return self.activation == "sigmoid"
 
     def replace(self, **values: Any) -> "ModelFile":
@@ -260,7 +249,7 @@ class ModelFile(BaseModel):
         return ModelFile(**{**dict(self), **values})
 
     def to_yaml(self) -> str:
-        """Return the text of a file that says the same, without what is the default."""
+        """Return the text of an equal file, without default values."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
         return yaml.safe_dump(
             {"name": self.name, **values},
@@ -281,14 +270,11 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
     Raises:
         UserError: with the line, the key and what is allowed.
     """
+    data = read_bytes(path, "model file", MAX_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path} is too large for a model file.")
-        text = path.read_text("utf-8-sig")
+        text = data.decode("utf-8-sig")
         tree = yaml.compose(text, yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"The model file {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError too
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"The model file {path} is not valid YAML: {problem}.") from error
@@ -299,21 +285,20 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
         spec = ModelFile.model_validate(content, context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise UserError(_message(error, path, tree)) from error
-    said = dict(overrides or {})
-    if "preprocessing" in said:
+    if not overrides:
+        return spec
+    values = {**dict(spec), **overrides}
+    if "preprocessing" in overrides:
         given = spec.preprocessing.model_dump(exclude_none=True)
-        said["preprocessing"] = {**given, **said["preprocessing"]}
-    return from_options(**{**dict(spec), **said}) if said else spec
+        values["preprocessing"] = {**given, **overrides["preprocessing"]}
+    return from_options(**values)
 
 
 def from_options(**options: Any) -> ModelFile:
-    """Return the model file that options of the command line amount to.
-
-    Args:
-        options: values by key; None for what is not said.
+    """Return the model file for values by key, of which None stands for the default.
 
     Raises:
-        UserError: with the key, in upper case as a variable of make, and what is allowed.
+        UserError: with the key and what is allowed.
     """
     try:
         return ModelFile.model_validate({k: v for k, v in options.items() if v is not None})
@@ -360,7 +345,7 @@ def _check_repeated(node: yaml.MappingNode, path: Path) -> None:
     seen = set()
     for name, value in node.value:
         if name.value in seen:
-            raise UserError(f"{path}, line {name.start_mark.line + 1}: {name.value} is said twice.")
+            raise UserError(f"{path}, line {name.start_mark.line + 1}: {name.value} occurs twice.")
         seen.add(name.value)
         if isinstance(value, yaml.MappingNode):
             _check_repeated(value, path)

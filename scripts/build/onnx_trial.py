@@ -1,6 +1,6 @@
-"""Runs an ONNX file from elsewhere in a process of its own, which the kernel bounds.
+"""Run an untrusted ONNX file in a process of its own, with limits that the kernel enforces.
 
-A file of a few bytes can ask for any amount of memory or time, as soon as it is loaded.
+A file of a few bytes can demand any amount of memory or time, as soon as it is loaded.
 """
 
 import json
@@ -17,67 +17,64 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-# Address space: of what ONNX Runtime reserves little is ever used.
-_MOST_BYTES = 24_000_000_000
-_MOST_SECONDS = 300
-_OUTPUTS = "outputs.npz"
+# Address space, of which ONNX Runtime reserves much more than it uses.
+MAX_ADDRESS_SPACE_BYTES = 24_000_000_000
+# Wall clock, and CPU time too.
+MAX_SECONDS = 300
 
-
-class TrialError(Exception):
-    """A model cannot be run, with the reason as a sentence for a person."""
-
+_INPUTS, _OUTPUTS = "batches.npz", "outputs.npz"
+_CPU = ["CPUExecutionProvider"]
 
 Outputs = dict[str, NDArray[Any]]
 
 
-def outputs_of(model: Path, batches: Sequence[NDArray[np.generic]]) -> list[Outputs]:
-    """What a model gives for each of some batches.
+class TrialError(Exception):
+    """A model cannot be run; the text is a sentence for a person."""
+
+
+def run_in_subprocess(model: Path, batches: Sequence[NDArray[np.generic]]) -> list[Outputs]:
+    """Run a model on some batches.
 
     Args:
         model: an ONNX file with one input.
-        batches: what to give to that.
+        batches: values for that input.
 
     Returns:
-        for each batch the model's outputs by their names.
+        the model's outputs by name, per batch.
 
     Raises:
-        TrialError: it cannot be loaded or run, or takes more memory or time than is allowed.
+        TrialError: it cannot be loaded or run, or exceeds a limit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder, "batches.npz"), *batches, allow_pickle=False)
+        np.savez(Path(folder, _INPUTS), *batches, allow_pickle=False)
         command = [sys.executable, "-m", __name__, str(model.resolve()), folder]
         try:
             done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=_MOST_SECONDS,
-                check=False,
+                command, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise TrialError(f"{model.name} takes more than {_MOST_SECONDS} s to run.") from error
+            raise TrialError(f"{model.name} takes more than {MAX_SECONDS} s to run.") from error
         if done.returncode != 0:
             raise TrialError(f"{model.name} cannot be run: {_reason(done)}.")
-        found: list[Outputs] = [{} for _ in batches]
         names = json.loads(done.stdout)
         with np.load(Path(folder, _OUTPUTS), allow_pickle=False) as arrays:
-            for number, outputs in enumerate(found):
-                for position, name in enumerate(names):
-                    outputs[name] = arrays[f"{number}-{position}"]
-    return found
+            return [
+                {name: arrays[f"{number}-{position}"] for position, name in enumerate(names)}
+                for number in range(len(batches))
+            ]
 
 
 def _reason(done: "subprocess.CompletedProcess[str]") -> str:
     if done.returncode < 0 or "bad_alloc" in done.stderr or "llocat" in done.stderr:
-        return "it ended for want of memory or time, or by a fault in ONNX Runtime"
+        return "it ran out of memory or time, or ONNX Runtime crashed"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1].split(" : ")[-1][:300].rstrip(".") if lines else "for no reason that it gave"
+    return lines[-1].split(" : ")[-1][:300].rstrip(".") if lines else "it stopped without a message"
 
 
 @cache
 def newest_opset() -> int:
-    """The newest version of ONNX's operators that ONNX Runtime knows."""
-    from onnx import TensorProto, defs, helper  # noqa: PLC0415  # the bounded process does without
+    """Return the newest version of ONNX's operators that ONNX Runtime supports."""
+    from onnx import TensorProto, defs, helper  # the subprocess does without
 
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
@@ -85,28 +82,29 @@ def newest_opset() -> int:
         imports = [helper.make_opsetid("", opset)]
         model = helper.make_model(graph, opset_imports=imports, ir_version=8)
         try:
-            onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=["CPUExecutionProvider"]
-            )
-        except Exception:  # noqa: S112  # its own kinds
+            onnxruntime.InferenceSession(model.SerializeToString(), providers=_CPU)
+        except Exception:  # its own kinds
             continue
         return opset
     raise TrialError("ONNX Runtime loads no model at all.")
 
 
 def _run(model: str, folder: Path) -> None:
-    """The process: writes the outputs, and prints their names."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_MOST_SECONDS, _MOST_SECONDS))
+    """Write the outputs and print their names; runs in the subprocess."""
+    for limit, value in (
+        (resource.RLIMIT_AS, MAX_ADDRESS_SPACE_BYTES),
+        (resource.RLIMIT_CPU, MAX_SECONDS),
+    ):
+        resource.setrlimit(limit, (value, value))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=_CPU)
     names = [output.name for output in session.get_outputs()]
-    given = session.get_inputs()[0].name
+    taken = session.get_inputs()[0].name
     found: Outputs = {}
-    with np.load(folder / "batches.npz", allow_pickle=False) as batches:
+    with np.load(folder / _INPUTS, allow_pickle=False) as batches:
         for number in range(len(batches.files)):
-            values = session.run(names, {given: batches[f"arr_{number}"]})
+            values = session.run(names, {taken: batches[f"arr_{number}"]})
             found |= {f"{number}-{position}": value for position, value in enumerate(values)}
     np.savez(folder / _OUTPUTS, **found, allow_pickle=False)
     print(json.dumps(names))

@@ -1,4 +1,4 @@
-"""Packs a model archive (`.mar`): the same inputs give the same bytes."""
+"""Pack a model archive (`.mar`): the same inputs give the same bytes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.explain import CLASSIFIER
+from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.build.class_index import as_json
@@ -23,20 +23,20 @@ from scripts.terminal import UserError
 BUILD = Path("build")
 HANDLER = Path("handler")
 ENTRY = HANDLER / "densenet_handler.py"
-# Python finds it by its name, so that it must lie beside the entry.
+# Python imports it by its name, so that it must be beside the entry.
 AT_START = HANDLER / "sitecustomize.py"
 MODEL_CONFIG = HANDLER / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 VERSION = "1.0"
 
-# Zip files cannot say an earlier time; a build's own time would make every build different.
+# The earliest time of zip files; the time of the build would make every build different.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED_ON = "01/01/1980 00:00:00"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an archive holds in addition to the handler.
+    """All that an archive holds in addition to the handler.
 
     Attributes:
         card: the model card.
@@ -57,16 +57,20 @@ class Contents:
 
 def handler_files() -> list[Path]:
     """Return all that the handler needs at run time, in a fixed order."""
-    return sorted(path for path in HANDLER.iterdir() if path.is_file())
+    return sorted(
+        path
+        for path in HANDLER.rglob("*")
+        if path.suffix in {".py", ".html", ".yaml", ".json"} and path.is_file()
+    )
 
 
 def pack(contents: Contents, archive: Path) -> None:
-    """Let `torch-model-archiver` lay the archive out, then zip it the same way every time."""
+    """Run `torch-model-archiver`, and zip its result so that the same files give the same bytes."""
     card, model_file = contents.card, contents.model_file
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         work = Path(folder)
         extra = work / "extra"
-        (extra / HANDLER).mkdir(parents=True)
+        extra.mkdir()
         (extra / MODEL_CARD).write_text(card.to_json())
         if contents.classifier is not None:
             np.save(extra / CLASSIFIER, contents.classifier, allow_pickle=False)
@@ -77,7 +81,8 @@ def pack(contents: Contents, archive: Path) -> None:
             if path == AT_START:
                 shutil.copy(path, extra)
             elif path.suffix in {".py", ".html"} and path != ENTRY:
-                shutil.copy(path, extra / HANDLER)
+                (extra / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, extra / path)
         packed_model = work / f"model{model_file.suffix}"
         shutil.copy(model_file, packed_model)
         (work / "tmp").mkdir()
@@ -95,15 +100,17 @@ def pack(contents: Contents, archive: Path) -> None:
             work / "tmp",
         )
         laid_out = work / contents.name
-        _fix_creation_time(laid_out / MANIFEST)
-        # Two builds may write the same archive: each has a file of its own until it is whole.
+        manifest = json.loads((laid_out / MANIFEST).read_text())
+        manifest["createdOn"] = _CREATED_ON
+        (laid_out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        # Two builds may write the same archive: each writes a file of its own, and then renames it.
         with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".") as unfinished:
             _zip(laid_out, Path(unfinished, archive.name))
             Path(unfinished, archive.name).replace(archive)
 
 
 def _run_archiver(arguments: list[str], temporary: Path) -> None:
-    """The archiver clears a folder of its own in TMPDIR: two builds must not share one."""
+    """Run the archiver in a TMPDIR of its own: it clears a folder there that others may use."""
     result = subprocess.run(
         [sys.executable, "-m", "model_archiver.model_packaging", *arguments],
         env={**os.environ, "TMPDIR": str(temporary.resolve())},
@@ -115,14 +122,8 @@ def _run_archiver(arguments: list[str], temporary: Path) -> None:
         raise UserError(f"torch-model-archiver failed: {result.stderr.strip()[-1000:]}")
 
 
-def _fix_creation_time(manifest: Path) -> None:
-    content = json.loads(manifest.read_text())
-    content["createdOn"] = _CREATED_ON
-    manifest.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def _zip(folder: Path, target: Path) -> None:
-    """Zip a folder so that the same files give the same bytes."""
+    """Zip a folder's files in a fixed order, with fixed times and permissions."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _ZIP_EPOCH)

@@ -1,7 +1,7 @@
-"""Builds a model archive: source -> ONNX and facts -> optional quantization -> model card -> pack.
+"""Build a model archive: source -> ONNX and facts -> optional quantization -> model card -> pack.
 
-The same inputs give the same bytes. What is still up to date is used again: the archive if nothing
-that goes into it has changed, the converted model if the model and the build's code are the same.
+The same inputs give the same bytes. The archive is rebuilt only if one of its inputs has changed,
+and the model is converted again only if the model or the build's code has.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ from scripts.groups import require
 from scripts.store import MODEL_STORE, WEIGHTS_NOTICE, read_card, sha256
 from scripts.terminal import UserError, console, step
 
-# So many classes are printed; of more the first two and the last.
-_SHOWN_CLASSES = 4
+# Of more classes, the first two and the last are printed.
+_MAX_SHOWN_CLASSES = 4
 
-# What takes part in a build; of those that are not installed none does.
+# Packages that a build uses, as far as they are installed.
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "torch", "torchvision", "timm", "transformers")
 _CODE = Path(__file__).parent
 
@@ -55,16 +55,13 @@ def build(
     """Build the archive, unless the one in the model store was made from the same inputs.
 
     Args:
-        spec: what goes into it.
+        spec: the model file.
         model_store: the folder to put it into.
         source: the model itself; None to read what `spec` names.
         trained_model: with random weights, the name of a trained model that is served as well.
 
     Returns:
         the archive.
-
-    Raises:
-        UserError: something is missing, or does not fit.
     """
     archive = model_store / f"{spec.name}.mar"
     inputs = _inputs_digest(spec, source, trained_model)
@@ -113,9 +110,9 @@ def build(
 def _model(
     spec: ModelFile, source: Source, card: ModelCard, folder: Path
 ) -> tuple[ModelCard, Converted]:
-    """Return the model's file as the engine takes it, and the card with what is known of it."""
+    """Return the model in the engine's form, and the card with its outputs."""
     if spec.engine == "torch":
-        from scripts.build.sources.torchvision import TorchvisionSource  # noqa: PLC0415  # torch
+        from scripts.build.sources.torchvision import TorchvisionSource  # torch
 
         assert isinstance(source, TorchvisionSource)
         file = folder / "model.pth"
@@ -137,7 +134,7 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
     kept, made = BUILD / f"converted-{spec.name}-{key}", folder / "converted"
     file, classifier, channels = made / "model.onnx", made / "classifier.npy", made / "channels"
     try:
-        # Links: another build of this name may remove what is kept while this one reads it.
+        # Links, since another build of this name may remove the kept files at the same time.
         shutil.copytree(kept, made, copy_function=os.link)
     except (OSError, shutil.Error):
         shutil.rmtree(made, ignore_errors=True)
@@ -173,11 +170,7 @@ def _given_labels(spec: ModelFile) -> list[Label] | None:
 
 
 def _labels(spec: ModelFile, source: Source, given: Sequence[Label] | None) -> Sequence[Label]:
-    """Return a class for each of the model's outputs: the user's, the model's own, or ImageNet's.
-
-    Raises:
-        UserError: their number does not fit.
-    """
+    """Return a class per output: the user's, the model's own, or ImageNet's."""
     labels, outputs, file = given or source.labels, source.outputs, source.file
     if labels is None:
         if outputs not in {None, IMAGENET_CLASSES, IMAGENET_CLASSES + 1}:
@@ -187,10 +180,10 @@ def _labels(spec: ModelFile, source: Source, given: Sequence[Label] | None) -> S
             )
         return imagenet_classes(outputs or IMAGENET_CLASSES)
     if outputs == 1 and not spec.multilabel:
-        if len(labels) != 2:  # noqa: PLR2004
+        if len(labels) != 2:
             raise UserError(
-                f"{file} has one output: it tells two classes apart, so classes must name two, "
-                "first the one for which the output is near 0."
+                f"{file} has one output, for two classes, so classes must name two, first the one "
+                "for which the output is near 0."
             )
     elif outputs not in {None, len(labels)}:
         whose = spec.classes if isinstance(spec.classes, Path) else "The list of classes"
@@ -204,12 +197,12 @@ def _labels(spec: ModelFile, source: Source, given: Sequence[Label] | None) -> S
 def _summary(
     spec: ModelFile, source: Source, card: ModelCard, labels: Sequence[Label]
 ) -> list[str]:
-    """Return what goes into the archive, to compare with the model's training."""
+    """Return lines on the archive's content, to compare with the model's training."""
     engine = {"onnx": "ONNX Runtime (CPU)", "torch": "PyTorch (GPU, or CPU)"}[spec.engine]
     if card.precision != "float32":
         engine = f"OpenVINO (CPU, {card.precision})"
     names = [label.class_name for label in labels]
-    shown = names if len(names) <= _SHOWN_CLASSES else [*names[:2], "...", names[-1]]
+    shown = names if len(names) <= _MAX_SHOWN_CLASSES else [*names[:2], "...", names[-1]]
     low, high = min(card.thresholds, default=0), max(card.thresholds, default=0)
     between = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     multilabel = f"; multi-label (sigmoid), thresholds {between}" if card.multilabel else ""
@@ -223,18 +216,18 @@ def _summary(
 
 
 def resolved(spec: ModelFile, used: Preprocessing) -> ModelFile:
-    """Return a model file with the preprocessing that was used for what it leaves open."""
-    said = spec.preprocessing.model_dump(exclude_none=True)
+    """Return a model file with the preprocessing that was used in place of its defaults."""
+    overrides = spec.preprocessing.model_dump(exclude_none=True)
     keys = {"resize", "crop", "fit", "interpolation"}
-    if "preset" not in said:
+    if "preset" not in overrides:
         keys |= {"channels", "mean", "std"}
     values = {key: value for key, value in dataclasses.asdict(used).items() if key in keys}
-    options = type(spec.preprocessing)(**{**values, **said})
+    options = type(spec.preprocessing)(**{**values, **overrides})
     return spec.replace(preprocessing=options)
 
 
 def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -> str:
-    """Return what changes whenever the archive would; reads files, but no model."""
+    """Return a digest of all inputs of the archive; reads files, but loads no model."""
     values = spec.model_dump(mode="json")
     files = [(path.name, sha256(path)) for path in _files(spec)]
     images = reduced_precision.digest(spec.precision) if spec.precision.type != "float32" else ""
@@ -245,20 +238,20 @@ def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -
         if isinstance(value, Path):
             values[key] = value.name
     values.pop("precision")
-    said = [
+    inputs = [
         values,
         (spec.precision.type, images, files, trained_model),
         source and (source.architecture, source.sha256, source.trained),
         _build_digest(),
     ]
-    digest = hashlib.sha256(json.dumps(said).encode())
+    digest = hashlib.sha256(json.dumps(inputs).encode())
     for path in packing.handler_files():
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _files(spec: ModelFile) -> list[Path]:
-    """Return the files that a model file names, and others of their folders that take part."""
+    """Return the files that a model file names, and the files beside them that are read too."""
     named = [spec.model, spec.classes, spec.thresholds, Path(spec.weights or "")]
     files = [path for path in named if isinstance(path, Path) and path.is_file()]
     if spec.is_python and spec.model is not None:
@@ -269,7 +262,7 @@ def _files(spec: ModelFile) -> list[Path]:
 
 
 def _build_digest() -> str:
-    """Return what changes whenever the same model might be converted otherwise."""
+    """Return a digest of the code and the packages that convert models."""
     digest = hashlib.sha256()
     for path in (*sorted(_CODE.rglob("*.py")), Path(samples.__file__)):
         digest.update(path.name.encode() + path.read_bytes())

@@ -1,5 +1,5 @@
-"""How an image becomes the model's input, resolved by one function with one precedence: what the
-user says, what the model's own files say, the architecture's default.
+"""Resolve a model's preprocessing: the user's options override the model's own files, and these
+the architecture's defaults.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class PreprocessingOptions(BaseModel):
-    """What a user says of a model's preprocessing; None for what the model's files decide."""
+    """A user's overrides of a model's preprocessing; None for the model's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,47 +69,48 @@ class PreprocessingOptions(BaseModel):
         return self
 
     def values(self) -> dict[str, Any]:
-        """Return what is said as fields of `Preprocessing`: mean and std on the scale 0 to 1."""
-        said = {**PRESETS.get(self.preset or "", {}), **self.model_dump(exclude_none=True)}
-        scale = said.pop("range", 1)
-        for key in said.keys() & {"mean", "std"}:
-            said[key] = tuple(value / scale for value in said[key])
-        said.pop("preset", None)
-        return said
+        """Return the overrides as fields of `Preprocessing`: mean and std on the scale 0 to 1."""
+        found = {**PRESETS.get(self.preset or "", {}), **self.model_dump(exclude_none=True)}
+        scale = found.pop("range", 1)
+        for key in found.keys() & {"mean", "std"}:
+            found[key] = tuple(value / scale for value in found[key])
+        found.pop("preset", None)
+        return found
 
 
 def resolve(
     options: PreprocessingOptions,
-    known: Mapping[str, Any],
+    defaults: Mapping[str, Any],
     fixed: Mapping[str, Any],
     model: str,
 ) -> Preprocessing:
     """Return the preprocessing of a model.
 
     Args:
-        options: what the user says.
-        known: fields of `Preprocessing` from the model's own files or the architecture; may lack
-            some.
+        options: the user's overrides.
+        defaults: fields of `Preprocessing` from the model's own files or the architecture; some
+            may be missing.
         fixed: fields that the model allows no other value for.
         model: its name, for errors.
 
     Raises:
         UserError: a value is missing, cannot be changed, or does not fit the others.
     """
-    said = options.values()
-    for key in said.keys() & fixed.keys():
-        if said[key] != fixed[key]:
+    overrides = options.values()
+    for key in overrides.keys() & fixed.keys():
+        if overrides[key] != fixed[key]:
             raise UserError(
                 f"preprocessing: {key} of {model} is {fixed[key]} and cannot be changed: leave it "
                 "out."
             )
-    values = {**known, **fixed, **said}
-    if said.get("fit") in {"squash", "pad"} and "resize" not in said and "crop" in values:
+    values = {**defaults, **fixed, **overrides}
+    squared = overrides.get("fit") in {"squash", "pad"}
+    if squared and "resize" not in overrides and "crop" in values:
         values["resize"] = values["crop"]
     missing = [key for key in ("resize", "crop", "mean", "std") if key not in values]
     if missing:
         raise UserError(
-            f"{model} does not say how images were preprocessed for its training. Say it in a "
+            f"{model} does not state how images were preprocessed in training. Set it in a "
             f"model file, under preprocessing: {', '.join(missing)} (resize and crop in pixels; "
             "mean and std with range: 1 or 255; or preset: caffe, tf or torch)."
         )

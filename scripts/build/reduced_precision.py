@@ -1,4 +1,4 @@
-"""Add a model in bf16 or int8 to an archive, if it answers as float32 does on the user's images.
+"""Add a model in bf16 or int8 to an archive, if it predicts as float32 does on the user's images.
 
 Images are decoded as a server decodes them. The cost is measured on images that calibration did not
 see; if it exceeds the limits, the build stops.
@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from classification_client.images import Found, search
-from handler.cores import Cores
-from handler.engines import Engine
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.errors import ArchiveError, ClientError
-from handler.images import PixelBudget, decode
+from handler.inference.activation import sigmoid, softmax, thresholds
+from handler.inference.cores import Cores
+from handler.inference.engines import Engine
+from handler.inference.onnx_engine import OnnxEngine
+from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, predict
 from handler.labels import Label
-from handler.multilabel import sigmoid, thresholds
-from handler.onnx_engine import OnnxEngine
-from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, answers
-from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing, Settings
 from scripts.build.guard import MIN_CLEAR_IMAGES, Comparison, compare, margins, near_ties
+from scripts.build.messages import listed
 from scripts.build.model_file import Precision
 from scripts.labels_file import FORM, read_labels
 from scripts.labels_file import NAME as LABELS_FILE
@@ -40,9 +41,9 @@ CALIBRATION_IMAGES = 300
 _MIN_CALIBRATION_IMAGES = 100
 # The interval of 4,000 images is narrow enough for every sensible limit.
 MAX_EVALUATION_IMAGES = 4_000
-# Images that a worker checks as it starts, in a third of a second.
+# Images that a worker checks when it starts, in a third of a second.
 CHECKED = 24
-# Shares of the layers that stay in float32, from attempt to attempt.
+# Shares of the layers that stay in float32, per attempt.
 _KEPT = (0, 0.05, 0.15)
 _SHOWN_LAYERS = 6
 
@@ -50,12 +51,12 @@ Images = Sequence[NDArray[np.uint8]]
 
 
 def digest(wanted: Precision) -> str:
-    """Return a digest that changes whenever the result might."""
+    """Return a digest of the options and images that the result depends on."""
     found = hashlib.sha256(f"{wanted.type} {wanted.limits}".encode())
     for folder in filter(None, (wanted.calibration, wanted.evaluation)):
         listed = folder / LABELS_FILE
         found.update(listed.read_bytes() if listed.is_file() else b"")
-        for path in _search(folder):
+        for path in search(folder, Found()):
             found.update(f"{path.relative_to(folder)}\n".encode())
             found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
@@ -87,7 +88,7 @@ def add_reduced_precision(
             "they do not show what reduced precision costs."
         )
     try:
-        from handler.openvino_engine import OpenVinoEngine  # noqa: PLC0415  # only where asked for
+        from handler.inference.openvino_engine import OpenVinoEngine
     except ImportError as error:
         raise UserError(
             f"{wanted.type} needs packages that are not installed: make setup-precision"
@@ -122,13 +123,13 @@ def add_reduced_precision(
             reduced, found = measure(model_file)
             _judge(wanted, found)
     order = np.argsort(-margins(expected, limits), kind="stable")
-    _write_check(answers(exact, card), answers(reduced, card), order, evaluation, folder)
+    _write_check(predict(exact, card), predict(reduced, card), order, evaluation, folder)
 
 
 def _write_check(
     exact: NDArray[Any], reduced: NDArray[Any], order: NDArray[Any], images: Images, folder: Path
 ) -> None:
-    """Write images for a worker to check, on which both agree: some of all of them in `order`."""
+    """Write images on which both agree, evenly spaced in `order`, for workers to check."""
     agreed = [index for index in order if np.array_equal(exact[index], reduced[index])]
     if not agreed:
         raise UserError("float32 and reduced precision agree on no image.")
@@ -142,12 +143,12 @@ def _check_clear(wanted: Precision, near: NDArray[np.bool_], *, multilabel: bool
     """Raise `UserError` if agreement would have to be judged on near ties."""
     clear = len(near) - int(near.sum())
     if clear < MIN_CLEAR_IMAGES and wanted.limits.agreement > 0:
-        known = f"a {LABELS_FILE}" if multilabel else "folders named as the classes"
+        classes = f"a {LABELS_FILE}" if multilabel else "folders named as the classes"
         raise UserError(
-            f"Whether {wanted.type} answers as float32 does cannot be judged, and no archive was "
+            f"Whether {wanted.type} predicts as float32 does cannot be judged, and no archive was "
             f"written: {clear} of {len(near)} images are not near ties in float32, and it takes "
             f"{MIN_CLEAR_IMAGES}. Add images that the model recognizes, or let accuracy decide: "
-            f"use {known}. To accept {wanted.type} unjudged, set agreement: 0 under precision in "
+            f"use {classes}. To accept {wanted.type} unjudged, set agreement: 0 under precision in "
             "the model file."
         )
 
@@ -160,7 +161,7 @@ def _quantized(
     measure: Callable[[Path], tuple[NDArray[np.float32], Comparison]],
 ) -> NDArray[np.float32]:
     """Quantize all layers and, if that costs too much, all but the costliest; return logits."""
-    from scripts.build.quantize import Layer, costliest, quantize  # noqa: PLC0415  # only for int8
+    from scripts.build.quantize import Layer, costliest, quantize  # only for int8
 
     count, layers = len(calibration), list[Layer]()
     if count < _MIN_CALIBRATION_IMAGES:
@@ -202,7 +203,7 @@ def _judge(wanted: Precision, found: Comparison, layers: str = "") -> None:
 def _logits(engine: Engine, images: Images) -> NDArray[np.float32]:
     """Return float32 (N, classes)."""
     shown = track(images, f"Classifying with {engine.name} ...", console=console, transient=True)
-    return np.concatenate([engine.logits(image[None]) for image in shown])
+    return np.concatenate([engine.run(image[None]).logits for image in shown])
 
 
 def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, NDArray[np.uint8]]:
@@ -211,8 +212,8 @@ def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, 
     for path in paths:
         try:
             budget = PixelBudget(Settings.max_pixels, Settings.max_seconds)
-            found[path] = decode(path.read_bytes(), preprocessing, budget)
-        except (ClientError, OSError) as error:  # noqa: PERF203  # each image on its own
+            found[path] = decode(path.read_bytes(), preprocessing, budget).pixels
+        except (ClientError, OSError) as error:  # each image on its own
             rejected = f"{path}: {error}"
     if rejected:
         warn(f"{len(paths) - len(found)} of {len(paths)} images cannot be read, as {rejected}")
@@ -234,20 +235,20 @@ def _truth(classes: Sequence[Sequence[int]], count: int) -> NDArray[np.bool_]:
 def split(
     wanted: Precision, labels: Sequence[Label], *, multilabel: bool = False
 ) -> tuple[list[Path], list[Path], dict[Path, tuple[int, ...]] | None]:
-    """Return images to calibrate on, others to evaluate on, and the latter's classes, if known.
+    """Return images to calibrate on, others to evaluate on, and the latter's classes, if labeled.
 
     Of a folder for both, half or more is held back. Copies of an image count once. For multi-label
     models the classes come from the folder's list, and only images on the list are evaluated on.
     """
-    known: set[bytes] = set()
+    seen: set[bytes] = set()
 
     def drawn(folder: Path) -> list[Path]:
         """Return a folder's images in an order that is random and always the same."""
         found = {}
-        for path in _search(folder):
+        for path in search(folder, Found()):
             digest = hashlib.sha256(path.read_bytes()).digest()
-            if digest not in known:
-                known.add(digest)
+            if digest not in seen:
+                seen.add(digest)
                 found[digest] = path
         return [found[digest] for digest in sorted(found)]
 
@@ -302,11 +303,7 @@ def _of_folders(
         return {path: (truth[name],) for path, name in named.items()}
     if len(strange) < len(meant):
         raise UserError(
-            f"Some folders of {folder} are named as classes, but not {', '.join(strange[:5])}. "
+            f"Some folders of {folder} are named as classes, but not {listed(strange)}. "
             "Name all of them so, or none."
         )
     return None
-
-
-def _search(folder: Path) -> list[Path]:
-    return search(folder, Found())

@@ -1,4 +1,4 @@
-"""Fits the weights in a file to an architecture: names, prefixes, the number of classes.
+"""Fit the weights in a file to an architecture: names, prefixes, the number of classes.
 
 Nothing that computes is left out: tensors that the architecture does not have are rejected by name,
 unless they are a loss's, a counter, or another copy of the model.
@@ -22,16 +22,15 @@ from scripts.build.architectures import (
     without_auxiliary,
 )
 from scripts.build.checkpoints import Checkpoint, StateDict
+from scripts.build.messages import listed
 from scripts.terminal import UserError, printable, step
 
-# Names of tensors, or differences, in a message.
-MAX_LISTED = 3
-# A prefix is taken for one of the model's if this share of the architecture's names is below it.
+# Share of the architecture's names that must be below a prefix for it to be the model's.
 MIN_SHARE = 0.5
 # Copies of a model in a file: raw, averaged, of the best epoch.
 MAX_PREFIXES = 20
-# `_suggested` compares only with architectures whose number of parameters differs by no more: by
-# that of the largest last layer of 1000 classes, RegNetY-128GF's.
+# `_hint` suggests only architectures whose number of parameters differs by no more: the size of the
+# largest last layer of 1000 classes, RegNetY-128GF's.
 MAX_LAST_LAYER_PARAMETERS = 7_400_000
 
 _EXPORT = (
@@ -41,7 +40,7 @@ _EXPORT = (
 )
 
 _AVERAGED = re.compile(r"(?<![a-zA-Z])(ema|swa)(?![a-z])|EMA|SWA|Ema|averag")
-# What may be left out: counters of thop and of weight averaging, and what only losses use.
+# Names of tensors that may be left out: counters of thop and of weight averaging, and a loss's own.
 _COUNTER = re.compile(r"(^|\.)(n_averaged|num_updates|total_ops|total_params)$")
 _LOSS = re.compile(
     r"(^|[._])(criterion|metrics?)([._\d]|$)|loss(es)?(_?fn|_?func)?([._\d]|$)|"
@@ -54,7 +53,7 @@ _OLD_NAMES = (
     (re.compile(r"(encoder_layer_\d+\.mlp\.)linear_1\."), r"\g<1>0."),
     (re.compile(r"(encoder_layer_\d+\.mlp\.)linear_2\."), r"\g<1>3."),
 )
-# Modules that do nothing but dropout and their last layer, besides those whose layers have numbers.
+# Modules that consist of dropout and the last layer, besides those whose layers have numbers.
 _PLAIN_HEADS = {"heads"}  # of torchvision's vision transformers
 
 _LIBRARIES = {
@@ -70,7 +69,7 @@ _LIBRARIES = {
 
 @dataclass(frozen=True)
 class Template:
-    """What an architecture expects.
+    """The names and shapes that an architecture expects.
 
     Attributes:
         architecture: for messages, as ARCH has it, or the name of a Python class.
@@ -89,7 +88,7 @@ class Template:
 
     @property
     def few(self) -> Mapping[str, torch.Size]:
-        """Shapes for the smallest number of classes with an axis of its own, or the fixed one."""
+        """Return the shapes for two classes, or for the number that the code fixes."""
         return self.shapes(2 if self.last else 0)
 
 
@@ -120,17 +119,17 @@ class Fitted:
 
     @property
     def averaged(self) -> bool:
-        """Whether the key names an average of the weights, such as EMA."""
+        """Return whether the key names an average of the weights, such as EMA."""
         return _AVERAGED.search(self.key) is not None
 
     @property
     def is_copy(self) -> bool:
-        """Whether this is a whole model, or an averaged one without its buffers."""
+        """Return whether this is a whole model, or an averaged one without its buffers."""
         return self.averaged or not self.problems
 
 
 def torchvision_template(architecture: str) -> Template:
-    """Return what one of torchvision's architectures expects."""
+    """Return the names and shapes of one of torchvision's architectures."""
     return Template(
         architecture,
         functools.partial(shapes, architecture),
@@ -157,21 +156,21 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
     file, states = checkpoint.file, checkpoint.states
     template = replace(template, shapes=functools.cache(template.shapes))
     found = [f for key, state in states.items() for f in _candidates(key, state, template)]
-    asked = found if weights_key is None else _asked(checkpoint, found, weights_key)
+    candidates = found if weights_key is None else _with_key(checkpoint, found, weights_key)
     misfit = f"{file} does not fit {template.architecture}"
-    if not asked:
+    if not candidates:
         state = states.get(weights_key or "", max(states.values(), key=len))
         hint = _hint(state, {}, template)
-        raise UserError(f"{misfit}: its first names are {_listed(state)}. {hint}")
-    taken = _preferred(asked, file)
+        raise UserError(f"{misfit}: its first names are {listed(state)}. {hint}")
+    taken = _preferred(candidates, file)
     harmless, further = _left_out(taken, found, template)
     problems = [*taken.problems]
     if further:
-        problems.insert(0, f"it has further layers that change its answers: {_listed(further)}")
+        problems.insert(0, f"it has further layers that change its answers: {listed(further)}")
     if problems:
         hint = _hint(taken.source, taken.state_dict, template)
         classes = f" with {taken.classes} classes" if taken.classes else ""
-        raise UserError(f"{misfit}{classes}: {_listed(problems, separator='; ')}. {hint}")
+        raise UserError(f"{misfit}{classes}: {listed(problems, separator='; ')}. {hint}")
     copies = {id(copy.source) for copy in found if copy.is_copy}
     others = [
         key or "."
@@ -180,22 +179,22 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
     ]
     if others and weights_key is None:
         raise UserError(
-            f"{file} holds further layers under {_listed(others)}. If they are no part of the "
+            f"{file} holds further layers under {listed(others)}. If they are no part of the "
             f"model, choose its weights: WEIGHTS_KEY={taken.key}"
         )
     for name, tensor in taken.state_dict.items():
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{file}: {name} holds values that are not finite.")
-    return replace(taken, notes=tuple(_notes(taken, asked, harmless, template)))
+    return replace(taken, notes=tuple(_notes(taken, candidates, harmless, template)))
 
 
 def load_into(module: nn.Module, fitted: Fitted) -> nn.Module:
-    """Load weights into a module of their architecture, and print what was noticed about them."""
+    """Load weights into a module of their architecture, and print the notes on them."""
     for note in fitted.notes:
         step(f"Weights: {note}")
-    # Without a version, as in other formats than torch's, the module's decides; MNASNet needs it.
-    versions: Any = fitted.state_dict._metadata  # type: ignore[attr-defined]  # noqa: SLF001
-    versions.setdefault("", {"version": module._version})  # noqa: SLF001
+    # Formats other than torch's have no version: the module's is used, which MNASNet needs.
+    versions: Any = fitted.state_dict._metadata  # type: ignore[attr-defined]
+    versions.setdefault("", {"version": module._version})
     module.load_state_dict(fitted.state_dict)
     return module
 
@@ -222,7 +221,7 @@ def _candidates(key: str, source: StateDict, template: Template) -> Iterator[Fit
             below = {n.removeprefix(prefix): t for n, t in present.items() if n.startswith(prefix)}
             last = _last_layer(below, template)
             tensors, classes, problems = _compare(below, last, template)
-            tensors._metadata = {  # type: ignore[attr-defined]  # noqa: SLF001
+            tensors._metadata = {  # type: ignore[attr-defined]
                 f"{module}."[len(prefix) : -1]: version
                 for module, version in getattr(source, "_metadata", {}).items()
                 if f"{module}.".startswith(prefix)
@@ -253,7 +252,7 @@ def _compare(
         if tensor.shape != expected[name]
     ]
     if lacking:
-        problems.insert(0, f"it lacks {_listed(lacking)}")
+        problems.insert(0, f"it lacks {listed(lacking)}")
     return tensors, classes, tuple(problems)
 
 
@@ -274,31 +273,31 @@ def _last_layer(names: Iterable[str], template: Template) -> str:
     return template.last
 
 
-def _asked(checkpoint: Checkpoint, found: list[Fitted], weights_key: str) -> list[Fitted]:
+def _with_key(checkpoint: Checkpoint, found: list[Fitted], weights_key: str) -> list[Fitted]:
     """Return the candidates of a key or a prefix, those that it names in full first."""
     wanted = weights_key.rstrip(".") or "."
     state = checkpoint.states.get(wanted)
     in_full = [f for f in found if f.source is state or wanted in (f.key, f.prefix.rstrip("."))]
-    asked = in_full or [f for f in found if f".{wanted}." in f".{f.key}."]
-    if not asked and weights_key not in checkpoint.states:
+    matching = in_full or [f for f in found if f".{wanted}." in f".{f.key}."]
+    if not matching and weights_key not in checkpoint.states:
         keys = [f.key for f in found] or [key or "." for key in checkpoint.states]
         raise UserError(
             f"{checkpoint.file} has no weights {weights_key!r}. "
-            f"WEIGHTS_KEY can be: {_listed(keys, limit=20)}."
+            f"WEIGHTS_KEY can be: {listed(keys, limit=20)}."
         )
-    return asked
+    return matching
 
 
-def _preferred(asked: list[Fitted], file: str) -> Fitted:
+def _preferred(candidates: list[Fitted], file: str) -> Fitted:
     """Return the complete candidate, the averaged one of several, or else the most complete."""
-    complete = [f for f in asked if not f.problems]
+    complete = [f for f in candidates if not f.problems]
     best = [f for f in complete if f.averaged] or complete
     if len(best) > 1:
         raise UserError(
             f"{file} holds the weights of several models. Choose one with WEIGHTS_KEY: "
-            f"{_listed([f.key for f in complete], limit=20)}."
+            f"{listed([f.key for f in complete], limit=20)}."
         )
-    return best[0] if best else max(asked, key=lambda f: len(f.state_dict))
+    return best[0] if best else max(candidates, key=lambda f: len(f.state_dict))
 
 
 def _left_out(
@@ -332,10 +331,10 @@ def _left_out(
 
 
 def _notes(
-    taken: Fitted, asked: list[Fitted], harmless: list[str], template: Template
+    taken: Fitted, candidates: list[Fitted], harmless: list[str], template: Template
 ) -> Iterator[str]:
-    raw = [f.key for f in asked if not f.problems and not f.averaged]
-    incomplete = [f for f in asked if f.problems and f.averaged]
+    raw = [f.key for f in candidates if not f.problems and not f.averaged]
+    incomplete = [f for f in candidates if f.problems and f.averaged]
     if taken.averaged and raw:
         yield f"Took the averaged weights, {taken.key}. The raw ones: WEIGHTS_KEY={raw[0]}"
     elif incomplete:
@@ -346,7 +345,7 @@ def _notes(
     if taken.prefix:
         yield f"Removed the prefix {printable(taken.prefix)} from the names."
     if harmless:
-        yield f"Left out, since they are no part of the model: {_listed(harmless, limit=20)}."
+        yield f"Left out, since they are no part of the model: {listed(harmless, limit=20)}."
     if taken.last != template.last and taken.last.rpartition(".")[2] not in {"0", taken.last}:
         yield (
             f"Whatever comes before {taken.last} in {template.last} is taken as dropout, which "
@@ -365,7 +364,7 @@ def _hint(state: StateDict, tensors: StateDict, template: Template) -> str:
     """
     for name, tensor in tensors.items():
         # An image has 3 channels, and a convolution's weights 4 dimensions.
-        if len(tensor.shape) == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:  # noqa: PLR2004
+        if len(tensor.shape) == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:
             return (
                 f"It takes images of {tensor.shape[1]} channel(s). Here they have 3: red, green "
                 "and blue, also gray ones. Train with those, as Grayscale(num_output_channels=3) "
@@ -385,9 +384,3 @@ def _hint(state: StateDict, tensors: StateDict, template: Template) -> str:
             if not candidate.problems and not _left_out(candidate, [candidate], other)[1]:
                 return f"Its layers are those of {name}: ARCH={name}"
     return _EXPORT
-
-
-def _listed(items: Iterable[str], *, limit: int = MAX_LISTED, separator: str = ", ") -> str:
-    texts = [printable(item) for item in items]
-    more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
-    return separator.join(texts[:limit] + more)

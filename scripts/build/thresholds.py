@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from handler.labels import Label
+from scripts.build.messages import listed, read_bytes
 from scripts.matching import match
 from scripts.terminal import UserError
 
-# A class is as probable as not.
+# The default threshold.
 EVEN = 0.5
 
 _FORM = '{"cat": 0.4, "dog": 0.55}: a number from 0 to 1 for each class by its id or name'
-_SHOWN = 5
 
 
 def resolve(
@@ -47,15 +47,15 @@ def resolve(
         found[positions[name]] = float(value)
     missing = [label.class_id for index, label in enumerate(labels) if index not in found]
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
-        raise UserError(f"{source} has no threshold for {shown}. It must hold {_FORM}.")
+        raise UserError(f"{source} has no threshold for {listed(missing)}. It must hold {_FORM}.")
     return tuple(found[index] for index in range(len(labels)))
 
 
 def _read(path: Path) -> Mapping[str, object]:
+    data = read_bytes(path, "thresholds")
     try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"The thresholds {path} cannot be read: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"The thresholds {path} must hold {_FORM}.")

@@ -1,4 +1,4 @@
-"""A base for the image from Debian's packages, where none can be pulled."""
+"""Builds a base image from Debian's packages, if none can be pulled."""
 
 import hashlib
 import os
@@ -12,33 +12,33 @@ from scripts.terminal import UserError
 
 SUITE = "bookworm"
 PACKAGES = ("python3", "python3-venv", "ca-certificates", "nginx", "tini")
-# Has the programs of the usual base that the Dockerfile calls.
-_RECIPE = """\
+# Adds what the usual base image has and deploy/container/Dockerfile calls.
+_DOCKERFILE = """\
 FROM {imported}
 RUN ln -s python3 /usr/bin/python
 """
 
 
 def debian_base(engine: Engine) -> str:
-    """The name of an image of Debian with Python, nginx and tini; made where it is not there yet.
+    """Return the name of an image of Debian with Python, nginx and tini; build it if it is missing.
 
-    Its name holds a digest of the list of packages, so that another list is another image.
+    Its name has a digest of the list of packages, so that another list makes another image.
 
     Raises:
-        UserError: mmdebstrap is missing, fails, or may not do this.
+        UserError: mmdebstrap is missing, fails, or needs root.
     """
-    digest = hashlib.sha256(" ".join((SUITE, *PACKAGES, _RECIPE)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(" ".join((SUITE, *PACKAGES, _DOCKERFILE)).encode()).hexdigest()[:12]
     name = f"localhost/densenet-base:{digest}"
     if engine.has_image(name):
         return name
     if shutil.which("mmdebstrap") is None:
         raise UserError("mmdebstrap is missing (on Debian: apt install mmdebstrap).")
     if os.geteuid() != 0:
-        raise UserError("A base of Debian's packages is made by root only.")
+        raise UserError("Only root can build a base image of Debian's packages.")
     with tempfile.TemporaryDirectory(prefix="base-") as folder:
         archive = Path(folder) / "base.tar"
-        made = subprocess.run(
-            [  # noqa: S607
+        result = subprocess.run(
+            [
                 "mmdebstrap",
                 "--variant=minbase",
                 f"--include={','.join(PACKAGES)}",
@@ -51,22 +51,22 @@ def debian_base(engine: Engine) -> str:
             text=True,
             check=False,
         )
-        if made.returncode != 0:
-            raise UserError(f"mmdebstrap failed: {made.stdout.strip()[-2000:]}")
+        if result.returncode != 0:
+            raise UserError(f"mmdebstrap failed: {result.stdout.strip()[-2000:]}")
         imported = f"localhost/densenet-debian:{digest}"
         engine.run("import", str(archive), imported)
-        (Path(folder) / "Dockerfile").write_text(_RECIPE.format(imported=imported))
+        (Path(folder) / "Dockerfile").write_text(_DOCKERFILE.format(imported=imported))
         archive.unlink()
-        engine.run("build", *engine_options(engine), "-t", name, folder)
+        engine.run("build", *build_options(engine), "-t", name, folder)
     return name
 
 
-def engine_options(engine: Engine) -> list[str]:
-    """What a build is told.
+def build_options(engine: Engine) -> list[str]:
+    """Return the engine's options for a build.
 
-    It uses this machine's network, for indexes that are reached from here only. podman builds
-    without a container, which its usual runtime may not make here; keeps what is Docker's own
-    (HEALTHCHECK), and keeps none of the steps between.
+    It uses this machine's network, for package indexes that only this machine can reach. podman
+    builds in a chroot, because its default runtime may not work here, in Docker's format, because
+    OCI's has no HEALTHCHECK, and without intermediate layers.
     """
     network = ["--network", "host"]
     if engine.program == "docker":

@@ -1,4 +1,4 @@
-"""`make image`: an image of archives, or of a Ray cluster's nodes, built with docker or podman."""
+"""`make image`: builds the container image of model archives, or of a Ray cluster's nodes."""
 
 import configparser
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from scripts.container.base import debian_base, engine_options
-from scripts.container.engine import Engine, require_engine, scratch
+from scripts.container.base import build_options, debian_base
+from scripts.container.engine import Engine, require_engine
 from scripts.serve.preflight import check_archives
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, WEIGHTS_NOTICE, read_card
 from scripts.terminal import UserError, step
@@ -25,21 +26,21 @@ from scripts.terminal import UserError, step
 NAME = "densenet-torchserve"
 VERSION = "1.0.0"
 RAY_NAME = "densenet-batch"
-# The packages of the image, and of others where an archive needs them.
+# Lock files of the packages, of which the last two are for archives that need them.
 _LOCK = "requirements/container.lock"
-_LOCK_OF_RAY = "requirements/ray.lock"
-_LOCK_OF_TORCH = "requirements/run.lock"
-_LOCK_OF_PRECISION = "requirements/precision.lock"
+_RAY_LOCK = "requirements/ray.lock"
+_TORCH_LOCK = "requirements/run.lock"
+_PRECISION_LOCK = "requirements/precision.lock"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an image is built by.
+    """The inputs of a build, other than model archives.
 
     Attributes:
-        dockerfile: the file.
-        target: a stage of it; None for its last.
-        lock: the packages that it needs whatever its archives are.
+        dockerfile: its path.
+        target: the stage to build; None for the last one.
+        lock: lock file of the packages that every archive needs.
     """
 
     dockerfile: Path = Path("deploy/container/Dockerfile")
@@ -49,7 +50,7 @@ class Recipe:
 
 SERVER = Recipe()
 # A node of a Ray cluster.
-RAY = Recipe(target="ray", lock=_LOCK_OF_RAY)
+RAY = Recipe(target="ray", lock=_RAY_LOCK)
 
 
 def build_image(
@@ -59,22 +60,22 @@ def build_image(
     base: str | None = None,
     recipe: Recipe = SERVER,
 ) -> str:
-    """Builds the image of these archives.
+    """Build a container image of model archives.
 
     Args:
         engine: docker or podman.
         archives: `.mar` files; each is served under its name.
         tag: the image's name and tag.
-        base: another base than the Dockerfile's.
-        recipe: another image's.
+        base: overrides the Dockerfile's base image.
+        recipe: the image to build.
 
     Returns:
         The image's id.
 
     Raises:
-        UserError: the build failed, with the last it said.
+        UserError: the build failed; the message has the end of its output.
     """
-    with scratch() as name:
+    with tempfile.TemporaryDirectory(prefix="image-") as name:
         folder = Path(name)
         context = folder / "context"
         _copy_context(context, archives)
@@ -85,21 +86,21 @@ def build_image(
         if recipe.target is not None:
             options.append(f"--target={recipe.target}")
         with _pip_secrets(folder) as secrets:
-            done = engine.tried(
+            result = engine.run_unchecked(
                 "build",
-                *engine_options(engine),
+                *build_options(engine),
                 *secrets,
                 *options,
                 *("-f", str(recipe.dockerfile), "-t", tag, str(context)),
                 stderr=subprocess.STDOUT,
             )
-        if done.returncode != 0:
-            raise UserError(f"The image could not be built. {done.stdout.strip()[-3000:]}")
+        if result.returncode != 0:
+            raise UserError(f"The image could not be built. {result.stdout.strip()[-3000:]}")
     return str(engine.inspect("image", tag)["Id"])
 
 
 def _copy_context(context: Path, archives: Sequence[Path]) -> None:
-    """What `.dockerignore` lets into the image, with these archives."""
+    """Copy the files that `.dockerignore` allows, and these archives."""
     for line in Path(".dockerignore").read_text().splitlines():
         if not line.startswith("!") or line.startswith("!model_store"):
             continue
@@ -115,14 +116,14 @@ def _copy_context(context: Path, archives: Sequence[Path]) -> None:
         shutil.copy(archive, context / "model_store")
         with zipfile.ZipFile(archive) as content:
             if WEIGHTS_NOTICE in content.namelist():
-                # An image is a copy of the weights, where people look for licenses.
+                # The image is a copy of the weights, whose license has to come with them.
                 notice = context / "model_store" / f"{archive.stem}-{WEIGHTS_NOTICE}"
                 notice.write_bytes(content.read(WEIGHTS_NOTICE))
 
 
 def ray_tag() -> str:
-    """Name and tag of the nodes' image; all nodes of a cluster need the same version of Ray."""
-    pinned = re.search(r"^ray==(\S+)", Path(_LOCK_OF_RAY).read_text(), re.MULTILINE)
+    """Return name and tag of the nodes' image, with Ray's version, which all nodes must share."""
+    pinned = re.search(r"^ray==(\S+)", Path(_RAY_LOCK).read_text(), re.MULTILINE)
     assert pinned is not None
     return f"{RAY_NAME}:{VERSION}-ray{pinned[1]}"
 
@@ -130,7 +131,7 @@ def ray_tag() -> str:
 def _labels(base: str | None) -> list[str]:
     """Return the options for labels that the Dockerfile cannot know."""
     revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
+        ["git", "rev-parse", "HEAD"],
         capture_output=True,
         text=True,
         check=False,
@@ -145,66 +146,66 @@ def _labels(base: str | None) -> list[str]:
 
 
 def _locks(archives: Sequence[Path], first: str) -> list[str]:
-    """The packages of an image, and what these archives' workers need beside them."""
+    """Return the lock files of an image: its own, and those that its archives' workers need."""
     locks = [first]
     for archive in archives:
         card = read_card(archive)
         if card is not None and card.precision != "float32":
-            locks.append(_LOCK_OF_PRECISION)
+            locks.append(_PRECISION_LOCK)
         with zipfile.ZipFile(archive) as content:
             if any(name.endswith(".pth") for name in content.namelist()):
-                locks.insert(0, _LOCK_OF_TORCH)
+                locks.insert(0, _TORCH_LOCK)
     return list(dict.fromkeys(locks))
 
 
 @contextmanager
 def _pip_secrets(folder: Path) -> Iterator[list[str]]:
-    """This machine's index and certificates for pip, for the time of the build only."""
+    """Yield the options that pass this machine's pip index and certificates to the build only."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"],
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    found = configparser.ConfigParser(interpolation=None)
-    found["global"] = {}
+    config = configparser.ConfigParser(interpolation=None)
+    config["global"] = {}
     for line in listed.splitlines():
         key, _, value = line.partition("=")
-        found["global"][key.rpartition(".")[2].lower()] = value.strip("'\"")
-    certificates = found["global"].get("cert")
+        config["global"][key.rpartition(".")[2].lower()] = value.strip("'\"")
+    certificates = config["global"].get("cert")
     options = []
     if certificates and os.access(certificates, os.R_OK):
-        found["global"]["cert"] = "/run/ca.crt"
+        config["global"]["cert"] = "/run/ca.crt"
         options.append(f"--secret=id=ca,src={certificates}")
-    # Folders of this machine.
-    found.remove_option("global", "find-links")
-    extra = found["global"].get("extra-index-url", "").split()
-    found["global"]["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))
-    config = folder / "pip.conf"
-    config.touch(mode=0o600)
-    with config.open("w") as file:
-        found.write(file)
-    yield [*options, f"--secret=id=pip,src={config}"]
-    config.unlink()
+    # These are folders of this machine.
+    config.remove_option("global", "find-links")
+    extra = config["global"].get("extra-index-url", "").split()
+    config["global"]["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))
+    path = folder / "pip.conf"
+    path.touch(mode=0o600)
+    with path.open("w") as file:
+        config.write(file)
+    yield [*options, f"--secret=id=pip,src={path}"]
+    path.unlink()
 
 
-def size_of(engine: Engine, tag: str) -> int:
-    """Bytes of the image's layers together."""
+def image_size(engine: Engine, tag: str) -> int:
+    """Return the size of an image's layers, in bytes."""
     return int(engine.inspect("image", tag)["Size"])
 
 
 def main(
-    models: Annotated[str | None, typer.Option(help="Names of archives.")] = None,
+    models: Annotated[str | None, typer.Option(help="Names of model archives.")] = None,
     tag: Annotated[str | None, typer.Option(help="Name and tag of the image.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Another base; debian: of Debian's packages, made here.")
+        str | None, typer.Option(help="Base image; debian: one built here from Debian's packages.")
     ] = None,
     target: Annotated[
         Literal["ray"] | None,
         typer.Option(help="ray: an image for the nodes of a Ray cluster; it needs no archive."),
     ] = None,
 ) -> None:
-    """Builds the image of archives, with trained weights only; prints its size and id."""
+    """Build the container image of model archives with trained weights; print its size and id."""
     if target is None:
         recipe, models, tag = SERVER, models or DEFAULT_ARCHITECTURE, tag or f"{NAME}:{VERSION}"
     else:
@@ -222,4 +223,4 @@ def main(
         base = debian_base(engine)
     step(f"Image: {engine.program} builds {tag}, which takes minutes ...")
     image = build_image(engine, archives, tag, base, recipe)
-    step(f"Image: {tag}, {size_of(engine, tag) / 1e6:.0f} MB, {image}")
+    step(f"Image: {tag}, {image_size(engine, tag) / 1e6:.0f} MB, {image}")

@@ -1,1 +1,1 @@
-"""Parts of `make evaluate`."""
+"""Measure how good a served model is: `make evaluate`."""

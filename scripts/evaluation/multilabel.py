@@ -1,316 +1,229 @@
-"""How good a served model is that gives several labels a picture, and which thresholds suit it."""
+"""Evaluate a multi-label model, and choose its confidence thresholds."""
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import scipy  # loads scipy.stats when it is first used
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.table import Table
-from sklearn.metrics import precision_recall_curve, roc_auc_score
+from sklearn.metrics import (
+    PrecisionRecallDisplay,
+    average_precision_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
-from classification_client import Client, RequestOptions, Row, ServiceError
-from handler.labels import Label
-from scripts.average_precision import average_precisions
+from classification_client import RequestOptions, Row
 from scripts.build.thresholds import EVEN
-from scripts.evaluation.asking import ALL, ask, classes, first_answer, warn_of_refused
+from scripts.evaluation.answers import ALL_CLASSES, Model, classify, describe
+from scripts.evaluation.report import MAX_SHOWN_CLASSES, Cells, plot_label, write
 from scripts.labels_file import FORM, read_labels
 from scripts.matching import match
-from scripts.terminal import UserError, console, printable, step, warn
+from scripts.terminal import UserError, step, warn
 
-# More classes than these are in the files only.
-_SHOWN_CLASSES = 20
 # A threshold lies between two probabilities of seven digits.
 _THRESHOLD_DIGITS = 9
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How good labels are, each 0 to 1; 0 where there is nothing to count."""
-
-    precision: float
-    recall: float
-
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of both."""
-        both = self.precision + self.recall
-        return 2 * self.precision * self.recall / both if both else 0.0
-
-    @classmethod
-    def of(cls, truth: NDArray[np.bool_], given: NDArray[np.bool_]) -> "Scores":
-        """Of labels that were given; both of any one shape."""
-        right = int((truth & given).sum())
-        return cls(right / max(1, int(given.sum())), right / max(1, int(truth.sum())))
-
-
-@dataclass(frozen=True)
 class MultilabelEvaluation:
-    """What the server answered for pictures whose labels are known.
+    """The server's answers to images whose labels are known.
 
     Attributes:
-        labels: the model's classes, by their position.
-        pictures: which were classified, in the order of the rows.
-        truth: bool (N, classes), what each picture shows.
+        model: with the classes by position.
+        pictures: the classified images, in the order of the rows.
+        truth: bool (N, classes), what each image shows.
         probabilities: float (N, classes), the server's, 0 to 1.
-        given: bool (N, classes), the labels that the server gave, by the archive's thresholds.
-        refused: pictures without an answer, which count nowhere.
-        warning: what the server says of the model, if anything.
+        given: bool (N, classes), the labels in the server's answers, by the model's thresholds.
+        rejected: images without an answer, which are not counted.
     """
 
-    labels: Sequence[Label]
+    model: Model
     pictures: Sequence[Path]
     truth: NDArray[np.bool_]
     probabilities: NDArray[np.float64]
     given: NDArray[np.bool_]
-    refused: Sequence[Row]
-    warning: str | None
+    rejected: Sequence[Row]
 
     @property
     def shown(self) -> list[int]:
-        """The classes that some pictures show: only these have an average precision."""
+        """Return the classes that some images show: only these are measured."""
         return [int(index) for index in np.flatnonzero(self.truth.any(axis=0))]
 
-    @cached_property
-    def average_precision(self) -> NDArray[np.float64]:
-        """Float (classes,), 0 to 1; NaN where no picture shows the class."""
-        return average_precisions(self.truth, self.probabilities)
+    @property
+    def average_precision(self) -> list[float]:
+        """Return the average precision of each shown class, 0 to 1."""
+        return [
+            float(average_precision_score(self.truth[:, index], self.probabilities[:, index]))
+            for index in self.shown
+        ]
 
-    @cached_property
-    def auroc(self) -> NDArray[np.float64]:
-        """Float (classes,): the area under the ROC curve; NaN where all pictures are alike."""
-        result = np.full(len(self.labels), np.nan)
-        for index in self.shown:
-            if not self.truth[:, index].all():
-                result[index] = roc_auc_score(self.truth[:, index], self.probabilities[:, index])
-        return result
+    @property
+    def auroc(self) -> list[float]:
+        """Return the area under the ROC curve of each shown class; NaN if all images show it."""
+        return [
+            float("nan")
+            if self.truth[:, index].all()
+            else float(roc_auc_score(self.truth[:, index], self.probabilities[:, index]))
+            for index in self.shown
+        ]
 
     @property
     def mean_average_precision(self) -> float:
-        """The mean over the classes that some pictures show, 0 to 1."""
-        return float(np.nanmean(self.average_precision))
+        """Return the mean over the shown classes, 0 to 1."""
+        return float(np.mean(self.average_precision))
 
-    @property
-    def mean_auroc(self) -> float:
-        """Likewise; NaN where no class has one."""
-        return float(np.nanmean(self.auroc)) if np.isfinite(self.auroc).any() else float("nan")
+
+def scores(
+    truth: NDArray[np.bool_], given: NDArray[np.bool_], suffix: str = ""
+) -> dict[str, float]:
+    """Return "precision", "recall" and "f1" of labels, 0 to 1; 0 if there is nothing to count.
+
+    Both arrays have the same shape: one class's labels, or those of all (micro average).
+    """
+    found = precision_recall_fscore_support(
+        truth.ravel(), given.ravel(), average="binary", zero_division=0
+    )
+    names = ("precision", "recall", "f1")
+    return {name + suffix: float(value) for name, value in zip(names, found[:3], strict=True)}
 
 
 def evaluate_labels(
     images: Path, labels_file: Path, url: str, options: RequestOptions, at_once: int
 ) -> MultilabelEvaluation:
-    """Classifies the pictures of a list.
+    """Classify the images of a list, which is described in `scripts.labels_file`.
 
-    Args:
-        images: the folder of the pictures.
-        labels_file: what each shows, see `labels_file`.
-        url: where pictures go.
-        options: how to ask; how many predictions is decided here.
-        at_once: requests at a time.
-
-    Raises:
-        UserError: the list cannot be used, the server cannot be asked, or its model gives one label
-            a picture.
+    Raises `UserError` if the list cannot be used, the model is single-label, or the server is not
+    available.
     """
-    said = read_labels(labels_file, images)
-    names = {name for of_one in said.values() for name in of_one}
+    known = read_labels(labels_file, images)
+    names = {name for of_image in known.values() for name in of_image}
     if not names:
         raise UserError(
-            f"{labels_file} gives no picture a label, so that nothing can be measured. {FORM}"
+            f"{labels_file} gives no image a label, so that nothing can be measured. {FORM}"
         )
-    try:
-        first = first_answer(list(said), Client(url, replace(options, topk=ALL)))
-        if first.labels is None:
-            raise UserError(
-                f"The model gives one label a picture (softmax), and {labels_file} is for models "
-                "of ACTIVATION=sigmoid. Put the pictures into a folder for each class instead."
-            )
-        labels = classes(first)
-        meant = match(names, labels, f"as {labels_file} has it", "Call it by id")
-        found = ask(list(said), Client(url, replace(options, topk=ALL), at_once), at_once)
-    except ServiceError as error:
-        raise UserError(str(error)) from error
-    shape = len(found.pictures), len(labels)
-    truth, given = np.zeros(shape, bool), np.zeros(shape, bool)
-    probabilities = np.zeros(shape)
-    for row, (picture, answer) in enumerate(zip(found.pictures, found.answers, strict=True)):
-        truth[row, [meant[name] for name in said[picture]]] = True
+    model = describe(list(known), url, options)
+    if not model.multilabel:
+        raise UserError(
+            f"The model is single-label (softmax), and {labels_file} is for models of "
+            "activation: sigmoid. Put the images into a folder for each class instead."
+        )
+    meant = match(names, model.labels, f"as {labels_file} has it", "Call it by id")
+    answers, rejected = classify(list(known), url, replace(options, topk=ALL_CLASSES), at_once)
+    shape = len(answers), len(model.labels)
+    truth, given, probabilities = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
+    for row, (image, answer) in enumerate(answers.items()):
+        truth[row, [meant[name] for name in known[image]]] = True
         given[row, [label.class_index for label in answer.labels or ()]] = True
         for prediction in answer.predictions:
             probabilities[row, prediction.class_index] = prediction.probability
     if not truth.any():
-        raise UserError("None of the pictures that the server classified has a label.")
-    return MultilabelEvaluation(
-        labels, found.pictures, truth, probabilities, given, found.refused, found.warning
-    )
+        raise UserError("None of the images that the server classified has a label.")
+    return MultilabelEvaluation(model, list(answers), truth, probabilities, given, rejected)
 
 
 def choose_thresholds(
     evaluation: MultilabelEvaluation, min_precision: float | None = None
 ) -> list[float]:
-    """For each class a threshold, 0 to 1, by what the pictures show.
+    """Return the best threshold of each class by position, 0 to 1; 0.5 if no image shows it.
 
     Args:
-        evaluation: of pictures that the model was not trained on.
-        min_precision: share of a class's labels that must be right, 0 to 1: then the threshold is
-            the one with the best recall at that. None for the best F-score (F1).
-
-    Returns:
-        by position; one half for a class that no picture shows.
+        evaluation: of images that the model was not trained on.
+        min_precision: 0 to 1: choose the threshold with the best recall at this precision. None
+            for the best F1.
     """
-    chosen = [EVEN] * len(evaluation.labels)
+    chosen = [EVEN] * len(evaluation.model.labels)
     for index in evaluation.shown:
-        precision, recall, scores = precision_recall_curve(
+        precision, recall, candidates = precision_recall_curve(
             evaluation.truth[:, index], evaluation.probabilities[:, index]
         )
-        # The last of both stands for no label at all and has no threshold.
+        # The last point of the curve has no threshold.
         precision, recall = precision[:-1], recall[:-1]
-        enough = np.flatnonzero(precision >= (min_precision or 0))
         if min_precision is None:
-            best = int((precision * recall / np.maximum(precision + recall, 1e-12)).argmax())
-        elif len(enough):
-            best = int(enough[0])
+            best = int(scipy.stats.hmean([precision, recall]).argmax())
+        elif (precision >= min_precision).any():
+            best = int((precision >= min_precision).argmax())
         else:
             best = int(precision.argmax())
-            name = evaluation.labels[index].class_name
+            name = evaluation.model.labels[index].class_name
             warn(f"{name} reaches a precision of {precision[best]:.1%} at most.")
-        # In the middle of two probabilities: rounding then changes no label.
-        below = scores[best - 1] if best else 0.0
-        chosen[index] = round(float(scores[best] + below) / 2, _THRESHOLD_DIGITS)
+        # Halfway between two probabilities: rounding then changes no label.
+        below = candidates[best - 1] if best else 0.0
+        chosen[index] = round(float(candidates[best] + below) / 2, _THRESHOLD_DIGITS)
     return chosen
 
 
 def report_labels(
     evaluation: MultilabelEvaluation, folder: Path, min_precision: float | None = None
 ) -> None:
-    """Writes the tables, the thresholds and the plot, and prints what matters most."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the report and `thresholds.json` into the folder, and print the tables."""
+    labels, shown = evaluation.model.labels, evaluation.shown
     thresholds = choose_thresholds(evaluation, min_precision)
-    by_id = {
-        label.class_id: threshold
-        for label, threshold in zip(evaluation.labels, thresholds, strict=True)
+    by_thresholds = evaluation.probabilities >= np.array(thresholds)
+    measured = [value for value in evaluation.auroc if not np.isnan(value)]
+    metrics: Cells = {
+        "images": len(evaluation.truth),
+        "not counted": len(evaluation.rejected),
+        "classes": len(shown),
+        "mean average precision": evaluation.mean_average_precision,
+        "mean AUROC": float(np.mean(measured)) if measured else "nan",
     }
-    thresholds_file = folder / "thresholds.json"
-    thresholds_file.write_text(json.dumps(by_id, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    rows = [_class_row(evaluation, index, thresholds[index]) for index in evaluation.shown]
-    with (folder / "classes.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    after = Scores.of(evaluation.truth, evaluation.probabilities >= np.array(thresholds))
-    before = Scores.of(evaluation.truth, evaluation.given)
-    (folder / "report.md").write_text(_as_markdown(evaluation, rows, before, after), "utf-8")
-    _plot(evaluation, folder / "precision-recall.png")
-    if len(rows) <= _SHOWN_CLASSES:
-        _print_table(rows)
-    count, of_all = len(evaluation.truth), len(evaluation.labels)
-    console.print(
-        f"Mean average precision  {evaluation.mean_average_precision:.4f} of {len(rows)} classes, "
-        f"{count} pictures"
+    given = {"as served": evaluation.given, "by thresholds.json": by_thresholds}
+    unseen = len(labels) - len(shown)
+    write(
+        folder,
+        evaluation.model,
+        metrics=metrics,
+        tables={
+            "Labels": [
+                {"labels": name, **scores(evaluation.truth, of)} for name, of in given.items()
+            ]
+        },
+        classes=_by_class(evaluation, thresholds),
+        plots={"precision-recall.png": _plot(evaluation)},
+        rejected=evaluation.rejected,
+        warning=f"{unseen} classes are on no image: their threshold is {EVEN}." if unseen else None,
     )
-    console.print(f"Mean AUROC              {evaluation.mean_auroc:.4f}")
-    console.print(f"Labels as served        {_in_words(before)}")
-    console.print(f"Labels by thresholds    {_in_words(after)}")
-    warn_of_refused(evaluation.refused)
-    if len(rows) < of_all:
-        warn(f"{of_all - len(rows)} classes are on no picture: their threshold is {EVEN}.")
-    if evaluation.warning:
-        warn(evaluation.warning)
+    file = folder / "thresholds.json"
+    by_id = {label.class_id: value for label, value in zip(labels, thresholds, strict=True)}
+    file.write_text(json.dumps(by_id, indent=2, ensure_ascii=False) + "\n", "utf-8")
     step(
-        "Evaluation: wrote report.md, classes.csv, thresholds.json, precision-recall.png to "
-        f"{folder}"
-    )
-    step(
-        f"Thresholds: the model file packs them with thresholds: {thresholds_file}. They suit "
-        "these images best: measure on others"
+        f"Thresholds: the model file packs them with thresholds: {file}. They suit these images "
+        "best: measure on others"
     )
 
 
-def _in_words(scores: Scores) -> str:
-    return f"precision {scores.precision:.2%}, recall {scores.recall:.2%}, F1 {scores.f1:.4f}"
+def _by_class(evaluation: MultilabelEvaluation, thresholds: Sequence[float]) -> dict[int, Cells]:
+    measured = zip(evaluation.shown, evaluation.average_precision, evaluation.auroc, strict=True)
+    rows: dict[int, Cells] = {}
+    for index, average_precision, auroc in measured:
+        truth, threshold = evaluation.truth[:, index], thresholds[index]
+        chosen = evaluation.probabilities[:, index] >= threshold
+        rows[index] = {
+            "images": int(truth.sum()),
+            "average_precision": average_precision,
+            "auroc": auroc,
+            **scores(truth, evaluation.given[:, index]),
+            "threshold": threshold,
+            **scores(truth, chosen, "_at_threshold"),
+        }
+    return rows
 
 
-def _class_row(evaluation: MultilabelEvaluation, index: int, threshold: float) -> dict[str, str]:
-    """A class's line of `classes.csv`."""
-    truth, label = evaluation.truth[:, index], evaluation.labels[index]
-    served = Scores.of(truth, evaluation.given[:, index])
-    after = Scores.of(truth, evaluation.probabilities[:, index] >= threshold)
-    return {
-        "class_index": str(index),
-        "class_id": label.class_id,
-        "class": label.class_name,
-        "pictures": str(int(truth.sum())),
-        "average_precision": f"{evaluation.average_precision[index]:.4f}",
-        "auroc": f"{evaluation.auroc[index]:.4f}",
-        "precision": f"{served.precision:.4f}",
-        "recall": f"{served.recall:.4f}",
-        "f1": f"{served.f1:.4f}",
-        "threshold": f"{threshold:.4f}",
-        "precision_at_threshold": f"{after.precision:.4f}",
-        "recall_at_threshold": f"{after.recall:.4f}",
-        "f1_at_threshold": f"{after.f1:.4f}",
-    }
-
-
-def _print_table(rows: Sequence[dict[str, str]]) -> None:
-    table = Table("class", title="Each class")
-    shown = ("pictures", "average_precision", "auroc", "f1", "threshold", "f1_at_threshold")
-    for heading in shown:
-        table.add_column(heading.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(printable(row["class"]).replace("[", r"\["), *(row[name] for name in shown))
-    console.print(table)
-
-
-def _as_markdown(
-    evaluation: MultilabelEvaluation,
-    rows: Sequence[dict[str, str]],
-    before: Scores,
-    after: Scores,
-) -> str:
-    lines = ["# Evaluation", ""]
-    if evaluation.warning:
-        lines += [f"**{evaluation.warning}**", ""]
-    lines += [
-        "| pictures | not counted | mean average precision | mean AUROC |",
-        "|---|---|---|---|",
-        (
-            f"| {len(evaluation.truth)} | {len(evaluation.refused)} "
-            f"| {evaluation.mean_average_precision:.4f} | {evaluation.mean_auroc:.4f} |"
-        ),
-        "",
-        "| labels | precision | recall | F1 |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {scores.precision:.2%} | {scores.recall:.2%} | {scores.f1:.4f} |"
-        for name, scores in (("as served", before), ("by thresholds.json", after))
-    ]
-    shown = [name for name in rows[0] if name not in {"class_index", "class_id"}]
-    lines += ["", f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
-    cells = [{**row, "class": printable(row["class"]).replace("|", r"\|")} for row in rows]
-    lines += [f"| {' | '.join(row[name] for name in shown)} |" for row in cells]
-    return "\n".join([*lines, "", "![precision and recall](precision-recall.png)"]) + "\n"
-
-
-def _plot(evaluation: MultilabelEvaluation, path: Path) -> None:
-    figure = Figure(figsize=(6, 5), layout="constrained")
+def _plot(evaluation: MultilabelEvaluation) -> Figure:
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index in evaluation.shown:
-        precision, recall, _ = precision_recall_curve(
-            evaluation.truth[:, index], evaluation.probabilities[:, index]
+        # A name that begins with `_` would be left out of the legend.
+        name = plot_label(evaluation.model.labels[index].class_name).lstrip("_")
+        PrecisionRecallDisplay.from_predictions(
+            evaluation.truth[:, index], evaluation.probabilities[:, index], name=name, ax=axes
         )
-        # A dollar would begin a formula; a name that begins with _ would be left out.
-        name = printable(evaluation.labels[index].class_name).replace("$", r"\$").lstrip("_")
-        axes.step(recall, precision, where="post", linewidth=1, label=name)
-    axes.set_xlabel("recall: share of a class's pictures that are found")
-    axes.set_ylabel("precision: share of its labels that are right")
-    axes.set_xlim(0, 1.01)
-    axes.set_ylim(0, 1.02)
-    if len(evaluation.shown) <= _SHOWN_CLASSES:
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    axes.set(xlabel="recall", ylabel="precision")
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    legend.set_visible(len(evaluation.shown) <= MAX_SHOWN_CLASSES)
+    return figure

@@ -1,1 +1,1 @@
-"""nginx before several TorchServes: nodes come and go, and no client notices."""
+"""The gateway: nginx as a reverse proxy in front of one or several TorchServes."""

@@ -105,7 +105,7 @@ def reload_command(folder: Path = GATEWAY_DIR) -> None:
 
 
 def stop_command(folder: Path = GATEWAY_DIR) -> None:
-    """Answer what is in flight, then stop."""
+    """Drain requests in flight, then stop the gateway."""
     with nginx.lock(folder), Status("Stopping the gateway ...", console=console):
         stopped = nginx.stop(folder)
         stop_second(folder.parent)
@@ -114,7 +114,10 @@ def stop_command(folder: Path = GATEWAY_DIR) -> None:
 
 def upgrade_command(
     archive: Annotated[
-        Path | None, typer.Option(help="The new one; otherwise the served model's, built anew.")
+        Path | None,
+        typer.Option(
+            help="The new model archive; by default the served model's in the model store."
+        ),
     ] = None,
     agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of samples whose label(s) must not change.")

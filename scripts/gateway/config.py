@@ -4,13 +4,14 @@ import base64
 import ipaddress
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import joblib
 
 from scripts.gateway.options import Options, read_upstreams
-from scripts.gateway.template import Route, has_ipv6, render_template
+from scripts.gateway.template import HUGGING_FACE, Route, has_ipv6, render_template
 from scripts.serve.management import PIXEL
 
 # Requests per second with a wrong key, per address, and how many at once.
@@ -26,7 +27,7 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
     """Return the gateway's nginx.conf.
 
     Args:
-        options: how it faces clients; `model` is set.
+        options: those of the gateway; `model` is set.
         folder: for the files of nginx.
         upstreams: hosts and ports of TorchServe. A single name that is not an address stands for
             all its addresses, and is resolved again as they change.
@@ -75,7 +76,7 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
 
 
 def _self_signed(folder: Path) -> tuple[Path, Path]:
-    """Return a certificate for localhost and its key, made if they are missing; for trials."""
+    """Return a self-signed certificate for localhost and its key; create missing ones."""
     certificate, key = folder / "certificate.pem", folder / "certificate.key"
     if not (certificate.exists() and key.exists()):
         key.touch(mode=0o600)
@@ -107,7 +108,10 @@ def routes(model: str, prefix: str = "") -> list[Route]:
     for verb in ("infer", "explain"):
         path = f"/v2/models/{model}/{verb}"
         found.append(Route(path, path, ("POST",)))
-    return [Route(f"{prefix}{route.path}", route.target, route.methods) for route in found]
+    found.append(
+        Route(f"/{HUGGING_FACE}/{model}", f"/predictions/{model}", ("POST",), HUGGING_FACE)
+    )
+    return [replace(route, path=f"{prefix}{route.path}") for route in found]
 
 
 def _dns(upstreams: Sequence[tuple[str, int]]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Starts, reloads and stops the gateway's nginx, as an ordinary user.
 
-All files are in one folder, `.run/gateway`. `gateway.json` there holds the options, so that a
-reload needs none.
+All files are in one folder, `.run/gateway`. Its state file, `gateway.json`, has the options, so
+that a reload needs none.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,15 @@ import psutil
 
 from scripts.gateway.config import DRAIN_SECONDS, default_upstreams, render
 from scripts.gateway.options import Options
-from scripts.serve.running import RUN_DIR, Running, find_running
-from scripts.state import forget, process_of, recall, remember, unreadable
+from scripts.serve.management import wait_until
+from scripts.serve.running import RUN_DIR, ServerState, find_running
+from scripts.state import (
+    delete_state,
+    process_by_arguments,
+    read_state,
+    unreadable_state,
+    write_state,
+)
 from scripts.terminal import UserError
 
 GATEWAY_DIR = RUN_DIR / "gateway"
@@ -27,7 +33,6 @@ STATE = "gateway.json"
 # Seconds.
 _START_TIMEOUT = 10.0
 _DRAIN_TIMEOUT = DRAIN_SECONDS + 10.0
-_POLL = 0.05
 
 
 def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
@@ -42,7 +47,7 @@ def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
     """
     prepare(options, folder)
     run_nginx(folder / "nginx.conf", folder)
-    _wait_for(lambda: find(folder) is not None, "nginx did not start")
+    _require(lambda: find(folder) is not None, "nginx did not start")
 
 
 def prepare(options: Options, folder: Path) -> None:
@@ -50,7 +55,7 @@ def prepare(options: Options, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nginx.pid").unlink(missing_ok=True)
     write_config(options, folder)
-    remember(folder / STATE, dataclasses.asdict(options))
+    write_state(folder / STATE, dataclasses.asdict(options))
 
 
 def write_config(
@@ -81,7 +86,7 @@ def _port_of(run_dir: Path, options: Options) -> int:
     return require_upstream(run_dir).ports.inference
 
 
-def require_upstream(run_dir: Path = RUN_DIR) -> Running:
+def require_upstream(run_dir: Path = RUN_DIR) -> ServerState:
     """Return the server that the gateway stands in front of.
 
     Raises:
@@ -100,7 +105,7 @@ def reload(
 ) -> None:
     """Apply the options, API keys, certificate and upstreams, and drain the old processes.
 
-    Requests in flight are answered by the old processes of nginx. Returns when they are gone.
+    The old processes of nginx answer the requests in flight. Returns when they have exited.
 
     Args:
         options: of the gateway.
@@ -117,13 +122,11 @@ def reload(
     write_config(options, folder, upstreams)
     old = {child.pid for child in master.children()}
     master.send_signal(signal.SIGHUP)
-    _wait_for(
+    _require(
         lambda: bool({child.pid for child in master.children()} - old),
         "nginx did not reload its configuration",
     )
-    deadline = time.monotonic() + _DRAIN_TIMEOUT
-    while any(psutil.pid_exists(pid) for pid in old) and time.monotonic() < deadline:
-        time.sleep(_POLL)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in old), _DRAIN_TIMEOUT)
 
 
 def stop(folder: Path = GATEWAY_DIR) -> bool:
@@ -135,28 +138,28 @@ def stop(folder: Path = GATEWAY_DIR) -> bool:
     _, slow = psutil.wait_procs([master], timeout=_DRAIN_TIMEOUT)
     for process in slow:
         process.terminate()
-    forget(folder / STATE)
+    delete_state(folder / STATE)
     return True
 
 
 def find(folder: Path = GATEWAY_DIR) -> psutil.Process | None:
     """Return nginx's master process, even if its folder was removed; None if it is not running."""
-    return process_of("nginx:", "master", str(folder.resolve() / "nginx.conf"))
+    return process_by_arguments("nginx:", "master", str(folder.resolve() / "nginx.conf"))
 
 
 def read_options(folder: Path = GATEWAY_DIR) -> Options:
     """Return the options of the gateway that was started last.
 
     Raises:
-        UserError: there was none, or its file cannot be understood.
+        UserError: there was none, or its state file cannot be parsed.
     """
-    values = recall(folder / STATE)
+    values = read_state(folder / STATE)
     if values is None:
         raise UserError("The gateway is not running. Start it with: make gateway")
     try:
         return Options(**values)
     except TypeError as error:
-        raise unreadable(folder / STATE) from error
+        raise unreadable_state(folder / STATE) from error
 
 
 @contextmanager
@@ -197,12 +200,9 @@ def nginx_command(config: Path, folder: Path, *arguments: str) -> list[str]:
 def replace_process(folder: Path) -> None:
     """Become nginx, in the foreground."""
     command = [*nginx_command(folder / "nginx.conf", folder)[:-1], "stderr"]
-    os.execvp(command[0], command)  # noqa: S606
+    os.execvp(command[0], command)
 
 
-def _wait_for(check: Callable[[], bool], failure: str) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT
-    while not check():
-        if time.monotonic() > deadline:
-            raise UserError(f"{failure} within {_START_TIMEOUT:.0f} s.")
-        time.sleep(_POLL)
+def _require(check: Callable[[], bool], failure: str) -> None:
+    if not wait_until(check, _START_TIMEOUT):
+        raise UserError(f"{failure} within {_START_TIMEOUT:.0f} s.")

@@ -1,4 +1,4 @@
-"""How the gateway faces its clients and upstreams, and what is checked before it starts."""
+"""The options of the gateway, and their checks before it starts."""
 
 import ipaddress
 import re
@@ -83,11 +83,11 @@ class Options:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the gateway."""
+        """Return whether only this machine can reach the gateway."""
         return ipaddress.ip_address(self.published or self.host).is_loopback
 
     def read_keys(self) -> list[Key]:
-        """Return the API keys; none where no file is configured."""
+        """Return the API keys; empty if no file is configured."""
         return read_keys(Path(self.keys)) if self.keys else []
 
 

@@ -1,4 +1,4 @@
-"""Renders `nginx.conf.jinja`, from which the gateway and the container image get their nginx.
+"""Renders `nginx.conf.jinja`, the configuration of nginx in the gateway and the container image.
 
 Imports nothing but Jinja and the handler's settings, so that the container image stays small.
 """
@@ -14,6 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from handler.settings import MAX_REQUEST_BYTES
 
+# The protocol with a path of its own, `/huggingface/MODEL`; see handler/protocols/huggingface.py.
+HUGGING_FACE = "huggingface"
+
 
 @dataclass(frozen=True)
 class Route:
@@ -21,8 +24,9 @@ class Route:
 
     Attributes:
         path: what clients request.
-        target: path on TorchServe; "" for the same path.
-        methods: those that are allowed; none for all.
+        target: path on TorchServe; by default the same path.
+        methods: those that are allowed; by default all.
+        protocol: for the handler, if it cannot be recognized by the body.
         answer: a constant answer instead of TorchServe's.
         needs_ready: whether the constant answer is `unready` with 503 while no worker is ready.
     """
@@ -30,6 +34,7 @@ class Route:
     path: str
     target: str = ""
     methods: tuple[str, ...] = ()
+    protocol: str = ""
     answer: str | None = None
     needs_ready: bool = False
     unready: str = ""
@@ -65,13 +70,13 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701  # not HTML, and all values are validated
+        autoescape=False,  # not HTML, and all values are validated
     )
     return environment.get_template("nginx.conf.jinja")
 
 
 def has_ipv6() -> bool:
-    """Whether this machine can listen on IPv6."""
+    """Return whether this machine can listen on IPv6."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))

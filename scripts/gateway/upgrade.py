@@ -12,21 +12,21 @@ from pathlib import Path
 from classification_client import RefusedError, ServiceError
 from scripts.gateway import nginx
 from scripts.gateway.nginx import GATEWAY_DIR
-from scripts.serve.management import client_of, poll, ready_workers
-from scripts.serve.running import HOST, Running, find_running, free_ports, require_running
+from scripts.serve.management import client_of, ready_workers, wait_until
+from scripts.serve.running import HOST, ServerState, find_running, free_ports, require_running
 from scripts.serve.server import SERVING, START_TIMEOUT, start, stop
 from scripts.store import MODEL_STORE, read_card, sha256
 from scripts.terminal import UserError, step, warn
 
 # Share of the sample images whose top-1 label, or set of labels, must stay the same.
 AGREEMENT = 0.9
-# In the server's folder: the archive that the last upgrade replaced.
+# Folder below the server's folder with the archive that the last upgrade replaced.
 PREVIOUS = "previous"
-# Likewise: the second server, while it runs.
+# Folder below the server's folder of the second server, while that runs.
 SECOND = "second"
 _CHECK_TIMEOUT = 30.0
 
-# What a client sees of one image: its top-1 label, or all labels of a multi-label model.
+# The labels of one image: its top-1 label, or all labels of a multi-label model.
 Labels = frozenset[str]
 
 
@@ -84,7 +84,7 @@ def _upgrade(archive: Path, agreement: float, folder: Path, model_store: Path) -
     step(f"Upgrade: {running.model} serves {sha256(archive)[:12]}; make rollback undoes it")
 
 
-def _check_archive(archive: Path, served: Path, running: Running) -> None:
+def _check_archive(archive: Path, served: Path, running: ServerState) -> None:
     card = read_card(archive)
     if card is None:
         raise UserError(f"{archive} is not a model archive of this project.")
@@ -102,8 +102,8 @@ def _check_archive(archive: Path, served: Path, running: Running) -> None:
         raise UserError("The new archive has untrained weights, and the served one trained ones.")
 
 
-def _compare(old: Running, new: Running, agreement: float) -> None:
-    from scripts.samples import sample_photographs  # noqa: PLC0415  # the image has no scikit-image
+def _compare(old: ServerState, new: ServerState, agreement: float) -> None:
+    from scripts.samples import sample_photographs  # the image has no scikit-image
 
     images = list(sample_photographs())
     before, after = _labels(old, images), _labels(new, images)
@@ -118,7 +118,7 @@ def _compare(old: Running, new: Running, agreement: float) -> None:
         warn("All sample images get the same label, so they show little of the new archive.")
 
 
-def _labels(running: Running, images: Sequence[bytes]) -> list[Labels]:
+def _labels(running: ServerState, images: Sequence[bytes]) -> list[Labels]:
     try:
         with client_of(running, patience=_CHECK_TIMEOUT) as client:
             found = [client.classify(image) for image in images]
@@ -132,7 +132,7 @@ def _labels(running: Running, images: Sequence[bytes]) -> list[Labels]:
     ]
 
 
-def _restart(running: Running, new: Path, old: Path, run_dir: Path, model_store: Path) -> None:
+def _restart(running: ServerState, new: Path, old: Path, run_dir: Path, model_store: Path) -> None:
     """Restart the first server with the new archive; if that fails, with the old one."""
     try:
         _restart_with(new, running, run_dir, model_store)
@@ -142,14 +142,14 @@ def _restart(running: Running, new: Path, old: Path, run_dir: Path, model_store:
         raise
 
 
-def _restart_with(archive: Path, running: Running, run_dir: Path, model_store: Path) -> None:
+def _restart_with(archive: Path, running: ServerState, run_dir: Path, model_store: Path) -> None:
     target = _copy(archive, model_store)
     present = find_running(run_dir)
     if present is not None:
         stop(present, run_dir)
     if not running.supervised:
         start(target, running.ports, running.workers, run_dir, grpc=running.grpc)
-    elif not poll(lambda: _serves(sha256(target), running.workers, run_dir), START_TIMEOUT):
+    elif not wait_until(lambda: _serves(sha256(target), running.workers, run_dir), START_TIMEOUT):
         raise UserError(f"The supervisor did not restart the server within {START_TIMEOUT:.0f} s.")
 
 
@@ -161,7 +161,7 @@ def _serves(digest: str, workers: int, run_dir: Path) -> bool:
 
 
 def stop_second(run_dir: Path) -> None:
-    """Stop the second server of an upgrade, also of one that was killed."""
+    """Stop the second server of an upgrade, even if the upgrade was killed."""
     second = find_running(run_dir / SECOND)
     if second is not None:
         stop(second, run_dir / SECOND)
@@ -169,7 +169,7 @@ def stop_second(run_dir: Path) -> None:
 
 
 def _copy(archive: Path, folder: Path) -> Path:
-    """Return a copy in the folder, whole or not at all."""
+    """Copy an archive to a folder atomically; return the copy."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / archive.name
     if target.exists() and target.samefile(archive):

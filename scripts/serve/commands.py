@@ -11,23 +11,21 @@ from rich.status import Status
 from rich.table import Table
 
 from scripts.serve.management import (
-    AFRESH,
-    REPLACED_WITHIN,
+    RESTART_HINT,
+    WORKER_REPLACEMENT_SECONDS,
     model_status,
-    not_answering,
     scale,
+    unresponsive_error,
 )
-from scripts.serve.preflight import (
-    check_archives,
-)
+from scripts.serve.preflight import check_archives
 from scripts.serve.running import (
     RUN_DIR,
     Ports,
-    Running,
+    ServerState,
+    delete_server_files,
     find_running,
-    forget_server,
-    last_started,
-    lives,
+    is_worker_alive,
+    last_server_state,
     require_running,
 )
 from scripts.serve.server import start, stop, supervise
@@ -35,11 +33,11 @@ from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
-Grpc = Annotated[bool, typer.Option(help="Reachable over gRPC too, whose streams end workers.")]
+Grpc = Annotated[bool, typer.Option(help="Open gRPC too, whose streams stop workers.")]
 
 
 def start_command(
-    models: Annotated[str, typer.Option(help="Names of archives.")] = DEFAULT_ARCHITECTURE,
+    models: Annotated[str, typer.Option(help="Names of model archives.")] = DEFAULT_ARCHITECTURE,
     workers: Workers = None,
     model_store: Annotated[Path, typer.Option(help="Folder with the archive.")] = MODEL_STORE,
     port: int = Ports.inference,
@@ -50,7 +48,7 @@ def start_command(
     grpc_management_port: int = Ports.grpc_management,
     foreground: Annotated[bool, typer.Option(help="Run until SIGTERM, for a supervisor.")] = False,
 ) -> int:
-    """Serve archives in the background, or in the foreground; reject untrained weights."""
+    """Serve model archives in the background or foreground; reject untrained weights."""
     if find_running() is not None:
         raise UserError("TorchServe is running already. Stop it with: make stop")
     archives = [model_store / f"{name}.mar" for name in models.replace(",", " ").split()]
@@ -59,12 +57,12 @@ def start_command(
     for archive in archives:
         _check_trained(archive)
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
-    began = start(
-        archives[0], ports, workers, grpc=grpc, beside=archives[1:], supervised=foreground
+    running = start(
+        archives[0], ports, workers, grpc=grpc, extra_archives=archives[1:], supervised=foreground
     )
-    for model in began.models:
-        step(f"TorchServe: serving on {began.serving(model).predictions_url}")
-    return supervise(began) if foreground else 0
+    for model in running.models:
+        step(f"TorchServe: serving on {running.serving(model).predictions_url}")
+    return supervise(running) if foreground else 0
 
 
 def _check_trained(archive: Path) -> None:
@@ -84,37 +82,37 @@ def _check_trained(archive: Path) -> None:
 
 
 def stop_command() -> None:
-    """Stops the server, and clears what a dead one left behind."""
+    """Stop the server, or delete the files of one that has exited."""
     running = find_running()
-    dead = None if running is not None else last_started(RUN_DIR)
+    exited = None if running is not None else last_server_state(RUN_DIR)
     if running is not None:
         with Status("Stopping TorchServe ...", console=console):
             stop(running)
         step("TorchServe: stopped")
-    elif dead is not None:
-        forget_server(dead, RUN_DIR)
-        step("TorchServe: had ended already; what it left is cleared")
+    elif exited is not None:
+        delete_server_files(exited, RUN_DIR)
+        step("TorchServe: had already exited; its temporary files are deleted")
     else:
         step("TorchServe: not running")
 
 
 def scale_command(
     workers: Annotated[int, typer.Option(min=1)],
-    model: Annotated[str | None, typer.Option(help="Which, of several.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
 ) -> None:
-    """Changes the number of workers and waits for the result."""
+    """Change the number of workers and wait until they are ready."""
     running = require_running()
     scale(running.serving(model) if model else running, workers)
     step(f"TorchServe: {workers} worker(s) ready")
 
 
 def status_command() -> None:
-    """Shows workers, queue and versions."""
+    """Show workers, queue and versions."""
     running = require_running()
     try:
         models = [model_status(running.serving(model)) for model in running.models]
     except requests.RequestException as error:
-        raise not_answering(running) from error
+        raise unresponsive_error(running) from error
     for model in models:
         _show_workers(model, running)
         queue = model["jobQueueStatus"]
@@ -127,27 +125,27 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
-    dead = sum(_ended(worker, running) for model in models for worker in model["workers"])
-    if dead:
+    exited = sum(_has_exited(worker, running) for model in models for worker in model["workers"])
+    if exited:
         warn(
-            f"{dead} worker(s) that TorchServe counts as ready have ended. If it puts no others in "
-            f"their place within {REPLACED_WITHIN:.0f} s, it will not. {AFRESH}"
+            f"{exited} worker(s) that TorchServe reports as ready have exited. If it does not "
+            f"replace them within {WORKER_REPLACEMENT_SECONDS:.0f} s, it never will. {RESTART_HINT}"
         )
 
 
-def _show_workers(model: dict[str, Any], running: Running) -> None:
+def _show_workers(model: dict[str, Any], running: ServerState) -> None:
     table = Table(title=f"{model['modelName']} {model['modelVersion']}")
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        state = "ended" if _ended(worker, running) else worker["status"]
+        state = "exited" if _has_exited(worker, running) else worker["status"]
         table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
     console.print(table)
 
 
-def _ended(worker: dict[str, Any], running: Running) -> bool:
-    """Whether TorchServe calls a worker ready whose process is gone."""
-    return worker["status"] == "READY" and not lives(worker["pid"], running)
+def _has_exited(worker: dict[str, Any], running: ServerState) -> bool:
+    """Return whether TorchServe reports a worker as ready whose process has exited."""
+    return worker["status"] == "READY" and not is_worker_alive(worker["pid"], running)
 
 
 def _memory(pid: int) -> str:

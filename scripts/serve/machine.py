@@ -1,4 +1,4 @@
-"""How many workers and threads suit this machine."""
+"""Plans how many workers and threads run on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,36 +8,36 @@ import psutil
 
 from handler.settings import ADDED_BYTES
 
-# A worker after load was measured at 300 MB with ONNX Runtime; requests add so much at most.
+# A loaded worker was measured at 300 MB with ONNX Runtime; requests add up to ADDED_BYTES.
 WORKER_BYTES = 300_000_000 + ADDED_BYTES
-# What OpenVINO makes of an 8-bit model takes so much more (benchmarks/results/servers.md).
+# A worker of a model that OpenVINO runs in 8 bits takes more (benchmarks/results/servers.md).
 _INT8_BYTES = 390_000_000
 
-# A frontend at its limits: heap and buffers (`vmargs` in config.properties), 2 and 4 GiB, and what
-# Java needs beside them.
+# The frontend at its limits: 2 GiB of heap, 4 GiB of buffers (`vmargs` in config.properties) and
+# the rest of Java's memory.
 FRONTEND_BYTES = (6 << 30) + 300_000_000
 
-# Of the memory that is free, so much may be taken.
+# Share of the free memory that workers may take.
 _MEMORY_SHARE = 0.75
 
-# Where the kernel says how much a container may take and takes, in each version of cgroups; and
-# what of that are files, which give way.
+# Memory limit and usage of a container, in each version of cgroups, and the key in memory.stat of
+# cached files, which the kernel drops when memory is short.
 _CGROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
 _CGROUP = Path("/sys/fs/cgroup")
 
-# More workers than CPUs gain nothing; far more only wait for one another.
-_MOST_WORKERS_A_CPU = 4
+# More workers than CPUs add no throughput; far more of them only wait for one another.
+_MAX_WORKERS_PER_CPU = 4
 
-# So many at most for one picture; what more would give was not measured.
-_MOST_THREADS = 8
+# Threads for one image; the effect of more was not measured.
+_MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
-class Most:
-    """How many workers can run, and what the bound is."""
+class WorkerLimit:
+    """The maximum number of workers, and the reason for it."""
 
     workers: int
     reason: str
@@ -45,11 +45,11 @@ class Most:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many processes and threads serve.
+    """The number of workers and threads.
 
     Attributes:
-        workers: worker processes.
-        threads: CPU threads that are each worker's own.
+        workers: worker processes per model.
+        threads: CPU threads of each worker.
         max_threads: CPU threads that a worker may use while the others are idle.
     """
 
@@ -59,52 +59,62 @@ class Plan:
 
 
 def worker_bytes(precision: str) -> int:
-    """The memory that a worker of an archive in this precision may take."""
+    """Return the memory, in bytes, that a worker may take with a model in this precision."""
     return WORKER_BYTES + (_INT8_BYTES if precision == "int8" else 0)
 
 
-def plan(workers: int | None = None, models: int = 1, each: int = WORKER_BYTES) -> Plan:
-    """A worker for each CPU with one thread each; fewer workers with more threads where memory is
-    short, or where `workers` says so. Each of several models has as many.
+def plan_workers(
+    workers: int | None = None, models: int = 1, bytes_per_worker: int = WORKER_BYTES
+) -> Plan:
+    """Return how many workers and threads use all CPUs within the free memory.
 
-    On two CPUs one worker with both gave 8 % fewer images a second, two workers with both 35 %.
+    The default is one worker per CPU with one thread each. Measured on two CPUs, one worker with
+    two threads classified 8 % fewer images per second, and two workers with two threads each 35 %
+    fewer. If memory is short there are fewer workers, with more threads each. The CPUs are those
+    that affinity and cgroup quota leave to this process, not the machine's.
 
-    CPUs are those that affinity and cgroup quota leave to this process, not the machine's.
+    Args:
+        workers: overrides the number of workers per model.
+        models: each has as many workers.
+        bytes_per_worker: memory that one may take.
     """
     cpus = joblib.cpu_count()
     if workers is None:
-        workers = max(1, min(cpus, _fit_in_memory(_available(), each) // models))
+        workers = max(1, min(cpus, _workers_in_memory(_available(), bytes_per_worker) // models))
     threads = max(1, cpus // workers)
-    return Plan(workers, threads, max_threads=max(threads, min(cpus, _MOST_THREADS)))
+    return Plan(workers, threads, max_threads=max(threads, min(cpus, _MAX_THREADS)))
 
 
-def most_workers(models: int = 1, ending: int = 0, each: int = WORKER_BYTES) -> Most:
-    """The most workers for each of so many models.
+def max_workers(
+    models: int = 1, stopping: int = 0, bytes_per_worker: int = WORKER_BYTES
+) -> WorkerLimit:
+    """Return the maximum number of workers per model.
 
     Args:
-        models: each has as many.
-        ending: workers that end before these start, so that their memory counts as free.
-        each: bytes of memory that one may take.
+        models: each has as many workers.
+        stopping: workers that stop before these start, so that their memory counts as free.
+        bytes_per_worker: memory that one may take.
     """
     cpus = joblib.cpu_count()
-    available = _available() + ending * each
-    in_memory = max(1, _fit_in_memory(available, each) // models)
-    if in_memory < cpus * _MOST_WORKERS_A_CPU:
-        return Most(
+    available = _available() + stopping * bytes_per_worker
+    in_memory = max(1, _workers_in_memory(available, bytes_per_worker) // models)
+    if in_memory < cpus * _MAX_WORKERS_PER_CPU:
+        return WorkerLimit(
             in_memory,
-            f"each is given {each / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
+            f"each needs {bytes_per_worker / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
             f"{available / 1e9:.1f} GB of memory that are free",
         )
-    return Most(
-        cpus * _MOST_WORKERS_A_CPU,
-        f"there are {cpus} CPUs, and more than {_MOST_WORKERS_A_CPU} workers a CPU only wait for "
-        "one another",
+    return WorkerLimit(
+        cpus * _MAX_WORKERS_PER_CPU,
+        f"there are {cpus} CPUs, and more than {_MAX_WORKERS_PER_CPU} workers per CPU only wait "
+        "for one another",
     )
 
 
-def most_memory() -> int:
-    """Bytes that may be taken here: what a container is limited to; without a limit the usual
-    share of what is free.
+def memory_limit() -> int:
+    """Return the memory, in bytes, that the server may take.
+
+    That is the container's limit; without one, the usual share of the free memory.
     """
     total = int(psutil.virtual_memory().total)
     found = _container_memory()
@@ -114,24 +124,25 @@ def most_memory() -> int:
 
 
 def _available() -> int:
+    """Return the free memory, in bytes, of the machine and within the container's limit."""
     machine = int(psutil.virtual_memory().available)
     found = _container_memory()
     return machine if found is None else max(0, min(machine, found[0] - found[1]))
 
 
 def _container_memory() -> tuple[int, int] | None:
-    """The container's limit and what is taken of it, in bytes; None where there is no limit."""
-    for limit, usage, given_back in _CGROUPS:
+    """Return the container's memory limit and usage, in bytes; None if there is no limit."""
+    for limit, usage, cached_files in _CGROUPS:
         path = _CGROUP / limit
         try:
-            most, taken = int(path.read_text()), int((_CGROUP / usage).read_text())
+            maximum, used = int(path.read_text()), int((_CGROUP / usage).read_text())
             statistics = path.with_name("memory.stat").read_text().split()
-            files = int(statistics[statistics.index(given_back) + 1])
-        except (OSError, ValueError):  # another version, or "max"
+            cached = int(statistics[statistics.index(cached_files) + 1])
+        except (OSError, ValueError):  # another version of cgroups, or the limit is "max"
             continue
-        return most, taken - files
+        return maximum, used - cached
     return None
 
 
-def _fit_in_memory(available: int, each: int) -> int:
-    return int(available * _MEMORY_SHARE // each)
+def _workers_in_memory(available: int, bytes_per_worker: int) -> int:
+    return int(available * _MEMORY_SHARE // bytes_per_worker)

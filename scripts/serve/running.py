@@ -1,7 +1,7 @@
-"""What is known of a server that runs: where it listens, what it serves, which processes it is.
+"""The state of a running server: its ports, models and processes.
 
-`server.json` in the server's folder remembers it. Several servers live beside one another with a
-folder and ports each.
+It is stored in `server.json` in the server's folder. Several servers can run at the same time, each
+with its own folder and ports.
 """
 
 import dataclasses
@@ -14,23 +14,25 @@ from pathlib import Path
 import psutil
 
 from scripts.state import (
-    forget,
-    living_process,
-    process_of,
-    recall,
-    started,
-    unreadable,
+    delete_state,
+    process_by_arguments,
+    process_by_id,
+    read_state,
+    start_time,
+    unreadable_state,
 )
 from scripts.terminal import UserError
 
 RUN_DIR = Path(".run")
 STATE = "server.json"
 HOST = "127.0.0.1"
+# Java's main class.
+FRONTEND = "org.pytorch.serve.ModelServer"
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a server listens, all on loopback; on those of gRPC only if that was asked for."""
+    """The ports of a server, all on loopback; those of gRPC are used only if gRPC is on."""
 
     inference: int = 8080
     management: int = 8081
@@ -39,37 +41,37 @@ class Ports:
     grpc_management: int = 7071
 
     def used(self, *, grpc: bool) -> dict[str, int]:
-        """Those on which it listens."""
+        """Return the ports on which the server listens, by use."""
         ports = dataclasses.asdict(self)
         return ports if grpc else {use: port for use, port in ports.items() if "grpc" not in use}
 
 
 def unused_ports(count: int) -> list[int]:
-    """So many different ports of loopback that nobody uses yet."""
+    """Return that many different free ports of loopback."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]
 
 
 def free_ports() -> Ports:
-    """Ports for a server, of which nobody uses one yet."""
+    """Return free ports for a server."""
     return Ports(*unused_ports(len(dataclasses.fields(Ports))))
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server that is running, as `server.json` in its folder remembers it.
+class ServerState:
+    """The state of a running server, as stored in `server.json`.
 
     Attributes:
         pid: the frontend's process.
-        started: when that started, see `scripts.state`.
-        temporary: its folder for sockets and unpacked archives.
+        started: its start time, see `scripts.state`.
+        temporary: the server's folder for sockets and unpacked model archives.
         ports: where it listens.
-        models: the SHA-256 of each archive that it serves, by the model's name.
-        model: which of them is meant where nothing else is said.
+        models: SHA-256 of each model archive that it serves, by the model's name.
+        model: the default model.
         grpc: whether it can be reached over gRPC.
-        workers: worker processes of each model at the start.
-        supervised: whether something starts it again after it stopped, such as systemd.
+        workers: worker processes per model at the start.
+        supervised: whether a supervisor, such as systemd, restarts it after it stops.
     """
 
     pid: int
@@ -82,8 +84,12 @@ class Running:
     workers: int = 1
     supervised: bool = False
 
-    def serving(self, model: str) -> "Running":
-        """The same server, looked at for another of its models; `UserError` where it has none."""
+    def serving(self, model: str) -> "ServerState":
+        """Return this state with another of its models as the default.
+
+        Raises:
+            UserError: the server does not serve that model.
+        """
         if model not in self.models:
             raise UserError(
                 f"The server does not serve {model!r}. It serves: {', '.join(self.models)}."
@@ -92,98 +98,105 @@ class Running:
 
     @property
     def archive_sha256(self) -> str:
-        """Of the archive that `model` was loaded from."""
+        """Return the SHA-256 of the default model's archive."""
         return self.models[self.model]
 
     @property
     def predictions_url(self) -> str:
-        """Where pictures go."""
+        """Return the URL to which images are sent."""
         return f"http://{HOST}:{self.ports.inference}/predictions/{self.model}"
 
     @property
     def model_url(self) -> str:
-        """The model in the management API."""
+        """Return the model's URL in the management API."""
         return f"http://{HOST}:{self.ports.management}/models/{self.model}"
 
     @property
     def metrics_url(self) -> str:
-        """Prometheus metrics."""
+        """Return the URL of the Prometheus metrics."""
         return f"http://{HOST}:{self.ports.metrics}/metrics"
 
     def process(self) -> psutil.Process | None:
-        """The frontend's process; None where it has ended, or its id is another's by now."""
-        return living_process(self.pid, self.started)
+        """Return the frontend's process; None if it has exited."""
+        return process_by_id(self.pid, self.started)
 
 
-def find_running(run_dir: Path = RUN_DIR) -> Running | None:
-    """The server of this folder, if it runs, even where the folder was removed beneath it.
+# The former name, which examples/shapes/__main__.py imports.
+
+
+def find_running(run_dir: Path = RUN_DIR) -> ServerState | None:
+    """Return the running server of this folder, even if the folder was deleted; None if none runs.
 
     Raises:
-        UserError: what is remembered of it cannot be read.
+        UserError: its state file cannot be read.
     """
-    running = last_started(run_dir)
+    running = last_server_state(run_dir)
     if running is not None and running.process() is not None:
         return running
-    process = process_of(FRONTEND, str(config_of(run_dir)))
-    return None if process is None else _recover(process)
+    process = process_by_arguments(FRONTEND, str(config_path(run_dir)))
+    return None if process is None else _recover_state(process)
 
 
-# The class that Java is started with.
-FRONTEND = "org.pytorch.serve.ModelServer"
-
-
-def config_of(run_dir: Path) -> Path:
-    """The configuration of the server of this folder: by its path a server is recognised."""
+def config_path(run_dir: Path) -> Path:
+    """Return the path of a server's configuration, which identifies its process."""
     return (run_dir / "config.properties").resolve()
 
 
-def last_started(run_dir: Path) -> Running | None:
-    """The server that was started here last, dead or alive."""
+def last_server_state(run_dir: Path) -> ServerState | None:
+    """Return the state of the server that was started last, running or not; None if none was."""
     return _read(run_dir / STATE)
 
 
-def _read(path: Path) -> Running | None:
-    values = recall(path)
+def _read(path: Path) -> ServerState | None:
+    values = read_state(path)
     if values is None:
         return None
     try:
-        return Running(**{**values, "ports": Ports(**values["ports"])})
+        return ServerState(**{**values, "ports": Ports(**values["ports"])})
     except (TypeError, KeyError) as error:
-        raise unreadable(path) from error
+        raise unreadable_state(path) from error
 
 
-def _recover(process: psutil.Process) -> Running | None:
-    """What a server keeps of itself in its temporary folder, which its command line names."""
-    begin = "-Djava.io.tmpdir="
+def _recover_state(process: psutil.Process) -> ServerState | None:
+    """Return the copy of the state in the server's temporary folder; None if it has just exited.
+
+    Raises:
+        UserError: there is no copy.
+    """
+    option = "-Djava.io.tmpdir="
     try:
-        said = [word for word in process.cmdline() if word.startswith(begin)]
-        kept = _read(Path(said[0].removeprefix(begin)) / STATE) if said else None
-        if kept is not None:
-            return dataclasses.replace(kept, pid=process.pid, started=started(process.pid))
+        folders = [a.removeprefix(option) for a in process.cmdline() if a.startswith(option)]
+        state = _read(Path(folders[0]) / STATE) if folders else None
+        if state is not None:
+            return dataclasses.replace(state, pid=process.pid, started=start_time(process.pid))
     except psutil.Error:
-        return None  # it has just ended
+        return None
     raise UserError(
-        f"Process {process.pid} is a TorchServe of this folder, and nothing says how to reach it. "
-        f"End it with: kill {process.pid}"
+        f"Process {process.pid} is a TorchServe of this folder whose state file is gone. Stop it "
+        f"with: kill {process.pid}"
     )
 
 
-def forget_server(running: Running, run_dir: Path) -> None:
-    """Removes what a server that has ended left behind; its logs stay."""
+def delete_server_files(running: ServerState, run_dir: Path) -> None:
+    """Delete the temporary and state files of a server that has stopped; its logs stay."""
     shutil.rmtree(running.temporary, ignore_errors=True)
-    forget(run_dir / STATE)
+    delete_state(run_dir / STATE)
 
 
-def require_running(run_dir: Path = RUN_DIR) -> Running:
-    """The server of this folder; `UserError` where none runs."""
+def require_running(run_dir: Path = RUN_DIR) -> ServerState:
+    """Return the running server of this folder.
+
+    Raises:
+        UserError: none is running.
+    """
     running = find_running(run_dir)
     if running is None:
         raise UserError("TorchServe is not running. Start it with: make run")
     return running
 
 
-def worker_processes(running: Running) -> list[psutil.Process]:
-    """The living worker processes of all models."""
+def worker_processes(running: ServerState) -> list[psutil.Process]:
+    """Return the running worker processes of all models."""
     frontend = running.process()
     if frontend is None:
         return []
@@ -194,15 +207,15 @@ def worker_processes(running: Running) -> list[psutil.Process]:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """Whether it runs as TorchServe's worker; what has ended has no command line any more."""
+    """Return whether a process is TorchServe's worker; a zombie has no command line."""
     try:
-        return any("model_service_worker" in word for word in process.cmdline())
+        return any("model_service_worker" in argument for argument in process.cmdline())
     except psutil.Error:
         return False
 
 
-def lives(pid: int, running: Running) -> bool:
-    """Whether a living process of that id is the frontend's own, and not another's by now."""
+def is_worker_alive(pid: int, running: ServerState) -> bool:
+    """Return whether a process is running and the frontend's; another may have reused its id."""
     try:
         process = psutil.Process(pid)
         return process.ppid() == running.pid and process.status() != psutil.STATUS_ZOMBIE

@@ -1,8 +1,8 @@
-"""Starts, stops, scales and watches a TorchServe of this project's own.
+"""Starts, supervises and stops TorchServe.
 
-All that a running server needs beside the archive is in one folder, `.run`: its effective
-configuration, its logs and `server.json`, which says which process it is. Several servers live
-beside one another with a folder and ports each.
+A running server has one folder, `.run`: its effective configuration, its logs, copies of the served
+model archives and its state file, `server.json`. Several servers can run at the same time, each
+with its own folder and ports.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from pathlib import Path
 import psutil
 from rich.status import Status
 
-from scripts.serve.machine import WORKER_BYTES, Plan, plan, worker_bytes
-from scripts.serve.management import poll, ready_workers
+from scripts.serve.machine import WORKER_BYTES, Plan, plan_workers, worker_bytes
+from scripts.serve.management import ready_workers, wait_until
 from scripts.serve.preflight import (
     check_archives,
     check_ports,
     check_workers,
+    find_load_error,
     java_home,
-    why_not_loaded,
 )
 from scripts.serve.running import (
     FRONTEND,
@@ -36,36 +36,35 @@ from scripts.serve.running import (
     RUN_DIR,
     STATE,
     Ports,
-    Running,
-    config_of,
-    forget_server,
-    last_started,
+    ServerState,
+    config_path,
+    delete_server_files,
+    last_server_state,
     worker_processes,
 )
-from scripts.serve.worker_log import NewLines, cause, last_words, says_died
-from scripts.state import (
-    process_of,
-    remember,
-    started,
-)
+from scripts.serve.worker_log import NewLines, frontend_error, root_cause, worker_died
+from scripts.state import process_by_arguments, start_time, write_state
 from scripts.store import read_card, sha256
 from scripts.terminal import UserError, console
 
 CONFIG = Path("config.properties")
-LOG_CONFIG = Path("log4j2.xml")
-METRICS_CONFIG = Path("metrics.yaml")
-# Where TorchServe's gRPC listens while nobody asked for it, since it cannot be told not to listen:
-# a multicast address, from which the kernel never answers a connection, and any free port.
-_NOWHERE = "224.0.0.1"
+LOG_CONFIG = Path("deploy/torchserve/log4j2.xml")
+METRICS_CONFIG = Path("deploy/torchserve/metrics.yaml")
+# TorchServe always listens for gRPC. While gRPC is off it listens at a multicast address, for which
+# the kernel accepts no connection, and at any free port.
+_UNREACHABLE_ADDRESS = "224.0.0.1"
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
 START_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
 _SUPERVISE_INTERVAL = 0.5
-# In the server's folder: the archives that it serves.
+# Folder below the server's folder with copies of the served model archives.
 SERVING = "serving"
-# The log comes later than what it tells of.
+# A worker's last lines arrive in the log after it has exited.
 _LOG_DELAY = 1.0
+# TorchServe falls back to a handler of its own if it cannot import the archive's, and does not log
+# why.
+_HANDLER_NOT_IMPORTED = "ts.torch_handler."
 
 
 def start(
@@ -78,83 +77,83 @@ def start(
     grpc: bool = False,
     config: Path = CONFIG,
     log_config: Path = LOG_CONFIG,
-    beside: Sequence[Path] = (),
+    extra_archives: Sequence[Path] = (),
     supervised: bool = False,
-) -> Running:
-    """Starts TorchServe in the background and waits until all its workers are ready.
+) -> ServerState:
+    """Start TorchServe in the background and wait until all its workers are ready.
 
     Args:
-        archive: the `.mar` to serve; its folder is the model store.
+        archive: the model archive to serve; its folder is the model store.
         ports: where to listen.
-        workers: how many for each model; None for as many as suit the machine.
+        workers: number of workers per model; by default as many as suit the machine.
         run_dir: the server's folder.
-        threads: CPU threads of one worker; None for the CPUs divided by the workers.
-        grpc: whether it can be reached over gRPC, by whose streams any client can end all workers.
-        config: TorchServe's configuration, to which this start adds what it decides.
-        log_config: what is logged.
-        beside: more archives of the same folder, each served by workers of its own.
-        supervised: whether something starts it again after it stopped.
+        threads: CPU threads per worker; by default the CPUs divided by the workers.
+        grpc: whether gRPC can be reached. Its streams let any client stop all workers.
+        config: TorchServe's configuration, to which this function appends.
+        log_config: the configuration of the logs.
+        extra_archives: more archives of the same folder, each served by its own workers.
+        supervised: whether a supervisor restarts the server after it stops.
 
     Raises:
-        UserError: a port is taken, Java or the archive cannot be used, the machine is too small, or
-            no worker gets ready. Nothing is left running then; the logs are kept.
+        UserError: a port is in use, Java or an archive cannot be used, the machine is too small, or
+            the workers do not become ready. Then no process is left running; the logs are kept.
     """
     ports = ports or Ports()
-    archives = [archive, *beside]
+    archives = [archive, *extra_archives]
     check_start(archives, ports, workers, grpc=grpc)
-    chosen = plan(workers, len(archives), _heaviest(archives))
+    plan = plan_workers(workers, len(archives), _max_worker_bytes(archives))
     if threads is not None:
-        chosen = dataclasses.replace(chosen, threads=threads)
+        plan = dataclasses.replace(plan, threads=threads)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    dead = last_started(run_dir)
-    if dead is not None and dead.process() is None:
-        forget_server(dead, run_dir)
-    decided = _decided_at_start(archives, ports, chosen, grpc=grpc)
-    # The last line of a key counts.
-    (run_dir / "config.properties").write_text(config.read_text() + decided)
-    # TorchServe names its sockets and its process file after nothing but the temporary folder:
-    # two servers must not share one. The path is short, since a socket's must be.
+    previous = last_server_state(run_dir)
+    if previous is not None and previous.process() is None:
+        delete_server_files(previous, run_dir)
+    properties = _start_properties(archives, ports, plan, grpc=grpc)
+    # If a key occurs twice, the last line applies.
+    (run_dir / "config.properties").write_text(config.read_text() + properties)
+    # Two servers must not share a temporary folder: the names of TorchServe's sockets and pid file
+    # are constant. The path of a socket must be short.
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     models = {archive.stem: sha256(archive) for archive in archives}
-    unborn = Running(
+    pending = ServerState(
         *(0, "", temporary, ports, models, archives[0].stem, grpc),
-        workers=chosen.workers,
+        workers=plan.workers,
         supervised=supervised,
     )
     model_log = NewLines(logs / "model.log")
     try:
-        remember(Path(temporary) / STATE, dataclasses.asdict(unborn))
-        running = _launch(unborn, archives[0].parent, chosen, run_dir, log_config)
+        write_state(Path(temporary) / STATE, dataclasses.asdict(pending))
+        running = _launch(pending, archives[0].parent, plan, run_dir, log_config)
     except BaseException:
-        orphan = process_of(FRONTEND, str(config_of(run_dir)))
+        orphan = process_by_arguments(FRONTEND, str(config_path(run_dir)))
         if orphan is not None:
             orphan.kill()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        remember(run_dir / STATE, dataclasses.asdict(running))
-        _wait_until_ready(running, archives, chosen.workers, logs, model_log)
-        _keep(archives, run_dir / SERVING)
+        write_state(run_dir / STATE, dataclasses.asdict(running))
+        _wait_until_ready(running, archives, plan.workers, logs, model_log)
+        _copy_archives(archives, run_dir / SERVING)
     except BaseException:
         stop(running, run_dir)
         raise
     return running
 
 
-def _keep(archives: Sequence[Path], folder: Path) -> None:
-    """Keep copies of what is served: the files may be replaced, and an upgrade needs them."""
+def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
+    """Copy the served archives: their files may be replaced, and an upgrade needs the old ones."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for archive in archives:
         shutil.copyfile(archive, folder / archive.name)
 
 
-def supervise(running: Running, run_dir: Path = RUN_DIR) -> int:
-    """Wait until the server stops, or stop it on SIGTERM or SIGINT.
+def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
+    """Wait until the server exits, or stop it on SIGTERM or SIGINT.
 
     Returns:
-        the exit status: 0 after a signal, 1 if the server stopped by itself.
+        The exit status: 0 after a signal, 1 if the server exited by itself.
     """
     received = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -169,7 +168,7 @@ def supervise(running: Running, run_dir: Path = RUN_DIR) -> int:
 
 
 def _notify(state: str) -> None:
-    """Report to systemd, if it started this process (sd_notify(3))."""
+    """Report a state to systemd, if that started this process (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -184,81 +183,83 @@ def check_start(
     workers: int | None,
     *,
     grpc: bool = False,
-    instead_of: Running | None = None,
+    instead_of: ServerState | None = None,
 ) -> None:
-    """Checks all that can be known before a start.
+    """Check everything that can be checked before a start.
 
     Args:
-        archives: what to serve; none of them where that is not known yet.
+        archives: what to serve; empty if that is not known yet.
         ports: where to listen.
-        workers: how many for each model.
+        workers: number of workers per model.
         grpc: whether gRPC will be reachable.
-        instead_of: a server that ends before this one starts.
+        instead_of: a server that stops before this one starts.
 
     Raises:
         UserError: an archive, a port, Java, or the number of workers cannot be used.
     """
     java_home()
     held: list[int] = []
-    ending = 0
+    stopping = 0
     if instead_of is not None:
         held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
-        ending = len(worker_processes(instead_of))
+        stopping = len(worker_processes(instead_of))
     check_ports(HOST, ports.used(grpc=grpc), held)
-    check_workers(workers, max(1, len(archives)), ending, _heaviest(archives))
+    check_workers(workers, max(1, len(archives)), stopping, _max_worker_bytes(archives))
     check_archives(archives)
 
 
-def _heaviest(archives: Sequence[Path]) -> int:
-    """The most memory, in bytes, that a worker of one of them may take."""
+def _max_worker_bytes(archives: Sequence[Path]) -> int:
+    """Return the memory, in bytes, that a worker of the largest of these archives may take."""
     cards = [card for card in map(read_card, archives) if card is not None]
     return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
 
 
-def _decided_at_start(archives: Sequence[Path], ports: Ports, chosen: Plan, *, grpc: bool) -> str:
+def _start_properties(archives: Sequence[Path], ports: Ports, plan: Plan, *, grpc: bool) -> str:
+    grpc_host = HOST if grpc else _unreachable_grpc_address()
     return (
-        "\n# --- Decided at start ---\n"
+        "\n# --- Set at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
         f"management_address=http://{HOST}:{ports.management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_address={HOST if grpc else _nowhere()}\n"
+        f"grpc_inference_address={grpc_host}\n"
         f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
-        f"grpc_management_address={HOST if grpc else _nowhere()}\n"
+        f"grpc_management_address={grpc_host}\n"
         f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
         f"model_store={archives[0].parent.resolve()}\n"
         f"load_models={','.join(archive.name for archive in archives)}\n"
-        f"default_workers_per_model={chosen.workers}\n"
+        f"default_workers_per_model={plan.workers}\n"
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
     )
 
 
-def _nowhere() -> str:
-    """Where gRPC cannot be reached; loopback, at a port that nobody is told, where this kernel does
-    not let anybody listen there (macOS, gVisor).
+def _unreachable_grpc_address() -> str:
+    """Return an address at which gRPC cannot be reached.
+
+    On kernels that do not let a process listen there (macOS, gVisor) it is loopback, at a port that
+    is not published.
     """
     with socket.socket() as probe:
         try:
-            probe.bind((_NOWHERE, 0))
+            probe.bind((_UNREACHABLE_ADDRESS, 0))
         except OSError:
             return HOST
-    return _NOWHERE
+    return _UNREACHABLE_ADDRESS
 
 
-def _configured(key: str, config: Path) -> str:
-    """A key's value in the configuration; the last line of a key counts."""
+def _read_number(key: str, config: Path) -> str:
+    """Return the number of a key in the configuration, from the last line with that key."""
     values = re.findall(rf"^{key}=(\d+)\s*$", config.read_text(), re.MULTILINE)
     if not values:
-        raise UserError(f"{CONFIG} says nothing of {key}; a number of bytes is needed.")
-    value: str = values[-1]
-    return value
+        raise UserError(f"{CONFIG} has no {key}. Set it to a number of bytes.")
+    return str(values[-1])
 
 
 def _launch(
-    unborn: Running, model_store: Path, chosen: Plan, run_dir: Path, log_config: Path
-) -> Running:
-    """Starts Java; gives back `unborn` with the process that it became."""
+    pending: ServerState, model_store: Path, plan: Plan, run_dir: Path, log_config: Path
+) -> ServerState:
+    """Start Java; return the pending state with the frontend's process."""
     logs = run_dir / "logs"
-    temporary = unborn.temporary
+    temporary = pending.temporary
     environment = {
         **os.environ,
         "JAVA_HOME": java_home(),
@@ -266,28 +267,28 @@ def _launch(
         "TEMP": temporary,
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
-        "OMP_NUM_THREADS": str(chosen.threads),
-        "MAX_THREADS": str(chosen.max_threads),
-        # The frontend receives bodies outside its heap, in blocks that glibc would keep for later.
+        "OMP_NUM_THREADS": str(plan.threads),
+        "MAX_THREADS": str(plan.max_threads),
+        # The frontend receives bodies outside its heap; by default glibc keeps these blocks.
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        # TorchServe does not tell its workers; the handler keeps its answers below it.
-        "TS_MAX_RESPONSE_SIZE": _configured("max_response_size", config_of(run_dir)),
+        # TorchServe does not pass it to workers; the handler limits its responses to it.
+        "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config_path(run_dir)),
     }
-    # A module path of the user's could put other modules before the archive's own.
+    # Modules on the user's path could shadow those of the archive.
     environment.pop("PYTHONPATH", None)
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-        *("--ts-config", str(config_of(run_dir))),
+        *("--ts-config", str(config_path(run_dir))),
         *("--log-config", str(log_config.resolve())),
         *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
-        # A session of its own: Ctrl-C in this terminal is for this command, not for the server.
+        # A session of its own, so that Ctrl-C in this terminal does not stop the server.
         result = subprocess.run(
             command,
             env=environment,
-            # TorchServe writes into the folder in which it is started.
+            # TorchServe writes to its working directory.
             cwd=temporary,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -297,27 +298,31 @@ def _launch(
         )
     try:
         pid = int((Path(temporary) / ".model_server.pid").read_text())
-        return dataclasses.replace(unborn, pid=pid, started=started(pid))
+        return dataclasses.replace(pending, pid=pid, started=start_time(pid))
     except (OSError, ValueError, psutil.NoSuchProcess) as error:
         raise UserError(
-            f"TorchServe did not start (exit status {result.returncode}). {last_words(logs)}"
+            f"TorchServe did not start (exit status {result.returncode}). {frontend_error(logs)}"
         ) from error
 
 
 def _wait_until_ready(
-    running: Running, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
+    running: ServerState, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
 ) -> None:
-    """Raises `UserError` as soon as a worker ends, which a sound one never does."""
-    killed_before = _killed_for_memory()
+    """Wait until all workers are ready.
+
+    Raises:
+        UserError: the frontend or a worker exited, or the timeout has passed.
+    """
+    oom_kills_before = _oom_kills()
     seen: set[int] = set()
     with Status("Waiting for TorchServe ...", console=console) as status:
 
         def check() -> bool:
             if running.process() is None:
-                raise UserError(f"TorchServe ended while it started. {last_words(logs)}")
+                raise UserError(f"TorchServe exited while it started. {frontend_error(logs)}")
             now = {process.pid for process in worker_processes(running)}
-            if seen - now or says_died(model_log.read()):
-                reason = _why_it_died(archives, model_log, killed_before)
+            if seen - now or worker_died(model_log.read()):
+                reason = _crash_reason(archives, model_log, oom_kills_before)
                 raise UserError(
                     f"The archive cannot be loaded: {reason.rstrip('.')}. The worker's log is "
                     f"{logs / 'model.log'}."
@@ -328,31 +333,28 @@ def _wait_until_ready(
             status.update(f"Waiting for TorchServe: {sum(ready)} of {wanted} workers ready ...")
             return min(ready) >= workers
 
-        if not poll(check, START_TIMEOUT):
+        if not wait_until(check, START_TIMEOUT):
             raise UserError(
-                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. {last_words(logs)}"
+                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. "
+                f"{frontend_error(logs)}"
             )
 
 
-def _why_it_died(archives: Sequence[Path], model_log: NewLines, killed_before: int) -> str:
-    poll(lambda: cause(model_log.read()) is not None, _LOG_DELAY)
-    reason = cause(model_log.read())
-    if _killed_for_memory() > killed_before:
-        return reason or "the kernel killed a process for want of memory; try WORKERS=1"
+def _crash_reason(archives: Sequence[Path], model_log: NewLines, oom_kills_before: int) -> str:
+    wait_until(lambda: root_cause(model_log.read()) is not None, _LOG_DELAY)
+    reason = root_cause(model_log.read())
+    if _oom_kills() > oom_kills_before:
+        return reason or "the kernel killed a process because memory ran out; try WORKERS=1"
     if reason is not None and _HANDLER_NOT_IMPORTED not in reason:
         return reason
-    # Loading it once more tells more than the log.
-    again = (why_not_loaded(archive, 1, METRICS_CONFIG) for archive in archives)
-    found = next((why for why in again if why is not None), reason)
-    return found or "its worker ended without a word, as when somebody kills it"
+    # Loading the archives again shows an error that is not in the log.
+    errors = (find_load_error(archive, 1, METRICS_CONFIG) for archive in archives)
+    found = next((error for error in errors if error is not None), reason)
+    return found or "its worker exited and logged no error, as if it was killed"
 
 
-# TorchServe looks for a handler of its own where the archive's cannot be imported, and forgets why.
-_HANDLER_NOT_IMPORTED = "ts.torch_handler."
-
-
-def _killed_for_memory() -> int:
-    """How many processes the kernel has killed on this machine for want of memory."""
+def _oom_kills() -> int:
+    """Return how many processes the kernel has killed on this machine because memory ran out."""
     try:
         counters = Path("/proc/vmstat").read_text().split()
         return int(counters[counters.index("oom_kill") + 1])
@@ -360,17 +362,17 @@ def _killed_for_memory() -> int:
         return 0
 
 
-def stop(running: Running, run_dir: Path = RUN_DIR) -> None:
-    """Ends the server and its workers. TorchServe cuts what is in flight."""
+def stop(running: ServerState, run_dir: Path = RUN_DIR) -> None:
+    """Stop the server and its workers. TorchServe does not drain: requests in flight fail."""
     frontend = running.process()
     if frontend is not None:
         try:
             processes = [*frontend.children(recursive=True), frontend]
             frontend.terminate()
         except psutil.NoSuchProcess:
-            processes = []  # it has just ended
+            processes = []  # it has just exited
         _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT)
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=STOP_TIMEOUT)
-    forget_server(running, run_dir)
+    delete_server_files(running, run_dir)

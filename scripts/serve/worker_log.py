@@ -1,68 +1,72 @@
-"""What the logs of a TorchServe say of a worker or a frontend that ended."""
+"""Parses TorchServe's logs for the reason why a worker or the frontend exited."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-_LONGEST = 500
+# Characters of a reason.
+_MAX_LENGTH = 500
 
-# What TorchServe writes before a line that a worker printed, see log4j2.xml.
+# TorchServe's prefix of a line that a worker printed, see log4j2.xml.
 _PREFIX = re.compile(r"^\d{4}-\d\d-\d\dT\S+ \[\w+ *\] .*?MODEL_LOG - ")
-# The last line of a traceback, which names the exception. Its other lines are indented.
+# The last line of a traceback, with the exception. The lines above it are indented.
 _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Fail|NoSuchFile)(?:: .*)?$"
 )
-# What the handler raises for a wrong archive; it holds the reason of whatever it was raised from.
+# The handler's error for a wrong archive; its message includes the error that it was raised from.
 _ARCHIVE_ERROR = re.compile(r"\bArchiveError: (.+)$")
-# What TorchServe's worker makes of a cause that it has just logged.
-_OF_TORCHSERVE = re.compile(r"^RuntimeError: \d{3} - ")
+# TorchServe's error that follows a cause which is logged already.
+_CONSEQUENCE = re.compile(r"^RuntimeError: \d{3} - ")
 _FATAL = re.compile(r"^(?:Fatal Python error: .*|.*: error while loading shared libraries: .*)$")
 _DIED = ("Backend worker process died", "Failed to load model", " OOM, exception")
 
 
 class NewLines:
-    """What a log gains from now on; earlier starts wrote into the same file."""
+    """The lines that are added to a log after this object was made.
+
+    Earlier starts of the server logged to the same file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._start = path.stat().st_size if path.exists() else 0
 
     def read(self) -> list[str]:
-        """All lines since."""
+        """Return all new lines."""
         if not self._path.exists():
             return []
         with self._path.open(errors="replace") as log:
-            # A log that was rolled begins anew.
+            # A log that was rotated is read from its start.
             log.seek(self._start if self._path.stat().st_size >= self._start else 0)
             return log.read().splitlines()
 
 
-def says_died(lines: Iterable[str]) -> bool:
-    """Whether a worker says that it ends."""
+def worker_died(lines: Iterable[str]) -> bool:
+    """Return whether a worker logged that it crashed."""
     return any(sign in line for line in lines for sign in _DIED)
 
 
-def cause(lines: Iterable[str]) -> str | None:
-    """Why a worker ended, in its own words; None where it says nothing.
+def root_cause(lines: Iterable[str]) -> str | None:
+    """Return the error for which a worker exited; None if it logged none.
 
-    The first exception of a run of tracebacks is the cause, those behind it are consequences.
+    The first exception of a chain of tracebacks is the cause, those after it are consequences.
 
     Args:
-        lines: what the worker printed, with or without TorchServe's prefixes.
+        lines: the worker's output, with or without TorchServe's prefixes.
     """
-    said = [_PREFIX.sub("", line).rstrip() for line in lines]
-    for line in said:
+    printed = [_PREFIX.sub("", line).rstrip() for line in lines]
+    for line in printed:
         if found := _ARCHIVE_ERROR.search(line):
-            return found.group(1)[:_LONGEST]
+            return found.group(1)[:_MAX_LENGTH]
     for pattern in (_EXCEPTION, _FATAL):
-        for line in said:
-            if pattern.match(line) and not _OF_TORCHSERVE.match(line):
-                return line[:_LONGEST]
+        for line in printed:
+            if pattern.match(line) and not _CONSEQUENCE.match(line):
+                return line[:_MAX_LENGTH]
     return None
 
 
-def last_words(logs: Path) -> str:
-    """Why the frontend ended, as far as its logs say it, and where they are.
+def frontend_error(logs: Path) -> str:
+    """Return the first error in the frontend's logs, and where the logs are, for a message.
 
     Args:
         logs: folder of console.log and server.log.
@@ -70,7 +74,7 @@ def last_words(logs: Path) -> str:
     for name in ("console.log", "server.log"):
         path = logs / name
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        # Without a GPU TorchServe logs a failed look for one as an error.
+        # Without a GPU, TorchServe logs an error because it cannot run nvidia-smi.
         errors = [
             line.strip()
             for line in lines
@@ -79,5 +83,5 @@ def last_words(logs: Path) -> str:
             and not line.startswith("\tat ")
         ]
         if errors:
-            return f"{name} says: {errors[0][:_LONGEST]}. The logs are in {logs}."
+            return f"{name} reports: {errors[0][:_MAX_LENGTH]}. The logs are in {logs}."
     return f"See the logs in {logs}."

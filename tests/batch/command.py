@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import requests
 
-from scripts.serve.management import poll
-from scripts.serve.running import Running
+from scripts.serve.management import wait_until
+from scripts.serve.running import ServerState
 
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
 
 def wait_for(ready: Callable[[], bool]) -> None:
     """Waits until it is so, as long as a job may take."""
-    assert poll(ready, _TIMEOUT), f"it did not happen within {_TIMEOUT} s"
+    assert wait_until(ready, _TIMEOUT), f"it did not happen within {_TIMEOUT} s"
 
 
 def classify(
@@ -67,7 +67,7 @@ def rows(output: Path) -> list[Row]:
     return [row for file in part_files(output) for row in pq.read_table(file).to_pylist()]
 
 
-def differs(row: Row, session: requests.Session, server: Running, topk: int = 5) -> bool:
+def differs(row: Row, session: requests.Session, server: ServerState, topk: int = 5) -> bool:
     """Return whether a row is something else than the server's answer for the same bytes."""
     headers = {"Content-Type": "application/octet-stream"}
     content = Path(row["path"]).read_bytes()

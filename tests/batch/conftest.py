@@ -14,7 +14,7 @@ from PIL import Image
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.serve.running import Running, free_ports, unused_ports
+from scripts.serve.running import ServerState, free_ports, unused_ports
 from scripts.serve.server import start, stop
 from tests.batch.cluster import Cluster
 from tests.batch.command import wait_for
@@ -52,10 +52,10 @@ def torch_archive(small_archive: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(
     small_archive: Path, multilabel_archive: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+) -> Iterator[ServerState]:
     """A server of the single-label and of the multi-label archive."""
     folder = tmp_path_factory.mktemp("run")
-    running = start(small_archive, free_ports(), 1, folder, beside=[multilabel_archive])
+    running = start(small_archive, free_ports(), 1, folder, extra_archives=[multilabel_archive])
     yield running
     stop(running, folder)
 

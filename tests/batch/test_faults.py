@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from handler.precision import CHECK_IMAGES, CHECK_LABELS
+from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.settings import MODEL_CARD, ModelCard
 from tests.batch.cluster import Cluster
 from tests.batch.command import begin, classify, ended, part_files, rows, wait_for
@@ -66,10 +66,10 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
 
 # Appended to the archive's own code: no image is known that crashes Pillow.
 _CRASH = b"""
-_sound = _make
+_sound = decode_here
 
 
-def _make(data, *rest):
+def decode_here(data, *rest):
     if Image.open(io.BytesIO(data)).size == (97, 13):
         import os
         os.abort()
@@ -81,7 +81,7 @@ def _broken(small_archive: Path, archive: Path) -> Path:
     """Write an archive whose decoder crashes, and whose int8 model cannot be checked."""
     with zipfile.ZipFile(small_archive) as sound, zipfile.ZipFile(archive, "w") as packed:
         for name in sound.namelist():
-            content = sound.read(name) + (_CRASH if name == "handler/images.py" else b"")
+            content = sound.read(name) + (_CRASH if name == "handler/decoding/pillow.py" else b"")
             if name == MODEL_CARD:
                 card = replace(ModelCard.from_json(content), precision="int8")
                 content = card.to_json().encode()

@@ -16,7 +16,7 @@ import pytest
 import requests
 from pyarrow import fs
 
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from scripts.store import sha256
 from tests import corpus
 from tests.batch.cluster import Cluster
@@ -65,7 +65,7 @@ def listed(
 
 
 def test_every_row_is_the_servers_answer_for_the_same_bytes(
-    listed: Result, refused: dict[str, bytes], server: Running, small_archive: Path
+    listed: Result, refused: dict[str, bytes], server: ServerState, small_archive: Path
 ) -> None:
     *found, missing = listed.rows
     with requests.Session() as session:
@@ -114,7 +114,7 @@ def test_nodes_with_one_cpu_and_one_gpu_decode_and_classify(
 
 
 def test_multilabel_rows_of_object_storage_are_the_servers_answers(
-    bucket: Callable[[str], str], multilabel_archive: Path, images: list[Path], server: Running
+    bucket: Callable[[str], str], multilabel_archive: Path, images: list[Path], server: ServerState
 ) -> None:
     storage, _ = fs.FileSystem.from_uri(bucket(""))
     for number, path in enumerate(images[:20]):

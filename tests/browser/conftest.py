@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwright
 
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 
 # Milliseconds; the usual 5 s are little beside other tests.
 expect.set_options(timeout=30_000)
@@ -116,6 +116,6 @@ def open_page(browser: Browser, console: Console) -> Iterator[Callable[..., Page
 
 
 @pytest.fixture
-def page(open_page: Callable[..., Page], running: Running) -> Page:
+def page(open_page: Callable[..., Page], running: ServerState) -> Page:
     """The page, as TorchServe itself serves it."""
     return open_page(running.predictions_url)

@@ -8,7 +8,7 @@ from playwright.sync_api import FilePayload, Locator, Page, Route, expect
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
@@ -18,12 +18,12 @@ FINGER = 44
 NOTES = b"These are notes. " * 30
 
 
-def ask(running: Running, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
+def ask(running: ServerState, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
     """Return what the server answers without a browser."""
     return _post(running.predictions_url, content, fields)
 
 
-def explain(running: Running, **fields: str) -> dict[str, Any]:
+def explain(running: ServerState, **fields: str) -> dict[str, Any]:
     """Return the numbers of the cat's heat map."""
     return _post(
         running.predictions_url.replace("/predictions/", "/explanations/"), CAT_BYTES, fields
@@ -80,7 +80,7 @@ def in_words(label: str) -> str:
     return label.replace("_", " ")
 
 
-def expect_the_cats_answer(page: Page, running: Running) -> None:
+def expect_the_cats_answer(page: Page, running: ServerState) -> None:
     """Of the picture that is open."""
     predictions = ask(running)["predictions"]
     opened = page.locator(".result.open")

@@ -8,7 +8,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.browser.conftest import Console
 from tests.browser.person import FINGER, PHONE, answered, choose, everything, hold
 
@@ -38,7 +38,7 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("forced", ["none", "active"])
 def test_light_and_dark_follow_the_system_and_bars_stand_out_from_their_background(
-    open_page: Open, running: Running, scheme: str, forced: str
+    open_page: Open, running: ServerState, scheme: str, forced: str
 ) -> None:
     page = open_page(running.predictions_url, color_scheme=scheme, forced_colors=forced)
     brightness = luminance(background(page.locator("body")))
@@ -51,7 +51,7 @@ def test_light_and_dark_follow_the_system_and_bars_stand_out_from_their_backgrou
 
 @pytest.mark.parametrize("width", [280, 390])
 def test_nothing_is_wider_than_a_phone_or_too_small_for_a_finger(
-    open_page: Open, running: Running, console: Console, width: int
+    open_page: Open, running: ServerState, console: Console, width: int
 ) -> None:
     phone = {**PHONE, "viewport": {"width": width, "height": 844}}
     page = open_page(running.predictions_url, **phone)
@@ -73,7 +73,9 @@ def test_nothing_is_wider_than_a_phone_or_too_small_for_a_finger(
         assert box["x"] + box["width"] <= width, (text, box)
 
 
-def test_on_a_phone_the_answer_comes_to_where_one_looks(open_page: Open, running: Running) -> None:
+def test_on_a_phone_the_answer_comes_to_where_one_looks(
+    open_page: Open, running: ServerState
+) -> None:
     page = open_page(running.predictions_url, **PHONE)
     drop = page.locator(".drop").bounding_box()
     choose(page, CAT)
@@ -89,7 +91,7 @@ def test_on_a_phone_the_answer_comes_to_where_one_looks(open_page: Open, running
 
 @pytest.mark.parametrize(("wish", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
 def test_the_way_there_respects_who_wants_no_motion(
-    open_page: Open, running: Running, wish: str, behavior: str
+    open_page: Open, running: ServerState, wish: str, behavior: str
 ) -> None:
     page = open_page(running.predictions_url, reduced_motion=wish, **PHONE)
     page.evaluate(
@@ -103,7 +105,7 @@ def test_the_way_there_respects_who_wants_no_motion(
     assert set(page.evaluate("() => window.scrolls")) == {behavior}
 
 
-def test_who_scrolls_away_is_left_alone(open_page: Open, running: Running) -> None:
+def test_who_scrolls_away_is_left_alone(open_page: Open, running: ServerState) -> None:
     page = open_page(running.predictions_url, **PHONE)
     held = hold(page)
     choose(page, CAT)
@@ -146,7 +148,7 @@ def test_a_screen_reader_is_told_once_for_all(page: Page) -> None:
 
 
 def test_without_javascript_the_notice_comes_first_and_nothing_else_pretends_to_work(
-    open_page: Open, running: Running
+    open_page: Open, running: ServerState
 ) -> None:
     page = open_page(running.predictions_url, java_script_enabled=False)
     assert page.locator("main").inner_text().startswith("This page needs JavaScript")

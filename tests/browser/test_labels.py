@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.browser.person import FINGER, PHONE, answered, ask, choose, save
 from tests.conftest import Shapes
 
@@ -19,14 +19,14 @@ LABELS = 3
 
 
 @pytest.fixture(scope="module")
-def image(shapes: Shapes, shapes_server: Running) -> Path:
+def image(shapes: Shapes, shapes_server: ServerState) -> Path:
     """One that gets three labels."""
     paths = sorted((shapes.folder / "test").glob("*.png"))
     return next(p for p in paths if len(ask(shapes_server, p.read_bytes())["labels"]) == LABELS)
 
 
 @pytest.fixture(scope="module")
-def answer(image: Path, shapes_server: Running) -> dict[str, Any]:
+def answer(image: Path, shapes_server: ServerState) -> dict[str, Any]:
     return ask(shapes_server, image.read_bytes(), topk="6")
 
 
@@ -35,7 +35,7 @@ def names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
-    open_page: Open, shapes_server: Running, image: Path, answer: dict[str, Any]
+    open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any]
 ) -> None:
     page = open_page(shapes_server.predictions_url)
     expect(page.locator(".lead")).to_contain_text("shapes names all that it sees in it, out of")
@@ -58,7 +58,7 @@ def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
 
 
 def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_back(
-    open_page: Open, shapes_server: Running, image: Path, answer: dict[str, Any]
+    open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any]
 ) -> None:
     page = open_page(shapes_server.predictions_url)
     own = page.locator("#own")
@@ -79,7 +79,7 @@ def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_b
 
 
 def test_saved_results_have_all_labels(
-    open_page: Open, shapes_server: Running, image: Path, answer: dict[str, Any], tmp_path: Path
+    open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any], tmp_path: Path
 ) -> None:
     page = open_page(shapes_server.predictions_url)
     choose(page, image, image)
@@ -93,7 +93,7 @@ def test_saved_results_have_all_labels(
 
 
 def test_axe_finds_no_accessibility_violation(
-    open_page: Open, shapes_server: Running, image: Path
+    open_page: Open, shapes_server: ServerState, image: Path
 ) -> None:
     page = open_page(shapes_server.predictions_url, bypass_csp=True, color_scheme="dark", **PHONE)
     choose(page, image)

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from benchmarks.known import PHOTOGRAPHS
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.browser.conftest import Console
 from tests.browser.person import NOTES, answered, ask, choose, copy_of, hold, payload, save
 
@@ -78,7 +78,7 @@ def test_one_image_or_all_can_be_removed_and_what_is_removed_is_not_sent(page: P
 
 
 def test_the_results_can_be_saved_as_they_are_shown(
-    page: Page, running: Running, console: Console, tmp_path: Path
+    page: Page, running: ServerState, console: Console, tmp_path: Path
 ) -> None:
     formula, notes = '=HYPERLINK("x").png', "notes, mine.txt"
     choose(

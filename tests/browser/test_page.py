@@ -18,7 +18,7 @@ from playwright.sync_api import Page, expect
 
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.browser.person import (
     CAT_BYTES,
     NOTES,
@@ -103,14 +103,14 @@ def paste_data_url(page: Page) -> None:
     "send", [photograph, drop_file, drop_from_another_page, paste_image, paste_data_url]
 )
 def test_an_image_is_answered_whichever_way_it_comes(
-    page: Page, running: Running, send: Callable[[Page], None]
+    page: Page, running: ServerState, send: Callable[[Page], None]
 ) -> None:
     send(page)
     expect_the_cats_answer(page, running)
     expect(page.locator("#notice")).to_contain_text("up to 20 MB each")
 
 
-def test_somebody_without_an_image_can_try_a_sample(page: Page, running: Running) -> None:
+def test_somebody_without_an_image_can_try_a_sample(page: Page, running: ServerState) -> None:
     assert page.locator(".samples button").count() == 4
     sample = page.get_by_role("button", name="coffee")
     source = sample.locator("img").get_attribute("src") or ""
@@ -143,7 +143,7 @@ def test_a_drop_without_an_image_gets_a_message_where_it_is_seen(
 
 
 def test_an_image_that_the_browser_cannot_show_is_shown_by_the_server(
-    page: Page, running: Running
+    page: Page, running: ServerState
 ) -> None:
     with Image.open(CAT) as cat:
         heic = io.BytesIO()
@@ -211,7 +211,9 @@ def run(command: list[str], folder: Path) -> str:
     return subprocess.check_output(command, cwd=folder, text=True)
 
 
-def test_the_copied_command_works_in_a_shell(page: Page, running: Running, tmp_path: Path) -> None:
+def test_the_copied_command_works_in_a_shell(
+    page: Page, running: ServerState, tmp_path: Path
+) -> None:
     page.locator("#threshold").fill("0.5")
     page.get_by_label("Guesses shown").select_option("3")
     expected = ask(running, topk="3", threshold="0.5")
@@ -234,7 +236,7 @@ def test_the_copied_command_works_in_a_shell(page: Page, running: Running, tmp_p
 
 
 def test_the_examples_for_programs_run_as_they_stand(
-    page: Page, running: Running, tmp_path: Path
+    page: Page, running: ServerState, tmp_path: Path
 ) -> None:
     page.get_by_label("Guesses shown").select_option("3")
     page.get_by_text("Use it from a program").click()
@@ -277,7 +279,7 @@ def test_the_page_names_the_model_and_finds_its_classes(page: Page) -> None:
 
 
 def test_the_page_works_at_the_servers_other_addresses_and_not_at_its_root(
-    open_page: Open, running: Running
+    open_page: Open, running: ServerState
 ) -> None:
     origin = running.predictions_url.partition("/predictions")[0]
     for path in ("/invocations", "/explanations/densenet121"):
@@ -335,7 +337,7 @@ def test_a_heat_map_that_comes_after_it_was_taken_off_stays_off(page: Page) -> N
 
 
 def test_a_large_photo_is_sent_as_it_is_and_one_above_the_limit_is_not(
-    page: Page, running: Running, tmp_path: Path
+    page: Page, running: ServerState, tmp_path: Path
 ) -> None:
     """No smaller copy that a browser makes is the same image to the model."""
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), dtype=np.uint8)

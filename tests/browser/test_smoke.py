@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from benchmarks.known import CAT_LABELS, KNOWN
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.browser.conftest import Console
 from tests.browser.person import (
     NOTES,
@@ -29,7 +29,7 @@ from tests.browser.person import (
 Open = Callable[..., Page]
 
 
-def test_a_chosen_image_is_shown_at_once_and_answered(page: Page, running: Running) -> None:
+def test_a_chosen_image_is_shown_at_once_and_answered(page: Page, running: ServerState) -> None:
     choose(page, CAT)
     image = page.locator(".photo img")
     expect(image).to_have_attribute("alt", "chelsea.png")
@@ -47,7 +47,7 @@ def test_a_chosen_image_is_shown_at_once_and_answered(page: Page, running: Runni
 
 
 def test_photographs_with_known_content_are_recognized_and_nothing_warns(
-    open_page: Open, lite0_server: Running
+    open_page: Open, lite0_server: ServerState
 ) -> None:
     page = open_page(lite0_server.predictions_url)
     expect(page.locator("#warning")).not_to_be_visible()
@@ -64,7 +64,7 @@ def test_photographs_with_known_content_are_recognized_and_nothing_warns(
 
 
 def test_a_file_that_is_no_image_gets_the_servers_error_message(
-    page: Page, running: Running, console: Console
+    page: Page, running: ServerState, console: Console
 ) -> None:
     choose(page, payload("notes.txt", NOTES, "text/plain"))
     expect(page.locator(".message")).to_have_text(ask(running, NOTES)["message"])
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_image_gets_the_servers_error_message(
 
 
 def test_threshold_and_number_of_guesses_are_the_persons_choice(
-    page: Page, running: Running
+    page: Page, running: ServerState
 ) -> None:
     expect(page.locator("#threshold")).to_have_value("0.1")
     expect(page.locator("#threshold-shown")).to_have_text("10.0 % sure")
@@ -93,7 +93,7 @@ def test_threshold_and_number_of_guesses_are_the_persons_choice(
 
 
 def test_each_guess_has_a_heat_map_that_lies_on_the_image(
-    page: Page, running: Running, console: Console
+    page: Page, running: ServerState, console: Console
 ) -> None:
     choose(page, CAT)
     expect(page.locator(".guess")).to_have_count(5)
@@ -151,7 +151,7 @@ def _drawn_heat(page: Page) -> np.ndarray:
     return np.array(alpha, np.uint8).reshape(224, 224)
 
 
-def test_a_keyboard_is_enough(page: Page, running: Running) -> None:
+def test_a_keyboard_is_enough(page: Page, running: ServerState) -> None:
     # Listened for from the start: a key is faster than the driver gets ready to catch the dialog.
     page.on("filechooser", lambda chooser: chooser.set_files(CAT))
     page.keyboard.press("Tab")
@@ -174,7 +174,7 @@ def test_a_keyboard_is_enough(page: Page, running: Running) -> None:
     "options", [{"color_scheme": "dark"}, {"color_scheme": "light", **PHONE}], ids=["dark", "phone"]
 )
 def test_axe_finds_no_accessibility_violation(
-    open_page: Open, running: Running, console: Console, options: dict[str, Any]
+    open_page: Open, running: ServerState, console: Console, options: dict[str, Any]
 ) -> None:
     # axe works with means that the page's policy rightly denies.
     page = open_page(running.predictions_url, bypass_csp=True, **options)

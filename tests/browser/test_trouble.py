@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
-from scripts.serve.running import HOST, Running, free_ports
+from scripts.serve.running import HOST, ServerState, free_ports
 from scripts.serve.server import start, stop
 from tests.browser.conftest import Console
 from tests.browser.person import (
@@ -94,12 +94,12 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
 
 
 @pytest.fixture
-def gateway(running: Running) -> Iterator[Gateway]:
+def gateway(running: ServerState) -> Iterator[Gateway]:
     with Gateway(running.predictions_url) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -115,7 +115,7 @@ def page(open_page: Open, gateway: Gateway) -> Page:
 
 @pytest.mark.parametrize("path", ["/", "/see/what/?a=b#c"])
 def test_the_page_works_at_a_gateways_own_paths(
-    open_page: Open, running: Running, gateway: Gateway, path: str
+    open_page: Open, running: ServerState, gateway: Gateway, path: str
 ) -> None:
     page = open_page(gateway.url + path)
     choose(page, CAT)

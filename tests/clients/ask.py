@@ -36,7 +36,7 @@ async def afailure(call: Any) -> str:
 
 async def kserve(address: str, grpc_address: str, model: str, picture: bytes) -> dict[str, Any]:
     """Both of KServe's clients, over both versions of its protocol."""
-    from kserve import (  # noqa: PLC0415
+    from kserve import (
         InferenceGRPCClient,
         InferenceRESTClient,
         InferInput,
@@ -88,13 +88,13 @@ async def kserve(address: str, grpc_address: str, model: str, picture: bytes) ->
 
 def triton(address: str, grpc_address: str, model: str, picture: bytes) -> dict[str, Any]:
     """Triton's clients over HTTP, and over gRPC where there is."""
-    import tritonclient.http  # noqa: PLC0415
+    import tritonclient.http
 
     said = _triton(
         tritonclient.http, tritonclient.http.InferenceServerClient(address), model, picture
     )
     if grpc_address:
-        import tritonclient.grpc  # noqa: PLC0415
+        import tritonclient.grpc
 
         client = tritonclient.grpc.InferenceServerClient(grpc_address)
         over = _triton(tritonclient.grpc, client, model, picture)

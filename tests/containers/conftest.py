@@ -7,7 +7,7 @@ from uuid import uuid4
 import pytest
 
 from scripts.container.base import debian_base
-from scripts.container.engine import Engine, find_engine, runnable
+from scripts.container.engine import Engine, find_engine, with_working_runtime
 from scripts.container.image import build_image
 from scripts.terminal import UserError
 from tests.containers.running import Container, container
@@ -34,7 +34,10 @@ def base(found_engine: Engine) -> str:
     try:
         return debian_base(found_engine)
     except UserError as error:
-        if found_engine.tried("pull", "--quiet", _USUAL_BASE, timeout=_PULL).returncode == 0:
+        if (
+            found_engine.run_unchecked("pull", "--quiet", _USUAL_BASE, timeout=_PULL).returncode
+            == 0
+        ):
             return _USUAL_BASE
         pytest.skip(f"NOT RUN: no base for the image: {error}")
 
@@ -42,7 +45,7 @@ def base(found_engine: Engine) -> str:
 @pytest.fixture(scope="session")
 def engine(found_engine: Engine, base: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The same, so that it runs containers here."""
-    return runnable(found_engine, base, tmp_path_factory.mktemp("engine"))
+    return with_working_runtime(found_engine, base, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +54,7 @@ def image(engine: Engine, base: str, archive: Path) -> Iterator[str]:
     tag = f"localhost/densenet-test:{uuid4().hex[:12]}"
     build_image(engine, [archive], tag, base)
     yield tag
-    engine.tried("image", "rm", "--force", tag)
+    engine.run_unchecked("image", "rm", "--force", tag)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import Any
 import requests
 
 from scripts.container.engine import Engine
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 from scripts.serve.running import unused_ports
 from scripts.terminal import UserError
 
@@ -82,7 +82,7 @@ class Pods:
         place.mkdir(parents=True, exist_ok=True)
         (place / "kustomization.yaml").write_text(_kustomization(place, name, image))
         done = subprocess.run(
-            ["kubectl", "kustomize", str(place)],  # noqa: S607
+            ["kubectl", "kustomize", str(place)],
             capture_output=True,
             text=True,
             check=True,
@@ -107,8 +107,8 @@ class Pods:
 
     def wait_until_ready(self, pod: Pod) -> None:
         """Wait until the readiness probe passes."""
-        if not poll(lambda: self.ready(pod), _PATIENCE):
-            logs = self.engine.tried("logs", "--tail", "40", pod.container).stdout
+        if not wait_until(lambda: self.ready(pod), _PATIENCE):
+            logs = self.engine.run_unchecked("logs", "--tail", "40", pod.container).stdout
             raise UserError(f"{pod.name} is not ready after {_PATIENCE:.0f} s: {logs}")
 
     def ready(self, pod: Pod) -> bool:
@@ -153,8 +153,8 @@ class Pods:
             except requests.RequestException:
                 return False
 
-        if not poll(ready, _PATIENCE):
-            logs = self.engine.tried("logs", self.gateway)
+        if not wait_until(ready, _PATIENCE):
+            logs = self.engine.run_unchecked("logs", self.gateway)
             raise UserError(f"The gateway is not ready: {logs.stdout}{logs.stderr}")
 
     def stop_gateway(self) -> None:
@@ -259,12 +259,12 @@ def _start_gateway(pods: Pods, image: str) -> None:
 def _clean(pods: Pods) -> None:
     """Remove pods, gateway and network, also those of an interrupted run."""
     engine, own = pods.engine, f"densenet-{pods.label}-"
-    engine.tried("rm", "-f", "-t", "0", pods.gateway)
+    engine.run_unchecked("rm", "-f", "-t", "0", pods.gateway)
     for kind, forced in (("pod", ("-f", "-t", "0")), ("volume", ("-f",))):
-        for name in engine.tried(kind, "ls", "--format", "{{.Name}}").stdout.split():
+        for name in engine.run_unchecked(kind, "ls", "--format", "{{.Name}}").stdout.split():
             if name.startswith(own):
-                engine.tried(kind, "rm", *forced, name)
-    engine.tried("network", "rm", "-f", pods.network)
+                engine.run_unchecked(kind, "rm", *forced, name)
+    engine.run_unchecked("network", "rm", "-f", pods.network)
 
 
 def kill(pods: Pods, _: str) -> None:
@@ -312,5 +312,5 @@ FAULTS: dict[str, Callable[[Pods, str], None]] = {
 
 
 def _wait_for(check: Callable[[], bool], failure: str) -> None:
-    if not poll(check, _PATIENCE):
+    if not wait_until(check, _PATIENCE):
         raise UserError(f"{failure} within {_PATIENCE:.0f} s.")

@@ -14,7 +14,7 @@ from benchmarks.pictures import costly
 from scripts.container.engine import Engine
 from scripts.container.image import build_image
 from scripts.samples import CAT
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 
 PREDICT = "/predictions/densenet121"
 # Requests in flight when the container receives SIGTERM.
@@ -78,7 +78,7 @@ def test_the_image_of_the_packaged_model_answers_rightly_and_carries_its_license
         assert answer.json()["class_name"] in CAT_LABELS
         notice = "/opt/densenet/model_store/efficientnet_lite0-WEIGHTS-NOTICE.txt"
         assert "Apache" in running.execute("cat", notice)
-    engine.tried("image", "rm", "--force", tag)
+    engine.run_unchecked("image", "rm", "--force", tag)
 
 
 def test_nobody_outside_reaches_the_management_api_or_grpc(served: Container) -> None:
@@ -98,7 +98,7 @@ def test_nginx_corrects_what_torchserve_answers_wrongly(served: Container) -> No
 def test_orphans_are_reaped(served: Container) -> None:
     pid = served.execute("sh", "-c", "sleep 0.1 >/dev/null 2>&1 & echo $!").strip()
     look = ("exec", served.name, "test", "-e", f"/proc/{pid}")
-    assert poll(lambda: served.engine.tried(*look).returncode == 1, 30)
+    assert wait_until(lambda: served.engine.run_unchecked(*look).returncode == 1, 30)
 
 
 def test_a_small_container_stands_a_flood_and_answers_what_is_in_flight_when_it_terminates(
@@ -122,11 +122,11 @@ def test_a_small_container_stands_a_flood_and_answers_what_is_in_flight_when_it_
             for connection in connections[: IN_FLIGHT // 2]:
                 connection.sendall(body)
             small.signal("TERM")
-            assert poll(lambda: not small.ready(), 30)
+            assert wait_until(lambda: not small.ready(), 30)
             for connection in connections[IN_FLIGHT // 2 :]:
                 connection.sendall(body)
             assert [status_on(connection) for connection in connections] == [200] * IN_FLIGHT
-        assert poll(lambda: not small.runs(), 60)
+        assert wait_until(lambda: not small.runs(), 60)
         assert small.state()["ExitCode"] in {0, 143}
 
 
@@ -139,7 +139,7 @@ def _status(running: Container, body: bytes) -> int | str:
 
 def test_it_terminates_while_it_starts(engine: Engine, image: str) -> None:
     with container(engine, image, until=None) as starting:
-        assert poll(lambda: "worker(s) each" in starting.logs(), READY_TIMEOUT)
+        assert wait_until(lambda: "worker(s) each" in starting.logs(), READY_TIMEOUT)
         starting.signal("TERM")
-        assert poll(lambda: not starting.runs(), 60)
+        assert wait_until(lambda: not starting.runs(), 60)
         assert starting.state()["ExitCode"] in {0, 143}

@@ -89,7 +89,7 @@ def test_the_mounted_model_serves_and_the_mounted_configuration_gives_no_rights(
     script = f"import urllib.request as r; print(r.urlopen('{MANAGEMENT}').read().decode())"
     (model,) = json.loads(pod.execute("python", "-c", script))
     assert model["batchSize"] > 1
-    registered = pod.execute("cat", "/tmp/densenet/config.properties")  # noqa: S108
+    registered = pod.execute("cat", "/tmp/densenet/config.properties")
     assert "-Xmx64g" not in registered
     assert "enable_model_api=false" in registered
 

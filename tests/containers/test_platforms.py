@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scripts.container.engine import Engine
 from scripts.samples import CAT
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 from tests.containers.running import (
     OTHER,
     READY_TIMEOUT,
@@ -39,7 +39,7 @@ def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
             seen.add(running.status("/ping"))
             return 200 in seen
 
-        assert poll(ready, READY_TIMEOUT), running.logs()
+        assert wait_until(ready, READY_TIMEOUT), running.logs()
         # nginx answers long before a worker can; before that its port may not be open yet.
         assert seen - {None} == {503, 200}
         assert all(running.status(path) == 200 for path in HEALTH)
@@ -50,9 +50,9 @@ def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
             running.execute("python", "-c", _END_WORKERS)  # TorchServe starts others at once
             return all(running.status(path) == 503 for path in HEALTH)
 
-        assert poll(unhealthy_without_workers, 60), running.logs()
+        assert wait_until(unhealthy_without_workers, 60), running.logs()
         running.execute("sh", "-c", "kill -9 $(cat /tmp/densenet/.model_server.pid)")
-        assert poll(lambda: not running.runs(), 60)
+        assert wait_until(lambda: not running.runs(), 60)
         assert running.state()["ExitCode"] == 1
         assert "TorchServe exited by itself" in running.logs()
 
@@ -99,7 +99,7 @@ def test_vertex_ai_chooses_port_and_addresses(engine: Engine, image: str) -> Non
     photo = base64.b64encode(CAT.read_bytes()).decode()
     start = container(engine, image, environment=variables, ports=(port,), until=None)
     with start as running:
-        assert poll(lambda: healthy(running), READY_TIMEOUT), running.logs()
+        assert wait_until(lambda: healthy(running), READY_TIMEOUT), running.logs()
 
         def predict(instances: list[dict[str, str]]) -> Answer:
             body = {"instances": instances, "parameters": {"topk": 1}}

@@ -16,7 +16,7 @@ import yaml
 from scripts.container.engine import Engine
 from scripts.container.image import Recipe, build_image
 from scripts.samples import CAT
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 from tests.containers.pods import FAULTS, Pods, replicas
 from tests.deploy.manifests import KUBERNETES, manifests, template
 from tests.deploy.prometheus import MONITORING, Query, prometheus
@@ -35,7 +35,7 @@ def second(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory)
     (folder / "Dockerfile").write_text(f"FROM {image}\nLABEL release=second\n")
     engine.run("build", "--format", "docker", "-t", name, str(folder))
     yield name
-    engine.tried("image", "rm", "--force", name)
+    engine.run_unchecked("image", "rm", "--force", name)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def pods(
     build_image(engine, [], gateway, base, Recipe(Path("deploy/gateway/Dockerfile")))
     with replicas(engine, image, gateway, tmp_path_factory.mktemp("pods"), "test") as running:
         yield running
-    engine.tried("image", "rm", "--force", gateway)
+    engine.run_unchecked("image", "rm", "--force", gateway)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -126,7 +126,7 @@ def _names(rows: list[dict[str, Any]]) -> set[str]:
 def test_the_alerts_and_the_autoscaler_get_the_names_of_the_pods(query: Query, pods: Pods) -> None:
     names = {pod.name for pod in pods.pods}
     # The expression of DenseNetDown, but for the comparison.
-    assert poll(lambda: _names(query('up{job="densenet"} == 1')) == names, 60)
+    assert wait_until(lambda: _names(query('up{job="densenet"} == 1')) == names, 60)
     (row, *_) = query('up{job="densenet"}')
     assert row["metric"]["namespace"] == "default"
     assert row["metric"]["container"] == "torchserve"
@@ -142,5 +142,5 @@ def test_the_alerts_and_the_autoscaler_get_the_names_of_the_pods(query: Query, p
     # How the adapter finds the metric, what it computes, and the alert.
     queries = (rule["seriesQuery"], metric, slow)
     with clients(pods, 8):
-        found = poll(lambda: all(_names(query(text)) == names for text in queries), 90)
+        found = wait_until(lambda: all(_names(query(text)) == names for text in queries), 90)
     assert found, [query(text) for text in queries]

@@ -17,7 +17,7 @@ from uuid import uuid4
 from scripts import bootstrap
 from scripts.container.base import SUITE
 from scripts.container.engine import Engine
-from scripts.serve.management import poll
+from scripts.serve.management import wait_until
 from scripts.terminal import UserError
 from tests.containers.running import other_archive
 from tests.deploy.load import TIMEOUT, Request
@@ -78,14 +78,14 @@ class Machine:
         """Boot."""
         self.engine.run("start", self.name)
         state = ("exec", self.name, "systemctl", "is-system-running", "--wait")
-        assert poll(
-            lambda: self.engine.tried(*state).stdout.strip() in {"running", "degraded"},
+        assert wait_until(
+            lambda: self.engine.run_unchecked(*state).stdout.strip() in {"running", "degraded"},
             _BOOT_TIMEOUT,
-        ), self.engine.tried("logs", self.name).stdout
+        ), self.engine.run_unchecked("logs", self.name).stdout
 
     def reboot(self) -> None:
         """Shut down in order, then boot; what a container cannot do by itself is done here."""
-        self.engine.tried("exec", self.name, "systemctl", "reboot")
+        self.engine.run_unchecked("exec", self.name, "systemctl", "reboot")
         self.engine.run("wait", self.name)
         self.start()
 
@@ -95,7 +95,7 @@ class Machine:
         Raises:
             AssertionError: none did, with the journal.
         """
-        if not poll(lambda: "ready" in self.get("https://127.0.0.1/readyz"), _BOOT_TIMEOUT):
+        if not wait_until(lambda: "ready" in self.get("https://127.0.0.1/readyz"), _BOOT_TIMEOUT):
             raise AssertionError(self.shell("journalctl --no-pager -n 60 -u 'densenet*'"))
 
     def get(self, url: str) -> str:
@@ -216,7 +216,7 @@ def machine(engine: Engine, archive: Path, folder: Path) -> Iterator[Machine]:
     _copy_project(project, archive)
     name = f"densenet-machine-{uuid4().hex[:8]}"
     for command in (("netns", "add", name), ("-n", name, "link", "set", "lo", "up")):
-        subprocess.run(["ip", *command], check=True)  # noqa: S607
+        subprocess.run(["ip", *command], check=True)
     mounts = {project: PROJECT, Path(".venv/lib").resolve(): f"{PROJECT}/.venv/lib:ro"}
     if sys.base_prefix != "/usr":
         mounts[Path(sys.base_prefix)] = f"{_PYTHON}:ro"
@@ -231,8 +231,8 @@ def machine(engine: Engine, archive: Path, folder: Path) -> Iterator[Machine]:
         _install(found)
         yield found
     finally:
-        engine.tried("rm", "--force", "--time", "5", name)
-        subprocess.run(["ip", "netns", "delete", name], check=False)  # noqa: S607
+        engine.run_unchecked("rm", "--force", "--time", "5", name)
+        subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
 def _copy_project(project: Path, archive: Path) -> None:
@@ -277,13 +277,13 @@ def systemd_image(engine: Engine) -> str:
         return name
     packages = f"--include={','.join(_PACKAGES)}"
     made = subprocess.Popen(
-        ["mmdebstrap", "--variant=minbase", packages, SUITE, "-"],  # noqa: S607
+        ["mmdebstrap", "--variant=minbase", packages, SUITE, "-"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     with made:
         engine.run("import", "-", name, stdin=made.stdout)
     if made.returncode != 0:
-        engine.tried("image", "rm", "--force", name)
+        engine.run_unchecked("image", "rm", "--force", name)
         raise UserError(f"mmdebstrap failed with exit status {made.returncode}.")
     return name

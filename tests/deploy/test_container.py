@@ -16,8 +16,8 @@ import pytest
 from deploy.container import entry, ready, serving
 from deploy.container.limits import Limits
 from deploy.container.serving import Model, Serving
-from scripts.serve.management import poll
-from scripts.serve.running import Running
+from scripts.serve.management import wait_until
+from scripts.serve.running import ServerState
 from tests.deploy.manifests import manifests
 
 CONTAINER = Path("deploy/container")
@@ -146,7 +146,7 @@ def test_the_containers_torchserve_differs_from_the_repositorys_only_where_it_mu
     assert different == {
         "inference_address": "http://127.0.0.1:8085",  # nginx is in front
         "metrics_address": "http://0.0.0.0:8082",
-        "metrics_config": str(Path("metrics.yaml").resolve()),
+        "metrics_config": str(Path("deploy/torchserve/metrics.yaml").resolve()),
         "model_store": "/models",
         "load_models": "pets=pets.mar",
         "default_workers_per_model": "2",
@@ -202,7 +202,7 @@ def _child(script: str, ready: Path) -> "subprocess.Popen[bytes]":
     """Start a stand-in for a process of the container, and wait until its traps are set."""
     command = ["sh", "-c", script.format(ready=ready)]
     child = subprocess.Popen(command, start_new_session=True)
-    assert poll(ready.exists, 10)
+    assert wait_until(ready.exists, 10)
     return child
 
 
@@ -227,7 +227,7 @@ def test_the_phases_of_the_drain_share_one_time_limit_and_leave_no_process(
     assert not ready.FILE.exists()
     assert java
     assert all(child.returncode == -signal.SIGKILL for child in processes.values())
-    assert poll(lambda: not any(_runs(process) for process in java), 10)
+    assert wait_until(lambda: not any(_runs(process) for process in java), 10)
 
 
 def test_sigterm_reaches_java_through_its_launcher(
@@ -248,7 +248,7 @@ def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def test_it_is_ready_if_a_worker_is_and_not_without(running: Running) -> None:
+def test_it_is_ready_if_a_worker_is_and_not_without(running: ServerState) -> None:
     assert ready.why_not_ready(running.ports.management) is None
     assert ready.why_not_ready(running.ports.metrics) is not None
 
@@ -266,7 +266,7 @@ def test_the_readiness_program_needs_the_file_only(tmp_path: Path) -> None:
 def test_a_worker_without_a_process_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchServe may go on reporting a crashed worker as ready."""
     # A zombie, this test, and an id that no process has.
-    with subprocess.Popen(["true"]) as ended:  # noqa: S607
+    with subprocess.Popen(["true"]) as ended:
         pids = (ended.pid, os.getpid(), 2**22 + 1)
         workers = [{"workers": [{"pid": pid, "status": "READY"} for pid in pids]}]
         models = {"models": [{"modelName": "densenet121"}]}

@@ -81,7 +81,7 @@ def test_pods_fit_kubernetes_and_have_few_rights() -> None:
         assert rights["readOnlyRootFilesystem"] is True
         assert rights["allowPrivilegeEscalation"] is False
         assert rights["capabilities"] == {"drop": ["ALL"]}
-        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]  # noqa: S108
+        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
         MISTAKES["Pod"](pod["spec"])
         with pytest.raises(jsonschema.ValidationError):
             validate(pod)
@@ -193,7 +193,7 @@ def test_the_alerts_select_the_job_that_is_scraped() -> None:
 
 
 def test_the_alerts_and_the_dashboard_use_metrics_that_torchserve_offers() -> None:
-    (offered,) = manifests(Path("metrics.yaml"))
+    (offered,) = manifests(Path("deploy/torchserve/metrics.yaml"))
     names = {"up"}
     for part in ("ts_metrics", "model_metrics"):
         for kind, metrics in offered[part].items():
@@ -217,8 +217,8 @@ def test_a_pod_has_a_cpu_for_each_thread_that_computes(monkeypatch: pytest.Monke
         assert memory.endswith("Gi")
         most = int(memory[:-2]) << 30
         monkeypatch.setattr("joblib.cpu_count", lambda limited=limited: int(limited))
-        monkeypatch.setattr(limits, "most_memory", lambda most=most: most)
-        found = limits.fit_limits(WORKER_BYTES)
+        monkeypatch.setattr(limits, "memory_limit", lambda most=most: most)
+        found = limits.plan_resources(WORKER_BYTES)
         assert resources["requests"]["cpu"] == limited == str(found.workers * found.threads)
 
 

@@ -9,8 +9,8 @@ import pytest
 import requests
 
 from scripts.samples import CAT
-from scripts.serve.management import poll
-from scripts.serve.running import Running
+from scripts.serve.management import wait_until
+from scripts.serve.running import ServerState
 from tests.deploy.manifests import manifests
 from tests.deploy.prometheus import MONITORING, Query, prometheus
 
@@ -25,7 +25,7 @@ def _prometheus() -> None:
 
 
 @pytest.fixture(scope="module")
-def query(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
+def query(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
     """Queries a Prometheus that scrapes the shared server every half second."""
     (config,) = manifests(MONITORING / "prometheus.yaml")
     config["global"]["scrape_interval"] = "500ms"
@@ -35,11 +35,11 @@ def query(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield query
 
 
-def _predict(running: Running, file: bytes, **options: str) -> None:
+def _predict(running: ServerState, file: bytes, **options: str) -> None:
     requests.post(running.predictions_url, files={"file": file}, data=options, timeout=60)
 
 
-def test_prometheus_counts_what_clients_sent(query: Query, running: Running) -> None:
+def test_prometheus_counts_what_clients_sent(query: Query, running: ServerState) -> None:
     def counts() -> list[float]:
         found = []
         for outcome, error in (
@@ -48,11 +48,11 @@ def test_prometheus_counts_what_clients_sent(query: Query, running: Running) -> 
             ("refused", "NotAnImage"),
         ):
             labels = f'job="densenet", outcome="{outcome}", error_type="{error}"'
-            rows = query(f"sum(densenet_images_total{{{labels}}})")
+            rows = query(f"sum(image_classifier_images_total{{{labels}}})")
             found.append(float(rows[0]["value"][1]) if rows else 0.0)
         return found
 
-    assert poll(lambda: len(query('up{job="densenet"} == 1')) == 1, _DEADLINE)
+    assert wait_until(lambda: len(query('up{job="densenet"} == 1')) == 1, _DEADLINE)
     before = counts()
     for _ in range(3):
         _predict(running, CAT.read_bytes(), threshold="0")
@@ -62,13 +62,13 @@ def test_prometheus_counts_what_clients_sent(query: Query, running: Running) -> 
     def added() -> list[float]:
         return [now - then for now, then in zip(counts(), before, strict=True)]
 
-    assert poll(lambda: added() == [3, 1, 1], _DEADLINE), added()
+    assert wait_until(lambda: added() == [3, 1, 1], _DEADLINE), added()
     for name in ("decode_seconds", "inference_seconds", "batch_images", "best_probability"):
         (row,) = query(f"sum(densenet_{name}_count)")
         assert float(row["value"][1]) > 0
 
 
-def test_every_query_of_the_dashboard_returns_data(query: Query, running: Running) -> None:
+def test_every_query_of_the_dashboard_returns_data(query: Query, running: ServerState) -> None:
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     waiting = {
         target["expr"].replace("$__rate_interval", "1m")
@@ -85,7 +85,7 @@ def test_every_query_of_the_dashboard_returns_data(query: Query, running: Runnin
                 waiting.discard(text)
         return not waiting
 
-    assert poll(all_return_data, _DEADLINE), waiting
+    assert wait_until(all_return_data, _DEADLINE), waiting
 
 
 def test_the_alert_rules_pass_their_tests() -> None:

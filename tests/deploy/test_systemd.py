@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from scripts import __main__ as cli
-from scripts.container.engine import find_engine, runnable
+from scripts.container.engine import find_engine, with_working_runtime
 from scripts.terminal import UserError
 from tests.deploy.load import TIMEOUT
 from tests.deploy.machine import CLIENTS, Machine, machine, measure, systemd_image
@@ -45,7 +45,7 @@ def _install(folder: Path, *arguments: str) -> None:
 def _analyze(*arguments: str | Path, runtime: Path | None = None) -> str:
     environment = {**os.environ, **({"XDG_RUNTIME_DIR": str(runtime)} if runtime else {})}
     done = subprocess.run(
-        ["systemd-analyze", *arguments],  # noqa: S607
+        ["systemd-analyze", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -152,7 +152,9 @@ def booted(lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         if shutil.which(program) is None:
             pytest.skip(f"NOT RUN: {program} is missing (on Debian: apt install {package})")
     try:
-        engine = runnable(found, systemd_image(found), tmp_path_factory.mktemp("engine"))
+        engine = with_working_runtime(
+            found, systemd_image(found), tmp_path_factory.mktemp("engine")
+        )
     except UserError as error:
         pytest.skip(f"NOT RUN: podman runs no container here: {error}")
     with machine(engine, lite0_archive, tmp_path_factory.mktemp("machine")) as ready:

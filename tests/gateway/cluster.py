@@ -14,7 +14,7 @@ import requests
 from scripts.gateway import nginx
 from scripts.gateway.options import Options, check
 from scripts.samples import CAT
-from scripts.serve.running import Running, unused_ports
+from scripts.serve.running import ServerState, unused_ports
 
 TIMEOUT = 60
 
@@ -26,7 +26,7 @@ def free_options(**options: Any) -> Options:
     return Options(**{**usual, "http_port": http, "https_port": https, **options})
 
 
-def in_front_of(running: Running, **options: Any) -> Options:
+def in_front_of(running: ServerState, **options: Any) -> Options:
     """Return options of a gateway in front of this server."""
     upstreams = f"127.0.0.1:{running.ports.inference}"
     return free_options(upstreams=upstreams, model=running.model, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway, gateway, in_front_of
 
 KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
@@ -19,7 +19,7 @@ def _nginx() -> None:
 
 
 @pytest.fixture(scope="session")
-def client(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def client(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway without keys, in a folder whose path has a space."""
     folder = tmp_path_factory.mktemp("gateway") / "a folder" / "gateway"
     with gateway(in_front_of(running), folder) as started:
@@ -40,7 +40,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def guarded(running: Running, keys: Path, tmp_path: Path) -> Iterator[Gateway]:
+def guarded(running: ServerState, keys: Path, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway that requires keys and has narrow limits."""
     options = in_front_of(running, keys=str(keys), rate=1, burst=4, connections=2)
     with gateway(options, tmp_path / "guarded" / "gateway") as started:

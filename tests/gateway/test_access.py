@@ -15,7 +15,7 @@ from scripts.gateway import nginx
 from scripts.gateway.keys import Key
 from scripts.gateway.options import Options
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from scripts.terminal import UserError
 from tests.browser.conftest import launch
 from tests.gateway.cluster import Gateway, gateway, in_front_of
@@ -57,7 +57,7 @@ def test_the_web_ui_classifies_for_a_person_who_signed_in(guarded: Gateway) -> N
         with page.expect_response(lambda answer: answer.request.method == "POST") as sent:
             page.set_input_files("input[type=file]", CAT)
         assert sent.value.json()["success"] is True
-        wrong = HttpCredentials(username="alice", password="wrong")  # noqa: S106
+        wrong = HttpCredentials(username="alice", password="wrong")
         stranger = browser.new_context(http_credentials=wrong)
         answer = stranger.new_page().goto(f"{guarded.url}/")
         assert answer is not None
@@ -194,7 +194,7 @@ def _accepted(scans: dict[str, Any], protocol: str) -> set[str]:
 
 
 def test_beyond_loopback_keys_do_not_travel_in_the_clear(
-    running: Running, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: ServerState, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On loopback, as all tests; only the options take it for an address of the network."""
     monkeypatch.setattr(Options, "is_loopback", False)

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import requests
+from huggingface_hub import InferenceClient
 
 from scripts.gateway.config import routes
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway
 
 
@@ -28,7 +29,9 @@ def error(answer: requests.Response) -> tuple[int, str]:
     return answer.status_code, body["type"]
 
 
-def test_the_tutorials_calls_get_what_torchserve_answers(client: Gateway, running: Running) -> None:
+def test_the_tutorials_calls_get_what_torchserve_answers(
+    client: Gateway, running: ServerState
+) -> None:
     image = CAT.read_bytes()
     expected = requests.post(running.predictions_url, files={"file": image}, timeout=60).json()
     assert expected.keys() >= {"success", "class_id", "class_name", "predictions"}
@@ -79,6 +82,20 @@ def test_kserves_addresses_lead_to_the_handler(client: Gateway) -> None:
         assert answer.status_code == HTTPStatus.OK, answer.text
         assert answer.json()[member]
         assert error(client.ask("GET", path)) == (405, "MethodNotAllowed")
+
+
+def test_hugging_faces_path_leads_to_its_protocol(client: Gateway) -> None:
+    image = base64.b64encode(CAT.read_bytes()).decode()
+    url = f"{client.url}/huggingface/densenet121"
+    found = client.ask("POST", "/huggingface/densenet121", json={"inputs": image}).json()
+    assert len(found) == 5
+    scores = InferenceClient().image_classification(CAT.read_bytes(), model=url, top_k=5)
+    assert [{"label": each.label, "score": each.score} for each in scores] == found
+    # A client's own header chooses nothing.
+    answer = client.ask(
+        "POST", "/predict", data=CAT.read_bytes(), headers={"X-Protocol": "huggingface"}
+    )
+    assert answer.json()["success"] is True
 
 
 def test_the_handlers_own_errors_pass(client: Gateway) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway
 
 PAGE = Path("docs/known-faults.md")
@@ -25,7 +25,7 @@ Exchange = Callable[[bytes], bytes]
 
 
 @pytest.fixture
-def node(running: Running) -> Exchange:
+def node(running: ServerState) -> Exchange:
     """Sends bytes to TorchServe's frontend; this one needs no token."""
     return partial(_exchange, running.ports.inference)
 

@@ -16,7 +16,7 @@ from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.gateway import nginx
 from scripts.gateway.upgrade import PREVIOUS, upgrade
 from scripts.serve.management import model_status, ready_workers
-from scripts.serve.running import Running, find_running, free_ports
+from scripts.serve.running import ServerState, find_running, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import sha256
 from scripts.terminal import UserError
@@ -67,7 +67,7 @@ def _no_client_notices(started: Gateway, note: list[str], what: str) -> Iterator
     assert tally.failed == 0, (tally.outcomes, tally.examples)
 
 
-def _server(started: Gateway) -> Running:
+def _server(started: Gateway) -> ServerState:
     running = find_running(started.folder.parent)
     assert running is not None
     return running

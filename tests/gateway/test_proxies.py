@@ -15,7 +15,7 @@ from scripts.gateway import nginx
 from scripts.gateway.options import Options
 from scripts.gateway.template import has_ipv6
 from scripts.samples import CAT
-from scripts.serve.running import Running, unused_ports
+from scripts.serve.running import ServerState, unused_ports
 from tests.gateway.cluster import Gateway, gateway, in_front_of, wait_for
 from tests.gateway.conftest import KEYS
 
@@ -67,7 +67,7 @@ def proxy(gateway_port: int, folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def public(
-    running: Running, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: ServerState, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Gateway]:
     """A gateway that others reach through a proxy on loopback."""
     monkeypatch.setattr(Options, "is_loopback", False)
@@ -114,7 +114,7 @@ def test_wrong_keys_of_one_address_lock_out_nobody_behind_the_same_balancer(
 
 
 def test_an_untrusted_client_cannot_report_a_scheme_or_an_address(
-    running: Running, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: ServerState, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Options, "is_loopback", False)
     options = in_front_of(running, keys=str(keys), proxies="192.0.2.0/24")
@@ -127,7 +127,7 @@ def test_an_untrusted_client_cannot_report_a_scheme_or_an_address(
 
 
 def test_a_path_prefix_is_served_and_the_web_ui_stays_below_it(
-    running: Running, tmp_path: Path
+    running: ServerState, tmp_path: Path
 ) -> None:
     options = in_front_of(running, prefix="/classify")
     with (
@@ -182,7 +182,7 @@ def test_expect_100_continue_is_answered_before_the_body(client: Gateway) -> Non
     ("host", "addresses"), [("::1", ["[::1]"]), ("::", ["[::1]", "127.0.0.1"])]
 )
 def test_ipv6_is_served(
-    running: Running, keys: Path, tmp_path: Path, host: str, addresses: list[str]
+    running: ServerState, keys: Path, tmp_path: Path, host: str, addresses: list[str]
 ) -> None:
     if not has_ipv6():
         pytest.skip("NOT RUN: this machine has no IPv6")

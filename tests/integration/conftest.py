@@ -11,17 +11,17 @@ import psutil
 import pytest
 
 from scripts.serve.management import model_status, scale
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 
 
 @pytest.fixture
-def worker_pids(running: Running) -> Callable[[], set[int]]:
+def worker_pids(running: ServerState) -> Callable[[], set[int]]:
     """Asks which processes serve; a worker that was replaced has another."""
     return lambda: {worker["pid"] for worker in model_status(running)["workers"]}
 
 
 @pytest.fixture
-def one_worker(running: Running) -> Iterator[psutil.Process]:
+def one_worker(running: ServerState) -> Iterator[psutil.Process]:
     """The server with a single worker for the time of a test."""
     scale(running, 1)
     yield psutil.Process(model_status(running)["workers"][0]["pid"])

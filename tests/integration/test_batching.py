@@ -17,8 +17,8 @@ from PIL import Image
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
-from scripts.serve.management import model_status, poll
-from scripts.serve.running import Running
+from scripts.serve.management import model_status, wait_until
+from scripts.serve.running import ServerState
 from tests.gateway.cluster import wait_for
 
 JSON = {"Accept": "application/json", "Content-Type": "application/json"}
@@ -32,7 +32,7 @@ def post(url: str, content: bytes | None = None, **more: Any) -> tuple[int, str,
 
 
 def in_one_batch(
-    running: Running, log: Path, worker: psutil.Process, calls: list[Callable[[], Any]]
+    running: ServerState, log: Path, worker: psutil.Process, calls: list[Callable[[], Any]]
 ) -> list[Any]:
     """Run calls of clients so that they meet in one batch, and return what each returned.
 
@@ -46,7 +46,7 @@ def in_one_batch(
             first = clients.submit(requests.put, running.predictions_url, CAT.read_bytes())
             time.sleep(1)
             waiting = [clients.submit(call) for call in calls]
-            poll(
+            wait_until(
                 lambda: model_status(running)["jobQueueStatus"]["pendingRequests"] == len(calls),
                 20,
             )
@@ -73,7 +73,7 @@ def size_of_next_batch(log: Path, request: str, requests_after: int) -> int:
 
 
 def test_requests_of_all_kinds_in_one_batch_get_the_answers_that_they_get_alone(
-    running: Running,
+    running: ServerState,
     run_dir: Path,
     one_worker: psutil.Process,
     worker_pids: Callable[[], set[int]],

@@ -12,12 +12,12 @@ import psutil
 import pytest
 import requests
 
-from handler.cores import Cores
-from handler.engines import Engine, load_engine
-from handler.images import resize_and_crop
-from handler.responses import softmax
+from handler.decoding.transform import resize_and_crop
+from handler.inference.activation import softmax
+from handler.inference.cores import Cores
+from handler.inference.engines import Engine, load_engine
 from handler.settings import ADDED_BYTES, Preprocessing
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from scripts.store import read_card
 from tests import corpus, costs
 from tests.pictures import encode
@@ -64,20 +64,20 @@ def reference(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine
     return load_engine(folder / "model.onnx", card, Cores(1, 1, folder / "busy"))
 
 
-def post(running: Running, data: bytes) -> requests.Response:
+def post(running: ServerState, data: bytes) -> requests.Response:
     headers = {"Content-Type": "application/octet-stream"}
     return requests.post(running.predictions_url, data=data, headers=headers, timeout=TIMEOUT)
 
 
 def test_images_of_all_formats_are_classified_as_pillow_sees_them(
-    running: Running, reference: Engine
+    running: ServerState, reference: Engine
 ) -> None:
     samples = {image.name: image for image in corpus.valid() if image.name in VALID}
     assert set(samples) == set(VALID)
     labels = set()
     for name, image in samples.items():
         seen = np.asarray(resize_and_crop(image.seen, Preprocessing())).transpose(2, 0, 1)
-        (expected,) = softmax(reference.logits(np.ascontiguousarray(seen)[None]))
+        (expected,) = softmax(reference.run(np.ascontiguousarray(seen)[None]).logits)
         answer = post(running, image.data)
         assert answer.status_code == 200, name
         predictions = answer.json()["predictions"]
@@ -93,7 +93,7 @@ def test_images_of_all_formats_are_classified_as_pillow_sees_them(
 
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.name)
 def test_hostile_bodies_are_rejected_with_their_error(
-    attack: corpus.Hostile, running: Running
+    attack: corpus.Hostile, running: ServerState
 ) -> None:
     answer = post(running, attack.data)
     body = answer.json()
@@ -101,7 +101,7 @@ def test_hostile_bodies_are_rejected_with_their_error(
     assert (body["code"], body["success"]) == (attack.status, False)
 
 
-def test_a_body_over_the_limit_is_rejected_by_the_frontend(running: Running) -> None:
+def test_a_body_over_the_limit_is_rejected_by_the_frontend(running: ServerState) -> None:
     assert post(running, bytes(50_000_000)).status_code == 413
 
 
@@ -130,7 +130,7 @@ def peaks(pids: set[int]) -> Iterator[dict[int, int]]:
 
 
 def test_the_costliest_images_at_once_fail_no_ordinary_request(
-    running: Running, worker_pids: Callable[[], set[int]], note: list[str]
+    running: ServerState, worker_pids: Callable[[], set[int]], note: list[str]
 ) -> None:
     makers = costs.kinds()
     bodies = [makers[name]() for name in costs.WORST]

@@ -17,7 +17,7 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 
 from classification_client import Classification, Client, Row, classify_all
-from scripts.serve.running import Running, find_running, free_ports
+from scripts.serve.running import ServerState, find_running, free_ports
 from scripts.serve.server import start, stop
 
 COUNT = 300
@@ -61,7 +61,7 @@ def test_make_classify_takes_any_name_of_a_file(run_dir: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def own_server(archive: Path, tmp_path: Path) -> Iterator[Running]:
+def own_server(archive: Path, tmp_path: Path) -> Iterator[ServerState]:
     yield start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
     now = find_running(tmp_path / "run")  # the test starts another one in its place
     assert now is not None
@@ -69,7 +69,7 @@ def own_server(archive: Path, tmp_path: Path) -> Iterator[Running]:
 
 
 def test_hundreds_of_images_survive_a_restart_of_the_server(
-    archive: Path, own_server: Running, tmp_path: Path
+    archive: Path, own_server: ServerState, tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{number:04}.jpg" for number in range(COUNT)]
     contents = {}

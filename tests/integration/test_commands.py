@@ -23,7 +23,7 @@ from scripts import run
 from scripts.serve import commands, server
 from scripts.serve.management import model_status
 from scripts.serve.preflight import try_archive
-from scripts.serve.running import Running, find_running, free_ports
+from scripts.serve.running import ServerState, find_running, free_ports
 from scripts.serve.server import METRICS_CONFIG, start
 from scripts.terminal import UserError
 
@@ -58,7 +58,7 @@ BROKEN: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "killed": (
         HANDLER,
         that_begins_with("import os; os.kill(os.getpid(), 9)"),
-        "its process was ended by SIGKILL",
+        "its process was killed by SIGKILL",
     ),
 }
 
@@ -105,13 +105,14 @@ def test_a_sound_archive_passes_the_trial(archive: Path) -> None:
 def in_its_folder(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the shared server had been started in this folder."""
     (tmp_path / ".run").symlink_to(run_dir)
+    (tmp_path / METRICS_CONFIG).parent.mkdir(parents=True)
     (tmp_path / METRICS_CONFIG).symlink_to(METRICS_CONFIG.resolve())
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("in_its_folder")
 def test_a_server_that_serves_is_not_stopped_for_one_that_cannot_start(
-    running: Running, archive: Path, tmp_path: Path, worker_pids: Callable[[], set[int]]
+    running: ServerState, archive: Path, tmp_path: Path, worker_pids: Callable[[], set[int]]
 ) -> None:
     before = worker_pids()
     broken = broken_archive(archive, tmp_path, "model")
@@ -171,6 +172,7 @@ def test_a_server_whose_folder_was_removed_is_still_ones_own(
     config, log_config = (
         Path(__file__).parents[2] / name for name in (server.CONFIG, server.LOG_CONFIG)
     )
+    (tmp_path / METRICS_CONFIG).parent.mkdir(parents=True)
     (tmp_path / METRICS_CONFIG).symlink_to(config.parent / METRICS_CONFIG)
     running = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
     shutil.rmtree(folder)
@@ -196,7 +198,7 @@ def test_a_server_whose_folder_was_removed_is_still_ones_own(
     assert not Path(again.temporary).exists()
 
 
-def listening(running: Running) -> set[tuple[str, int]]:
+def listening(running: ServerState) -> set[tuple[str, int]]:
     process = running.process()
     assert process is not None
     return {
@@ -207,10 +209,12 @@ def listening(running: Running) -> set[tuple[str, int]]:
     }
 
 
-def test_the_server_listens_on_loopback_only_and_nobody_reaches_its_grpc(running: Running) -> None:
+def test_the_server_listens_on_loopback_only_and_nobody_reaches_its_grpc(
+    running: ServerState,
+) -> None:
     """TorchServe always listens for gRPC: at an address from which the kernel never answers."""
     places = listening(running)
-    grpc = {(host, port) for host, port in places if host == server._NOWHERE}
+    grpc = {(host, port) for host, port in places if host == server._UNREACHABLE_ADDRESS}
     assert len(grpc) == 2
     assert {host for host, _ in places - grpc} == {"127.0.0.1"}
     assert {port for _, port in places - grpc} == set(running.ports.used(grpc=False).values())
@@ -220,7 +224,7 @@ def test_the_server_listens_on_loopback_only_and_nobody_reaches_its_grpc(running
                 socket.create_connection((address, port), timeout=2).close()
 
 
-def test_nobody_can_register_a_model(running: Running, archive: Path) -> None:
+def test_nobody_can_register_a_model(running: ServerState, archive: Path) -> None:
     models = running.model_url.rsplit("/", 1)[0]
     answer = requests.post(models, params={"url": archive.name}, timeout=TIMEOUT)
     assert answer.status_code in {403, 405}
@@ -239,7 +243,7 @@ def _servers_of(folder: Path) -> list[psutil.Process]:
 
 
 def test_temporary_files_are_the_servers_own_and_onnx_runtime_reports_nothing(
-    running: Running,
+    running: ServerState,
 ) -> None:
     """Its telemetry leaves a session file in the temporary folder as soon as it is imported."""
     folder = Path(running.temporary)

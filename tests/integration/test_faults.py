@@ -11,7 +11,7 @@ from PIL import Image
 from classification_client import Client
 from scripts.samples import CAT
 from scripts.serve.management import model_status, ready_workers, scale
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.gateway.cluster import wait_for
 from tests.pictures import encode
 from tests.served import frontend_memory, outcome, post
@@ -23,7 +23,7 @@ MAX_FRONTEND_BYTES = 5_000_000_000
 
 
 def test_a_killed_worker_costs_no_right_answer_and_comes_back(
-    running: Running, worker_pids: Callable[[], set[int]]
+    running: ServerState, worker_pids: Callable[[], set[int]]
 ) -> None:
     before = worker_pids()
     with ThreadPoolExecutor(16) as clients:
@@ -38,7 +38,7 @@ def test_a_killed_worker_costs_no_right_answer_and_comes_back(
 
 
 def test_a_full_queue_is_answered_503_at_once_and_loses_nobody(
-    running: Running, one_worker: psutil.Process
+    running: ServerState, one_worker: psutil.Process
 ) -> None:
     """More requests than the queue of 64 holds, while the worker is halted."""
     one_worker.suspend()
@@ -54,7 +54,7 @@ def test_a_full_queue_is_answered_503_at_once_and_loses_nobody(
     assert statuses[200] >= 64
 
 
-def test_a_client_that_goes_away_costs_the_others_nothing(running: Running) -> None:
+def test_a_client_that_goes_away_costs_the_others_nothing(running: ServerState) -> None:
     clients = chaos.Chaos(running, seed=3)
     clients.run(seconds=6)
     assert clients.wrong == []
@@ -65,7 +65,7 @@ def test_a_client_that_goes_away_costs_the_others_nothing(running: Running) -> N
 
 
 def test_many_large_uploads_at_once_are_answered_200_or_503(
-    running: Running, worker_pids: Callable[[], set[int]]
+    running: ServerState, worker_pids: Callable[[], set[int]]
 ) -> None:
     before, image = worker_pids(), encode(Image.effect_noise((2000, 1500), 80))
     data = image + bytes(5_000_000 - len(image))  # decoders ignore what follows an image
@@ -77,13 +77,13 @@ def test_many_large_uploads_at_once_are_answered_200_or_503(
     assert worker_pids() == before
 
 
-def test_corrupted_images_do_no_harm(running: Running) -> None:
+def test_corrupted_images_do_no_harm(running: ServerState) -> None:
     """The short form of `make fuzz`."""
     fuzz.fuzz_images(500, seed=2)
     fuzz.fuzz_server(running, 200, seed=2)
 
 
-def test_scaling_under_load_loses_no_request_of_a_client_that_retries(running: Running) -> None:
+def test_scaling_under_load_loses_no_request_of_a_client_that_retries(running: ServerState) -> None:
     """TorchServe sometimes drops the batch that a worker holds when it is scaled away, and returns
     500 "Worker died." for it. A retry is safe, since a classification changes nothing.
     """

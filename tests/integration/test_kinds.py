@@ -27,7 +27,7 @@ from classification_client.command import classify
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from tests.onnx_files import Made
 from tests.onnx_files import model as onnx_model
@@ -109,7 +109,7 @@ def of_python(folder: Path) -> Kind:
     (folder / "pets.py").write_text(CODE)
     torch.manual_seed(3)
     made: dict[str, Any] = {}
-    exec(CODE, made)  # noqa: S102  # the code above
+    exec(CODE, made)  # the code above
     model = made["Pets"]().eval()
     transform = get_model_weights("resnet18").DEFAULT.transforms()
     spread(model, transform)
@@ -178,10 +178,12 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 
 
 @pytest.fixture(scope="module")
-def server(kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(
+    kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerState]:
     run_dir = tmp_path_factory.mktemp("run")
     first, *others = (kind.archive for kind in kinds.values())
-    running = start(first, free_ports(), 1, run_dir, beside=others)
+    running = start(first, free_ports(), 1, run_dir, extra_archives=others)
     yield running
     stop(running, run_dir)
 
@@ -191,7 +193,7 @@ NAMES = ["python", "from-elsewhere", "from-timm"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_answers_as_its_own_library(
-    name: str, server: Running, kinds: dict[str, Kind], note: list[str]
+    name: str, server: ServerState, kinds: dict[str, Kind], note: list[str]
 ) -> None:
     """Top-5 predictions, embeddings, and the same by the Open Inference Protocol."""
     url = server.serving(name).predictions_url
@@ -227,7 +229,7 @@ def test_it_answers_as_its_own_library(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_are_where_the_head_is_linear(
-    name: str, server: Running, kinds: dict[str, Kind]
+    name: str, server: ServerState, kinds: dict[str, Kind]
 ) -> None:
     url = server.serving(name).predictions_url.replace("predictions", "explanations")
     headers = {"Accept": "application/json"}
@@ -240,7 +242,7 @@ def test_maps_are_where_the_head_is_linear(
 
 
 def test_the_command_writes_embeddings(
-    server: Running, kinds: dict[str, Kind], tmp_path: Path
+    server: ServerState, kinds: dict[str, Kind], tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

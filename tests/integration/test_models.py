@@ -15,7 +15,7 @@ from scripts.build.pipeline import build
 from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.samples import CAT
 from scripts.serve.management import ready_workers, scale
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from tests.pictures import encode, photographs
 
@@ -30,7 +30,7 @@ def mobilenet() -> TorchvisionSource:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerState]:
     folder = tmp_path_factory.mktemp("models")
     (folder / "classes.txt").write_text("\n".join(CLASSES), "utf-8")
     # Without class activation maps, with PyTorch's engine, and a name and classes of its own.
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     )
     pets = build(spec, folder)
     other = build(from_options(arch="mobilenet_v2", weights="random"), folder)
-    running = start(pets, free_ports(), 1, folder / "run", beside=[other])
+    running = start(pets, free_ports(), 1, folder / "run", extra_archives=[other])
     yield running
     stop(running, folder / "run")
 
@@ -49,14 +49,14 @@ def ask(url: str, **options: Any) -> requests.Response:
     return requests.post(url, **options or {"data": CAT.read_bytes()}, timeout=TIMEOUT)
 
 
-def description(running: Running) -> dict[str, Any]:
+def description(running: ServerState) -> dict[str, Any]:
     url, query = running.model_url, {"customized": "true"}
     found: dict[str, Any] = requests.get(url, query, timeout=TIMEOUT).json()[0]
     return found["customizedMetadata"]  # type: ignore[no-any-return]
 
 
 def test_answers_equal_plain_pytorch_with_the_architectures_own_transform(
-    server: Running, mobilenet: TorchvisionSource
+    server: ServerState, mobilenet: TorchvisionSource
 ) -> None:
     transform = get_model_weights("mobilenet_v2").DEFAULT.transforms()
     model, labels = mobilenet.module, set()
@@ -74,7 +74,7 @@ def test_answers_equal_plain_pytorch_with_the_architectures_own_transform(
 
 
 def test_a_model_with_custom_classes_and_no_maps_describes_itself_and_answers(
-    server: Running,
+    server: ServerState,
 ) -> None:
     pets = server.serving("pets")
     described = description(pets)
@@ -90,7 +90,7 @@ def test_a_model_with_custom_classes_and_no_maps_describes_itself_and_answers(
     assert '"explains": false' in page.text
 
 
-def test_another_architecture_is_explained(server: Running) -> None:
+def test_another_architecture_is_explained(server: ServerState) -> None:
     running = server.serving("mobilenet_v2")
     described = description(running)
     assert (described["architecture"], described["explains"]) == ("mobilenet_v2", True)
@@ -101,7 +101,7 @@ def test_another_architecture_is_explained(server: Running) -> None:
 
 
 def test_an_archive_for_pytorch_rejects_requests_for_embeddings_and_no_others(
-    server: Running,
+    server: ServerState,
 ) -> None:
     pets, image = server.serving("pets"), CAT.read_bytes()
     assert description(pets)["engine"].startswith("PyTorch")
@@ -117,7 +117,7 @@ def test_an_archive_for_pytorch_rejects_requests_for_embeddings_and_no_others(
     assert ask(pets.predictions_url).status_code == 200
 
 
-def test_each_model_is_scaled_on_its_own(server: Running) -> None:
+def test_each_model_is_scaled_on_its_own(server: ServerState) -> None:
     other = server.serving("mobilenet_v2")
     scale(other, 2)
     assert ready_workers(other) == 2
@@ -125,5 +125,5 @@ def test_each_model_is_scaled_on_its_own(server: Running) -> None:
     scale(other, 1)
 
 
-def test_an_unknown_model_is_not_found(server: Running) -> None:
+def test_an_unknown_model_is_not_found(server: ServerState) -> None:
     assert ask(server.predictions_url.replace("pets", "nobody")).status_code == 404

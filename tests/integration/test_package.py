@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 
 UV = Path(sys.executable).parent / "uv"
 PACKAGE = Path("client/classification_client")
@@ -39,7 +39,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own / "bin"
 
 
-def test_it_stands_alone_and_classifies(installed: Path, running: Running, tmp_path: Path) -> None:
+def test_it_stands_alone_and_classifies(
+    installed: Path, running: ServerState, tmp_path: Path
+) -> None:
     def run(*command: str | Path) -> list[str]:
         return subprocess.run(
             [installed / command[0], *command[1:]],

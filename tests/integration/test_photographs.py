@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.known import CAT_LABELS, KNOWN, Photograph
 from scripts.build.sources import efficientnet_lite0
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.timm_transforms import timm_transform
 
 TIMEOUT = 60
@@ -42,7 +42,7 @@ def as_json(url: str, content: bytes) -> requests.Response:
 
 @each_photograph
 def test_the_content_is_recognized_in_every_form_of_request(
-    known: Photograph, lite0_server: Running
+    known: Photograph, lite0_server: ServerState
 ) -> None:
     content = known.path.read_bytes()
     bodies = [send(lite0_server.predictions_url, content).json() for send in (raw, form, as_json)]
@@ -51,7 +51,7 @@ def test_the_content_is_recognized_in_every_form_of_request(
     assert "warning" not in bodies[0]
 
 
-def test_the_headers_say_that_the_weights_are_trained(lite0_server: Running) -> None:
+def test_the_headers_say_that_the_weights_are_trained(lite0_server: ServerState) -> None:
     answer = raw(lite0_server.predictions_url, KNOWN[0].path.read_bytes())
     assert answer.headers["x-model-weights"] == "trained"
     assert answer.headers["x-model-version"].startswith("1.0+")
@@ -59,7 +59,7 @@ def test_the_headers_say_that_the_weights_are_trained(lite0_server: Running) -> 
 
 @torch.inference_mode()
 def test_probabilities_are_those_of_timms_own_model_and_transform(
-    lite0_server: Running, note: list[str]
+    lite0_server: ServerState, note: list[str]
 ) -> None:
     model = timm.create_model(_TIMM_NAME, pretrained=False).eval()
     file = distribution(efficientnet_lite0.PACKAGE).locate_file(efficientnet_lite0.FILE)
@@ -84,7 +84,7 @@ def test_probabilities_are_those_of_timms_own_model_and_transform(
     assert worst < 1e-4
 
 
-def test_the_heat_map_of_the_cat_lies_on_the_cat(lite0_server: Running) -> None:
+def test_the_heat_map_of_the_cat_lies_on_the_cat(lite0_server: ServerState) -> None:
     """Its face fills the middle of the photograph; the corners are background."""
     url = lite0_server.predictions_url.replace("predictions", "explanations")
     body = requests.post(
@@ -102,7 +102,7 @@ def test_the_heat_map_of_the_cat_lies_on_the_cat(lite0_server: Running) -> None:
 
 
 def test_classify_recognizes_a_folder_and_names_a_corrupt_image(
-    lite0_server: Running, tmp_path: Path
+    lite0_server: ServerState, tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "photographs", tmp_path / "results.jsonl"
     folder.mkdir()

@@ -18,13 +18,13 @@ from torchvision.models import resnet18
 
 from examples.digits.train import NAMES, Split
 from examples.digits.train import load as load_digits
-from handler.cores import Cores
-from handler.engines import Engine, load_engine
-from handler.openvino_engine import OpenVinoEngine
-from handler.precision import MODEL_FILES
+from handler.inference.cores import Cores
+from handler.inference.engines import Engine, Extra, load_engine
+from handler.inference.openvino_engine import OpenVinoEngine
+from handler.inference.precision import MODEL_FILES
 from scripts.build.model_file import ModelFile, from_options
 from scripts.build.pipeline import build
-from scripts.serve.running import Running, free_ports
+from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import read_card
 from scripts.terminal import UserError
@@ -111,14 +111,14 @@ def _spec(folder: Path, name: str, precision: str, max_loss: float = MAX_LOSS) -
 
 
 @pytest.fixture(scope="module")
-def server(archives: dict[str, Path], folder: Path) -> Iterator[Running]:
+def server(archives: dict[str, Path], folder: Path) -> Iterator[ServerState]:
     first, *others = archives.values()
-    running = start(first, free_ports(), 1, folder / "run", beside=others)
+    running = start(first, free_ports(), 1, folder / "run", extra_archives=others)
     yield running
     stop(running, folder / "run")
 
 
-def _description(running: Running) -> dict[str, Any]:
+def _description(running: ServerState) -> dict[str, Any]:
     (model,) = requests.get(
         running.model_url, params={"customized": "true"}, timeout=TIMEOUT
     ).json()
@@ -128,7 +128,7 @@ def _description(running: Running) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", CHANGES)
 def test_each_answer_names_the_precision_it_was_computed_in(
-    precision: str, server: Running, folder: Path
+    precision: str, server: ServerState, folder: Path
 ) -> None:
     if precision not in PRECISIONS:
         pytest.skip("this processor does not compute in bfloat16")
@@ -184,10 +184,10 @@ def test_probabilities_maps_and_embeddings_of_each_precision_are_near_float32s(
     found = {}
     for precision, archive in archives.items():
         engine = _engine(archive, tmp_path / precision)
-        logits, features = engine.logits_and_features(images)
+        logits, features = engine.run(images, Extra.FEATURES)
         maps = np.einsum("kc,nchw->nkhw", classifier, features)
         probabilities = torch.from_numpy(logits).softmax(1).numpy()
-        found[precision] = probabilities, maps, engine.logits_and_embedding(images)[1]
+        found[precision] = probabilities, maps, engine.run(images, Extra.EMBEDDING)[1]
     exact, exact_maps, exact_embeddings = found["float32"]
     for precision, (probabilities, maps, embeddings) in found.items():
         change = float(np.abs(probabilities - exact).max())

@@ -14,17 +14,17 @@ from torch import nn
 from handler.settings import Preprocessing
 from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from tests.pictures import encode, generated, photographs
 from tests.unit.test_images import TUTORIAL, is_very_long
 
 TIMEOUT = 60
 
 
-def test_curl_uploads_a_file_as_the_body_and_as_a_form(running: Running) -> None:
+def test_curl_uploads_a_file_as_the_body_and_as_a_form(running: ServerState) -> None:
     answers = [
         subprocess.run(
-            ["curl", "--silent", "--fail", *arguments, running.predictions_url],  # noqa: S607
+            ["curl", "--silent", "--fail", *arguments, running.predictions_url],
             capture_output=True,
             check=True,
         ).stdout
@@ -38,7 +38,9 @@ def test_curl_uploads_a_file_as_the_body_and_as_a_form(running: Running) -> None
     assert json.loads(answers[0])["success"] is True
 
 
-def test_served_answers_equal_plain_pytorch(running: Running, densenet: TorchvisionSource) -> None:
+def test_served_answers_equal_plain_pytorch(
+    running: ServerState, densenet: TorchvisionSource
+) -> None:
     """One at a time, so that no batch rounds otherwise. The unit tests compare many more images."""
     images = [
         (name, image) for name, image in (*photographs(), *generated()) if not is_very_long(image)
@@ -73,7 +75,7 @@ def _is_tie(expected: np.ndarray, order: list[int], best_first: list[int]) -> bo
     return bool(np.abs(expected[order] - expected[best_first]).max() < 1e-7)
 
 
-def test_topk_and_threshold_are_form_fields(running: Running) -> None:
+def test_topk_and_threshold_are_form_fields(running: ServerState) -> None:
     body = requests.post(
         running.predictions_url,
         files={"file": CAT.read_bytes()},
@@ -86,7 +88,7 @@ def test_topk_and_threshold_are_form_fields(running: Running) -> None:
 
 
 def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
-    running: Running, densenet: TorchvisionSource
+    running: ServerState, densenet: TorchvisionSource
 ) -> None:
     for body in (CAT.read_bytes(), b"no image"):
         response = requests.post(running.predictions_url, data=body, timeout=TIMEOUT)
@@ -105,7 +107,7 @@ def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
     assert metadata["preprocessing"]["crop"] == Preprocessing().crop
 
 
-def test_the_worker_imports_neither_torch_nor_torchvision(running: Running) -> None:
+def test_the_worker_imports_neither_torch_nor_torchvision(running: ServerState) -> None:
     """They would cost each worker 450 and 160 MB that ONNX Runtime has no use for."""
     process = running.process()
     assert process is not None

@@ -15,14 +15,16 @@ import numpy as np
 import psutil
 import pytest
 import requests
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from benchmarks.known import PHOTOGRAPHS
 from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve import commands, management
-from scripts.serve.management import poll, ready_workers, scale
-from scripts.serve.running import HOST, Running, free_ports
+from scripts.serve.management import ready_workers, scale, wait_until
+from scripts.serve.running import HOST, ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError
 from tests.pictures import encode
@@ -44,12 +46,12 @@ def curl(*arguments: str, cwd: Path | None = None) -> str:
 
 
 @pytest.fixture
-def host(running: Running) -> str:
+def host(running: ServerState) -> str:
     return f"http://{HOST}:{running.ports.inference}"
 
 
 @pytest.fixture(scope="module")
-def expected(running: Running) -> dict[str, Any]:
+def expected(running: ServerState) -> dict[str, Any]:
     """The cat's answer."""
     body: dict[str, Any] = post(running.predictions_url, files={"file": CAT_BYTES})
     assert body["success"] is True
@@ -57,7 +59,7 @@ def expected(running: Running) -> dict[str, Any]:
 
 
 def test_a_body_of_any_content_type_and_a_chunked_one(
-    running: Running, expected: dict[str, Any]
+    running: ServerState, expected: dict[str, Any]
 ) -> None:
     for content_type in ("image/png", "image/jpeg", "text/plain", "nonsense", None):
         headers = {"Content-Type": content_type}
@@ -80,13 +82,30 @@ def test_a_query_may_hold_the_options(host: str, expected: dict[str, Any]) -> No
     assert answer["recognized"] is False
 
 
-def test_json_with_base64(running: Running, expected: dict[str, Any]) -> None:
+def test_json_with_base64(running: ServerState, expected: dict[str, Any]) -> None:
     document = json.dumps({"image": CAT_BASE64, "topk": 3})
     # The second is what a browser's fetch sends with a string.
     for announced in ("application/json; charset=utf-8", "text/plain;charset=UTF-8", "x/y"):
         headers = {"Content-Type": announced}
         answer = post(running.predictions_url, data=document, headers=headers)
         assert answer["predictions"] == expected["predictions"][:3]
+
+
+def test_hugging_faces_client_gets_labels_and_scores(
+    host: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    url = f"{host}/predictions/densenet121/1.0-untrained/huggingface"
+    client = InferenceClient(timeout=TIMEOUT)
+    for options in ({}, {"top_k": 3, "function_to_apply": "softmax"}):
+        found = client.image_classification(CAT_BYTES, model=url, **options)
+        scores = [(each.label, each.score) for each in found]
+        predictions = expected["predictions"][: options.get("top_k")]
+        assert scores == [(row["label"], row["probability"]) for row in predictions]
+    (tmp_path / "not.png").write_text("text")
+    with pytest.raises(HfHubHTTPError) as raised:
+        client.image_classification(tmp_path / "not.png", model=url)
+    assert raised.value.response.status_code == 400
+    assert "not an image" in str(raised.value)
 
 
 def test_kserve_in_binary(host: str, expected: dict[str, Any]) -> None:
@@ -119,7 +138,7 @@ def test_kserve_in_binary(host: str, expected: dict[str, Any]) -> None:
     assert first == pytest.approx(expected["probability"], abs=1e-6)
 
 
-def test_five_images_of_which_two_are_bad(running: Running, expected: dict[str, Any]) -> None:
+def test_five_images_of_which_two_are_bad(running: ServerState, expected: dict[str, Any]) -> None:
     files = {
         "1": ("cat.png", CAT_BYTES, "image/png"),
         "2": ("cut.png", CAT_BYTES[:5000], "image/png"),
@@ -138,7 +157,7 @@ def test_five_images_of_which_two_are_bad(running: Running, expected: dict[str, 
 
 @pytest.mark.parametrize("client", ["curl", "requests", "httpx"])
 def test_only_parts_of_one_name_are_taken_for_lost_ones(
-    running: Running, client: str, tmp_path: Path
+    running: ServerState, client: str, tmp_path: Path
 ) -> None:
     """Above 1.4 kB for a form of one file, as the README says."""
 
@@ -166,7 +185,7 @@ def test_only_parts_of_one_name_are_taken_for_lost_ones(
 
 @pytest.mark.parametrize("name", ["explain", "describe", "Accept"])
 def test_a_file_named_as_a_header_is_an_image(
-    running: Running, expected: dict[str, Any], name: str
+    running: ServerState, expected: dict[str, Any], name: str
 ) -> None:
     files = {name: ("cat.png", CAT_BYTES, "image/png")}
     assert post(running.predictions_url, files=files, headers={"explain": "no"}) == expected
@@ -186,7 +205,7 @@ def test_a_file_named_as_a_header_is_an_image(
     ],
 )
 def test_a_mistake_with_curl_is_explained(
-    running: Running, arguments: str, error: str, message: str, tmp_path: Path
+    running: ServerState, arguments: str, error: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "cat.png").write_bytes(CAT_BYTES)
     (tmp_path / "cat.json").write_text(json.dumps({"image": CAT_BASE64}))
@@ -201,7 +220,7 @@ def test_a_misspelled_option_in_the_query_is_rejected(host: str) -> None:
     assert post(url, data=CAT_BYTES, headers=headers)["type"] == "InvalidOption"
 
 
-def test_a_client_of_predictions_gets_no_description(running: Running, host: str) -> None:
+def test_a_client_of_predictions_gets_no_description(running: ServerState, host: str) -> None:
     for path in ("predictions/densenet121", "densenet121/predict", "v1/models/densenet121:predict"):
         for content_type in (None, "application/x-www-form-urlencoded", "multipart/form-data; x"):
             headers = {"describe": "True", "Content-Type": content_type}
@@ -212,7 +231,7 @@ def test_a_client_of_predictions_gets_no_description(running: Running, host: str
 
 
 def test_an_answer_above_the_frontends_limit_is_rejected(
-    running: Running, one_worker: psutil.Process
+    running: ServerState, one_worker: psutil.Process
 ) -> None:
     """It would end the worker: names of parts come back with the results."""
     files = {letter * 3_500_000: ("x.png", CAT_BYTES, "image/png") for letter in "ab"}
@@ -287,7 +306,7 @@ def test_maps_and_biases_make_up_the_probabilities(
 
 
 @pytest.fixture(scope="module")
-def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerState]:
     """A server that was asked for gRPC; the tests end its workers."""
     folder = tmp_path_factory.mktemp("grpc")
     running = start(archive, free_ports(), 1, folder, grpc=True)
@@ -297,7 +316,7 @@ def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.mark.slow
 def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_ready(
-    grpc_server: Running,
+    grpc_server: ServerState,
     expected: dict[str, Any],
     stubs: tuple[Any, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -320,7 +339,7 @@ def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_rea
         stream = iter([request(CAT_BYTES, sequence_id="1")])
         with pytest.raises(grpc.RpcError):
             list(client.StreamPredictions2(stream, timeout=TIMEOUT))
-    assert poll(lambda: ready_workers(grpc_server) == 0, TIMEOUT)
+    assert wait_until(lambda: ready_workers(grpc_server) == 0, TIMEOUT)
     (worker,) = management.model_status(grpc_server)["workers"]
     assert worker["status"] == "READY", "this is what TorchServe says of it"
 
@@ -328,8 +347,8 @@ def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_rea
     commands.status_command()
     shown = capsys.readouterr().out
     assert "READY" not in shown
-    assert "1 worker(s) that TorchServe counts as ready have ended" in shown
+    assert "1 worker(s) that TorchServe reports as ready have exited" in shown
 
-    monkeypatch.setattr(management, "REPLACED_WITHIN", 1.0)
-    with pytest.raises(UserError, match=r"counts 1 worker\(s\), of which 0 live"):
+    monkeypatch.setattr(management, "WORKER_REPLACEMENT_SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"reports 1 worker\(s\) as ready, 0 of them are running"):
         scale(grpc_server, 1)

@@ -20,8 +20,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.known import PHOTOGRAPHS
-from scripts.serve.management import poll, ready_workers
-from scripts.serve.running import HOST, Running
+from scripts.serve.management import ready_workers, wait_until
+from scripts.serve.running import HOST, ServerState
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
 from tests.served import frontend_memory, post, served, worker_memory, worker_pids
@@ -43,7 +43,7 @@ class Chaos:
         wrong: descriptions of good requests that were answered wrongly.
     """
 
-    def __init__(self, running: Running, seed: int) -> None:
+    def __init__(self, running: ServerState, seed: int) -> None:
         self._running = running
         self._seed = seed
         self._stopping = threading.Event()
@@ -141,9 +141,11 @@ def may_ask_again(answer: requests.Response) -> bool:
     return died or answer.status_code in ASK_AGAIN
 
 
-def _settled_memory(running: Running) -> dict[str, float]:
+def _settled_memory(running: ServerState) -> dict[str, float]:
     """Return the bytes of each process, once both workers are back and have done usual work."""
-    assert poll(lambda: ready_workers(running) == 2, 60), "the killed worker did not come back"
+    assert wait_until(lambda: ready_workers(running) == 2, 60), (
+        "the killed worker did not come back"
+    )
     usual = PHOTOGRAPHS[0].read_bytes()
     with ThreadPoolExecutor(CLIENTS) as clients:
         answers = list(clients.map(lambda _: post(running, usual), range(8 * CLIENTS)))

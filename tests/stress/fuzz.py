@@ -15,10 +15,11 @@ import typer
 from rich.progress import track
 
 from benchmarks.timing import cpu_seconds
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.errors import ClientError
-from handler.images import PixelBudget, decode
 from handler.settings import Preprocessing
-from scripts.serve.running import Running
+from scripts.serve.running import ServerState
 from scripts.terminal import UserError, command, console
 from tests import corpus
 from tests.served import served, worker_pids
@@ -98,7 +99,7 @@ def _memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def fuzz_server(running: Running, count: int, seed: int) -> Counter[str]:
+def fuzz_server(running: ServerState, count: int, seed: int) -> Counter[str]:
     """Sends `count` corrupted images to a server, as bodies and as forms in turn.
 
     Raises:

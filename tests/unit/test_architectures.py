@@ -6,9 +6,10 @@ import torch
 from numpy.typing import NDArray
 from torchvision.models import get_model_weights
 
-from handler.images import PixelBudget, decode
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.torch_models import empty_model, with_features
 from handler.settings import Preprocessing
-from handler.torch_models import empty_model, with_features
 from scripts.build.architectures import (
     architectures,
     check_architecture,
@@ -45,7 +46,7 @@ def test_preprocessing_is_that_of_the_weights(name: str) -> None:
     normalize = Normalized(torch.nn.Identity(), preprocessing)
     for title, image in list(photographs())[:20:3]:
         rgb = image.convert("RGB")
-        pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8))
+        pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8)).pixels
         mine = normalize(torch.from_numpy(pixels)[None])[0]
         assert torch.allclose(mine, theirs(rgb), atol=1e-6), title
 
@@ -79,7 +80,7 @@ def test_the_layer_that_depends_on_the_classes_is_found(name: str, layer: str) -
 )
 def test_features_are_found_if_logits_are_linear_in_them(
     name: str,
-    linear: bool,  # noqa: FBT001
+    linear: bool,
     images: NDArray[np.uint8],
 ) -> None:
     torch.manual_seed(0)

@@ -1,11 +1,14 @@
-"""Installing: what uv is asked for, and when. That uv does it is seen on each fresh clone."""
+"""Installing: what uv is called with, and when. That uv installs it is seen on each fresh clone."""
 
+import http.server
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,38 +30,56 @@ nvidia-cublas==5 \\
 uv==6 \\
     --hash=sha256:6
 """
-UV = """\
+# Stands for both Python and uv: writes down what it is called with.
+PROGRAM = """\
 #!/bin/sh
-echo "$UV_DEFAULT_INDEX $@" >>.venv/asked
-case "$*" in *--dry-run*) echo ' + torch==3';; *) test ! -e .venv/fails;; esac
+echo "$UV_DEFAULT_INDEX $@" >>.venv/calls
+test ! -e .venv/fails
 """
+PIP = "-m pip --disable-pip-version-check --quiet install --require-hashes -r .venv/uv.txt"
+UV = "pip install --python .venv/bin/python --no-deps"
+BY_HASH = "--require-hashes --build-constraints requirements/run.lock -r"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An environment in which running is installed, as far as can be seen without starting it."""
+    """Return a project in which the run group is installed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    for name in ("TORCH_INDEX", "PIP_INDEX_URL", "UV_DEFAULT_INDEX"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: False)
-    (tmp_path / ".venv/lib/python3/site-packages/uv-6.dist-info").mkdir(parents=True)
-    (tmp_path / ".venv/bin").mkdir()
-    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
-    (tmp_path / ".venv/bin/uv").write_text(UV)
-    (tmp_path / ".venv/bin/uv").chmod(0o755)
-    (tmp_path / "requirements").mkdir()
-    (tmp_path / "requirements/tests.lock").write_text("tool==1")
-    (tmp_path / "client").mkdir()
-    (tmp_path / "client/pyproject.toml").write_text("version = 1")
+    for name in (".venv/bin", "requirements", "client"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("python", "uv"):
+        (tmp_path / ".venv/bin" / name).write_text(PROGRAM)
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
     (tmp_path / "requirements/run.lock").write_text(LOCK)
+    (tmp_path / "requirements/tests.lock").write_text("tool==1")
+    (tmp_path / "client/pyproject.toml").write_text("version = 1")
+    (tmp_path / "pyproject.toml").write_text('["requirements/run.in"] ["requirements/tests.in"]')
+    (tmp_path / ".venv/torch").write_text("locked")
     (tmp_path / ".venv/installed-run").write_text(bootstrap.fingerprint("run"))
     return tmp_path
 
 
-def test_a_finished_installation_is_found_without_starting_anything(
+@pytest.fixture
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return a function that installs groups and returns the calls of Python, pip and uv."""
+
+    def called(*groups: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["bootstrap.py", *groups])
+        bootstrap.main()
+        calls = (folder / ".venv/calls").read_text().splitlines()
+        return [call for call in calls if "import sys, pip" not in call]
+
+    return called
+
+
+def test_an_up_to_date_group_starts_no_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     bootstrap.main()
     for changed in ("requirements/run.lock", "client/pyproject.toml", ".venv/installed-run"):
         before = (folder / changed).read_text()
@@ -70,136 +91,136 @@ def test_a_finished_installation_is_found_without_starting_anything(
     assert not bootstrap.is_installed("run")
 
 
-@pytest.mark.slow
-def test_an_environment_whose_python_does_not_start_is_made_again(folder: Path) -> None:
-    assert bootstrap.works()
-    (folder / ".venv/bin/python").unlink()
-    (folder / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
-    (folder / ".venv/bin/python").chmod(0o755)
-    assert not bootstrap.works()
-    bootstrap.make_venv()
-    assert bootstrap.works()
-    assert not bootstrap.is_installed("run")
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "another"),
-    [
-        (None, "", False),
-        ("locked", "", False),
-        ("locked", "driver", False),
-        ("cpu", "", False),
-        ("cpu", "driver", True),
-        ("http://a", "driver", False),
-        ("http://a", "http://a", False),
-        ("http://a", "http://b", True),
-    ],
-)
-@pytest.mark.usefixtures("folder")
-def test_a_new_driver_or_another_index_means_another_environment(
-    before: str | None,
-    now: str,
-    another: bool,  # noqa: FBT001
+def test_each_group_is_installed_from_its_lock_by_hash(
+    folder: Path,
+    install: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if before is not None:
-        bootstrap.CHOICE.write_text(before)
-    monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: now == "driver")
-    assert bootstrap.is_another(now.replace("driver", "")) is another
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the pinned build has no CUDA")
-@pytest.mark.usefixtures("folder")
-def test_the_cpu_build_is_taken_if_its_index_answers_and_there_is_no_driver(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bootstrap, "PROBE_SECONDS", 2)
-    for command, chosen in (("true", "cpu"), ("false", "locked"), ("sleep 60", "locked")):
-        asking = ["sh", "-c", command]
-        monkeypatch.setattr(bootstrap, "uv_install", lambda *_, asking=asking: asking)
-        assert bootstrap.choose() == chosen, command
-    monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(bootstrap, "uv_install", lambda *_: ["true"])
-    assert bootstrap.choose() == "locked"
-
-
-def test_groups_are_installed_by_hash_each_from_its_lock(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run", "tests"])
     monkeypatch.setenv("PIP_INDEX_URL", "http://mirror")
-    monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
-    bootstrap.CHOICE.write_text("locked")
+    # Or main() would leave it in the environment of the next tests.
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://mirror")
     (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
-    install = "http://mirror pip install --python .venv/bin/python --no-deps"
-    by_hash = "--require-hashes --build-constraints requirements/run.lock -r"
-    bootstrap.main()
-    assert (folder / ".venv/asked").read_text().splitlines() == [
-        f"{install} --dry-run {by_hash} requirements/run.lock",
-        "http://mirror cache dir",
-        f"{install} {by_hash} requirements/run.lock",
-        f"{install} --quiet --offline --editable client",
-        f"{install} --dry-run {by_hash} requirements/tests.lock",
-        "http://mirror cache dir",
-        f"{install} {by_hash} requirements/tests.lock",
+    assert install("run", "tests") == [
+        f"http://mirror {PIP}",
+        f"http://mirror {UV} {BY_HASH} requirements/run.lock",
+        f"http://mirror {UV} --offline --editable client",
+        f"http://mirror {UV} {BY_HASH} requirements/tests.lock",
     ]
     assert bootstrap.is_installed("run")
     assert bootstrap.is_installed("tests")
+    assert "tests, up to 0.3 GB to download, 0.8 GB on disk" in capsys.readouterr().out
 
 
-def test_pytorch_from_an_index_has_the_locks_version_without_hashes_and_without_cuda(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("folder")
+def test_another_pytorch_build_has_the_locks_versions_without_hashes_and_cuda(
+    install: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url = "http://me:secret@here"
+    bootstrap.TORCH_BUILD.unlink()
+    bootstrap.stamp_of("run").unlink()
+    monkeypatch.setenv("TORCH_INDEX", url)
+    created = []
+    monkeypatch.setattr(bootstrap, "is_usable", lambda: True)
+    execute = bootstrap.execute
+    monkeypatch.setattr(
+        bootstrap,
+        "execute",
+        lambda *c: created.append(c) if "venv" in c else execute(*c),
+    )
+    calls = install("run")
+    assert len(created) == 1
+    assert calls[1:] == [
+        f" {UV} --default-index {url} -r .venv/torch.txt",
+        f" {UV} {BY_HASH} .venv/without-torch.txt",
+        f" {UV} --offline --editable client",
+    ]
+    assert Path(".venv/torch.txt").read_text().split() == ["torch==3", "torchvision==4"]
+    others = LOCK[: LOCK.index("torch==")] + LOCK[LOCK.index("uv==") :]
+    assert Path(".venv/without-torch.txt").read_text() == others
+    assert bootstrap.TORCH_BUILD.read_text() == url
+    assert bootstrap.TORCH_BUILD.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("installed", "torch_index", "driver", "new"),
+    [
+        ("locked", "", True, False),
+        ("cpu", "", False, False),
+        ("cpu", "", True, True),
+        ("http://a", "http://a", True, False),
+        ("http://a", "http://b", False, True),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_new_driver_or_another_index_means_a_new_environment(
+    installed: str, torch_index: str, driver: bool, new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bootstrap.TORCH_BUILD.write_text(installed)
+    monkeypatch.setenv("TORCH_INDEX", torch_index)
     monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
-    monkeypatch.setenv("TORCH_INDEX", "http://me:secret@here")
-    (folder / ".venv/installed-run").unlink()
+    monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: driver)
+    executed = []
+    monkeypatch.setattr(bootstrap, "execute", lambda *command: executed.append(command))
     bootstrap.main()
-    assert bootstrap.CHOICE.read_text() == "http://me:secret@here"
-    assert bootstrap.CHOICE.stat().st_mode & 0o077 == 0
-    asked = (folder / ".venv/asked").read_text()
-    assert "--no-deps --default-index http://me:secret@here -r .venv/torch.txt\n" in asked
-    assert "--require-hashes --build-constraints requirements/run.lock -r .venv/without" in asked
-    assert (folder / ".venv/torch.txt").read_text().split() == ["torch==3", "torchvision==4"]
-    others = (folder / ".venv/without-torch.txt").read_text()
-    assert others == LOCK[: LOCK.index("torch==")] + LOCK[LOCK.index("uv==") :]
+    assert [command[1:] for command in executed[:1]] == (
+        [("-m", "venv", "--clear", ".venv")] if new else []
+    )
 
 
-def test_a_group_that_uv_could_not_install_is_installed_next_time(folder: Path) -> None:
-    (folder / ".venv/fails").touch()
-    with pytest.raises(SystemExit, match="1"):
-        bootstrap.install("tests", "locked")
-    assert not bootstrap.is_installed("tests")
-
-
-def test_what_keeps_from_installing_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_an_incomplete_environment_is_not_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "least_free", lambda: (5.0, Path("/disk")))
-    with pytest.raises(SystemExit):
-        bootstrap.announce("run", "running", ["torch", "nvidia-a"])
-    with pytest.raises(SystemExit):
-        bootstrap.blame("uv")
-    monkeypatch.setattr(bootstrap, "FULL_GIGABYTES", 9)
-    with pytest.raises(SystemExit):
-        bootstrap.blame("uv")
-    monkeypatch.setattr(bootstrap, "OLDEST_PYTHON", (99, 0))
-    with pytest.raises(SystemExit, match="1"):
+    monkeypatch.chdir(tmp_path)
+    assert not bootstrap.is_usable()
+    bootstrap.execute(sys.executable, "-m", "venv", "--clear", ".venv")
+    assert bootstrap.is_usable()
+    for pip in Path(".venv").glob("lib/python*/site-packages/pip"):
+        shutil.rmtree(pip)
+    assert not bootstrap.is_usable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the lock's build has no CUDA")
+@pytest.mark.usefixtures("folder")
+def test_the_cpu_build_is_chosen_if_its_index_answers_and_there_is_no_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(bootstrap, "CPU_INDEX", f"http://127.0.0.1:{server.server_port}/")
+        assert bootstrap.choose_torch_build() == "cpu"
+        monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: True)
+        assert bootstrap.choose_torch_build() == "locked"
+        server.shutdown()
+        thread.join()
+    monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: False)
+    assert bootstrap.choose_torch_build() == "locked"
+
+
+def test_a_group_that_could_not_be_installed_is_installed_next_time(folder: Path) -> None:
+    (folder / ".venv/fails").touch()
+    with pytest.raises(SystemExit, match="not installed, for the reason above"):
+        bootstrap.install("run", "locked")
+    assert not bootstrap.is_installed("run")
+
+
+def test_an_old_python_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit, match=r"Python 3\.10 or newer is required"):
         bootstrap.main()
-    too_large, failed, full, old = capsys.readouterr().err.splitlines()
-    assert "Only 5.0 GB are free on the disk of /disk, and the packages need up to" in too_large
-    assert "uv could not install the packages, for the reason above" in failed
-    assert "The disk of /disk is full" in full
-    assert "Error: Python 99.0 or newer is needed, this is 3." in old
 
 
-def test_ctrl_c_is_answered_in_a_sentence(folder: Path) -> None:
+def test_ctrl_c_exits_with_a_message_and_the_next_run_resumes(folder: Path) -> None:
     (folder / "scripts").mkdir()
     shutil.copy(bootstrap.__file__, folder / "scripts")
-    (folder / ".venv/installed-run").unlink()
-    (folder / ".venv/torch").write_text("locked")
+    (folder / ".venv/installed-tests").write_text(bootstrap.fingerprint("tests"))
+    (folder / "requirements/tests.lock").write_text("tool==2")
     (folder / ".venv/bin/uv").write_text("#!/bin/sh\necho >started\nexec sleep 60\n")
     with subprocess.Popen(
-        [sys.executable, "scripts/bootstrap.py", "run"],
+        [sys.executable, "scripts/bootstrap.py", "tests"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -210,15 +231,17 @@ def test_ctrl_c_is_answered_in_a_sentence(folder: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate()
     assert process.returncode == 130
-    assert "Stopped by Ctrl-C. Run the same command again to go on." in errors
+    assert "Stopped by Ctrl-C. Run the same command again to resume." in errors
+    (folder / "requirements/tests.lock").write_text("tool==1")
+    assert not bootstrap.is_installed("tests")
 
 
-def test_make_hands_the_index_on_as_it_is() -> None:
-    address = 'http://me:it\'s"secret" @127.0.0.1/cpu'
+def test_make_passes_the_index_on_unchanged() -> None:
+    url = 'http://me:it\'s"secret" @127.0.0.1/cpu'
     done = subprocess.run(
-        ["make", "setup", f"TORCH_INDEX={address}", "PYTHON=printenv TORCH_INDEX; :"],  # noqa: S607
+        ["make", "setup", f"TORCH_INDEX={url}", "PYTHON=printenv TORCH_INDEX; :"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout == f"{address}\n"
+    assert done.stdout == f"{url}\n"

@@ -18,13 +18,13 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from scipy.special import expit
 
-from handler.cores import Cores
-from handler.engines import load_engine
+from handler.inference.activation import softmax
+from handler.inference.cores import Cores
+from handler.inference.engines import Extra, load_engine
 from handler.labels import CLASS_INDEX
-from handler.responses import softmax
 from handler.settings import ModelCard, Preprocessing
 from scripts import samples
-from scripts.build.commands import spec_of
+from scripts.build.commands import ModelOptions
 from scripts.build.convert import convert
 from scripts.build.model_file import from_options
 from scripts.build.onnx_model import read
@@ -79,7 +79,7 @@ def converted(
     target = folder / "converted.onnx"
     activation, thresholds = ("sigmoid", (0.5,) * classes) if multilabel else ("softmax", ())
     card = ModelCard(
-        "mine", classes, True, "", "", "", preprocessing,  # noqa: FBT003
+        "mine", classes, True, "", "", "", preprocessing,
         activation=activation, thresholds=thresholds,
     )  # fmt: skip
     made = convert(read(file), card, target)
@@ -87,8 +87,8 @@ def converted(
     assert made.channels == (16 if "embedding" in outputs else 0)
     engine = load_engine(target, card, Cores(1, 1, folder / "busy"))
     images = sample_images(preprocessing, 3)
-    features = None if made.classifier is None else engine.logits_and_features(images)[1]
-    return Converted(images, engine.logits(images), made.classifier, features)
+    features = None if made.classifier is None else engine.run(images, Extra.FEATURES)[1]
+    return Converted(images, engine.run(images).logits, made.classifier, features)
 
 
 def plain(proto: ModelProto, images: np.ndarray[Any, Any], made: Made) -> np.ndarray[Any, Any]:
@@ -125,7 +125,7 @@ def plain(proto: ModelProto, images: np.ndarray[Any, Any], made: Made) -> np.nda
 def test_logits_equal_those_of_the_file_and_so_do_maps_if_the_last_layer_is_linear(
     made: Made,
     largest: float,
-    has_maps: bool,  # noqa: FBT001
+    has_maps: bool,
     tmp_path: Path,
 ) -> None:
     found = converted(model(made), tmp_path)
@@ -303,24 +303,24 @@ LARGE = {"fit": "pad", "mean": 0.5, "std": 0.25}
     [
         (Made(shape=("N", 1, 64, 64)), r"\? x 1 x 64 x 64, in which no axis has 3 channels"),
         (Made(shape=("N", 3, 64, 48)), "they must be squares"),
-        (Made(shape=("N", 3)), r"tensor of \? x 3. It must take pictures"),
+        (Made(shape=("N", 3)), r"tensor of \? x 3. It must take images"),
         (Made(shape=("N", 3, 32, 32)), "crop of mine.onnx is 32 and cannot be changed"),
         (Made(classes=7), "names 5 classes, but mine.onnx has 7. .*in the order of its outputs"),
-        (Made(end=("Sigmoid",)), "Say so: ACTIVATION=sigmoid"),
-        (Made(end=("Sigmoid", "Flatten")), "Say so: ACTIVATION=sigmoid"),
+        (Made(end=("Sigmoid",)), "Build it with ACTIVATION=sigmoid"),
+        (Made(end=("Sigmoid", "Flatten")), "Build it with ACTIVATION=sigmoid"),
         (Made(end=("Sigmoid", "Neg", "Neg")), IN_OTHER_OPERATORS),
-        (Made(opset=99), r"version 99 .*knows 8 to \d+.*opset_version=20"),
+        (Made(opset=99), r"version 99 .*supports 8 to \d+.*opset_version=20"),
         (Made(opset=6), r"version 6 of ONNX's operators"),
         (
             Made(dtype=TensorProto.UINT8),
             "mean of mine.onnx is .* cannot be changed: leave it out|std of mine",
         ),
-        (quantized, "in 8 bits already.*PRECISION=int8 makes 8 bits of it"),
+        (quantized, "quantized to 8 bits already.*PRECISION=int8 quantizes it"),
         (lambda: with_operator("com.acme", "Run"), "would need a library: com.acme.Run"),
         (lambda: with_data_elsewhere("weights.bin"), r"another file \('weights.bin'"),
         (lambda: with_data_elsewhere("/etc/passwd"), "keeps its weights in another"),
         (in_a_branch, r"another file \('../../etc/passwd'"),
-        (huge, "ended for want of memory|cannot be run"),
+        (huge, "ran out of memory|cannot be run"),
         (lambda: with_functions(40), f"{TOO_MANY_NODES}. Export it without functions"),
         (with_thousands_of_zeros, TOO_MANY_NODES),
         (lambda: with_argument(model().graph), "functions that take graphs as attributes"),
@@ -477,5 +477,5 @@ def test_the_command_does_without_pytorch(tmp_path: Path) -> None:
 
 def test_an_architecture_is_rejected_for_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "mine.onnx").touch()
-    with pytest.raises(UserError, match="say one of model and arch"):
-        spec_of(model_file=tmp_path / "mine.onnx", arch="resnet18")
+    with pytest.raises(UserError, match="set one of model and arch"):
+        ModelOptions(model_file=tmp_path / "mine.onnx", arch="resnet18").spec()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.cores import Cores
+from handler.inference.cores import Cores
 
 SHARE, ALL = 1, 4
 
@@ -16,10 +16,10 @@ SHARE, ALL = 1, 4
 OTHER = """
 import os, sys
 from pathlib import Path
-from handler.cores import Cores
+from handler.inference.cores import Cores
 os.getpid = lambda: 7
 cores = Cores(1, 4, Path(sys.argv[1]))
-with cores.busy(crowded=False):
+with cores.busy(queue_not_empty=False):
     if sys.argv[2] == "busy":
         print("busy", flush=True)
         sys.stdin.read()
@@ -52,7 +52,7 @@ def test_a_worker_alone_takes_all_cores_and_keeps_to_its_share_beside_another(
 ) -> None:
     monkeypatch.setattr(os, "getpid", lambda: own)
     cores = Cores(SHARE, ALL, lock_file)
-    with cores.busy(crowded=False):
+    with cores.busy(queue_not_empty=False):
         assert cores.available() == ALL
         with other_worker(lock_file) as other:
             # A worker that becomes busy at this moment must not find its byte locked by a look.
@@ -65,7 +65,7 @@ def test_a_worker_alone_takes_all_cores_and_keeps_to_its_share_beside_another(
 
 def test_a_killed_worker_does_not_count_as_busy(lock_file: Path) -> None:
     cores = Cores(SHARE, ALL, lock_file)
-    with other_worker(lock_file) as other, cores.busy(crowded=False):
+    with other_worker(lock_file) as other, cores.busy(queue_not_empty=False):
         assert cores.available() == SHARE
         other.kill()
         other.wait()
@@ -75,12 +75,12 @@ def test_a_killed_worker_does_not_count_as_busy(lock_file: Path) -> None:
 def test_a_worker_keeps_to_its_share_while_requests_wait_for_others_too(lock_file: Path) -> None:
     cores = Cores(SHARE, ALL, lock_file)
     with other_worker(lock_file, "idle") as other:
-        with cores.busy(crowded=True):
+        with cores.busy(queue_not_empty=True):
             assert cores.available() == SHARE
-        with cores.busy(crowded=False):
+        with cores.busy(queue_not_empty=False):
             assert cores.available() == ALL
         other.communicate()
-    with cores.busy(crowded=True):
+    with cores.busy(queue_not_empty=True):
         assert cores.available() == ALL, "there is nobody else to do the work"
 
 

@@ -6,8 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.decoding.transform import resize_and_crop
 from handler.errors import ClientError
-from handler.images import PixelBudget, decode, resize_and_crop
 from handler.settings import Preprocessing
 from tests import corpus
 from tests.corpus import Hostile, Valid
@@ -22,7 +24,7 @@ HOSTILE = list(corpus.hostile())
 
 @pytest.mark.parametrize("image", VALID, ids=lambda image: image.name)
 def test_a_valid_image_becomes_what_a_person_sees(image: Valid) -> None:
-    mine = decode(image.data, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=False)
+    mine = decode(image.data, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=False).pixels
     expected = np.asarray(resize_and_crop(image.seen, PREPROCESSING)).transpose(2, 0, 1)
     assert np.array_equal(mine, expected)
 
@@ -67,7 +69,7 @@ def test_any_size_and_mode_becomes_the_models_input(width: int, height: int, mod
 
 def decode_or_reject(data: bytes, *, may_reject: bool = True) -> None:
     try:
-        pixels = decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        pixels = decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels
     except ClientError:
         assert may_reject
         return

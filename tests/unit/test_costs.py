@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from handler import images
+from handler.decoding import decode as decode_module
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.errors import ClientError
-from handler.images import PixelBudget, decode
 from handler.settings import DECODING_BYTES, MAX_REQUEST_BYTES, Preprocessing
 from tests import costs
 from tests.corpus import photograph
@@ -33,14 +34,14 @@ def test_no_body_costs_more_than_the_limits(name: str) -> None:
     data = KINDS[name]()
     assert len(data) <= MAX_REQUEST_BYTES, "the frontend would reject it"
     decode(encode(photograph(), "GIF"), Preprocessing(), PixelBudget(64_000_000))
-    started = sum(psutil.Process(images._decoder_process.pid).cpu_times()[:2])
+    started = sum(psutil.Process(decode_module._decoder_process.pid).cpu_times()[:2])
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = costs.kilobytes("VmRSS:")
     seconds = time.process_time() + cpu_of_children()
     with suppress(ClientError):  # any other error is the server's own
         decode(data, Preprocessing(), PixelBudget(64_000_000))
-    images._decoder_process.close()  # only now the kernel counts what it used
+    decode_module._decoder_process.close()  # only now the kernel counts what it used
     assert time.process_time() + cpu_of_children() - seconds - started < MAX_SECONDS
     assert (costs.kilobytes("VmHWM:") - before) * 1024 < MAX_BYTES
 
@@ -54,7 +55,10 @@ _EIGHT_AT_ONCE = """
 import struct, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from handler import allocator, images, settings
+from functools import partial
+from handler import settings
+from handler.decoding import budget, decode
+from handler.inference import allocator
 from tests.costs import kilobytes
 
 read = sys.stdin.buffer.read
@@ -62,11 +66,11 @@ bodies = [read(*struct.unpack("<I", read(4))) for _ in range(2)]
 allocator.keep_freed_memory()
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS:")
-jobs = [images.Job(data, images.PixelBudget(10**9), images.decode) for data in bodies * 4]
+def job(data):
+    decode.decode(data, settings.Preprocessing(), budget.PixelBudget(10**9))
 with ThreadPoolExecutor(8) as pool:
-    images.decode_all(jobs, settings.Preprocessing(), pool)
-assert not any(job.error for job in jobs), jobs
-assert images._decoder_process.pid is None
+    decode.run_all([partial(job, data) for data in bodies * 4], pool)
+assert decode._decoder_process.pid is None
 print(kilobytes("VmHWM:") - before)
 """
 

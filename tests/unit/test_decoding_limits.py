@@ -17,11 +17,15 @@ import psutil
 import pytest
 from PIL import Image, ImageFile
 
-from handler import decoder_process, images
-from handler.decoder_process import DecoderEndedError, DecoderProcess
+from handler.decoding import decode as decode_module
+from handler.decoding import isolated as isolated_module
+from handler.decoding import pillow
+from handler.decoding.budget import MemoryBudget, PixelBudget
+from handler.decoding.decode import decode
+from handler.decoding.formats import probe
+from handler.decoding.isolated import DecoderExitedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
-from handler.formats import probe
-from handler.images import Job, MemoryBudget, PixelBudget, decode, decode_all
+from handler.request import RequestImage, run_isolated
 from handler.settings import DECODING_BYTES, Preprocessing
 from tests import costs
 from tests.corpus import jpeg_with_size, photograph
@@ -37,12 +41,13 @@ MAX_PIXELS = 64_000_000
 _PROGRAM = """
 import sys
 sys.path[:] = {path!r}
-from handler.decoder_process import serve
-def answer(question, data):
+from handler.decoding import child
+def decode(task, data):
     import os, re, signal, time
 {body}
     return {{}}, data
-serve(answer)
+child._decode = decode
+child.main()
 """
 
 
@@ -83,18 +88,18 @@ ProcessOf = Callable[[str], _Process]
 def test_a_decoder_that_hangs_or_crashes_is_replaced(
     decoder: str, how: int, process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = process_of(f"if question['bad']:\n    {decoder}")
-    assert process.ask({"bad": False}, [b"good"], 1.0)[1] == b"good"
+    process = process_of(f"if task['bad']:\n    {decoder}")
+    assert process.decode({"bad": False}, [b"good"], 1.0)[1] == b"good"
     first = process.pid
     with monkeypatch.context() as patch:
         if "sleep" in decoder:
-            patch.setattr(decoder_process, "_MAX_WALL_SECONDS", 1)
-        with pytest.raises(DecoderEndedError) as ended:
-            process.ask({"bad": True}, [b"bad"], 0.2)
+            patch.setattr(isolated_module, "_MAX_WALL_SECONDS", 1)
+        with pytest.raises(DecoderExitedError) as ended:
+            process.decode({"bad": True}, [b"bad"], 0.2)
     assert ended.value.signal == how
     assert ended.value.ran_out_of_time == (how == signal.SIGPROF or "sleep" in decoder)
     assert ended.value.was_killed == ("SIGKILL" in decoder)
-    assert process.ask({"bad": False}, [b"good", b" again"], 1.0)[1] == b"good again"
+    assert process.decode({"bad": False}, [b"good", b" again"], 1.0)[1] == b"good again"
     assert process.pid != first
 
 
@@ -102,59 +107,59 @@ def test_an_image_whose_decoder_the_kernel_killed_needs_too_much_memory(
     process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = process_of("os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setattr(images, "_decoder_process", process)
+    monkeypatch.setattr(decode_module, "_decoder_process", process)
     with pytest.raises(TooLarge, match="needs more memory to decode than the server has left"):
         decode(encode(photograph(), "GIF"), PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
-@pytest.mark.parametrize("body", ["pass", "return {'ends': True}, data"])
+@pytest.mark.parametrize("body", ["pass", "return {'exits': True}, data"])
 def test_a_decoder_that_ended_while_idle_fails_no_image(body: str, process_of: ProcessOf) -> None:
     process = process_of(body)
-    process.ask({}, [b"one"], 1.0)
+    process.decode({}, [b"one"], 1.0)
     first = psutil.Process(process.pid)
     if body == "pass":
         first.kill()
     # Not waited for: the next question must find out.
     while first.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert process.ask({}, [b"two"], 1.0)[1] == b"two"
+    assert process.decode({}, [b"two"], 1.0)[1] == b"two"
 
 
 def test_a_decoder_gets_no_more_memory_than_its_limit(process_of: ProcessOf) -> None:
     process = process_of(
-        "try:\n    bytearray(question['bytes'])\nexcept MemoryError:\n    return {'short': 1}, b''"
+        "try:\n    bytearray(task['bytes'])\nexcept MemoryError:\n    return {'short': 1}, b''"
     )
-    assert "short" not in process.ask({"bytes": DECODING_BYTES - 2_000_000}, [], 2.0)[0]
-    assert "short" in process.ask({"bytes": DECODING_BYTES + 2_000_000}, [], 2.0)[0]
+    assert "short" not in process.decode({"bytes": DECODING_BYTES - 2_000_000}, [], 2.0)[0]
+    assert "short" in process.decode({"bytes": DECODING_BYTES + 2_000_000}, [], 2.0)[0]
 
 
 def test_time_is_counted_for_each_image_anew(process_of: ProcessOf) -> None:
     process = process_of("end = time.process_time() + 0.2\nwhile time.process_time() < end: pass")
     for _ in range(4):
-        assert process.ask({}, [], 0.6)[0]["seconds"] >= 0.2
+        assert process.decode({}, [], 0.6)[0]["seconds"] >= 0.2
 
 
 def test_a_decoder_process_that_cannot_start_says_so(process_of: ProcessOf) -> None:
     process = process_of("pass")
     process.code = "raise SystemExit(3)"
-    with pytest.raises(RuntimeError, match="cannot start: it ended with 3"):
-        process.ask({}, [], 1.0)
+    with pytest.raises(RuntimeError, match="cannot start: exit status 3"):
+        process.decode({}, [], 1.0)
 
 
 def test_a_decoder_that_closes_its_pipes_and_stays_is_killed(
     process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_process, "_MAX_EXIT_SECONDS", 0.2)
+    monkeypatch.setattr(isolated_module, "_MAX_EXIT_SECONDS", 0.2)
     process = process_of("os.closerange(0, 64)\n    time.sleep(60)".replace("    ", ""))
-    with pytest.raises(DecoderEndedError):
-        process.ask({}, [b"one"], 1.0)
+    with pytest.raises(DecoderExitedError):
+        process.decode({}, [b"one"], 1.0)
     assert process.pid is None
 
 
 def test_a_missing_decoder_is_the_servers_fault(
     process_of: ProcessOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images._check_decoders.cache_clear()
+    pillow._check_decoders.cache_clear()
     webp, heic = encode(photograph(), "WEBP"), encode(photograph(), "HEIF")
     with monkeypatch.context() as patch:
         patch.setattr("PIL.features.check", lambda name: name != "webp")
@@ -163,12 +168,12 @@ def test_a_missing_decoder_is_the_servers_fault(
     process = process_of("pass")
     process.code = (
         f"import sys; sys.path[:] = {sys.path!r}; sys.modules['pi_heif'] = None; "
-        "from handler.images import serve_decoding; serve_decoding()"
+        "from handler.decoding.child import main; main()"
     )
-    monkeypatch.setattr(images, "_decoder_process", process)
+    monkeypatch.setattr(decode_module, "_decoder_process", process)
     with pytest.raises(RuntimeError, match="decoder of HEIF is missing"):
         decode(heic, PREPROCESSING, PixelBudget(MAX_PIXELS))
-    assert decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS)).any()
+    assert decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels.any()
 
 
 def test_an_answer_that_nobody_took_is_no_other_images(
@@ -178,24 +183,25 @@ def test_an_answer_that_nobody_took_is_no_other_images(
         raise MemoryError
 
     process = process_of("pass")
-    assert process.ask({}, [b"one"], 1.0)[1] == b"one"
+    assert process.decode({}, [b"one"], 1.0)[1] == b"one"
     with monkeypatch.context() as patch:
-        patch.setattr(decoder_process, "_receive", fail)
+        patch.setattr(isolated_module, "receive", fail)
         with pytest.raises(MemoryError):
-            process.ask({}, [b"two"], 1.0)
-    assert process.ask({}, [b"three"], 1.0)[1] == b"three"
+            process.decode({}, [b"two"], 1.0)
+    assert process.decode({}, [b"three"], 1.0)[1] == b"three"
 
 
 def test_what_a_decoder_prints_is_no_answer(process_of: ProcessOf) -> None:
-    assert process_of("os.write(1, b'a warning')").ask({}, [b"one"], 1.0)[1] == b"one"
+    assert process_of("os.write(1, b'a warning')").decode({}, [b"one"], 1.0)[1] == b"one"
 
 
 _WORKER = """
 import sys, time
-from handler import images, settings
-data, budget = sys.stdin.buffer.read(), images.PixelBudget(10**6)
-images.decode(data, settings.Preprocessing(), budget)
-print(images._decoder_process.pid, flush=True)
+from handler import settings
+from handler.decoding import budget, decode
+data = sys.stdin.buffer.read()
+decode.decode(data, settings.Preprocessing(), budget.PixelBudget(10**6))
+print(decode._decoder_process.pid, flush=True)
 time.sleep(60)
 """
 
@@ -250,17 +256,18 @@ def test_the_decoder_process_reports_what_was_wrong() -> None:
 
 def test_the_images_of_a_request_share_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    ask = DecoderProcess.ask
+    real = DecoderProcess.decode
 
-    def counted(self: DecoderProcess, question: Any, pieces: Sequence[Any], limit: float) -> Any:
+    def counted(self: DecoderProcess, task: Any, pieces: Sequence[Any], limit: float) -> Any:
         limits.append(limit)
-        return ask(self, question, pieces, limit)
+        return real(self, task, pieces, limit)
 
-    monkeypatch.setattr(DecoderProcess, "ask", counted)
+    monkeypatch.setattr(DecoderProcess, "decode", counted)
     budget = PixelBudget(16 * MAX_PIXELS, 0.3)
-    jobs = [Job(costs.bmp_of_runs(2800, b"\1\1"), budget, decode) for _ in range(16)]
-    decode_all(jobs, PREPROCESSING, None)
-    assert all(isinstance(job.error, TooLarge) for job in jobs)
+    runs = costs.bmp_of_runs(2800, b"\1\1")
+    for _ in range(16):
+        with pytest.raises(TooLarge):
+            decode(runs, PREPROCESSING, budget)
     assert limits == [pytest.approx(0.3)]
 
 
@@ -275,11 +282,15 @@ def test_time_that_an_image_took_in_the_worker_is_gone() -> None:
 
 
 def test_an_error_does_not_keep_the_image() -> None:
-    """Its traceback would, until the whole batch is answered."""
-    jpeg = encode(photograph(), "JPEG")
-    job = Job(jpeg[: len(jpeg) // 2], PixelBudget(MAX_PIXELS), decode)
-    decode_all([job], PREPROCESSING, None)
-    error = job.error
+    """Its traceback would, until the whole batch has its responses."""
+    data = encode(photograph(), "JPEG")
+    image = RequestImage("id", "a", data[: len(data) // 2])
+
+    def stage(one: RequestImage) -> None:
+        decode(one.data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+
+    run_isolated(image, stage)
+    error = image.error
     assert isinstance(error, DamagedImage)
     assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
@@ -318,18 +329,18 @@ def test_the_worker_never_decodes_an_image_that_is_hidden_in_another(
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_decoder_that_sees_another_size_than_the_header_is_stopped(
-    isolated: bool,  # noqa: FBT001
+    isolated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     jpeg = encode(photograph(), "JPEG")
     header = dataclasses.replace(probe(jpeg), size=(10, 10))
-    monkeypatch.setattr(images, "probe", lambda _: header)
+    monkeypatch.setattr(decode_module, "probe", lambda _: header)
     with pytest.raises(DamagedImage, match="its header gives two sizes"):
         decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), isolated=isolated)
 
 
 def test_ordinary_images_need_no_other_process() -> None:
-    images._decoder_process.close()
+    decode_module._decoder_process.close()
     large = photograph().resize((4000, 3000))
     for image, file_format, options in (
         (photograph(), "JPEG", {}),
@@ -341,7 +352,7 @@ def test_ordinary_images_need_no_other_process() -> None:
     ):
         data = encode(image, file_format, **options)
         decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
-        assert images._decoder_process.pid is None
+        assert decode_module._decoder_process.pid is None
 
 
 # --- Memory of several at once ---
@@ -381,7 +392,9 @@ def test_an_image_that_needs_more_than_all_memory_gets_all_of_it() -> None:
 def test_an_image_that_needs_too_much_memory_is_rejected_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images._decoder_process, "ask", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(
+        decode_module._decoder_process, "decode", lambda *_: pytest.fail("it was decoded")
+    )
     data = encode(Image.new("RGB", (8000, 8000)), "WEBP", method=0)
     with pytest.raises(TooLarge, match=r"8000 x 8000 pixels.* needs more than 210 MB"):
         decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))

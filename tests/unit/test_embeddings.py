@@ -1,5 +1,6 @@
 """Embeddings in answers, in tensors, in files, and what finds duplicates by them."""
 
+import json
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from pyarrow import parquet
 from classification_client import Classification, embeddings
 from classification_client.errors import UserError
 from examples.duplicates.__main__ import pairs
-from handler import kserve
 from handler.errors import BadRequest
-from handler.exchange import EMBEDDING, Options, OutputTensor, Request, RequestImage
-from handler.inputs import read
-from handler.responses import embedded
-from handler.settings import Settings
+from handler.inference.engines import Extra
+from handler.protocols import parse
+from handler.protocols.kserve_v2 import KServeV2, OutputTensor, parse_outputs
+from handler.request import Options, Request, RequestImage
+from handler.results import embedding_to_json
+from tests.unit import parts
 
 WRITTEN = ["a.png", "ä/鳥.png", "odd\udcff.png"]
 VECTORS_SENT = [array("f", vector) for vector in ([0.1, -2.5], [1e-7, 3e8], [0.0, 1.0])]
@@ -36,30 +38,34 @@ OPTIONS = Options(topk=5, threshold=0.1)
 )
 def test_the_option_is_read(*, value: bytes, wanted: bool) -> None:
     asked = request(embedding=value)
-    read(asked, Settings(), [])
-    assert asked.wants_embeddings is wanted
+    parse(asked, parts.archive(embedding=3))
+    assert (asked.extra is Extra.EMBEDDING) is wanted
 
 
 def test_embeddings_have_the_digits_of_float32() -> None:
     values = np.array([0.1, 1 / 3, 1e-30, 16777217, -0.0], np.float32)
-    assert np.array_equal(np.array(embedded(values), np.float32), values)
-    assert embedded(values)[0] == 0.1
+    assert np.array_equal(np.array(embedding_to_json(values), np.float32), values)
+    assert embedding_to_json(values)[0] == 0.1
 
 
 @pytest.mark.parametrize("binary", [False, True])
 def test_embeddings_are_a_tensor_only_if_asked_for(*, binary: bool) -> None:
-    assert EMBEDDING not in [o.name for o in kserve.read_outputs({}, explained=False)]
-    wanted = {"outputs": [{"name": EMBEDDING, "parameters": {"binary_data": binary}}]}
-    (output,) = kserve.read_outputs(wanted, explained=False)
+    assert "embedding" not in [o.name for o in parse_outputs({}, explained=False)]
+    wanted = {"outputs": [{"name": "embedding", "parameters": {"binary_data": binary}}]}
+    (output,) = parse_outputs(wanted, explained=False)
     with pytest.raises(BadRequest, match="asks for what is not there"):
-        kserve.read_outputs(wanted, explained=True)
-    asked = replace(request(), outputs=[output])
-    assert output == OutputTensor(EMBEDDING, binary)
-    assert asked.wants_embeddings
+        parse_outputs(wanted, explained=True)
+    assert output == OutputTensor("embedding", binary)
     vector = np.array([0.25, -1, 3], np.float32)
-    asked.images = [RequestImage("1", "a", embedding=vector), RequestImage("1", "b")]
-    body, data = kserve.answer(asked, [{}, {}], ("m", "1"))
-    (tensor,) = body["outputs"]
+    protocol = KServeV2()
+    protocol.outputs = [output]
+    images = [
+        RequestImage("1", n, result={}, extra_output=v) for n, v in {"a": vector, "b": None}.items()
+    ]
+    response = protocol.format(replace(request(), images=images), parts.archive())
+    length = int(response.headers.get("Inference-Header-Content-Length", len(response.body)))
+    data = response.body[length:]
+    (tensor,) = json.loads(response.body[:length])["outputs"]
     assert (tensor["datatype"], tensor["shape"]) == ("FP32", [2, 3])
     found = np.frombuffer(data, "<f4") if binary else np.array(tensor["data"])
     assert found.tolist() == [0.25, -1, 3, 0, 0, 0]

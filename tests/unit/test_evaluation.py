@@ -1,4 +1,4 @@
-"""What a list of labels says, and the scores and thresholds of models that give several."""
+"""`make evaluate`: lists of labels, names of classes, scores, thresholds, and reports."""
 
 import csv
 import json
@@ -7,28 +7,159 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
+from classification_client import RequestOptions, Row
 from handler.labels import Label
-from scripts.evaluate import Evaluation
+from scripts.evaluation.answers import Model
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
-    Scores,
     choose_thresholds,
+    evaluate_labels,
     report_labels,
+    scores,
 )
+from scripts.evaluation.single_label import SingleLabelEvaluation, evaluate_folders, report_folders
 from scripts.labels_file import read_labels
 from scripts.matching import match
 from scripts.terminal import UserError
 
+URL = "http://localhost:1/never-used"
 
-def test_top_1_top_5_and_calibration_are_the_known_ones() -> None:
-    truth = np.array([0, 1, 2, 3])
-    guesses = np.array([[0, 1], [1, 0], [0, 2], [0, 1]])
-    confidence = np.array([0.95, 0.95, 0.55, 0.55])
-    found = Evaluation([], truth, guesses, confidence, refused=[], warning=None)
-    assert (found.top1, found.top5) == (0.5, 0.75)
-    # Bins of two images each: all right at 0.95, none right at 0.55.
-    assert found.calibration_error == pytest.approx(0.5 * 0.05 + 0.5 * 0.55)
+
+def read_classes(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "classes.csv").read_text("utf-8").splitlines()))
+
+
+# --- Single-label models ---
+
+NAMES = [Label("n0", "cat"), Label("n1", "$dog|[red]"), Label("n2", "_owl"), Label("n3", "never")]
+SINGLE = SingleLabelEvaluation(
+    Model(NAMES, multilabel=False, warning="The model is untrained."),
+    truth=np.array([0, 1, 2, 2]),
+    predictions=np.array([[0, 1], [1, 0], [0, 2], [0, 1]]),
+    confidence=np.array([0.95, 0.95, 0.55, 0.55]),
+    rejected=[Row("broken.jpg", OSError("cut off"))] * 12,
+)
+
+
+def test_accuracy_and_calibration_error_are_those_worked_out_by_hand() -> None:
+    assert (SINGLE.correct.mean(), SINGLE.top5_accuracy) == (0.5, 0.75)
+    # Bins of two images each: all correct at 0.95, none at 0.55.
+    assert SINGLE.calibration_error == pytest.approx(0.5 * 0.05 + 0.5 * 0.55)
+
+
+def test_the_report_of_a_single_label_model_has_all_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_folders(SINGLE, tmp_path)
+    printed, text = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    assert "Not counted: broken.jpg: cannot be read: cut off" in printed
+    assert "Not counted: 2 more images" in printed
+    for shown in (printed, text):
+        assert "The model is untrained." in shown
+        assert "$dog" in shown
+    for row in (
+        "| images | 4 |\n| not counted | 12 |\n| top-1 accuracy | 50.00% |",
+        "| top-5 accuracy | 75.00% |\n| expected calibration error | 0.300 |",
+        "| 0.60 | 50.0% | 100.0% |",
+        "| _owl | cat | 2 |",
+        r"| 1 | n1 | $dog\|[red] | 1 | 1.0000 | 1.0000 | 1.0000 |",
+    ):
+        assert row in text
+    assert [(row["class"], row["images"], row["recall"]) for row in read_classes(tmp_path)] == [
+        ("cat", "1", "1.0000"),
+        ("$dog|[red]", "1", "1.0000"),
+        ("_owl", "2", "0.0000"),
+    ]
+    for name in ("confusion.png", "calibration.png"):
+        assert imread(tmp_path / name).std() > 0
+        assert f"]({name})" in text
+
+
+def test_a_report_of_many_classes_leaves_names_and_tables_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [Label(f"n{number}", f"class {number}") for number in range(60)]
+    classes = np.arange(60)
+    all_correct = replace(
+        SINGLE,
+        model=Model(labels, multilabel=False, warning=None),
+        truth=classes,
+        predictions=classes[:, None],
+        confidence=np.ones(60),
+        rejected=[],
+    )
+    report_folders(all_correct, tmp_path)
+    assert "class 7" not in capsys.readouterr().out
+    assert "confused" not in (tmp_path / "report.md").read_text()
+    assert len(read_classes(tmp_path)) == 60
+
+
+# --- Multi-label models ---
+
+# `first` ranks both of its images above the others; `second` ranks right, wrong, right.
+TRUTH = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
+PROBABILITIES = np.array([[0.9, 0.8, 0.3], [0.7, 0.6, 0.9], [0.2, 0.4, 0.1], [0.1, 0.1, 0.5]])
+MULTILABEL = MultilabelEvaluation(
+    Model([Label("n0", "first"), Label("n1", "$second"), Label("n2", "[never]")], True, None),
+    [Path(f"{number}.png") for number in range(4)],
+    TRUTH,
+    PROBABILITIES,
+    PROBABILITIES >= 0.5,
+    [],
+)
+
+
+def test_scores_of_labels_are_those_worked_out_by_hand() -> None:
+    assert MULTILABEL.average_precision == pytest.approx([1, (1 + 2 / 3) / 2])
+    assert MULTILABEL.mean_average_precision == pytest.approx((1 + 5 / 6) / 2)
+    assert MULTILABEL.auroc == pytest.approx([1, 3 / 4])
+    # Six labels were given, three of them right, of four.
+    found = scores(TRUTH, MULTILABEL.given)
+    assert found == pytest.approx({"precision": 0.5, "recall": 0.75, "f1": 0.6})
+    nothing = np.zeros(3, bool)
+    assert set(scores(nothing, nothing).values()) == {0}
+    # If all images show a class, it has no ROC curve.
+    assert np.isnan(replace(MULTILABEL, truth=np.ones((4, 3), bool)).auroc).all()
+
+
+def test_thresholds_are_halfway_between_two_probabilities() -> None:
+    # The best F1 of the second class takes one wrong image to find both; precision does not.
+    assert choose_thresholds(MULTILABEL) == pytest.approx([0.45, 0.25, 0.5])
+    assert choose_thresholds(MULTILABEL, 0.9) == pytest.approx([0.45, 0.7, 0.5])
+
+
+def test_a_precision_out_of_reach_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    choose_thresholds(replace(MULTILABEL, probabilities=1 - PROBABILITIES), 0.9)
+    assert "first reaches a precision of 50.0% at most" in capsys.readouterr().out
+
+
+def test_the_report_of_a_multi_label_model_has_all_figures_and_thresholds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_labels(MULTILABEL, tmp_path)
+    printed, text = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    assert "1 classes are on no image: their threshold is 0.5" in printed
+    assert f"thresholds: {tmp_path / 'thresholds.json'}" in printed
+    assert json.loads((tmp_path / "thresholds.json").read_text()) == pytest.approx(
+        {"n0": 0.45, "n1": 0.25, "n2": 0.5}
+    )
+    for row in (
+        "| images | 4 |\n| not counted | 0 |\n| classes | 2 |\n| mean average precision | 0.9167 |",
+        "| mean AUROC | 0.8750 |",
+        "| as served | 0.5000 | 0.7500 | 0.6000 |",
+        "| by thresholds.json | 0.5714 | 1.0000 | 0.7273 |",
+    ):
+        assert row in text
+    assert [(row["class"], row["auroc"], row["threshold"]) for row in read_classes(tmp_path)] == [
+        ("first", "1.0000", "0.4500"),
+        ("$second", "0.7500", "0.2500"),
+    ]
+    assert imread(tmp_path / "precision-recall.png").std() > 0
+
+
+# --- Lists of labels ---
 
 
 @pytest.fixture
@@ -39,8 +170,10 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("header", ["", "picture,labels\n", "\ufeffPicture,labels,labels\r\n"])
-def test_a_line_is_a_picture_and_its_labels(header: str, images: Path) -> None:
+@pytest.mark.parametrize(
+    "header", ["", "image,labels\n", "picture,labels\n", "\ufeffImage,labels,labels\r\n"]
+)
+def test_a_line_is_an_image_and_its_labels(header: str, images: Path) -> None:
     file = images / "list.csv"
     file.write_text(f'{header}a.png,cat,"dog, wet",cat\n\nb.png\nsub/c.png, cat ,,\n', "utf-8")
     assert read_labels(file, images) == {
@@ -53,13 +186,13 @@ def test_a_line_is_a_picture_and_its_labels(header: str, images: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a.png,cat\nd.png,cat\n", "line 2: .* has no picture 'd.png'. Each line is a"),
+        ("a.png,cat\nd.png,cat\n", "line 2: .* has no image 'd.png'. Each line is an"),
         ("a.png,cat\na.png,dog\n", "line 2: a.png has a line already"),
-        (",cat\n", "line 1: .* has no picture ''"),
-        ("picture,labels\n\n", "names no picture. Each line"),
-        ("", "names no picture"),
+        (",cat\n", "line 1: .* has no image ''"),
+        ("image,labels\n\n", "names no image. Each line"),
+        ("", "names no image"),
         ('a.png,"cat\n', "cannot be read"),
-        ("a\0.png,cat\n", "has no picture|cannot be read"),
+        ("a\0.png,cat\n", "has no image|cannot be read"),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -73,59 +206,19 @@ def test_a_wrong_list_is_rejected_with_the_line(
         read_labels(file, images)
 
 
-# By hand: of `first` both are above the others; of `second` the order is right, wrong, right.
-TRUTH = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
-FOUND = np.array([[0.9, 0.8, 0.3], [0.7, 0.6, 0.9], [0.2, 0.4, 0.1], [0.1, 0.1, 0.5]])
-EVALUATION = MultilabelEvaluation(
-    [Label("n0", "first"), Label("n1", "$second"), Label("n2", "[never]")],
-    [Path(f"{number}.png") for number in range(4)],
-    TRUTH,
-    FOUND,
-    FOUND >= 0.5,
-    [],
-    None,
-)
+def test_what_shows_no_class_is_rejected_before_anything_is_sent(images: Path) -> None:
+    labels = images / "labels.csv"
+    labels.write_text("a.png\nb.png\n")
+    with pytest.raises(UserError, match="gives no image a label, so that nothing can be measured"):
+        evaluate_labels(images, labels, URL, RequestOptions(), 2)
+    with pytest.raises(UserError, match="must be a folder with a folder of images for each class"):
+        evaluate_folders(labels, URL, RequestOptions(), 2)
+    (images / "sub" / "c.png").unlink()
+    with pytest.raises(UserError, match="must hold a folder of images for each class"):
+        evaluate_folders(images, URL, RequestOptions(), 2)
 
 
-def test_scores_are_those_worked_out_by_hand() -> None:
-    assert EVALUATION.average_precision[:2] == pytest.approx([1, (1 + 2 / 3) / 2])
-    assert np.isnan(EVALUATION.average_precision[2])
-    assert EVALUATION.mean_average_precision == pytest.approx((1 + 5 / 6) / 2)
-    assert EVALUATION.auroc[:2] == pytest.approx([1, 3 / 4])
-    # Six labels were given, three of them right, of four.
-    scores = Scores.of(TRUTH, EVALUATION.given)
-    assert (scores.precision, scores.recall, scores.f1) == pytest.approx((0.5, 0.75, 0.6))
-
-
-def test_thresholds_lie_between_the_probabilities_that_they_part() -> None:
-    # By F1 the second class takes one wrong picture to find both; by precision it does not.
-    assert choose_thresholds(EVALUATION) == pytest.approx([0.45, 0.25, 0.5])
-    assert choose_thresholds(EVALUATION, 0.9) == pytest.approx([0.45, 0.7, 0.5])
-
-
-def test_a_precision_that_is_out_of_reach_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    choose_thresholds(replace(EVALUATION, probabilities=1 - FOUND), 0.9)
-    assert "first reaches a precision of 50.0% at most" in capsys.readouterr().out
-
-
-def test_the_report_has_each_class_and_a_file_of_thresholds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report_labels(EVALUATION, tmp_path)
-    said = capsys.readouterr().out
-    assert "Mean average precision  0.9167 of 2 classes, 4 pictures" in said
-    assert "1 classes are on no picture: their threshold is 0.5" in said
-    assert json.loads((tmp_path / "thresholds.json").read_text()) == pytest.approx(
-        {"n0": 0.45, "n1": 0.25, "n2": 0.5}
-    )
-    rows = list(csv.DictReader((tmp_path / "classes.csv").read_text().splitlines()))
-    assert [(row["class"], row["auroc"]) for row in rows] == [
-        ("first", "1.0000"),
-        ("$second", "0.7500"),
-    ]
-    assert "| as served | 50.00% | 75.00% | 0.6000 |" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "precision-recall.png").read_bytes().startswith(b"\x89PNG")
-
+# --- Names of classes ---
 
 LABELS = [
     *(Label("n1", "Egyptian_cat"), Label("n2", "oxcart"), Label("n3", "tiger_cat")),
@@ -135,7 +228,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "labels", "words"),
+    ("name", "labels", "message"),
     [
         ("Egyptain cat", LABELS, r"no class .* Similar are: Egyptian_cat \(n1\)\."),
         ("cats", LABELS, r"Similar are: Egyptian_cat \(n1\), tiger_cat \(n3\)\."),
@@ -144,13 +237,13 @@ LABELS = [
         ("Crane", LABELS, "Call the folder by id: n4, n5"),
     ],
 )
-def test_a_name_that_is_no_class_or_several_is_told_with_what_it_may_mean(
-    name: str, labels: list[Label], words: str
+def test_an_unknown_or_ambiguous_class_is_rejected_with_similar_ones(
+    name: str, labels: list[Label], message: str
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         match({name}, labels, "as a folder is called", "Call the folder by id")
 
 
-def test_a_class_is_meant_by_its_id_or_its_name_however_it_is_spelt() -> None:
-    meant = match({"n4", "egyptian-cat", "TIGER CAT"}, LABELS, "", "")
-    assert meant == {"n4": 3, "egyptian-cat": 0, "TIGER CAT": 2}
+def test_a_class_matches_by_id_or_by_name_in_any_spelling() -> None:
+    found = match({"n4", "egyptian-cat", "TIGER CAT"}, LABELS, "", "")
+    assert found == {"n4": 3, "egyptian-cat": 0, "TIGER CAT": 2}

@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler import explain
-from handler.cores import Cores
-from handler.engines import load_engine
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.decoding.pillow import DecodedImage
 from handler.errors import ArchiveError
-from handler.images import Photo, PixelBudget, decode, decode_photo
+from handler.inference import explain
+from handler.inference.cores import Cores
+from handler.inference.engines import Extra, load_engine
+from handler.inference.torch_models import empty_model
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from handler.torch_models import empty_model
 from tests import kinds
 from tests.pictures import encode
 from tests.unit.test_handler import CELLS, SIDE, write_model
@@ -41,8 +43,8 @@ def test_a_map_sums_to_the_logit_less_the_bias(tmp_path: Path) -> None:
     )
     engine = load_engine(tmp_path / "model.pth", card, Cores(1, 1, tmp_path / "busy"))
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8)
-    logits, features = engine.logits_and_features(pixels)
-    assert np.abs(engine.logits(pixels) - logits).max() < TOLERANCE
+    logits, features = engine.run(pixels, Extra.FEATURES)
+    assert np.abs(engine.run(pixels).logits - logits).max() < TOLERANCE
     assert features.shape == (3, 512, 2, 2)
     last = torch.load(tmp_path / "model.pth")
     for image, index in np.ndindex(logits.shape):
@@ -61,7 +63,7 @@ def test_a_map_has_each_part_of_the_image_in_its_place(tmp_path: Path) -> None:
     engine = load_engine(tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
     colors = np.random.default_rng(3).integers(0, 256, (3, CELLS, CELLS), np.uint8)
     pixels = colors.repeat(SIDE // CELLS, axis=1).repeat(SIDE // CELLS, axis=2)
-    (logits,), (features,) = engine.logits_and_features(pixels[None])
+    (logits,), (features,) = engine.run(pixels[None], Extra.FEATURES)
     weights = explain.load_classifier(tmp_path / explain.CLASSIFIER, card.classes)
     assert isinstance(weights, np.memmap)  # a worker that never explains never reads them
     for index in (0, 7, card.classes - 1):
@@ -77,17 +79,17 @@ def test_a_map_has_each_part_of_the_image_in_its_place(tmp_path: Path) -> None:
 # --- Heat maps ---
 
 
-def photo(data: bytes | Image.Image, longest_side: int | None = explain.LONGEST_SIDE) -> Photo:
+def photo(data: bytes | Image.Image, longest_side: int | None = explain.MAX_SIDE) -> DecodedImage:
     content = data if isinstance(data, bytes) else encode(data)
-    return decode_photo(content, PREPROCESSING, PixelBudget(64_000_000), longest_side)
+    return decode(content, PREPROCESSING, PixelBudget(64_000_000), preview_side=longest_side)
 
 
-def gray(width: int, height: int) -> Photo:
+def gray(width: int, height: int) -> DecodedImage:
     return photo(Image.new("RGB", (width, height), (128, 128, 128)))
 
 
-def heat_picture(of: Photo, activation: NDArray[np.float32]) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(explain.heat_picture(of, activation))) as picture:
+def heat_picture(of: DecodedImage, activation: NDArray[np.float32]) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(explain.heat_map(of, activation))) as picture:
         assert picture.format == "PNG"
         return np.asarray(picture.convert("RGB"))
 
@@ -152,7 +154,7 @@ def test_images_of_any_size_are_shown_whole(size: tuple[int, int], shown: tuple[
 def test_noise_stays_far_below_what_torchserve_accepts() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     of = photo(Image.fromarray(noise))
-    assert len(explain.heat_picture(of, one_hot(0, 0))) < 3_300_000
+    assert len(explain.heat_map(of, one_hot(0, 0))) < 3_300_000
 
 
 RGB = Image.new("RGB", (40, 30), (240, 140, 40))
@@ -170,7 +172,7 @@ RGB = Image.new("RGB", (40, 30), (240, 140, 40))
 )
 def test_a_heat_map_has_no_profile_of_the_photo(data: bytes) -> None:
     """A profile of 8 MB made an answer that ended the worker."""
-    png, position, found = explain.heat_picture(photo(data), one_hot(3, 3)), 8, set()
+    png, position, found = explain.heat_map(photo(data), one_hot(3, 3)), 8, set()
     while position < len(png):
         found.add(png[position + 4 : position + 8])
         position += 12 + int.from_bytes(png[position : position + 4], "big")
@@ -184,7 +186,7 @@ def test_a_photo_is_upright_and_the_models_input_is_that_of_a_prediction() -> No
     of = photo(data, None)
     assert of.size == (20, 60)
     assert of.preview is None
-    assert (of.pixels == decode(data, PREPROCESSING, PixelBudget(10**9))).all()
+    assert (of.pixels == decode(data, PREPROCESSING, PixelBudget(10**9)).pixels).all()
 
 
 # --- The weights' file ---

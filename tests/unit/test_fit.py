@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
-from handler import explain
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.errors import ArchiveError
-from handler.images import PixelBudget, decode, decode_photo
+from handler.inference import explain
 from handler.settings import Preprocessing
 from tests.pictures import encode, generated, photographs
 
@@ -41,14 +42,14 @@ def test_each_is_as_in_timm(fit: str, percent: float, interpolation: str) -> Non
     )
     assert len(IMAGES) > 10
     for title, rgb in IMAGES:
-        mine = decode(encode(rgb, compress_level=1), preprocessing, PixelBudget(BUDGET))
+        mine = decode(encode(rgb, compress_level=1), preprocessing, PixelBudget(BUDGET)).pixels
         assert np.array_equal(mine, theirs(rgb).numpy()), (title, rgb.size)
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad"])
 def test_the_longest_pictures_cost_no_more_than_others(fit: str) -> None:
     strip = encode(Image.new("RGB", (60_000, 1), (255, 0, 0)))
-    pixels = decode(strip, Preprocessing(224, 224, fit=fit), PixelBudget(BUDGET))
+    pixels = decode(strip, Preprocessing(224, 224, fit=fit), PixelBudget(BUDGET)).pixels
     assert pixels.shape == (3, 224, 224)
     assert pixels[0].max() == 255
 
@@ -57,11 +58,11 @@ def test_a_map_of_a_padded_picture_leaves_the_border_out() -> None:
     """The model sees a square; of a wide picture's map the middle rows are its own."""
     preprocessing = Preprocessing(96, 96, fit="pad")
     wide = encode(Image.new("RGB", (400, 200), (200, 200, 200)))
-    photo = decode_photo(wide, preprocessing, PixelBudget(BUDGET), longest_side=1024)
+    photo = decode(wide, preprocessing, PixelBudget(BUDGET), preview_side=1024)
     assert photo.crop == (0, -100, 400, 300)
     rows = np.zeros((4, 4), np.float32)
     rows[0] = 1  # all of it in the border above
-    with Image.open(io.BytesIO(explain.heat_picture(photo, rows))) as heat:
+    with Image.open(io.BytesIO(explain.heat_map(photo, rows))) as heat:
         shown = np.asarray(heat).astype(int)
     assert shown.shape == (200, 400, 3)
     assert np.ptp(shown[60:], axis=(0, 1)).max() <= 2, "nothing below the border is warm"

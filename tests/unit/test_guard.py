@@ -29,13 +29,13 @@ def of_class_3(count: int) -> NDArray[np.bool_]:
     return np.tile(np.arange(CLASSES) == 3, (count, 1))
 
 
-def test_the_interval_of_a_loss_holds_it_as_often_as_it_claims() -> None:
+def test_the_interval_of_a_loss_covers_it_with_the_stated_confidence() -> None:
     """Of 2,000 draws of 400 images, each lost with 3 % and gained with 1 %."""
     random = np.random.default_rng(0)
     drawn = random.multinomial(400, [0.03, 0.01, 0.96], 2000)
     found = [paired_interval(lost, gained, 400) for lost, gained, _ in drawn]
-    held = np.mean([low <= 2 <= high for low, high in found])
-    assert 0.94 <= held <= 0.99
+    coverage = np.mean([low <= 2 <= high for low, high in found])
+    assert 0.94 <= coverage <= 0.99
 
 
 def test_without_classes_agreement_on_images_that_are_not_near_ties_decides() -> None:
@@ -143,7 +143,7 @@ def test_for_multi_label_models_the_mean_average_precision_decides() -> None:
     assert found == compare(exact, reduced, truth, THRESHOLDS)
 
 
-def test_the_interval_of_a_loss_of_mean_average_precision_holds_it() -> None:
+def test_the_interval_of_a_loss_of_mean_average_precision_covers_it() -> None:
     """Of ten draws; the loss on very many images is the one to find."""
     exact, reduced, truth = ranked(50_000, 0.4, seed=1)
     value = average_precision_score(truth, exact) - average_precision_score(truth, reduced)

@@ -29,10 +29,12 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.service import Service
 
-from handler import densenet_handler, inputs, responses
+from handler import pipeline, protocols, results
 from handler.densenet_handler import DenseNetHandler
-from handler.explain import CLASSIFIER
+from handler.inference.engines import Extra, Outputs
+from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX
+from handler.protocols.forms import Form
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from tests.pictures import encode
 
@@ -130,7 +132,7 @@ def decoded(message: bytes) -> list[Answer]:
         return int(value)
 
     def text(length: int) -> str:
-        assert 0 <= length <= responses.MAX_ANSWER_BYTES
+        assert 0 <= length <= results.MAX_RESPONSE_BYTES
         content = stream.read(length)
         assert len(content) == length
         return content.decode()
@@ -143,7 +145,7 @@ def decoded(message: bytes) -> list[Answer]:
         content_type, status, phrase = text(number()), number(), text(number())
         headers = {text(number()): text(number()) for _ in range(number())}
         length = number()
-        assert length <= responses.MAX_ANSWER_BYTES
+        assert length <= results.MAX_RESPONSE_BYTES
         answers.append(Answer(status, phrase, content_type, headers, stream.read(length)))
     assert not stream.read()
     return answers
@@ -157,7 +159,7 @@ def started(folder: Path) -> tuple[DenseNetHandler, Service]:
     model = {"modelName": "tiny", "modelVersion": "1.0", "serializedFile": "model.onnx"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # TorchServe leaves the file open
-        metrics = MetricsCacheYamlImpl(config_file_path="metrics.yaml")
+        metrics = MetricsCacheYamlImpl(config_file_path="deploy/torchserve/metrics.yaml")
         metrics.initialize_cache()
     made = DenseNetHandler()
     service = Service(
@@ -314,15 +316,15 @@ def test_an_odd_color_profile_disturbs_no_other_image(
 @pytest.mark.parametrize(
     ("module", "name", "fault"),
     [
-        (inputs, "read", RecursionError),
-        (responses, "check_topk", ValueError),
-        (densenet_handler, "decode", MemoryError),
-        (responses, "classification", KeyError),
-        (responses, "collect", OSError),
-        (responses, "check_size", MemoryError),
+        (protocols, "parse", RecursionError),
+        (pipeline, "decode", MemoryError),
+        (results, "check_result_count", ValueError),
+        (results, "classification", KeyError),
+        (Form, "format", OSError),
+        (results, "check_response_size", MemoryError),
     ],
 )
-def test_a_fault_in_any_stage_is_one_requests_500(  # noqa: PLR0913, PLR0917  # fixtures
+def test_a_fault_in_any_stage_is_one_requests_500(  # fixtures
     serve: Serve,
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -355,14 +357,15 @@ def test_no_batch_of_the_engine_is_larger_than_max_batch(
 ) -> None:
     sizes: list[int] = []
 
-    def logits(pixels: np.ndarray) -> np.ndarray:
+    def run(pixels: np.ndarray, extra: Extra | None = None) -> Outputs:
         sizes.append(len(pixels))
-        found: np.ndarray = real(pixels)
-        return found
+        return real(pixels, extra)
 
-    real = handler.engine.logits
-    monkeypatch.setattr(handler.engine, "logits", logits)
-    monkeypatch.setattr(handler, "settings", replace(handler.settings, max_batch=3))
+    real = handler.pipeline.engine.run
+    monkeypatch.setattr(handler.pipeline.engine, "run", run)
+    archive = handler.pipeline.archive
+    smaller = replace(archive, settings=replace(archive.settings, max_batch=3))
+    monkeypatch.setattr(handler.pipeline, "archive", smaller)
     assert [answer.json for answer in serve(*GOOD[:4])] == alone[:4]
     assert sizes == [3, 1]
 
@@ -377,16 +380,16 @@ def test_an_image_that_the_engine_fails_on_is_lost_alone(
 ) -> None:
     """It raises on the green image, or gives a logit that is not finite."""
 
-    def broken(pixels: np.ndarray) -> np.ndarray:
+    def broken(pixels: np.ndarray, extra: Extra | None = None) -> Outputs:
         is_green = pixels[:, 1].mean(axis=(1, 2)) > pixels[:, 0].mean(axis=(1, 2)) + 100
         if logit is None and is_green.any():
             raise RuntimeError("cuda")
-        logits: np.ndarray = real(pixels).copy()
-        logits[is_green, 7] = logit
-        return logits
+        outputs = real(pixels, extra)
+        outputs.logits[is_green, 7] = logit
+        return outputs
 
-    real = handler.engine.logits
-    monkeypatch.setattr(handler.engine, "logits", broken)
+    real = handler.pipeline.engine.run
+    monkeypatch.setattr(handler.pipeline.engine, "run", broken)
     three = {"instances": [base64.b64encode(content).decode() for content in IMAGES[:3]]}
     *single, several = serve(*GOOD[:4], as_json(three))
     assert [answer.status for answer in single] == [200, 500, 200, 200]
@@ -411,7 +414,7 @@ def test_the_web_ui_needs_neither_decoder_nor_model(
     assert first.body.startswith(b"<!doctype html>")
     assert (first, image.json) == (second, alone[0])
     assert json.loads(caplog.records[-1].message)["batch_images"] == 1
-    monkeypatch.setattr(handler.engine, "logits", None)
+    monkeypatch.setattr(handler.pipeline.engine, "run", None)
     assert serve(page, page) == [first, second]
 
 

@@ -20,8 +20,9 @@ from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers.utils import logging
 
-from handler.images import PixelBudget, decode
-from handler.responses import softmax
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.activation import softmax
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.build.sources.huggingface import CONFIG, PREPROCESSOR, WEIGHTS, open_source
@@ -149,7 +150,7 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path, note: li
     theirs = transformers.pipeline("image-classification", str(tmp_path), image_processor=processor)
     images = [image.convert("RGB") for _, image in islice(photographs(), PHOTOGRAPHS)]
     assert len(images) == PHOTOGRAPHS
-    pixels = [decode(encode(image), preprocessing, PixelBudget(10**8)) for image in images]
+    pixels = [decode(encode(image), preprocessing, PixelBudget(10**8)).pixels for image in images]
     (logits,) = session.run(["logits"], {"images": np.stack(pixels)})
     assert len(set(logits.argmax(1))) > 1
     assert source.labels is not None

@@ -1,7 +1,10 @@
 """Decoding and preprocessing, against the tutorial's own transform."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ from PIL import ExifTags, Image
 from torch import nn
 from torchvision import transforms
 
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode, run_all
 from handler.errors import ClientError, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
-from handler.images import Job, PixelBudget, decode, decode_all
+from handler.request import RequestImage, run_isolated
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
 from scripts.samples import CAT
@@ -47,7 +52,7 @@ def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None
     compared = {"exact": 0, "long": 0}
     worst = {"exact": 0.0, "long": 0.0}
     for _, image in (*photographs(), *generated()):
-        mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)))
+        mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels)
         kind = "long" if is_very_long(image) else "exact"
         difference = (mine - TUTORIAL(image.convert("RGB"))).abs()
         compared[kind] += 1
@@ -71,7 +76,7 @@ def is_very_long(image: Image.Image) -> bool:
 def test_very_long_images_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    mine = decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).astype(int)
+    mine = decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels.astype(int)
     geometry = transforms.Compose(TUTORIAL.transforms[:2])
     theirs = np.asarray(geometry(image)).transpose(2, 0, 1).astype(int)
     assert np.abs(mine - theirs).max() <= 2
@@ -114,7 +119,7 @@ def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str
     worst, least_psnr, count = 0, float("inf"), 0
     for jpeg in large_jpegs():
         reduced, exact = (
-            decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).astype(int)
+            decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).pixels.astype(int)
             for flag in (True, False)
         )
         assert not np.array_equal(reduced, exact), "this image was not reduced"
@@ -140,34 +145,36 @@ def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> 
     exif[ExifTags.Base.Orientation] = orientation
     jpeg = encode(large, "JPEG", quality=92, exif=exif)
     reduced, exact = (
-        decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).astype(int)
+        decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).pixels.astype(int)
         for flag in (True, False)
     )
     assert not np.array_equal(reduced, exact)
     assert np.abs(reduced - exact).max() <= 3
 
 
+def decode_in_threads(files: Sequence[bytes], budget: PixelBudget, threads: int) -> list[Any]:
+    """Decode files as the pipeline does; return pixels or the type of the error of each."""
+    images = [RequestImage("id", str(i), data) for i, data in enumerate(files)]
+
+    def stage(image: RequestImage) -> None:
+        image.decoded = decode(image.data, PREPROCESSING, budget)
+
+    with ThreadPoolExecutor(threads) as pool:
+        run_all([partial(run_isolated, image, stage) for image in images], pool)
+    return [image.decoded.pixels if image.decoded else type(image.error) for image in images]
+
+
 def test_images_decoded_in_threads_are_those_decoded_one_by_one() -> None:
     good = [quickly(image) for _, image in islice(photographs(), 12)]
-    budget = PixelBudget(10 * MAX_PIXELS)
-    in_threads, one_by_one = (
-        [Job(data, budget, decode) for data in (*good, b"", b"hello" * 100)] for _ in range(2)
-    )
-    with ThreadPoolExecutor(4) as pool:
-        decode_all(in_threads, PREPROCESSING, pool)
-    decode_all(one_by_one, PREPROCESSING, None)
-    for mine, expected in zip(in_threads[: len(good)], one_by_one[: len(good)], strict=True):
-        assert isinstance(mine.result, np.ndarray)
-        assert isinstance(expected.result, np.ndarray)
-        assert np.array_equal(mine.result, expected.result)
-    assert [type(job.error) for job in in_threads[len(good) :]] == [EmptyImage, NotAnImage]
+    files, budget = [*good, b"", b"hello" * 100], PixelBudget(10 * MAX_PIXELS)
+    in_threads, one_by_one = (decode_in_threads(files, budget, threads) for threads in (4, 1))
+    for mine, expected in zip(in_threads[:12], one_by_one[:12], strict=True):
+        assert np.array_equal(mine, expected)
+    assert in_threads[12:] == [EmptyImage, NotAnImage]
 
 
 def test_threads_share_one_budget() -> None:
-    data = CAT.read_bytes()
     with Image.open(CAT) as cat:
         budget = PixelBudget(cat.width * cat.height * 3)
-    jobs = [Job(data, budget, decode) for _ in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        decode_all(jobs, PREPROCESSING, pool)
-    assert sum(isinstance(job.error, TooLarge) for job in jobs) == 5
+    found = decode_in_threads([CAT.read_bytes()] * 8, budget, 4)
+    assert sum(each is TooLarge for each in found) == 5

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from handler import inputs
+from handler import protocols
 from handler.errors import (
     BadRequest,
     InvalidOption,
@@ -19,13 +19,17 @@ from handler.errors import (
     RequestError,
     TooManyImages,
 )
-from handler.exchange import Options, Protocol, Purpose, Request
 from handler.labels import Label
+from handler.protocols.kserve_v1 import KServeV1
+from handler.protocols.kserve_v2 import KServeV2
+from handler.request import Options, Purpose, Request
 from handler.settings import Settings
+from tests.unit import parts
 
 DEFAULTS = Options(topk=5, threshold=0.1)
 SETTINGS = Settings(topk=5, threshold=0.1, max_images=4)
 LABELS = [Label("n0", "tench"), Label("n1", "tabby"), Label("n2", "tub")]
+ARCHIVE = parts.archive(LABELS, SETTINGS, features="f", embedding=8)
 FILE = {"content-type": "image/jpeg"}
 URLENCODED = "application/x-www-form-urlencoded"
 DESCRIBE = {"describe": "True", "Accept": "*/*"}
@@ -51,7 +55,7 @@ def as_sent(document: object) -> list[dict[str, object]]:
 
 def read(row: Mapping[str, object], headers: Mapping[str, object] | None = None) -> Request:
     request = Request("id", row, headers or {}, DEFAULTS)
-    inputs.read(request, SETTINGS, LABELS)
+    protocols.parse(request, ARCHIVE)
     return request
 
 
@@ -135,7 +139,7 @@ def test_a_request_without_an_image_says_how_to_send_one(
 @pytest.mark.parametrize("row", [{"body": b""}, {"body": bytearray()}, {"body": b"", "topk": "3"}])
 def test_a_browser_that_sends_nothing_gets_the_web_ui(row: dict[str, object]) -> None:
     for headers in (BROWSER, BROWSER | EXPLAIN):
-        assert read(row, headers).purpose is Purpose.PAGE
+        assert read(row, headers).purpose is Purpose.WEB_UI
 
 
 def test_the_management_api_asks_for_a_description() -> None:
@@ -291,7 +295,7 @@ def test_the_class_to_explain_is_named_by_index_or_id(
 
 
 @pytest.mark.parametrize(
-    ("accept", "as_picture"),
+    ("accept", "heat_map"),
     [
         *(("", True), ("*/*", True), ("image/png", True), ("application/json;q=0", True)),
         *(("application/json", False), ("application/*", False)),
@@ -302,10 +306,10 @@ def test_the_class_to_explain_is_named_by_index_or_id(
     ],
 )
 def test_the_accept_header_chooses_between_heat_map_and_numbers(
-    *, accept: str, as_picture: bool
+    *, accept: str, heat_map: bool
 ) -> None:
     headers = EXPLAIN | ({"Accept": accept} if accept else {})
-    assert read({"body": b"x"}, headers).as_picture is as_picture
+    assert read({"body": b"x"}, headers).heat_map is heat_map
 
 
 def test_several_images_are_explained_in_numbers_only() -> None:
@@ -314,7 +318,7 @@ def test_several_images_are_explained_in_numbers_only() -> None:
         read(row, headers)
     assert len(read(row, {**headers, "accept": "application/json"}).images) == 2
     for kserve in as_sent({"instances": [X, X]}):
-        assert not read(kserve, EXPLAIN).as_picture
+        assert not read(kserve, EXPLAIN).heat_map
 
 
 # --- Parts of one name ---
@@ -427,7 +431,7 @@ def test_an_image_that_is_no_base64_fails_alone() -> None:
 def test_kserve_v1_instances(instance: object) -> None:
     for row in as_sent({"instances": [instance, instance], "parameters": {"topk": 2}}):
         request = read(row)
-        assert request.protocol is Protocol.KSERVE_V1
+        assert isinstance(request.protocol, KServeV1)
         assert contents(request) == [("instances[0]", b"x"), ("instances[1]", b"x")]
         assert request.options == Options(2, 0.1)
 
@@ -436,8 +440,8 @@ def test_kserve_v2_inputs() -> None:
     tensor = {"name": "photo", "shape": [2], "datatype": "BYTES", "data": [X, X]}
     for row in as_sent({"id": "42", "inputs": [tensor], "parameters": {"threshold": 0.9}}):
         request = read(row)
-        assert request.protocol is Protocol.KSERVE_V2
-        assert request.client_id == "42"
+        assert isinstance(request.protocol, KServeV2)
+        assert request.protocol.client_id == "42"
         assert contents(request) == [("photo[0]", b"x"), ("photo[1]", b"x")]
         assert request.options == Options(5, 0.9)
 

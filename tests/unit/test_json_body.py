@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 
 from handler.errors import BadRequest
-from handler.json_body import read_json
+from handler.protocols.json_body import parse_json
+from handler.request import Options, Request
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from handler.errors import BadRequest
-from handler.json_body import read_json
+from handler.protocols.json_body import parse_json
+from handler.request import Options, Request
 from tests.costs import kilobytes
 body = eval(sys.argv[1])
 before = kilobytes("VmRSS:")
 Path("/proc/self/clear_refs").write_text("5")
 try:
-    read_json(body)
+    parse_json(Request("id", {"body": body}, {"Content-Type": "application/json"}, Options(5, 0.1)))
 except (ValueError, RecursionError, BadRequest):
     pass
 print((kilobytes("VmHWM:") - before) * 1024)
@@ -52,13 +54,20 @@ def test_no_json_body_takes_more_memory_than_a_worker_has_left(body: str) -> Non
     assert int(result.stdout) < 210_000_000
 
 
+def parse(content: bytes) -> object:
+    headers = {"Content-Type": "application/json"}
+    body = parse_json(Request("id", {"body": content}, headers, Options(topk=5, threshold=0.1)))
+    assert body is not None
+    return body.document
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
 def test_what_images_need_is_read(encoding: str) -> None:
     image = base64.b64encode(bytes(1000)).decode()
     document = {"instances": [{"b64": image, "name": "\u732b"}] * 16, "topk": 3}
-    assert read_json(json.dumps(document, ensure_ascii=False).encode(encoding)) == document
+    assert parse(json.dumps(document, ensure_ascii=False).encode(encoding)) == document
 
 
 def test_a_body_of_too_many_parts_is_rejected() -> None:
     with pytest.raises(BadRequest, match="more than 100,000 lists, objects and values"):
-        read_json(b"[" + b"1," * 200_000 + b"1]")
+        parse(b"[" + b"1," * 200_000 + b"1]")

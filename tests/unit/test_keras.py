@@ -16,8 +16,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.images import PixelBudget, decode
-from handler.responses import softmax
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.inference.activation import softmax
 from scripts.build import onnx_model
 from scripts.build.differences import MAX_DIFFERENCE
 from scripts.build.model_file import from_options
@@ -92,7 +93,9 @@ def test_an_exported_keras_model_answers_as_in_keras(tmp_path: Path, note: list[
     archive = build(spec, tmp_path / "model_store")
     card = read_card(archive)
     assert card is not None
-    pixels = np.stack([decode(file, card.preprocessing, PixelBudget(10**8)) for file in files])
+    pixels = np.stack(
+        [decode(file, card.preprocessing, PixelBudget(10**8)).pixels for file in files]
+    )
     with zipfile.ZipFile(archive) as packed:
         logits, *_ = _run(packed.read("model.onnx"), "images", pixels)
 

@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handler import inputs
+from handler import protocols
 from handler.errors import BadRequest, ClientError, TooManyImages
-from handler.exchange import Options, OutputTensor, Protocol, Request
+from handler.protocols.kserve_v2 import KServeV2, OutputTensor
+from handler.request import Options, Request
 from handler.settings import Settings
+from tests.unit import parts
 
 SETTINGS = Settings(max_images=4)
 OPTIONS = Options(SETTINGS.topk, SETTINGS.threshold)
+ARCHIVE = parts.archive(settings=SETTINGS, features="f", embedding=8)
 ONE = base64.b64encode(b"1").decode()
 NAMES = ["class_id", "class_name", "probability", "recognized", "result"]
 
@@ -37,12 +40,12 @@ def read(
             "inference-header-content-length": str(len(body)) if length is None else length,
         }
     request = Request("id", {"body": bytearray(body + (tail or b""))}, headers, OPTIONS)
-    inputs.read(request, SETTINGS, [])
+    protocols.parse(request, ARCHIVE)
     return request
 
 
 def contents(request: Request) -> list[bytes | bytearray]:
-    assert request.protocol is Protocol.KSERVE_V2
+    assert isinstance(request.protocol, KServeV2)
     assert not [image.error for image in request.images if image.error]
     return [image.data for image in request.images]
 
@@ -212,7 +215,9 @@ IN_BINARY = {"name": "class_id", "parameters": {"binary_data": True}}
 def test_the_outputs_asked_for_come_in_their_order_or_all(
     *, document: dict[str, Any], explain: bool, outputs: list[OutputTensor]
 ) -> None:
-    assert read({"inputs": [tensor(data=[ONE])], **document}, explain=explain).outputs == outputs
+    request = read({"inputs": [tensor(data=[ONE])], **document}, explain=explain)
+    assert isinstance(request.protocol, KServeV2)
+    assert request.protocol.outputs == outputs
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,9 @@ def test_an_explanation_has_no_recognized() -> None:
     ("given", "echoed"), [("my-id", "my-id"), (42, "42"), (None, None), ("x" * 200, "x" * 200)]
 )
 def test_an_id_comes_back_as_text(given: object, echoed: str | None) -> None:
-    assert read({"id": given, "inputs": [tensor(data=[ONE])]}).client_id == echoed
+    request = read({"id": given, "inputs": [tensor(data=[ONE])]})
+    assert isinstance(request.protocol, KServeV2)
+    assert request.protocol.client_id == echoed
 
 
 @pytest.mark.parametrize("given", ["x" * 201, 10**200, True, 1.5, [1], {}])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from deploy.container import limits
-from deploy.container.limits import Limits, fit_limits
-from deploy.container.serving import StartError
+from deploy.container.limits import Limits, plan_resources
+from deploy.container.serving import ConfigError
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve import machine
 from scripts.serve.machine import WORKER_BYTES
@@ -22,8 +22,8 @@ def container(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def _within(bytes_: int, container: pytest.MonkeyPatch, models: int = 1) -> Limits:
-    container.setattr(limits, "most_memory", lambda: bytes_)
-    return fit_limits(WORKER_BYTES, models)
+    container.setattr(limits, "memory_limit", lambda: bytes_)
+    return plan_resources(WORKER_BYTES, models)
 
 
 @pytest.mark.parametrize("gibibytes", [2, 3, 4, 8, 64])
@@ -33,7 +33,7 @@ def test_all_processes_together_stay_within_the_limit(
 ) -> None:
     try:
         found = _within(gibibytes * GIB, container, models)
-    except StartError:
+    except ConfigError:
         assert gibibytes * GIB < models * 2 * GIB
         return
     java = found.heap_bytes + found.direct_bytes
@@ -51,11 +51,13 @@ def test_workers_follow_cpus_and_then_memory(container: pytest.MonkeyPatch) -> N
 
 
 def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StartError, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"):
+    with pytest.raises(
+        ConfigError, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"
+    ):
         _within(GIB, container)
-    container.setattr(limits, "most_memory", lambda: 2 * GIB)
-    with pytest.raises(StartError, match=r"does not hold 2 worker\(s\).*Lower WORKERS"):
-        fit_limits(WORKER_BYTES, workers=2)
+    container.setattr(limits, "memory_limit", lambda: 2 * GIB)
+    with pytest.raises(ConfigError, match=r"does not hold 2 worker\(s\).*Lower WORKERS"):
+        plan_resources(WORKER_BYTES, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -88,4 +90,4 @@ def test_both_versions_of_cgroups_are_read(
 def test_a_limit_above_the_machine_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_container_memory", lambda: (1 << 62, 0))
     monkeypatch.setattr(machine, "_available", lambda: 4 * GIB)
-    assert machine.most_memory() == 3 * GIB
+    assert machine.memory_limit() == 3 * GIB

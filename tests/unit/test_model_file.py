@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from handler.settings import Preprocessing
-from scripts.build.commands import spec_of
+from scripts.build.commands import ModelOptions
 from scripts.build.model_file import ModelFile, from_options, read, schema
 from scripts.build.pipeline import resolved
 from scripts.build.preprocessing import PreprocessingOptions, resolve
@@ -56,7 +56,9 @@ def test_the_documented_file_is_understood_and_its_paths_are_relative_to_it(fold
 def test_a_file_that_is_printed_means_the_same(folder: Path) -> None:
     spec = parsed(folder, PETS)
     assert parsed(folder, spec.to_yaml()) == spec
-    shortcuts = spec_of(arch="resnet50", weights=str(folder / "mine.pth"), channels="bgr")
+    shortcuts = ModelOptions(
+        arch="resnet50", weights=str(folder / "mine.pth"), channels="bgr"
+    ).spec()
     used = Preprocessing(300, 256, channels="bgr", fit="squash")
     kept = parsed(folder, resolved(shortcuts, used).to_yaml())
     assert resolve(kept.preprocessing, {}, {}, "") == used
@@ -76,8 +78,8 @@ def test_a_file_that_is_printed_means_the_same(folder: Path) -> None:
         ("arch: r\npreprocessing:\n  mean: [1, 2]", "line 3: preprocessing: mean"),
         ("arch: r\npreprocessing: kaffe", "line 2.*preset: must be 'caffe', 'tf' or 'torch', got"),
         ("arch: r\npreprocessing:\n  crop: 0", "line 3.*greater than or equal to 1, got 0"),
-        ("arch: r\nmodel: pets.onnx", "say one of model and arch"),
-        ("name: pets", "say one of model and arch"),
+        ("arch: r\nmodel: pets.onnx", "set one of model and arch"),
+        ("name: pets", "set one of model and arch"),
         ("arch: r\nclasses: nowhere.txt", "line 2: classes: there is no .*nowhere.txt"),
         (
             "arch: r\nprecision: int9",
@@ -102,7 +104,7 @@ def test_a_file_that_is_printed_means_the_same(folder: Path) -> None:
             "line 3: thresholds: must be from 0 to 1",
         ),
         ("arch: r\nname: a/b", "must be 1 to 64 letters"),
-        ("arch: r\narch: s", "line 2: arch is said twice"),
+        ("arch: r\narch: s", "line 2: arch occurs twice"),
         ("arch: [r]", "line 1: arch: must be a valid string, got"),
         ("- arch: r", "must hold keys and values"),
         ("arch: [", "is not valid YAML"),
@@ -121,7 +123,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path / "nowhere.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
-    with pytest.raises(UserError, match="too large"):
+    with pytest.raises(UserError, match="larger than 1 MB"):
         read(tmp_path / "large.yaml")
 
 
@@ -160,15 +162,15 @@ def test_what_does_not_fit_is_rejected(said: dict[str, Any], message: str) -> No
 
 def test_variables_are_short_for_a_model_file(folder: Path) -> None:
     images = folder / "images"
-    assert spec_of() == from_options(arch="densenet121")
-    assert spec_of(arch="timm/resnet50.a1_in1k").name == "resnet50-a1_in1k"
-    assert spec_of(precision="int8", images=images).precision.calibration == images
-    assert spec_of(precision="bf16", images=images).precision.evaluation == images
-    assert spec_of(model_file=folder / "pets.onnx", channels="bgr").name == "pets"
+    assert ModelOptions().spec() == from_options(arch="densenet121")
+    assert ModelOptions(arch="timm/resnet50.a1_in1k").spec().name == "resnet50-a1_in1k"
+    assert ModelOptions(precision="int8", images=images).spec().precision.calibration == images
+    assert ModelOptions(precision="bf16", images=images).spec().precision.evaluation == images
+    assert ModelOptions(model_file=folder / "pets.onnx", channels="bgr").spec().name == "pets"
     with pytest.raises(UserError, match="IMAGES is for PRECISION=int8"):
-        spec_of(images=images)
+        ModelOptions(images=images).spec()
     with pytest.raises(UserError, match=r"channels: must be 'rgb' or 'bgr'"):
-        spec_of(channels="gbr")
+        ModelOptions(channels="gbr").spec()
 
 
 def test_variables_replace_single_keys_of_a_model_file(
@@ -177,9 +179,9 @@ def test_variables_replace_single_keys_of_a_model_file(
     parsed(folder, PETS)
     monkeypatch.chdir(folder / "images")
     (folder / "images" / "other.txt").write_text("cat\ndog")
-    spec = spec_of(
+    spec = ModelOptions(
         model_file=Path("../pets.yaml"), name="dogs", channels="rgb", classes=Path("other.txt")
-    )
+    ).spec()
     assert spec.model is not None
     assert (spec.name, spec.model.name, spec.classes) == ("dogs", "pets.onnx", Path("other.txt"))
     assert (spec.preprocessing.channels, spec.preprocessing.fit) == ("rgb", "squash")

@@ -1,24 +1,26 @@
-"""Multi-label models: from the logits to the answers, and through the whole handler."""
+"""Multi-label models: from the logits to the predict, and through the whole handler."""
 
 import dataclasses
 import json
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from handler import responses
+from handler import results
+from handler.archive import Archive
 from handler.errors import AnswerTooLarge, ArchiveError, BadRequest
-from handler.exchange import Options, Request, RequestImage
-from handler.explain import CLASSIFIER
-from handler.kserve import read_outputs
+from handler.inference.activation import labels_above, sigmoid, top_label
+from handler.inference.explain import CLASSIFIER
+from handler.inference.precision import count_mismatches, predict
 from handler.labels import Label
-from handler.multilabel import foremost, passing, sigmoid
 from handler.page import PAGE, load_page
-from handler.precision import answers, count_different
+from handler.protocols.kserve_v2 import parse_outputs
+from handler.request import Options, Request, RequestImage
 from handler.settings import MODEL_CARD, ModelCard, Settings
 from tests.unit.test_handler import (
     B64,
@@ -59,10 +61,10 @@ def test_sigmoid_is_pytorchs_and_survives_large_logits() -> None:
 
 
 def test_each_class_passes_by_its_own_threshold() -> None:
-    assert passing(PROBABILITIES, THRESHOLDS).tolist() == [2, 0]
-    assert passing(PROBABILITIES, 0.2).tolist() == [1, 2, 3]
-    assert foremost(PROBABILITIES, THRESHOLDS) == 2
-    assert foremost(PROBABILITIES, 0.9) == 1
+    assert labels_above(PROBABILITIES, THRESHOLDS).tolist() == [2, 0]
+    assert labels_above(PROBABILITIES, 0.2).tolist() == [1, 2, 3]
+    assert top_label(PROBABILITIES, THRESHOLDS) == 2
+    assert top_label(PROBABILITIES, 0.9) == 1
 
 
 def test_all_that_pass_are_labels_however_few_predictions_are_asked_for() -> None:
@@ -70,7 +72,9 @@ def test_all_that_pass_are_labels_however_few_predictions_are_asked_for() -> Non
         named = {"label": f"name_{index}", "class_id": f"n{index}", "class_index": index}
         return {**named, "probability": probability}
 
-    result = responses.multilabel(PROBABILITIES, LABELS, Options(topk=1, threshold=THRESHOLDS))
+    result = results.multilabel_classification(
+        PROBABILITIES, LABELS, Options(topk=1, threshold=THRESHOLDS)
+    )
     assert result == {
         "success": True,
         "class_id": "n2",
@@ -83,7 +87,9 @@ def test_all_that_pass_are_labels_however_few_predictions_are_asked_for() -> Non
 
 
 def test_if_no_class_passes_nothing_is_recognized() -> None:
-    result = responses.multilabel(PROBABILITIES, LABELS, Options(topk=2, threshold=0.9))
+    result = results.multilabel_classification(
+        PROBABILITIES, LABELS, Options(topk=2, threshold=0.9)
+    )
     assert (result["recognized"], result["labels"]) == (False, [])
     assert (result["class_id"], result["class_name"], result["probability"]) == (None, None, 0.6)
     assert [row["class_index"] for row in result["predictions"]] == [1, 2]
@@ -91,12 +97,12 @@ def test_if_no_class_passes_nothing_is_recognized() -> None:
 
 def test_labels_that_cannot_be_sent_are_rejected_before_they_are_made() -> None:
     many = np.ones(100_000, np.float32)
-    request = Request("id", {}, {}, Options(topk=1, threshold=0.5), multilabel=True)
+    request = Request("id", {}, {}, Options(topk=1, threshold=0.5))
     request.images = [RequestImage("id", "a", probabilities=many)]
-    responses.check_labels(request)
+    results.check_result_count(request, 100_000, multilabel=True)
     request.images *= 2
     with pytest.raises(AnswerTooLarge, match="Ask with a higher threshold, for fewer images"):
-        responses.check_labels(request)
+        results.check_result_count(request, 100_000, multilabel=True)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +124,14 @@ def test_a_card_that_contradicts_itself_stops_the_worker(
 
 def test_only_a_model_of_several_labels_has_a_tensor_of_them() -> None:
     asked = {"outputs": [{"name": "labels"}]}
-    (tensor,) = read_outputs(asked, explained=False, multilabel=True)
+    (tensor,) = parse_outputs(asked, explained=False, multilabel=True)
     assert tensor.name == "labels"
-    assert [output.name for output in read_outputs({}, explained=False, multilabel=True)] == [
+    assert [output.name for output in parse_outputs({}, explained=False, multilabel=True)] == [
         *("class_id", "class_name", "probability", "recognized", "labels", "result")
     ]
     for explained, multilabel in ((False, False), (True, True)):
         with pytest.raises(BadRequest, match="asks for what is not there"):
-            read_outputs(asked, explained=explained, multilabel=multilabel)
+            parse_outputs(asked, explained=explained, multilabel=multilabel)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,8 @@ def test_the_page_knows_one_threshold_or_that_each_class_has_its_own(
     thresholds: tuple[float, ...], told: float | None
 ) -> None:
     card = dataclasses.replace(CARD, thresholds=thresholds)
-    page = settings_in(load_page(PAGE, card, Settings(), LABELS, "tiny").body)
+    archive = Archive(Path("model.onnx"), card, LABELS, Settings(), "tiny", "1.0")
+    page = settings_in(load_page(PAGE, archive).body)
     assert (page["multilabel"], page["threshold"]) == (True, told)
 
 
@@ -143,9 +150,9 @@ def test_in_reduced_precision_all_labels_count_and_not_the_first_one_alone() -> 
     exact = np.array([[0, 1, 0.1, 0], [3, 0, 0, 0]], np.float32)
     reduced = exact.copy()
     reduced[0, 2] = -0.1  # its first label stays
-    assert count_different(answers(exact, CARD), answers(reduced, CARD)) == 1
+    assert count_mismatches(predict(exact, CARD), predict(reduced, CARD)) == 1
     softmax = dataclasses.replace(CARD, activation="softmax", thresholds=())
-    assert count_different(answers(exact, softmax), answers(reduced, softmax)) == 0
+    assert count_mismatches(predict(exact, softmax), predict(reduced, softmax)) == 0
 
 
 # --- The whole handler ---

@@ -14,14 +14,15 @@ import pytest
 from PIL import Image
 
 from classification_client.images import SUFFIXES
+from handler.archive import Archive
 from handler.errors import ArchiveError
-from handler.exchange import Response
-from handler.explain import HEAT_COLOURS
+from handler.inference.explain import HEAT_COLORS
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.page import PAGE, load_page
+from handler.request import Response
 from handler.settings import ModelCard, Settings
 
-CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
+CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)
 UNTRAINED = replace(CARD, trained=False)
 LABELS = [Label("n1", "tench"), Label("n2", 'it\'s <b>"bold"</b> &amp; \u732b')]
 
@@ -32,7 +33,10 @@ def load(
     labels: Sequence[Label] = LABELS,
     path: Path = PAGE,
 ) -> Response:
-    return load_page(path, card, settings or Settings(), labels, "densenet121")
+    archive = Archive(
+        Path("model.onnx"), card, labels, settings or Settings(), "densenet121", "1.0"
+    )
+    return load_page(path, archive)
 
 
 class Elements(HTMLParser):
@@ -141,8 +145,8 @@ def test_a_wrong_page_is_rejected(tmp_path: Path, content: str | None, message: 
 
 def test_the_page_has_the_servers_colors_and_the_clients_file_names() -> None:
     page = PAGE.read_text("utf-8")
-    (colours,) = re.findall(r"const HEAT_COLOURS = (.*);", page)
-    assert json.loads(colours) == [list(colour) for colour in HEAT_COLOURS]
+    (colours,) = re.findall(r"const HEAT_COLORS = (.*);", page)
+    assert json.loads(colours) == [list(colour) for colour in HEAT_COLORS]
     (names,) = re.findall(r"PICTURE_NAMES = /(.*)/i;", page)
     assert all(re.search(names, f"x{suffix}") for suffix in SUFFIXES)
     assert re.search(names, "x.pdf") is None

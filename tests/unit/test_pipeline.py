@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torchvision.models import densenet121
 
-from handler.cores import Cores
-from handler.engines import load_engine
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.errors import ArchiveError
-from handler.images import PixelBudget, decode
+from handler.inference.cores import Cores
+from handler.inference.engines import load_engine
 from handler.labels import CLASS_INDEX
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.commands import main as make_archive
@@ -77,10 +78,12 @@ def test_densenet121_answers_as_the_tutorials_model_and_transform_with_both_engi
     with torch.inference_mode():
         expected = model.eval()(torch.stack([TUTORIAL(image) for image in images])).numpy()
     assert len(set(expected.argmax(1))) > 2
-    pixels = [decode(encode(image), card.preprocessing, PixelBudget(10**8)) for image in images]
+    pixels = [
+        decode(encode(image), card.preprocessing, PixelBudget(10**8)).pixels for image in images
+    ]
     for name in ("model.onnx", "model.pth"):
         engine = load_engine(tmp_path / name, card, Cores(1, 2, tmp_path / "busy"))
-        logits = engine.logits(np.stack(pixels))
+        logits = engine.run(np.stack(pixels)).logits
         assert logits.shape == (len(images), 1000)
         assert logits.dtype == np.float32
         assert np.abs(logits - expected).max() < MAX_DIFFERENCE
@@ -95,7 +98,7 @@ def test_the_archive_holds_the_handler_and_nothing_of_this_machine(small_archive
     assert {
         "classifier.npy",
         "densenet_handler.py",
-        "handler/images.py",
+        "handler/decoding/decode.py",
         "handler/page.html",
         "model-card.json",
         "model-config.yaml",
@@ -148,7 +151,7 @@ def test_an_export_whose_logits_differ_stops_the_build(channels: str, tmp_path: 
     tiny = Tiny().eval()
     source = TorchSource(architecture="tiny", file="", sha256="", module=tiny)
     model = source.to_onnx(preprocessing, tmp_path)
-    card = ModelCard("tiny", 20, True, "", "", "", preprocessing)  # noqa: FBT003
+    card = ModelCard("tiny", 20, True, "", "", "", preprocessing)
     packed = convert(model, card, tmp_path / "model.onnx").file
     source.check(packed, preprocessing)
     with torch.no_grad():
@@ -162,7 +165,7 @@ def test_an_export_whose_logits_differ_stops_the_build(channels: str, tmp_path: 
     [
         (5, None, "has 5 classes, and nothing names them"),
         (5, ["a", "b"], "names 2 classes, but tiny.pth has 5"),
-        (1, ["a"], "one output: it tells two classes apart, so classes must name two"),
+        (1, ["a"], "one output, for two classes, so classes must name two"),
         (1001, ["a"], "names 1 classes, but tiny.pth has 1001"),
     ],
 )
@@ -187,7 +190,7 @@ def test_one_output_of_pytorch_becomes_two_classes_with_both_engines(tmp_path: P
         card = read_card(archive)
         assert card is not None
         (file,) = (tmp_path / engine).glob("model.[op][nt]*")
-        logits = load_engine(file, card, Cores(1, 1, tmp_path / "busy")).logits(images)
+        logits = load_engine(file, card, Cores(1, 1, tmp_path / "busy")).run(images).logits
         assert np.abs(logits - np.hstack([np.zeros_like(raw), raw])).max() < MAX_DIFFERENCE
 
 

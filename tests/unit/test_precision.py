@@ -9,11 +9,17 @@ import numpy as np
 import openvino
 import pytest
 
-from handler.cores import Cores
-from handler.engines import load_engine
 from handler.errors import ArchiveError
-from handler.openvino_engine import OpenVinoEngine
-from handler.precision import CHECK_IMAGES, CHECK_LABELS, MODEL_FILES, MOST_DIFFERENT, load_precise
+from handler.inference.cores import Cores
+from handler.inference.engines import Extra, load_engine
+from handler.inference.openvino_engine import OpenVinoEngine
+from handler.inference.precision import (
+    CHECK_IMAGES,
+    CHECK_LABELS,
+    MAX_MISMATCHES,
+    MODEL_FILES,
+    load_with_fallback,
+)
 from handler.settings import MODEL_CARD, ModelCard
 from tests.unit.test_handler import SIDE, write_model
 
@@ -31,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     images = np.random.default_rng(1).integers(0, 256, (IMAGES, 3, SIDE, SIDE), np.uint8)
     engine = load_engine(tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
     np.save(tmp_path / CHECK_IMAGES, images)
-    np.save(tmp_path / CHECK_LABELS, engine.logits(images).argmax(axis=1))
+    np.save(tmp_path / CHECK_LABELS, engine.run(images).logits.argmax(axis=1))
     return tmp_path
 
 
@@ -39,7 +45,9 @@ def load(folder: Path, *, required: bool = False) -> tuple[str, str]:
     """Return the precision that serves, and why it is not the archive's."""
     card = ModelCard.load(folder / MODEL_CARD)
     cores = Cores(1, 2, folder / "busy")
-    engine, reason = load_precise(folder / "model.onnx", card, cores, gpu=None, required=required)
+    engine, reason = load_with_fallback(
+        folder / "model.onnx", card, cores, gpu=None, required=required
+    )
     return engine.precision, reason
 
 
@@ -50,14 +58,14 @@ def mislabel(folder: Path, count: int) -> None:
 
 
 def test_a_model_that_answers_like_float32_serves(folder: Path) -> None:
-    mislabel(folder, MOST_DIFFERENT)
+    mislabel(folder, MAX_MISMATCHES)
     assert load(folder, required=True) == ("int8", "")
 
 
 def test_a_model_that_answers_otherwise_is_replaced_by_float32_unless_it_is_required(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mislabel(folder, MOST_DIFFERENT + 1)
+    mislabel(folder, MAX_MISMATCHES + 1)
     with caplog.at_level(logging.WARNING):
         precision, reason = load(folder)
     assert precision == "float32"
@@ -69,7 +77,7 @@ def test_a_model_that_answers_otherwise_is_replaced_by_float32_unless_it_is_requ
 
 def test_float32_serves_without_openvino(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "handler.openvino_engine", raising=False)
+    monkeypatch.delitem(sys.modules, "handler.inference.openvino_engine", raising=False)
     precision, reason = load(folder)
     assert precision == "float32"
     assert "openvino" in reason
@@ -78,7 +86,7 @@ def test_float32_serves_without_openvino(folder: Path, monkeypatch: pytest.Monke
 def test_float32_serves_if_the_processor_does_not_compute_in_the_precision(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handler.openvino_engine._CAPABILITY", {"int8": "none has this"})
+    monkeypatch.setattr("handler.inference.openvino_engine._CAPABILITY", {"int8": "none has this"})
     assert load(folder) == ("float32", "this processor does not compute in int8")
 
 
@@ -92,7 +100,7 @@ def test_a_damaged_model_is_replaced_but_a_missing_check_is_an_error(folder: Pat
 
 def test_an_unknown_precision_is_rejected() -> None:
     with pytest.raises(ArchiveError, match="precision must be float32, bf16, int8, got 'int4'"):
-        ModelCard("tiny", 2, True, "none", "0", "0", precision="int4")  # noqa: FBT003
+        ModelCard("tiny", 2, True, "none", "0", "0", precision="int4")
 
 
 def test_openvino_gives_what_onnx_runtime_gives(folder: Path) -> None:
@@ -101,10 +109,10 @@ def test_openvino_gives_what_onnx_runtime_gives(folder: Path) -> None:
     cores = Cores(1, 2, folder / "busy")
     exact = load_engine(folder / "model.onnx", card, cores)
     other = OpenVinoEngine(folder / MODEL_FILES["int8"], "int8", cores)
-    found = other.logits_and_features(images)
-    for wanted, got in zip(exact.logits_and_features(images), found, strict=True):
+    found = other.run(images, Extra.FEATURES)
+    for wanted, got in zip(exact.run(images, Extra.FEATURES), found, strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
-    np.testing.assert_array_equal(other.logits(images), found[0])
-    with cores.busy(crowded=True):
-        np.testing.assert_allclose(other.logits(images), exact.logits(images), atol=1e-4)
+    np.testing.assert_array_equal(other.run(images).logits, found[0])
+    with cores.busy(queue_not_empty=True):
+        np.testing.assert_allclose(other.run(images).logits, exact.run(images).logits, atol=1e-4)

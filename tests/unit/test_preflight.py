@@ -8,7 +8,7 @@ import pytest
 
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve import machine, server
-from scripts.serve.machine import Plan, plan
+from scripts.serve.machine import Plan, plan_workers
 from scripts.serve.preflight import check_archives, check_ports, check_workers, java_home
 from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
@@ -47,7 +47,7 @@ def test_more_workers_than_fit_are_rejected_with_the_number_that_fits(
     check_workers(3)
     with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
         check_workers(4)
-    check_workers(4, ending=2)
+    check_workers(4, stopping=2)
     with pytest.raises(UserError, match="at most 1 for each model"):
         check_workers(2, models=2)
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
@@ -64,7 +64,12 @@ def test_a_worker_in_8_bits_is_given_more_memory(
     monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     monkeypatch.setattr(machine, "_available", lambda: 5 * machine.WORKER_BYTES)
     for name, workers in (("none.mar", 3), ("lower.mar", 2)):
-        assert machine.plan(each=server._heaviest([tmp_path / name])).workers == workers
+        assert (
+            machine.plan_workers(
+                bytes_per_worker=server._max_worker_bytes([tmp_path / name])
+            ).workers
+            == workers
+        )
 
 
 def test_the_default_number_of_workers_is_never_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +77,8 @@ def test_the_default_number_of_workers_is_never_rejected(monkeypatch: pytest.Mon
         for cpus in (1, 2, 64):
             monkeypatch.setattr(machine, "_available", lambda value=available: value)
             monkeypatch.setattr("joblib.cpu_count", lambda value=cpus: value)
-            check_workers(machine.plan().workers)
-            check_workers(machine.plan(models=3).workers, models=3)
+            check_workers(machine.plan_workers().workers)
+            check_workers(machine.plan_workers(models=3).workers, models=3)
 
 
 def test_a_java_home_without_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +130,6 @@ def test_workers_share_the_cpus_and_one_alone_may_use_up_to_eight(
 ) -> None:
     monkeypatch.setattr("joblib.cpu_count", lambda: 16)
     monkeypatch.setattr("scripts.serve.machine._available", lambda: 10**12)
-    assert plan() == Plan(workers=16, threads=1, max_threads=8)
-    assert plan(workers=3) == Plan(workers=3, threads=5, max_threads=8)
-    assert plan(workers=1) == Plan(workers=1, threads=16, max_threads=16)
+    assert plan_workers() == Plan(workers=16, threads=1, max_threads=8)
+    assert plan_workers(workers=3) == Plan(workers=3, threads=5, max_threads=8)
+    assert plan_workers(workers=1) == Plan(workers=1, threads=16, max_threads=16)

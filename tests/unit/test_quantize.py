@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from handler.cores import Cores
+from handler.inference.cores import Cores
+from handler.inference.onnx_engine import OnnxEngine
+from handler.inference.openvino_engine import OpenVinoEngine
+from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.labels import Label
-from handler.onnx_engine import OnnxEngine
-from handler.openvino_engine import OpenVinoEngine
-from handler.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.settings import ModelCard, Preprocessing
 from scripts.build.model_file import Precision
 from scripts.build.quantize import costliest, quantize
@@ -72,11 +72,11 @@ def test_int8_is_near_float32_and_nearer_without_the_costliest_layer(
     model: Path, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     cores, held_out = Cores(1, 1, tmp_path / "busy"), np.stack(images[20:])
-    exact = OnnxEngine(model, cores).logits(held_out)
+    exact = OnnxEngine(model, cores).run(held_out).logits
 
     def error(*kept: str) -> float:
         quantize(model, images[:20], tmp_path / "int8.xml", kept)
-        found = OpenVinoEngine(tmp_path / "int8.xml", "int8", cores).logits(held_out)
+        found = OpenVinoEngine(tmp_path / "int8.xml", "int8", cores).run(held_out).logits
         return float(np.abs(found - exact).mean() / np.abs(exact).mean())
 
     everything = error()
@@ -123,7 +123,9 @@ def known(model: Path, tmp_path: Path) -> Path:
     random = np.random.default_rng(2)
     colors = random.integers(0, 256, (80, 1, 1, 3))
     pixels = (colors + random.integers(-9, 10, (80, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
-    logits = OnnxEngine(model, Cores(1, 1, tmp_path / "busy")).logits(pixels.transpose(0, 3, 1, 2))
+    logits = (
+        OnnxEngine(model, Cores(1, 1, tmp_path / "busy")).run(pixels.transpose(0, 3, 1, 2)).logits
+    )
     _spread(model, logits)
     folder = tmp_path / "known"
     folder.mkdir()
@@ -200,7 +202,7 @@ SOFTMAX_CARD = dataclasses.replace(CARD, activation="softmax", thresholds=())
 
 @pytest.mark.parametrize("in_folders", [True, False])
 def test_a_limit_of_top_1_or_of_agreement_that_is_exceeded_stops_the_build(
-    in_folders: bool,  # noqa: FBT001
+    in_folders: bool,
     model: Path,
     known: Path,
     tmp_path: Path,
@@ -214,7 +216,7 @@ def test_a_limit_of_top_1_or_of_agreement_that_is_exceeded_stops_the_build(
     folder = tmp_path / "classes"
     for file in sorted(known.glob("*.png")):
         pixels = np.asarray(Image.open(file)).transpose(2, 0, 1)
-        best = int(engine.logits(pixels[None]).argmax())
+        best = int(engine.run(pixels[None]).logits.argmax())
         target = folder.joinpath(*([LABELS[best].class_id] * in_folders), file.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)

@@ -44,7 +44,7 @@ def test_untrained_weights_are_rejected(tmp_path: Path, images: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_rejection_of_bf16_does_not_advise_to_calibrate(known: bool) -> None:  # noqa: FBT001
+def test_a_rejection_of_bf16_does_not_advise_to_calibrate(known: bool) -> None:
     exact = np.tile(np.array([0.9, 0.1], np.float32), (150, 1))
     reduced = exact.copy()
     reduced[:2] = exact[:2, ::-1]

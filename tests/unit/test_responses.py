@@ -2,37 +2,47 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from handler import responses
+from handler import results
+from handler.archive import Archive
+from handler.decoding.pillow import DecodedImage
 from handler.errors import AnswerTooLarge, NotAnImage, RequestError
-from handler.exchange import (
+from handler.inference.activation import softmax
+from handler.labels import Label
+from handler.protocols.forms import Form
+from handler.protocols.huggingface import HuggingFace
+from handler.protocols.kserve_v1 import KServeV1
+from handler.protocols.kserve_v2 import KServeV2, OutputTensor
+from handler.request import (
     Body,
     Options,
-    OutputTensor,
     Protocol,
     Purpose,
     Request,
     RequestImage,
     Response,
+    json_response,
 )
-from handler.images import Photo
-from handler.labels import Label
 from scripts.serve import server
 from scripts.terminal import UserError
+from tests.unit import parts
 
 LABELS = [Label(f"n{i}", f"name_{i}") for i in range(4)]
-MODEL = ("densenet121", "1.0")
+ARCHIVE = parts.archive(LABELS)
+UNTRAINED = parts.archive(LABELS, trained=False)
 PROBABILITIES = np.array([0.1, 0.6, 0.05, 0.25], np.float32)
 
 
 def test_the_result_serves_both_tutorials_clients() -> None:
-    result = responses.classification(PROBABILITIES, LABELS, Options(topk=2, threshold=0.1))
+    result = results.classification(PROBABILITIES, LABELS, Options(topk=2, threshold=0.1))
     assert result == {
         "success": True,
         "class_id": "n1",
@@ -47,7 +57,7 @@ def test_the_result_serves_both_tutorials_clients() -> None:
 
 
 def test_below_the_threshold_nothing_is_recognized_but_predictions_are_listed() -> None:
-    result = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0.7))
+    result = results.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0.7))
     assert (result["recognized"], result["class_id"], result["class_name"]) == (False, None, None)
     assert result["predictions"][0]["label"] == "name_1"
     assert result["success"] is True
@@ -60,17 +70,17 @@ def test_below_the_threshold_nothing_is_recognized_but_predictions_are_listed() 
 def test_predictions_are_all_classes_at_most_and_equal_ones_in_the_models_order(
     probabilities: NDArray[np.float32], order: list[int]
 ) -> None:
-    result = responses.classification(probabilities, LABELS, Options(topk=100, threshold=0))
+    result = results.classification(probabilities, LABELS, Options(topk=100, threshold=0))
     assert [row["class_index"] for row in result["predictions"]] == order
 
 
 def test_softmax_survives_large_logits() -> None:
-    probabilities = responses.softmax(np.array([[1e4, 0, -1e4], [0, 0, 0]], np.float32))
+    probabilities = softmax(np.array([[1e4, 0, -1e4], [0, 0, 0]], np.float32))
     assert probabilities.sum(axis=1) == pytest.approx([1, 1])
     assert probabilities[0, 0] == 1
 
 
-GOOD = responses.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
+GOOD = results.classification(PROBABILITIES, LABELS, Options(topk=1, threshold=0))
 BAD = {
     "success": False,
     "code": 400,
@@ -84,7 +94,10 @@ ALL = ("class_id", "class_name", "probability", "recognized", "result")
 
 
 def request(
-    outcomes: list[Body | RequestError], protocol: Protocol = Protocol.PLAIN, **attributes: object
+    outcomes: list[Body | RequestError],
+    protocol: type[Protocol] = Form,
+    outputs: Sequence[OutputTensor] | None = None,
+    **attributes: object,
 ) -> Request:
     """Of images that came to these results or errors."""
     images = [
@@ -93,40 +106,45 @@ def request(
         else RequestImage("id", name, result=outcome)
         for name, outcome in zip("abcdefgh", outcomes, strict=False)
     ]
-    made = Request(
-        "id", {}, {}, Options(topk=1, threshold=0), images=images, protocol=protocol, client_id="42"
-    )
-    made.outputs = [OutputTensor(name) for name in ALL]
+    made = Request("id", {}, {}, Options(topk=1, threshold=0), images=images, protocol=protocol())
+    if isinstance(made.protocol, KServeV2):
+        made.protocol.client_id = "42"
+        made.protocol.outputs = outputs or [OutputTensor(name) for name in ALL]
     for name, value in attributes.items():
         setattr(made, name, value)
     return made
 
 
-def collected(of: Request) -> Body:
-    body: Body = json.loads(responses.collect(of, MODEL, {}).body)
-    return body
+def format_response(of: Request, archive: Archive = ARCHIVE) -> Response:
+    assert of.protocol is not None
+    return of.protocol.format(of, archive)
+
+
+def collected(of: Request) -> Any:
+    return json.loads(format_response(of).body)
 
 
 def test_several_images_are_listed_by_name_and_fail_alone() -> None:
-    answer = responses.collect(request([GOOD, FAILED]), MODEL, {"warning": "w"})
+    answer = format_response(request([GOOD, FAILED]), UNTRAINED)
     body = json.loads(answer.body)
-    assert (body["success"], body["warning"]) == (False, "w")
+    assert body["success"] is False
+    assert "untrained random weights" in body["warning"]
     assert [(r["name"], r["success"]) for r in body["results"]] == [("a", True), ("b", False)]
     assert answer.status == 200
 
 
 def test_kserve_v1_lists_predictions_or_explanations() -> None:
-    both = request([GOOD, FAILED], Protocol.KSERVE_V1)
+    both = request([GOOD, FAILED], KServeV1)
     assert collected(both) == {"predictions": [GOOD, BAD]}
-    assert collected(request([GOOD], Protocol.KSERVE_V1)) == {"predictions": [GOOD]}
-    asked = request([explanation()], Protocol.KSERVE_V1, purpose=Purpose.EXPLAIN)
+    assert collected(request([GOOD], KServeV1)) == {"predictions": [GOOD]}
+    asked = request([explanation()], KServeV1, purpose=Purpose.EXPLAIN)
     assert collected(asked) == {"explanations": [explanation()]}
 
 
 def test_kserve_v2_gives_the_tensors_asked_for_of_one_length() -> None:
-    body = collected(request([GOOD, FAILED], Protocol.KSERVE_V2))
+    body = collected(request([GOOD, FAILED], KServeV2))
     outputs = {tensor["name"]: tensor for tensor in body.pop("outputs")}
-    assert body == {"id": "42", "model_name": "densenet121", "model_version": "1.0"}
+    assert body == {"id": "42", "model_name": "m", "model_version": "1"}
     assert tuple(outputs) == ALL
     assert all(tensor["shape"] == [2] == [len(tensor["data"])] for tensor in outputs.values())
     assert outputs["class_id"]["data"] == ["n1", ""]
@@ -134,14 +152,14 @@ def test_kserve_v2_gives_the_tensors_asked_for_of_one_length() -> None:
     assert outputs["probability"] == probability
     assert [json.loads(text) for text in outputs["result"]["data"]] == [GOOD, BAD]
     asked = [OutputTensor("result"), OutputTensor("class_id")]
-    body = collected(request([GOOD], Protocol.KSERVE_V2, outputs=asked))
+    body = collected(request([GOOD], KServeV2, outputs=asked))
     assert [tensor["name"] for tensor in body["outputs"]] == ["result", "class_id"]
 
 
 def test_kserve_v2_answers_in_binary_if_asked() -> None:
     outputs = [OutputTensor(name, binary=name != "result") for name in ALL]
-    asked = request([GOOD, FAILED], Protocol.KSERVE_V2, outputs=outputs)
-    answer = responses.collect(asked, MODEL, {})
+    asked = request([GOOD, FAILED], KServeV2, outputs=outputs)
+    answer = format_response(asked)
     length = int(answer.headers["Inference-Header-Content-Length"])
     assert answer.content_type == "application/octet-stream"
     tensors = {t["name"]: t for t in json.loads(answer.body[:length])["outputs"]}
@@ -154,9 +172,9 @@ def test_kserve_v2_answers_in_binary_if_asked() -> None:
 
 
 def explanation() -> Body:
-    photo = Photo(np.zeros((3, 4, 4), np.uint8), (30, 20), (5.5, 0, 25.5, 20), None)
+    photo = DecodedImage(np.zeros((3, 4, 4), np.uint8), (30, 20), (5.5, 0, 25.5, 20), None)
     activation = np.array([[0.25, -1 / 3], [0, 1e-9]], np.float32)
-    return responses.explanation(photo, activation, LABELS[1], class_index=1, probability=0.6)
+    return results.explanation(photo, activation, LABELS[1], class_index=1, probability=0.6)
 
 
 def test_an_explanation_has_the_map_and_the_part_of_the_image_that_the_model_saw() -> None:
@@ -173,22 +191,26 @@ def test_an_explanation_has_the_map_and_the_part_of_the_image_that_the_model_saw
 
 
 def test_a_heat_maps_headers_are_ascii_without_line_ends_whatever_the_class_name() -> None:
-    label = Label("n\r\nX: y", "\u732b \"'")
-    headers = responses.picture(b"png", label, 1, probability=0.6).headers
+    result = {
+        "class_id": "n\r\nX: y",
+        "class_name": "\u732b \"'",
+        "class_index": 1,
+        "probability": 0.6,
+    }
+    headers = results.heat_map_response(b"png", result).headers
     assert headers["X-Class-Id"] == "n%0D%0AX: y"
     assert headers["X-Class-Name"] == "%E7%8C%AB %22'"
     assert headers["X-Probability"] == "0.6000000"
 
 
-@pytest.mark.parametrize("protocol", list(Protocol))
-def test_a_single_images_error_is_the_requests(protocol: Protocol) -> None:
-    answer = responses.collect(request([FAILED], protocol), MODEL, {})
-    assert (answer.status, json.loads(answer.body)) == (400, BAD)
+def test_hugging_face_gets_labels_and_scores() -> None:
+    expected = [{"label": "name_1", "score": 0.6}]
+    assert collected(request([GOOD], HuggingFace)) == expected
 
 
 def test_what_is_not_json_is_never_sent() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        responses.encode({"probability": float("nan")})
+        json_response({"probability": float("nan")})
 
 
 # --- The largest answer ---
@@ -197,36 +219,37 @@ def test_what_is_not_json_is_never_sent() -> None:
 def test_the_largest_answer_is_what_the_frontend_takes() -> None:
     text = Path("config.properties").read_text()
     (configured,) = re.findall(r"^max_response_size=(\d+)$", text, re.MULTILINE)
-    assert int(configured) == responses.MAX_ANSWER_BYTES
+    assert int(configured) == results.MAX_RESPONSE_BYTES
 
 
 def test_a_larger_answer_is_rejected_with_what_to_ask_for() -> None:
-    fits = Response(200, bytes(responses.MAX_ANSWER_BYTES), "text/plain")
-    responses.check_size(fits)
+    fits = Response(200, bytes(results.MAX_RESPONSE_BYTES), "text/plain")
+    results.check_response_size(fits)
     with pytest.raises(AnswerTooLarge, match=r"6,553,501 bytes; at most 6,553,500.*smaller topk"):
-        responses.check_size(replace(fits, body=fits.body + b"1"))
+        results.check_response_size(replace(fits, body=fits.body + b"1"))
 
 
 def test_what_cannot_fit_is_rejected_before_it_is_made() -> None:
     images: list[Body | RequestError] = [GOOD] * 8
     too_many = request(images, options=Options(topk=100_000, threshold=0))
     with pytest.raises(AnswerTooLarge, match="more than"):
-        responses.check_topk(too_many, 20_000)
-    responses.check_topk(too_many, 1_000)
-    responses.check_topk(request(images, options=Options(topk=10, threshold=0)), 20_000)
+        results.check_result_count(too_many, 20_000, multilabel=False)
+    results.check_result_count(too_many, 1_000, multilabel=False)
+    few = request(images, options=Options(topk=10, threshold=0))
+    results.check_result_count(few, 20_000, multilabel=False)
 
 
 def test_no_prediction_is_shorter_than_assumed() -> None:
-    (prediction,) = responses.classification(
+    (prediction,) = results.classification(
         np.array([1], np.float32), [Label("", "")], Options(topk=1, threshold=0)
     )["predictions"]
     text = json.dumps(prediction, separators=(",", ":")) + ","
-    assert len(text) == responses._LEAST_PREDICTION_BYTES
+    assert len(text) == results._MIN_PREDICTION_BYTES
 
 
 def test_workers_get_the_limit_that_counts(tmp_path: Path) -> None:
     config = tmp_path / "config.properties"
     config.write_text("max_response_size=6553500\n# max_response_size=7\nmax_response_size=1000\n")
-    assert server._configured("max_response_size", config) == "1000"
-    with pytest.raises(UserError, match="says nothing of max_request_size"):
-        server._configured("max_request_size", config)
+    assert server._read_number("max_response_size", config) == "1000"
+    with pytest.raises(UserError, match="has no max_request_size"):
+        server._read_number("max_request_size", config)

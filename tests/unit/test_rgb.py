@@ -9,10 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from handler import images
+from handler.decoding import pillow
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.decoding.formats import probe
 from handler.errors import DamagedImage, UnsupportedFormat
-from handler.formats import probe
-from handler.images import PixelBudget, decode, decode_photo
 from handler.settings import Preprocessing
 from tests import corpus, kinds
 from tests.kinds import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR
@@ -25,16 +26,16 @@ MAX_PIXELS = 64_000_000
 def shown(data: bytes) -> NDArray[np.uint8]:
     """What the decoder process makes of a file: uint8 (height, width, 3)."""
     header = probe(data)
-    task = images._Task(
+    task = pillow.Task(
         Preprocessing(8, 8),
         reduced=False,
-        longest_side=10**6,
+        preview_side=10**6,
         names=header.names,
         orientation=header.orientation,
         size=header.size,
         max_pixels=MAX_PIXELS,
     )
-    preview = images._make(b"".join(header.pieces), task).preview
+    preview = pillow.decode_here(b"".join(header.pieces), task).preview
     assert preview is not None
     assert preview.info == {}
     return np.asarray(preview)
@@ -216,7 +217,7 @@ def test_no_profile_nor_text_goes_on_with_the_pixels() -> None:
     for file_format, mode in modes:
         data = encode(rgb.convert(mode), file_format, icc_profile=profile)
         assert len(data) > 3_000_000
-        photo = decode_photo(data, Preprocessing(), PixelBudget(MAX_PIXELS), 1024)
+        photo = decode(data, Preprocessing(), PixelBudget(MAX_PIXELS), preview_side=1024)
         assert photo.preview is not None
         assert photo.preview.info == {}
 

@@ -10,8 +10,8 @@ import pytest
 
 from deploy.container import routes
 from deploy.container.routes import list_routes
-from deploy.container.serving import Model, Serving, StartError, read_serving
-from handler import kserve
+from deploy.container.serving import ConfigError, Model, Serving, read_serving
+from handler.protocols import kserve_v2
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve.machine import WORKER_BYTES
 
@@ -121,21 +121,21 @@ def test_kserves_configuration_chooses_and_names_models(
 )
 def test_a_broken_configuration_is_rejected(layout: Path, line: str, message: str) -> None:
     _configure(layout, line)
-    with pytest.raises(StartError, match=message):
+    with pytest.raises(ConfigError, match=message):
         _on_kserve(layout)
 
 
 def test_a_broken_layout_is_rejected(layout: Path) -> None:
     store = layout / "model-store"
     (store / "pets.mar").write_bytes(b"half an archive")
-    with pytest.raises(StartError, match=r"pets\.mar is no model archive, or is cut off"):
+    with pytest.raises(ConfigError, match=r"pets\.mar is no model archive, or is cut off"):
         _on_kserve(layout)
     (store / "pets.mar").unlink()
     (store / "flowers.mar").unlink()
-    with pytest.raises(StartError, match="There is no archive"):
+    with pytest.raises(ConfigError, match="There is no archive"):
         _on_kserve(layout)
     store.rmdir()
-    with pytest.raises(StartError, match="has no folder model-store: KServe's layout"):
+    with pytest.raises(ConfigError, match="has no folder model-store: KServe's layout"):
         _on_kserve(layout)
 
 
@@ -152,7 +152,7 @@ def test_sagemaker_serves_an_archive_or_the_content_of_one(tmp_path: Path) -> No
     assert model.archive != folder
     (folder / "MAR-INF/MANIFEST.json").unlink()
     _archive(folder / "flowers.mar")
-    with pytest.raises(StartError, match=r"holds flowers.mar, pets.mar: .* one archive only"):
+    with pytest.raises(ConfigError, match=r"holds flowers.mar, pets.mar: .* one archive only"):
         _on_sagemaker(folder)
 
 
@@ -199,12 +199,12 @@ def test_vertex_ai_chooses_port_and_folder(tmp_path: Path) -> None:
     ],
 )
 def test_an_unusable_variable_is_rejected(name: str, value: str, message: str) -> None:
-    with pytest.raises(StartError, match=message):
+    with pytest.raises(ConfigError, match=message):
         _with({"GRPC": "on", name: value})
 
 
 def test_an_argument_is_rejected() -> None:
-    with pytest.raises(StartError, match="takes no argument, and got: train"):
+    with pytest.raises(ConfigError, match="takes no argument, and got: train"):
         read_serving(["train"], {}, NOWHERE, NOWHERE)
 
 
@@ -249,24 +249,24 @@ def test_vertex_ai_may_choose_a_path_with_the_same_use(health: str, predict: str
 @pytest.mark.parametrize("path", ["/ping", "/live", "/error", "/v2", "/health"])
 def test_a_path_with_another_use_cannot_be_vertex_ais(path: str) -> None:
     variables = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": path}
-    with pytest.raises(StartError, match=f"AIP_PREDICT_ROUTE is {path}, which has another use"):
+    with pytest.raises(ConfigError, match=f"AIP_PREDICT_ROUTE is {path}, which has another use"):
         list_routes([CATS], variables)
-    with pytest.raises(StartError, match="AIP_HEALTH_ROUTE is /invocations"):
+    with pytest.raises(ConfigError, match="AIP_HEALTH_ROUTE is /invocations"):
         list_routes([CATS], {"AIP_HEALTH_ROUTE": "/invocations"})
 
 
 @pytest.mark.parametrize("name", ["AIP_HEALTH_ROUTE", "AIP_PREDICT_ROUTE"])
 @pytest.mark.parametrize("path", ["/a { return 200; }", "predict"])
 def test_a_path_that_is_none_is_rejected(name: str, path: str) -> None:
-    with pytest.raises(StartError, match=f"{name} must be a path"):
+    with pytest.raises(ConfigError, match=f"{name} must be a path"):
         list_routes([CATS], {name: path})
 
 
 def test_the_metadata_are_the_handlers() -> None:
-    assert list(kserve._OUTPUTS.items()) == list(routes.OUTPUTS.items())
+    assert list(kserve_v2._OUTPUTS.items()) == list(routes.OUTPUTS.items())
     for multilabel in (False, True):
-        wanted = kserve.read_outputs({}, explained=False, multilabel=multilabel)
+        wanted = kserve_v2.parse_outputs({}, explained=False, multilabel=multilabel)
         model = Model("cats", "2.0", Path("cats.mar"), multilabel=multilabel)
         outputs = routes.metadata(model)["outputs"]
         assert [tensor["name"] for tensor in outputs] == [tensor.name for tensor in wanted]
-    assert set(routes.INPUTS.values()) <= set(kserve._DATATYPES)
+    assert set(routes.INPUTS.values()) <= set(kserve_v2._DATATYPES)

@@ -17,7 +17,7 @@ from handler.labels import load_class_index
 from handler.page import PAGE
 from handler.settings import MAX_REQUEST_BYTES, ModelCard, Preprocessing, Settings
 
-CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)  # noqa: FBT003
+CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)
 
 
 def settings(**section: Any) -> Settings:
@@ -107,7 +107,7 @@ def test_a_wrong_class_index_is_rejected(tmp_path: Path, text: str, message: str
 
 
 def test_random_weights_warn_and_name_a_trained_model_if_one_is_served_too() -> None:
-    card = ModelCard("densenet121", 1000, False, "seeded random numbers", "0", "0")  # noqa: FBT003
+    card = ModelCard("densenet121", 1000, False, "seeded random numbers", "0", "0")
     assert "untrained random weights" in (card.warning or "")
     assert "/predictions/" not in (card.warning or "")
     other = dataclasses.replace(card, trained_model="efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""Recognizing processes, and the files that remember them."""
+"""Recognizing processes, and state files."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from scripts import run
 from scripts.serve import commands
 from scripts.serve.running import find_running, require_running
-from scripts.state import living_process, process_of, recall, remember, started
+from scripts.state import process_by_arguments, process_by_id, read_state, start_time, write_state
 from scripts.terminal import UserError
 from tests.killing import killed_at_each_line
 
@@ -21,42 +21,42 @@ OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000
 def test_a_step_of_the_clock_changes_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """When somebody sets the clock, the kernel's time of boot moves by as much."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        when = started(process.pid)
+        when = start_time(process.pid)
         by_the_clock = psutil.Process(process.pid).create_time()
         boot_time = psutil.boot_time()
         monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time + 3600)
         assert abs(psutil.Process(process.pid).create_time() - by_the_clock) > 3000
-        assert living_process(process.pid, when) is not None
-        assert started(process.pid) == when
+        assert process_by_id(process.pid, when) is not None
+        assert start_time(process.pid) == when
         process.kill()
         process.wait()
-        assert living_process(process.pid, when) is None
+        assert process_by_id(process.pid, when) is None
 
 
 def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -> None:
     words = ("-f", str(tmp_path / "a folder" / "config.properties"))
     command = [sys.executable, "-c", "input()", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        found = process_of(*words)
+        found = process_by_arguments(*words)
         assert found is not None
         assert found.pid == process.pid
-        assert process_of(words[1][:-1]) is None, "another folder that begins like it"
-        assert process_of(*words, "-g") is None
+        assert process_by_arguments(words[1][:-1]) is None, "another folder that begins like it"
+        assert process_by_arguments(*words, "-g") is None
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert process_of(*words) is None, "a process that has ended, and was not waited for"
+        assert process_by_arguments(*words) is None, "a process that exited and was not waited for"
 
 
 def test_a_file_is_whole_wherever_its_writer_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    remember(path, OLD)
+    write_state(path, OLD)
     program = f"""
 from pathlib import Path
-from scripts.state import remember
+from scripts.state import write_state
 def work():
-    remember(Path({str(path)!r}), {NEW})
+    write_state(Path({str(path)!r}), {NEW})
 """
-    found = [recall(path) for _ in killed_at_each_line(program, "scripts.state", path)]
+    found = [read_state(path) for _ in killed_at_each_line(program, "scripts.state", path)]
     assert found.count(OLD) > 5
     assert found[-1] == NEW
     assert all(values in (OLD, NEW) for values in found)
@@ -64,8 +64,8 @@ def work():
 
 
 @pytest.fixture
-def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that remembers a server; it is not there yet."""
+def state_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the path of a state file that does not exist yet."""
     monkeypatch.chdir(tmp_path)
     Path(".run").mkdir()
     return Path(".run/server.json")
@@ -80,11 +80,11 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("content", [*UNREADABLE.values(), None], ids=[*UNREADABLE, "a folder"])
-def test_what_cannot_be_read_is_reported_and_kept(content: bytes | None, remembered: Path) -> None:
+def test_what_cannot_be_read_is_reported_and_kept(content: bytes | None, state_file: Path) -> None:
     if content is None:
-        remembered.mkdir()
+        state_file.mkdir()
     else:
-        remembered.write_bytes(content)
+        state_file.write_bytes(content)
     for look in (
         find_running,
         require_running,
@@ -96,20 +96,20 @@ def test_what_cannot_be_read_is_reported_and_kept(content: bytes | None, remembe
     ):
         with pytest.raises(UserError, match=r"server\.json"):
             look()
-        assert remembered.exists()
+        assert state_file.exists()
 
 
 def test_stop_clears_what_a_dead_server_left(
-    remembered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    state_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     temporary = tmp_path / "torchserve-1"
     temporary.mkdir()
     dead = {"pid": 2**22 + 1, "started": "boot/1", "temporary": str(temporary), "model": "m"}
-    remember(remembered, {**dead, "ports": {}, "models": {"m": "0"}})
+    write_state(state_file, {**dead, "ports": {}, "models": {"m": "0"}})
     assert find_running() is None
-    assert remembered.exists(), "who only looks removes nothing"
+    assert state_file.exists(), "reading the state deletes nothing"
     assert temporary.exists()
     commands.stop_command()
-    assert "what it left is cleared" in capsys.readouterr().out
-    assert not remembered.exists()
+    assert "its temporary files are deleted" in capsys.readouterr().out
+    assert not state_file.exists()
     assert not temporary.exists()

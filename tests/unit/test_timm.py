@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import nn
 
-from handler.images import PixelBudget, decode
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
 from handler.settings import Preprocessing
 from scripts.build.architectures import check_architecture
 from scripts.build.export import Normalized
@@ -181,6 +182,6 @@ def test_preprocessing_is_that_of_the_weights(name: str) -> None:
     normalize = Normalized(nn.Identity(), preprocessing)
     for title, image in list(photographs())[::17]:
         rgb = image.convert("RGB")
-        pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8))
+        pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8)).pixels
         mine = normalize(torch.from_numpy(pixels)[None])[0]
         assert np.allclose(mine, theirs(rgb), atol=1e-6), title

@@ -1,17 +1,17 @@
-"""Finding the reason in the logs of a worker that ended."""
+"""Finding the reason in the logs of a worker that exited."""
 
 from pathlib import Path
 
 import pytest
 
-from scripts.serve.worker_log import cause, last_words, says_died
+from scripts.serve.worker_log import frontend_error, root_cause, worker_died
 
 PREFIX = "2026-11-21T17:00:00,123 [INFO ] W-9000-densenet121_1.0-stdout MODEL_LOG - "
 
 MISSING_MODULE = """\
 Backend worker process died.
 Traceback (most recent call last):
-  File "/tmp/models/x/handler/images.py", line 9, in <module>
+  File "/tmp/models/x/handler/decoding/decode.py", line 9, in <module>
     import PIL
 ModuleNotFoundError: No module named 'PIL'
 
@@ -53,7 +53,7 @@ RuntimeError: 507 - System out of memory
 def test_the_first_cause_is_found(printed: str, reason: str) -> None:
     lines = printed.splitlines()
     for logged in (lines, [PREFIX + line for line in lines]):
-        found = cause(logged)
+        found = root_cause(logged)
         assert found is not None
         assert found.startswith(reason)
 
@@ -65,22 +65,24 @@ def test_a_healthy_start_has_no_cause() -> None:
         "UserWarning: Error: this is printed by a library and no traceback",
         "Ready: densenet121 on ONNX Runtime 1.31.1, CPU, 1 to 2 thread(s)",
     ]
-    assert cause(lines) is None
-    assert cause(["RuntimeError: 507 - System out of memory"]) is None, "TorchServe's conclusion"
-    assert not says_died(lines)
-    assert says_died(MISSING_MODULE.splitlines())
+    assert root_cause(lines) is None
+    assert root_cause(["RuntimeError: 507 - System out of memory"]) is None, (
+        "TorchServe's conclusion"
+    )
+    assert not worker_died(lines)
+    assert worker_died(MISSING_MODULE.splitlines())
 
 
-def test_a_missing_gpu_is_not_why_the_frontend_ended(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_not_why_the_frontend_exited(tmp_path: Path) -> None:
     (tmp_path / "server.log").write_text(
         "2026-11-21 [ERROR] main SystemInfo - nvidia-smi not available or failed: Cannot run "
         'program "nvidia-smi": error=2, No such file\n'
         "2026-11-21 [ERROR] main ModelServer - Failed to bind: Address already in use\n"
         "\tat java.base/sun.nio.ch.Net.bind0(Native Method)\n"
     )
-    said = last_words(tmp_path)
-    assert "Address already in use" in said
-    assert "nvidia-smi" not in said
-    assert str(tmp_path) in said
+    message = frontend_error(tmp_path)
+    assert "Address already in use" in message
+    assert "nvidia-smi" not in message
+    assert str(tmp_path) in message
     (tmp_path / "server.log").write_text("")
-    assert last_words(tmp_path) == f"See the logs in {tmp_path}."
+    assert frontend_error(tmp_path) == f"See the logs in {tmp_path}."

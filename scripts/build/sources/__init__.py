@@ -1,5 +1,5 @@
-"""Where models come from: one module per origin. Each reads what is known of a model into a
-`Source`; all that follows exists once, in `scripts.build.pipeline`.
+"""The origins of models, one module each: it reads a model into a `Source`, which
+`scripts.build.pipeline` makes an archive of.
 """
 
 from pathlib import Path
@@ -12,21 +12,17 @@ from scripts.terminal import UserError
 
 
 def open_source(spec: ModelFile) -> Source:
-    """Read the model that a model file names; PyTorch is imported only if the origin needs it.
-
-    Raises:
-        UserError: with what is wrong with the model's files, or what is missing.
-    """
+    """Read the model that a model file names; PyTorch is imported only if the origin needs it."""
     if spec.model is None:
         return _of_architecture(spec)
     if spec.is_python:
-        from scripts.build.sources import python_file  # noqa: PLC0415
+        from scripts.build.sources import python_file
 
         assert spec.weights is not None
         return python_file.open_source(spec.model, Path(spec.weights), spec.weights_key)
     if spec.model.is_dir():
         require("huggingface")
-        from scripts.build.sources import huggingface  # noqa: PLC0415
+        from scripts.build.sources import huggingface
 
         return huggingface.open_source(spec.model)
     if spec.model.suffix != ".onnx":
@@ -35,7 +31,7 @@ def open_source(spec: ModelFile) -> Source:
             "folder with config.json, preprocessor_config.json and model.safetensors. A file of "
             "weights goes with its architecture: ARCH=resnet50 WEIGHTS=file"
         )
-    from scripts.build.sources import onnx_file  # noqa: PLC0415
+    from scripts.build.sources import onnx_file
 
     return onnx_file.open_source(spec.model)
 
@@ -43,14 +39,14 @@ def open_source(spec: ModelFile) -> Source:
 def _of_architecture(spec: ModelFile) -> Source:
     if spec.arch == PACKAGED_ARCHITECTURE:
         require("timm", "lite0")
-        from scripts.build.sources import efficientnet_lite0  # noqa: PLC0415
+        from scripts.build.sources import efficientnet_lite0
 
         return efficientnet_lite0.open_source(spec)
     if spec.is_timm:
         require("timm")
-        from scripts.build.sources import timm  # noqa: PLC0415
+        from scripts.build.sources import timm
 
         return timm.open_source(spec)
-    from scripts.build.sources import torchvision  # noqa: PLC0415
+    from scripts.build.sources import torchvision
 
     return torchvision.open_source(spec)

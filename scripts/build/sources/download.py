@@ -1,6 +1,6 @@
-"""Downloads weights: torchvision's to torch's own cache, and timm's from the Hugging Face hub.
+"""Download weights: torchvision's to torch's own cache, and timm's from the Hugging Face hub.
 
-A file is used only after its SHA-256 was compared with what its name or the hub says.
+A file is used only if its SHA-256 is the one in its name, or the one that the hub keeps.
 """
 
 import re
@@ -15,7 +15,7 @@ from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.store import sha256
 from scripts.terminal import UserError, step
 
-# A silent host is given up after this many seconds.
+# Seconds without a byte from the host.
 NETWORK_TIMEOUT = 30.0
 
 _HUB = "https://huggingface.co"
@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cached_file(url: str) -> Path:
-    """Return where `fetch` puts the file, whether or not it is there."""
+    """Return the path that `fetch` downloads to, whether or not the file exists."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
 
 
@@ -101,11 +101,8 @@ def fetch_from_hub(repository: str, revision: str | None) -> Path:
 
     Returns:
         the file, whose SHA-256 is the one that the hub keeps for it.
-
-    Raises:
-        UserError: with the reason and what to do.
     """
-    from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415  # of timm's group
+    from huggingface_hub import errors, hf_hub_download  # of timm's group
 
     if revision is None or _REVISION.fullmatch(revision) is None:
         raise UserError(

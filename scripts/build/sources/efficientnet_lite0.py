@@ -26,31 +26,20 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 TIMM_ARCHITECTURE = f"{TIMM}tf_efficientnet_lite0"
 
-# How often each of timm's seven stages repeats its block; the file counts through all of them.
+# Blocks per stage in timm; the file numbers the blocks of all stages in one sequence.
 _REPEATS = (1, 2, 2, 3, 3, 4, 1)
 _POSITIONS = [(stage, block) for stage, repeats in enumerate(_REPEATS) for block in range(repeats)]
 
-# The file's name of a layer to timm's: outside of the blocks, in the first block, in all others.
-_OUTSIDE = dict(
-    zip(
-        ("_conv_stem", "_bn0", "_conv_head", "_bn1", "_fc"),
-        ("conv_stem", "bn1", "conv_head", "bn2", "classifier"),
-        strict=True,
-    )
-)
-_FIRST_BLOCK = dict(
-    zip(
-        ("_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
-        ("conv_dw", "bn1", "conv_pw", "bn2"),
-        strict=True,
-    )
-)
-_OTHER_BLOCKS = dict(
-    zip(
-        ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
-        ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"),
-        strict=True,
-    )
+
+def _table(pairs: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in pairs.split())
+
+
+# The file's names of layers and timm's: outside of the blocks, in the first block, in all others.
+_OUTSIDE = _table("_conv_stem=conv_stem _bn0=bn1 _conv_head=conv_head _bn1=bn2 _fc=classifier")
+_FIRST_BLOCK = _table("_depthwise_conv=conv_dw _bn1=bn1 _project_conv=conv_pw _bn2=bn2")
+_OTHER_BLOCKS = _table(
+    "_expand_conv=conv_pw _bn0=bn1 _depthwise_conv=conv_dw _bn1=bn2 _project_conv=conv_pwl _bn2=bn3"
 )
 
 
@@ -102,7 +91,7 @@ def timm_key(key: str) -> str:
 
 
 def _notice(package: Distribution) -> str:
-    """Return what Apache-2.0 asks for with a copy of the weights."""
+    """Return the text that Apache-2.0 demands with a copy of the weights."""
     return (
         "The weights in this model archive are those of EfficientNet-Lite0 from the Python package "
         f"{PACKAGE} {package.version} ({Path(FILE).name}, SHA-256 {SHA256}).\n"
@@ -112,8 +101,8 @@ def _notice(package: Distribution) -> str:
 
 
 def _uninstall(package: Distribution) -> None:
-    """Remove the package, and the stamp that says it is installed, so that it is fetched again."""
-    # Whole folders: uv takes an empty one of metadata for a package that is installed.
+    """Remove the package and the stamp of its installation, so that it is installed again."""
+    # Whole folders: to uv, an empty folder of metadata is an installed package.
     for folder in {file.parts[0] for file in package.files or ()} - {".."}:
         shutil.rmtree(str(package.locate_file(folder)))
     stamp_of("lite0").unlink(missing_ok=True)

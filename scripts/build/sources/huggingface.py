@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.build.classes import classes_from_json
+from scripts.build.messages import first_line, listed, read_bytes
 from scripts.build.sources.image_processor import preprocessing_of
 from scripts.build.sources.source import TorchSource
 from scripts.terminal import UserError, warn
@@ -72,12 +73,9 @@ def open_source(folder: Path) -> TorchSource:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    try:
-        return (folder / name).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {name}. {_advice(folder, name)}") from error
-    except OSError as error:
-        raise UserError(f"{folder / name} cannot be read: {error.strerror}.") from error
+    if not (folder / name).exists():
+        raise UserError(f"{folder} has no {name}. {_advice(folder, name)}")
+    return read_bytes(folder / name, "file")
 
 
 def _advice(folder: Path, name: str) -> str:
@@ -144,7 +142,7 @@ def _config(values: Mapping[str, Any], path: Path) -> Any:
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(dict(values))
     except Exception as error:  # its checks raise many kinds
-        raise UserError(f"{path} cannot be used: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be used: {first_line(error)}.") from error
     if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise UserError(f"{path}: {kind} is no image classifier, and only those can be served.")
     channels = getattr(config, "num_channels", _CHANNELS)
@@ -166,16 +164,18 @@ def _processor(config: Any, path: Path) -> Any:
             path, config=config, backend="pil", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # its checks raise many kinds
-        raise UserError(f"{path} cannot be used: {_first_line(error)}.") from error
+        raise UserError(f"{path} cannot be used: {first_line(error)}.") from error
 
 
 def _classifier(config: Any, weights: bytes, path: Path) -> nn.Module:
-    """Return the model; transformers only warns of weights that do not fit, and makes up others."""
+    """Return the model; reject weights that do not fit, which transformers replaces by random ones
+    with a warning.
+    """
     try:
         state_dict = safetensors.torch.load(weights)
-    except Exception as error:  # its own errors, and torch's for types it does not know
+    except Exception as error:  # its own errors, and torch's for unknown types
         raise UserError(
-            f"{path} is no safetensors file, or is cut off: {_first_line(error)}."
+            f"{path} is no safetensors file, or is cut off: {first_line(error)}."
         ) from error
     known = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     kinds = known if isinstance(known, tuple) else (known,)
@@ -191,20 +191,16 @@ def _classifier(config: Any, weights: bytes, path: Path) -> nn.Module:
             output_loading_info=True,
             local_files_only=True,
         )
-    except Exception as error:  # sizes that no layer can have, say
-        raise UserError(f"{path} cannot be loaded: {_first_line(error)}.") from error
+    except Exception as error:  # for example sizes that no layer can have
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}.") from error
     reasons = {
-        # Which counts batches of training, and which old files lack.
+        # Counters of training batches, which old files lack, do not count.
         "missing": sorted(k for k in found["missing_keys"] if not k.endswith("batches_tracked")),
         "not expected": sorted(found["unexpected_keys"]),
         "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
         "not finite": [k for k, v in model.state_dict().items() if not bool(v.isfinite().all())],
     }
-    wrong = [
-        f"{reason}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"  # noqa: PLR2004
-        for reason, keys in reasons.items()
-        if keys
-    ]
+    wrong = [f"{reason}: {listed(keys)}" for reason, keys in reasons.items() if keys]
     if wrong:
         raise UserError(
             f"{path} does not fit the {kind.__name__} of {CONFIG} ({'; '.join(wrong)}). "
@@ -215,14 +211,9 @@ def _classifier(config: Any, weights: bytes, path: Path) -> nn.Module:
 
 
 def _labels(config: Any, path: str) -> Any:
-    """Return the classes; None if there is one output, which tells two classes apart."""
+    """Return the classes; None if there is one output, for two classes."""
     if config.num_labels == 1:
         return None
     if all(name == f"LABEL_{i}" for i, name in config.id2label.items()):
         warn(f"{path} names no classes, only LABEL_0 and so on. CLASSES=file names them")
     return classes_from_json(config.id2label, path)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

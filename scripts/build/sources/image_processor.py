@@ -1,4 +1,4 @@
-"""Translates an image processor of transformers into the preprocessing of this service."""
+"""Translate an image processor of transformers into the preprocessing of this service."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from handler.decoding.transform import resize_and_crop
 from handler.errors import ArchiveError
-from handler.images import resize_and_crop
 from handler.settings import Preprocessing
 from scripts.build.differences import MAX_DIFFERENCE, scaled_difference
 from scripts.samples import sample_photographs
@@ -18,7 +18,7 @@ from scripts.terminal import UserError
 # Pillow's numbers of filters, which transformers uses.
 _INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
-# ConvNeXt's processor squashes the image to this size or a larger one; to a smaller one it crops.
+# From this size on, ConvNeXt's processor squashes the image; below, it crops.
 _CONVNEXT_SQUASHES_FROM = 384
 
 
@@ -107,7 +107,7 @@ def _interpolation(processor: Any, file: str) -> str:
 
 
 def _normalization(processor: Any, file: str) -> dict[str, tuple[float, ...]]:
-    """Return mean and std on the scale 0 to 1 with which one step does what the processor does.
+    """Return mean and std, on the scale 0 to 1, of one step equal to the processor's.
 
     It computes (x * factor - offset - mean) / std, and EfficientNet's divides by std again.
     """
@@ -129,7 +129,7 @@ def _normalization(processor: Any, file: str) -> dict[str, tuple[float, ...]]:
 
 
 def _triple(value: Any) -> tuple[float, ...]:
-    """Return three numbers; None, which is there only if nothing is normalized, counts as 1."""
+    """Return three numbers; None, of a processor that does not normalize, counts as 1."""
     values = value if isinstance(value, (list, tuple)) else (1 if value is None else value,)
     return tuple(float(number) for number in values) * (3 if len(values) == 1 else 1)
 

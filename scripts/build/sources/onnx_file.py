@@ -1,4 +1,4 @@
-"""`MODEL_FILE=model.onnx`: a model that is ONNX already. Imports nothing of PyTorch."""
+"""`MODEL_FILE=model.onnx`: a model that is ONNX already. Does not import PyTorch."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,7 @@ _CLASS_KEYS = ("names", "classes", "labels")
 
 
 def open_source(path: Path) -> OnnxSource:
-    """Read the file, and what it says of its classes and of the size of its input.
-
-    Raises:
-        UserError: with what is wrong with the file.
-    """
+    """Read the file with its metadata: the classes and the size of the input."""
     model = onnx_model.read(path)
     metadata = {entry.key: entry.value for entry in model.proto.metadata_props}
     names = next((metadata[key] for key in _CLASS_KEYS if metadata.get(key)), None)
@@ -27,13 +23,13 @@ def open_source(path: Path) -> OnnxSource:
     if model.input.side:
         fixed["crop"] = model.input.side
     if model.input.dtype == "uint8":
-        # It normalizes images itself.
+        # The model itself normalizes images.
         fixed |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     return OnnxSource(
         architecture=path.name,
         file=path.name,
         sha256=sha256(path),
-        outputs=onnx_model.outputs(model),
+        outputs=model.outputs,
         preprocessing={"crop": int(side[1])} if side else {},
         fixed=fixed,
         labels=classes_from_text(names, f"metadata of {path.name}") if names else None,

@@ -46,7 +46,7 @@ def _imported(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Its own imports are looked for in its folder.
+    # The file may import others of its folder.
     sys.path.insert(0, str(path.absolute().parent))
     try:
         spec.loader.exec_module(module)

@@ -1,11 +1,11 @@
-"""Seeded random weights, to try all but the answers."""
+"""Seeded random weights, to try the service without trained ones."""
 
 import hashlib
 
 import torch
 from torch import Tensor, nn
 
-from handler.torch_models import empty_model
+from handler.inference.torch_models import empty_model
 from scripts.build.architectures import last_layer, official_preprocessing
 from scripts.build.export import Normalized
 from scripts.samples import sample_batch
@@ -42,7 +42,7 @@ def random_model(architecture: str, classes: int) -> nn.Module:
     photographs = torch.from_numpy(sample_batch(preprocessing))
     normalized = Normalized(model, preprocessing)
     if architecture != DEFAULT_ARCHITECTURE:
-        # DenseNet keeps images apart with random statistics; what others do drowns in rounding.
+        # With random statistics, differences between images drown in rounding; not in DenseNets.
         _take_statistics(normalized, photographs)
     last = last_layer(model, architecture)
     if isinstance(last, nn.Linear):
@@ -76,7 +76,7 @@ def _take_statistics(model: nn.Module, photographs: Tensor) -> None:
 @torch.inference_mode()
 def _spread_logits(model: nn.Module, last: nn.Linear, photographs: Tensor) -> None:
     """Give each class a mean logit of 0 over the photographs, and all a common spread."""
-    if not bool(last.weight.any()):  # as vision transformers begin
+    if not bool(last.weight.any()):  # vision transformers start with zeros
         generator = torch.Generator().manual_seed(SEED)
         last.weight.normal_(generator=generator)
     logits = model(photographs)

@@ -1,4 +1,4 @@
-"""What is known of a model before the seconds of work begin, and how it becomes ONNX."""
+"""A model of any origin, before it is converted: its metadata, and its export to ONNX."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ class DownloadError(UserError):
 
 
 class HostUnreachableError(DownloadError):
-    """The weights' host did not answer at all."""
+    """The weights' host cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class OnnxSource(Source):
 
     model: onnx_model.Model
 
-    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:  # noqa: ARG002
+    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
         """See `Source.to_onnx`."""
         return self.model
 
@@ -87,7 +87,7 @@ class TorchSource(Source):
 
     def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
         """See `Source.to_onnx`."""
-        from scripts.build import export  # noqa: PLC0415  # torch
+        from scripts.build import export  # torch
 
         target = folder / "exported.onnx"
         export.write_onnx(self.module, preprocessing.crop, target, self.architecture)
@@ -95,6 +95,6 @@ class TorchSource(Source):
 
     def check(self, packed: Path, preprocessing: Preprocessing) -> None:
         """See `Source.check`."""
-        from scripts.build import export  # noqa: PLC0415  # torch
+        from scripts.build import export  # torch
 
         export.compare(self.module, packed, preprocessing)

@@ -1,4 +1,4 @@
-"""`ARCH=timm/NAME`: timm makes the model and knows its preprocessing; a worker needs nothing of it.
+"""`ARCH=timm/NAME`: timm makes the model and defines its preprocessing; workers do without timm.
 
 Weights come from a file, or from the Hugging Face hub at a pinned revision.
 """
@@ -19,16 +19,12 @@ from scripts.build.sources.source import TorchSource
 from scripts.build.state_dicts import Template, fit, load_into
 from scripts.terminal import UserError
 
-# What timm calls what is done to images that are not square.
+# timm's crop modes as values of `Preprocessing.fit`.
 _FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
 def open_source(spec: ModelFile) -> TorchSource:
-    """Return timm's model with the user's weights, or with those of the hub.
-
-    Raises:
-        UserError: with the reason and what to do.
-    """
+    """Return timm's model with the user's weights, or with those of the hub."""
     architecture = spec.arch or ""
     if spec.weights:
         path = Path(spec.weights)
@@ -80,7 +76,7 @@ def load(architecture: str, checkpoint: Checkpoint, weights_key: str | None = No
 
 
 def _preprocessing(config: Any) -> dict[str, Any]:
-    """Return what timm does to an image before the model gets it, as fields of `Preprocessing`."""
+    """Return timm's preprocessing as fields of `Preprocessing`."""
     data: Any = timm.data
     resolved = data.resolve_data_config({}, pretrained_cfg=config.to_dict())
     crop = resolved["input_size"][-1]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from handler.inference.torch_models import empty_model
 from handler.settings import Preprocessing
-from handler.torch_models import empty_model
 from scripts.build import architectures, export
 from scripts.build.checkpoints import read_checkpoint
 from scripts.build.classes import IMAGENET_CLASSES, read_classes
@@ -36,7 +36,7 @@ class TorchvisionSource(TorchSource):
         last = architectures.last_layer(self.module, self.architecture)
         state_dict = self.module.state_dict()
         if self.outputs == 1:
-            # Of one output, two: the softmax of (0, x) is the sigmoid of x.
+            # Two outputs from one: the softmax of (0, x) is the sigmoid of x.
             name = architectures.class_layer(self.architecture).removesuffix(".weight")
             for key in (f"{name}.weight", f"{name}.bias"):
                 state_dict[key] = torch.cat([torch.zeros_like(state_dict[key]), state_dict[key]])
@@ -47,11 +47,10 @@ class TorchvisionSource(TorchSource):
 
 
 def open_source(spec: ModelFile) -> TorchvisionSource:
-    """Return the architecture with its weights; fetches published ones that are not there yet.
+    """Return the architecture with its weights; download published ones.
 
     Raises:
-        UserError: with the reason and what to do; `HostUnreachableError` if only the network is
-            missing.
+        HostUnreachableError: only the network is missing.
     """
     name = architectures.check_architecture(spec.arch or "")
     if spec.weights == RANDOM:
@@ -73,7 +72,7 @@ def open_source(spec: ModelFile) -> TorchvisionSource:
 
 
 def official_url(architecture: str) -> str:
-    """Return where torchvision keeps an architecture's ImageNet weights."""
+    """Return the URL of torchvision's ImageNet weights for an architecture."""
     url: str = architectures.official_weights(architecture).url
     return url
 

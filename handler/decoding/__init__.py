@@ -1,0 +1,1 @@
+"""From encoded bytes to the model's input, within limits of pixels, time and memory."""

@@ -1,0 +1,112 @@
+"""JPEG (ITU-T T.81): parse the segments before the image data."""
+
+import struct
+from collections.abc import Sequence
+
+from handler.decoding.headers import Header, Piece, orientation_of, unsupported
+from handler.errors import DamagedImage
+
+# Frame markers (table B.1). libjpeg-turbo decodes these; the cost of Huffman coding is known.
+_HUFFMAN = {0xC0, 0xC1, 0xC2}
+_PROGRESSIVE = {0xC2, 0xCA}
+_FRAMES = {*_HUFFMAN, 0xC3, 0xC9, 0xCA}
+_UNSUPPORTED_FRAMES = {0xF7: "a JPEG-LS", 0xCB: "a lossless JPEG with arithmetic coding"} | (
+    dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE), "a hierarchical JPEG")
+)
+_BITS = 8
+_CHANNELS = {1, 3, 4}
+
+_SOS, _APP1 = 0xDA, 0xE1
+# Huffman and quantization tables, arithmetic conditioning, restart interval; the segments of JFIF
+# and Adobe, on which the colors depend. All other application segments and comments are left out.
+_KEPT = {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
+_METADATA = {*range(0xE0, 0xF0), 0xFE}
+
+# Cameras write up to about 30 segments.
+_MAX_SEGMENTS = 200
+# A decoder looks this far ahead. Appended, so that a missing end marker does not matter; more
+# would let it make up the end of an image that was cut off.
+_LOOK_AHEAD = bytes(8)
+
+# Limits of what the worker decodes: half a second of CPU on the machine on which it was measured.
+_MAX_SIMPLE_BYTES = 12_000_000
+_MAX_SIMPLE_PIXELS = 200_000_000  # each scan of a progressive JPEG is a pass over all of them
+_PIXEL_BYTES = 8  # Pillow's image and its upright copy
+# libjpeg keeps the coefficients of an image with several scans, and a tenth more beside them.
+_COEFFICIENT_BYTES = 2.2
+
+
+def parse(data: bytes | bytearray) -> Header | None:
+    """Return the header; None if the file is so unusual that only a decoder can tell.
+
+    Raises:
+        UnsupportedFormat: the JPEG is of a kind that is not read.
+        DamagedImage: it has two frames.
+        struct.error, IndexError: it is cut off.
+    """
+    view = memoryview(data)
+    pieces: list[Piece] = [b"\xff\xd8"]
+    metadata: list[Piece] = []
+    frame: Piece | None = None
+    position = 2
+    for _ in range(_MAX_SEGMENTS):
+        prefix, marker, length = struct.unpack_from(">BBH", data, position)
+        segment = view[position : position + 2 + length]
+        if prefix != 0xFF or length < 2:
+            return None
+        if marker == _SOS:
+            break
+        if marker in _FRAMES or marker in _UNSUPPORTED_FRAMES:
+            if frame is not None:
+                raise DamagedImage("The JPEG image is damaged: it has two frames.")
+            frame = segment
+        elif marker == _APP1:
+            metadata.append(segment[4:])
+        elif marker not in _KEPT and marker not in _METADATA:
+            return None
+        if marker in _KEPT or marker not in _METADATA:
+            pieces.append(segment)
+        position += 2 + length
+    else:
+        return None
+    if frame is None:
+        return None
+    return _header(data, position, frame, pieces, orientation_of(metadata))
+
+
+def _header(
+    data: bytes | bytearray,
+    start: int,
+    frame: Piece,
+    pieces: Sequence[Piece],
+    orientation: int,
+) -> Header:
+    """Return the header of a JPEG whose first scan starts at `start`."""
+    marker, (bits, height, width, channels) = frame[1], struct.unpack_from(">BHHB", frame, 4)
+    if marker in _UNSUPPORTED_FRAMES:
+        raise unsupported(_UNSUPPORTED_FRAMES[marker])
+    if bits != _BITS:
+        raise unsupported(f"a JPEG with {bits} bits a channel")
+    if channels not in _CHANNELS:
+        raise unsupported(f"a JPEG with {channels} channels")
+    in_one_scan = marker not in _PROGRESSIVE and data[start + 4] >= channels
+    # Comments and images behind this one may make it more; then it goes to the decoder process.
+    scans = 1 if in_one_scan else data.count(b"\xff\xda", start)
+    coefficients = 0 if in_one_scan else _coefficients(frame, width * height, channels)
+    return Header(
+        ("JPEG",),
+        (*pieces, memoryview(data)[start:], _LOOK_AHEAD if in_one_scan else b""),
+        (width, height),
+        orientation,
+        simple=marker in _HUFFMAN
+        and len(data) <= _MAX_SIMPLE_BYTES
+        and width * height * scans <= _MAX_SIMPLE_PIXELS,
+        pixel_bytes=_PIXEL_BYTES,
+        fixed_bytes=len(data) + int(coefficients * _COEFFICIENT_BYTES),
+    )
+
+
+def _coefficients(frame: Piece, pixels: int, channels: int) -> float:
+    """Return how many there are, by the channels' sampling factors."""
+    factors = [(value >> 4) * (value & 15) for value in frame[11 : 11 + 3 * channels : 3]]
+    return pixels * sum(factors) / max(1, *factors)

@@ -1,0 +1,168 @@
+"""Decode one image with Pillow, in the worker or in the decoder process."""
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
+from handler.decoding import tiff
+from handler.decoding.budget import PixelBudget
+from handler.decoding.formats import min_bytes
+from handler.decoding.headers import unsupported
+from handler.decoding.rgb import orientation, upright
+from handler.decoding.transform import Box, crop_box, is_large, reduced_crop, resize_and_crop
+from handler.errors import ClientError, DamagedImage, TooLarge
+from handler.settings import DECODING_BYTES, Preprocessing
+
+# Orientations (Exif 2.3, 4.6.4) that swap width and height.
+_SWAPS_SIDES = {5, 6, 7, 8}
+
+# What Pillow calls the libraries that a format needs.
+_LIBRARIES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "TIFF": "libtiff", "AVIF": "avif"}
+
+# One model input: uint8 (3, crop, crop), 0 to 255, red, green, blue.
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image as the model sees it.
+
+    Attributes:
+        pixels: uint8 (3, crop, crop), the model's input.
+        size: width and height of the whole upright image, in pixels.
+        crop: left, top, right and bottom of what the model sees, in pixels of the whole image.
+        preview: the whole upright image, RGB, no side longer than asked for; None if no preview was
+            asked for.
+    """
+
+    pixels: Pixels
+    size: tuple[int, int]
+    crop: Box
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to decode one image.
+
+    Attributes:
+        preprocessing: the sizes to resize and crop to.
+        reduced: decode large JPEGs at a fraction of their size.
+        preview_side: of the preview, in pixels; None for no preview.
+        names: Pillow's names of the formats to try.
+        orientation: 1 to 8; None to read it from the file.
+        size: that the decoder must see; None if it is not known.
+        max_pixels: if it is not known.
+    """
+
+    preprocessing: Preprocessing
+    reduced: bool
+    preview_side: int | None = None
+    names: Sequence[str] = ()
+    orientation: int | None = None
+    size: Sequence[int] | None = None
+    max_pixels: int = 0
+
+
+def decode_here(data: bytes, task: Task) -> DecodedImage:
+    """Decode a file, turn it upright, resize and crop it."""
+    preprocessing = task.preprocessing
+    with _opened(data, task) as image:
+        preview = None
+        if task.reduced and image.format == "JPEG" and is_large(image.size, preprocessing):
+            exif = orientation(image) if task.orientation is None else task.orientation
+            size = image.size[::-1] if exif in _SWAPS_SIDES else image.size
+            cropped = reduced_crop(image, data, preprocessing, exif)
+            if task.preview_side is not None:
+                preview = _shrunk(upright(image, data, exif), task.preview_side)
+        else:
+            whole = upright(image, data, task.orientation)
+            size = whole.size
+            cropped = resize_and_crop(whole, preprocessing)
+            if task.preview_side is not None:
+                preview = _shrunk(whole, task.preview_side)
+        pixels = np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
+        return DecodedImage(pixels, size, crop_box(size, preprocessing), preview)
+
+
+def _shrunk(image: Image.Image, preview_side: int) -> Image.Image:
+    scale = min(1.0, preview_side / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings of what a server need not know, such as odd metadata.
+
+    Warning filters are the process's: threads that use this need another around all of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _opened(data: bytes, task: Task) -> Iterator[Image.Image]:
+    """Open an image whose header is within the limits; turn decoding errors into `ClientError`."""
+    _check_decoders(tuple(task.names))
+    what, size = "image", None  # as far as they are known
+    try:
+        if "TIFF" in task.names:
+            tiff.check(data)
+        with Image.open(io.BytesIO(data), formats=tuple(task.names)) as image:
+            what, size = f"{image.format} image", image.size
+            _check_size(image, task)
+            yield image
+    except ClientError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise TooLarge("The image has more pixels than this server accepts.") from error
+    except MemoryError as error:
+        raise _too_much_memory(size) from error
+    except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
+        if "memory" in str(error):  # their own words for it
+            raise _too_much_memory(size) from MemoryError()
+        if "BMP" in task.names and type(error) is OSError and size is None and any(data[14:18]):
+            raise unsupported(f"a BMP of an unusual kind ({error})") from error
+        raise DamagedImage(f"The {what} is damaged or cut off and cannot be decoded.") from error
+
+
+@cache
+def _check_decoders(names: tuple[str, ...]) -> None:
+    """Raise `RuntimeError` if a decoder is missing, which is no fault of the image."""
+    Image.preinit()
+    for name in names:
+        if name not in Image.OPEN:
+            Image.init()
+        if name not in Image.OPEN or not features.check(_LIBRARIES.get(name, "pil")):
+            raise RuntimeError(f"The decoder of {name} is missing in Pillow or its plugins.")
+
+
+def _check_size(image: Image.Image, task: Task) -> None:
+    if task.size is None:
+        PixelBudget(task.max_pixels).take(*image.size)
+    elif image.size != tuple(task.size):
+        raise DamagedImage("The image is damaged: its header gives two sizes.")
+    check_memory(image.format, image.size)
+
+
+def check_memory(name: str | None, size: tuple[int, int], fixed: int = 0) -> None:
+    """Raise `TooLarge` if decoding takes more memory than there is, by Pillow's format name."""
+    if min_bytes(name, size) + fixed > DECODING_BYTES:
+        raise _too_much_memory(size)
+
+
+def _too_much_memory(size: tuple[int, int] | None) -> TooLarge:
+    pixels = f" ({size[0]} x {size[1]} pixels)" if size else ""
+    return TooLarge(
+        f"The image{pixels} needs more than {DECODING_BYTES // 1_000_000} MB of memory to decode. "
+        "Send a smaller copy, or save it as a JPEG."
+    )

@@ -1,0 +1,102 @@
+"""Choose how many CPU threads a worker may use at the moment.
+
+Under load a worker keeps to its own share of the cores, which gave the best throughput. While no
+other worker of the server is busy and the queue is empty it uses them all, which gave a single
+client the lowest latency.
+
+Each busy worker holds a lock on one byte of a file that all of them share, and on another one for
+as long as it lives, both at a place that was free when it started: process ids would not do, since
+two containers that share the file can have equal ones. The kernel drops a dead worker's locks, so
+that nothing is left to clean up. No lock is ever waited for.
+"""
+
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Where the bytes of the living begin, behind those of the busy: more than any machine has workers.
+_LIVING = 1 << 16
+
+# `struct flock`, as fcntl(2) has it: kind, whence, start, length, process; on BSDs and macOS start,
+# length, process, kind, whence.
+_ON_LINUX = sys.platform == "linux"
+_FLOCK = "hhqqi4x" if _ON_LINUX else "qqihh"
+
+
+class Cores:
+    """The cores of a machine as its workers share them.
+
+    Attributes:
+        share: threads that are this worker's at any time, 1 or more.
+        all: threads that it may use while it alone is busy, `share` or more.
+    """
+
+    def __init__(self, share: int, everything: int, lock_file: Path) -> None:
+        """Open the lock file.
+
+        Args:
+            share: see the class.
+            everything: becomes `all`; less than `share` counts as `share`.
+            lock_file: created if it does not exist; the same for all workers.
+        """
+        self.share = share
+        self.all = max(share, everything)
+        self._file = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._position = self._free_position()
+        self._queue_not_empty = False
+
+    def _free_position(self) -> int:
+        """Lock the first position that no living worker holds, and return it."""
+        for position in range(_LIVING):
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LIVING + position)
+            except OSError:
+                continue
+            return position
+        raise OSError(f"{_LIVING} workers share one file")
+
+    @contextmanager
+    def busy(self, *, queue_not_empty: bool) -> Iterator[None]:
+        """Mark this worker as busy while the context lasts.
+
+        Args:
+            queue_not_empty: more work is waiting, so the other workers will be busy soon.
+        """
+        self._queue_not_empty = queue_not_empty
+        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._position)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._position)
+
+    def available(self) -> int:
+        """Return the threads to use for the next image; a call costs 1 microsecond."""
+        if self.all == self.share:
+            return self.share
+        # If more work is waiting, every other living worker will be busy soon.
+        return (
+            self.all if self._is_only_one(_LIVING if self._queue_not_empty else 0) else self.share
+        )
+
+    def _is_only_one(self, start: int) -> bool:
+        """Return whether no other process holds a lock from `start` on; acquires none itself."""
+        found = fcntl.fcntl(self._file, fcntl.F_GETLK, _request(start, _LIVING))
+        return _kind(found) == fcntl.F_UNLCK
+
+
+def _request(start: int, length: int) -> bytes:
+    """Return a `struct flock` that asks for the locks on all of these bytes."""
+    if _ON_LINUX:
+        return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    return struct.pack(_FLOCK, start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+
+
+def _kind(answer: bytes) -> int:
+    """Return the kind of lock that the kernel found; `F_UNLCK` if there is none."""
+    fields = struct.unpack(_FLOCK, answer)
+    kind: int = fields[0] if _ON_LINUX else fields[3]
+    return kind

@@ -1,0 +1,75 @@
+"""OpenVINO on the CPU, for precisions below float32; normalization is part of the graph."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from handler.errors import ArchiveError
+from handler.inference.cores import Cores
+from handler.inference.engines import Extra, Outputs
+
+# What OpenVINO computes with where the model itself does not say it: layers of an int8 model that
+# are not quantized stay in float32, so that they give the same everywhere.
+_COMPUTED_IN = {"bf16": "bf16", "int8": "f32"}
+# What the processor must have; OpenVINO would emulate it, at less than float32's speed.
+_CAPABILITY = {"bf16": "BF16", "int8": "INT8"}
+
+
+class OpenVinoEngine:
+    """See `handler.inference.engines.Engine`.
+
+    A compiled model's number of threads is fixed, so there is one for a worker's share of the cores
+    and one for all of them, chosen for each image. Images of a batch run one by one, as with
+    ONNX Runtime.
+    """
+
+    def __init__(self, model_file: Path, precision: str, cores: Cores) -> None:
+        """Compiles the model.
+
+        Args:
+            model_file: an ONNX file, or OpenVINO's own `.xml` with a `.bin` beside it.
+            precision: "bf16" or "int8".
+            cores: how many CPU threads a forward pass may use.
+
+        Raises:
+            ArchiveError: this processor does not compute in that precision.
+        """
+        core = openvino.Core()
+        if _CAPABILITY[precision] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ArchiveError(f"this processor does not compute in {precision}")
+        model = core.read_model(model_file)
+        # OpenVINO plans a graph of fixed shape better.
+        model.reshape([1, *list(model.input().partial_shape)[1:]])
+        self._cores = cores
+        self._requests = {
+            threads: _request(core, model, precision, threads)
+            for threads in {cores.share, cores.all}
+        }
+        self.precision = precision
+        version = openvino.__version__.split("-")[0]
+        self.name = f"OpenVINO {version}, CPU, {precision}, {cores.share} to {cores.all} thread(s)"
+
+    def run(self, images: NDArray[np.uint8], extra: Extra | None = None) -> Outputs:
+        """See `Engine.run`; all outputs are computed in this engine's precision."""
+        names = ["logits", *([extra.value] if extra else [])]
+        runs = []
+        for i in range(len(images)):
+            request = self._requests[self._cores.available()]
+            request.infer([images[i : i + 1]])
+            # The next run of a request overwrites its tensors.
+            runs.append([request.get_tensor(name).data.copy() for name in names])
+        return Outputs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
+
+
+def _request(core: Any, model: Any, precision: str, threads: int) -> Any:
+    options = {
+        "INFERENCE_PRECISION_HINT": _COMPUTED_IN[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Each worker would take the same first cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+    return core.compile_model(model, "CPU", options).create_infer_request()

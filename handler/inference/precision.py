@@ -1,0 +1,101 @@
+"""Load the model in the archive's precision, or in float32 if its answers differ on this processor.
+
+A processor decides what a model of reduced precision answers: without VNNI, products of 8 bits are
+added up in 16 bits and saturate. So an archive carries images and float32's labels for them. A
+worker runs its model on them when it starts, and if the labels differ, it serves float32.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handler.errors import ArchiveError
+from handler.inference.activation import sigmoid, thresholds
+from handler.inference.cores import Cores
+from handler.inference.engines import Engine, load_engine
+from handler.settings import ModelCard
+
+logger = logging.getLogger(__name__)
+
+# The model file of each precision; bf16 is made of float32's when it is loaded.
+MODEL_FILES = {"float32": "model.onnx", "bf16": "model.onnx", "int8": "int8.xml"}
+
+# The archive's images, uint8 (N, 3, crop, crop), and float32's labels for them, see `predict`.
+CHECK_IMAGES = "check-images.npy"
+CHECK_LABELS = "check-labels.npy"
+
+# On the machine that built the archive both agreed on all images. Another processor rounds
+# differently, which may turn a near tie.
+MAX_MISMATCHES = 1
+
+
+def load_with_fallback(
+    model_file: Path, card: ModelCard, cores: Cores, *, gpu: int | None, required: bool
+) -> tuple[Engine, str]:
+    """Load the archive's model in its precision, or in float32 if that fails.
+
+    Args:
+        model_file: the float32 model, as packed.
+        card: the archive's model card.
+        cores: how many CPU threads a forward pass may use.
+        gpu: see `load_engine`.
+        required: fail instead of serving float32.
+
+    Returns:
+        the engine, and the reason for the fallback; empty if the archive's precision serves.
+
+    Raises:
+        ArchiveError: float32 cannot be loaded either, the check images are missing, or the
+            required precision fails.
+    """
+    if card.precision == "float32":
+        return load_engine(model_file, card, cores, gpu), ""
+    images, labels = (_array(model_file.with_name(name)) for name in (CHECK_IMAGES, CHECK_LABELS))
+    try:
+        from handler.inference.openvino_engine import OpenVinoEngine  # if it serves
+
+        reduced_file = model_file.with_name(MODEL_FILES[card.precision])
+        engine = OpenVinoEngine(reduced_file, card.precision, cores)
+        started = time.monotonic()
+        mismatches = count_mismatches(predict(engine.run(images).logits, card), labels)
+        kind = "other labels" if card.multilabel else "another top-1 label"
+        result = f"{mismatches} of {len(labels)} images get {kind} than in float32"
+        logger.info("Check of %s: %s, %.2f s", card.precision, result, time.monotonic() - started)
+        if mismatches <= MAX_MISMATCHES:
+            return engine, ""
+        reason = f"{result}; at most {MAX_MISMATCHES} may"
+    except Exception as error:  # openvino is not installed, or raises its own errors
+        reason = str(error)
+    if required:
+        raise ArchiveError(f"{card.precision} cannot be served here: {reason}")
+    logger.warning("Serving float32 instead of %s: %s", card.precision, reason)
+    return load_engine(model_file, card, cores, gpu), reason
+
+
+def predict(logits: NDArray[np.float32], card: ModelCard) -> NDArray[Any]:
+    """Return the labels, which reduced precision must not change.
+
+    Args:
+        logits: float32 (N, classes).
+        card: the archive's model card.
+
+    Returns:
+        top-1 labels, int64 (N,); of a multi-label model bool (N, classes).
+    """
+    return sigmoid(logits) >= thresholds(card) if card.multilabel else logits.argmax(axis=1)
+
+
+def count_mismatches(some: NDArray[Any], others: NDArray[Any]) -> int:
+    """Return the number of images whose labels differ."""
+    return int((some != others).reshape(len(some), -1).any(axis=1).sum())
+
+
+def _array(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArchiveError(f"{path.name}: cannot be read: {error}") from error

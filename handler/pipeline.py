@@ -1,0 +1,295 @@
+"""One batch of requests through all stages: parse -> decode -> infer -> respond.
+
+Nothing here depends on the server: TorchServe's handler, the batch job and
+`examples/other_server` use the same pipeline.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handler import protocols, results
+from handler.archive import Archive
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode, run_all
+from handler.errors import ArchiveError, InternalError, RequestError
+from handler.inference import explain
+from handler.inference.activation import to_probabilities, top_label
+from handler.inference.cores import Cores
+from handler.inference.engines import Extra
+from handler.inference.precision import load_with_fallback
+from handler.page import PAGE, load_page
+from handler.request import (
+    Body,
+    Options,
+    Purpose,
+    Request,
+    RequestImage,
+    Response,
+    json_response,
+    run_batch,
+    run_isolated,
+)
+from handler.settings import MODEL_CARD
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long a batch took, in seconds."""
+
+    decoding: float
+    inference: float
+
+
+class Pipeline:
+    """Classifies images, explains predictions and computes embeddings, for batches of requests.
+
+    Attributes:
+        archive: what is served.
+        fallback: why the archive's precision is not served; empty if it is.
+    """
+
+    def __init__(self, archive: Archive, cores: Cores, gpu: int | None = None) -> None:
+        """Load the model and run it once.
+
+        Args:
+            archive: what is served.
+            cores: how many CPU threads to use.
+            gpu: the GPU's number, if any.
+
+        Raises:
+            ArchiveError: a part is missing, malformed, or does not fit the model.
+        """
+        self.archive = archive
+        self._cores = cores
+        self._pools = {
+            threads: ThreadPoolExecutor(threads)
+            for threads in {cores.share, cores.all}
+            if threads > 1
+        }
+        self.engine, self.fallback = load_with_fallback(
+            archive.model_file,
+            archive.card,
+            cores,
+            gpu=gpu,
+            required=archive.settings.require_precision,
+        )
+        self._classifier = (
+            explain.load_classifier(self._file(explain.CLASSIFIER), archive.card.classes)
+            if archive.card.features
+            else None
+        )
+        self._page = load_page(PAGE, archive)
+        self._warm_up()
+
+    def run(self, requests: Sequence[Request]) -> Times:
+        """Give each request its response.
+
+        An error with one request or image stays in its place and never touches its neighbors.
+        """
+        for request in requests:
+            run_isolated(request, self.parse)
+        started = time.monotonic()
+        self.decode(requests)
+        decoded = time.monotonic()
+        self.infer([image for request in requests for image in request.images])
+        inferred = time.monotonic()
+        for request in requests:
+            run_isolated(request, self.respond)
+            if request.response is None:
+                error = request.error or InternalError(request.request_id)
+                request.response = self._error_response(error)
+        return Times(decoded - started, inferred - decoded)
+
+    def parse(self, request: Request) -> None:
+        """Fill in a request's purpose, protocol, options and images; see `protocols.parse`."""
+        protocols.parse(request, self.archive)
+
+    def decode(self, requests: Sequence[Request]) -> None:
+        """Decode the images of all requests; each image gets its pixels or its error."""
+        settings = self.archive.settings
+        jobs = []
+        for request in requests:
+            if request.error is not None:
+                continue
+            decode_one = partial(
+                self._decode_one,
+                budget=PixelBudget(settings.max_pixels, settings.max_seconds),
+                preview_side=explain.MAX_SIDE if request.heat_map else None,
+            )
+            jobs += [partial(run_isolated, image, decode_one) for image in request.images]
+        run_all(jobs, self._pools.get(self._cores.available()))
+
+    def _decode_one(
+        self, image: RequestImage, budget: PixelBudget, preview_side: int | None
+    ) -> None:
+        image.decoded = decode(
+            image.data,
+            self.archive.card.preprocessing,
+            budget,
+            reduced=self.archive.settings.reduced_decoding,
+            preview_side=preview_side,
+        )
+
+    def infer(self, images: Sequence[RequestImage]) -> None:
+        """Run the model; each image gets its probabilities and the extra output that it needs.
+
+        Images run in one batch unless there are many: more than `max_batch` at once would take
+        gigabytes, which the worker would keep.
+        """
+        step = self.archive.settings.max_batch
+        ready = [image for image in images if image.error is None and image.decoded is not None]
+        for extra in (None, *Extra):
+            same = [image for image in ready if image.extra is extra]
+            for start in range(0, len(same), step):
+                run_batch(same[start : start + step], partial(self._infer_batch, extra=extra))
+
+    def _infer_batch(self, images: Sequence[RequestImage], extra: Extra | None) -> None:
+        pixels = np.stack([image.decoded.pixels for image in images if image.decoded is not None])
+        outputs = self.engine.run(pixels, extra)
+        for i, image in enumerate(images):
+            logits = outputs.logits[i]
+            extra_output = outputs.extra[i] if extra is not None else None
+            run_isolated(image, partial(self._store, logits=logits, extra_output=extra_output))
+
+    def _store(
+        self,
+        image: RequestImage,
+        logits: NDArray[np.float32],
+        extra_output: NDArray[np.float32] | None,
+    ) -> None:
+        if not all(np.isfinite(a).all() for a in (logits, extra_output) if a is not None):
+            raise ValueError("the model's output is not finite")
+        image.probabilities = to_probabilities(logits, self.archive.card)
+        image.extra_output = extra_output
+
+    def respond(self, request: Request) -> None:
+        """Format the response in the request's protocol."""
+        match request.purpose:
+            case Purpose.WEB_UI:
+                request.response = self._page
+            case Purpose.DESCRIBE:
+                request.response = json_response({**self._description(), **self.archive.warning})
+            case _:
+                request.response = self._respond_to_images(request)
+
+    def _respond_to_images(self, request: Request) -> Response:
+        card = self.archive.card
+        results.check_result_count(request, card.classes, multilabel=card.multilabel)
+        for image in request.images:
+            if image.error is None:
+                self.fill_result(image, request.options, request.class_index)
+        first = request.images[0]
+        if len(request.images) == 1 and first.error is not None:
+            raise first.error
+        if request.heat_map:
+            response = self._heat_map(first)
+        else:
+            assert request.protocol is not None
+            response = request.protocol.format(request, self.archive)
+        results.check_response_size(response)
+        return response
+
+    def fill_result(
+        self, image: RequestImage, options: Options, class_index: int | None = None
+    ) -> None:
+        """Turn an image's probabilities into its result; see `handler.results`."""
+        if image.extra is Extra.FEATURES:
+            image.result = self._explanation(image, options, class_index)
+            return
+        assert image.probabilities is not None
+        classify = (
+            results.multilabel_classification
+            if self.archive.card.multilabel
+            else results.classification
+        )
+        image.result = classify(image.probabilities, self.archive.labels, options)
+        if options.embedding and image.extra_output is not None:
+            image.result["embedding"] = results.embedding_to_json(image.extra_output)
+
+    def _explanation(self, image: RequestImage, options: Options, class_index: int | None) -> Body:
+        assert image.probabilities is not None
+        assert image.decoded is not None
+        if class_index is None:
+            class_index = (
+                top_label(image.probabilities, options.threshold)
+                if self.archive.card.multilabel
+                else int(image.probabilities.argmax())
+            )
+        return results.explanation(
+            image.decoded,
+            self._activation(image, class_index),
+            self.archive.labels[class_index],
+            class_index,
+            float(image.probabilities[class_index]),
+        )
+
+    def _activation(self, image: RequestImage, class_index: int) -> NDArray[np.float32]:
+        assert image.extra_output is not None
+        assert self._classifier is not None
+        return explain.class_activation_map(image.extra_output, self._classifier[class_index])
+
+    def _heat_map(self, image: RequestImage) -> Response:
+        assert image.decoded is not None
+        assert image.result is not None
+        png = explain.heat_map(image.decoded, self._activation(image, image.result["class_index"]))
+        return results.heat_map_response(png, image.result)
+
+    def _error_response(self, error: RequestError) -> Response:
+        return json_response({**results.error_body(error), **self.archive.warning}, error.status)
+
+    def _description(self) -> Body:
+        """Return the response to `GET /models/{name}?customized=true` of the management API."""
+        card = self.archive.card
+        return {
+            "architecture": card.architecture,
+            "classes": card.classes,
+            "trained": card.trained,
+            "weights_file": card.weights_file,
+            "weights_sha256": card.weights_sha256,
+            "engine": self.engine.name,
+            "precision": self.engine.precision,
+            "archive_precision": card.precision,
+            "activation": card.activation,
+            "thresholds": card.thresholds,
+            "fallback": self.fallback or None,
+            "explains": self._classifier is not None,
+            "embedding": card.embedding,
+            "preprocessing": asdict(card.preprocessing),
+            "settings": asdict(self.archive.settings),
+        }
+
+    def _warm_up(self) -> None:
+        """Run the model once, so that a wrong model file fails now and no client waits for it."""
+        card = self.archive.card
+        crop = card.preprocessing.crop
+        black = np.zeros((1, 3, crop, crop), np.uint8)
+        logits = self.engine.run(black).logits
+        if self._classifier is not None:
+            features = self.engine.run(black, Extra.FEATURES).extra
+            if features.shape[1] != self._classifier.shape[1]:
+                raise ArchiveError(
+                    f"the model gives features of shape {features.shape}, "
+                    f"{explain.CLASSIFIER} has {self._classifier.shape[1]} weights per class"
+                )
+        if card.embedding:
+            embedding = self.engine.run(black, Extra.EMBEDDING).extra
+            if embedding.shape != (1, card.embedding):
+                raise ArchiveError(
+                    f"the model gives embeddings of shape {embedding.shape}, "
+                    f"{MODEL_CARD} says {card.embedding} channels"
+                )
+        if logits.shape != (1, card.classes):
+            raise ArchiveError(
+                f"the model gives logits of shape {logits.shape}, "
+                f"{MODEL_CARD} says {card.classes} classes"
+            )
+
+    def _file(self, name: str) -> Path:
+        return self.archive.model_file.with_name(name)

@@ -1,0 +1,198 @@
+"""Forms and raw bodies: the tutorials' clients, browsers and `curl -T`.
+
+TorchServe passes one mapping per request: a raw body is the part `body`, each part of a form has
+its own name, and so has each query parameter if TorchServe passes the query on. A part sent as a
+file has a content type, others have none.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from handler.archive import Archive
+from handler.errors import BadRequest, MissingImage, NotAnImage, RepeatedPart
+from handler.protocols.json_body import (
+    JsonBody,
+    announces_body,
+    check_count,
+    is_empty,
+    json_image,
+)
+from handler.protocols.options import IMAGE_NAMES, WHOLE_NUMBER, quoted
+from handler.request import Body, Protocol, Request, RequestImage, Response, json_response
+from handler.results import result_of
+
+_FORM_DATA = "multipart/form-data"
+_FORM_URLENCODED = "application/x-www-form-urlencoded"
+
+# What a form's part costs beside its name, its content and the boundary before it.
+_FIELD_LINES = len('--\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
+_FILE_LINES = _FIELD_LINES + len('; filename=""')
+_CONTENT_TYPE_LINE = len("Content-Type: \r\n")
+_LAST_LINE = len("----\r\n")
+
+# What the frontend does not pass on: a field's own Content-Type, Content-Transfer-Encoding and
+# Content-Length; of a file also its name. A name of 255 bytes, twice, once in base64 and once
+# percent-encoded (as .NET writes it), takes 1,150; one of a form may be like that, the others have
+# half of it.
+_FIELD_SLACK = 128
+_FILE_SLACK = 640
+_LONG_FILE_NAME_SLACK = 640
+
+# A text this short in place of a file is the name of a file.
+_MAX_FILE_NAME_LENGTH = 255
+
+
+class Form(Protocol):
+    """One result, or `{"results": [...]}` for several images."""
+
+    @classmethod
+    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
+        """See `Protocol.accepts`."""
+        return body is None
+
+    def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
+        """See `Protocol.parse`."""
+        _check_nothing_was_lost(request)
+        request.images = list(_image_parts(request, form_fields(request)))
+        check_count(len(request.images), archive.settings.max_images)
+        if not request.images:
+            _reject_json_in_a_form(request)
+
+    def format(self, request: Request, archive: Archive) -> Response:
+        """See `Protocol.format`."""
+        results = [result_of(image) for image in request.images]
+        if len(results) == 1:
+            return json_response({**results[0], **archive.warning})
+        named = zip(request.images, results, strict=True)
+        body: Body = {
+            "success": all(result["success"] for result in results),
+            "results": [{"name": image.name, **result} for image, result in named],
+            **archive.warning,
+        }
+        return json_response(body)
+
+
+class JsonImage(Form):
+    """`{"image": "<base64>"}`."""
+
+    @classmethod
+    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
+        """See `Protocol.accepts`."""
+        return body is not None
+
+    def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
+        """See `Protocol.parse`."""
+        assert body is not None
+        body.parse_options(request)
+        if "image" not in body.document:
+            raise MissingImage(
+                'The JSON body holds no image. Send {"image": "<base64>"}, or a KServe request '
+                'with "instances" or "inputs".'
+            )
+        request.images = [json_image(request, "image", body.document["image"])]
+
+
+def form_fields(request: Request) -> dict[str, Any]:
+    """Return the parts that were not sent as files, query parameters too."""
+    return {name: value for name, value in request.row.items() if not _is_file(request, name)}
+
+
+def is_form(request: Request) -> bool:
+    """Return whether the request is announced as a form."""
+    return any(
+        name.lower() == "content-type"
+        and str(value).lower().lstrip().startswith((_FORM_DATA, _FORM_URLENCODED))
+        for name, value in request.headers.items()
+    )
+
+
+def _is_file(request: Request, name: str) -> bool:
+    """Return whether a part was sent as a file: those have a content type.
+
+    If the request has a header of the part's name, TorchServe puts that in the place of the
+    part's headers; then everything but a short text counts as a file.
+    """
+    own = request.headers.get(name)
+    if isinstance(own, Mapping):
+        return bool(own.get("content-type"))
+    return isinstance(own, str) and not _is_short_text(request.row[name])
+
+
+def _is_short_text(value: object) -> bool:
+    return (
+        isinstance(value, bytes | bytearray | str)
+        and len(value) <= _MAX_FILE_NAME_LENGTH
+        and value.isascii()
+    )
+
+
+def _image_parts(request: Request, fields: Mapping[str, Any]) -> Iterator[RequestImage]:
+    """Return every part that was sent as a file, or under an image's name."""
+    for name, value in request.row.items():
+        is_field = name in fields
+        if is_field and name not in IMAGE_NAMES:
+            continue  # an option, or a field of somebody else
+        if name == "body" and is_empty(value) and not announces_body(request):
+            continue  # a GET
+        image = RequestImage(request.request_id, name)
+        if is_field and value and is_form(request) and _is_short_text(value):
+            image.error = NotAnImage(
+                f'The field "{name}" holds a short text, not a file. To send a file with curl, '
+                f"write @ before its name: curl -F {name}=@cat.jpg URL"
+            )
+        elif isinstance(value, bytes | bytearray | str):
+            image.data = _as_bytes(value)
+        else:
+            image.error = BadRequest(f"{quoted(name)} must hold an image, not JSON.")
+        yield image
+
+
+def _check_nothing_was_lost(request: Request) -> None:
+    """Raise `RepeatedPart` if parts have one name: the frontend silently keeps only the last.
+
+    The parts that arrived must account for the request's length, except for what the frontend does
+    not pass on of a part. See the README for what that leaves unnoticed.
+    """
+    sent_as = request.header("content-type")
+    length = request.header("content-length")
+    if not sent_as.lower().startswith(_FORM_DATA) or not WHOLE_NUMBER.fullmatch(length):
+        return
+    boundary = len(
+        re.split("boundary=", sent_as, flags=re.IGNORECASE)[-1].split(";")[0].strip('" ')
+    )
+    accounted, slack = boundary + _LAST_LINE, 0
+    files = 0
+    for name, value in request.row.items():
+        if not isinstance(value, bytes | bytearray | str):
+            return  # TorchServe parsed it, and its length is not known
+        accounted += boundary + _FIELD_LINES + len(_as_bytes(name)) + len(_as_bytes(value))
+        if _is_file(request, name):
+            files += 1
+            own = request.headers[name]
+            content_type = own["content-type"] if isinstance(own, Mapping) else ""
+            accounted += _FILE_LINES - _FIELD_LINES + _CONTENT_TYPE_LINE + len(content_type)
+            slack += _FILE_SLACK
+        slack += _FIELD_SLACK
+    if files:
+        slack += _LONG_FILE_NAME_SLACK
+    if int(length) > accounted + slack:
+        raise RepeatedPart(
+            "Two parts of the form have the same name, and TorchServe passes on only one of them. "
+            "Give each image a name of its own (curl -F a=@1.jpg -F b=@2.jpg URL)."
+        )
+
+
+def _reject_json_in_a_form(request: Request) -> None:
+    """Raise an error that names the missing header if curl's -d announced JSON as a form."""
+    if is_form(request) and any(name.lstrip()[:1] in {"{", "["} for name in request.row):
+        raise BadRequest(
+            "The body looks like JSON, but the header Content-Type announces a form, as curl's -d "
+            "does. Send the header Content-Type: application/json as well "
+            "(curl -H 'Content-Type: application/json' -d @request.json URL)."
+        )
+
+
+def _as_bytes(value: bytes | bytearray | str) -> bytes | bytearray:
+    """Encode a part that TorchServe decoded as text/*; a JSON text may hold half a character."""
+    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value

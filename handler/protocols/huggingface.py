@@ -1,0 +1,61 @@
+"""Hugging Face's image-classification task, as the clients of its Inference API send it.
+
+A raw image or `{"inputs": "<base64>", "parameters": {"top_k": 3}}` -> `[{"label", "score"}, ...]`.
+A form like this cannot be told from KServe V2's or a file, so it has a path of its own.
+
+Source: https://huggingface.co/docs/inference-providers/tasks/image-classification
+"""
+
+from handler.archive import Archive
+from handler.errors import BadRequest, InvalidOption
+from handler.protocols.forms import Form
+from handler.protocols.json_body import JsonBody, json_image
+from handler.protocols.options import parse_options, quoted
+from handler.request import Protocol, Purpose, Request, Response, json_response
+
+# The end of its path on TorchServe, /predictions/MODEL/VERSION/huggingface, which TorchServe passes
+# on in the first header. On their own path the gateway and the container send the second.
+_NAME = "huggingface"
+_HEADERS = ("url_path", "x-protocol")
+
+
+class HuggingFace(Protocol):
+    """One image per request."""
+
+    @classmethod
+    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
+        """See `Protocol.accepts`."""
+        named = any(request.header(header).strip("/") == _NAME for header in _HEADERS)
+        return named and request.purpose is Purpose.CLASSIFY
+
+    def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
+        """See `Protocol.parse`."""
+        if body is None:
+            Form().parse(request, None, archive)
+        else:
+            parameters = body.document.get("parameters") or {}
+            if not isinstance(parameters, dict):
+                raise BadRequest('"parameters" must be an object, such as {"top_k": 3}.')
+            activation = parameters.get("function_to_apply")
+            if activation is not None and activation != archive.card.activation:
+                raise InvalidOption(
+                    f"function_to_apply must be {archive.card.activation}, this model's, "
+                    f"got {quoted(activation)}."
+                )
+            if parameters.get("top_k") is not None:
+                request.options = parse_options({"topk": parameters["top_k"]}, request.options)
+            if "inputs" in body.document:
+                request.images = [json_image(request, "inputs", body.document["inputs"])]
+        if len(request.images) > 1:
+            raise BadRequest("Hugging Face's image classification takes one image per request.")
+
+    def format(self, request: Request, archive: Archive) -> Response:
+        """See `Protocol.format`."""
+        (image,) = request.images
+        assert image.result is not None
+        return json_response(
+            [
+                {"label": prediction["label"], "score": prediction["probability"]}
+                for prediction in image.result["predictions"]
+            ]
+        )

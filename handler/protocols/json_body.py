@@ -1,0 +1,204 @@
+"""JSON bodies: parse them within limits of work and memory, and take images out of them."""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from handler.errors import BadRequest, TooManyImages
+from handler.protocols.options import WHOLE_NUMBER, parse_options, quoted
+from handler.request import Request, RequestImage, run_isolated
+
+# The length of the JSON, if KServe V2's tensors in binary follow it (Triton's "binary tensor data"
+# extension).
+BINARY_HEADER = "inference-header-content-length"
+
+# Lists, objects, and their members. A byte of JSON can take thirty of memory: each empty list or
+# object is one of its own. 16 images with names and options have some hundreds; images as lists of
+# numbers would have more, and are not accepted anyway.
+_MAX_PARTS = 100_000
+_PARTS = "[{,"
+
+_DATA_URL = re.compile(r"\s*data:[^,]{0,300};\s*base64\s*,", re.IGNORECASE)
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_LINE_BREAKS = b" \t\r\n"
+_BASE64_GROUP = 4
+
+
+@dataclass
+class JsonBody:
+    """A JSON body that is an object.
+
+    Attributes:
+        document: the object.
+        binary: what follows the JSON.
+    """
+
+    document: Mapping[str, Any]
+    binary: "BinaryData"
+
+    def list(self, key: str) -> list[Any]:
+        """Return the list under a key; raise `BadRequest` if there is none."""
+        value = self.document.get(key)
+        if not isinstance(value, list):
+            raise BadRequest(f'"{key}" must be a list.')
+        return value
+
+    def parse_options(self, request: Request) -> None:
+        """Take the request's options from the object and from its `parameters`."""
+        parameters = self.document.get("parameters")
+        if isinstance(parameters, dict):
+            request.options = parse_options(parameters, request.options)
+        request.options = parse_options(self.document, request.options)
+
+
+class BinaryData:
+    """The bytes that follow a request's JSON; the tensors take them in their order."""
+
+    def __init__(self, data: bytes | memoryview = b"") -> None:
+        self._left = memoryview(data)
+
+    def take(self, size: object) -> memoryview:
+        """Return the next `size` bytes, a tensor's `binary_data_size`."""
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(self._left):
+            raise BadRequest(
+                '"binary_data_size" must be the number of the tensor\'s bytes behind the JSON, of '
+                f"which {len(self._left)} are left. They begin where the header "
+                "Inference-Header-Content-Length says."
+            )
+        taken, self._left = self._left[:size], self._left[size:]
+        return taken
+
+    def check_used(self) -> None:
+        """Raise `BadRequest` if the tensors left some."""
+        if self._left:
+            raise BadRequest(
+                f"{len(self._left)} bytes behind the JSON belong to no tensor. Each tensor's "
+                '"parameters" must hold its "binary_data_size".'
+            )
+
+
+def parse_json(request: Request) -> JsonBody | None:
+    """Parse the body if it is JSON.
+
+    Its content type need not be JSON's: no image format begins with a brace, so a body of another
+    content type is noticed too, as a browser's `fetch` sends it.
+
+    Returns:
+        None if the request is a form, a file or a `GET`.
+
+    Raises:
+        BadRequest: it is announced as JSON, or begins as an object, but cannot be read as one.
+    """
+    body = request.row.get("body")
+    announced = "json" in request.header("content-type").lower()
+    binary = BinaryData()
+    if body is None or (is_empty(body) and not announces_body(request)):
+        return None
+    if isinstance(body, bytes | bytearray) and (length := request.header(BINARY_HEADER)):
+        body, binary = _split(body, length)
+        announced = True
+    # TorchServe decodes a body that is announced as JSON if it is a JSON text.
+    if isinstance(body, bytes | bytearray) or (isinstance(body, str) and not announced):
+        if not announced and not _begins_as_object(body):
+            return None
+        try:
+            body = _loads(body)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest("The body is not valid JSON.") from error
+    if not isinstance(body, dict):
+        raise BadRequest('The JSON body must be an object, such as {"image": "<base64>"}.')
+    return JsonBody(body, binary)
+
+
+def is_empty(body: object) -> bool:
+    """Return whether a body has no bytes."""
+    return isinstance(body, bytes | bytearray | str) and not body
+
+
+def announces_body(request: Request) -> bool:
+    """Tell an upload of nothing from a `GET`, whose method TorchServe does not pass on.
+
+    To a request without a length TorchServe's frontend adds one, in lower case.
+    """
+    names = [name for name in request.headers if name != "content-length"]
+    return any(name.lower() in {"content-length", "transfer-encoding"} for name in names)
+
+
+def release_body(request: Request) -> None:
+    """Free the memory of a body whose images were taken out of it; TorchServe keeps a reference."""
+    body = request.row.get("body")
+    if isinstance(body, bytearray):
+        with suppress(BufferError):  # an image is still a part of it
+            body.clear()
+
+
+def json_image(request: Request, name: str, value: object) -> RequestImage:
+    """Return an image of a JSON body; its text may be malformed, which is its own error.
+
+    Args:
+        request: it is a part of.
+        name: of the image.
+        value: text in base64, or bytes.
+    """
+    image = RequestImage(request.request_id, name)
+
+    def fill_in(image: RequestImage) -> None:
+        image.data = value if isinstance(value, bytes | bytearray) else _from_base64(value)
+
+    run_isolated(image, fill_in)
+    return image
+
+
+def check_count(images: int, max_images: int) -> None:
+    """Raise `TooManyImages` if a request holds more images than it may."""
+    if images > max_images:
+        raise TooManyImages(
+            f"The request holds {images} images; at most {max_images} are accepted. "
+            "Send the others in another request."
+        )
+
+
+def _begins_as_object(body: bytes | bytearray | str) -> bool:
+    head = body[:64].lstrip()
+    return head.startswith("{") if isinstance(head, str) else head.startswith(b"{")
+
+
+def _split(body: bytes | bytearray, length: str) -> tuple[bytes | bytearray, BinaryData]:
+    """Return the JSON and the tensors' data behind it."""
+    if not WHOLE_NUMBER.fullmatch(length) or int(length) > len(body):
+        raise BadRequest(
+            f"{BINARY_HEADER.title()} must be the length of the JSON in bytes, at most "
+            f"{len(body)}, got {quoted(length)}."
+        )
+    return body[: int(length)], BinaryData(memoryview(body)[int(length) :])
+
+
+def _loads(body: bytes | bytearray | str) -> Any:
+    """Parse UTF-8, 16 or 32; raise `ValueError` if it is not JSON."""
+    text = body if isinstance(body, str) else body.decode(json.detect_encoding(body))
+    if sum(map(text.count, _PARTS)) > _MAX_PARTS:
+        raise BadRequest(
+            f"The JSON body has more than {_MAX_PARTS:,} lists, objects and values. Send images "
+            "in base64, not as lists of numbers."
+        )
+    return json.loads(text)
+
+
+def _from_base64(value: object) -> bytes:
+    """Decode standard or URL-safe base64, with or without padding, line breaks or a data URL."""
+    if not isinstance(value, str):
+        raise BadRequest("An image in JSON must be a text in base64.")
+    data_url = _DATA_URL.match(value)
+    try:
+        text = (value[data_url.end() :] if data_url else value).encode("ascii")
+        text = text.translate(_STANDARD_ALPHABET, _LINE_BREAKS)
+        if not text.endswith(b"="):
+            text += b"=" * (-len(text) % _BASE64_GROUP)
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest("The image's text is not valid base64.") from error

@@ -1,0 +1,375 @@
+"""KServe V2, the Open Inference Protocol: tensors of images in, tensors of results out.
+
+Tensors are JSON, or binary data behind it (Triton's "binary tensor data" extension, the default of
+its clients). Then a header gives the JSON's length, each tensor its number of bytes, and each
+element of datatype BYTES begins with its length, four bytes in little-endian order.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handler.archive import Archive
+from handler.errors import BadRequest, TooManyImages
+from handler.protocols.json_body import (
+    BINARY_HEADER,
+    BinaryData,
+    JsonBody,
+    check_count,
+    json_image,
+)
+from handler.request import Body, Protocol, Purpose, Request, Response, json_response
+from handler.results import embedding_to_json, result_of
+
+# The outputs, in order, with their datatypes. An explanation lacks some; only multi-label models
+# have labels.
+_OUTPUTS = {
+    "class_id": "BYTES",
+    "class_name": "BYTES",
+    "probability": "FP32",
+    "recognized": "BOOL",
+    "labels": "BYTES",
+    "result": "BYTES",
+}
+_NOT_EXPLAINED = {"recognized", "labels"}
+_EMBEDDING = "embedding"
+
+_DATATYPES = ["BYTES", "UINT8"]
+
+_LENGTH = struct.Struct("<I")
+
+# Longer ids are rejected, not cut: clients look for them in the response.
+_MAX_ID_LENGTH = 200
+
+# More dimensions than any tensor of images has.
+_MAX_DIMENSIONS = 8
+_BATCH_DIMENSIONS = 2
+_UNKNOWN_LENGTH = -1
+
+_ACCEPTED = (
+    'Each of "inputs" must be a tensor of image files: of datatype BYTES, one element per '
+    "image (in JSON as base64), or of UINT8 and shape [bytes] or [images, bytes]."
+)
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the response: in JSON, or in binary behind it."""
+
+    name: str
+    binary: bool = False
+
+
+class KServeV2(Protocol):
+    """`{"inputs": [tensors]}` -> `{"outputs": [tensors]}`.
+
+    Attributes:
+        client_id: the client's own id for the request, if any.
+        outputs: the tensors of the response, in order.
+    """
+
+    def __init__(self) -> None:
+        self.client_id: str | None = None
+        self.outputs: Sequence[OutputTensor] = ()
+
+    @classmethod
+    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
+        """See `Protocol.accepts`."""
+        return body is not None and "inputs" in body.document
+
+    def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
+        """See `Protocol.parse`."""
+        assert body is not None
+        body.parse_options(request)
+        self.client_id = parse_request_id(body.document)
+        self.outputs = parse_outputs(
+            body.document,
+            explained=request.purpose is Purpose.EXPLAIN,
+            multilabel=archive.card.multilabel,
+        )
+        self.needs_embedding = any(output.name == _EMBEDDING for output in self.outputs)
+        tensors, max_images = body.list("inputs"), archive.settings.max_images
+        check_count(len(tensors), max_images)
+        for tensor in tensors:
+            name, values = parse_tensor(tensor, body.binary, max_images)
+            request.images += [
+                json_image(request, f"{name}[{i}]", value) for i, value in enumerate(values)
+            ]
+            check_count(len(request.images), max_images)
+
+    def format(self, request: Request, archive: Archive) -> Response:
+        """See `Protocol.format`."""
+        results = [result_of(image) for image in request.images]
+        outputs, binary = _format_outputs(request, results, self.outputs)
+        response = json_response(
+            {
+                **({} if self.client_id is None else {"id": self.client_id}),
+                "model_name": archive.name,
+                "model_version": archive.version,
+                "outputs": outputs,
+                **archive.warning,
+            }
+        )
+        if not binary:
+            return response
+        headers = {BINARY_HEADER.title(): str(len(response.body))}
+        content = response.body + binary
+        return Response(HTTPStatus.OK, content, "application/octet-stream", headers)
+
+
+# --- Requests ---
+
+
+def parse_request_id(document: Mapping[str, Any]) -> str | None:
+    """Return the client's own id for the request, as text; None if there is none."""
+    match document.get("id"):
+        case None:
+            return None
+        case bool():
+            pass
+        case str() | int() as given if len(str(given)) <= _MAX_ID_LENGTH:
+            return str(given)
+    raise BadRequest(
+        f'"id" must be a text of at most {_MAX_ID_LENGTH} characters, or a whole number.'
+    )
+
+
+def parse_outputs(
+    document: Mapping[str, Any], *, explained: bool, multilabel: bool = False
+) -> list[OutputTensor]:
+    """Return the tensors of the response: those that are requested, in that order, or all."""
+    missing = _NOT_EXPLAINED if explained else set() if multilabel else {"labels"}
+    available = [name for name in _OUTPUTS if name not in missing]
+    binary = _flag(_parameters(document), "binary_data_output", default=False)
+    all_outputs = [OutputTensor(name, binary) for name in available]
+    if not explained:  # only on request: they are long
+        available.append(_EMBEDDING)
+    requested = document.get("outputs")
+    if requested is None or requested == []:
+        return all_outputs
+    if not isinstance(requested, list) or not all(isinstance(output, dict) for output in requested):
+        raise BadRequest('"outputs" must be a list of objects, such as {"name": "result"}.')
+    available_count = len(all_outputs) + any(
+        output.get("name") == _EMBEDDING for output in requested
+    )
+    if len(requested) > available_count:
+        raise BadRequest(
+            f'"outputs" asks for {len(requested)} tensors; there are {available_count}.'
+        )
+    outputs = []
+    for output in requested:
+        name = output.get("name")
+        if name not in available:
+            raise BadRequest(f'"outputs" asks for what is not there: {", ".join(available)} are.')
+        parameters = _parameters(output)
+        for other in ("classification", "shared_memory_region"):
+            if other in parameters:
+                raise BadRequest(f'The parameter "{other}" of an output is not supported.')
+        outputs.append(OutputTensor(name, _flag(parameters, "binary_data", default=binary)))
+    return outputs
+
+
+def parse_tensor(
+    tensor: object, binary: BinaryData, max_images: int
+) -> tuple[str, Sequence[bytes | object]]:
+    """Parse one of a request's tensors.
+
+    Args:
+        tensor: as in the JSON.
+        binary: what the tensors before it left.
+        max_images: the number of images that it may hold.
+
+    Returns:
+        its name, and its images: bytes, or their values in the JSON.
+    """
+    if not isinstance(tensor, dict) or tensor.get("datatype") not in _DATATYPES:
+        raise BadRequest(_ACCEPTED)
+    name = tensor.get("name")
+    name = name if isinstance(name, str) else "input"
+    if len(name) > _MAX_ID_LENGTH:  # it is a part of each image's name
+        raise BadRequest(f'A tensor\'s "name" may have {_MAX_ID_LENGTH} characters.')
+    size = _parameters(tensor).get("binary_data_size")
+    shape = _shape(tensor)
+    if tensor["datatype"] == "BYTES":
+        if size is None:
+            elements: Sequence[object] = _values(tensor)
+        else:
+            elements = _split(binary.take(size), max_images)
+        _check_shape(shape, len(elements))
+        if len(elements) > max_images:
+            raise _too_many(max_images)
+        return name, elements
+    data = _octets(_values(tensor)) if size is None else bytes(binary.take(size))
+    _check_shape(shape, len(data))
+    return name, _rows(data, shape, max_images)
+
+
+def _parameters(of: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = of.get("parameters")
+    return parameters if isinstance(parameters, dict) else {}
+
+
+def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f'The parameter "{name}" must be true or false.')
+    return value
+
+
+def _shape(tensor: Mapping[str, Any]) -> list[int]:
+    """Return the shape; empty if there is none. -1 stands for an unknown length."""
+    shape = tensor.get("shape", [])
+    if shape == _UNKNOWN_LENGTH:  # as KServe's own examples have it
+        return []
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(type(length) is int and length >= _UNKNOWN_LENGTH for length in shape)
+    ):
+        raise BadRequest('"shape" must be a list of whole numbers, such as [1].')
+    return shape
+
+
+def _check_shape(shape: list[int], elements: int) -> None:
+    if shape and _UNKNOWN_LENGTH not in shape and math.prod(shape) != elements:
+        raise BadRequest(
+            f'The "shape" of a tensor says {_product(shape)} element(s), its data have {elements}.'
+        )
+
+
+def _product(shape: list[int]) -> str:
+    return " x ".join(str(length)[:20] for length in shape)
+
+
+def _values(tensor: Mapping[str, Any]) -> list[Any]:
+    """Return the elements: flat, nested as its shape is, or a single one without a list."""
+    data = tensor.get("data")
+    if isinstance(data, str):
+        return [data]
+    if not isinstance(data, list):
+        raise BadRequest('"data" must be a list, or follow the JSON with a "binary_data_size".')
+    for _ in range(_MAX_DIMENSIONS):
+        if not data or not all(isinstance(row, list) for row in data):
+            break
+        data = [item for row in data for item in row]
+    return data
+
+
+def _octets(values: list[Any]) -> bytes:
+    try:
+        return bytes(values)
+    except (TypeError, ValueError) as error:
+        raise BadRequest("A UINT8 tensor's data must be whole numbers from 0 to 255.") from error
+
+
+def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
+    """Return the images of a UINT8 tensor, whose shape was checked against its data."""
+    if len(shape) > _BATCH_DIMENSIONS:
+        raise BadRequest(_ACCEPTED)
+    if len(shape) < _BATCH_DIMENSIONS or shape[0] == 1:
+        return [data]
+    rows, length = shape
+    if rows == _UNKNOWN_LENGTH and length > 0:
+        rows = len(data) // length
+    elif rows > 0 and length == _UNKNOWN_LENGTH:
+        length = len(data) // rows
+    if rows < 1 or rows * length != len(data):
+        raise BadRequest(_ACCEPTED)
+    if rows > max_images:
+        raise _too_many(max_images)
+    return [data[i * length : (i + 1) * length] for i in range(rows)]
+
+
+def _split(data: memoryview, max_images: int) -> list[bytes]:
+    """Return the elements of a BYTES tensor in binary."""
+    elements: list[bytes] = []
+    while data:
+        length = _LENGTH.unpack(data[: _LENGTH.size])[0] if len(data) >= _LENGTH.size else math.inf
+        if length > len(data) - _LENGTH.size:
+            raise BadRequest(
+                "A BYTES tensor in binary is cut off: each element needs its length before it, "
+                "four bytes, in little-endian order."
+            )
+        if len(elements) == max_images:
+            raise _too_many(max_images)
+        end = _LENGTH.size + int(length)
+        elements.append(bytes(data[_LENGTH.size : end]))
+        data = data[end:]
+    return elements
+
+
+def _too_many(max_images: int) -> TooManyImages:
+    return TooManyImages(
+        f"A tensor holds more than {max_images} images, which is the most that a request may have. "
+        "Send the others in another request."
+    )
+
+
+# --- Responses ---
+
+
+def _format_outputs(
+    request: Request, results: Sequence[Body], outputs: Sequence[OutputTensor]
+) -> tuple[list[Body], bytes]:
+    """Return the tensors, with one element per image, and the bytes behind the JSON.
+
+    `result` holds each whole result as JSON text, `labels` the part that has all labels. The
+    elements of an image that failed are empty, zero or false.
+    """
+    tensors: list[Body] = []
+    binary = b""
+    for output in outputs:
+        if output.name == _EMBEDDING:
+            vectors = _embeddings(request)
+            datatype, shape, values = "FP32", list(vectors.shape), embedding_to_json(vectors)
+        else:
+            datatype, values = _OUTPUTS[output.name], _column(output.name, results)
+            shape = [len(results)]
+        tensor: Body = {"name": output.name, "datatype": datatype, "shape": shape}
+        if output.binary:
+            content = _in_binary(datatype, values)
+            tensor["parameters"] = {"binary_data_size": len(content)}
+            binary += content
+        else:
+            tensor["data"] = values
+        tensors.append(tensor)
+    return tensors, binary
+
+
+def _embeddings(request: Request) -> NDArray[np.float32]:
+    """Return float32 (images, channels); zeros for an image that failed."""
+    found = [image.extra_output for image in request.images]
+    channels = next((len(vector) for vector in found if vector is not None), 0)
+    return np.stack([np.zeros(channels, np.float32) if v is None else v for v in found])
+
+
+def _column(name: str, results: Sequence[Body]) -> list[Any]:
+    match name:
+        case "result":
+            return [json.dumps(result, allow_nan=False) for result in results]
+        case "labels":
+            return [json.dumps(result.get(name, []), allow_nan=False) for result in results]
+        case "probability":
+            return [result.get(name, 0.0) for result in results]
+        case "recognized":
+            return [result.get(name, False) for result in results]
+        case _:
+            return [result.get(name) or "" for result in results]
+
+
+def _in_binary(datatype: str, values: list[Any]) -> bytes:
+    match datatype:
+        case "FP32":
+            return np.array(values, "<f4").tobytes()
+        case "BOOL":
+            return bytes(values)
+        case _:
+            texts = [value.encode("utf-8", "replace") for value in values]
+            return b"".join(_LENGTH.pack(len(text)) + text for text in texts)

@@ -1,0 +1,91 @@
+"""Classify the images of an evaluation on the server, with a progress bar."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.progress import Progress
+
+from classification_client import (
+    Classification,
+    Client,
+    RefusedError,
+    RequestOptions,
+    Row,
+    ServiceError,
+    classify_all,
+)
+from handler.labels import Label
+from scripts.terminal import UserError, console
+
+# Requests every class: no model has more.
+ALL_CLASSES = 1_000_000
+# If the server rejects so many images, it is not because of a few corrupt ones.
+_MAX_TRIES = 20
+
+
+class Model(NamedTuple):
+    """A served model: its classes by position, its kind, and the server's warning about it."""
+
+    labels: Sequence[Label]
+    multilabel: bool
+    warning: str | None
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except ServiceError as error:
+        raise UserError(str(error)) from error
+
+
+@_user_errors()
+def describe(images: Sequence[Path], url: str, options: RequestOptions) -> Model:
+    """Return the model, as the answer to the first accepted image shows it.
+
+    Raises `UserError` if the server is not available, or rejects all of the first images.
+    """
+    problem: Exception | None = None
+    with Client(url, replace(options, topk=ALL_CLASSES)) as client:
+        for image in images[:_MAX_TRIES]:
+            try:
+                answer = client.classify(image)
+            except (OSError, RefusedError) as error:
+                problem = error
+                continue
+            rows = sorted(answer.predictions, key=lambda row: row.class_index)
+            labels = [Label(row.class_id, row.label) for row in rows]
+            return Model(labels, answer.labels is not None, answer.warning)
+    raise UserError(f"The server classified none of the first images: {problem}")
+
+
+@_user_errors()
+def classify(
+    images: Sequence[Path], url: str, options: RequestOptions, at_once: int
+) -> tuple[dict[Path, Classification], list[Row]]:
+    """Return the images' classifications, and a row for each image without one.
+
+    Raises `UserError` if the server is not available, classifies no image, or changes its model.
+    """
+    rows: list[Row] = []
+    with (
+        Client(url, options, at_once) as client,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("Classifying ...", total=len(images))
+
+        def take(row: Row) -> None:
+            rows.append(row)
+            progress.advance(task)
+
+        classify_all(images, client, at_once, take)
+    found = {Path(row.image): row.answer for row in rows if isinstance(row.answer, Classification)}
+    if not found:
+        raise UserError(f"The server classified none of the images: {rows[0].problem}")
+    models = sorted({str(answer.model) for answer in found.values() if answer.model is not None})
+    if len(models) > 1:
+        raise UserError(f"The model was changed meanwhile: {', then '.join(models)}. Run it again.")
+    return found, [row for row in rows if row.problem is not None]

@@ -1,0 +1,121 @@
+"""Write the report of an evaluation: `report.md`, `classes.csv` and plots; print the tables."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.markup import escape
+from rich.table import Table
+
+from classification_client import Row
+from scripts.evaluation.answers import Model
+from scripts.terminal import console, printable, step, warn
+
+# Of more classes, only the files have a table, and the plots have no legend.
+MAX_SHOWN_CLASSES = 20
+
+_MAX_SHOWN_REJECTIONS = 10
+# Columns of the table of classes that fit on a terminal of 80 characters.
+_TERMINAL_COLUMNS = [
+    "class",
+    "images",
+    "average_precision",
+    "auroc",
+    "f1",
+    "threshold",
+    "f1_at_threshold",
+]
+
+# Cells by the name of their column; floats are written with four decimals.
+Cells = Mapping[str, str | int | float]
+
+
+def write(
+    folder: Path,
+    model: Model,
+    *,
+    metrics: Cells,
+    tables: Mapping[str, Sequence[Cells]],
+    classes: Mapping[int, Cells],
+    plots: Mapping[str, Figure],
+    rejected: Sequence[Row],
+    warning: str | None = None,
+) -> None:
+    """Write the report into the folder, which is created, and print it.
+
+    Args:
+        folder: for all files.
+        model: whose classes and warning are reported.
+        metrics: by name, the first table.
+        tables: others by title, each with the same columns in all rows; empty ones are left out.
+        classes: metrics of each class by position, the last table and `classes.csv`.
+        plots: by file name.
+        rejected: images without an answer, which are not counted.
+        warning: about the results.
+    """
+    by_class = []
+    for index, cells in classes.items():
+        class_id, name = model.labels[index]
+        by_class.append(_text({"class_index": index, "class_id": class_id, "class": name, **cells}))
+    texts = {
+        "Metrics": [{"metric": name, "value": value} for name, value in _text(metrics).items()],
+        **{title: [_text(row) for row in rows] for title, rows in tables.items() if rows},
+        "Classes": by_class,
+    }
+    warnings = [text for text in (model.warning, warning) if text]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "classes.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(by_class[0]))
+        writer.writeheader()
+        writer.writerows(by_class)
+    for name, figure in plots.items():
+        figure.savefig(folder / name, dpi=100)
+    lines = ["# Evaluation", *(f"\n**{text}**" for text in warnings)]
+    for title, rows in texts.items():
+        lines += _markdown(title, rows)
+    lines += [f"\n![{Path(name).stem}]({name})" for name in plots]
+    (folder / "report.md").write_text("\n".join(lines) + "\n", "utf-8")
+
+    columns = [name for name in _TERMINAL_COLUMNS if name in by_class[0]]
+    texts["Classes"] = [{name: row[name] for name in columns} for row in by_class]
+    for title, rows in texts.items():
+        if title != "Classes" or len(rows) <= MAX_SHOWN_CLASSES:
+            _print(title, rows)
+    for row in rejected[:_MAX_SHOWN_REJECTIONS]:
+        warn(f"Not counted: {row.image}: {row.problem}")
+    if len(rejected) > _MAX_SHOWN_REJECTIONS:
+        warn(f"Not counted: {len(rejected) - _MAX_SHOWN_REJECTIONS} more images")
+    for text in warnings:
+        warn(text)
+    step(f"Evaluation: wrote report.md, classes.csv, {', '.join(plots)} to {folder}")
+
+
+def _text(cells: Cells) -> dict[str, str]:
+    return {
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
+        for name, value in cells.items()
+    }
+
+
+def _markdown(title: str, rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    yield f"\n## {title}\n"
+    yield f"| {' | '.join(rows[0]).replace('_', ' ')} |"
+    yield "|---" * len(rows[0]) + "|"
+    for row in rows:
+        cells = (printable(cell).replace("|", r"\|") for cell in row.values())
+        yield f"| {' | '.join(cells)} |"
+
+
+def _print(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(escape(printable(cell)) for cell in row.values()))
+    console.print(table)
+
+
+def plot_label(class_name: str) -> str:
+    """Return a class name for a plot, where `$` would begin a formula."""
+    return printable(class_name).replace("$", r"\$")

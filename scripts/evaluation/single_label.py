@@ -1,0 +1,216 @@
+"""Evaluate a single-label model: accuracy, confused classes, calibration, confidence thresholds."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.calibration import CalibrationDisplay, calibration_curve
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
+
+from classification_client import RequestOptions, Row
+from classification_client.images import Found, search
+from scripts.evaluation.answers import Model, classify, describe
+from scripts.evaluation.report import Cells, plot_label, write
+from scripts.labels_file import NAME as LABELS_FILE
+from scripts.matching import match
+from scripts.terminal import UserError, warn
+
+THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+_TOP = 5
+_BINS = 10
+_MAX_CONFUSED = 10
+# The names of more classes are illegible at the confusion matrix.
+_MAX_NAMED_CLASSES = 50
+
+
+@dataclass(frozen=True)
+class SingleLabelEvaluation:
+    """The server's answers to images whose classes are known.
+
+    Attributes:
+        model: with the classes by position.
+        truth: int (N,), the true classes.
+        predictions: int (N, up to 5), the predicted classes, best first.
+        confidence: float (N,), the probability of the top-1 prediction, 0 to 1.
+        rejected: images without an answer, which are not counted.
+    """
+
+    model: Model
+    truth: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    rejected: Sequence[Row]
+
+    @property
+    def top1(self) -> NDArray[np.int64]:
+        """Return int (N,), the top-1 predictions."""
+        return self.predictions[:, 0]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Return bool (N,), whether the top-1 prediction is correct; its mean is the accuracy."""
+        return np.equal(self.top1, self.truth)
+
+    @property
+    def top5_accuracy(self) -> float:
+        """Return the share of images, 0 to 1, with the true class among the five best."""
+        # top_k_accuracy_score would need the probabilities of all classes.
+        return float((self.predictions == self.truth[:, None]).any(axis=1).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Return the expected calibration error: the mean gap of confidence and accuracy per bin.
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+        """
+        accuracy, confidence = calibration_curve(self.correct, self.confidence, n_bins=_BINS)
+        # scikit-learn does not return the sizes of its bins.
+        bins = np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], self.confidence)
+        sizes = np.unique(bins, return_counts=True)[1]
+        return float(np.average(np.abs(accuracy - confidence), weights=sizes))
+
+
+def evaluate_folders(
+    images: Path, url: str, options: RequestOptions, at_once: int
+) -> SingleLabelEvaluation:
+    """Classify all images of a folder with one folder per class, named by the class's id or name.
+
+    Raises `UserError` if a folder is not a class, there is no image, the model is multi-label, or
+    the server is not available.
+    """
+    if not images.is_dir():
+        raise UserError(f"{images} must be a folder with a folder of images for each class.")
+    folders = sorted(path for path in images.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = Found()
+    known = {path: folder.name for folder in folders for path in search(folder, found)}
+    for folder, reason in found.closed.items():
+        raise UserError(f"{folder} cannot be read: {reason}.")
+    if found.left_out is not None:
+        warn(found.left_out)
+    if not known:
+        raise UserError(f"{images} must hold a folder of images for each class.")
+    model = describe(list(known), url, options)
+    if model.multilabel:
+        raise UserError(
+            "The model is multi-label (activation: sigmoid), and folders cannot say what each "
+            f"image shows. Write a list with an image and its labels per line, {images}/"
+            f"{LABELS_FILE}, or name it: LABELS=file."
+        )
+    called, instead = "as a folder is called", "Call the folder by id"
+    truth = match(set(known.values()), model.labels, called, instead)
+    answers, rejected = classify(list(known), url, replace(options, topk=_TOP), at_once)
+    return SingleLabelEvaluation(
+        model,
+        np.array([truth[known[image]] for image in answers]),
+        np.array([[row.class_index for row in of.predictions] for of in answers.values()]),
+        np.array([of.probability for of in answers.values()]),
+        rejected,
+    )
+
+
+def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
+    """Write the report into the folder and print its tables."""
+    metrics: Cells = {
+        "images": len(evaluation.truth),
+        "not counted": len(evaluation.rejected),
+        "top-1 accuracy": f"{evaluation.correct.mean():.2%}",
+        "top-5 accuracy": f"{evaluation.top5_accuracy:.2%}",
+        "expected calibration error": f"{evaluation.calibration_error:.3f}",
+    }
+    # A class that is neither shown nor predicted has no scores.
+    present = np.union1d(evaluation.truth, evaluation.top1).tolist()
+    write(
+        folder,
+        evaluation.model,
+        metrics=metrics,
+        tables={
+            "Confidence thresholds": _by_threshold(evaluation),
+            "Most confused classes": _most_confused(evaluation),
+        },
+        classes=_by_class(evaluation, present),
+        plots={
+            "confusion.png": _plot_confusion(evaluation, present),
+            "calibration.png": _plot_calibration(evaluation),
+        },
+        rejected=evaluation.rejected,
+    )
+
+
+def _by_threshold(evaluation: SingleLabelEvaluation) -> list[Cells]:
+    """Return how many images reach each threshold, and how many of these are correct."""
+    rows: list[Cells] = []
+    for threshold in THRESHOLDS:
+        reached = evaluation.confidence >= threshold
+        accuracy = f"{evaluation.correct[reached].mean():.1%}" if reached.any() else "-"
+        cells = {"recognized": f"{reached.mean():.1%}", "of these correct": accuracy}
+        rows.append({"confidence threshold": f"{threshold:.2f}", **cells})
+    return rows
+
+
+def _most_confused(evaluation: SingleLabelEvaluation) -> list[Cells]:
+    names = [label.class_name for label in evaluation.model.labels]
+    pairs = zip(evaluation.truth, evaluation.top1, strict=True)
+    counts = Counter((names[truth], names[top1]) for truth, top1 in pairs if truth != top1)
+    return [
+        {"true class": truth, "predicted class": predicted, "images": count}
+        for (truth, predicted), count in counts.most_common(_MAX_CONFUSED)
+    ]
+
+
+def _by_class(evaluation: SingleLabelEvaluation, present: Sequence[int]) -> dict[int, Cells]:
+    scores = precision_recall_fscore_support(
+        evaluation.truth, evaluation.top1, labels=present, zero_division=0
+    )
+    return {
+        index: {"images": support, "precision": precision, "recall": recall, "f1": f1}
+        for index, precision, recall, f1, support in zip(present, *scores, strict=True)
+    }
+
+
+def _plot_confusion(evaluation: SingleLabelEvaluation, present: Sequence[int]) -> Figure:
+    """Return the confusion matrix: colored by the share of a class, with numbers of images."""
+    size = min(16, 4 + 0.25 * len(present))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay.from_predictions(
+        evaluation.truth,
+        evaluation.top1,
+        labels=present,
+        display_labels=[plot_label(evaluation.model.labels[index].class_name) for index in present],
+        normalize="true",
+        xticks_rotation="vertical",
+        cmap="Blues",
+        im_kw={"vmin": 0, "vmax": 1},
+        include_values=len(present) <= _MAX_NAMED_CLASSES,
+        ax=axes,
+    )
+    if display.text_ is not None:
+        counts = confusion_matrix(evaluation.truth, evaluation.top1, labels=present)
+        for text, count in zip(display.text_.flat, counts.flat, strict=True):
+            text.set_text(str(count or ""))
+    else:
+        axes.set(xticks=[], yticks=[])
+    axes.set(xlabel="predicted class", ylabel="true class")
+    display.im_.colorbar.set_label("share of the images of a class")
+    return figure
+
+
+def _plot_calibration(evaluation: SingleLabelEvaluation) -> Figure:
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    CalibrationDisplay.from_predictions(
+        evaluation.correct, evaluation.confidence, n_bins=_BINS, name="this model", ax=above
+    )
+    above.set(xlabel="", ylabel="accuracy", ylim=(0, 1.02))
+    below.hist(evaluation.confidence, bins=_BINS, range=(0, 1))
+    below.set(xlabel="confidence: probability of the top-1 prediction", ylabel="images")
+    return figure
