@@ -13,6 +13,7 @@ BENCHMARKS = {
     "engines": "inference engines and their options",
     "settings": "settings of TorchServe and of its Java runtime",
     "stages": "the stages of a request, and workers without PyTorch",
+    "overload": "more clients than the queue holds, clients that give up or leave",
     "gateway": "what the gateway adds to a request",
     "containers": "the container image: size, start, memory, overload, shutdown",
     "batch": "classify-batch, classify and a bare loop",

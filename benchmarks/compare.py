@@ -100,7 +100,7 @@ def main(  # options of a command line
     results: dict[Key, Result] = {key: Result() for key in keys}
     bare: dict[str, list[float]] = {kind: [] for _, kind in keys}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
-        work = {kind: _prepare(kind, Path(folder, kind)) for kind in bare}
+        work = {kind: prepare(kind, Path(folder, kind)) for kind in bare}
         started = {
             key: running.enter_context(serve(key[0], work[key[1]], key[1]))
             for key in (keys if together else ())
@@ -125,7 +125,7 @@ def main(  # options of a command line
     write_section("servers", "Comparison with other servers", section, lines)
 
 
-def _prepare(precision: str, work: Path) -> Path:
+def prepare(precision: str, work: Path) -> Path:
     """Write the archive and the peers' files, with random weights, which change no speed."""
     work.mkdir(parents=True)
     # Called trained, since a reduced precision needs that; the archive is thrown away afterwards.

@@ -11,8 +11,10 @@ from typing import Any
 from ts.context import Context
 
 from handler.archive import Archive
+from handler.deadline import Deadlines
 from handler.inference.allocator import keep_freed_memory
 from handler.inference.cores import Cores
+from handler.inference.priority import restore_priority
 from handler.metrics import Metrics
 from handler.pipeline import Pipeline
 from handler.request import Request
@@ -25,6 +27,7 @@ class DenseNetHandler:
 
     def initialize(self, context: Context) -> None:
         """Load the archive; raise `ArchiveError` if a part is missing or malformed."""
+        restore_priority()
         properties = context.system_properties
         model_dir = Path(properties["model_dir"])
         self.batch_size = int(properties["batch_size"])
@@ -32,9 +35,11 @@ class DenseNetHandler:
             model_dir, context.manifest["model"], context.model_yaml_config, context.model_name
         )
         share = _threads("OMP_NUM_THREADS", 1)
-        # The file is in the folder of all models, since their workers share the cores.
-        self.cores = Cores(share, _threads("MAX_THREADS", share), model_dir.parent / "busy-workers")
-        self.pipeline = Pipeline(archive, self.cores, properties.get("gpu_id"))
+        # One file for all workers that share the cores: of all models, or of all servers.
+        busy = Path(os.environ.get("BUSY_WORKERS", model_dir.parent / "busy-workers"))
+        self.cores = Cores(share, _threads("MAX_THREADS", share), busy)
+        deadlines = Deadlines.from_environment()
+        self.pipeline = Pipeline(archive, self.cores, properties.get("gpu_id"), deadlines)
         self.metrics = Metrics(context, archive, self.pipeline.engine.precision)
         # Only now, so that the memory that loading took is returned.
         keep_freed_memory()

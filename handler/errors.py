@@ -50,6 +50,13 @@ class InternalError(RequestError):
         )
 
 
+class Expired(RequestError):
+    """The client has gone, or would have before it got a response."""
+
+    status = 504
+    type = "Timeout"
+
+
 class ClientError(RequestError):
     """Something the client sent cannot be served.
 

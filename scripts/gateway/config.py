@@ -18,6 +18,8 @@ from scripts.serve.management import PIXEL
 _WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
 # Seconds that a slow client may take for its answer after a reload.
 DRAIN_SECONDS = 90
+# Requests of 1 MB or more at once, per upstream: with 100 of 20 MB TorchServe's frontend takes 4 GB.
+_MAX_LARGE = 64
 # nginx's processes only pass bytes on. `auto` would count the host's CPUs in a container.
 _MAX_PROCESSES = 4
 _RESOLV_CONF = Path("/etc/resolv.conf")
@@ -55,6 +57,7 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
             "rate": options.rate,
             "burst": options.burst,
             "connections": options.connections,
+            "large": _MAX_LARGE * len(upstreams),
             **_WRONG_KEYS,
         },
         keepalive=options.keepalive,

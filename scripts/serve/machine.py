@@ -1,4 +1,4 @@
-"""Plans how many workers and threads run on this machine."""
+"""Plans workers, threads, the queue and Java's memory for this machine or container."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,16 +6,24 @@ from pathlib import Path
 import joblib
 import psutil
 
-from handler.settings import ADDED_BYTES
+from handler.settings import ADDED_BYTES, MAX_REQUEST_BYTES
 
 # A loaded worker was measured at 300 MB with ONNX Runtime; requests add up to ADDED_BYTES.
 WORKER_BYTES = 300_000_000 + ADDED_BYTES
 # A worker of a model that OpenVINO runs in 8 bits takes more (benchmarks/results/servers.md).
 _INT8_BYTES = 390_000_000
 
-# The frontend at its limits: 2 GiB of heap, 4 GiB of buffers (`vmargs` in config.properties) and
-# the rest of Java's memory.
-FRONTEND_BYTES = (6 << 30) + 300_000_000
+_MIB = 1 << 20
+
+# The frontend without heap and buffers: 150 to 310 MB under load with small images.
+_JAVA_BYTES = 300_000_000
+# Of the heap, in addition to the requests that wait.
+_HEAP_BYTES = 512 * _MIB
+# Buffers outside the heap hold requests on their way in and out: at least, and at most. 4 GiB take
+# 200 uploads of 20 MB at once.
+_MIN_DIRECT_BYTES, _MAX_DIRECT_BYTES = 256 * _MIB, 4096 * _MIB
+# Requests that wait for a worker. 512 wait 17 s on two cores.
+_MIN_QUEUE, MAX_QUEUE = 16, 512
 
 # Share of the free memory that workers may take.
 _MEMORY_SHARE = 0.75
@@ -56,6 +64,45 @@ class Plan:
     workers: int
     threads: int
     max_threads: int
+
+
+@dataclass(frozen=True)
+class FrontendPlan:
+    """The queue and the memory of TorchServe's frontend.
+
+    Attributes:
+        queue: requests that may wait for a worker, per model.
+        heap_bytes: Java's heap, which holds the requests that wait, each as large as it may be.
+        direct_bytes: Java's buffers outside the heap.
+    """
+
+    queue: int
+    heap_bytes: int
+    direct_bytes: int
+
+    @property
+    def vmargs(self) -> str:
+        """Java's arguments."""
+        heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
+        return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
+
+
+def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> FrontendPlan:
+    """Return the longest queue, up to `MAX_QUEUE`, whose requests the free memory can hold.
+
+    The port of TorchServe itself cannot tell large requests from small ones, so each counts as
+    20 MB. Behind the gateway or in the container nginx limits the large ones.
+
+    Args:
+        plan: of the workers.
+        models: each has a queue of its own.
+        bytes_per_worker: memory that a worker may take.
+    """
+    left = memory_limit() - plan.workers * models * bytes_per_worker - _JAVA_BYTES
+    direct = min(max(left // 3, _MIN_DIRECT_BYTES), _MAX_DIRECT_BYTES)
+    queue = (left - direct - _HEAP_BYTES) // (models * MAX_REQUEST_BYTES)
+    queue = min(max(queue, _MIN_QUEUE), MAX_QUEUE)
+    return FrontendPlan(queue, _HEAP_BYTES + queue * models * MAX_REQUEST_BYTES, direct)
 
 
 def worker_bytes(precision: str) -> int:

@@ -121,9 +121,6 @@ class ServerState:
         return process_by_id(self.pid, self.started)
 
 
-# The former name, which examples/shapes/__main__.py imports.
-
-
 def find_running(run_dir: Path = RUN_DIR) -> ServerState | None:
     """Return the running server of this folder, even if the folder was deleted; None if none runs.
 

@@ -1,0 +1,217 @@
+"""Measures overload: more clients than the queue holds, clients that give up, clients that leave.
+
+The curve has this project's own port, mosec and LitServe with the same engine, one server at a
+time. What needs a deadline or the news of a disconnected client goes through the gateway.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from matplotlib import pyplot
+
+from benchmarks.compare import IMAGES, prepare
+from benchmarks.load import Body, Load, closed_loop, require_wrk
+from benchmarks.report import RESULTS, table, write_section
+from benchmarks.servers import OURS, serve
+from benchmarks.timing import wait_until_idle
+from scripts.gateway import nginx
+from scripts.gateway.options import Options
+from scripts.serve.running import HOST, free_ports, unused_ports
+from scripts.serve.server import start, stop
+from scripts.terminal import step
+
+_TITLE = "Overload"
+_SERVERS = (OURS, "mosec", "LitServe")
+_CLIENTS = (1, 16, 64, 128, 256, 512, 2000)
+_SECONDS = 20
+_WARM_UP_SECONDS = 6
+# Open loop: twice the capacity for half a minute, and how long a client waits.
+_OVERLOAD = 2.0
+_OVERLOAD_SECONDS = 30
+_PATIENCE = 2.0
+# Clients per second that send an image and disconnect, and for how long.
+_LEAVERS = 30
+_LEAVERS_SECONDS = 15
+
+
+def main(
+    server: Annotated[list[str] | None, typer.Option(help="Only these servers.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Numbers of clients.")] = None,
+    *,
+    curve: Annotated[bool, typer.Option(help="Measure the number of clients.")] = True,
+    gateway: Annotated[bool, typer.Option(help="Measure clients that give up or leave.")] = True,
+) -> None:
+    """Write benchmarks/results/overload.md and overload.png."""
+    require_wrk()
+    image = IMAGES["720x720"]()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder, "work")
+        prepare("float32", work)
+        if curve:
+            _write_curve(work, image, server or _SERVERS, clients or _CLIENTS)
+        if gateway:
+            _write_gateway(next((work / "store").glob("*.mar")), image)
+
+
+def _write_curve(work: Path, image: bytes, servers: list[str], clients: list[int]) -> None:
+    found: dict[str, dict[int, Load]] = {}
+    for name in servers:
+        with serve(name, work) as running:
+            body = running.body(image)
+            closed_loop(running.url, body, 16, _WARM_UP_SECONDS)
+            found[name] = {}
+            for count in clients:
+                # Requests of the clients before are still in the queue.
+                wait_until_idle(name, running.cpu_seconds)
+                found[name][count] = closed_loop(running.url, body, count, _SECONDS)
+        step(f"{name}: " + ", ".join(f"{n}: {load.rate:.1f}/s" for n, load in found[name].items()))
+    rows = [
+        (name, count, load.rate, load.failed, load.p50, load.p99)
+        for name, loads in found.items()
+        for count, load in loads.items()
+    ]
+    headings = ("server", "clients", "successes/s", "failed", "p50 ms", "p99 ms")
+    lines = [
+        f"720x720 JPEG of {len(image) // 1000} kB, wrk in a closed loop on the same cores, each "
+        "client sending again at once, also after a rejection; one server at a time; "
+        f"{_SECONDS} s each. Latencies are of all responses. Repeat: `make bench-overload`.",
+        "",
+        "![successes and latencies against clients](overload.png)",
+        "",
+        *table(headings, rows),
+    ]
+    write_section("overload", _TITLE, "From 1 to 2,000 clients", lines)
+    _plot(found)
+
+
+def _plot(found: dict[str, dict[int, Load]]) -> None:
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 7))
+    for (name, loads), color in zip(found.items(), ("C0", "C1", "C2"), strict=False):
+        counts = list(loads)
+        above.plot(counts, [load.rate for load in loads.values()], "o-", color=color, label=name)
+        below.plot(counts, [load.p50 for load in loads.values()], "o-", color=color)
+        below.plot(counts, [load.p99 for load in loads.values()], "o:", color=color)
+    above.set(ylabel="successes per second", xscale="log", ylim=(0, None))
+    below.set(xlabel="clients", ylabel="latency in ms: p50, dotted p99", yscale="log")
+    above.legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS / "overload.png", dpi=100)
+
+
+def _write_gateway(archive: Path, image: bytes) -> None:
+    with _gateway(archive) as url:
+        closed_loop(f"{url}/predict", Body(image), 16, _WARM_UP_SECONDS)
+        capacity = closed_loop(f"{url}/predict", Body(image), 16, _SECONDS).rate
+        target = _Target(url, image)
+        impatient = asyncio.run(target.open_loop(_OVERLOAD * capacity, _OVERLOAD_SECONDS))
+        after = asyncio.run(target.one_by_one(3.0))
+        alone = asyncio.run(target.one_by_one(10.0))
+        beside = asyncio.run(target.beside_leavers())
+        large = closed_loop(f"{url}/predict", Body(image), 512, _SECONDS)
+    in_time = impatient / _OVERLOAD_SECONDS
+    rows = [
+        ("16 clients, images/s", capacity),
+        ("512 clients, images/s", large.rate),
+        ("512 clients, failed", large.failed),
+        (f"{_OVERLOAD:g} x capacity, clients wait {_PATIENCE:g} s: in time/s", in_time),
+        ("of the capacity", f"{in_time / capacity:.2f}"),
+        ("right after it, one client: median ms", 1000 * median(after)),
+        ("one client alone: images/s", len(alone) / 10.0),
+        (f"beside {_LEAVERS} clients/s that leave: images/s", len(beside) / _LEAVERS_SECONDS),
+    ]
+    step(str(rows))
+    lines = ["Through the gateway. Repeat: `make bench-overload`.", "", *table(["", ""], rows)]
+    write_section("overload", _TITLE, "Clients that give up or leave", lines)
+
+
+class _Target:
+    """The gateway, as clients that open a connection per request see it."""
+
+    def __init__(self, url: str, image: bytes) -> None:
+        self._port = int(url.rpartition(":")[2])
+        self._image = image
+
+    async def open_loop(self, rate: float, seconds: float) -> int:
+        """Send requests at a rate, each with a limit of `_PATIENCE`; count those in time."""
+        started, tasks = time.monotonic(), []
+        while (elapsed := time.monotonic() - started) < seconds:
+            while len(tasks) < rate * elapsed:
+                tasks.append(asyncio.create_task(self._ask(_PATIENCE)))
+            await asyncio.sleep(0.005)
+        return sum(await asyncio.gather(*tasks))
+
+    async def one_by_one(self, seconds: float) -> list[float]:
+        """Send one request after the other; return the seconds that each success took."""
+        started, found = time.monotonic(), []
+        while (began := time.monotonic()) < started + seconds:
+            if await self._ask(60.0):
+                found.append(time.monotonic() - began)
+        return found
+
+    async def beside_leavers(self) -> list[float]:
+        """Return the same while other clients send an image and disconnect."""
+
+        async def leave() -> None:
+            while True:
+                task = asyncio.create_task(self._send(60.0))
+                task.add_done_callback(lambda done: done.result()[1].close())
+                await asyncio.sleep(1 / _LEAVERS)
+
+        leaving = asyncio.create_task(leave())
+        try:
+            return await self.one_by_one(_LEAVERS_SECONDS)
+        finally:
+            leaving.cancel()
+
+    async def _send(self, patience: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(HOST, self._port)
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            f"Content-Length: {len(self._image)}\r\nX-Request-Timeout: {patience:g}\r\n"
+            "Connection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + self._image)
+        await writer.drain()
+        return reader, writer
+
+    async def _ask(self, patience: float) -> bool:
+        """Return whether the response arrived in time and was a success."""
+        try:
+            return await asyncio.wait_for(self._status(patience), patience)
+        except (OSError, asyncio.TimeoutError):
+            return False
+
+    async def _status(self, patience: float) -> bool:
+        reader, writer = await self._send(patience)
+        try:
+            return b" 200 " in await reader.readline()
+        finally:
+            writer.close()
+
+
+@contextmanager
+def _gateway(archive: Path) -> Iterator[str]:
+    """Serve an archive behind the gateway; yield the gateway's address."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder, "run")
+        http, https = unused_ports(2)
+        options = Options(
+            http_port=http, https_port=https, rate=10_000, burst=10_000, connections=10_000
+        )
+        running = start(archive, free_ports(), run_dir=run_dir)
+        try:
+            nginx.start(replace(options, model=running.model), run_dir / "gateway")
+            try:
+                yield options.url
+            finally:
+                nginx.stop(run_dir / "gateway")
+        finally:
+            stop(running, run_dir)
