@@ -7,7 +7,7 @@ time. What needs a deadline or the news of a disconnected client goes through th
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def main(
             _write_gateway(next((work / "store").glob("*.mar")), image)
 
 
-def _write_curve(work: Path, image: bytes, servers: list[str], clients: list[int]) -> None:
+def _write_curve(work: Path, image: bytes, servers: Sequence[str], clients: Sequence[int]) -> None:
     found: dict[str, dict[int, Load]] = {}
     for name in servers:
         with serve(name, work) as running:
@@ -141,7 +141,8 @@ class _Target:
 
     async def open_loop(self, rate: float, seconds: float) -> int:
         """Send requests at a rate, each with a limit of `_PATIENCE`; count those in time."""
-        started, tasks = time.monotonic(), []
+        started = time.monotonic()
+        tasks: list[asyncio.Task[bool]] = []
         while (elapsed := time.monotonic() - started) < seconds:
             while len(tasks) < rate * elapsed:
                 tasks.append(asyncio.create_task(self._ask(_PATIENCE)))

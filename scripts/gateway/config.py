@@ -18,7 +18,7 @@ from scripts.serve.management import PIXEL
 _WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
 # Seconds that a slow client may take for its answer after a reload.
 DRAIN_SECONDS = 90
-# Requests of 1 MB or more at once, per upstream: with 100 of 20 MB TorchServe's frontend takes 4 GB.
+# Requests of 1 MB or more at once, per upstream: 64 of 20 MB take 2.6 GB in TorchServe's frontend.
 _MAX_LARGE = 64
 # nginx's processes only pass bytes on. `auto` would count the host's CPUs in a container.
 _MAX_PROCESSES = 4

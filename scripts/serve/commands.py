@@ -10,6 +10,7 @@ import typer
 from rich.status import Status
 from rich.table import Table
 
+from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.management import (
     RESTART_HINT,
     WORKER_REPLACEMENT_SECONDS,
@@ -29,6 +30,7 @@ from scripts.serve.running import (
     require_running,
 )
 from scripts.serve.server import start, stop, supervise
+from scripts.serve.upkeep import find_faults
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
@@ -116,8 +118,10 @@ def status_command() -> None:
     for model in models:
         _show_workers(model, running)
         queue = model["jobQueueStatus"]
+        waiting, free = queue["pendingRequests"], queue["remainingCapacity"]
         console.print(
-            f"Queue: {queue['pendingRequests']} waiting, {queue['remainingCapacity']} places free"
+            f"Queue: {waiting} of {waiting + free} requests waiting, each of up to "
+            f"{MAX_REQUEST_BYTES >> 20} MB"
         )
     packages = ("torchserve", "torch", "onnxruntime", "pillow")
     console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
@@ -125,6 +129,9 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
+    frontend = running.process()
+    for fault in find_faults(frontend, Path(running.temporary)) if frontend else ():
+        warn(fault)
     exited = sum(_has_exited(worker, running) for model in models for worker in model["workers"])
     if exited:
         warn(

@@ -50,10 +50,11 @@ from scripts.serve.running import (
     last_server_state,
     worker_processes,
 )
+from scripts.serve.upkeep import Upkeep
 from scripts.serve.worker_log import NewLines, frontend_error, root_cause, worker_died
 from scripts.state import process_by_arguments, start_time, write_state
 from scripts.store import read_card, sha256
-from scripts.terminal import UserError, console
+from scripts.terminal import UserError, console, warn
 
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("deploy/torchserve/log4j2.xml")
@@ -181,6 +182,9 @@ def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
 def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     """Wait until the server exits, or stop it on SIGTERM or SIGINT.
 
+    Meanwhile return memory that a flood took, and kill workers that were stopped. A server whose
+    files were deleted stops, so that its supervisor restarts it.
+
     Returns:
         The exit status: 0 after a signal, 1 if the server exited by itself.
     """
@@ -188,11 +192,17 @@ def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: received.set())
     _notify("READY=1")
-    while running.process() is not None:
+    frontend = running.process()
+    upkeep = Upkeep(frontend) if frontend is not None else None
+    while upkeep is not None and running.process() is not None:
         if received.wait(_SUPERVISE_INTERVAL):
             _notify("STOPPING=1")
             stop(running, run_dir)
             return 0
+        upkeep.run()
+        if not Path(running.temporary).is_dir():
+            warn(f"TorchServe's temporary folder {running.temporary} was deleted; stopping.")
+            stop(running, run_dir)
     return 1
 
 
