@@ -1,8 +1,8 @@
-"""Classifies millions of pictures with Ray, by the same archive and the same stages as the server.
+"""Classifies millions of images with Ray, with the server's archive and pipeline stages.
 
     addresses --plan--> parts --read--> bytes --decode--> pixels --model--> rows --write--> Parquet
 
-A part is at most 256 pictures and one file of results, written whole or not at all. What runs on
-the nodes (`archive`, `storage`, `schema`, `stages` and `pipeline`) imports nothing of the other
-folders but the handler, and that from the archive itself.
+A part is at most 256 images and one result file, written atomically. The modules that run on Ray's
+workers (`archive`, `storage`, `schema`, `stages` and `pipeline`) import no other folder of this
+repository but `handler`, which they load from the archive.
 """

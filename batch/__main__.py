@@ -1,4 +1,4 @@
-"""`python -m batch`."""
+"""Runs `python -m batch`."""
 
 from batch import cluster  # noqa: F401, I001  # before Ray is imported, see there
 

@@ -1,6 +1,7 @@
-"""The archive, on each node: its own code decodes and classifies, so that answers are the served.
+"""Unpacks the model archive on each node and loads its handler.
 
-Whoever can write an archive decides what runs, as with TorchServe.
+The archive's own code decodes and classifies, so results equal the server's. As with TorchServe,
+anyone who can write an archive can run code.
 """
 
 import hashlib
@@ -16,20 +17,20 @@ from typing import Any
 
 import ray
 
-# Of the archive's SHA-256 in the name of its folder.
+# Hexadecimal digits of the archive's SHA-256 in the name of its folder.
 _DIGITS = 16
 
 
 class ForeignFolderError(RuntimeError):
-    """A folder that code would be loaded from is somebody else's, or open to others."""
+    """The folder to load code from belongs to another user, or others may write to it."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that nodes can get at.
+    """An archive that every node can load.
 
     Attributes:
-        sha256: of the file, in hexadecimal digits.
+        sha256: SHA-256 of the file, in hexadecimal digits.
         content: its bytes, in Ray's object store.
         root: the folder that nodes unpack into; None for one in each node's temporary folder.
     """
@@ -39,15 +40,14 @@ class Archive:
     root: str | None = None
 
     def stages(self) -> ModuleType:
-        """The module `batch.stages`, with the archive's handler behind it."""
-        folder = self.folder()
-        enter(folder)
+        """Return the module `batch.stages`, with the archive's handler loaded."""
+        load_handler_from(self.folder())
         from batch import stages  # imports the archive's handler
 
         return stages
 
     def folder(self) -> Path:
-        """The unpacked archive; the first process of a node that needs it makes it."""
+        """Return the folder of the unpacked archive; unpack it if this node has not yet."""
         folder = _root(self.root) / self.sha256[:_DIGITS]
         if not folder.is_dir():
             unpack(ray.get(self.content), self.sha256, folder)
@@ -55,31 +55,31 @@ class Archive:
 
 
 def unpack(content: bytes, sha256: str, folder: Path) -> None:
-    """Unpacks an archive, whole or not at all; another process may do the same.
+    """Unpack an archive atomically; several processes may do so at the same time.
 
     Raises:
-        ValueError: the bytes are not those of this hash.
+        ValueError: the content has another SHA-256.
     """
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("the archive changed on its way")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary, "archive")
+        unpacked = Path(temporary, "archive")
         with tempfile.TemporaryFile() as file:
             file.write(content)
             with zipfile.ZipFile(file) as packed:
-                packed.extractall(whole)
+                packed.extractall(unpacked)
         try:
-            whole.rename(folder)
-        except OSError:
+            unpacked.rename(folder)
+        except OSError:  # another process was first
             if not folder.is_dir():
                 raise
 
 
-def enter(folder: Path) -> None:
-    """Makes this process import `handler` from an unpacked archive.
+def load_handler_from(folder: Path) -> None:
+    """Make this process import `handler` from an unpacked archive.
 
     Raises:
-        RuntimeError: it has imported another one already.
+        RuntimeError: it has imported another handler already.
     """
     loaded: Any = sys.modules.get("handler")
     if loaded is not None:
@@ -87,13 +87,13 @@ def enter(folder: Path) -> None:
             return
         if any(name.startswith("handler.") for name in sys.modules):
             raise RuntimeError(f"this process has the handler of {loaded.__file__} already")
-        # Nothing but the package itself, which `scripts` imports for its first lines.
+        # Only the package itself is loaded, because `scripts` imports it. It can be replaced.
         del sys.modules["handler"]
     sys.path.insert(0, str(folder))
 
 
 def _root(given: str | None) -> Path:
-    """Where archives are unpacked: this user's alone, since code is loaded from there."""
+    """Return the folder to unpack archives in; only this user may write to it."""
     root = Path(given or Path(tempfile.gettempdir(), f"classify-batch-{os.getuid()}"))
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = root.lstat()

@@ -1,4 +1,4 @@
-"""Ray: an embedded one for this machine, or a cluster that is there."""
+"""Starts Ray on this machine, or connects to an existing Ray cluster."""
 
 import logging
 import os
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Ray reports its use to its makers unless it is told not to before it is imported.
+# Ray sends usage statistics unless this is set before its import.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Its messages are in its folder of logs; of what a person can mend this program speaks itself.
+# Ray's log files have its messages; this program prints the errors that a user can fix.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import psutil
@@ -19,7 +19,7 @@ import ray
 import ray.data
 from ray._private import ray_constants
 
-# For a cluster's head to take a connection, and for Ray's own processes to end.
+# Timeout to connect to a cluster's head, and for Ray's own processes to exit.
 _SECONDS = 10
 
 for name in ("ray", "ray.data"):
@@ -27,18 +27,18 @@ for name in ("ray", "ray.data"):
 
 
 @contextmanager
-def joined(address: str) -> Iterator[None]:
-    """A cluster for as long as the context lasts; its nodes get this package from here.
+def connected(address: str) -> Iterator[None]:
+    """Connect to a cluster while the context lasts, and send this package to its nodes.
 
     Args:
-        address: of its head, such as 10.0.0.1:6379, or "auto" on one of its nodes.
+        address: of the cluster's head, such as 10.0.0.1:6379, or "auto" on one of its nodes.
 
     Raises:
-        ConnectionError: nobody answers there.
+        ConnectionError: nothing listens at the address.
     """
-    _reach(address)
+    _check_reachable(address)
     package = str(Path(__file__).parent)
-    with _silence():
+    with _stderr_discarded():
         ray.init(
             address,
             runtime_env={"py_modules": [package]},
@@ -51,10 +51,10 @@ def joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
-    """Raises where nobody is: Ray itself would wait there for many minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError if nothing listens; `ray.init` would retry for many minutes."""
     host, colon, port = address.rpartition(":")
-    if not colon or "/" in host:  # "auto", or a scheme of Ray's
+    if not colon or "/" in host:  # "auto", or an address with one of Ray's schemes
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
@@ -64,17 +64,17 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def embedded() -> Iterator[str]:
-    """A Ray of this machine's own, closed to others, which leaves nothing behind.
+    """Run Ray on this machine, on loopback only; stop it and delete its files on exit.
 
     Returns:
-        a folder for what its processes unpack.
+        a folder to unpack archives in.
     """
-    # Otherwise Ray takes the address by which other machines reach this one, and listens on all.
+    # Otherwise Ray takes an external address of this machine, and listens on all interfaces.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # Of short name: the names of its sockets may have 107 bytes.
+    # Short, because paths of Unix sockets are limited to 107 bytes.
     folder = tempfile.mkdtemp(prefix="ray-")
     try:
-        with _silence():
+        with _stderr_discarded():
             ray.init(
                 "local",
                 _node_ip_address="127.0.0.1",
@@ -87,7 +87,7 @@ def embedded() -> Iterator[str]:
     finally:
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
-        # Of many runs one left a process of an actor that hung in its own end.
+        # An actor's process hung on exit in one of many runs.
         _, left = psutil.wait_procs(started, _SECONDS)
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -96,8 +96,8 @@ def embedded() -> Iterator[str]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing is written to standard error: Ray's library says there what it was told to log."""
+def _stderr_discarded() -> Iterator[None]:
+    """Discard standard error, where Ray's native library writes its log."""
     before = os.dup(2)
     try:
         with Path(os.devnull).open("wb") as nowhere:

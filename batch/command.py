@@ -1,4 +1,4 @@
-"""`make classify-batch` and `python -m batch`: the command line."""
+"""Parses and runs the command line of `make classify-batch` and `python -m batch`."""
 
 import contextlib
 import hashlib
@@ -16,57 +16,60 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from batch import cluster, pipeline, plan, storage
-from batch.archive import Archive, enter, unpack
-from batch.job import Job, OtherJobError, begun
+from batch.archive import Archive, load_handler_from, unpack
+from batch.job import Job, OtherJobError, load_existing_job
 from batch.pipeline import Actors, Tally
-from batch.storage import AddressError, AwayError
+from batch.storage import AddressError, TransientStorageError
 from scripts.sources import sources
 from scripts.terminal import UserError, console, step, warn
 
 _ARCHIVE = Path("model_store", "densenet121.mar")
-_COMMONEST = 10
+# The most frequent errors are printed and reported.
+_MAX_ERRORS = 10
 
 
 def main(
-    pictures: Annotated[
+    paths: Annotated[
         list[str] | None,
         typer.Argument(
             help="A folder, a list of addresses (.txt), a Parquet file or a folder of such; on "
             "this machine, or s3://..., gs://..."
         ),
     ] = None,
-    images: Annotated[str | None, typer.Option(help="The same, as one name.")] = None,
-    output: Annotated[str, typer.Option(help="A folder for the results; the same goes on.")] = "",
+    images: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    output: Annotated[
+        str, typer.Option(help="A folder for the results; the same folder resumes a job.")
+    ] = "",
     archive: Annotated[Path, typer.Option(help="The .mar.")] = _ARCHIVE,
     column: Annotated[
-        str | None, typer.Option(help="Of Parquet: with addresses, or with pictures' bytes.")
+        str | None, typer.Option(help="Of Parquet: with addresses, or with images' bytes.")
     ] = None,
-    topk: Annotated[int | None, typer.Option(min=1, help="Predictions a picture.")] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Predictions per image.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least probability of a label.")
+        float | None, typer.Option(min=0, max=1, help="Confidence threshold.")
     ] = None,
-    embedding: Annotated[bool, typer.Option(help="The pooled last features too.")] = False,
+    embedding: Annotated[bool, typer.Option(help="Write embeddings too.")] = False,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Processes with the model; otherwise one a CPU.")
+        int | None, typer.Option(min=1, help="Processes with the model; by default one per CPU.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A Ray cluster's head; otherwise this machine alone.")
+        str | None, typer.Option(help="A Ray cluster's head; by default only this machine is used.")
     ] = None,
 ) -> int:
-    """Classifies any number of pictures on all cores of this machine, or on a Ray cluster."""
-    named = pictures or sources(images)
+    """Classify any number of images on all cores of this machine, or on a Ray cluster."""
+    named = paths or sources(images)
     if len(named) != 1:
-        raise UserError("Name one folder, list or Parquet file: IMAGES=pictures.")
+        raise UserError("Name one folder, list or Parquet file: IMAGES=images.")
     if not output:
         raise UserError("Name a folder for the results: OUTPUT=results.")
-    with _explained(), _unpacked(archive) as (content, sha256, folder):
+    with _errors_as_messages(), _unpacked(archive) as (content, sha256, folder):
         choices = {"topk": topk, "threshold": threshold, "embedding": embedding}
-        description = _described(folder, choices)
-        asked = Job(sha256, named[0], column, os.getcwd(), **choices, output=_absolute(output))  # type: ignore[arg-type]  # noqa: PTH109
-        job = begun(asked) or _planned(asked)
+        description = _describe(folder, choices)
+        requested = Job(sha256, named[0], column, os.getcwd(), **choices, output=_absolute(output))  # type: ignore[arg-type]  # noqa: PTH109
+        job = load_existing_job(requested) or _begin(requested)
         missing = job.missing()
         if not missing:
-            step(f"All {job.pictures:,} pictures have results in {output}")
+            step(f"All {job.pictures:,} images have results in {output}")
             return 0
         if description.warning:
             warn(description.warning)
@@ -75,51 +78,48 @@ def main(
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             models = Actors.of(resources, actors, len(missing), gpu=description.wants_gpu)
             step(
-                f"Classifying {job.pictures:,} pictures, {len(missing):,} part(s), with "
+                f"Classifying {job.pictures:,} images, {len(missing):,} part(s), with "
                 f"{models.count} actor(s) on {int(resources.get('CPU', 0))} CPU(s)"
                 + (f" and {int(resources['GPU'])} GPU(s)" if models.on_gpus else "")
             )
             started = time.monotonic()
-            tally = _follow(pipeline.run(job, shared, missing, models), job, missing)
+            tally = _show_progress(pipeline.run(job, shared, missing, models), job, missing)
             seconds = time.monotonic() - started
     _report(job, tally, seconds, output)
     return 0
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """What a person can mend, as a sentence."""
+def _errors_as_messages() -> Iterator[None]:
+    """Turn errors that a user can fix into a `UserError`."""
     try:
         yield
     except (OtherJobError, plan.PlanError, AddressError) as error:
         raise UserError(str(error)) from error
     except ray.exceptions.RayError as error:
-        raise UserError(_why(error)) from error
+        raise UserError(_root_cause(error)) from error
     except ConnectionError as error:
         raise UserError(f"No Ray cluster answers: {error}") from error
     except OSError as error:
-        raise UserError(f"{_subject(error)}{error.strerror or error}.") from error
+        file = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{file}{error.strerror or error}.") from error
 
 
-def _subject(error: OSError) -> str:
-    return f"{error.filename}: " if error.filename else ""
-
-
-def _why(error: BaseException) -> str:
-    """What stopped the job; what was done is there."""
+def _root_cause(error: BaseException) -> str:
+    """Return the message for the first error of a chain, which stopped the job."""
     cause: BaseException = error
     while (below := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = below
-    if isinstance(cause, AwayError):
-        said = f"The storage does not answer: {cause.strerror or cause}."
+    if isinstance(cause, TransientStorageError):
+        reason = f"The storage does not answer: {cause.strerror or cause}."
     else:
-        said = f"The job stopped: {type(cause).__name__}: {cause}"
-    return f"{said} The same command goes on where it stopped."
+        reason = f"The job stopped: {type(cause).__name__}: {cause}"
+    return f"{reason} The same command resumes where it stopped."
 
 
 @contextlib.contextmanager
 def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
-    """An archive's bytes, hash and parts; from here on its handler is this process's."""
+    """Unpack an archive and load its handler; return its bytes, SHA-256 and folder."""
     try:
         content = archive.read_bytes()
     except OSError as error:
@@ -134,83 +134,86 @@ def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
             unpack(content, sha256, folder)
         except Exception as error:
             raise UserError(f"{archive} is no sound archive: {error}.") from error
-        enter(folder)
+        load_handler_from(folder)
         yield content, sha256, folder
 
 
-def _described(folder: Path, choices: dict[str, Any]) -> Any:
+def _describe(folder: Path, choices: dict[str, Any]) -> Any:
     from batch import stages  # imports the archive's handler
 
     try:
         return stages.describe(folder, stages.Choices(**choices))
-    except Exception as error:  # of the archive's own kinds
+    except Exception as error:  # the archive's handler has error classes of its own
         raise UserError(f"The archive: {error}") from error
 
 
 def _absolute(output: str) -> str:
-    where = storage.place(output)
-    return where.path if where.is_local else output
+    folder = storage.place(output)
+    return folder.path if folder.is_local else output
 
 
-def _planned(asked: Job) -> Job:
-    """Writes down which pictures there are, and begins the job."""
+def _begin(requested: Job) -> Job:
+    """Write the plan of a new job, and begin it."""
     left_out: Counter[str] = Counter()
-    with console.status("Listing the pictures ..."):
-        found = plan.entries(asked.images, asked.column, left_out)
-        pictures, part_size = plan.write(found, asked.plan)
+    with console.status("Listing the images ..."):
+        found = plan.entries(requested.images, requested.column, left_out)
+        count, part_size = plan.write(found, requested.plan)
     if left_out:
         step("Left out: " + ", ".join(f"{count} {what}" for what, count in left_out.most_common(5)))
-    job = replace(asked, pictures=pictures, part_size=part_size)
+    job = replace(requested, pictures=count, part_size=part_size)
     job.begin()
     return job
 
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[str | None]:
+    """Connect to Ray; return the folder to unpack archives in, None for the default."""
     if address is None:
         step("Starting Ray on this machine")
         with cluster.embedded() as root:
             yield root
     else:
-        with cluster.joined(address):
+        with cluster.connected(address):
             yield None
 
 
-def _follow(tallies: Iterator[Tally], job: Job, missing: Sequence[int]) -> Tally:
-    """Shows how far it is."""
+def _show_progress(tallies: Iterator[Tally], job: Job, missing: Sequence[int]) -> Tally:
+    """Show a progress bar until all parts are done; return the sum of their counts."""
     total = Tally()
     done = job.pictures - sum(map(job.size, missing))
     if done:
-        step(f"{done:,} pictures have results already")
+        step(f"{done:,} images have results already")
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     started = time.monotonic()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=job.pictures, completed=done, rate="")
         for tally in tallies:
             total.add(tally)
-            rate = f"{total.read / (time.monotonic() - started):.1f} pictures/s"
+            rate = f"{total.read / (time.monotonic() - started):.1f} images/s"
             progress.update(task, completed=done + total.read, rate=rate)
     return total
 
 
 def _report(job: Job, tally: Tally, seconds: float, output: str) -> None:
-    commonest = tally.errors.most_common(_COMMONEST)
-    for error, count in commonest:
+    """Print the counts, and write them to the job's report."""
+    errors = tally.errors.most_common(_MAX_ERRORS)
+    for error, count in errors:
         console.print(f"{count:8,} x {error}", markup=False, highlight=False)
     for reason, count in tally.fallbacks.most_common():
-        warn(f"{count:,} pictures are answered in float32, not the archive's precision: {reason}")
+        warn(f"{count:,} images are answered in float32, not the archive's precision: {reason}")
+    # The keys are read by users' programs: they are not renamed.
     counts = {
         "read": tally.read,
         "classified": tally.classified,
-        "refused": tally.refused,
+        "refused": tally.rejected,
         "seconds": round(seconds, 1),
         "pictures_per_second": round(tally.read / seconds, 1),
     }
     job.write_report(
-        {**counts, "errors": dict(commonest), "fallbacks": tally.fallbacks, "job": asdict(job)}
+        {**counts, "errors": dict(errors), "fallbacks": tally.fallbacks, "job": asdict(job)}
     )
     step(f"Results: {output}")
     console.print(
-        f"{tally.read:,} read, {tally.classified:,} classified, {tally.refused:,} refused, "
-        f"{seconds:.1f} s, {counts['pictures_per_second']} pictures/s"
+        f"{tally.read:,} read, {tally.classified:,} classified, {tally.rejected:,} rejected, "
+        f"{seconds:.1f} s, {counts['pictures_per_second']} images/s"
     )

@@ -1,4 +1,4 @@
-"""What a job is, and the folder that it writes to: the same there means that it goes on."""
+"""Describes a batch job, and the folder of its results, from which it can be resumed."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 from batch import parts, schema, storage
 from batch.storage import Place
 
-# Names that begin with _ are left out by what reads folders of Parquet files.
+# Readers of Parquet folders skip names that begin with an underscore.
 _JOB = "_job.json"
 _PLAN = "_plan"
 _REPORT = "_report.json"
@@ -17,25 +17,27 @@ _PREFIX, _SUFFIX = "part-", ".parquet"
 
 
 class OtherJobError(Exception):
-    """The folder has the results of another job; `str(error)` says what differs."""
+    """The folder has the results of another job; `str(error)` lists the differences."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the results depend on; it travels to every node.
+    """Everything that the results depend on; sent to every node, and stored in `_job.json`.
+
+    A field's name is its key in `_job.json`: renaming one would make existing folders unreadable.
 
     Attributes:
-        archive_sha256: of the archive.
-        images: the address of the pictures, as a person gave it.
-        column: of Parquet files with pictures or their addresses; None where there are none.
-        base: the folder that relative paths begin in.
-        topk: predictions wanted; None for the archive's.
-        threshold: least probability that counts as recognised; None for the archive's.
-        embedding: each row holds the pooled last features too.
+        archive_sha256: SHA-256 of the archive.
+        images: the address of the images, as the user gave it.
+        column: of Parquet files with images or their addresses; None if there are none.
+        base: the folder that relative paths are relative to.
+        topk: number of predictions; None for the archive's default.
+        threshold: confidence threshold; None for the archive's default.
+        embedding: each row holds the embedding.
         output: the address of the folder of results, absolute.
-        pictures: how many there are.
-        part_size: how many of them a part has, but for the last.
-        version: of the columns of the results.
+        pictures: number of images.
+        part_size: images per part; the last part may have fewer.
+        version: version of the columns of the results.
     """
 
     archive_sha256: str
@@ -52,85 +54,86 @@ class Job:
 
     @property
     def folder(self) -> Place:
-        """Of the results."""
+        """Return the folder of the results."""
         return storage.place(self.output)
 
     @property
     def plan(self) -> Place:
-        """The folder of the plan."""
+        """Return the folder of the plan."""
         return storage.place(self.plan_address)
 
     @property
     def plan_address(self) -> str:
-        """The same as an address."""
+        """Return the address of the folder of the plan."""
         base, question, query = self.output.partition("?")
         return f"{base.rstrip('/')}/{_PLAN}{question}{query}"
 
     @property
     def query(self) -> str:
-        """What the pictures' file system is to be told, see `storage.within`."""
+        """Return the options of the images' file system, see `storage.within`."""
         is_local = storage.place(self.images).is_local
         return "" if is_local else "".join(self.images.partition("?")[1:])
 
     def part_file(self, number: int) -> Place:
-        """Where a part's results go."""
+        """Return the result file of a part."""
         return self.folder / f"{_PREFIX}{number:08}{_SUFFIX}"
 
     def missing(self) -> list[int]:
-        """The parts that have no results."""
-        there = storage.names(self.folder)
+        """Return the numbers of the parts without results."""
+        existing = storage.names(self.folder)
         every = range(-(-self.pictures // self.part_size))
-        return [number for number in every if self.part_file(number).name not in there]
+        return [number for number in every if self.part_file(number).name not in existing]
 
     def size(self, number: int) -> int:
-        """How many pictures a part has."""
+        """Return the number of images of a part."""
         return min(self.part_size, self.pictures - number * self.part_size)
 
     def write_report(self, report: dict[str, Any]) -> None:
-        """Keeps a report beside the results."""
+        """Write a report to the folder of the results."""
         storage.write(self.folder / _REPORT, _as_json(report))
 
     def begin(self) -> None:
-        """Says in the folder what its results are of; the plan is there already."""
+        """Write `_job.json`; the plan must be complete, since this file marks it as such."""
         storage.write(self.folder / _JOB, _as_json(asdict(self)))
 
 
-def begun(asked: Job) -> Job | None:
-    """The job that the folder holds; None for an empty one, or one that was never begun.
+def load_existing_job(requested: Job) -> Job | None:
+    """Read the job of a folder to resume it; return None if there is none.
 
     Args:
-        asked: what a person wants now; what its plan says does not count.
+        requested: the job of the command line; its plan is ignored.
 
     Raises:
-        OtherJobError: the folder has another job's results, or somebody else's files.
+        OtherJobError: the folder has another job's results, or other files.
     """
-    folder = asked.folder
-    there = storage.names(folder) - {_PLAN}
-    if _JOB not in there:
-        if there:
+    folder = requested.folder
+    existing = storage.names(folder) - {_PLAN}
+    if _JOB not in existing:
+        if existing:
             raise OtherJobError(
-                f"{asked.output} has other files, such as {min(there)}, and no job of this "
+                f"{requested.output} has other files, such as {min(existing)}, and no job of this "
                 "command's. Name an empty folder, or one that is not there."
             )
         return None
-    said = json.loads(storage.read(folder / _JOB, parts.MOST_BYTES))
-    # The first version did not say which it was.
-    found = Job(**{"version": 1} | said)
-    differing = [
-        f"{name} {getattr(found, field)!r} there, {getattr(asked, field)!r} here"
+    stored = json.loads(storage.read(folder / _JOB, parts.MAX_FILE_BYTES))
+    # Version 1 stored no version.
+    found = Job(**{"version": 1} | stored)
+    differences = [
+        f"{name} {getattr(found, field)!r} there, {getattr(requested, field)!r} here"
         for field, name in _NAMES.items()
-        if getattr(found, field) != getattr(asked, field)
+        if getattr(found, field) != getattr(requested, field)
     ]
-    if _place(found) != _place(asked):
-        differing.append(f"pictures {_place(found)!r} there, {_place(asked)!r} here")
-    if differing:
+    if _source(found) != _source(requested):
+        differences.append(f"images {_source(found)!r} there, {_source(requested)!r} here")
+    if differences:
         raise OtherJobError(
-            f"{asked.output} has the results of another job: {'; '.join(differing)}. "
+            f"{requested.output} has the results of another job: {'; '.join(differences)}. "
             "Results are never mixed: name another folder, or remove this one."
         )
     return found
 
 
+# Fields that must be equal to resume a job, with their names in messages.
 _NAMES = {
     "archive_sha256": "archive",
     "column": "column",
@@ -141,8 +144,8 @@ _NAMES = {
 }
 
 
-def _place(job: Job) -> str:
-    """Which pictures, wherever the command is given."""
+def _source(job: Job) -> str:
+    """Return the address of the images, independent of the current folder."""
     if storage.place(job.images).is_local:
         return os.path.normpath(os.path.join(job.base, job.images))  # noqa: PTH118  # text
     return job.images.partition("?")[0]

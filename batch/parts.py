@@ -1,6 +1,6 @@
-"""A part of the job as the nodes read it: its rows of the plan, and the bytes of its pictures.
+"""Reads a part of the job: its rows of the plan, and the bytes of its images.
 
-The plan is Parquet files of rows; a row group is a part.
+The plan is a folder of Parquet files, the shards; each row group is a part.
 """
 
 from collections import deque
@@ -16,45 +16,50 @@ from pyarrow import parquet
 
 from batch import storage
 
-# Pictures of a part, at most: what one task decodes, and what is made again where a node dies.
-LARGEST = 256
-# A job of few pictures has so many parts all the same, so that all cores have work to the end.
-_FEWEST_PARTS = 128
-_SMALLEST = 8
-# Pictures of one file of the plan, which is read whole for each of its parts: about 1 MB.
-SHARD = 256 * LARGEST
+# Images per part: a task decodes one part, and if a node dies, its part is repeated.
+MAX_PART_SIZE = 256
+_MIN_PART_SIZE = 8
+# A small job is split into about so many parts, if it has enough images, so that all cores
+# are busy until the end.
+_MIN_PARTS = 128
+# Images per shard. Each task reads a whole shard, about 1 MB, for its part.
+SHARD = 256 * MAX_PART_SIZE
 
-MOST_BYTES = 1 << 30
+# Limit of files that are read into memory whole: shards, lists of addresses, `_job.json`.
+MAX_FILE_BYTES = 1 << 30
 
 SCHEMA = pa.schema(
     [
-        # As the results name the picture.
+        # The image's name in the results.
         pa.field("path", pa.string(), nullable=False),
-        # Of a picture whose bytes are in a Parquet file: which one, and where in it.
+        # For an image stored in a Parquet file: that file, and the row.
         pa.field("file", pa.string()),
         pa.field("row", pa.int64()),
     ]
 )
 
-# Files that are read ahead while one is being decoded.
-_AHEAD = 8
+# Files that are read ahead while one is decoded.
+_READ_AHEAD = 8
 
 
-def size_for(pictures: int) -> int:
-    """Pictures of a part, for a job of so many; `LARGEST` for more than a file of the plan has."""
-    return max(_SMALLEST, min(LARGEST, -(-pictures // _FEWEST_PARTS)))
+def size_for(images: int) -> int:
+    """Return the images per part for a job of so many images.
+
+    A job of more than one shard gets `MAX_PART_SIZE`.
+    """
+    return max(_MIN_PART_SIZE, min(MAX_PART_SIZE, -(-images // _MIN_PARTS)))
 
 
 def part(folder: str, number: int, size: int) -> Any:
-    """The rows of one part.
+    """Read the rows of one part.
 
     Args:
-        folder: the address of the plan's.
+        folder: the address of the folder of the plan.
         number: of the part, from 0.
-        size: pictures of a part.
+        size: images per part.
 
     Returns:
-        a table of the plan's columns.
+        a table with the columns of `SCHEMA`.
     """
     shard, group = divmod(number, SHARD // size)
     return _shard(folder, shard).read_row_group(group)
@@ -62,59 +67,61 @@ def part(folder: str, number: int, size: int) -> Any:
 
 @lru_cache(maxsize=2)
 def _shard(folder: str, shard: int) -> Any:
-    content = storage.read(storage.place(folder) / shard_name(shard), MOST_BYTES)
+    content = storage.read(storage.place(folder) / shard_name(shard), MAX_FILE_BYTES)
     return parquet.ParquetFile(pa.BufferReader(content))
 
 
 def shard_name(shard: int) -> str:
-    """Of a file of the plan."""
+    """Return the file name of a shard of the plan."""
     return f"plan-{shard:05}.parquet"
 
 
 def contents(
-    rows: Any, column: str | None, base: str, query: str, most: int
+    rows: Any, column: str | None, base: str, query: str, max_bytes: int
 ) -> Iterator[bytes | OSError]:
-    """What each picture's file holds, or why it cannot be read; a few are read ahead.
+    """Yield each image's encoded bytes, or the error if they cannot be read.
 
     Args:
-        rows: as `part` gives them.
-        column: of Parquet files; None where each picture has a file.
-        base: see `storage.within`; so is `query`.
-        query: see there.
-        most: bytes; of a longer file so many and one more.
+        rows: the table that `part` returns.
+        column: of Parquet files; None if each image is a file.
+        base: see `storage.within`.
+        query: see `storage.within`.
+        max_bytes: limit per file; of a longer file one byte more than the limit is read.
     """
-    # A folder may have Parquet files with addresses beside such with bytes.
+    # A folder may mix Parquet files of addresses with Parquet files of bytes.
     for file, some in groupby(rows.to_pylist(), itemgetter("file")):
         if file is None:
-            yield from _in_files([row["path"] for row in some], base, query, most)
+            yield from _from_files([row["path"] for row in some], base, query, max_bytes)
         else:
             assert column is not None
             wanted = [row["row"] for row in some]
-            yield from _in_parquet(file, wanted, column, base, query)
+            yield from _from_parquet(file, wanted, column, base, query)
 
 
-def _in_files(paths: list[str], base: str, query: str, most: int) -> Iterator[bytes | OSError]:
+def _from_files(
+    paths: list[str], base: str, query: str, max_bytes: int
+) -> Iterator[bytes | OSError]:
     def read(path: str) -> bytes | OSError:
         try:
-            return storage.read(storage.within(path, base, query), most)
+            return storage.read(storage.within(path, base, query), max_bytes)
         except OSError as error:
             return error
         except storage.AddressError as error:
             return OSError(str(error))
 
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        # Made as they are asked for.
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        # A generator: it submits a read only when an item is taken.
         submitted = (pool.submit(read, path) for path in paths)
-        waiting = deque(islice(submitted, _AHEAD))
+        waiting = deque(islice(submitted, _READ_AHEAD))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(islice(submitted, 1))
 
 
-def _in_parquet(
+def _from_parquet(
     file: str, wanted: list[int], column: str, base: str, query: str
 ) -> Iterator[bytes | OSError]:
-    """The pictures of some rows, which follow one another; of damaged row groups errors."""
+    """Yield the images of consecutive rows; an error for each row of a damaged row group."""
     try:
         content = storage.opened(storage.within(file, base, query))
     except OSError as error:
@@ -123,26 +130,26 @@ def _in_parquet(
     try:
         opened = parquet.ParquetFile(content)
     except (OSError, pa.ArrowException) as error:
-        yield from [_damage(error, "its Parquet file")] * len(wanted)
+        yield from [_read_error(error, "its Parquet file")] * len(wanted)
         return
     start = 0
     for group in range(opened.num_row_groups):
         end = start + opened.metadata.row_group(group).num_rows
         first, last = max(start, wanted[0]), min(end, wanted[-1] + 1)
         if first < last:
-            yield from _in_group(opened, group, column, first - start, last - start)
+            yield from _from_row_group(opened, group, column, first - start, last - start)
         start = end
 
 
-def _in_group(
+def _from_row_group(
     opened: Any, group: int, column: str, first: int, last: int
 ) -> Iterator[bytes | OSError]:
-    """The pictures of the rows from `first` to before `last` of a row group."""
+    """Yield the images of the rows `first` to `last`, exclusive, of a row group."""
     is_struct = pa.types.is_struct(opened.schema_arrow.field(column).type)
     source = f"{column}.bytes" if is_struct else column
     position, left = 0, last - first
     try:
-        for batch in opened.iter_batches(LARGEST, [group], [source]):
+        for batch in opened.iter_batches(MAX_PART_SIZE, [group], [source]):
             (values,) = batch.columns
             if is_struct:
                 (values,) = values.flatten()
@@ -153,11 +160,11 @@ def _in_group(
             if position >= last:
                 return
     except (OSError, pa.ArrowException) as error:
-        yield from [_damage(error, f"row group {group} of its Parquet file")] * left
+        yield from [_read_error(error, f"row group {group} of its Parquet file")] * left
 
 
-def _damage(error: Exception, what: str) -> OSError:
-    """Why rows have no picture: the storage did not give it, or what it gave is damaged."""
-    if isinstance(error, storage.AwayError):
+def _read_error(error: Exception, what: str) -> OSError:
+    """Return the error of rows: transient if the storage failed, else that `what` is damaged."""
+    if isinstance(error, storage.TransientStorageError):
         return error
     return OSError(f"{what} is damaged: {' '.join(str(error).split())}")

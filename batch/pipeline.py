@@ -1,12 +1,12 @@
-"""The job on Ray Data: read and decode in tasks, the model in actors, a file for each part.
+"""Runs the job on Ray Data: tasks read and decode, actors classify and write one file per part.
 
-Encoded bytes stay in the task that reads them, which decodes one picture while it reads the next
-few: 256 photographs of a telephone would be more than a gigabyte between two tasks.
+A task keeps the encoded bytes to itself: it decodes one image while it reads the next few. 256
+smartphone photographs would be more than a gigabyte between two tasks.
 
-Whatever dies is started again by Ray, and makes the same part again. Results are the same then, and
-so is their file's name, so that no picture is lost, and none is there twice. Where a part's task
-dies each time, what is left of the job is decoded in processes apart, so that a picture that
-crashes its decoder is a row like others that fail.
+Ray restarts a task or an actor that crashes, and repeats its part. The results and the file name
+are the same then, so no image is lost or duplicated. If a part crashes its task each time, the
+remaining parts are decoded with one process per image, so that an image that crashes its decoder
+gets an error in its row.
 """
 
 import json
@@ -29,49 +29,49 @@ from batch import parts, schema, storage
 from batch.archive import Archive
 from batch.job import Job
 
-# Of a CPU: an actor and a decoding task together take one, so that each CPU has one of both, and
-# whichever has more to do gets it.
+# Shares of a CPU. One actor and one decoding task together fit on a CPU, so that each CPU runs one
+# of both, and the operating system gives time to the one with more work.
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
-# An actor on a GPU has little to do on a CPU, and decoding takes what is left, at most a whole one.
+# An actor on a GPU needs little CPU time; decoding tasks get the rest, at most one CPU each.
 _GPU_ACTOR_CPUS = 0.1
 
-# A task that died so often did not die of its node: a picture ends it.
-_RETRIES = 3
+# A task that crashed after so many retries did not crash because of its node, but of an image.
+_MAX_RETRIES = 3
 
-# Types of errors that the handler does not have: a file that cannot be read, and its like of a
-# server's own fault.
+# Error types that the handler does not have: an unreadable file, and an error that the server
+# would answer with status 500.
 _UNREADABLE = "Unreadable"
 _INTERNAL = "InternalError"
 
-_DIGITS = re.compile(r"\d[\d,.]*")
+_NUMBER = re.compile(r"\d[\d,.]*")
 
 
 @dataclass
 class Tally:
-    """What became of pictures.
+    """Counts of images by outcome.
 
     Attributes:
-        classified: how many have labels.
-        refused: how many have an error.
-        errors: how often each occurs; numbers in their messages are left out.
-        fallbacks: how many were not answered in the archive's precision, by the reason.
+        classified: number of images with a result.
+        rejected: number of images with an error.
+        errors: count of each error; numbers in the messages are replaced by N.
+        fallbacks: number of images not classified in the archive's precision, by the reason.
     """
 
     classified: int = 0
-    refused: int = 0
+    rejected: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
 
     @property
     def read(self) -> int:
-        """All of them."""
-        return self.classified + self.refused
+        """Return the number of all images."""
+        return self.classified + self.rejected
 
     def add(self, other: "Tally") -> None:
-        """Counts another's too."""
+        """Add the counts of another tally."""
         self.classified += other.classified
-        self.refused += other.refused
+        self.rejected += other.rejected
         self.errors += other.errors
         self.fallbacks += other.fallbacks
 
@@ -81,10 +81,10 @@ class Actors:
     """The processes that load the model.
 
     Attributes:
-        count: how many.
+        count: number of actors.
         on_gpus: each has a GPU of its own.
-        cpus: that each is given, which leaves enough for decoding.
-        task_cpus: that each task that decodes is given.
+        cpus: CPUs per actor, which leaves enough for decoding.
+        task_cpus: CPUs per decoding task.
     """
 
     count: int
@@ -96,13 +96,13 @@ class Actors:
     def of(
         cls, resources: Mapping[str, float], wanted: int | None, parts: int, *, gpu: bool
     ) -> "Actors":
-        """As many as a cluster has GPUs, where the model uses them, or CPUs; at most one a part.
+        """Return one actor per GPU if the model uses GPUs, else one per CPU; at most one per part.
 
         Args:
-            resources: of the cluster, as Ray counts them.
-            wanted: how many a person asked for, if any.
-            parts: that are to be made.
-            gpu: the model runs on GPUs where there are some.
+            resources: of the cluster, as Ray reports them.
+            wanted: overrides the number of actors.
+            parts: number of parts to run.
+            gpu: the model runs on GPUs if there are any.
         """
         cpus = max(1, int(resources.get("CPU", 1)))
         gpus = int(resources.get("GPU", 0)) if gpu else 0
@@ -112,43 +112,46 @@ class Actors:
             own = _ACTOR_CPUS * min(1, each)
             return cls(count, on_gpus=False, cpus=own, task_cpus=_TASK_CPUS)
         own = _GPU_ACTOR_CPUS * min(1, each)
-        # A node with a CPU for each GPU, and no more, must have room for a task beside its actors.
+        # A node with as many CPUs as GPUs must have room for a task beside its actors.
         return cls(count, on_gpus=True, cpus=own, task_cpus=min(1, each - own))
 
 
 def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Iterator[Tally]:
-    """Makes parts, and tells what became of each as it is done.
+    """Run parts of a job; yield the counts of each when it is done.
 
     Args:
         job: the job.
-        archive: the same for all nodes.
-        numbers: of the parts that are to be made.
+        archive: the archive, available to all nodes.
+        numbers: the parts to run.
         actors: the processes that load the model.
 
     Raises:
-        ray.exceptions.RayError: a part cannot be made; its cause says why.
+        ray.exceptions.RayError: a part failed; the error's cause has the reason.
     """
     left = set(numbers)
     try:
-        for number, tally in _made(job, archive, numbers, actors, isolated=False):
+        for number, tally in _run_parts(job, archive, numbers, actors, isolated=False):
             left.remove(number)
             yield tally
     except ray.exceptions.WorkerCrashedError:
-        for _, tally in _made(job, archive, sorted(left), actors, isolated=True):
+        for _, tally in _run_parts(job, archive, sorted(left), actors, isolated=True):
             yield tally
 
 
-def _made(
+def _run_parts(
     job: Job, archive: Archive, numbers: list[int], actors: Actors, *, isolated: bool
 ) -> Iterator[tuple[int, Tally]]:
-    """The parts' numbers, in any order, and what became of each; see `decode` for `isolated`."""
-    # The only way to say how often a task is tried; Ray's own that replaces it is not there yet.
+    """Yield each part's number and its counts, in the order of completion.
+
+    With `isolated`, each image is decoded in a process of its own, see `decode`.
+    """
+    # `ray_remote_args_fn` is deprecated, but Ray has no other way to set `max_retries` yet.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # A block is a part, and stays one.
+    # No limit: Ray never splits the block of a part.
     context.target_max_block_size = None
-    # None is as a person asked for, however long a cluster takes to start it.
+    # Not positive: do not wait for all actors at the start, and set no timeout for them.
     context.wait_for_min_actors_s = -1
     items = [{schema.PART: number} for number in numbers]
     numbered: Any = ray.data.from_items(items, override_num_blocks=len(items))
@@ -158,43 +161,43 @@ def _made(
         batch_format="pyarrow",
         fn_kwargs={"job": job, "archive": archive, "isolated": isolated},
         num_cpus=actors.task_cpus,
-        # Ray Data by itself tries without end.
-        ray_remote_args_fn=None if isolated else lambda: {"max_retries": _RETRIES},
+        # Ray Data's default is to retry without limit.
+        ray_remote_args_fn=None if isolated else lambda: {"max_retries": _MAX_RETRIES},
     ).map_batches(
         Model,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_kwargs={"job": job, "archive": archive, "on_gpu": actors.on_gpus},
-        # One part is written while the next is classified.
+        # Two calls at a time: one part is written while the next is classified.
         compute=ActorPoolStrategy(
             size=min(actors.count, len(numbers)),
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,
         ),
         num_cpus=actors.cpus,
-        # With `num_gpus` Ray Data insists on a size of batches; a batch is a whole part here.
+        # The parameter `num_gpus` would require a batch size, but a batch is a whole part here.
         ray_remote_args_fn=(lambda: {"num_gpus": 1}) if actors.on_gpus else None,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in block.to_pylist():
             counters = (Counter(json.loads(row[name])) for name in ("errors", "fallbacks"))
-            yield row[schema.PART], Tally(row["classified"], row["refused"], *counters)
+            yield row[schema.PART], Tally(row["classified"], row["rejected"], *counters)
 
 
 def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
-    """A part's pictures as the model takes them.
+    """Decode a part's images to the model's input.
 
     Args:
-        number: a table of one row.
+        number: a table of one row, with the part's number.
         job: the job.
         archive: the archive.
-        isolated: a picture that crashes its decoder must not end this process.
+        isolated: decode each image in a process of its own, which it may crash.
 
     Returns:
         a table of `schema.decoded`.
 
     Raises:
-        AwayError: none of them can be read now.
+        TransientStorageError: none of the images can be read now.
     """
     (part,) = number.column(schema.PART).to_pylist()
     stages = archive.stages()
@@ -203,26 +206,26 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
     paths = rows.column("path").to_pylist()
     pixels: list[bytes | None] = []
     errors: list[tuple[str, str] | tuple[None, None]] = []
-    away: list[OSError] = []
+    transient: list[OSError] = []
     read = parts.contents(rows, job.column, job.base, job.query, stages.MAX_REQUEST_BYTES)
     for content in read:
-        made: bytes | None = None
+        decoded: bytes | None = None
         error: tuple[str, str] | tuple[None, None] = (None, None)
         if isinstance(content, OSError):
             error = (_UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
-            if isinstance(content, storage.AwayError):
-                away.append(content)
+            if isinstance(content, storage.TransientStorageError):
+                transient.append(content)
         else:
             try:
-                made = decoder.pixels(content, isolated=isolated)
+                decoded = decoder.pixels(content, isolated=isolated)
             except stages.RequestError as rejection:
                 error = (rejection.type, str(rejection))
-            except Exception as failure:  # whatever it is, it is this image's row
+            except Exception as failure:  # any error is stored in the image's row
                 error = _internal(f"{type(failure).__name__}: {failure}")
-        pixels.append(made)
+        pixels.append(decoded)
         errors.append(error)
-    if len(away) == len(paths):
-        raise storage.AwayError(f"no picture of a part can be read: {away[0]}")
+    if len(transient) == len(paths):
+        raise storage.TransientStorageError(f"no image of a part can be read: {transient[0]}")
     types, messages = zip(*errors, strict=True)
     columns = [[part] * len(paths), paths, pixels, types, messages]
     return pa.table(dict(zip(schema.decoded().names, columns, strict=True)), schema.decoded())
@@ -239,42 +242,42 @@ def _decoder(archive: Archive) -> Any:
 
 
 class Model:
-    """An actor: loads the model once, then answers part after part, and writes their files."""
+    """An actor that loads the model once, classifies parts, and writes their files."""
 
     def __init__(self, *, job: Job, archive: Archive, on_gpu: bool) -> None:
         stages = archive.stages()
         choices = stages.Choices(job.topk, job.threshold, job.embedding)
-        # Ray shows a process the GPUs that are its own, from 0 on.
+        # Ray sets CUDA_VISIBLE_DEVICES to the actor's own GPUs, so their numbers begin at 0.
         self._classifier = stages.Classifier(archive.folder(), choices, gpu=0 if on_gpu else None)
         description = stages.describe(archive.folder(), choices)
         self._schema = schema.results(multilabel=description.multilabel, embedding=job.embedding)
-        self._same = {
+        self._constant = {
             "warning": description.warning,
             schema.PRECISION: self._classifier.precision,
             schema.ARCHIVE: job.archive_sha256,
         }
         self._job = job
-        self._one_at_a_time = Lock()
+        self._lock = Lock()
 
-    def __call__(self, pictures: Any) -> Any:
-        """Classifies a part, and writes its file.
+    def __call__(self, images: Any) -> Any:
+        """Classify a part, and write its file.
 
         Args:
-            pictures: a table of `schema.decoded`.
+            images: a table of `schema.decoded`.
 
         Returns:
-            a table of one row: the part's number, and what is in the file.
+            a table of one row: the part's number, and the counts of its file.
 
         Raises:
-            AwayError: the file cannot be written now.
+            TransientStorageError: the file cannot be written now.
         """
-        (part,) = set(pictures.column(schema.PART).to_pylist())
-        with self._one_at_a_time:
-            results = self._results(pictures.drop_columns([schema.PART]))
+        (part,) = set(images.column(schema.PART).to_pylist())
+        with self._lock:
+            results = self._results(images.drop_columns([schema.PART]))
         storage.write_table(self._job.part_file(part), results)
         failed = results.filter(compute.is_valid(results.column("error_type")))
         errors = Counter(
-            f"{kind}: {_DIGITS.sub('N', message)}"
+            f"{kind}: {_NUMBER.sub('N', message)}"
             for kind, message in zip(*_lists(failed, "error_type", "error_message"), strict=True)
         )
         reason = self._classifier.fallback
@@ -282,19 +285,19 @@ class Model:
             {
                 schema.PART: [part],
                 "classified": [len(results) - len(failed)],
-                "refused": [len(failed)],
+                "rejected": [len(failed)],
                 "errors": [json.dumps(errors)],
                 "fallbacks": [json.dumps({reason: len(results)} if reason else {})],
             }
         )
 
-    def _results(self, pictures: Any) -> Any:
-        sound = pictures.column(schema.PIXELS).drop_null()
-        results = self._classifier.results([value.as_buffer() for value in sound])
+    def _results(self, images: Any) -> Any:
+        decoded = images.column(schema.PIXELS).drop_null()
+        results = self._classifier.results([value.as_buffer() for value in decoded])
         rows = []
-        for row in pictures.drop_columns([schema.PIXELS]).to_pylist():
-            found = {} if row["error_type"] else _columns(next(results))
-            rows.append(row | found | self._same)
+        for row in images.drop_columns([schema.PIXELS]).to_pylist():
+            columns = {} if row["error_type"] else _columns(next(results))
+            rows.append(row | columns | self._constant)
         return pa.Table.from_pylist(rows, self._schema)
 
 

@@ -1,4 +1,4 @@
-"""Which pictures there are, written down once, so that a job that goes on has the same ones."""
+"""Lists the images of a job once, so that a resumed job classifies the same ones."""
 
 import io
 from collections import Counter
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from batch import storage
-from batch.parts import MOST_BYTES, SCHEMA, SHARD, shard_name, size_for
+from batch.parts import MAX_FILE_BYTES, SCHEMA, SHARD, shard_name, size_for
 from batch.storage import Place
 from classification_client.images import SUFFIXES
 
@@ -19,12 +19,12 @@ _PARQUET = ".parquet"
 
 
 class PlanError(Exception):
-    """There is nothing to classify under an address, or it cannot be told what."""
+    """An address has no images, or its column or its text cannot be read as images."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture; see the columns of the plan."""
+    """An image; the fields are the columns of `parts.SCHEMA`."""
 
     path: str
     file: str | None = None
@@ -32,50 +32,50 @@ class Entry:
 
 
 def entries(images: str, column: str | None, left_out: Counter[str]) -> Iterator[Entry]:
-    """All pictures that an address means.
+    """Yield all images of an address.
 
     Args:
-        images: a folder, a text file with an address a line, a Parquet file or a folder of such, or
-            a single picture.
-        column: of the Parquet files, with addresses or with pictures' bytes.
-        left_out: counts what is in a folder and no picture, by what it is.
+        images: a folder, a text file with an address per line, a Parquet file or a folder of such,
+            or a single image.
+        column: of the Parquet files, with addresses or with the images' bytes.
+        left_out: counts the files of a folder that are no images, by the reason.
 
     Raises:
-        PlanError: nothing is there, or the column is none of pictures.
+        PlanError: nothing is there, or the column has neither addresses nor images.
         AddressError: see `storage.place`.
         OSError: it cannot be read.
     """
-    where = storage.place(images)
-    named = images.partition("?")[0] if not where.is_local else images
-    (info,) = where.system.get_file_info([where.path])
+    source = storage.place(images)
+    address = images if source.is_local else images.partition("?")[0]
+    (info,) = source.system.get_file_info([source.path])
     if info.type == fs.FileType.NotFound:
         raise PlanError(f"{images}: there is no such file or folder.")
     if info.type == fs.FileType.Directory:
-        found = _in_folder(where, named, column, left_out)
-    elif where.name.lower().endswith(_PARQUET):
-        found = _in_parquet(where, named, _required(column, where))
-    elif where.name.lower().endswith(tuple(SUFFIXES)):
-        found = iter([Entry(named)])
+        found = _in_folder(source, address, column, left_out)
+    elif source.name.lower().endswith(_PARQUET):
+        found = _in_parquet(source, address, _required(column, source))
+    elif source.name.lower().endswith(tuple(SUFFIXES)):
+        found = iter([Entry(address)])
     else:
-        found = _in_list(where)
+        found = _in_list(source)
     first = next(found, None)
     if first is None:
-        told = ", ".join(f"{count} {what}" for what, count in left_out.most_common(5))
-        raise PlanError(f"{images}: there is no picture here{f' ({told})' if told else ''}.")
+        counts = ", ".join(f"{count} {what}" for what, count in left_out.most_common(5))
+        raise PlanError(f"{images}: there is no image here{f' ({counts})' if counts else ''}.")
     yield first
     yield from found
 
 
 def _in_folder(
-    folder: Place, named: str, column: str | None, left_out: Counter[str]
+    folder: Place, address: str, column: str | None, left_out: Counter[str]
 ) -> Iterator[Entry]:
-    for at, what in storage.files(folder):
-        name = named.rstrip("/") + at.path.removeprefix(folder.path.rstrip("/"))
-        suffix = "." + at.name.rpartition(".")[2].lower()
-        if what is not None:
-            left_out[what] += 1
+    for file, reason in storage.files(folder):
+        name = address.rstrip("/") + file.path.removeprefix(folder.path.rstrip("/"))
+        suffix = "." + file.name.rpartition(".")[2].lower()
+        if reason is not None:
+            left_out[reason] += 1
         elif column is not None and suffix == _PARQUET:
-            yield from _in_parquet(at, name, column)
+            yield from _in_parquet(file, name, column)
         elif column is None and suffix in SUFFIXES:
             yield Entry(name)
         else:
@@ -84,10 +84,10 @@ def _in_folder(
 
 def _in_list(file: Place) -> Iterator[Entry]:
     try:
-        text = storage.read(file, MOST_BYTES).decode("utf-8-sig")
+        text = storage.read(file, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PlanError(
-            f"{file.path} is no picture, no Parquet file (.parquet) and no text in UTF-8."
+            f"{file.path} is no image, no Parquet file (.parquet) and no text in UTF-8."
         ) from error
     for line in io.StringIO(text):
         if line.strip():
@@ -99,14 +99,15 @@ def _required(column: str | None, file: Place) -> str:
         return column
     with _opened(file) as opened:
         has = ", ".join(opened.schema_arrow.names)
-    raise PlanError(f"Which column of {file.name} has the pictures? It has {has}.")
+    raise PlanError(f"Which column of {file.name} has the images? It has {has}.")
 
 
-def _in_parquet(file: Place, named: str, column: str) -> Iterator[Entry]:
+def _in_parquet(file: Place, address: str, column: str) -> Iterator[Entry]:
     with _opened(file) as opened:
         schema = opened.schema_arrow
         if column not in schema.names:
-            raise PlanError(f"{named} has no column {column!r}; it has {', '.join(schema.names)}.")
+            has = ", ".join(schema.names)
+            raise PlanError(f"{address} has no column {column!r}; it has {has}.")
         kind = schema.field(column).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             for value in _values(opened, column):
@@ -114,13 +115,13 @@ def _in_parquet(file: Place, named: str, column: str) -> Iterator[Entry]:
             return
         if not _has_bytes(kind):
             raise PlanError(
-                f"The column {column!r} of {named} holds {kind}, neither addresses (string) nor "
-                "pictures' bytes (binary, or a struct of bytes and path)."
+                f"The column {column!r} of {address} holds {kind}, neither addresses (string) nor "
+                "images' bytes (binary, or a struct of bytes and path)."
             )
         names = _names(opened, column, kind)
         for row in range(opened.metadata.num_rows):
             name = next(names, None)
-            yield Entry(f"{named}#{row}" if name is None else name, named, row)
+            yield Entry(f"{address}#{row}" if name is None else name, address, row)
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -130,7 +131,7 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def _names(opened: Any, column: str, kind: Any) -> Iterator[str | None]:
-    """The pictures' own names, where the file has such: beside their bytes, or as `path`."""
+    """Yield the images' names: the struct's field `path`, or the column `path`; none if missing."""
     if pa.types.is_struct(kind):
         if kind.get_field_index("path") >= 0:
             yield from _values(opened, f"{column}.path", nested=True)
@@ -154,20 +155,20 @@ def _opened(file: Place) -> Any:
         raise PlanError(f"{file.path} is no Parquet file: {error}") from error
 
 
-def write(pictures: Iterable[Entry], folder: Place) -> tuple[int, int]:
-    """Writes the plan's files.
+def write(images: Iterable[Entry], folder: Place) -> tuple[int, int]:
+    """Write the shards of the plan.
 
     Returns:
-        how many pictures there are, and how many a part has.
+        the number of images, and the number of images per part.
     """
-    rest, count, shard = iter(pictures), 0, 0
-    size = 0
-    while some := list(islice(rest, SHARD)):
-        size = size or size_for(len(some))
-        columns = {name: [getattr(entry, name) for entry in some] for name in SCHEMA.names}
+    remaining = iter(images)
+    count = shard = size = 0
+    while chunk := list(islice(remaining, SHARD)):
+        size = size or size_for(len(chunk))
+        columns = {name: [getattr(entry, name) for entry in chunk] for name in SCHEMA.names}
         buffer = pa.BufferOutputStream()
         parquet.write_table(pa.table(columns, schema=SCHEMA), buffer, row_group_size=size)
         storage.write(folder / shard_name(shard), buffer.getvalue())
-        count += len(some)
+        count += len(chunk)
         shard += 1
     return count, size

@@ -1,4 +1,4 @@
-"""The pipeline's stages for the batch job: decode in tasks, classify in actors.
+"""Implements the stages of the batch job: decode in tasks, classify in actors.
 
 `handler` is the archive's own if `batch.archive` ran first.
 """
@@ -116,14 +116,14 @@ class Classifier:
     """Turns decoded images into results; loads the model.
 
     Attributes:
-        precision: in which it computes, see `handler.inference.engines.Engine`.
-        fallback: why that is not the archive's; empty if it is.
+        precision: of the computation, see `handler.inference.engines.Engine`.
+        fallback: why it differs from the archive's precision; empty if it does not.
     """
 
     def __init__(
         self, folder: Path, choices: Choices, threads: int = 1, gpu: int | None = None
     ) -> None:
-        """Args: an unpacked archive, the job's options, CPU threads, the GPU's number if any."""
+        """Load an unpacked archive; `threads` are CPU threads, `gpu` is a GPU's number or None."""
         archive = Archive.load(folder)
         self._options = _options(archive, choices)
         with tempfile.NamedTemporaryFile() as own:

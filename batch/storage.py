@@ -1,6 +1,6 @@
-"""Files where they are: on this machine, or in object storage.
+"""Reads and writes files on this machine and in object storage, with retries.
 
-An address is a path, or one that pyarrow's file systems know, such as `s3://bucket/folder` or
+An address is a path, or a URI that pyarrow's file systems accept, such as `s3://bucket/folder` or
 `s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http`.
 """
 
@@ -19,20 +19,20 @@ from pyarrow import fs, parquet
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
-# How often a file is tried that cannot be read for a reason that may pass, and for how long.
-_ATTEMPTS = 4
-_SECONDS = 30.0
+# Limits of the retries of one operation after transient errors.
+_MAX_ATTEMPTS = 4
+_MAX_SECONDS = 30.0
 
 
-class AwayError(OSError):
-    """A file cannot be read or written now, for a reason that may pass."""
+class TransientStorageError(OSError):
+    """A file cannot be read or written now; a retry may succeed."""
 
 
 class AddressError(ValueError):
-    """An address that no file system takes; `str(error)` says why."""
+    """No file system accepts the address; `str(error)` gives the reason."""
 
 
-_retried = stamina.retry(on=AwayError, attempts=_ATTEMPTS, timeout=_SECONDS)
+_retried = stamina.retry(on=TransientStorageError, attempts=_MAX_ATTEMPTS, timeout=_MAX_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Place:
     """A file or a folder.
 
     Attributes:
-        system: the file system that it is in.
-        path: there.
+        system: its file system.
+        path: the path in that file system.
     """
 
     system: Any
@@ -49,12 +49,12 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a path of this machine."""
+        """Return whether it is on this machine."""
         return isinstance(self.system, fs.LocalFileSystem)
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Return the last component of the path."""
         return self.path.rstrip("/").rpartition("/")[2]
 
     def __truediv__(self, name: str) -> "Place":
@@ -62,11 +62,11 @@ class Place:
 
 
 def place(address: str) -> Place:
-    """The file or folder of an address that a person gave.
+    """Return the file or folder of an address that a user gave.
 
     Raises:
-        AddressError: no file system is called so, or the address has something that it has not.
-        AwayError: the storage cannot be asked now where the bucket is.
+        AddressError: the scheme or an option is unknown, or the bucket does not exist.
+        TransientStorageError: the bucket's region cannot be looked up now.
     """
     base, question, query = address.partition("?")
     if _SCHEME.match(address):
@@ -75,15 +75,16 @@ def place(address: str) -> Place:
 
 
 def within(path: str, base: str, query: str = "") -> Place:
-    """The file of a path as lists and folders have it: all of it is the name.
+    """Return the file of a path from a list or a folder, where `?` is part of the name.
 
     Args:
         path: a path, or a scheme, a bucket and a key.
-        base: the folder that relative paths begin in.
-        query: what the file system of a bucket is to be told, from a question mark on.
+        base: the folder that relative paths are relative to.
+        query: options of the bucket's file system, with the leading question mark.
 
     Raises:
-        AddressError: as `place`; so is AwayError.
+        AddressError: see `place`.
+        TransientStorageError: see `place`.
     """
     if not _SCHEME.match(path):
         return Place(_local(), os.path.abspath(os.path.join(base, path)))  # noqa: PTH100, PTH118
@@ -106,90 +107,94 @@ def _local() -> Any:
 @lru_cache
 @_retried
 def _system(address: str) -> Any:
-    """Of a bucket; its keys are no part of the address, where they would have to be quoted."""
+    """Return the file system of a bucket; the address has no key, which would need quoting."""
     try:
         return fs.FileSystem.from_uri(address)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise AddressError(f"{address}: {error}") from error
     except OSError as error:
-        # Of an S3 bucket without a region in its address the network is asked for it.
+        # pyarrow looks up the region of an S3 bucket over the network if the address has none.
         if str(error).endswith("' not found"):
             raise AddressError(f"{address}: {error}") from error
-        raise AwayError(error.errno, error.strerror or str(error)) from error
+        raise _transient(error) from error
 
 
 @_retried
-def read(file: Place, most: int) -> bytes:
-    """A file's bytes, of a longer one the first `most` and one more.
+def read(file: Place, max_bytes: int) -> bytes:
+    """Read a file; of a file longer than `max_bytes`, one byte more than that.
 
     Raises:
-        AwayError: it cannot be read now, though it was tried several times.
-        OSError: it can never be read as it is.
+        TransientStorageError: all attempts failed.
+        OSError: a retry cannot help.
     """
-    return _read(file, most)
+    return _read(file, max_bytes)
 
 
-def _read(file: Place, most: int) -> bytes:
+def _read(file: Place, max_bytes: int) -> bytes:
     try:
         if file.is_local:
-            return _read_local(Path(file.path), most)
+            return _read_local(Path(file.path), max_bytes)
         with file.system.open_input_stream(file.path) as opened:
-            content: bytes = opened.read(most + 1)
+            content: bytes = opened.read(max_bytes + 1)
             return content
     except OSError as error:
-        raise _judged(error, file) from error
-    except ValueError as error:  # a name that no file can have
+        raise _classified(error, file) from error
+    except ValueError as error:  # a null byte in the name
         raise OSError(f"no file can have this name: {error}") from error
 
 
-def _read_local(file: Path, most: int) -> bytes:
-    # A pipe would not open before somebody writes to it.
+def _read_local(file: Path, max_bytes: int) -> bytes:
+    # Without O_NONBLOCK, opening a pipe would block until another process writes to it.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as opened:  # noqa: PTH123  # it is open already
-        return opened.read(most + 1)
+    with open(descriptor, "rb") as opened:  # noqa: PTH123  # a descriptor
+        return opened.read(max_bytes + 1)
 
 
-def _judged(error: OSError, file: Place) -> OSError:
-    """Whether it lies in this file, or may pass."""
-    final = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, final) or "ACCESS_DENIED" in str(error):
-        # What is left of a drive that is not mounted is an empty folder, or none.
+def _classified(error: OSError, file: Place) -> OSError:
+    """Return the error itself if it is permanent, else a `TransientStorageError`."""
+    permanent = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    if isinstance(error, permanent) or "ACCESS_DENIED" in str(error):
+        # The mount point of an unmounted drive is an empty or missing folder.
         if file.is_local and not _has_entries(Path(file.path).parent):
-            return AwayError(error.errno, f"its folder is not there ({error.strerror})")
+            return TransientStorageError(error.errno, f"its folder is not there ({error.strerror})")
         return error
-    return AwayError(error.errno, error.strerror or str(error))
+    return _transient(error)
+
+
+def _transient(error: OSError) -> TransientStorageError:
+    return TransientStorageError(error.errno, error.strerror or str(error))
 
 
 def opened(file: Place) -> Any:
-    """A file of pyarrow's that is read in pieces, each of which is tried several times.
+    """Open a file for pyarrow, which reads it in ranges; each read is retried.
 
     Raises:
         OSError: as `read`; so do its methods that read.
     """
-    return pa.PythonFile(_Pieces(file), mode="r")
+    return pa.PythonFile(_RetryingFile(file), mode="r")
 
 
-class _Pieces:
-    """What `pyarrow.PythonFile` needs of a file that is read."""
+class _RetryingFile:
+    """Implements what `pyarrow.PythonFile` needs to read a file."""
 
     closed = False
 
     def __init__(self, file: Place) -> None:
         self._file = file
-        self._input = _input(file)
-        self._at = 0
+        self._input = _open_input(file)
+        self._position = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._input.size()}
-        self._at = starts[whence] + offset
-        return self._at
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._input.size()}
+        self._position = starts[whence] + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def read(self, count: int) -> bytes:
         content = self._read(count)
-        self._at += len(content)
+        self._position += len(content)
         return content
 
     def close(self) -> None:
@@ -198,18 +203,18 @@ class _Pieces:
     @_retried
     def _read(self, count: int) -> bytes:
         try:
-            content: bytes = self._input.read_at(count, self._at)
+            content: bytes = self._input.read_at(count, self._position)
         except OSError as error:
-            raise _judged(error, self._file) from error
+            raise _classified(error, self._file) from error
         return content
 
 
 @_retried
-def _input(file: Place) -> Any:
+def _open_input(file: Place) -> Any:
     try:
         return file.system.open_input_file(file.path)
     except OSError as error:
-        raise _judged(error, file) from error
+        raise _classified(error, file) from error
 
 
 def _has_entries(folder: Path) -> bool:
@@ -221,14 +226,14 @@ def _has_entries(folder: Path) -> bool:
 
 
 def write(file: Place, content: Any) -> None:
-    """Writes a file, whole or not at all; what was there before goes.
+    """Write a file atomically, replacing an existing one.
 
     Args:
-        file: its folder is made where it is missing.
-        content: bytes, or a buffer of pyarrow's.
+        file: its folder is created if it is missing.
+        content: bytes, or a pyarrow buffer.
 
     Raises:
-        AwayError: it cannot be written now.
+        TransientStorageError: it cannot be written now.
     """
     if file.is_local:
         _write_local(Path(file.path), content)
@@ -239,11 +244,12 @@ def write(file: Place, content: Any) -> None:
 @_retried
 def _write_object(file: Place, content: Any) -> None:
     try:
-        # An object is there from its end on, not before; nothing in between may fail.
+        # An object becomes visible when the stream is closed, which the context manager also does
+        # after an exception: there must be only one write.
         with file.system.open_output_stream(file.path) as opened:
             opened.write(content)
     except OSError as error:
-        raise AwayError(error.errno, error.strerror or str(error)) from error
+        raise _transient(error) from error
 
 
 def _write_local(file: Path, content: Any) -> None:
@@ -256,45 +262,47 @@ def _write_local(file: Path, content: Any) -> None:
             os.fsync(opened.fileno())
         unfinished.replace(file)
     except OSError as error:
-        raise AwayError(error.errno, error.strerror or str(error)) from error
+        raise _transient(error) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_table(file: Place, table: Any) -> None:
-    """Writes a Parquet file, as `write` does."""
+    """Write a Parquet file; see `write`."""
     buffer = pa.BufferOutputStream()
     parquet.write_table(table, buffer, compression="zstd")
     write(file, buffer.getvalue())
 
 
 def names(folder: Place) -> set[str]:
-    """The names of all that is in a folder, not below; empty where there is none."""
+    """Return the names of a folder's direct children; empty if the folder does not exist."""
     selector = fs.FileSelector(folder.path, allow_not_found=True)
     return {info.base_name for info in folder.system.get_file_info(selector)}
 
 
 def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
-    """All files below a folder, in the order of their names; hidden ones and links to folders not.
+    """Yield all files of a folder and its subfolders, in the order of their names.
+
+    Hidden folders and links to folders are not entered.
 
     Returns:
-        for each file its place and None, or, for what is left out, what it is.
+        for each file its place and None, or the reason why it is left out.
 
     Raises:
         OSError: a folder cannot be read.
     """
     for name, is_folder, other in _entries(folder):
-        at = folder / name
+        found = folder / name
         if name.startswith("."):
-            yield at, "hidden"
+            yield found, "hidden"
         elif is_folder:
-            yield from files(at)
+            yield from files(found)
         else:
-            yield at, other
+            yield found, other
 
 
 def _entries(folder: Place) -> list[tuple[str, bool, str | None]]:
-    """What is in a folder: the name, whether it is a folder, and what it is if it is no file."""
+    """Return a folder's children: name, whether it is a folder, and what it is if it is no file."""
     if not folder.is_local:
         found = folder.system.get_file_info(fs.FileSelector(folder.path))
         kinds = ((info.base_name, info.type == fs.FileType.Directory, None) for info in found)
@@ -305,10 +313,10 @@ def _entries(folder: Place) -> list[tuple[str, bool, str | None]]:
 
 def _local_entry(entry: "os.DirEntry[str]") -> tuple[str, bool, str | None]:
     if not _is_text(entry.name):
-        # No column of text can hold it.
+        # Parquet stores text as UTF-8.
         return entry.name, False, "whose names are no text in UTF-8"
     if entry.is_symlink() and entry.is_dir():
-        # It may lead back to where it is.
+        # Links may form a cycle.
         return entry.name, False, "link(s) to folders"
     is_folder = entry.is_dir(follow_symlinks=False)
     is_file = entry.is_file()

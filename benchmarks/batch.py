@@ -46,7 +46,7 @@ sys.path.insert(0, sys.argv[1])
 from batch.stages import Choices, Classifier, Decoder
 decoder, classifier = Decoder(Path(sys.argv[1])), Classifier(Path(sys.argv[1]), Choices())
 for path in sorted(Path(sys.argv[2]).iterdir())[int(sys.argv[3])::int(sys.argv[4])]:
-    (answer,) = classifier.answers([decoder.pixels(path.read_bytes())])
+    (answer,) = classifier.results([decoder.pixels(path.read_bytes())])
 """
 
 

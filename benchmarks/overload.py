@@ -123,7 +123,7 @@ def _write_gateway(archive: Path, image: bytes) -> None:
         impatient = asyncio.run(target.open_loop(_OVERLOAD * capacity, _OVERLOAD_SECONDS))
         after = asyncio.run(target.one_by_one(3.0))
         alone = asyncio.run(target.one_by_one(10.0))
-        beside = asyncio.run(target.beside_leavers())
+        with_leavers = asyncio.run(target.with_leavers())
         large = closed_loop(f"{url}/predict", Body(image), 512, _SECONDS)
     in_time = impatient / _OVERLOAD_SECONDS
     rows = [
@@ -134,7 +134,7 @@ def _write_gateway(archive: Path, image: bytes) -> None:
         ("of the capacity", f"{in_time / capacity:.2f}"),
         ("right after it, one client: median ms", 1000 * median(after)),
         ("one client alone: images/s", len(alone) / 10.0),
-        (f"beside {_LEAVERS} clients/s that leave: images/s", len(beside) / _LEAVERS_SECONDS),
+        (f"with {_LEAVERS} clients/s that leave: images/s", len(with_leavers) / _LEAVERS_SECONDS),
     ]
     step(str(rows))
     lines = ["Through the gateway. Repeat: `make bench-overload`.", "", *table(["", ""], rows)]
@@ -166,7 +166,7 @@ class _Target:
                 found.append(time.monotonic() - began)
         return found
 
-    async def beside_leavers(self) -> list[float]:
+    async def with_leavers(self) -> list[float]:
         """Return the same while other clients send an image and disconnect."""
 
         async def leave() -> None:

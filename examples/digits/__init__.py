@@ -1,1 +1,1 @@
-"""Handwritten digits: a DenseNet trained, packed, served, and checked against what was trained."""
+"""Trains a DenseNet on handwritten digits, serves it, and compares the server with PyTorch."""

@@ -1,4 +1,4 @@
-"""`make digits`: trains, packs and serves the digits, and compares the server with PyTorch."""
+"""Runs `make digits`: trains, packs and serves a model, and compares the server with PyTorch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def main(
         float, typer.Option(min=0, max=1, help="Accuracy asked for.")
     ] = LEAST_ACCURACY,
 ) -> None:
-    """Trains a model of one's own, serves it, and checks that the server answers as it does."""
+    """Train a model, serve it, and check that the server returns its predictions."""
     seen, held_out = load()
     model = train(seen, epochs)
     in_pytorch = guesses(model, held_out)
@@ -64,7 +64,7 @@ def main(
 
 
 def _ask(files: Sequence[Path], url: str) -> list[int]:
-    """The server's best guess for each picture, in their order."""
+    """Return the server's top-1 prediction for each image, in the order of the files."""
     found: dict[str, int] = {}
 
     def take(row: Row) -> None:

@@ -1,8 +1,8 @@
-"""Trains a DenseNet-121 on scikit-learn's handwritten digits, and keeps what serving it needs.
+"""Trains a DenseNet-121 on scikit-learn's handwritten digits, and writes the files to serve it.
 
-The folder gets `weights.pth`, `classes.txt` and `test`, the held-out pictures as PNG files in a
-folder a class. Nothing is downloaded: the digits come with scikit-learn (Alpaydin and Kaynak,
-"Optical Recognition of Handwritten Digits", UCI Machine Learning Repository).
+The folder gets `weights.pth`, `classes.txt`, `digits.yaml`, and in `test` the held-out images as
+PNG files, in a folder per class. Nothing is downloaded: scikit-learn has the digits (Alpaydin and
+Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository).
 """
 
 from dataclasses import dataclass
@@ -48,19 +48,19 @@ _TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures of digits, 8 x 8 and grey, and which digits they are."""
+    """Grayscale images of digits, 8 x 8, and their labels, 0 to 9."""
 
     pictures: list[Image.Image]
     digits: list[int]
 
     def tensors(self) -> TensorDataset:
-        """As the model sees them: float32 (N, 3, SIDE, SIDE), and int64 (N,)."""
+        """Return the model's input, float32 (N, 3, SIDE, SIDE), and the labels, int64 (N,)."""
         inputs = torch.stack([TRANSFORM(picture.convert("RGB")) for picture in self.pictures])
         return TensorDataset(inputs, torch.tensor(self.digits))
 
 
 def load() -> tuple[Split, Split]:
-    """The digits to learn from, and a fifth of all that is held out."""
+    """Return the training split, and the test split of a fifth of all digits."""
     digits = load_digits()
     pixels = (digits.images * 255 / 16).round().astype(np.uint8)
     seen, held_out = train_test_split(
@@ -74,7 +74,7 @@ def _split(pixels: np.ndarray, target: np.ndarray, chosen: np.ndarray) -> Split:
 
 
 def train(data: Split, epochs: int = EPOCHS) -> nn.Module:
-    """Trains from random weights, the same ones every time."""
+    """Train from random weights; a fixed seed makes them the same each time."""
     torch.manual_seed(SEED)
     model: nn.Module = densenet121(num_classes=len(NAMES))
     batches = DataLoader(data.tensors(), _BATCH, shuffle=True, drop_last=True)
@@ -97,7 +97,7 @@ def train(data: Split, epochs: int = EPOCHS) -> nn.Module:
 
 @torch.inference_mode()
 def guesses(model: nn.Module, data: Split) -> list[int]:
-    """The most probable digit of each picture, in plain PyTorch."""
+    """Return the top-1 prediction for each image, computed with PyTorch alone."""
     batches = DataLoader(data.tensors(), _BATCH)
     return [int(row.argmax()) for inputs, _ in batches for row in model(inputs)]
 
@@ -129,7 +129,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
     folder: Annotated[Path, typer.Option(help="Where to put the result.")] = FOLDER,
 ) -> None:
-    """Trains, and says how good the model is on digits that it has not seen."""
+    """Train, and report the accuracy on held-out digits."""
     seen, held_out = load()
     model = train(seen, epochs)
     right = np.mean(np.array(guesses(model, held_out)) == held_out.digits)

@@ -1,1 +1,1 @@
-"""Finds pictures in a folder that are nearly the same, by their embeddings."""
+"""Finds near-duplicate images in a folder by their embeddings."""

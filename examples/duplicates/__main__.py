@@ -1,4 +1,4 @@
-"""Prints pairs of pictures whose embeddings point in nearly the same direction.
+"""Prints pairs of images whose embeddings have a cosine similarity close to 1.
 
 $ make classify IMAGES=folder OUTPUT=vectors.npy
 $ .venv/bin/python -m examples.duplicates vectors.npy
@@ -18,14 +18,14 @@ _AT_ONCE = 1000
 
 
 def pairs(vectors: NDArray[np.float32], least: float) -> list[tuple[float, int, int]]:
-    """Pairs with at least so great a cosine of the angle between them, most alike first.
+    """Return pairs of at least this cosine similarity of the centered vectors, highest first.
 
     Args:
-        vectors: float32 (pictures, channels).
-        least: -1 to 1.
+        vectors: float32 (images, channels).
+        least: the least similarity, -1 to 1.
 
     Returns:
-        for each pair its similarity and the two positions.
+        for each pair its similarity and the two row numbers.
     """
     centred = vectors - vectors.mean(axis=0)
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
@@ -43,7 +43,7 @@ def main(
     file: Annotated[Path, typer.Argument(help="As make classify writes it: a .npy.")],
     least: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.95,
 ) -> None:
-    """Prints pairs of pictures that are nearly the same."""
+    """Print pairs of near-duplicate images."""
     try:
         rows = np.load(file, allow_pickle=False)
         names, vectors = rows["picture"], rows["embedding"]

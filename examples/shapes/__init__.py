@@ -1,1 +1,1 @@
-"""Several shapes a picture: a ResNet trained, packed and served that gives several labels."""
+"""Trains, packs and serves a multi-label ResNet for images of several shapes."""

@@ -1,4 +1,4 @@
-"""`make shapes`: trains, packs and serves the shapes, and compares the server with PyTorch."""
+"""Runs `make shapes`: trains, packs and serves a model, and compares the server with PyTorch."""
 
 import math
 from collections.abc import Iterator
@@ -41,14 +41,14 @@ _AT_ONCE = 8
 
 
 def pack(folder: Path, thresholds: float | Path) -> Path:
-    """Build the archive of the model file, with these thresholds in it."""
+    """Build the archive of the model file with these thresholds."""
     spec = read(folder / "shapes.yaml").replace(thresholds=thresholds)
     return build(spec, folder / "model_store")
 
 
 @contextmanager
 def serving(archive: Path, folder: Path) -> Iterator[ServerState]:
-    """A server of the archive for as long as it is needed."""
+    """Serve the archive while the context lasts."""
     running = start(archive, free_ports(), 1, run_dir=folder / "run")
     try:
         step(f"TorchServe: serving on {running.predictions_url}")
@@ -58,7 +58,7 @@ def serving(archive: Path, folder: Path) -> Iterator[ServerState]:
 
 
 def evaluated(folder: Path, part: str, running: ServerState) -> MultilabelEvaluation:
-    """As `make evaluate IMAGES=...`."""
+    """Evaluate a part as `make evaluate IMAGES=...` does."""
     images = folder / part
     return evaluate_labels(
         images, images / LABELS_FILE, running.predictions_url, RequestOptions(), _AT_ONCE
@@ -73,7 +73,7 @@ def main(
         float, typer.Option(min=0, max=1, help="Mean average precision asked for.")
     ] = LEAST_PRECISION,
 ) -> None:
-    """Trains a model that gives several labels, serves it, and checks its answers."""
+    """Train a multi-label model, serve it, and compare the server with PyTorch."""
     model = train(epochs, pictures)
     save(model, folder)
     with serving(pack(folder, EVEN), folder) as running:

@@ -1,4 +1,4 @@
-"""Pictures with none to three of six shapes on each, drawn from a seed: nothing is downloaded."""
+"""Draws images with up to three of six shapes from a seed; nothing is downloaded."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ _Point = tuple[float, float]
 
 
 def _polygon(corners: int, turned: float, radii: Sequence[float] = (1,)) -> list[_Point]:
-    """Corners on circles of these radii in turn, about (0, 0)."""
+    """Return a polygon around (0, 0), whose corners cycle through these radii."""
     angles = [turned + 2 * math.pi * i / corners for i in range(corners)]
     return [
         (radii[i % len(radii)] * math.cos(angle), radii[i % len(radii)] * math.sin(angle))
@@ -39,7 +39,7 @@ def _circle(_: float) -> list[list[_Point]]:
 
 
 def _ring(_: float) -> list[list[_Point]]:
-    """One outline that goes round outside, and back inside."""
+    """Return one outline that follows the outer circle, then the inner one backward."""
     outer, inner = _polygon(40, 0, (1,)), _polygon(40, 0, (0.55,))
     return [[*outer, outer[0], inner[0], *reversed(inner)]]
 
@@ -79,11 +79,11 @@ NAMES = tuple(_OUTLINES)
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures with the shapes that are on each.
+    """Images and the shapes on each.
 
     Attributes:
-        pictures: RGB, SIDE x SIDE.
-        labels: bool (N, classes), by the position in `NAMES`.
+        pictures: the images, RGB, SIDE x SIDE.
+        labels: bool (N, classes), in the order of `NAMES`.
     """
 
     pictures: list[Image.Image]
@@ -91,7 +91,7 @@ class Drawn:
 
 
 def draw(count: int, seed: int) -> Drawn:
-    """So many pictures; the same seed gives the same ones."""
+    """Draw `count` images; the same seed gives the same ones."""
     random = np.random.default_rng(seed)
     labels = np.zeros((count, len(NAMES)), bool)
     pictures = []
@@ -126,7 +126,7 @@ def _picture(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
 def _free_place(
     radius: float, taken: Sequence[tuple[float, float, float]], random: np.random.Generator
 ) -> _Point:
-    """Where the shape overlaps no other, if such a place is found."""
+    """Return a random position without overlap, or with one after `_TRIES` attempts."""
     for _ in range(_TRIES):
         x, y = (float(value) for value in random.uniform(radius, SIDE - radius, 2))
         if all(math.hypot(x - a, y - b) > radius + other for a, b, other in taken):
@@ -135,9 +135,9 @@ def _free_place(
 
 
 def write(drawn: Drawn, folder: Path) -> list[Path]:
-    """Writes PNG files and their `labels.csv`; returns the files, in order.
+    """Write PNG files and their `labels.csv`; return the files, in order.
 
-    Each line of the list is a picture and its labels, as many as there are.
+    Each line of `labels.csv` has an image and a column per label.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:04}.png" for number in range(len(drawn.pictures))]

@@ -1,7 +1,7 @@
-"""Trains a ResNet-18 to say which of six shapes are on a picture, and keeps what serving it needs.
+"""Trains a multi-label ResNet-18 for six shapes, and writes the files to serve it.
 
-The folder gets `weights.pth`, `classes.txt`, and in `validation` and `test` pictures that training
-did not see, with their `labels.csv`. Thresholds are chosen on the first and measured on the others.
+The folder gets `weights.pth`, `classes.txt`, `shapes.yaml`, and in `validation` and `test` held-out
+images with their `labels.csv`. Thresholds are chosen on `validation` and measured on `test`.
 """
 
 import time
@@ -48,7 +48,7 @@ _HELD_OUT = {"validation": (300, 2), "test": (400, 3)}
 
 
 def train(epochs: int = EPOCHS, pictures: int = PICTURES) -> nn.Module:
-    """Trains from random weights; they and the pictures are the same ones every time."""
+    """Train from random weights; fixed seeds make them and the images the same each time."""
     began = time.monotonic()
     drawn = draw(pictures, _TRAIN_SEED)
     torch.manual_seed(SEED)
@@ -76,25 +76,25 @@ def train(epochs: int = EPOCHS, pictures: int = PICTURES) -> nn.Module:
 
 
 def _inputs(drawn: Drawn) -> Tensor:
-    """As the model sees them: float32 (N, 3, SIDE, SIDE)."""
+    """Return the model's input, float32 (N, 3, SIDE, SIDE)."""
     return torch.stack([TRANSFORM(picture) for picture in drawn.pictures])
 
 
 def held_out(part: str) -> Drawn:
-    """The pictures of "validation" or of "test"."""
+    """Return the images of the part "validation" or "test"."""
     return draw(*_HELD_OUT[part])
 
 
 @torch.inference_mode()
 def probabilities(model: nn.Module, drawn: Drawn) -> NDArray[np.float32]:
-    """float32 (N, classes), in plain PyTorch."""
+    """Return probabilities, float32 (N, classes), computed with PyTorch alone."""
     parts = [model(inputs).sigmoid() for inputs in _inputs(drawn).split(_BATCH)]  # type: ignore[no-untyped-call]
     result: NDArray[np.float32] = torch.cat(parts).numpy()
     return result
 
 
 def mean_average_precision(labels: NDArray[np.bool_], found: NDArray[np.float32]) -> float:
-    """Over the classes, 0 to 1."""
+    """Return the mean of the average precision over the classes, 0 to 1."""
     return float(average_precision_score(labels, found))
 
 
@@ -122,7 +122,7 @@ def main(
     pictures: Annotated[int, typer.Option(min=_BATCH, help="To train on.")] = PICTURES,
     folder: Annotated[Path, typer.Option(help="Where to put the result.")] = FOLDER,
 ) -> None:
-    """Trains, and says how good the model is on pictures that it has not seen."""
+    """Train, and report the mean average precision on held-out images."""
     model = train(epochs, pictures)
     test = held_out("test")
     found = mean_average_precision(test.labels, probabilities(model, test))

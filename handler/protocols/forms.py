@@ -25,7 +25,7 @@ from handler.results import result_of
 _FORM_DATA = "multipart/form-data"
 _FORM_URLENCODED = "application/x-www-form-urlencoded"
 
-# What a form's part costs beside its name, its content and the boundary before it.
+# Bytes of a form's part in addition to its name, its content and the boundary before it.
 _FIELD_LINES = len('--\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
 _FILE_LINES = _FIELD_LINES + len('; filename=""')
 _CONTENT_TYPE_LINE = len("Content-Type: \r\n")

@@ -23,7 +23,7 @@ from scripts.terminal import UserError
 BUILD = Path("build")
 HANDLER = Path("handler")
 ENTRY = HANDLER / "densenet_handler.py"
-# Python imports it by its name, so that it must be beside the entry.
+# Python imports it by its name, so it must be in the same folder as the entry.
 AT_START = HANDLER / "sitecustomize.py"
 MODEL_CONFIG = HANDLER / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"

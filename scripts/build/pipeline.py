@@ -251,7 +251,7 @@ def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -
 
 
 def _files(spec: ModelFile) -> list[Path]:
-    """Return the files that a model file names, and the files beside them that are read too."""
+    """Return the files that a model file names, and others of their folders that are read too."""
     named = [spec.model, spec.classes, spec.thresholds, Path(spec.weights or "")]
     files = [path for path in named if isinstance(path, Path) and path.is_file()]
     if spec.is_python and spec.model is not None:

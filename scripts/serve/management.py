@@ -55,7 +55,7 @@ def model_status(running: ServerState, timeout: float = HTTP_TIMEOUT) -> dict[st
 def ready_workers(running: ServerState, timeout: float = HTTP_TIMEOUT) -> int:
     """Return the number of workers that can answer; 0 while the server is starting.
 
-    `/ping` reports Healthy while every worker fails to start. The management API goes on reporting
+    `/ping` reports Healthy while every worker fails to start. The management API still reports
     a worker as READY after a gRPC stream has stopped it, so the worker's process is checked too.
     """
     try:

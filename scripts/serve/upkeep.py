@@ -1,7 +1,7 @@
 """What a supervisor does for a running TorchServe, and what `make status` reports.
 
-TorchServe goes on after its files were deleted or a worker was stopped, and Java keeps the memory
-that a flood of large uploads took.
+TorchServe does not notice that its files were deleted or a worker was stopped, and Java keeps the
+memory that a flood of large uploads took.
 """
 
 import resource

@@ -58,7 +58,7 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
     cluster.add()
     printed = ended(job)
     assert "have results already" in printed
-    assert ", 0 refused" in printed
+    assert ", 0 rejected" in printed
     assert {file: file.stat().st_mtime_ns for file in written} == written
     _each_once(output, images[0].parent)
     assert "topk None there, 3 here" in classify(*command, "--topk", "3", status=1)
@@ -104,7 +104,7 @@ def test_an_image_that_crashes_its_decoder_and_a_precision_that_fails_are_report
     Image.new("RGB", (97, 13)).save(folder / "crash.jpg")
     where = ("--output", output, "--archive", archive, "--address", cluster.address)
     printed = " ".join(classify(folder, *where, environment=cluster.environment).split())
-    assert "21 read, 20 classified, 1 refused" in printed
+    assert "21 read, 20 classified, 1 rejected" in printed
     _each_once(output, folder)
     found = rows(output)
     (crashed,) = (row for row in found if row["error_type"])
@@ -113,5 +113,5 @@ def test_an_image_that_crashes_its_decoder_and_a_precision_that_fails_are_report
     assert "it crashed the program that decodes it" in crashed["error_message"]
     # The precision is of the rows and of the report.
     assert {row["precision"] for row in found} == {"float32"}
-    assert "21 pictures are answered in float32, not the archive's precision: " in printed
+    assert "21 images are answered in float32, not the archive's precision: " in printed
     assert sum(json.loads((output / "_report.json").read_text())["fallbacks"].values()) == 21

@@ -79,7 +79,7 @@ def test_every_row_is_the_servers_answer_for_the_same_bytes(
     assert {row["archive_sha256"] for row in listed.rows} == {sha256(small_archive)}
     assert all(row["warning"].startswith(_UNTRAINED) for row in listed.rows)
     assert _UNTRAINED in listed.printed
-    counts = f"{len(found) + 1} read, {len(sound)} classified, {len(errors) + 1} refused, "
+    counts = f"{len(found) + 1} read, {len(sound)} classified, {len(errors) + 1} rejected, "
     assert counts in listed.printed
     assert "x DamagedImage: " in listed.printed
 
@@ -110,7 +110,7 @@ def test_nodes_with_one_cpu_and_one_gpu_decode_and_classify(
         shutil.copy(path, folder)
     printed = _run(cluster, torch_archive, folder, output=tmp_path / "results").printed
     assert "2 actor(s) on 2 CPU(s) and 2 GPU(s)" in printed
-    assert "20 read, 20 classified, 0 refused" in printed
+    assert "20 read, 20 classified, 0 rejected" in printed
 
 
 def test_multilabel_rows_of_object_storage_are_the_servers_answers(
@@ -122,8 +122,8 @@ def test_multilabel_rows_of_object_storage_are_the_servers_answers(
         with storage.open_output_stream(f"images/in/{number:02} ü%+?#.jpg") as stream:
             stream.write(path.read_bytes())
     command = (bucket("in"), "--output", bucket("out"), "--archive", multilabel_archive)
-    assert "20 read, 20 classified, 0 refused" in classify(*command, *_CHOICES)
-    assert "All 20 pictures have results" in classify(*command, *_CHOICES)
+    assert "20 read, 20 classified, 0 rejected" in classify(*command, *_CHOICES)
+    assert "All 20 images have results" in classify(*command, *_CHOICES)
     found = pq.read_table("images/out", filesystem=storage).to_pylist()
     assert found[7]["path"] == "s3://images/in/07 ü%+?#.jpg"
     local = [row | {"path": str(path)} for row, path in zip(found, images[:20], strict=True)]

@@ -1,4 +1,4 @@
-"""The pipeline behind LitServe, see examples/other_server.py, beside TorchServe."""
+"""The pipeline behind LitServe, see examples/other_server.py, compared with TorchServe."""
 
 import subprocess
 import sys

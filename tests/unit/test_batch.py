@@ -22,10 +22,10 @@ from pyarrow.fs import LocalFileSystem
 
 from batch import parts, plan, storage
 from batch.archive import ForeignFolderError, _root, unpack
-from batch.job import Job, OtherJobError, begun
+from batch.job import Job, OtherJobError, load_existing_job
 from batch.pipeline import Actors
 from batch.plan import Entry, PlanError
-from batch.storage import AddressError, AwayError
+from batch.storage import AddressError, TransientStorageError
 from handler.errors import NotAnImage
 
 
@@ -135,7 +135,7 @@ def test_a_damaged_row_group_is_rows_that_say_so(tmp_path: Path) -> None:
     assert found[:5] + found[15:] == THIRTY[5:10] + THIRTY[20:]
     for one in found[5:15]:
         assert isinstance(one, OSError)
-        assert not isinstance(one, AwayError)
+        assert not isinstance(one, TransientStorageError)
         assert str(one).startswith("row group 1 of its Parquet file is damaged: ")
     file.write_bytes(b"PAR1 and no more")
     for one in _rows(file, range(3)):
@@ -193,14 +193,14 @@ def test_reading_parquet_is_retried(
     if is_read:
         assert found == THIRTY
     else:
-        assert isinstance(found[-1], AwayError)
+        assert isinstance(found[-1], TransientStorageError)
 
 
 def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
     folder = storage.place(str(tmp_path))
     many = parts.SHARD + 300
     count, size = plan.write((Entry(str(number)) for number in range(many)), folder)
-    assert (count, size) == (many, parts.LARGEST)
+    assert (count, size) == (many, parts.MAX_PART_SIZE)
     for number in (0, 255, 256, 257):
         paths = parts.part(folder.path, number, size).column("path").to_pylist()
         first = number * size
@@ -210,13 +210,13 @@ def test_parts_of_a_long_list_are_found_in_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "column", "sentence"),
     [
-        ("empty", None, r"there is no picture here \(1 \.txt file"),
+        ("empty", None, r"there is no image here \(1 \.txt file"),
         ("nothing", None, "there is no such file or folder"),
-        ("ab.parquet", None, "Which column of ab.parquet has the pictures[?] It has a, b"),
+        ("ab.parquet", None, "Which column of ab.parquet has the images[?] It has a, b"),
         ("ab.parquet", "c", "has no column 'c'; it has a, b"),
         ("ab.parquet", "a", "holds int64, neither addresses"),
         ("broken.parquet", "a", "is no Parquet file"),
-        ("bytes", None, "is no picture, no Parquet file"),
+        ("bytes", None, "is no image, no Parquet file"),
     ],
 )
 def test_a_place_without_images_is_an_error_message(
@@ -263,11 +263,11 @@ def test_looking_up_a_bucket_is_retried(monkeypatch: pytest.MonkeyPatch) -> None
         answers += [gone, gone, gone, ("system", "a")]
         assert storage.place("s3://bucket-1/key") == storage.Place("system", "bucket-1/key")
         answers += [gone] * 4
-        with pytest.raises(AwayError, match="NETWORK_CONNECTION"):
+        with pytest.raises(TransientStorageError, match="NETWORK_CONNECTION"):
             storage.place("s3://bucket-2/key")
         answers += [gone] * 4
         (found,) = _contents([{"path": "s3://bucket-3/key"}])
-        assert isinstance(found, AwayError)
+        assert isinstance(found, TransientStorageError)
         answers += [OSError("Bucket 'bucket-4' not found")]
         with pytest.raises(AddressError, match="'bucket-4' not found"):
             storage.place("s3://bucket-4/key")
@@ -286,7 +286,7 @@ def test_a_missing_image_is_final_and_a_missing_drive_is_transient(tmp_path: Pat
         storage.read(storage.place(str(tmp_path / "gone.jpg")), 10)
     with pytest.raises(IsADirectoryError):
         storage.read(storage.place(str(tmp_path)), 10)
-    with pytest.raises(AwayError, match="its folder is not there"):
+    with pytest.raises(TransientStorageError, match="its folder is not there"):
         storage._read(storage.place(str(tmp_path / "drive" / "a.jpg")), 10)
 
 
@@ -306,13 +306,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_results_belongs_to_one_job(tmp_path: Path) -> None:
-    assert begun(_job(tmp_path)) is None
+    assert load_existing_job(_job(tmp_path)) is None
     # As a kill in the middle of the planning leaves it.
     storage.write(storage.place(str(tmp_path)) / "_plan/plan-00000.parquet", b"")
-    assert begun(_job(tmp_path)) is None
+    assert load_existing_job(_job(tmp_path)) is None
     job = _job(tmp_path, pictures=20, part_size=8)
     job.begin()
-    assert begun(_job(tmp_path)) == job
+    assert load_existing_job(_job(tmp_path)) == job
     storage.write(job.part_file(1), b"")
     assert job.missing() == [0, 2]
     assert [job.size(number) for number in range(3)] == [8, 8, 4]
@@ -324,8 +324,8 @@ def test_a_folder_of_results_belongs_to_one_job(tmp_path: Path) -> None:
         ({"archive_sha256": "b"}, f"archive '{'a' * 64}' there, 'b' here"),
         ({"topk": 3}, "topk None there, 3 here"),
         ({"embedding": True}, "embedding False there, True here"),
-        ({"images": "others"}, "pictures '/pictures' there, '/others' here"),
-        ({"base": "/home"}, "pictures '/pictures' there, '/home/pictures' here"),
+        ({"images": "others"}, "images '/pictures' there, '/others' here"),
+        ({"base": "/home"}, "images '/pictures' there, '/home/pictures' here"),
         ({}, "version of the columns 1 there, 2 here"),
     ],
 )
@@ -339,13 +339,13 @@ def test_results_of_another_job_or_version_are_rejected(
         del named["version"]
         file.write_text(json.dumps(named))
     with pytest.raises(OtherJobError, match=message):
-        begun(_job(tmp_path, **other))
+        load_existing_job(_job(tmp_path, **other))
 
 
 def test_a_folder_with_other_files_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(OtherJobError, match=r"has other files, such as thesis\.txt"):
-        begun(_job(tmp_path))
+        load_existing_job(_job(tmp_path))
 
 
 def test_an_archive_is_unpacked_whole_and_only_as_it_was_sent(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_an_image_that_fails_is_a_row_of_the_spark_program(monkeypatch: pytest.M
     class Classifier:
         def __init__(self, *_: Any) -> None: ...
 
-        def answers(self, pixels: list[bytes]) -> Iterator[dict[str, Any] | Exception]:
+        def results(self, pixels: list[bytes]) -> Iterator[dict[str, Any] | Exception]:
             for one in pixels:
                 label = {"label": one.decode(), "probability": 1.0}
                 yield ValueError("not finite") if one == b"infinite" else {"predictions": [label]}

@@ -1,0 +1,90 @@
+"""What a supervisor does for a running server, with stand-ins for Java and a worker."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scripts.serve import upkeep
+from scripts.serve.management import wait_until
+from scripts.serve.upkeep import Upkeep, find_faults, stopped_workers
+
+PROGRAM = "import subprocess, sys; subprocess.run(['sleep', '60']); sys.stdin.read()"
+
+
+@pytest.fixture
+def frontend() -> Iterator[psutil.Process]:
+    """A process with one child."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE) as process:
+        found = psutil.Process(process.pid)
+        try:
+            assert wait_until(lambda: len(found.children()) == 1, 10)
+            yield found
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                for child in found.children():
+                    child.kill()
+            process.kill()
+
+
+def test_a_worker_that_stays_stopped_is_killed(
+    frontend: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (worker,) = frontend.children()
+    care = Upkeep(frontend)
+    worker.send_signal(signal.SIGSTOP)
+    assert wait_until(lambda: stopped_workers(frontend) == [worker], 10)
+    care.run()
+    care.run()
+    assert worker.is_running()
+    monkeypatch.setattr(upkeep, "_STOPPED_SECONDS", 0)
+    care.run()
+    assert wait_until(lambda: not frontend.children(), 10)
+
+
+def test_a_worker_that_continues_is_left_alone(
+    frontend: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (worker,) = frontend.children()
+    care = Upkeep(frontend)
+    worker.send_signal(signal.SIGSTOP)
+    assert wait_until(lambda: bool(stopped_workers(frontend)), 10)
+    care.run()
+    worker.send_signal(signal.SIGCONT)
+    assert wait_until(lambda: not stopped_workers(frontend), 10)
+    care.run()
+    monkeypatch.setattr(upkeep, "_STOPPED_SECONDS", 0)
+    care.run()
+    assert worker.is_running()
+
+
+def test_faults_that_torchserve_does_not_report_are_named(
+    frontend: psutil.Process, tmp_path: Path
+) -> None:
+    assert list(find_faults(frontend, tmp_path)) == []
+    (worker,) = frontend.children()
+    worker.send_signal(signal.SIGSTOP)
+    assert wait_until(lambda: bool(stopped_workers(frontend)), 10)
+    deleted, stopped = find_faults(frontend, tmp_path / "deleted")
+    assert "deleted was deleted: a worker that crashes cannot be replaced" in deleted
+    assert str(worker.pid) in stopped
+
+
+def test_few_free_file_descriptors_are_a_fault(frontend: psutil.Process, tmp_path: Path) -> None:
+    used = frontend.num_fds()
+    frontend.rlimit(psutil.RLIMIT_NOFILE, (used, used))
+    (fault,) = find_faults(frontend, tmp_path)
+    assert f"TorchServe uses {used} of {used} file descriptors" in fault
+
+
+def test_a_frontend_that_exited_is_no_error(frontend: psutil.Process) -> None:
+    care = Upkeep(frontend)
+    for process in (*frontend.children(), frontend):
+        process.kill()
+    psutil.wait_procs([frontend], timeout=10)
+    care.run()
