@@ -245,7 +245,7 @@ def test_a_worker_serves_float32_if_int8_answers_otherwise_there_and_reports_it(
     assert answer.json()["class_name"] == "three"
     assert answer.headers["x-model-precision"] == "float32"
     assert (described["precision"], described["archive_precision"]) == ("float32", "int8")
-    assert "first label than in float32" in described["fallback"]
+    assert "top-1 label than in float32" in described["fallback"]
     assert 'precision="float32",archive_precision="int8"' in metrics
     log = (tmp_path / "run" / "logs" / "model.log").read_text()
     assert f"Serving float32 instead of int8: {described['fallback']}" in log
@@ -255,5 +255,5 @@ def test_a_worker_stops_if_int8_answers_otherwise_there_and_is_required(
     archives: dict[str, Path], tmp_path: Path
 ) -> None:
     archive = _saturated(archives["int8"], tmp_path / "int8.mar", required=True)
-    with pytest.raises(UserError, match=r"int8 cannot be served here: .* first label than in floa"):
+    with pytest.raises(UserError, match=r"int8 cannot be served here: .* top-1 label than in floa"):
         start(archive, free_ports(), 1, tmp_path / "run")
