@@ -71,7 +71,7 @@ def test_a_model_that_answers_otherwise_is_replaced_by_float32_unless_it_is_requ
     assert precision == "float32"
     assert reason == "2 of 12 images get another top-1 label than in float32; at most 1 may"
     assert f"Serving float32 instead of int8: {reason}" in caplog.text
-    with pytest.raises(ArchiveError, match=r"int8 cannot be served here: 2 of 12 pictures"):
+    with pytest.raises(ArchiveError, match=r"int8 cannot be served here: 2 of 12 images"):
         load(folder, required=True)
 
 
