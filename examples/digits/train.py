@@ -31,7 +31,7 @@ SEED = 7
 SIDE = 32
 MEAN = STD = 0.5
 
-# What the server must do to a picture too: see docs/bring-your-model.md.
+# What the server must do to a picture too: see docs/models/your-model.md.
 TRANSFORM = transforms.Compose(
     [
         transforms.Resize(SIDE),

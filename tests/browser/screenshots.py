@@ -15,14 +15,14 @@ from scripts.terminal import command, step
 from tests.browser.conftest import launch
 from tests.browser.person import PHONE, answered, choose, copy_of
 
-_DOCS = Path("docs")
+_DOCS = Path("docs/images")
 _DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 # Those that may be shown anywhere; the others are of ImageNet.
 _MANY = [known.path for known in KNOWN if "imagenet" not in known.path.name]
 
 
 def main() -> None:
-    """Writes docs/page-light.png, page-dark.png and page-phone.png."""
+    """Writes docs/images/page-light.png, page-dark.png and page-phone.png."""
     url = require_running().serving(PACKAGED_ARCHITECTURE).predictions_url
     with sync_playwright() as playwright:
         browser = launch(playwright.chromium)

@@ -205,7 +205,7 @@ def measure(machine: Machine, event: str, after: float = 20.0) -> Outcome:
 
 @contextmanager
 def machine(engine: Engine, archive: Path, folder: Path) -> Iterator[Machine]:
-    """Boot a machine on which the service was installed as docs/one-machine.md has it.
+    """Boot a machine on which the service was installed as docs/deploy/one-machine.md has it.
 
     Args:
         engine: podman, with a runtime that works.

@@ -167,9 +167,11 @@ def test_the_container_stops_within_every_platforms_grace_period() -> None:
     """That of Kubernetes is compared in test_manifests."""
     (compose,) = manifests(Path("deploy/compose/compose.yaml"))
     composed = int(compose["services"]["densenet"]["stop_grace_period"].removesuffix("s"))
-    (documented,) = re.findall(r"podman stop --time (\d+)", Path("docs/containers.md").read_text())
+    (documented,) = re.findall(
+        r"podman stop --time (\d+)", Path("docs/deploy/containers.md").read_text()
+    )
     (sagemaker,) = re.findall(
-        r"kills .* after (\d+) seconds", Path("docs/sagemaker.md").read_text()
+        r"kills .* after (\d+) seconds", Path("docs/deploy/sagemaker.md").read_text()
     )
     assert min(composed, int(documented), int(sagemaker)) > entry.STOP_SECONDS
 

@@ -22,7 +22,7 @@ SYSTEMD = Path("deploy/systemd").absolute()
 UNITS = ("densenet", "densenet-gateway")
 # Of 10; systemd calls up to 4.9 medium. Measured: 1.3 and 1.6.
 MAX_EXPOSURE = 2.0
-# Seconds, for a machine with other work; docs/one-machine.md has the measured ones.
+# Seconds, for a machine with other work; docs/deploy/one-machine.md has the measured ones.
 MAX_RECOVERY = 60.0
 # A connection that broke after it was made: one request of each client at most.
 LOST = "ConnectionError"

@@ -1,4 +1,4 @@
-"""docs/known-faults.md: what TorchServe's frontend does wrong, and that the gateway stops it.
+"""docs/about/torchserve.md: what TorchServe's frontend does wrong, and that the gateway stops it.
 
 Each fault is shown on a node directly, so that the page is true, and then asked of the gateway.
 """
@@ -16,7 +16,7 @@ from scripts.samples import CAT
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway
 
-PAGE = Path("docs/known-faults.md")
+PAGE = Path("docs/about/torchserve.md")
 PREDICTIONS = "/predictions/densenet121"
 IMAGE = CAT.read_bytes()
 
