@@ -108,6 +108,7 @@ class Decoder:
             self._archive.card.preprocessing,
             PixelBudget(settings.max_pixels, settings.max_seconds),
             reduced=settings.reduced_decoding,
+            fast_resize=self._archive.card.fast_resize,
             isolated=isolated,
         ).pixels.tobytes()
 

@@ -148,6 +148,7 @@ class Pipeline:
             self.archive.card.preprocessing,
             budget,
             reduced=self.archive.settings.reduced_decoding,
+            fast_resize=self.archive.card.fast_resize,
             preview_side=preview_side,
         )
 

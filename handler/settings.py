@@ -228,6 +228,11 @@ class ModelCard:
         return self.activation == "sigmoid"
 
     @property
+    def fast_resize(self) -> bool:
+        """Whether pixels may be 2 levels off, as in reduced precision; see `decoding.resize`."""
+        return self.precision != "float32"
+
+    @property
     def warning(self) -> str | None:
         """The warning that every response must hold, if any."""
         if self.trained:

@@ -8,7 +8,7 @@ the model, so that a batch stays four times smaller until there.
 
 A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size,
 which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
-off.
+off. With reduced precision the resizing is by SIMD, within 2 levels of 255.
 
 The bytes are a stranger's. Ordinary JPEGs, PNGs and WebPs of limited size are decoded in the worker
 (`handler.decoding.formats` decides); everything else in a process whose time and memory the kernel
@@ -53,6 +53,7 @@ def decode(
     budget: PixelBudget,
     *,
     reduced: bool = True,
+    fast_resize: bool = False,
     preview_side: int | None = None,
     isolated: bool = False,
 ) -> DecodedImage:
@@ -63,6 +64,7 @@ def decode(
         preprocessing: the sizes to resize and crop to.
         budget: from which the image's pixels are taken before any of it is decoded.
         reduced: decode large JPEGs at a fraction of their size; see the head of this module.
+        fast_resize: resize by SIMD, within 2 levels of 255; see `handler.decoding.resize`.
         preview_side: longest side of the preview, in pixels; None for no preview.
         isolated: decode it in the decoder process, however simple it is.
 
@@ -78,6 +80,7 @@ def decode(
     task = Task(
         preprocessing,
         reduced,
+        fast_resize,
         preview_side=preview_side,
         names=header.names,
         orientation=header.orientation,

@@ -91,6 +91,11 @@ def probe(data: bytes | bytearray) -> Header:
     return Header(known.names, (memoryview(data),))
 
 
+def begins_as_image(data: bytes | bytearray) -> bool:
+    """Return whether the bytes begin as a file of an accepted format."""
+    return _format_of(data) is not None
+
+
 def _format_of(data: bytes | bytearray) -> _Format | None:
     return next((each for each in _FORMATS if data.startswith(each.signatures, each.offset)), None)
 

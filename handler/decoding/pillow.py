@@ -15,8 +15,9 @@ from handler.decoding import tiff
 from handler.decoding.budget import PixelBudget
 from handler.decoding.formats import min_bytes
 from handler.decoding.headers import unsupported
+from handler.decoding.resize import Box
 from handler.decoding.rgb import orientation, upright
-from handler.decoding.transform import Box, crop_box, is_large, reduced_crop, resize_and_crop
+from handler.decoding.transform import crop_box, is_large, reduced_crop, resize_and_crop
 from handler.errors import ClientError, DamagedImage, TooLarge
 from handler.settings import DECODING_BYTES, Preprocessing
 
@@ -55,6 +56,7 @@ class Task:
     Attributes:
         preprocessing: the sizes to resize and crop to.
         reduced: decode large JPEGs at a fraction of their size.
+        fast_resize: within 2 levels of 255; see `handler.decoding.resize`.
         preview_side: of the preview, in pixels; None for no preview.
         names: Pillow's names of the formats to try.
         orientation: 1 to 8; None to read it from the file.
@@ -64,6 +66,7 @@ class Task:
 
     preprocessing: Preprocessing
     reduced: bool
+    fast_resize: bool = False
     preview_side: int | None = None
     names: Sequence[str] = ()
     orientation: int | None = None
@@ -79,13 +82,13 @@ def decode_here(data: bytes, task: Task) -> DecodedImage:
         if task.reduced and image.format == "JPEG" and is_large(image.size, preprocessing):
             exif = orientation(image) if task.orientation is None else task.orientation
             size = image.size[::-1] if exif in _SWAPS_SIDES else image.size
-            cropped = reduced_crop(image, data, preprocessing, exif)
+            cropped = reduced_crop(image, data, preprocessing, exif, fast=task.fast_resize)
             if task.preview_side is not None:
                 preview = _shrunk(upright(image, data, exif), task.preview_side)
         else:
             whole = upright(image, data, task.orientation)
             size = whole.size
-            cropped = resize_and_crop(whole, preprocessing)
+            cropped = resize_and_crop(whole, preprocessing, fast=task.fast_resize)
             if task.preview_side is not None:
                 preview = _shrunk(whole, task.preview_side)
         pixels = np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))

@@ -1,9 +1,11 @@
 """Resize a decoded image and cut out the center square, equal to torchvision's and timm's."""
 
 import math
+from functools import partial
 
 from PIL import Image
 
+from handler.decoding.resize import Box, can_resize_fast, resize
 from handler.decoding.rgb import apply_orientation, to_rgb
 from handler.settings import Preprocessing
 
@@ -18,15 +20,6 @@ _REDUCED_SIZE = 5
 _MIRRORS_X = {2, 3, 7, 8}
 _MIRRORS_Y = {3, 4, 6, 7}
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
-
-# Left, upper, right and lower edge, in pixels.
-Box = tuple[float, float, float, float]
-
 
 def is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
     """Return whether a JPEG of this size is decoded at a fraction of it."""
@@ -39,7 +32,12 @@ def is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
 
 
 def reduced_crop(
-    image: Image.Image, data: bytes, preprocessing: Preprocessing, exif_orientation: int
+    image: Image.Image,
+    data: bytes,
+    preprocessing: Preprocessing,
+    exif_orientation: int,
+    *,
+    fast: bool = False,
 ) -> Image.Image:
     """Decode a large JPEG at a fraction of its size; return (crop, crop), RGB.
 
@@ -57,15 +55,19 @@ def reduced_crop(
     draft = image.draft(None, (enough, enough))
     # The copy's sides are rounded up; the exact fraction keeps the crop in its place.
     fraction = draft[1][2] / width if draft is not None else 1.0
-    small = to_rgb(image, data).resize(
+    small = resize(
+        to_rgb(image, data),
         (preprocessing.crop, preprocessing.crop),
-        Image.Resampling.BILINEAR,
+        interpolation=preprocessing.interpolation,
         box=(left * fraction, top * fraction, right * fraction, bottom * fraction),
+        fast=fast,
     )
     return apply_orientation(small, exif_orientation)
 
 
-def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def resize_and_crop(
+    image: Image.Image, preprocessing: Preprocessing, *, fast: bool = False
+) -> Image.Image:
     """Resize an image and cut out the center square, as torchvision does, or as timm pads.
 
     Source of the arithmetic: `_compute_resized_output_size` and `center_crop` in
@@ -75,28 +77,28 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     Args:
         image: an RGB image of any size.
         preprocessing: the sizes.
+        fast: resize by SIMD; see `handler.decoding.resize`.
 
     Returns:
-        an RGB image of (crop, crop). Equal to torchvision's, except for images so long that
-        torchvision would make more than 4 million pixels of them: there only the crop is
-        computed, so that they cost no more than others, and Pillow's 32-bit box coordinates move
-        a pixel by at most 2 levels of 255.
+        an RGB image of (crop, crop). Unless resized the fast way it is equal to torchvision's,
+        except for images so long that torchvision would make more than 4 million pixels of them:
+        there only the crop is computed, so that they cost no more than others, and Pillow's 32-bit
+        box coordinates move a pixel by at most 2 levels of 255.
     """
-    crop, filter_ = preprocessing.crop, _FILTERS[preprocessing.interpolation]
+    crop = preprocessing.crop
+    resized = partial(resize, image, interpolation=preprocessing.interpolation, fast=fast)
     (width, height), (left, top) = resized_size(image.size, preprocessing)
     if preprocessing.fit == "pad":
         mean = preprocessing.mean
         rgb = mean[::-1] if preprocessing.channels == "bgr" else mean
         color = tuple(min(255, max(0, round(255 * value))) for value in rgb)
         square = Image.new("RGB", (crop, crop), color)
-        square.paste(image.resize((width, height), filter_), (-left, -top))
+        square.paste(resized((width, height)), (-left, -top))
         return square
-    if width * height <= MAX_RESIZED_PIXELS:
-        resized = image.resize((width, height), filter_)
-        return resized.crop((left, top, left + crop, top + crop))
-
-    box = crop_box(image.size, preprocessing)
-    return image.resize((crop, crop), filter_, box=box)
+    only_crop = fast and can_resize_fast(preprocessing.interpolation)
+    if width * height <= MAX_RESIZED_PIXELS and not only_crop:
+        return resized((width, height)).crop((left, top, left + crop, top + crop))
+    return resized((crop, crop), box=crop_box(image.size, preprocessing))
 
 
 def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:

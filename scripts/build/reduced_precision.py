@@ -94,8 +94,8 @@ def add_reduced_precision(
             f"{wanted.type} needs packages that are not installed: make setup-precision"
         ) from error
     for_calibration, for_evaluation, classes = split(wanted, labels, multilabel=card.multilabel)
-    calibration = list(_decoded(for_calibration, card.preprocessing).values())
-    decoded = _decoded(for_evaluation, card.preprocessing)
+    calibration = list(_decoded(for_calibration, card.preprocessing, fast=True).values())
+    decoded = _decoded(for_evaluation, card.preprocessing, fast=True)
     evaluation = list(decoded.values())
     truth = None if classes is None else _truth([classes[path] for path in decoded], card.classes)
     limits = thresholds(card) if card.multilabel else None
@@ -103,7 +103,10 @@ def add_reduced_precision(
     with tempfile.TemporaryDirectory() as temporary:
         cpus = joblib.cpu_count()
         cores = Cores(cpus, cpus, Path(temporary) / "busy")
-        exact = _logits(OnnxEngine(model_file, cores), evaluation)
+        exact = _logits(
+            OnnxEngine(model_file, cores),
+            list(_decoded(list(decoded), card.preprocessing).values()),
+        )
         expected = probabilities(exact)
         if truth is None:
             _check_clear(wanted, near_ties(expected, limits), multilabel=card.multilabel)
@@ -206,13 +209,18 @@ def _logits(engine: Engine, images: Images) -> NDArray[np.float32]:
     return np.concatenate([engine.run(image[None]).logits for image in shown])
 
 
-def _decoded(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[Path, NDArray[np.uint8]]:
-    """Decode images as a server does; leave out those that it rejects."""
+def _decoded(
+    paths: Sequence[Path], preprocessing: Preprocessing, *, fast: bool = False
+) -> dict[Path, NDArray[np.uint8]]:
+    """Decode images as a server does, resized the fast way in reduced precision; leave out those
+    that it rejects.
+    """
     found, rejected = {}, ""
     for path in paths:
         try:
             budget = PixelBudget(Settings.max_pixels, Settings.max_seconds)
-            found[path] = decode(path.read_bytes(), preprocessing, budget).pixels
+            data = path.read_bytes()
+            found[path] = decode(data, preprocessing, budget, fast_resize=fast).pixels
         except (ClientError, OSError) as error:  # each image on its own
             rejected = f"{path}: {error}"
     if rejected:
