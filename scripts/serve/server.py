@@ -22,6 +22,11 @@ from pathlib import Path
 import psutil
 from rich.status import Status
 
+from scripts.serve.environment import (
+    make_temporary_folder,
+    server_environment,
+    write_properties,
+)
 from scripts.serve.machine import (
     WORKER_BYTES,
     FrontendPlan,
@@ -37,6 +42,7 @@ from scripts.serve.preflight import (
     check_workers,
     find_load_error,
     java_home,
+    warn_of_descriptors,
 )
 from scripts.serve.running import (
     FRONTEND,
@@ -107,7 +113,7 @@ def start(
         supervised: whether a supervisor restarts the server after it stops.
 
     Raises:
-        UserError: a port is in use, Java or an archive cannot be used, the machine is too small, or
+        UserError: a port is in use, an archive cannot be used, the machine is too small, or
             the workers do not become ready. Then no process is left running; the logs are kept.
     """
     ports = ports or Ports()
@@ -124,10 +130,13 @@ def start(
     frontend = plan_frontend(plan, len(archives), _max_worker_bytes(archives))
     properties = _start_properties(archives, ports, plan, frontend, config, grpc=grpc)
     # If a key occurs twice, the last line applies.
-    (run_dir / "config.properties").write_text(config.read_text() + properties)
+    write_properties(config_path(run_dir), config.read_text("utf-8") + properties)
     # Two servers must not share a temporary folder: the names of TorchServe's sockets and pid file
-    # are constant. The path of a socket must be short.
-    temporary = tempfile.mkdtemp(prefix="torchserve-")
+    # are constant.
+    try:
+        temporary = str(make_temporary_folder(run_dir))
+    except OSError as error:
+        raise UserError(str(error)) from error
     models = {archive.stem: sha256(archive) for archive in archives}
     pending = ServerState(
         *(0, "", temporary, ports, models, archives[0].stem, grpc),
@@ -234,9 +243,9 @@ def check_start(
         instead_of: a server that stops before this one starts.
 
     Raises:
-        UserError: an archive, a port, Java, or the number of workers cannot be used.
+        UserError: an archive, a port, or the number of workers cannot be used.
     """
-    java_home()
+    warn_of_descriptors()
     held: list[int] = []
     stopping = 0
     if instead_of is not None:
@@ -306,7 +315,7 @@ def _read_number(key: str, config: Path) -> str:
 
 def _read_value(key: str, config: Path) -> str:
     """Return the value of a key, from the last line with that key; empty if there is none."""
-    values = re.findall(rf"^{key}=(.*)$", config.read_text(), re.MULTILINE)
+    values = re.findall(rf"^{key}=(.*)$", config.read_text("utf-8"), re.MULTILINE)
     return values[-1].strip() if values else ""
 
 
@@ -316,11 +325,7 @@ def _launch(
     """Start Java; return the pending state with the frontend's process."""
     logs = run_dir / "logs"
     temporary = pending.temporary
-    environment = {
-        **os.environ,
-        "JAVA_HOME": java_home(),
-        "TMPDIR": temporary,
-        "TEMP": temporary,
+    environment = server_environment(java_home(), temporary) | {
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
         "OMP_NUM_THREADS": str(plan.threads),
@@ -335,12 +340,12 @@ def _launch(
         # TorchServe does not pass it to workers; the handler limits its responses to it.
         "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config_path(run_dir)),
     }
-    # Modules on the user's path could shadow those of the archive.
-    environment.pop("PYTHONPATH", None)
+    # It is given to Java as a URL, and the project's path may have spaces and other letters.
+    shutil.copyfile(log_config, Path(temporary) / "log4j2.xml")
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
         *("--ts-config", str(config_path(run_dir))),
-        *("--log-config", str(log_config.resolve())),
+        *("--log-config", str(Path(temporary) / "log4j2.xml")),
         *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:

@@ -9,7 +9,7 @@ import pytest
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve import machine, server
 from scripts.serve.machine import Plan, plan_workers
-from scripts.serve.preflight import check_archives, check_ports, check_workers, java_home
+from scripts.serve.preflight import check_archives, check_ports, check_workers
 from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
 
@@ -79,12 +79,6 @@ def test_the_default_number_of_workers_is_never_rejected(monkeypatch: pytest.Mon
             monkeypatch.setattr("joblib.cpu_count", lambda value=cpus: value)
             check_workers(machine.plan_workers().workers)
             check_workers(machine.plan_workers(models=3).workers, models=3)
-
-
-def test_a_java_home_without_java_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"JAVA_HOME=.* holds no bin/java"):
-        java_home()
 
 
 def an_archive(path: Path, precision: str = "float32") -> bytes:
