@@ -2,11 +2,13 @@
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,7 +92,7 @@ def test_a_path_that_is_too_long_or_has_other_letters_is_no_place_for_sockets(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     long = tmp_path / name
-    monkeypatch.setattr(environment.tempfile, "gettempdir", lambda: str(long))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(long))
     assert _folder_of(long, long, monkeypatch) == Path("/var/tmp")
 
 
@@ -153,12 +155,13 @@ def test_the_containers_readiness_is_asked_through_no_proxy(
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     # Port 10 itself refuses the connection, and not the proxy at port 9.
-    opened: list[object] = []
-    create = ready.urllib.request.socket.create_connection
-    monkeypatch.setattr(
-        ready.urllib.request.socket,
-        "create_connection",
-        lambda address, *a, **k: opened.append(address) or create(address, *a, **k),
-    )
+    opened = []
+    create = socket.create_connection
+
+    def connect(address: tuple[str, int], *arguments: Any) -> socket.socket:
+        opened.append(address)
+        return create(address, *arguments)
+
+    monkeypatch.setattr(socket, "create_connection", connect)
     assert "refused" in str(ready.why_not_ready(10))
     assert opened == [("127.0.0.1", 10)]
