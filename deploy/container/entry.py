@@ -35,7 +35,7 @@ from deploy.container.serving import (
 )
 from scripts.gateway.template import Route, has_ipv6, render_template
 from scripts.serve.environment import raise_descriptor_limit, server_environment
-from scripts.serve.upkeep import Upkeep
+from scripts.serve.upkeep import Outage, Upkeep
 
 # Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
 # after 30, Kubernetes and compose after 40 (a test reads the manifests).
@@ -102,14 +102,20 @@ def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
 def _watch(torchserve: int, stopping: Sequence[float]) -> None:
     """Report readiness, and keep TorchServe in shape, whose launcher has this process id."""
     upkeep: Upkeep | None = None
+    outage: Outage | None = None
     while not stopping:
         reason = ready.why_not_ready(MANAGEMENT_PORT)
         if reason is None and not ready.FILE.exists() and not stopping:
             ready.FILE.touch()
             _log("Ready.")
+            outage = outage or Outage()  # before that, the platform's startup probe counts
         elif reason is not None and ready.FILE.exists():
             ready.FILE.unlink(missing_ok=True)
             _log(f"Not ready any more: {reason}.")
+        if outage and (message := outage.check(ready.FILE.exists)):
+            _log(message)
+            psutil.Process(torchserve).kill()  # and so the container exits
+            return
         if upkeep is None:
             upkeep = next(map(Upkeep, psutil.Process(torchserve).children()), None)
         else:

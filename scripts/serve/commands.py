@@ -1,5 +1,6 @@
 """`make start`, `make stop`, `make scale`, `make status`."""
 
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,6 @@ from rich.table import Table
 
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.management import (
-    RESTART_HINT,
     WORKER_REPLACEMENT_SECONDS,
     model_status,
     scale,
@@ -20,6 +20,7 @@ from scripts.serve.management import (
 )
 from scripts.serve.preflight import check_archives
 from scripts.serve.running import (
+    RESTART_HINT,
     RUN_DIR,
     Ports,
     ServerState,
@@ -30,7 +31,7 @@ from scripts.serve.running import (
     require_running,
 )
 from scripts.serve.server import start, stop, supervise
-from scripts.serve.upkeep import find_faults
+from scripts.serve.upkeep import find_faults, stopped_workers
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
@@ -108,8 +109,8 @@ def scale_command(
     step(f"TorchServe: {workers} worker(s) ready")
 
 
-def status_command() -> None:
-    """Show workers, queue and versions."""
+def status_command() -> int:
+    """Show workers, queue and versions; exit with status 1 if anything is wrong."""
     running = require_running()
     try:
         models = [model_status(running.serving(model)) for model in running.models]
@@ -129,15 +130,33 @@ def status_command() -> None:
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")
-    frontend = running.process()
-    for fault in find_faults(frontend, Path(running.temporary)) if frontend else ():
+    faults = list(_faults(models, running))
+    for fault in faults:
         warn(fault)
-    exited = sum(_has_exited(worker, running) for model in models for worker in model["workers"])
-    if exited:
-        warn(
-            f"{exited} worker(s) that TorchServe reports as ready have exited. If it does not "
-            f"replace them within {WORKER_REPLACEMENT_SECONDS:.0f} s, it never will. {RESTART_HINT}"
+    return 1 if faults else 0
+
+
+def _faults(models: Sequence[dict[str, Any]], running: ServerState) -> Iterator[str]:
+    """Return everything for which a request may fail now, or will after a crash."""
+    if lost := running.lost_files():
+        yield lost
+    frontend = running.process()
+    if frontend is not None:
+        yield from find_faults(frontend, [RUN_DIR, Path(running.temporary)])
+    stopped = {worker.pid for worker in stopped_workers(frontend)} if frontend else set()
+    for model in models:
+        ready = sum(
+            _state(worker, running) == "READY" and worker["pid"] not in stopped
+            for worker in model["workers"]
         )
+        wanted = max(1, model["minWorkers"])
+        if ready < wanted:
+            yield f"{model['modelName']}: {ready} of {wanted} worker(s) can answer. " + (
+                f"If TorchServe does not replace those that exited within "
+                f"{WORKER_REPLACEMENT_SECONDS:.0f} s, it never will. {RESTART_HINT}"
+                if model["workers"]
+                else f"Start some: make scale WORKERS={running.workers}"
+            )
 
 
 def _show_workers(model: dict[str, Any], running: ServerState) -> None:
@@ -145,14 +164,16 @@ def _show_workers(model: dict[str, Any], running: ServerState) -> None:
     for heading in ("worker", "pid", "status", "memory"):
         table.add_column(heading)
     for worker in model["workers"]:
-        state = "exited" if _has_exited(worker, running) else worker["status"]
-        table.add_row(worker["id"], str(worker["pid"]), state, _memory(worker["pid"]))
+        pid = worker["pid"]
+        table.add_row(worker["id"], str(pid), _state(worker, running), _memory(pid))
     console.print(table)
 
 
-def _has_exited(worker: dict[str, Any], running: ServerState) -> bool:
-    """Return whether TorchServe reports a worker as ready whose process has exited."""
-    return worker["status"] == "READY" and not is_worker_alive(worker["pid"], running)
+def _state(worker: dict[str, Any], running: ServerState) -> str:
+    """Return a worker's state; TorchServe may report one as ready whose process has exited."""
+    if worker["status"] == "READY" and not is_worker_alive(worker["pid"], running):
+        return "exited"
+    return str(worker["status"])
 
 
 def _memory(pid: int) -> str:

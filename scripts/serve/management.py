@@ -15,7 +15,7 @@ from classification_client.retrying import tries
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve.machine import WORKER_BYTES, worker_bytes
 from scripts.serve.preflight import check_workers
-from scripts.serve.running import ServerState, is_worker_alive
+from scripts.serve.running import RESTART_HINT, ServerState, is_worker_alive
 from scripts.terminal import UserError, console
 
 # A gray image of one pixel, as PNG.
@@ -26,7 +26,6 @@ SCALE_TIMEOUT = 180.0
 HTTP_TIMEOUT = 10.0
 # TorchServe replaces a worker that exited within 2 to 6 s.
 WORKER_REPLACEMENT_SECONDS = 20.0
-RESTART_HINT = "Restart it: make stop, then make run or make start."
 _POLL_SECONDS = 0.2
 
 
@@ -75,6 +74,8 @@ def scale(running: ServerState, workers: int) -> None:
         UserError: TorchServe rejects the number, the machine is too small, or the workers are not
             ready in time.
     """
+    if lost := running.lost_files():
+        raise UserError(lost)
     # TorchServe unpacks model archives in this folder.
     cards = map(ModelCard.load, Path(running.temporary).glob(f"models/*/{MODEL_CARD}"))
     bytes_per_worker = max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)

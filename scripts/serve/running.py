@@ -26,6 +26,7 @@ from scripts.terminal import UserError
 RUN_DIR = Path(".run")
 STATE = "server.json"
 HOST = "127.0.0.1"
+RESTART_HINT = "Restart it: make stop, then make run or make start."
 # Java's main class.
 FRONTEND = "org.pytorch.serve.ModelServer"
 
@@ -119,6 +120,18 @@ class ServerState:
     def process(self) -> psutil.Process | None:
         """Return the frontend's process; None if it has exited."""
         return process_by_id(self.pid, self.started)
+
+    def lost_files(self) -> str | None:
+        """Return a message if the server's temporary files were deleted; None if they are there.
+
+        Programs that delete old files take the state file first, which nobody reads or writes.
+        """
+        if Path(self.temporary, STATE).is_file():
+            return None
+        return (
+            f"TorchServe's files in {self.temporary} were deleted: a worker that crashes cannot be "
+            f"replaced. {RESTART_HINT}"
+        )
 
 
 def find_running(run_dir: Path = RUN_DIR) -> ServerState | None:

@@ -56,7 +56,7 @@ from scripts.serve.running import (
     last_server_state,
     worker_processes,
 )
-from scripts.serve.upkeep import Upkeep
+from scripts.serve.upkeep import Outage, Upkeep
 from scripts.serve.worker_log import NewLines, frontend_error, root_cause, worker_died
 from scripts.state import process_by_arguments, start_time, write_state
 from scripts.store import read_card, sha256
@@ -192,7 +192,9 @@ def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     """Wait until the server exits, or stop it on SIGTERM or SIGINT.
 
     Meanwhile return memory that a flood took, and kill workers that were stopped. A server whose
-    files were deleted stops, so that its supervisor restarts it.
+    files were deleted, or one of whose models has had no worker for `OUTAGE_SECONDS`, stops, so
+    that its supervisor restarts it: TorchServe keeps requests without an answer as long as no
+    worker starts, and after 5 minutes it starts none.
 
     Returns:
         The exit status: 0 after a signal, 1 if the server exited by itself.
@@ -203,14 +205,18 @@ def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     _notify("READY=1")
     frontend = running.process()
     upkeep = Upkeep(frontend) if frontend is not None else None
+    outage = Outage()
     while upkeep is not None and running.process() is not None:
         if received.wait(_SUPERVISE_INTERVAL):
             _notify("STOPPING=1")
             stop(running, run_dir)
             return 0
         upkeep.run()
-        if not Path(running.temporary).is_dir():
-            warn(f"TorchServe's temporary folder {running.temporary} was deleted; stopping.")
+        reason = running.lost_files() or outage.check(
+            lambda: min(ready_workers(running.serving(model)) for model in running.models) > 0
+        )
+        if reason:
+            warn(f"{reason} TorchServe stops.")
             stop(running, run_dir)
     return 1
 

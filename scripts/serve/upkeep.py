@@ -5,9 +5,10 @@ memory that a flood of large uploads took.
 """
 
 import resource
+import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,10 @@ _COLLECT_TIMEOUT = 60.0
 # A worker that a debugger or a terminal stopped may continue.
 _STOPPED_SECONDS = 10.0
 _MAX_DESCRIPTOR_SHARE = 0.9
+_MIN_FREE_BYTES = 200 << 20
+# TorchServe replaces a crashed worker within 6 s; a large model loads for a minute.
+OUTAGE_SECONDS = 120.0
+_OUTAGE_INTERVAL = 5.0
 
 
 class Upkeep:
@@ -68,24 +73,38 @@ class Upkeep:
                 stopped[pid].kill()
 
 
+class Outage:
+    """The time for which a model has had no ready worker; called in a supervisor's loop."""
+
+    def __init__(self) -> None:
+        self._checked = self._ready = time.monotonic()
+
+    def check(self, is_ready: Callable[[], bool]) -> str | None:
+        """Return a message if the outage is longer than `OUTAGE_SECONDS`."""
+        now = time.monotonic()
+        if now < self._checked + _OUTAGE_INTERVAL:
+            return None
+        self._checked = now
+        if is_ready():
+            self._ready = now
+        if now < self._ready + OUTAGE_SECONDS:
+            return None
+        return f"A model has had no ready worker for {now - self._ready:.0f} s."
+
+
 def stopped_workers(frontend: psutil.Process) -> list[psutil.Process]:
     """Return the workers that were stopped by SIGSTOP or a debugger."""
     states = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     return [each for each in frontend.children() if _status(each) in states]
 
 
-def find_faults(frontend: psutil.Process, folder: Path) -> Iterable[str]:
+def find_faults(frontend: psutil.Process, folders: Iterable[Path]) -> Iterable[str]:
     """Return what TorchServe itself does not report.
 
     Args:
         frontend: Java's process.
-        folder: its temporary folder.
+        folders: that it and the gateway write to.
     """
-    if not folder.is_dir():
-        yield (
-            f"TorchServe's temporary folder {folder} was deleted: a worker that crashes cannot be "
-            "replaced."
-        )
     stopped = [str(worker.pid) for worker in stopped_workers(frontend)]
     if stopped:
         yield (
@@ -99,6 +118,16 @@ def find_faults(frontend: psutil.Process, folder: Path) -> Iterable[str]:
                 f"TorchServe uses {used} of {limit} file descriptors: further connections will "
                 "hang. Raise the limit (ulimit -n), or put the gateway in front."
             )
+    full = [str(folder) for folder in folders if _free_bytes(folder) < _MIN_FREE_BYTES]
+    if full:
+        yield (
+            f"The disk is full: less than {_MIN_FREE_BYTES >> 20} MiB are free in "
+            f"{', '.join(full)}. Logs and large uploads fail."
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free if folder.is_dir() else _MIN_FREE_BYTES
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -64,22 +65,41 @@ def test_a_worker_that_continues_is_left_alone(
 
 
 def test_faults_that_torchserve_does_not_report_are_named(
-    frontend: psutil.Process, tmp_path: Path
+    frontend: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(find_faults(frontend, tmp_path)) == []
+    folders = [tmp_path, tmp_path / "deleted"]
+    assert list(find_faults(frontend, folders)) == []
     (worker,) = frontend.children()
     worker.send_signal(signal.SIGSTOP)
     assert wait_until(lambda: bool(stopped_workers(frontend)), 10)
-    deleted, stopped = find_faults(frontend, tmp_path / "deleted")
-    assert "deleted was deleted: a worker that crashes cannot be replaced" in deleted
+    monkeypatch.setattr(upkeep, "_MIN_FREE_BYTES", 1 << 60)
+    stopped, full = find_faults(frontend, folders)
     assert str(worker.pid) in stopped
+    assert "The disk is full: " in full
+    assert full.endswith(f"are free in {tmp_path}. Logs and large uploads fail.")
 
 
-def test_few_free_file_descriptors_are_a_fault(frontend: psutil.Process, tmp_path: Path) -> None:
+def test_few_free_file_descriptors_are_a_fault(frontend: psutil.Process) -> None:
     used = frontend.num_fds()
     frontend.rlimit(psutil.RLIMIT_NOFILE, (used, used))
-    (fault,) = find_faults(frontend, tmp_path)
+    (fault,) = find_faults(frontend, [])
     assert f"TorchServe uses {used} of {used} file descriptors" in fault
+
+
+def test_a_long_outage_is_reported_and_a_short_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    outage = upkeep.Outage()
+    for seconds, is_ready, reported in (
+        (100, False, False),
+        (10, True, False),
+        (100, False, False),
+        (30, False, True),
+    ):
+        now += seconds
+        message = outage.check(lambda ready=is_ready: ready)  # type: ignore[misc]
+        assert bool(message) == reported
+    assert message == "A model has had no ready worker for 130 s."
 
 
 def test_a_frontend_that_exited_is_no_error(frontend: psutil.Process) -> None:
