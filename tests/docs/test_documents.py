@@ -1,4 +1,4 @@
-"""What the documents say: their commands and programs, with what they print, and their links.
+"""The documents: their commands and programs, with what they print, and their links.
 
 Commands and programs run as a reader would run them, in a copy of the project, against the server
 that the copy's `make run` started: on ports of its own, so that those of the text stand for them.
@@ -18,18 +18,30 @@ from pathlib import Path
 from unittest import SkipTest
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
+from handler import errors
 from scripts.serve.running import Ports, free_ports, unused_ports
+from tests.browser.conftest import launch
+from tests.docs import configuration
 from tests.workspace import copy_project, project_files
 
 README = Path("README.md")
 # The README comes first: it starts the server.
-PAGES = [README, *sorted(Path("docs").glob("*.md")), Path("deploy/README.md")]
+CONTENTS = Path("docs/README.md")
+PAGES = [README, *sorted(Path("docs").rglob("*.md"))]
 # Of the README, so that a reader reaches its end.
-MOST_LINES = 220
+MAX_LINES = 150
+NAVIGATION = Path("docs/site/mkdocs.yml")
 TIMEOUT = 280  # seconds
+
+MIN_SYMPTOMS = 25
+# Folders whose messages users see.
+PRODUCT = {"scripts", "handler", "client", "batch", "deploy"}
+# Messages that are not this project's.
+OF_OTHERS = {"No space left on device", "ErrorDataDecoderException", "RepeatedPart", "NotAnImage"}
 
 # The beginnings of commands that are not run, and why.
 NOT_RUN = {
@@ -255,8 +267,70 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_is_short_and_names_every_page() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
-    missing = [str(page) for page in PAGES if page != README and f"({page})" not in text]
+def test_the_readme_is_short_and_the_contents_and_the_site_name_every_page() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    pages = {page.as_posix() for page in PAGES} - {str(README), str(CONTENTS)}
+    contents = {f"docs/{link}" for link in _LINK.findall(_prose(CONTENTS))}
+    assert pages <= contents
+    navigation = re.findall(r"- (?:.*: )?(\S+\.md)$", NAVIGATION.read_text(), re.MULTILINE)
+    assert sorted(navigation) == sorted({*pages, str(README), str(CONTENTS)})
+
+
+@pytest.mark.slow
+def test_the_site_builds_with_strict_links_and_is_searched_from_the_disk() -> None:
+    made = subprocess.run(["make", "docs"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    failed: list[str] = []
+    with sync_playwright() as playwright:
+        chromium = launch(playwright.chromium)
+        if chromium is None:
+            pytest.skip("NOT RUN: no Chromium")
+        page = chromium.new_context(offline=True).new_page()
+        page.on("requestfailed", lambda request: failed.append(request.url))
+        page.goto(Path("build/docs/site/index.html").absolute().as_uri())
+        page.keyboard.press("/")
+        page.get_by_placeholder("Search").fill("calibration")
+        expect(page.get_by_role("link", name="Reduced precision").first).to_be_visible()
+        chromium.close()
+    assert not failed
+
+
+# --- What stands in two places ---
+
+
+def test_the_configuration_page_has_the_options_and_settings_of_the_code() -> None:
+    written = configuration.PAGE.read_text(encoding="utf-8").partition(configuration.MARKER)[2]
+    assert written == configuration.generated(), "run: python -m tests.docs.configuration"
+
+
+def test_each_error_type_has_a_row() -> None:
+    page = Path("docs/reference/errors.md").read_text(encoding="utf-8")
+    classes = vars(errors).values()
+    types = {c.type for c in classes if isinstance(c, type) and "type" in vars(c)}
+    assert types
+    assert not {name for name in types if f"| `{name}` |" not in page}
+
+
+def test_each_alert_has_a_runbook_and_no_other() -> None:
+    alerts = re.findall(r"alert: (\w+)", Path("deploy/monitoring/alerts.yaml").read_text())
+    page = Path("docs/operate/monitoring.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### (\w+)$", page, re.MULTILINE) == alerts
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    page = Path("docs/operate/troubleshooting.md").read_text(encoding="utf-8")
+    symptoms = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    assert len(symptoms) > MIN_SYMPTOMS
+    files = [f for f in project_files() if f.suffix == ".py" and f.parts[0] in PRODUCT]
+    # One text, without the seams of strings that take several lines.
+    code = re.sub(r'"\s*f?"', "", "".join(f.read_text(encoding="utf-8") for f in files))
+    quoted = [q for symptom in symptoms for q in re.findall(r"`((?:Error: )?[A-Z].*?)`", symptom)]
+    missing = [
+        part
+        for message in quoted
+        if message not in OF_OTHERS
+        for part in re.split(r"\.\.\.|\w+=|\d+", message.removeprefix("Error: "))
+        if len(part.strip()) > 3 and part.strip() not in code
+    ]
+    assert quoted
     assert not missing
