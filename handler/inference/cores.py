@@ -1,8 +1,9 @@
 """Choose how many CPU threads a worker may use at the moment.
 
 Under load a worker keeps to its own share of the cores, which gave the best throughput. While no
-other worker of the server is busy and the queue is empty it uses them all, which gave a single
-client the lowest latency.
+other worker of the server is busy and the queue is empty it may use them all, which gave a single
+client the lowest latency on most machines. Virtual CPUs can share a core, though, and then more
+threads are slower: so a worker tries both on its first images and keeps what was faster.
 
 Each busy worker holds a lock on one byte of a file that all of them share, and on another one for
 as long as it lives, both at a place that was free when it started: process ids would not do, since
@@ -11,12 +12,21 @@ that nothing is left to clean up. No lock is ever waited for.
 """
 
 import fcntl
+import logging
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+
+logger = logging.getLogger(__name__)
+
+# Images that a worker alone tries each number of threads on. Their median is compared, since the
+# first ones are slower and others can be beside some other program's work.
+_TRIALS = 7
 
 # Where the bytes of the living begin, behind those of the busy: more than any machine has workers.
 _LIVING = 1 << 16
@@ -50,6 +60,8 @@ class Cores:
         )
         self._position = self._free_position()
         self._queue_not_empty = False
+        self._trials: dict[int, list[float]] = {self.share: [], self.all: []}
+        self._alone = self.all if len(self._trials) == 1 else 0  # 0 until it is known
 
     def _free_position(self) -> int:
         """Lock the first position that no living worker holds, and return it."""
@@ -83,6 +95,27 @@ class Cores:
         return (
             self.all if self._is_only_one(_LIVING if self._queue_not_empty else 0) else self.share
         )
+
+    @contextmanager
+    def threads(self) -> Iterator[int]:
+        """Choose the threads for one image, which is computed in this context.
+
+        Yields:
+            `share` or `all`. While that is not decided its time is measured.
+        """
+        threads = self.available()
+        if threads == self.share or self._alone:
+            yield min(threads, self._alone or threads)
+            return
+        trial = min(self._trials, key=lambda each: len(self._trials[each]))
+        started = time.perf_counter()
+        yield trial
+        self._trials[trial].append(time.perf_counter() - started)
+        if all(len(times) == _TRIALS for times in self._trials.values()):
+            medians = {each: median(times) for each, times in self._trials.items()}
+            self._alone = min(medians, key=lambda each: medians[each])
+            shown = ", ".join(f"{each}: {1000 * t:.1f} ms" for each, t in medians.items())
+            logger.info("threads for a single image: %d (%s)", self._alone, shown)
 
     def _is_only_one(self, start: int) -> bool:
         """Return whether no other process holds a lock from `start` on; acquires none itself."""

@@ -36,10 +36,10 @@ class OnnxEngine:
     def run(self, images: NDArray[np.uint8], extra: Extra | None = None) -> Outputs:
         """See `Engine.run`."""
         names = ["logits", *([extra.value] if extra else [])]
-        runs = [
-            self._sessions[self._cores.available()].run(names, {self._input: images[i : i + 1]})
-            for i in range(len(images))
-        ]
+        runs = []
+        for i in range(len(images)):
+            with self._cores.threads() as threads:
+                runs.append(self._sessions[threads].run(names, {self._input: images[i : i + 1]}))
         return Outputs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
 
 

@@ -57,8 +57,9 @@ class OpenVinoEngine:
         names = ["logits", *([extra.value] if extra else [])]
         runs = []
         for i in range(len(images)):
-            request = self._requests[self._cores.available()]
-            request.infer([images[i : i + 1]])
+            with self._cores.threads() as threads:
+                request = self._requests[threads]
+                request.infer([images[i : i + 1]])
             # The next run of a request overwrites its tensors.
             runs.append([request.get_tensor(name).data.copy() for name in names])
         return Outputs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))

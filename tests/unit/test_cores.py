@@ -86,3 +86,34 @@ def test_a_worker_keeps_to_its_share_while_requests_wait_for_others_too(lock_fil
 
 def test_fewer_cores_than_the_share_do_not_take_any_away(lock_file: Path) -> None:
     assert Cores(4, 1, lock_file).available() == 4
+
+
+@pytest.mark.parametrize("faster", [SHARE, ALL])
+def test_a_worker_alone_keeps_the_number_of_threads_that_was_faster(
+    faster: int, lock_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    cores, used = Cores(SHARE, ALL, lock_file), []
+    for image in range(30):
+        with cores.busy(queue_not_empty=False), cores.threads() as threads:
+            used.append(threads)
+            # Once in a while something else makes the better one slower.
+            clock += 1 if threads == faster and image % 5 else 2
+    assert set(used[:14]) == {SHARE, ALL}
+    assert set(used[14:]) == {faster}
+
+
+@pytest.mark.timeout(30)
+def test_beside_another_worker_nothing_is_tried(lock_file: Path) -> None:
+    cores = Cores(SHARE, ALL, lock_file)
+    with other_worker(lock_file) as other:
+        for _ in range(20):
+            with cores.busy(queue_not_empty=False), cores.threads() as threads:
+                assert threads == SHARE
+        other.kill()
+    with cores.busy(queue_not_empty=False):
+        for _ in range(2):
+            with cores.threads() as threads:
+                pass
+    assert threads == ALL
