@@ -51,6 +51,7 @@ class Options:
             multi-label model one for all classes or one for each.
         class_index: position of the class to explain, as the client wrote it.
         class_id: id of the class to explain, such as "n02124075".
+        class_name: name of the class to explain, such as "tabby".
         embedding: each result holds the embedding.
     """
 
@@ -58,6 +59,7 @@ class Options:
     threshold: Threshold
     class_index: str | None = None
     class_id: str | None = None
+    class_name: str | None = None
     embedding: bool = False
 
 

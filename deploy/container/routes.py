@@ -49,9 +49,8 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
         _readiness("/v2/health/ready"),
         _constant("/v2/models", names),
         _upload("/invocations"),
-        # The gateway's path, which error messages name. On this path of TorchServe, and only there,
-        # a query reaches the handler.
-        _upload("/predict", f"/{models[0].name}/predict"),
+        # The gateway's path, which error messages name.
+        _upload("/predict", f"/predictions/{models[0].name}"),
     ]
     for model in models:
         found += _model_routes(model)
@@ -60,7 +59,7 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
         found.append(_readiness(path))
     uploads = [route.path for route in found if route.answer is None]
     if path := _new_path("AIP_PREDICT_ROUTE", environment, uploads, found):
-        found.append(_upload(path, f"/{models[0].name}/predict"))
+        found.append(_upload(path, f"/predictions/{models[0].name}"))
     # Two versions of a model share paths.
     return list({route.path: route for route in found}.values())
 

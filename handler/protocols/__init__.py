@@ -8,12 +8,13 @@ from handler.archive import Archive
 from handler.errors import BadRequest, MissingImage, NoEmbedding, NoExplanation
 from handler.inference.engines import Extra
 from handler.protocols.accept import prefers
+from handler.protocols.content_encoding import decompress_body
 from handler.protocols.forms import Form, JsonImage, form_fields, is_form
 from handler.protocols.huggingface import HuggingFace
 from handler.protocols.json_body import is_empty, parse_json, release_body
 from handler.protocols.kserve_v1 import KServeV1
 from handler.protocols.kserve_v2 import KServeV2
-from handler.protocols.options import find_class, parse_options
+from handler.protocols.options import find_class, parse_options, parse_query
 from handler.request import Protocol, Purpose, Request
 
 # The first that accepts a request parses it and formats the response.
@@ -43,6 +44,8 @@ def parse(request: Request, archive: Archive) -> None:
         return
     if request.headers.get("explain") == "True":
         request.purpose = Purpose.EXPLAIN
+    decompress_body(request)
+    request.options = parse_options(parse_query(request), request.options)
     request.options = parse_options(form_fields(request), request.options)
     body = parse_json(request)
     protocol = next(each for each in PROTOCOLS if each.accepts(request, body))()

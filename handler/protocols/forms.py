@@ -7,19 +7,31 @@ file has a content type, others have none.
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from handler.archive import Archive
+from handler.decoding.formats import begins_as_image
 from handler.errors import BadRequest, MissingImage, NotAnImage, RepeatedPart
+from handler.protocols.image_text import decode_if_text, is_image, reject_address
 from handler.protocols.json_body import (
     JsonBody,
     announces_body,
     check_count,
+    find_image,
     is_empty,
     json_image,
 )
 from handler.protocols.options import IMAGE_NAMES, WHOLE_NUMBER, quoted
-from handler.request import Body, Protocol, Request, RequestImage, Response, json_response
+from handler.request import (
+    Body,
+    Protocol,
+    Request,
+    RequestImage,
+    Response,
+    json_response,
+    run_isolated,
+)
 from handler.results import result_of
 
 _FORM_DATA = "multipart/form-data"
@@ -38,6 +50,9 @@ _LAST_LINE = len("----\r\n")
 _FIELD_SLACK = 128
 _FILE_SLACK = 640
 _LONG_FILE_NAME_SLACK = 640
+
+# No image in base64 is shorter, and few tokens are longer.
+_MIN_BASE64_LENGTH = 128
 
 # A text this short in place of a file is the name of a file.
 _MAX_FILE_NAME_LENGTH = 255
@@ -58,6 +73,7 @@ class Form(Protocol):
         check_count(len(request.images), archive.settings.max_images)
         if not request.images:
             _reject_json_in_a_form(request)
+            _reject_addresses(request)
 
     def format(self, request: Request, archive: Archive) -> Response:
         """See `Protocol.format`."""
@@ -74,7 +90,7 @@ class Form(Protocol):
 
 
 class JsonImage(Form):
-    """`{"image": "<base64>"}`."""
+    """`{"image": "<base64>"}`, the same in a list `images`, or as `find_image` finds it."""
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
@@ -85,12 +101,20 @@ class JsonImage(Form):
         """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
-        if "image" not in body.document:
+        images = body.document.get("images")
+        if isinstance(images, list):
+            check_count(len(images), archive.settings.max_images)
+            request.images = [
+                json_image(request, f"images[{i}]", value) for i, value in enumerate(images)
+            ]
+            return
+        image = find_image(body.document)
+        if image is None:
             raise MissingImage(
                 'The JSON body holds no image. Send {"image": "<base64>"}, or a KServe request '
                 'with "instances" or "inputs".'
             )
-        request.images = [json_image(request, "image", body.document["image"])]
+        request.images = [json_image(request, "image", image)]
 
 
 def form_fields(request: Request) -> dict[str, Any]:
@@ -128,24 +152,42 @@ def _is_short_text(value: object) -> bool:
 
 
 def _image_parts(request: Request, fields: Mapping[str, Any]) -> Iterator[RequestImage]:
-    """Return every part that was sent as a file, or under an image's name."""
+    """Return every part that was sent as a file or under an image's name, or that is an image."""
     for name, value in request.row.items():
         is_field = name in fields
-        if is_field and name not in IMAGE_NAMES:
+        if is_field and name not in IMAGE_NAMES and not _is_image(value):
             continue  # an option, or a field of somebody else
         if name == "body" and is_empty(value) and not announces_body(request):
             continue  # a GET
         image = RequestImage(request.request_id, name)
-        if is_field and value and is_form(request) and _is_short_text(value):
-            image.error = NotAnImage(
-                f'The field "{name}" holds a short text, not a file. To send a file with curl, '
-                f"write @ before its name: curl -F {name}=@cat.jpg URL"
-            )
-        elif isinstance(value, bytes | bytearray | str):
-            image.data = _as_bytes(value)
-        else:
-            image.error = BadRequest(f"{quoted(name)} must hold an image, not JSON.")
+        run_isolated(image, partial(_fill_in, value=value, is_field=is_field and is_form(request)))
         yield image
+
+
+def _fill_in(image: RequestImage, value: object, *, is_field: bool) -> None:
+    if not isinstance(value, bytes | bytearray | str):
+        raise BadRequest(f"{quoted(image.name)} must hold an image, not JSON.")
+    data = decode_if_text(_as_bytes(value))
+    if is_field and data and _is_short_text(data):
+        raise NotAnImage(
+            f'The field "{image.name}" holds a short text, not a file. To send a file with curl, '
+            f"write @ before its name: curl -F {image.name}=@cat.jpg URL"
+        )
+    image.data = data
+
+
+def _is_image(value: object) -> bool:
+    """Return whether a field of any name is an image: a file without a name, or its base64.
+
+    A text may begin as a BMP does, with "BM", and one of 64 random characters in base64 may begin
+    as a JPEG.
+    """
+    if not isinstance(value, bytes | bytearray):
+        return False
+    if begins_as_image(value) and b"\0" in value:
+        return True
+    head = bytes(value[:_MIN_BASE64_LENGTH])
+    return len(head) == _MIN_BASE64_LENGTH and head.isascii() and is_image(head.decode("ascii"))
 
 
 def _check_nothing_was_lost(request: Request) -> None:
@@ -191,6 +233,12 @@ def _reject_json_in_a_form(request: Request) -> None:
             "does. Send the header Content-Type: application/json as well "
             "(curl -H 'Content-Type: application/json' -d @request.json URL)."
         )
+
+
+def _reject_addresses(request: Request) -> None:
+    for value in form_fields(request).values():
+        if isinstance(value, bytes | bytearray):
+            reject_address(value[:_MAX_FILE_NAME_LENGTH].decode("ascii", "replace"))
 
 
 def _as_bytes(value: bytes | bytearray | str) -> bytes | bytearray:

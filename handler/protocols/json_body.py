@@ -1,15 +1,13 @@
 """JSON bodies: parse them within limits of work and memory, and take images out of them."""
 
-import base64
-import binascii
 import json
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import BadRequest, TooManyImages
+from handler.protocols.image_text import decode_if_text, from_base64, is_address, is_image
 from handler.protocols.options import WHOLE_NUMBER, parse_options, quoted
 from handler.request import Request, RequestImage, run_isolated
 
@@ -23,10 +21,9 @@ BINARY_HEADER = "inference-header-content-length"
 _MAX_PARTS = 100_000
 _PARTS = "[{,"
 
-_DATA_URL = re.compile(r"\s*data:[^,]{0,300};\s*base64\s*,", re.IGNORECASE)
-_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
-_LINE_BREAKS = b" \t\r\n"
-_BASE64_GROUP = 4
+# The keys of an object under which clients send an image, and how deep such objects are nested.
+_IMAGE_KEYS = ("image", "b64", "base64", "data", "image_bytes", "image_base64")
+_MAX_DEPTH = 4
 
 
 @dataclass
@@ -110,6 +107,8 @@ def parse_json(request: Request) -> JsonBody | None:
             body = _loads(body)
         except (ValueError, RecursionError) as error:
             raise BadRequest("The body is not valid JSON.") from error
+    if isinstance(body, str):
+        body = {"image": body}
     if not isinstance(body, dict):
         raise BadRequest('The JSON body must be an object, such as {"image": "<base64>"}.')
     return JsonBody(body, binary)
@@ -143,15 +142,38 @@ def json_image(request: Request, name: str, value: object) -> RequestImage:
     Args:
         request: it is a part of.
         name: of the image.
-        value: text in base64, or bytes.
+        value: text in base64, bytes, or an object that holds one of them; see `find_image`.
     """
     image = RequestImage(request.request_id, name)
 
     def fill_in(image: RequestImage) -> None:
-        image.data = value if isinstance(value, bytes | bytearray) else _from_base64(value)
+        found = find_image(value) if isinstance(value, dict) else value
+        if isinstance(found, bytes | bytearray):
+            image.data = decode_if_text(found)
+        elif isinstance(found, str):
+            image.data = from_base64(found)
+        else:
+            raise BadRequest("An image in JSON must be a text in base64.")
 
     run_isolated(image, fill_in)
     return image
+
+
+def find_image(document: Mapping[str, Any], depth: int = _MAX_DEPTH) -> object:
+    """Return what an object holds as its image; None if that is nothing.
+
+    That is the value of a usual key, or else the first text that is an image or an address.
+    """
+    named = next((document[key] for key in _IMAGE_KEYS if key in document), None)
+    values = document.values() if named is None else (named,)
+    for value in values:
+        if isinstance(value, dict) and depth:
+            found = find_image(value, depth - 1)
+            if found is not None:
+                return found
+        elif isinstance(value, str) and (is_image(value) or is_address(value)):
+            return value
+    return named
 
 
 def check_count(images: int, max_images: int) -> None:
@@ -187,18 +209,3 @@ def _loads(body: bytes | bytearray | str) -> Any:
             "in base64, not as lists of numbers."
         )
     return json.loads(text)
-
-
-def _from_base64(value: object) -> bytes:
-    """Decode standard or URL-safe base64, with or without padding, line breaks or a data URL."""
-    if not isinstance(value, str):
-        raise BadRequest("An image in JSON must be a text in base64.")
-    data_url = _DATA_URL.match(value)
-    try:
-        text = (value[data_url.end() :] if data_url else value).encode("ascii")
-        text = text.translate(_STANDARD_ALPHABET, _LINE_BREAKS)
-        if not text.endswith(b"="):
-            text += b"=" * (-len(text) % _BASE64_GROUP)
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadRequest("The image's text is not valid base64.") from error

@@ -5,9 +5,6 @@ from handler.protocols.json_body import JsonBody, check_count, json_image
 from handler.request import Protocol, Purpose, Request, Response, json_response
 from handler.results import result_of
 
-# The keys of an instance under which clients send the image.
-_INSTANCE_KEYS = ("b64", "image", "data", "image_bytes")
-
 
 class KServeV1(Protocol):
     """An instance is `{"b64": "<base64>"}`, the same under an image's name, or the text itself."""
@@ -24,8 +21,7 @@ class KServeV1(Protocol):
         instances = body.list("instances")
         check_count(len(instances), archive.settings.max_images)
         request.images = [
-            json_image(request, f"instances[{i}]", _unwrap(value))
-            for i, value in enumerate(instances)
+            json_image(request, f"instances[{i}]", value) for i, value in enumerate(instances)
         ]
 
     def format(self, request: Request, archive: Archive) -> Response:
@@ -33,9 +29,3 @@ class KServeV1(Protocol):
         results = [result_of(image) for image in request.images]
         key = "explanations" if request.purpose is Purpose.EXPLAIN else "predictions"
         return json_response({key: results, **archive.warning})
-
-
-def _unwrap(value: object) -> object:
-    while isinstance(value, dict):
-        value = next((value[key] for key in _INSTANCE_KEYS if key in value), None)
-    return value

@@ -82,7 +82,8 @@ class KServeV2(Protocol):
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
         """See `Protocol.accepts`."""
-        return body is not None and "inputs" in body.document
+        # A text is no tensor, but an image as Hugging Face's clients send it.
+        return body is not None and not isinstance(body.document.get("inputs", ""), str)
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         """See `Protocol.parse`."""

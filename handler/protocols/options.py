@@ -8,17 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+from urllib.parse import parse_qsl
 
 from handler.errors import InvalidOption
 from handler.labels import Label
-from handler.request import Options
+from handler.request import Options, Request
 
 # Names under which clients send an image even if nothing marks it as a file: a raw body, gRPC, and
 # the tutorials' forms.
 IMAGE_NAMES = ("body", "data", "file", "image")
 
 _EMBEDDING = "embedding"
-_OPTION_NAMES = ("topk", "threshold", "class_index", "class_id", _EMBEDDING)
+_CLASSES = ("class_index", "class_id", "class_name")
+_OPTION_NAMES = ("topk", "threshold", *_CLASSES, _EMBEDDING)
+
+# TorchServe drops the query on most of its paths; the gateway and the container send it in this
+# header.
+_QUERY = "x-query"
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -26,6 +32,9 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 # not.
 _MIN_SIMILARITY = 0.8
 _MAX_NAME_LENGTH = 20
+# Of a class's id or name.
+_MAX_CLASS_LENGTH = 500
+_MAX_SHOWN_IDS = 5
 # A comparison costs 20 microseconds, and 20 MB hold a million names.
 _MAX_NAMES = 100
 
@@ -43,12 +52,20 @@ def parse_options(values: Mapping[str, Any], options: Options) -> Options:
         options = replace(options, threshold=_parse_threshold(values["threshold"]))
     if _EMBEDDING in values:
         options = replace(options, embedding=_parse_flag(_EMBEDDING, values[_EMBEDDING]))
-    # Only an explanation needs these two, and checks them itself.
-    if "class_index" in values:
-        options = replace(options, class_index=_as_text(values["class_index"])[:_MAX_NAME_LENGTH])
-    if "class_id" in values:
-        options = replace(options, class_id=_as_text(values["class_id"])[:_MAX_NAME_LENGTH])
-    return options
+    # Only an explanation needs these, and checks them itself.
+    classes: dict[str, Any] = {
+        name: _as_text(values[name])[:_MAX_CLASS_LENGTH] for name in _CLASSES if name in values
+    }
+    return replace(options, **classes)
+
+
+def parse_query(request: Request) -> dict[str, str]:
+    """Return the query parameters, as far as the gateway or the container sends them."""
+    try:
+        query = parse_qsl(request.header(_QUERY), keep_blank_values=True, max_num_fields=_MAX_NAMES)
+    except ValueError as error:
+        raise InvalidOption(f"The query has more than {_MAX_NAMES} parameters.") from error
+    return dict(query)
 
 
 def _reject_misspelled(names: Iterable[str]) -> None:
@@ -90,17 +107,51 @@ def _parse_flag(name: str, value: object) -> bool:
 
 def find_class(options: Options, labels: Sequence[Label]) -> int | None:
     """Return the position of the class to explain; None if the request names none."""
-    by_id = by_index = None
+    found = set()
     if options.class_id is not None:
-        ids = [label.class_id for label in labels]
-        if options.class_id not in ids:
-            raise InvalidOption(f"class_id {quoted(options.class_id)} is no class of this model.")
-        by_id = ids.index(options.class_id)
+        found.add(_find_id(options.class_id, labels))
     if options.class_index is not None:
-        by_index = _parse_class_index(options.class_index, len(labels))
-    if by_id is not None and by_index is not None and by_id != by_index:
-        raise InvalidOption("class_index and class_id name different classes. Give one of them.")
-    return by_id if by_index is None else by_index
+        found.add(_parse_class_index(options.class_index, len(labels)))
+    if options.class_name is not None:
+        found.add(_find_name(options.class_name, labels))
+    if len(found) > 1:
+        raise InvalidOption(f"{', '.join(_CLASSES)} name different classes. Give one of them.")
+    return found.pop() if found else None
+
+
+def _find_id(class_id: str, labels: Sequence[Label]) -> int:
+    ids = [label.class_id for label in labels]
+    if class_id in ids:
+        return ids.index(class_id)
+    hint = "."
+    if _indices_of(class_id, labels):
+        hint = ", but the name of one: use class_name instead."
+    raise InvalidOption(f"class_id {quoted(class_id)} is no class of this model{hint}")
+
+
+def _find_name(class_name: str, labels: Sequence[Label]) -> int:
+    found = _indices_of(class_name, labels)
+    if not found:
+        raise InvalidOption(f"class_name {quoted(class_name)} is no class of this model.")
+    if len(found) > 1:
+        ids = ", ".join(quoted(labels[index].class_id) for index in found[:_MAX_SHOWN_IDS])
+        raise InvalidOption(
+            f"class_name {quoted(class_name)} is the name of {len(found)} classes: use class_id "
+            f"instead, {ids}."
+        )
+    return found[0]
+
+
+def _indices_of(class_name: str, labels: Sequence[Label]) -> list[int]:
+    """Return the classes of a name, in any case, with spaces or underscores."""
+
+    def plain(name: str) -> str:
+        return name.casefold().replace("_", " ").strip()
+
+    exact = [i for i, label in enumerate(labels) if label.class_name == class_name]
+    return exact or [
+        i for i, label in enumerate(labels) if plain(label.class_name) == plain(class_name)
+    ]
 
 
 def _parse_class_index(value: str, classes: int) -> int:

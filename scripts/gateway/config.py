@@ -99,8 +99,7 @@ def routes(model: str, prefix: str = "") -> list[Route]:
     found = [
         # The web UI, and the form of a page without an action.
         Route("/", f"/predictions/{model}", ("GET", "HEAD", "POST")),
-        # On this path of TorchServe, and only there, a query reaches the handler.
-        Route("/predict", f"/{model}/predict", upload),
+        Route("/predict", f"/predictions/{model}", upload),
         Route("/explain", f"/explanations/{model}", upload),
         Route(f"/predictions/{model}", f"/predictions/{model}", ("GET", "HEAD", *upload)),
         Route(f"/explanations/{model}", f"/explanations/{model}", upload),

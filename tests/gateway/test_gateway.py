@@ -1,6 +1,7 @@
 """What a client sees of the gateway, and what it must not see."""
 
 import base64
+import gzip
 import json
 import re
 import subprocess
@@ -64,8 +65,16 @@ def _curl(*arguments: str) -> dict[str, object]:
 def test_json_and_the_query_reach_the_handler(client: Gateway) -> None:
     image = base64.b64encode(CAT.read_bytes()).decode()
     by_json = client.ask("POST", "/predict", json={"image": image, "topk": 2}).json()
-    by_query = client.ask("POST", "/predict?topk=2", files={"file": CAT.read_bytes()}).json()
-    assert len(by_json["predictions"]) == len(by_query["predictions"]) == 2
+    assert len(by_json["predictions"]) == 2
+    for path in ("/predict", "/predictions/densenet121", "/"):
+        by_query = client.ask("POST", f"{path}?topk=2", files={"file": CAT.read_bytes()}).json()
+        assert len(by_query["predictions"]) == 2
+    explained = client.ask(
+        *("POST", "/explain?class_name=tabby"),
+        data=gzip.compress(CAT.read_bytes()),
+        headers={"Accept": "application/json", "Content-Encoding": "gzip"},
+    )
+    assert explained.json()["class_name"] == "tabby"
 
 
 def test_kserves_addresses_lead_to_the_handler(client: Gateway) -> None:

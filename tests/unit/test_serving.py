@@ -234,7 +234,7 @@ def test_vertex_ai_chooses_paths() -> None:
     variables = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": predict}
     added = {route.path: route for route in list_routes([CATS], variables)}
     assert added["/health"].needs_ready
-    assert (added[predict].target, added[predict].methods) == ("/cats/predict", ("POST", "PUT"))
+    assert (added[predict].target, added[predict].methods) == ("/predictions/cats", ("POST", "PUT"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Compressed bodies (RFC 9110, 8.4): decompress gzip and deflate within the limit of a request."""
+
+import zlib
+
+from handler.errors import BadRequest, TooLarge, UnsupportedFormat
+from handler.protocols.forms import is_form
+from handler.protocols.json_body import is_empty
+from handler.protocols.options import quoted
+from handler.request import Request
+from handler.settings import MAX_REQUEST_BYTES
+
+# zlib's window sizes: of a gzip or zlib stream by its header, and of a deflate stream without one.
+_ANY_HEADER, _NO_HEADER = 47, -15
+
+
+def decompress_body(request: Request) -> None:
+    """Replace a compressed body by its content.
+
+    Raises:
+        UnsupportedFormat: another encoding, or a form, which TorchServe parses before.
+        TooLarge: the content is larger than a request may be.
+        BadRequest: the body is not what the header says.
+    """
+    encoding = request.header("content-encoding")
+    body = request.row.get("body")
+    if encoding.lower() in {"", "identity"} or is_empty(body):
+        return
+    if encoding.lower() not in {"gzip", "x-gzip", "deflate"} or is_form(request):
+        raise UnsupportedFormat(
+            f"The header Content-Encoding says {quoted(encoding)}. Accepted are gzip and deflate, "
+            "of an image or JSON, not of a form. Send the body without compression, and without "
+            "this header."
+        )
+    if not isinstance(body, bytes | bytearray):
+        raise BadRequest("The header Content-Encoding says that the body is compressed; it is not.")
+    request.row = {**request.row, "body": _decompress(body)}
+
+
+def _decompress(body: bytes | bytearray) -> bytes:
+    for window in (_ANY_HEADER, _NO_HEADER):
+        decompressor = zlib.decompressobj(window)
+        try:
+            content = decompressor.decompress(body, MAX_REQUEST_BYTES + 1)
+        except zlib.error:
+            continue
+        if len(content) > MAX_REQUEST_BYTES:
+            raise TooLarge(
+                f"The body is larger than {MAX_REQUEST_BYTES >> 20} MB after decompression."
+            )
+        if decompressor.eof and not decompressor.unused_data:
+            return content
+    raise BadRequest(
+        "The header Content-Encoding says that the body is compressed, but it cannot be "
+        "decompressed: it is damaged, cut off, or not compressed."
+    )

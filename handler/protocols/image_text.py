@@ -1,0 +1,79 @@
+"""Images sent as text: base64, also in a data URL, and addresses, which are rejected."""
+
+import base64
+import binascii
+import re
+
+from handler.decoding.formats import begins_as_image
+from handler.errors import BadRequest
+
+_DATA_URL = re.compile(r"\s*data:[^,]{0,300};\s*base64\s*,", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.:-]{1,30}://", re.IGNORECASE)
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = b" \t\r\n"
+_BASE64_GROUP = 4
+# Enough to tell text from a binary file, and base64 from other text.
+_HEAD = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
+
+
+def from_base64(text: str) -> bytes:
+    """Decode standard or URL-safe base64, with or without padding, line breaks or a data URL.
+
+    Raises `BadRequest` if it is anything else.
+    """
+    reject_address(text)
+    data_url = _DATA_URL.match(text)
+    try:
+        content = (text[data_url.end() :] if data_url else text).encode("ascii")
+        content = content.translate(_STANDARD_ALPHABET, _WHITE_SPACE)
+        if not content.endswith(b"="):
+            content += b"=" * (-len(content) % _BASE64_GROUP)
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRequest(
+            "The image's text is not valid base64. Send the content of the file, not its name."
+        ) from error
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an address, such as https://... or s3://..."""
+    return _ADDRESS.match(text) is not None
+
+
+def reject_address(text: str) -> None:
+    """Raise `BadRequest` if a text is an address."""
+    if is_address(text):
+        raise BadRequest(
+            "This is an address, not an image. The service downloads nothing, or a client could "
+            "make it read what only its own network can reach. Download the image, and send its "
+            "bytes, or these in base64."
+        )
+
+
+def is_image(text: str) -> bool:
+    """Return whether a text is the beginning of an image in base64."""
+    data_url = _DATA_URL.match(text)
+    start = data_url.end() if data_url else 0
+    head = text[start : start + _HEAD]
+    if _BASE64.fullmatch(head) is None:
+        return False
+    try:
+        return begins_as_image(from_base64(head[: len(head) // _BASE64_GROUP * _BASE64_GROUP]))
+    except BadRequest:
+        return False
+
+
+def decode_if_text(data: bytes | bytearray) -> bytes | bytearray:
+    """Return the image of a file or raw body that holds its base64; anything else as it is.
+
+    Raises `BadRequest` if it is an address, or if the base64 is damaged.
+    """
+    # A data URL's head alone may be longer than _HEAD.
+    head = bytes(data[: 8 * _HEAD])
+    if not head.isascii():
+        return data
+    text = head.decode("ascii")
+    if is_address(text) or is_image(text):
+        return from_base64(data.decode("ascii", "replace"))
+    return data
