@@ -14,6 +14,7 @@ BENCHMARKS = {
     "settings": "settings of TorchServe and of its Java runtime",
     "stages": "the stages of a request, and workers without PyTorch",
     "overload": "more clients than the queue holds, clients that give up or leave",
+    "endurance": "memory, descriptors and files after 20,000 requests of mixed kinds",
     "gateway": "what the gateway adds to a request",
     "containers": "the container image: size, start, memory, overload, shutdown",
     "batch": "classify-batch, classify and a bare loop",

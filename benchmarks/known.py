@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
+import skimage
 import sklearn
 
-from scripts.samples import CAT
-
-_SKIMAGE = CAT.parent
+_SKIMAGE = Path(skimage.__file__).parent / "data"
 _SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
 
 
@@ -40,7 +39,7 @@ def _foolbox(name: str, *labels: str) -> Photograph:
 CAT_LABELS = frozenset({"tiger_cat", "Egyptian_cat", "tabby"})
 
 KNOWN = (
-    Photograph(CAT, CAT_LABELS),
+    Photograph(_SKIMAGE / "chelsea.png", CAT_LABELS),
     Photograph(_SKIMAGE / "coffee.png", frozenset({"espresso", "cup", "coffee_mug"})),
     Photograph(_SKIMAGE / "rocket.jpg", frozenset({"missile", "projectile", "space_shuttle"})),
     # ImageNet has no class for motorcycles; these are the two-wheelers with an engine.

@@ -24,7 +24,7 @@ def encode(image: Image.Image, file_format: str = "JPEG", **options: Any) -> byt
 
 def photograph(width: int, height: int) -> Image.Image:
     """A real photograph in this size."""
-    with Image.open(CAT.parent / "astronaut.png") as image:
+    with Image.open(CAT.parent / "astronaut.jpg") as image:
         return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
