@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from batch.__main__ import main as classify_batch
+from batch.command import main as classify_batch
 from handler.settings import Settings
 from scripts import __main__ as cli
 

@@ -305,16 +305,20 @@ def test_the_configuration_page_has_the_options_and_settings_of_the_code() -> No
 
 def test_each_error_type_has_a_row() -> None:
     page = Path("docs/reference/errors.md").read_text(encoding="utf-8")
-    classes = vars(errors).values()
-    types = {c.type for c in classes if isinstance(c, type) and "type" in vars(c)}
+    types = {getattr(c, "type", None) for c in vars(errors).values() if isinstance(c, type)} - {
+        None
+    }
     assert types
     assert not {name for name in types if f"| `{name}` |" not in page}
 
 
 def test_each_alert_has_a_runbook_and_no_other() -> None:
-    alerts = re.findall(r"alert: (\w+)", Path("deploy/monitoring/alerts.yaml").read_text())
+    rules = Path("deploy/monitoring/alerts.yaml").read_text(encoding="utf-8")
+    alerts = re.findall(r"alert: (\w+)", rules)
     page = Path("docs/operate/monitoring.md").read_text(encoding="utf-8")
     assert re.findall(r"^### (\w+)$", page, re.MULTILINE) == alerts
+    runbooks = re.findall(r"runbook: docs/operate/monitoring.md#(\w+)", rules)
+    assert runbooks == [alert.lower() for alert in alerts]
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
