@@ -28,13 +28,15 @@ _MIN_QUEUE, MAX_QUEUE = 16, 512
 # Share of the free memory that workers may take.
 _MEMORY_SHARE = 0.75
 
-# Memory limit and usage of a container, in each version of cgroups, and the key in memory.stat of
-# cached files, which the kernel drops when memory is short.
+# Memory limit and usage of a cgroup, in versions 2 and 1: how its line in /proc/self/cgroup begins,
+# where it is mounted, two files, and the key in memory.stat of cached files, which the kernel drops
+# when memory is short.
 _CGROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ("0::", "", "memory.max", "memory.current", "inactive_file"),
+    (":memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 # More workers than CPUs add no throughput; far more of them only wait for one another.
 _MAX_WORKERS_PER_CPU = 4
@@ -178,17 +180,35 @@ def _available() -> int:
 
 
 def _container_memory() -> tuple[int, int] | None:
-    """Return the container's memory limit and usage, in bytes; None if there is no limit."""
-    for limit, usage, cached_files in _CGROUPS:
-        path = _CGROUP / limit
-        try:
-            maximum, used = int(path.read_text()), int((_CGROUP / usage).read_text())
-            statistics = path.with_name("memory.stat").read_text().split()
-            cached = int(statistics[statistics.index(cached_files) + 1])
-        except (OSError, ValueError):  # another version of cgroups, or the limit is "max"
-            continue
-        return maximum, used - cached
-    return None
+    """Return the lowest memory limit of this process's cgroups, and the usage under it, in bytes.
+
+    In a container its own cgroup is mounted as the root; under systemd it is a folder of a service
+    (`MemoryMax=`). None if there is no limit.
+    """
+    found = []
+    for prefix, mount, limit, usage, cached_files in _CGROUPS:
+        root = _CGROUP / mount
+        own = root / _own_cgroup(prefix)
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                maximum, used = (int((folder / name).read_text()) for name in (limit, usage))
+                statistics = (folder / "memory.stat").read_text().split()
+                cached = int(statistics[statistics.index(cached_files) + 1])
+            except (OSError, ValueError):  # another version of cgroups, or the limit is "max"
+                continue
+            found.append((maximum, used - cached))
+    return min(found, default=None)
+
+
+def _own_cgroup(prefix: str) -> str:
+    """Return the path of this process's cgroup below its mount; "" if it is not known."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(prefix)[2].lstrip("/") for line in lines if prefix in line), "")
 
 
 def _workers_in_memory(available: int, bytes_per_worker: int) -> int:

@@ -75,16 +75,43 @@ def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_both_versions_of_cgroups_are_read(
-    limit: str, usage: str, files: str, found: object, tmp_path: Path
+    limit: str,
+    usage: str,
+    files: str,
+    found: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name, number = limit.split()
     (tmp_path / "memory").mkdir()
     (tmp_path / name).write_text(f"{number}\n")
     (tmp_path / usage).write_text("100\n")
     (tmp_path / name).with_name("memory.stat").write_text(f"cache 500\n{files} 30\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "_CGROUP", tmp_path)
-        assert machine._container_memory() == found
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    # As a container of a host without cgroup namespaces sees it: a path that is not mounted.
+    own = tmp_path / "own"
+    own.write_text("4:memory:/docker/0123\n0::/docker/0123\n")
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", own)
+    assert machine._container_memory() == found
+
+
+@pytest.mark.parametrize("outer", ["max", "1073741824"])
+def test_the_limit_of_a_systemd_service_counts(
+    outer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, limit in (("system.slice", outer), ("system.slice/densenet.service", "2147483648")):
+        cgroup = tmp_path / folder
+        cgroup.mkdir()
+        (cgroup / "memory.max").write_text(f"{limit}\n")
+        (cgroup / "memory.current").write_text("100\n")
+        (cgroup / "memory.stat").write_text("inactive_file 30\n")
+    own = tmp_path / "own"
+    own.write_text("0::/system.slice/densenet.service\n")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", own)
+    assert machine._container_memory() == (2 * GIB if outer == "max" else GIB, 70)
+    own.write_text("0::/\n")
+    assert machine._container_memory() is None
 
 
 def test_a_limit_above_the_machine_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
