@@ -6,7 +6,8 @@ if (location.protocol === "file:") {
       this.frame.hidden = true;
       document.body.append(this.frame);
       const inside = this.frame.contentWindow;
-      inside.postMessage = (data) => this.onmessage?.(new MessageEvent("message", { data }));
+      inside.postMessage = (data) =>
+        setTimeout(() => this.onmessage?.(new MessageEvent("message", { data: structuredClone(data) })));
       this.ready = new Promise((resolve) => {
         const script = inside.document.createElement("script");
         Object.assign(script, { src: new URL(url, location.href), onload: resolve });
@@ -15,8 +16,9 @@ if (location.protocol === "file:") {
     }
 
     async postMessage(data) {
+      const copy = structuredClone(data);
       await this.ready;
-      this.frame.contentWindow.onmessage({ data });
+      this.frame.contentWindow.onmessage({ data: copy });
     }
 
     terminate() {

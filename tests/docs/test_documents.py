@@ -289,8 +289,10 @@ def test_the_site_builds_with_strict_links_and_is_searched_from_the_disk() -> No
         page.on("requestfailed", lambda request: failed.append(request.url))
         page.goto(Path("build/docs/site/index.html").absolute().as_uri())
         page.keyboard.press("/")
-        page.get_by_placeholder("Search").fill("calibration")
+        search = page.get_by_placeholder("Search")
+        search.fill("calibration")
         expect(page.get_by_role("link", name="Reduced precision").first).to_be_visible()
+        expect(search).to_have_value("calibration")
         chromium.close()
     assert not failed
 
