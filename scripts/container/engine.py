@@ -63,6 +63,7 @@ class Engine:
             env={**os.environ, **self.environment},
             stdin=settings.pop("stdin", subprocess.DEVNULL),
             text=True,
+            errors="replace",
             timeout=timeout,
             check=False,
             **settings,

@@ -11,7 +11,7 @@ from scripts.gateway import nginx
 from scripts.gateway.nginx import GATEWAY_DIR
 from scripts.gateway.options import Options, check
 from scripts.gateway.upgrade import AGREEMENT, PREVIOUS, stop_second, upgrade
-from scripts.serve.preflight import check_ports
+from scripts.serve.preflight import check_ports, warn_of_descriptors
 from scripts.serve.running import RUN_DIR
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
@@ -72,6 +72,7 @@ def start_command(
     )
     check(options)
     check_ports(host, {"http": http_port, "https": https_port})
+    warn_of_descriptors()
     if not model:
         name = DEFAULT_ARCHITECTURE if upstreams else nginx.require_upstream(folder.parent).model
         options = dataclasses.replace(options, model=name)

@@ -13,6 +13,7 @@ import joblib
 from scripts.gateway.options import Options, read_upstreams
 from scripts.gateway.template import HUGGING_FACE, Route, has_ipv6, render_template
 from scripts.serve.management import PIXEL
+from scripts.serve.running import HOST
 
 # Requests per second with a wrong key, per address, and how many at once.
 _WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
@@ -40,10 +41,13 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
         if options.certificate
         else _self_signed(folder)
     )
-    address = options.address
+    addresses = [options.address]
+    if options.host == HOST and has_ipv6():
+        addresses.append("[::1]")  # some clients ask for localhost there
     listeners = [
-        {"address": address, "port": options.http_port, "tls": False},
-        {"address": address, "port": options.https_port, "tls": True},
+        {"address": address, "port": port, "tls": tls}
+        for address in addresses
+        for port, tls in ((options.http_port, False), (options.https_port, True))
     ]
     return render_template(
         folder=folder,
@@ -152,4 +156,4 @@ def _logs(log: str, folder: Path) -> dict[str, str]:
 
 def default_upstreams(options: Options, port: int) -> list[tuple[str, int]]:
     """Return the configured upstreams; without any, the running server's port on loopback."""
-    return read_upstreams(options.upstreams) or [("127.0.0.1", port)]
+    return read_upstreams(options.upstreams) or [(HOST, port)]

@@ -32,7 +32,7 @@ def read_keys(path: Path) -> list[Key]:
             key, or other users can read the file.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
         status = path.stat()
         # Kubernetes mounts a Secret as root's file that the container's group can read.
         mounted = status.st_uid == 0 != os.geteuid()

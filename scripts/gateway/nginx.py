@@ -117,9 +117,7 @@ def reload(
         UserError: the configuration cannot be used, and the previous one stays; or the gateway is
             not running.
     """
-    master = find(folder)
-    if master is None:
-        raise UserError("The gateway is not running. Start it with: make gateway")
+    master = require(folder)
     write_config(options, folder, upstreams)
     old = {child.pid for child in master.children()}
     master.send_signal(signal.SIGHUP)
@@ -146,6 +144,18 @@ def stop(folder: Path = GATEWAY_DIR) -> bool:
 def find(folder: Path = GATEWAY_DIR) -> psutil.Process | None:
     """Return nginx's master process, even if its folder was removed; None if it is not running."""
     return process_by_arguments("nginx:", "master", str(folder.resolve() / "nginx.conf"))
+
+
+def require(folder: Path = GATEWAY_DIR) -> psutil.Process:
+    """Return nginx's master process.
+
+    Raises:
+        UserError: it is not running.
+    """
+    master = find(folder)
+    if master is None:
+        raise UserError("The gateway is not running. Start it with: make gateway")
+    return master
 
 
 def read_options(folder: Path = GATEWAY_DIR) -> Options:
@@ -186,7 +196,11 @@ def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
         UserError: it fails.
     """
     done = subprocess.run(
-        nginx_command(config, folder, *arguments), capture_output=True, text=True, check=False
+        nginx_command(config, folder, *arguments),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
     )
     if done.returncode != 0:
         raise UserError(f"nginx does not start: {done.stderr.strip()[-500:]}")

@@ -55,6 +55,7 @@ def _upgrade(archive: Path, agreement: float, folder: Path, model_store: Path) -
     run_dir = folder.parent
     running = require_running(run_dir)
     options = nginx.read_options(folder)
+    nginx.require(folder)
     if options.upstreams:
         raise UserError("UPSTREAMS are upgraded by whoever starts them, not by make upgrade.")
     served = run_dir / SERVING / f"{running.model}.mar"
@@ -103,7 +104,7 @@ def _check_archive(archive: Path, served: Path, running: ServerState) -> None:
 
 
 def _compare(old: ServerState, new: ServerState, agreement: float) -> None:
-    from scripts.samples import sample_photographs  # the image has no scikit-image
+    from scripts.samples import sample_photographs  # the container image has no NumPy
 
     images = list(sample_photographs())
     before, after = _labels(old, images), _labels(new, images)

@@ -1,21 +1,26 @@
 """What is checked before a gateway starts, and what its commands do; without any server."""
 
 import dataclasses
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from jinja2 import UndefinedError
 
 from scripts.gateway import nginx, template
 from scripts.gateway import options as module
+from scripts.gateway import upgrade as module_upgrade
 from scripts.gateway.config import render
 from scripts.gateway.options import Options, check, read_upstreams
 from scripts.serve.preflight import check_ports
 from scripts.terminal import UserError
-from tests.gateway.cluster import free_options, gateway
+from tests.gateway.cluster import TIMEOUT, free_options, gateway
 
 UPSTREAM = {"upstreams": "127.0.0.1:9"}
 
@@ -98,6 +103,44 @@ def test_a_gateway_whose_folder_was_removed_is_found_by_its_process(tmp_path: Pa
     assert nginx.find(folder) is not None
     assert nginx.stop(folder)
     assert nginx.find(folder) is None
+
+
+def test_an_upgrade_without_a_running_gateway_is_rejected_before_it_starts_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_upgrade, "require_running", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"The gateway is not running\. Start it with: make gateway"
+    ):
+        module_upgrade.upgrade(tmp_path / "new.mar", folder=tmp_path / "gateway")
+    nginx.write_state(tmp_path / "gateway" / nginx.STATE, dataclasses.asdict(Options()))
+    with pytest.raises(
+        UserError, match=r"The gateway is not running\. Start it with: make gateway"
+    ):
+        module_upgrade.upgrade(tmp_path / "new.mar", folder=tmp_path / "gateway")
+
+
+@pytest.mark.skipif(not template.has_ipv6(), reason="NOT RUN: this machine has no IPv6")
+def test_localhost_is_answered_at_both_of_its_addresses(tmp_path: Path) -> None:
+    with gateway(free_options(**UPSTREAM), tmp_path / "gateway") as started:
+        for address in ("127.0.0.1", "[::1]"):
+            url = f"http://{address}:{started.options.http_port}/healthz"
+            assert requests.get(url, timeout=TIMEOUT).status_code == 200
+
+
+def test_a_path_with_other_letters_and_characters_is_the_gateways_folder(tmp_path: Path) -> None:
+    """In any locale: Python cannot decode this folder's name in C, and nginx need not."""
+    folder = tmp_path / "my prüfung-分類" / "gateway"
+    code = (
+        "import sys; from pathlib import Path; from scripts.gateway import nginx\n"
+        "from tests.gateway.cluster import free_options\n"
+        "folder = Path(sys.argv[1])\n"
+        "nginx.start(free_options(upstreams='127.0.0.1:9'), folder)\n"
+        "assert nginx.stop(folder)"
+    )
+    c = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code, folder], env=os.environ | c, check=True)
+    assert (folder / "error.log").exists()
 
 
 def test_one_reload_at_a_time(tmp_path: Path) -> None:

@@ -344,10 +344,10 @@ def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_rea
     assert worker["status"] == "READY", "this is what TorchServe says of it"
 
     monkeypatch.setattr(commands, "require_running", lambda: grpc_server)
-    commands.status_command()
+    assert commands.status_command() == 1
     shown = capsys.readouterr().out
     assert "READY" not in shown
-    assert "1 worker(s) that TorchServe reports as ready have exited" in shown
+    assert "0 of 1 worker(s) can answer" in shown
 
     monkeypatch.setattr(management, "WORKER_REPLACEMENT_SECONDS", 1.0)
     with pytest.raises(UserError, match=r"reports 1 worker\(s\) as ready, 0 of them are running"):

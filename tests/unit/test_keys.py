@@ -50,3 +50,10 @@ def test_keys_that_others_can_read_are_rejected(
         else:
             with pytest.raises(UserError, match="can be read by others"):
                 read_keys(keys)
+
+
+def test_a_byte_order_mark_and_other_letters_in_comments_are_no_keys(keys: Path) -> None:
+    keys.write_text("\ufeff# Schlüssel\nalice alices-key-0123456789\n", "utf-8")
+    assert [key.name for key in read_keys(keys)] == ["alice"]
+    keys.write_text("\ufeffalice alices-key-0123456789\n", "utf-8")
+    assert [key.name for key in read_keys(keys)] == ["alice"]
