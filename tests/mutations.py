@@ -108,11 +108,16 @@ MUTATIONS = tuple(
         # --- Building archives ---
         (
             "scripts/build/sources/download.py",
-            "sha256(target).startswith(digits)",
+            "sha256(target).startswith(match[1])",
             "True",
             "download",
         ),
-        ("scripts/build/weights.py", "    check_finite(model, path.name)\n", "", "weights"),
+        (
+            "scripts/build/state_dicts.py",
+            "if not np.isfinite(tensor).all():",
+            "if False:",
+            "state_dicts",
+        ),
         ("scripts/build/export.py", "images.float() / 255", "images.float() / 256", "pipeline"),
         (
             "scripts/build/pipeline.py",
@@ -120,7 +125,7 @@ MUTATIONS = tuple(
             "elif False:",
             "pipeline",
         ),
-        ("scripts/build/guard.py", "> bounds.max_loss", "> 100", "guard"),
+        ("scripts/build/guard.py", "> limits.max_loss", "> 100", "guard"),
         # --- Serving ---
         ("scripts/serve/machine.py", "max(1, cpus // workers)", "cpus", "limits"),
         ("scripts/serve/server.py", "HOST if grpc else _unreachable_grpc_address()", "HOST", ""),
@@ -128,8 +133,13 @@ MUTATIONS = tuple(
         ("scripts/serve/commands.py", "and not card.trained", "and card.trained", "archive"),
         # --- The gateway ---
         ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "keys"),
-        ("scripts/gateway/nginx.conf.jinja", "500 502 503 507 = @again", "502 503 = @again", ""),
-        ("scripts/evaluate.py", "guesses[:, 0] == self", "guesses[:, 1] == self", "evaluation"),
+        ("scripts/gateway/nginx.conf.jinja", "500 502 507 = @again", "502 = @again", ""),
+        (
+            "scripts/evaluation/single_label.py",
+            "return self.predictions[:, 0]",
+            "return self.predictions[:, 1]",
+            "evaluation",
+        ),
     )
 )
 
