@@ -19,6 +19,7 @@ from scripts.gateway import upgrade as module_upgrade
 from scripts.gateway.config import render
 from scripts.gateway.options import Options, check, read_upstreams
 from scripts.serve.preflight import check_ports
+from scripts.state import write_state
 from scripts.terminal import UserError
 from tests.gateway.cluster import TIMEOUT, free_options, gateway
 
@@ -113,7 +114,7 @@ def test_an_upgrade_without_a_running_gateway_is_rejected_before_it_starts_a_ser
         UserError, match=r"The gateway is not running\. Start it with: make gateway"
     ):
         module_upgrade.upgrade(tmp_path / "new.mar", folder=tmp_path / "gateway")
-    nginx.write_state(tmp_path / "gateway" / nginx.STATE, dataclasses.asdict(Options()))
+    write_state(tmp_path / "gateway" / nginx.STATE, dataclasses.asdict(Options()))
     with pytest.raises(
         UserError, match=r"The gateway is not running\. Start it with: make gateway"
     ):
