@@ -24,7 +24,7 @@ from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, WEIGHTS_NOTICE, rea
 from scripts.terminal import UserError, step
 
 NAME = "densenet-torchserve"
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 RAY_NAME = "densenet-batch"
 # Lock files of the packages, of which the last two are for archives that need them.
 _LOCK = "requirements/container.lock"

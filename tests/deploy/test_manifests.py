@@ -101,15 +101,15 @@ def test_all_of_a_ray_cluster_has_the_version_that_is_pinned() -> None:
     (pinned,) = re.findall(r"^ray==(\S+)", lock, re.MULTILINE)
     assert manifests(RAY_JOB)[0]["spec"]["rayClusterSpec"]["rayVersion"] == pinned
     images = {pod["spec"]["containers"][0]["image"] for pod in _ray_pods().values()}
-    assert images == {f"densenet-batch:1.0.0-ray{pinned}"}
+    assert images == {f"densenet-batch:2.0.0-ray{pinned}"}
 
 
 def test_the_overlays_differ_in_what_they_are_for() -> None:
     found = {name: template(name)["spec"] for name in ("cpu", "int8", "gpu")}
     assert {name: spec["containers"][0]["image"] for name, spec in found.items()} == {
-        "cpu": "densenet-torchserve:1.0.0",
-        "int8": "densenet-torchserve:1.0.0-int8",
-        "gpu": "densenet-torchserve:1.0.0-cuda",
+        "cpu": "densenet-torchserve:2.0.0",
+        "int8": "densenet-torchserve:2.0.0-int8",
+        "gpu": "densenet-torchserve:2.0.0-cuda",
     }
     affinity = found["int8"]["affinity"]["nodeAffinity"]
     required = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
