@@ -268,7 +268,9 @@ def _anchors(page: Path) -> set[str]:
 
 
 def test_the_readme_is_short_and_the_contents_and_the_site_name_every_page() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    readme = README.read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= MAX_LINES
+    assert f"({CONTENTS})" in readme
     pages = {page.as_posix() for page in PAGES} - {str(README), str(CONTENTS)}
     contents = {f"docs/{link}" for link in _LINK.findall(_prose(CONTENTS))}
     assert pages <= contents
