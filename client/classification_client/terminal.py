@@ -8,6 +8,7 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import stamina
@@ -51,6 +52,9 @@ def run(parsed: Any, explain: Callable[[Exception], None] | None = None) -> NoRe
     Exit status: what the command returns, 0 for nothing; 1 for a `UserError`, 2 for a bad command
     line, 130 for Ctrl-C. `explain` exits with a message about an error, or has it raised.
     """
+    for part in (parsed, *getattr(parsed, "commands", {}).values()):
+        for parameter in part.params:
+            parameter.callback = parameter.callback or _expand_home
     stamina.instrumentation.set_on_retry_hooks([])  # each attempt would be a line of a log
     codecs.register_error("printable", _encode)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -92,6 +96,15 @@ def fail(sentence: str, status: int = 1) -> NoReturn:
     """Exit with a message."""
     errors.print(f"[bold red]Error:[/] {safe(sentence)}")
     sys.exit(status)
+
+
+def _expand_home(_context: Any, _parameter: Any, value: Any) -> Any:
+    """Return an option's value with its `~`, which a shell keeps in --weights=~/model.pth."""
+    if isinstance(value, list):
+        return [_expand_home(_context, _parameter, each) for each in value]
+    if isinstance(value, str | Path) and str(value).startswith("~/"):
+        return type(value)(os.path.expanduser(value))  # noqa: PTH111  # text stays text
+    return value
 
 
 def _discard_output() -> None:

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import pytest
+import typer
 
 from scripts import terminal
 from scripts.classify import main as classify
@@ -71,6 +72,31 @@ def test_a_usage_error_names_the_option(
     with pytest.raises(SystemExit, match="2"):
         terminal.command(classify)
     assert "--topk" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_expanded_in_every_option_and_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+
+    def main(
+        names: Annotated[list[Path], typer.Argument()],
+        weights: str = "",
+        classes: Path = Path(),
+        output: str | None = None,
+        number: int = 1,
+    ) -> None:
+        given.append((names, weights, classes, output, number))
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DENSENET_OUTPUT", "~/results.csv")
+    options = ["--weights=~/x.pth", "--classes", "~/c.txt", "~/a b.png", "~backup", "c~/d"]
+    monkeypatch.setattr(sys, "argv", ["command", *options])
+    with pytest.raises(SystemExit, match="0"):
+        terminal.command(main)
+    home = Path("/home/me")
+    names = [home / "a b.png", Path("~backup"), Path("c~/d")]
+    assert given == [(names, "/home/me/x.pth", home / "c.txt", "/home/me/results.csv", 1)]
 
 
 def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
