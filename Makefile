@@ -15,7 +15,7 @@ dashed = $(shell printf %s '$(1)' | tr A-Z_ a-z-)
 option = $(if $(filter on,$(value $(1))),--$(call dashed,$(1)),$(if $(filter off,$(value $(1))),--no-$(call dashed,$(1)),--$(call dashed,$(1))=$(call quoted,$(1))))
 options = $(foreach name,$(given),$(call option,$(name)))
 
-.PHONY: help run status scale stop classify classify-batch evaluate digits shapes archive start image gateway gateway-reload gateway-stop upgrade rollback test test-slow test-all fuzz chaos bench setup lint format lock lock-check clean
+.PHONY: help run status scale stop classify classify-batch evaluate digits shapes archive start image gateway gateway-reload gateway-stop upgrade rollback test test-slow test-all fuzz chaos bench setup docs lint format lock lock-check clean
 
 help: ## list the commands; help-run shows the variables of make run, and so on
 	@awk -F ':[^#]*## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -53,10 +53,10 @@ archive: setup ## build a model archive: make archive MODEL_FILE=pets.yaml
 
 # Beside other work a thread that waits for its neighbors must not spin: on two busy cores that cost
 # training five times as much of the processor.
-digits: setup ## an example: a model from training to serving, about a minute
+digits: setup-examples ## an example: a model from training to serving, about a minute
 	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.digits
 
-shapes: setup ## an example of a multi-label model, about two minutes
+shapes: setup-examples ## an example of a multi-label model, about two minutes
 	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.shapes
 
 ##@ Production
@@ -113,12 +113,21 @@ setup: ## make .venv; setup-all, -batch, -benchmarks, -huggingface, ...
 	@$(PYTHON) scripts/bootstrap.py run
 
 # setup-NAME installs requirements/NAME.lock in addition to the run group; these names, more than one.
-groups-all := tests precision batch timm lite0 huggingface
+groups-all := pytorch evaluation tests docs precision batch timm lite0 huggingface
 groups-benchmarks := $(groups-all) benchmarks
-groups-lite0 := timm lite0
+groups-examples := pytorch evaluation
 groups-tests := tests timm lite0 huggingface
 setup-%:
 	@$(PYTHON) scripts/bootstrap.py run $(or $(groups-$*),$*)
+
+# Pages link to files of other folders, so these are copied with them. The last line removes a script
+# from another server: docs/site/offline-search.js does what it is for.
+docs: setup-docs ## build the documentation site, with strict links: build/docs/site
+	@rm -rf build/docs && mkdir -p build/docs/source
+	@tar -c README.md LICENSE docs client/README.md deploy/README.md examples benchmarks/results | tar -x -C build/docs/source
+	@cp docs/site/mkdocs.yml build/docs
+	@.venv/bin/zensical build --strict --config-file build/docs/mkdocs.yml
+	@find build/docs/site -name '*.html' -exec sed -i.bak '/iframe-worker/d' {} + && find build/docs/site -name '*.bak' -delete
 
 lint: setup-all ## check style and types
 	@$(VENV_PYTHON) -m ruff check .
@@ -133,25 +142,30 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff format .
 
 # The run group and those of setup-all are resolved together, since .venv has all of them; benchmarks take
-# their versions. These locks leave out what run.lock pins. The lock of a container image (container,
-# gateway, ray) has the same versions and is complete; clients, moto and sbom have environments of
-# their own.
+# their versions. These locks leave out what the locks pin that are installed before them (NEEDS in
+# scripts/bootstrap.py). The lock of a container image (container, gateway, ray) has the same versions and
+# is complete; clients, moto and sbom have environments of their own.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements/run.in client/pyproject.toml
+before-huggingface := pytorch
+before-precision := evaluation
+before-timm := pytorch
+before-tests := pytorch evaluation
+before-benchmarks := pytorch evaluation
 lock: setup ## pin all packages again, from requirements/*.in and the client's needs
 	@$(PIN) $(RUNNING) $(groups-all:%=requirements/%.in) -o .venv/pins.txt >/dev/null
 	@$(PIN) -c .venv/pins.txt $(RUNNING) -o requirements/run.lock >/dev/null
-	@pinned=$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' requirements/run.lock | sort -u); \
-	for group in $(groups-benchmarks); do \
-		$(PIN) $$pinned -c .venv/pins.txt requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
-	done
+	@$(foreach group,$(groups-benchmarks),$(call pin,$(group)) &&) true
 	@for group in container gateway ray; do \
 		$(PIN) -c .venv/pins.txt requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
 	@for group in clients moto sbom; do \
 		$(PIN) requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
+
+pin = $(PIN) -c .venv/pins.txt requirements/$(1).in -o requirements/$(1).lock >/dev/null \
+	$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' $(patsubst %,requirements/%.lock,run $(before-$(1))) | sort -u)
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -20,16 +20,18 @@ VENV = Path(".venv")
 PYTHON, UV = VENV / "bin" / "python", VENV / "bin" / "uv"
 LOCKS = Path("requirements")  # the groups are declared in pyproject.toml
 CLIENT = Path("client")  # part of the run group, installed from its folder
+NEEDS = {"huggingface": ["pytorch"], "timm": ["pytorch"], "precision": ["evaluation"]}
+NEEDS["tests"] = NEEDS["benchmarks"] = ["pytorch", "evaluation"]
 
 # Which build of PyTorch .venv has: the lock's, the CPU build, or that of an index, by its URL.
 TORCH_BUILD = VENV / "torch"
 LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
-PROBE_SECONDS = 3
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 
-# Upper limits of GB to download and GB on disk, see benchmarks/results/install.md.
-RUN_WITH_CUDA, RUN_WITHOUT_CUDA, OTHER_GROUP = (3.3, 6.3), (0.5, 1.6), (0.3, 0.8)
+# MB of the download and on disk, see docs/get-started/install.md.
+SIZES = {"run": "250 and 600", "lite0": "20 and 20", "evaluation": "100 and 300"}
+WITH_CUDA, WITHOUT_CUDA, OTHER_GROUP = "3000 and 5500", "350 and 1100", "300 and 800"
 
 
 def main() -> None:
@@ -37,26 +39,22 @@ def main() -> None:
     if sys.version_info < (3, 10):
         version = sys.version.split()[0]
         sys.exit(f"Error: Python 3.10 or newer is required, not {version}. Set PYTHON=python3.12")
-    declared = re.findall(r"requirements/(\w+)\.in", Path("pyproject.toml").read_text())
     parser = argparse.ArgumentParser(description=__doc__)
+    declared = re.findall(r"requirements/(\w+)\.in", Path("pyproject.toml").read_text())
     parser.add_argument("groups", nargs="+", choices=declared)
-    groups = ["run", *parser.parse_args().groups]
-
+    groups = ["run"]
+    for group in parser.parse_args().groups:
+        groups += [*NEEDS.get(group, []), group]
     installed = TORCH_BUILD.read_text() if TORCH_BUILD.exists() else ""
     build = os.environ.get("TORCH_INDEX") or installed
-    if build == CPU and has_nvidia_driver():
-        build = LOCKED
-    if build and build == installed and all(is_installed(group) for group in groups):
+    build = LOCKED if build == CPU and has_nvidia_driver() else build
+    other_build = "pytorch" in groups and installed not in ("", build)
+    if not other_build and all(is_installed(group) for group in groups):
         return
-    if build != installed or not is_usable():
+    if other_build or not is_usable():
         execute(sys.executable, "-m", "venv", "--clear", str(VENV))
     if "PIP_INDEX_URL" in os.environ:  # a mirror, for uv too
         os.environ.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
-    pip = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
-    execute(*pip, "--require-hashes", "-r", write_packages("uv.txt", "uv"))
-    build = build or choose_torch_build()
-    TORCH_BUILD.touch(mode=0o600)  # a URL can contain a password
-    TORCH_BUILD.write_text(build)
     for group in groups:
         if not is_installed(group):
             install(group, build)
@@ -97,7 +95,7 @@ def choose_torch_build() -> str:
     if not sys.platform.startswith("linux") or has_nvidia_driver():
         return LOCKED
     try:
-        urllib.request.urlopen(CPU_INDEX, timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(CPU_INDEX, timeout=3).close()
     except OSError:
         return LOCKED
     return CPU
@@ -107,27 +105,33 @@ def install(group: str, build: str) -> None:
     """Install a group; if this is interrupted, the next run installs the rest."""
     by_hash = ["--require-hashes", "--build-constraints", str(LOCKS / "run.lock"), "-r"]
     steps = [[*by_hash, str(LOCKS / f"{group}.lock")]]
-    download, disk = OTHER_GROUP
+    sizes = SIZES.get(group, OTHER_GROUP)
+    stamp_of(group).write_text("unfinished")
     if group == "run":
-        with_cuda = build == LOCKED and sys.platform.startswith("linux")
-        download, disk = RUN_WITH_CUDA if with_cuda else RUN_WITHOUT_CUDA
+        pip = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
+        execute(*pip, "--require-hashes", "-r", write_packages("run", "uv.txt", "uv"))
+        steps.append(["--offline", "--editable", str(CLIENT)])
+    if group == "pytorch":
+        build = build or choose_torch_build()
+        TORCH_BUILD.touch(mode=0o600)  # a URL can contain a password
+        TORCH_BUILD.write_text(build)
+        cuda = build == LOCKED and sys.platform.startswith("linux")
+        sizes = WITH_CUDA if cuda else WITHOUT_CUDA
         if build != LOCKED:
             # Another build has the lock's versions, but other hashes and no CUDA packages.
             index = ["--torch-backend", CPU] if build == CPU else ["--default-index", build]
-            torch = write_packages("torch.txt", TORCH, hashes=False)
-            others = write_packages("without-torch.txt", f"(?!({TORCH}|{CUDA})$).*")
+            torch = write_packages(group, "torch.txt", TORCH, hashes=False)
+            others = write_packages(group, "without-torch.txt", f"(?!({TORCH}|{CUDA})$).*")
             steps = [[*index, "-r", torch], [*by_hash, others]]
-        steps.append(["--offline", "--editable", str(CLIENT)])
-    print(f"==> Packages: {group}, up to {download} GB to download, {disk} GB on disk", flush=True)
-    stamp_of(group).write_text("unfinished")
+    print(f"==> Packages: {group}, up to {sizes} MB to download and on disk", flush=True)
     for step in steps:
         execute(str(UV), "pip", "install", "--python", str(PYTHON), "--no-deps", *step)
     stamp_of(group).write_text(fingerprint(group))
 
 
-def write_packages(file: str, names: str, *, hashes: bool = True) -> str:
-    """Write the run lock's packages whose names match a pattern to .venv; return the path."""
-    packages = re.split(r"^(?=\w)", (LOCKS / "run.lock").read_text(), flags=re.MULTILINE)
+def write_packages(group: str, file: str, names: str, *, hashes: bool = True) -> str:
+    """Write a lock's packages whose names match a pattern to .venv; return the path."""
+    packages = re.split(r"^(?=\w)", (LOCKS / f"{group}.lock").read_text(), flags=re.MULTILINE)
     text = "".join(p for p in packages if p and re.fullmatch(names, p.split("==")[0]))
     (VENV / file).write_text(text if hashes else re.sub(r"\\\n *--hash=\S+ *", "", text))
     return str(VENV / file)

@@ -3,17 +3,26 @@
 import subprocess
 import sys
 
-from scripts.terminal import UserError
+from scripts import bootstrap
+from scripts.terminal import UserError, step
 
 
-def require(*groups: str) -> None:
+def require(*groups: str, why: str) -> None:
     """Install missing groups of packages; NAME of `make setup-NAME` is a group.
+
+    Args:
+        groups: their names.
+        why: a clause to print before anything is downloaded.
 
     Raises:
         UserError: they cannot be installed.
     """
-    bootstrap = [sys.executable, "scripts/bootstrap.py", "run", *groups]
-    if subprocess.run(bootstrap, check=False).returncode != 0:
+    missing = [group for group in groups if not bootstrap.is_installed(group)]
+    if not missing:
+        return
+    step(f"Packages: {', '.join(missing)}, since {why}")
+    command = [sys.executable, "scripts/bootstrap.py", "run", *groups]
+    if subprocess.run(command, check=False).returncode != 0:
         raise UserError(
             f"The packages of {', '.join(groups)} cannot be installed: see above. Then: "
             f"make {' '.join(f'setup-{group}' for group in groups)}"

@@ -1,4 +1,4 @@
-"""Sample photographs from scikit-image, so that a trial needs no download."""
+"""Sample photographs, so that a trial needs no download; photographs/README.md has sources."""
 
 import io
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import skimage
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -14,13 +13,13 @@ from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
 from handler.settings import Preprocessing
 
-# Stefan van der Walt's cat, in the public domain (CC0).
-CAT = Path(skimage.__file__).parent / "data" / "chelsea.png"
+FOLDER = Path(__file__).parent / "photographs"
+CAT = FOLDER / "chelsea.png"
 
 _NAMES = (
-    "astronaut.png",
+    "astronaut.jpg",
     "chelsea.png",
-    "coffee.png",
+    "coffee.jpg",
     "rocket.jpg",
     "hubble_deep_field.jpg",
     "retina.jpg",
@@ -43,7 +42,7 @@ def sample_batch(preprocessing: Preprocessing, every: int = 1) -> NDArray[np.uin
 def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
     """Return random crops of the photographs, with a fixed seed: uint8 (count, 3, crop, crop)."""
     random = np.random.default_rng(11)
-    photographs = [Image.open(CAT.parent / name).convert("RGB") for name in _NAMES]
+    photographs = [Image.open(FOLDER / name).convert("RGB") for name in _NAMES]
     views = []
     for i in range(count):
         image = photographs[i % len(photographs)]
@@ -62,7 +61,7 @@ def sample_photographs() -> Iterator[bytes]:
 
 def _views() -> Iterator[Image.Image]:
     for name in _NAMES:
-        with Image.open(CAT.parent / name) as photograph:
+        with Image.open(FOLDER / name) as photograph:
             yield photograph
             yield photograph.transpose(Image.Transpose.ROTATE_90)
             yield photograph.crop((0, 0, 200, 200))

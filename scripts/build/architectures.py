@@ -14,6 +14,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from handler.inference.torch_models import INCEPTIONS, empty_model
 from handler.settings import Preprocessing
+from scripts.build.state_dicts import Template, present_name
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
 
@@ -104,3 +105,14 @@ def class_layer(architecture: str) -> str:
 def last_layer(model: nn.Module, architecture: str) -> nn.Module:
     """Return the layer that computes the logits."""
     return model.get_submodule(class_layer(architecture).removesuffix(".weight"))
+
+
+def template(architecture: str) -> Template:
+    """Return the names and shapes of an architecture."""
+    return Template(
+        architecture,
+        functools.partial(shapes, architecture),
+        class_layer(architecture).removesuffix(".weight"),
+        optional=lambda name: not without_auxiliary(architecture, [name]),
+        rename=present_name,
+    )

@@ -1,89 +1,60 @@
 """Read the state dicts in a file of weights, in all forms that PyTorch's users keep them in.
 
-No code in a file is ever run: pickles are read with `weights_only`, and of a TorchScript or an
-exported program only the tensors are read.
+Neither PyTorch nor `pickle` is used, so no code in a file can run: of pickles, TorchScript and
+exported programs only the tensors are read, as NumPy arrays.
 """
 
 import hashlib
 import io
 import json
-import math
-import pickle
 import re
-import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor
-from torch.serialization import safe_globals
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
 
+from scripts.build import pickles
 from scripts.build.messages import read_bytes
+from scripts.build.pickles import DTYPES, Name, RejectedError, Storage, Tensor, state_of
 from scripts.terminal import UserError
-
-StateDict = Mapping[str, Tensor]
 
 # Limits for hostile files; timm's largest models have 3,000 tensors with names of 100 characters.
 MAX_TENSORS = 20_000
 MAX_NAME_LENGTH = 300
 # Levels of nested dictionaries, as in {"models": {"student": {"state_dict": ...}}}.
 MAX_DEPTH = 5
-# TorchScript's code is the only part of these files that is compressed.
-MAX_COMPRESSED_CODE_BYTES = 10_000_000
 
+# What PyTorch's files before version 1.6 begin with.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
 # An exported program's list of tensors, and their types by the numbers that it uses.
 _EXPORTED_INDEX = "data/weights/model_weights_config.json"
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_FLOATS = (torch.float16, torch.float32, torch.float64)
-_EXPORTED_DTYPES = dict(enumerate(_INTEGERS + _FLOATS, 1)) | {12: torch.bool, 13: torch.bfloat16}
-_DTYPES = set(_EXPORTED_DTYPES.values())
-
-
-class _Inert:
-    """A placeholder for an object saved with the weights, which is neither made nor called."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-
-def _inert_dict(*_: object) -> dict[Any, Any]:
-    """Return a placeholder for a defaultdict: torch fills only plain dictionaries."""
-    return {}
-
-
-# Types that training scripts save with the weights. numpy's own `scalar` and `dtype` are not
-# called, since a crafted state can make them read memory out of bounds.
-_PATHS = ("PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
-_HARMLESS = {
-    "argparse": ("Namespace",),
-    "types": ("SimpleNamespace",),
-    "builtins": ("dict", "float", "int", "list"),
-    "datetime": ("date", "datetime", "timedelta", "timezone"),
-    "numpy": ("dtype", "ndarray"),
-    "numpy.core.multiarray": ("scalar", "_reconstruct"),
-    "numpy._core.multiarray": ("scalar", "_reconstruct"),
-    "pathlib": _PATHS,
-    "pathlib._local": _PATHS,
+_EXPORTED_DTYPES = dict(enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8"], 1))
+_EXPORTED_DTYPES |= {12: "?", 13: "bfloat16"}
+_SAFETENSORS_DTYPES = {
+    **{f"{kind.upper()}{8 * size}": f"<{kind}{size}" for kind in "ui" for size in (1, 2, 4, 8)},
+    **{"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "BF16": "bfloat16"},
 }
-_STAND_INS = [
-    (_inert_dict, "collections.defaultdict"),
-    *((_Inert, f"{module}.{name}") for module, names in _HARMLESS.items() for name in names),
-]
 _OPTIMIZER = re.compile("optimi[sz]er|optim(?![a-z])", re.IGNORECASE)
+
+
+class StateDict(dict[str, NDArray[Any]]):
+    """Tensors by their names, with the versions of layers by which PyTorch converts old ones."""
+
+    versions: dict[str, int]
+
+    def __init__(self, *tensors: Any) -> None:
+        super().__init__(*tensors)
+        self.versions = {}
 
 
 class DigestError(UserError):
     """A file of weights does not have the expected SHA-256."""
-
-
-class _RejectedError(Exception):
-    """A file cannot be used; the text is a clause that begins with "it"."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +65,12 @@ class Checkpoint:
         file: its name, for messages.
         sha256: of its bytes.
         states: every state dict by its keys with dots between, as in "model_ema"; "" for the file
-            itself. Optimizers' states are left out. Layers' versions are kept in `_metadata`.
+            itself. Optimizers' states are left out.
     """
 
     file: str
     sha256: str
-    states: dict[str, "OrderedDict[str, Tensor]"]
+    states: dict[str, StateDict] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoint:
@@ -111,8 +82,8 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoin
         expected_sha256: of the file, if known; checked before anything in it is parsed.
 
     Raises:
-        UserError: the file is missing, cut off, holds no weights, or would have to run code;
-            `DigestError` if its SHA-256 is not the expected one.
+        UserError: the file is missing, cut off, or holds no weights; `DigestError` if its SHA-256
+            is not the expected one.
     """
     content = read_bytes(path, "weights")
     digest = hashlib.sha256(content).hexdigest()
@@ -122,43 +93,24 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoin
             f"not {expected_sha256[:8]}. It was not loaded."
         )
     try:
-        states = dict(_states(_load(content, path), len(content)))
+        states = dict(_states(_load(content, path)))
     except Exception as error:  # a foreign or hostile file makes the readers raise nearly anything
+        rejected = isinstance(error, RejectedError)
+        kind = f"it is damaged, cut off, or no file of weights ({type(error).__name__})"
         raise UserError(
-            f"{path} cannot be used as weights: {_reason(error, path)}. Save the state dict of the "
-            "model as it was trained: torch.save(model.state_dict(), path)"
+            f"{path} cannot be used as weights: {error if rejected else kind}. Save the state dict "
+            "of the model as it was trained: torch.save(model.state_dict(), path)"
         ) from error
     return Checkpoint(path.name, digest, states)
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """Return why a file was rejected, and what to do if it is a pickle of more than weights."""
-    if isinstance(error, _RejectedError):
-        return str(error)
-    # PyTorch's own text is not shown, since it recommends loading the file with its code.
-    needed = re.search(r"GLOBAL ([\w.<>]{1,200})", str(error))
-    if needed is None or not isinstance(error, pickle.UnpicklingError):
-        return f"it is damaged, cut off, or no file of weights ({type(error).__name__})"
-    if "is blocked" in str(error):
-        return f"it would run {needed[1]} if it were loaded, so do not trust it"
-    # The name is quoted in the command only if it has no special characters of a shell.
-    file = Path(path.name if re.fullmatch(r"[\w.-]+", path.name) else "x.ckpt")
-    return (
-        f"it holds more than weights, and loading it needs {needed[1]}. If you have only this "
-        'file, and only if you trust it, since this runs code in it: python -c "import torch; '
-        f"torch.save(torch.load('{file}', weights_only=False)['state_dict'], "
-        f"'{file.stem}-weights.pth')\" with the key of the weights for 'state_dict', or with "
-        ".state_dict() instead of ['state_dict'] if it is a whole model"
-    )
-
-
-def _states(loaded: object, size: int) -> Iterator[tuple[str, "OrderedDict[str, Tensor]"]]:
+def _states(loaded: object) -> Iterator[tuple[str, StateDict]]:
     """Find the state dicts: mappings with a name with a dot, or a matrix, among their tensors.
 
     Raises:
-        _RejectedError: there is none, one is not plain, or they claim more than `size` bytes.
+        RejectedError: there is none, or one is not plain.
     """
-    top = loaded if isinstance(loaded, Mapping) else {}
+    top = state_of(loaded) or {}
     todo: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
     seen: set[int] = set()
     count = 0
@@ -167,110 +119,150 @@ def _states(loaded: object, size: int) -> Iterator[tuple[str, "OrderedDict[str, 
             continue
         seen.add(id(mapping))
         items = [(key, value) for key, value in mapping.items() if isinstance(key, str)]
-        tensors = OrderedDict((k, v.detach()) for k, v in items if isinstance(v, Tensor))
-        todo += [
-            ((*keys, key), value)
-            for key, value in items
-            if isinstance(value, Mapping) and not _OPTIMIZER.search(key)
-        ]
-        if not any("." in name or tensor.dim() > 1 for name, tensor in tensors.items()):
+        tensors = {key: value for key, value in items if isinstance(value, Tensor)}
+        for key, value in items:
+            nested = None if _OPTIMIZER.search(key) else state_of(value)
+            if nested is not None:
+                todo.append(((*keys, key), nested))
+        if not any("." in name or len(tensor.sizes) > 1 for name, tensor in tensors.items()):
             continue
         count += len(tensors)
         if count > MAX_TENSORS or any(len(key) > MAX_NAME_LENGTH for key in (*keys, *tensors)):
-            raise _RejectedError("it has too many tensors, or too long names")
+            raise RejectedError("it has too many tensors, or too long names")
         _check_plain(items)
-        _check_size(tensors, size)
-        tensors._metadata = {  # type: ignore[attr-defined]
-            str(module): {"version": entry["version"]}
-            for module, entry in getattr(mapping, "_metadata", {}).items()
+        found = StateDict((name, tensor.array()) for name, tensor in tensors.items())
+        found.versions = {
+            str(module): entry["version"]
+            for module, entry in (getattr(mapping, "metadata", None) or {}).items()
             if isinstance(entry.get("version"), int)
         }
-        yield ".".join(keys), tensors
+        yield ".".join(keys), found
     if not count:
-        found = ", ".join(str(key) for key in list(top)[:10])[:300]
-        but = f", but {found}" if found else ""
-        raise _RejectedError(f"it holds no state dict, a mapping of names to tensors{but}")
+        names = ", ".join(str(key) for key in list(top)[:10] if isinstance(key, (str, int)))[:300]
+        but = f", but {names}" if names else ""
+        raise RejectedError(f"it holds no state dict, a mapping of names to tensors{but}")
 
 
 def _check_plain(items: list[tuple[str, Any]]) -> None:
-    """Raise `_RejectedError` for anything with the name of a parameter but a plain tensor."""
+    """Raise `RejectedError` for anything with the name of a parameter but a plain tensor."""
     for name, value in items:
         if isinstance(value, Tensor):
-            is_own = type(value) in {Tensor, torch.nn.Parameter} and value.is_cpu
-            plain = is_own and value.dtype in _DTYPES and value.layout is torch.strided
+            plain = value.storage.dtype is not None
         else:
-            plain = "." not in name or value is None or isinstance(value, Mapping)
+            plain = "." not in name or value is None or state_of(value) is not None
         if not plain:
-            raise _RejectedError(f"{name} is not a plain tensor, as in quantized or sparse models")
-
-
-def _check_size(tensors: StateDict, size: int) -> None:
-    """Raise `_RejectedError` for tensors larger than the file, which strides of 0 can make."""
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors.values())}
-    if sum(storages.values()) > size or any(
-        tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in tensors.values()
-    ):
-        raise _RejectedError("it claims more weights than it holds")
+            raise RejectedError(f"{name} is not a plain tensor, as in quantized or sparse models")
 
 
 def _load(content: bytes, path: Path) -> object:
     """Parse a file of any of the forms; raise what its reader raises."""
     file = io.BytesIO(content)
     if path.suffix == ".safetensors":
-        return safetensors.torch.load(content)
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            _check_zip(archive, len(content))
-            if any(name.endswith("/constants.pkl") for name in names):
-                return _from_torchscript(archive)
-            for name in names:
-                if name.endswith(_EXPORTED_INDEX):
-                    return _from_exported_program(archive, name)
-    file.seek(0)
-    with safe_globals(list(_STAND_INS)):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return _from_safetensors(content)
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return _from_legacy(file)
+    with zipfile.ZipFile(file) as archive:
+        _check_zip(archive, len(content))
+        for name in archive.namelist():
+            if name.endswith(_EXPORTED_INDEX):
+                return _from_exported_program(archive, name)
+        return _from_zip(archive)
+
+
+def _from_safetensors(content: bytes) -> dict[str, Tensor]:
+    """Return the tensors; the library checks sizes and offsets."""
+    tensors = {}
+    for name, entry in safetensors.deserialize(content):  # type: ignore[no-untyped-call]
+        shape = tuple(entry["shape"])
+        storage = Storage(_SAFETENSORS_DTYPES.get(str(entry["dtype"])), int(np.prod(shape)))
+        storage.fill(entry["data"])
+        tensors[name] = Tensor(storage, 0, shape, _contiguous(shape))
+    return tensors
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+
+
+class _Storages(dict[str, Storage]):
+    """The storages that a pickle refers to, by their keys."""
+
+    def __call__(self, identity: tuple[Any, ...]) -> Storage:
+        """Return the storage of a persistent id: "storage", type, key, device, size."""
+        kind, name, key, _, count = identity[:5]
+        if kind != "storage" or not isinstance(name, Name) or not isinstance(key, str):
+            raise ValueError("a persistent id of another kind")
+        if any(view is not None for view in identity[5:]):
+            raise RejectedError("it holds views of storages, as only the first PyTorch saved them")
+        dtype = DTYPES.get(name.removeprefix("torch.").removesuffix("Storage"))
+        return self.setdefault(key, Storage(dtype, count))
+
+
+def _from_legacy(file: io.BytesIO) -> object:
+    """Return the object in a file of PyTorch before 1.6: five pickles, then the storages."""
+    storages = _Storages()
+    magic, protocol, system = (pickles.read(file) for _ in range(3))
+    if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or not system["little_endian"]:
+        raise ValueError("not a file of PyTorch")
+    loaded, keys = pickles.read(file, storages), pickles.read(file)
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        storage = storages.pop(key)
+        if storage.dtype is None or count != storage.count:
+            raise RejectedError("it holds tensors of a type that is not read, or is damaged")
+        storage.fill(file.read(storage.count * storage.width))
+    if storages:
+        raise ValueError("a storage is missing")
+    return loaded
+
+
+def _from_zip(archive: zipfile.ZipFile) -> object:
+    """Return the object in a file of PyTorch since 1.6, or the module of TorchScript."""
+    storages = _Storages()
+    (main,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+    loaded = pickles.read(io.BytesIO(_member(archive, main)), storages)
+    folder = main.removesuffix(".pkl")
+    order = f"{folder.removesuffix('data')}byteorder"
+    if order in archive.namelist() and _member(archive, order) != b"little":
+        raise RejectedError("it was written on a big-endian machine")
+    for key, storage in storages.items():
+        storage.fill(_member(archive, f"{folder}/{key}"))
+    return loaded
 
 
 def _check_zip(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise `_RejectedError` before anything is decompressed that PyTorch could read otherwise."""
+    """Raise `RejectedError` for two files of one name, and for files that share their bytes."""
     entries = archive.infolist()
     if len({entry.filename.casefold() for entry in entries}) < len(entries):
-        raise _RejectedError("it holds two files of one name")
-    if sum(entry.file_size for entry in entries) > 2 * size + MAX_COMPRESSED_CODE_BYTES:
-        raise _RejectedError("it expands to far more than its size")
+        raise RejectedError("it holds two files of one name")
+    stored = (e.file_size for e in entries if e.compress_type == zipfile.ZIP_STORED)
+    if sum(stored) > size:
+        raise RejectedError("it claims more weights than it holds")
 
 
-def _from_torchscript(archive: zipfile.ZipFile) -> StateDict:
-    """Return the tensors; of TorchScript's code, only `__setstate__` runs on loading."""
-    # Repacked, so that PyTorch's own zip parser reads exactly what was checked here.
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as copy:
-        for name in archive.namelist():
-            member = archive.read(name)
-            if b"__setstate__" in member and not name.endswith(".debug_pkl"):
-                raise _RejectedError("it runs code of its own when it is loaded")
-            copy.writestr(name, member)
-    packed.seek(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that TorchScript is deprecated
-        module = torch.jit.load(packed, map_location="cpu")  # type: ignore[no-untyped-call]
-    return OrderedDict(module.state_dict())
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Return a file in a zip file; of those that are read, PyTorch compresses none."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise RejectedError("it is compressed, and may expand to far more than its size")
+    return archive.read(name)
 
 
-def _from_exported_program(archive: zipfile.ZipFile, index: str) -> StateDict:
-    """Return the tensors; not by `torch.export.load`, which unpickles whatever the file holds."""
+def _from_exported_program(archive: zipfile.ZipFile, index: str) -> dict[str, Tensor]:
+    """Return the tensors; those of a pickle are not read."""
     tensors = {}
-    for name, entry in json.loads(archive.read(index))["config"].items():
+    storages: dict[tuple[str, int], Storage] = {}
+    for name, entry in json.loads(_member(archive, index))["config"].items():
         if entry["use_pickle"]:
-            raise _RejectedError("its tensors are pickled, and could run code if they were loaded")
-        raw = bytearray(archive.read(f"{index.rpartition('/')[0]}/{entry['path_name']}"))
+            raise RejectedError("its tensors are pickled")
         meta = entry["tensor_meta"]
-        flat = torch.frombuffer(raw, dtype=_EXPORTED_DTYPES[meta["dtype"]])
+        key = entry["path_name"], meta["dtype"]
+        if key not in storages:
+            raw = _member(archive, f"{index.rpartition('/')[0]}/{key[0]}")
+            storages[key] = Storage(_EXPORTED_DTYPES.get(key[1]), 0)
+            storages[key].count = len(raw) // storages[key].width
+            storages[key].fill(raw)
         # Values of other kinds are symbols, in tensors without a fixed size.
-        sizes, steps = ([v["as_int"] for v in meta[key]] for key in ("sizes", "strides"))
-        if math.prod(sizes) > flat.numel():
-            raise _RejectedError("it is cut off, or claims more weights than it holds")
-        # Cloned, since PyTorch checks for negative sizes only then.
-        tensors[name] = flat.as_strided(sizes, steps, meta["storage_offset"]["as_int"]).clone()
+        sizes, steps = (tuple(v["as_int"] for v in meta[key]) for key in ("sizes", "strides"))
+        tensors[name] = Tensor(storages[key], meta["storage_offset"]["as_int"], sizes, steps)
     return tensors

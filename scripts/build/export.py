@@ -98,19 +98,20 @@ def write_onnx(model: nn.Module, crop: int, target: Path, architecture: str) -> 
             ) from error
     assert program is not None
     graph = program.model_proto
-    _drop_build_notes(graph)
+    drop_build_notes(graph)
     onnx.checker.check_model(graph, full_check=True)
     target.write_bytes(graph.SerializeToString(deterministic=True))
 
 
-def _drop_build_notes(graph: onnx.ModelProto) -> None:
+def drop_build_notes(graph: onnx.ModelProto) -> None:
     """Remove what inference does not need: stack traces and paths of the building machine."""
     graph.ClearField("metadata_props")
     graph.graph.ClearField("metadata_props")
     graph.graph.ClearField("value_info")
     graph.graph.ClearField("doc_string")
     graph.ClearField("functions")
-    for part in (*graph.graph.node, *graph.graph.initializer, *graph.graph.input):
+    tensors = (*graph.graph.initializer, *graph.graph.input, *graph.graph.output)
+    for part in (*graph.graph.node, *tensors):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 

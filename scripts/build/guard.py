@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # loads scipy.stats when it is first used
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
@@ -55,7 +54,9 @@ class Share:
 
     def interval(self) -> tuple[float, float]:
         """Return Wilson's interval, 0 to 1."""
-        ends = scipy.stats.binomtest(self.part, self.whole).proportion_ci(CONFIDENCE, "wilson")
+        from scipy.stats import binomtest  # of the evaluation group
+
+        ends = binomtest(self.part, self.whole).proportion_ci(CONFIDENCE, "wilson")
         return float(ends.low), float(ends.high)
 
     def __str__(self) -> str:
@@ -238,15 +239,17 @@ def paired_interval(lost: int, gained: int, count: int) -> tuple[float, float]:
     for a difference of binomial proportions based on paired data", Journal of Educational and
     Behavioral Statistics 37 (2012).
     """
+    from scipy.stats import norm
+
     before, after = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
     error = math.sqrt((before + after - (before - after) ** 2) / (count + 2))
-    low, high = scipy.stats.norm.interval(CONFIDENCE, before - after, error)
+    low, high = norm.interval(CONFIDENCE, before - after, error)
     return 100 * float(low), 100 * float(high)
 
 
 def _rank_loss(exact: Probabilities, reduced: Probabilities, truth: NDArray[np.bool_]) -> Loss:
     """Return the loss of mean average precision, with an interval by the bootstrap over images."""
-    # Takes seconds to load, and few builds need it.
+    from scipy.stats import bootstrap, t
     from sklearn.metrics import average_precision_score
 
     def mean(of: Probabilities, rows: NDArray[np.int64]) -> float:
@@ -257,7 +260,7 @@ def _rank_loss(exact: Probabilities, reduced: Probabilities, truth: NDArray[np.b
 
     rows = np.arange(len(truth))
     before, after = mean(exact, rows), mean(reduced, rows)
-    error = scipy.stats.bootstrap(
+    error = bootstrap(
         [rows],
         lambda drawn: mean(exact, drawn) - mean(reduced, drawn),
         n_resamples=_RESAMPLES,
@@ -265,6 +268,6 @@ def _rank_loss(exact: Probabilities, reduced: Probabilities, truth: NDArray[np.b
         method="percentile",
         rng=0,
     ).standard_error
-    half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, _RESAMPLES - 1) * error)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, _RESAMPLES - 1) * error)
     ends = 100 * (before - after - half), 100 * (before - after + half)
     return Loss("mean average precision", before, after, ends)

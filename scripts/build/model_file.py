@@ -26,7 +26,7 @@ from pydantic import (
 from scripts.build.guard import Limits
 from scripts.build.messages import read_bytes
 from scripts.build.preprocessing import PreprocessingOptions
-from scripts.store import PACKAGED_ARCHITECTURE
+from scripts.store import DEFAULT_ARCHITECTURE, PACKAGED_ARCHITECTURE
 from scripts.terminal import UserError
 
 TIMM = "timm/"
@@ -238,6 +238,11 @@ class ModelFile(BaseModel):
     def is_torchvision(self) -> bool:
         """Return whether torchvision makes the architecture."""
         return bool(self.arch) and not self.is_timm and self.arch != PACKAGED_ARCHITECTURE
+
+    @property
+    def has_graph(self) -> bool:
+        """Return whether the archive is made of a graph in the repository, without PyTorch."""
+        return self.engine == "onnx" and self.arch in {DEFAULT_ARCHITECTURE, PACKAGED_ARCHITECTURE}
 
     @property
     def multilabel(self) -> bool:

@@ -41,8 +41,9 @@ from scripts.terminal import UserError, console, step
 # Of more classes, the first two and the last are printed.
 _MAX_SHOWN_CLASSES = 4
 
-# Packages that a build uses, as far as they are installed.
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "torch", "torchvision", "timm", "transformers")
+# Packages that a build uses, the latter as far as they are installed.
+_PACKAGES = ("onnx", "onnxruntime")
+_PACKAGES_WITH_PYTORCH = (*_PACKAGES, "onnxscript", "torch", "torchvision", "timm", "transformers")
 _CODE = Path(__file__).parent
 
 
@@ -96,7 +97,7 @@ def build(
         extra.mkdir()
         card, model = _model(spec, source, card, Path(folder))
         if spec.precision.type != "float32":
-            require("precision")
+            require("precision", why=f"OpenVINO makes {spec.precision.type} and runs it")
             add_reduced_precision(spec.precision, model.file, card, labels, extra)
         if source.notice:
             (extra / WEIGHTS_NOTICE).write_text(source.notice, "utf-8")
@@ -128,7 +129,7 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
     facts = [
         (source.architecture, source.sha256, card.classes, card.multilabel, spec.allow_saturated),
         dataclasses.asdict(card.preprocessing),
-        _build_digest(),
+        _build_digest(spec),
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     kept, made = BUILD / f"converted-{spec.name}-{key}", folder / "converted"
@@ -242,7 +243,7 @@ def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -
         values,
         (spec.precision.type, images, files, trained_model),
         source and (source.architecture, source.sha256, source.trained),
-        _build_digest(),
+        _build_digest(spec),
     ]
     digest = hashlib.sha256(json.dumps(inputs).encode())
     for path in packing.handler_files():
@@ -261,12 +262,13 @@ def _files(spec: ModelFile) -> list[Path]:
     return sorted(set(files))
 
 
-def _build_digest() -> str:
+def _build_digest(spec: ModelFile) -> str:
     """Return a digest of the code and the packages that convert models."""
     digest = hashlib.sha256()
-    for path in (*sorted(_CODE.rglob("*.py")), Path(samples.__file__)):
+    files = (path for path in _CODE.rglob("*") if path.suffix in {".py", ".onnx"})
+    for path in (*sorted(files), Path(samples.__file__), *sorted(samples.FOLDER.glob("*.[jp]*g"))):
         digest.update(path.name.encode() + path.read_bytes())
-    for package in _PACKAGES:
+    for package in _PACKAGES if spec.has_graph else _PACKAGES_WITH_PYTORCH:
         with contextlib.suppress(PackageNotFoundError):
             digest.update(f"{package}=={version(package)};".encode())
     return digest.hexdigest()

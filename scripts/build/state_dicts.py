@@ -9,21 +9,20 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from scripts.build.architectures import (
-    architectures,
-    class_layer,
-    official_weights,
-    shapes,
-    without_auxiliary,
-)
 from scripts.build.checkpoints import Checkpoint, StateDict
 from scripts.build.messages import listed
 from scripts.terminal import UserError, printable, step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, NDArray[Any]]
 
 # Share of the architecture's names that must be below a prefix for it to be the model's.
 MIN_SHARE = 0.5
@@ -81,13 +80,13 @@ class Template:
     """
 
     architecture: str
-    shapes: Callable[[int], Mapping[str, torch.Size]]
+    shapes: Callable[[int], Mapping[str, Shape]]
     last: str
     optional: Callable[[str], bool] = lambda _: False
     rename: Callable[[str], str] = lambda name: name
 
     @property
-    def few(self) -> Mapping[str, torch.Size]:
+    def few(self) -> Mapping[str, Shape]:
         """Return the shapes for two classes, or for the number that the code fixes."""
         return self.shapes(2 if self.last else 0)
 
@@ -98,8 +97,7 @@ class Fitted:
 
     Attributes:
         key: of the state dict, with the prefix of its names, as WEIGHTS_KEY has them.
-        state_dict: all of the architecture's names; `_metadata` has the versions of the file's
-            layers, by which they convert old parameters.
+        state_dict: all of the architecture's names.
         classes: outputs of the last layer; 0 if the code fixes them, or no last layer was found.
         problems: differing shapes and missing names; empty if the weights are complete.
         source: the whole state dict.
@@ -109,7 +107,7 @@ class Fitted:
     """
 
     key: str
-    state_dict: "OrderedDict[str, Tensor]"
+    state_dict: StateDict
     classes: int
     problems: tuple[str, ...]
     source: StateDict
@@ -127,16 +125,10 @@ class Fitted:
         """Return whether this is a whole model, or an averaged one without its buffers."""
         return self.averaged or not self.problems
 
-
-def torchvision_template(architecture: str) -> Template:
-    """Return the names and shapes of one of torchvision's architectures."""
-    return Template(
-        architecture,
-        functools.partial(shapes, architecture),
-        class_layer(architecture).removesuffix(".weight"),
-        optional=lambda name: not without_auxiliary(architecture, [name]),
-        rename=_present_name,
-    )
+    def print_notes(self) -> None:
+        """Print what was chosen and left out."""
+        for note in self.notes:
+            step(f"Weights: {note}")
 
 
 def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = None) -> Fitted:
@@ -175,7 +167,7 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
     others = [
         key or "."
         for key, state in states.items()
-        if id(state) not in copies and any(tensor.dim() > 1 for tensor in state.values())
+        if id(state) not in copies and any(tensor.ndim > 1 for tensor in state.values())
     ]
     if others and weights_key is None:
         raise UserError(
@@ -183,23 +175,30 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
             f"model, choose its weights: WEIGHTS_KEY={taken.key}"
         )
     for name, tensor in taken.state_dict.items():
-        if not bool(tensor.isfinite().all()):
+        if not np.isfinite(tensor).all():
             raise UserError(f"{file}: {name} holds values that are not finite.")
     return replace(taken, notes=tuple(_notes(taken, candidates, harmless, template)))
 
 
-def load_into(module: nn.Module, fitted: Fitted) -> nn.Module:
-    """Load weights into a module of their architecture, and print the notes on them."""
-    for note in fitted.notes:
-        step(f"Weights: {note}")
-    # Formats other than torch's have no version: the module's is used, which MNASNet needs.
-    versions: Any = fitted.state_dict._metadata  # type: ignore[attr-defined]
-    versions.setdefault("", {"version": module._version})
-    module.load_state_dict(fitted.state_dict)
+def load_into(module: "nn.Module", fitted: Fitted) -> "nn.Module":
+    """Load weights into a PyTorch module of their architecture, and print the notes on them."""
+    import torch
+
+    fitted.print_notes()
+    tensors = OrderedDict(
+        (name, torch.from_numpy(np.array(tensor))) for name, tensor in fitted.state_dict.items()
+    )
+    # Formats other than PyTorch's have no version: the module's is used, which MNASNet needs.
+    versions = {"": module._version, **fitted.state_dict.versions}
+    tensors._metadata = {  # type: ignore[attr-defined]
+        name: {"version": version} for name, version in versions.items()
+    }
+    module.load_state_dict(tensors)
     return module
 
 
-def _present_name(name: str) -> str:
+def present_name(name: str) -> str:
+    """Return the present name of a tensor of torchvision's files."""
     for old, present in _OLD_NAMES:
         name = old.sub(present, name)
     return name
@@ -221,30 +220,30 @@ def _candidates(key: str, source: StateDict, template: Template) -> Iterator[Fit
             below = {n.removeprefix(prefix): t for n, t in present.items() if n.startswith(prefix)}
             last = _last_layer(below, template)
             tensors, classes, problems = _compare(below, last, template)
-            tensors._metadata = {  # type: ignore[attr-defined]
+            tensors.versions = {
                 f"{module}."[len(prefix) : -1]: version
-                for module, version in getattr(source, "_metadata", {}).items()
+                for module, version in source.versions.items()
                 if f"{module}.".startswith(prefix)
             }
             yield Fitted(label, tensors, classes, problems, source, prefix, last)
 
 
 def _compare(
-    below: StateDict, last: str, template: Template
-) -> tuple["OrderedDict[str, Tensor]", int, tuple[str, ...]]:
+    below: Tensors, last: str, template: Template
+) -> tuple[StateDict, int, tuple[str, ...]]:
     """Return the tensors by the architecture's names, the number of classes, and the problems."""
     few = template.few
     weight, bias = (f"{template.last}.{part}" for part in ("weight", "bias"))
     names = {name: name for name in few} | {weight: f"{last}.weight", bias: f"{last}.bias"}
-    tensors = OrderedDict((n, below[names[n]]) for n in few if names[n] in below)
+    tensors = StateDict((n, below[names[n]]) for n in few if names[n] in below)
     shape = tensors[weight].shape if weight in tensors else ()
     classes = shape[0] if shape and shape[1:] == few[weight][1:] else 0
     expected = template.shapes(classes) if classes else few
     for name in (name for name in expected if name not in tensors):
         if name.endswith(".num_batches_tracked"):  # not in files of PyTorch 0.4 and before
-            tensors[name] = torch.zeros((), dtype=torch.int64)
+            tensors[name] = np.zeros((), np.int64)
         elif name == bias and weight in tensors:
-            tensors[name] = torch.zeros(expected[name])
+            tensors[name] = np.zeros(expected[name], np.float32)
     lacking = [n for n in expected if n not in tensors and not template.optional(n)]
     problems = [
         f"{name} has the shape {list(tensor.shape)} instead of {list(expected[name])}"
@@ -321,9 +320,9 @@ def _left_out(
         if id(tensor) in used or name.startswith(prefixes) or (below and template.optional(inner)):
             continue
         inside = below and inner.partition(".")[0] in modules
-        counts = _COUNTER.search(name) or not (inside or tensor.is_floating_point())
-        loss = not inside and tensor.dim() <= 1 and _LOSS.search(name)
-        if loss or (counts and tensor.numel() == 1):
+        counts = _COUNTER.search(name) or not (inside or np.issubdtype(tensor.dtype, np.floating))
+        loss = not inside and tensor.ndim <= 1 and _LOSS.search(name)
+        if loss or (counts and tensor.size == 1):
             harmless.append(old)
         else:
             further.append(f"{old} {list(tensor.shape)}")
@@ -354,7 +353,7 @@ def _notes(
         )
 
 
-def _hint(state: StateDict, tensors: StateDict, template: Template) -> str:
+def _hint(state: StateDict, tensors: Tensors, template: Template) -> str:
     """Return what to do with weights that do not fit.
 
     Args:
@@ -374,12 +373,16 @@ def _hint(state: StateDict, tensors: StateDict, template: Template) -> str:
     for pattern, text in {} if tensors else _LIBRARIES.items():
         if any(re.search(pattern, name) for name in state) and not (is_timm and "timm/" in text):
             return text
-    size = sum(t.numel() for name, t in state.items() if ".running_" not in name)
-    for name in architectures():
-        difference = abs(size - official_weights(name).meta["num_params"])
+    try:
+        from scripts.build import architectures
+    except ImportError:  # without PyTorch, no other architecture can be tried
+        return _EXPORT
+    size = sum(t.size for name, t in state.items() if ".running_" not in name)
+    for name in architectures.architectures():
+        difference = abs(size - architectures.official_weights(name).meta["num_params"])
         if name == template.architecture or difference > MAX_LAST_LAYER_PARAMETERS:
             continue
-        other = torchvision_template(name)
+        other = architectures.template(name)
         for candidate in _candidates("", state, other):
             if not candidate.problems and not _left_out(candidate, [candidate], other)[1]:
                 return f"Its layers are those of {name}: ARCH={name}"

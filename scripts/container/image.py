@@ -29,7 +29,7 @@ RAY_NAME = "densenet-batch"
 # Lock files of the packages, of which the last two are for archives that need them.
 _LOCK = "requirements/container.lock"
 _RAY_LOCK = "requirements/ray.lock"
-_TORCH_LOCK = "requirements/run.lock"
+_TORCH_LOCK = "requirements/pytorch.lock"
 _PRECISION_LOCK = "requirements/precision.lock"
 
 
@@ -154,7 +154,7 @@ def _locks(archives: Sequence[Path], first: str) -> list[str]:
             locks.append(_PRECISION_LOCK)
         with zipfile.ZipFile(archive) as content:
             if any(name.endswith(".pth") for name in content.namelist()):
-                locks.insert(0, _TORCH_LOCK)
+                locks.append(_TORCH_LOCK)
     return list(dict.fromkeys(locks))
 
 

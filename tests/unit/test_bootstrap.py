@@ -16,6 +16,10 @@ import pytest
 from scripts import bootstrap
 
 LOCK = """\
+uv==6 \\
+    --hash=sha256:6
+"""
+PYTORCH_LOCK = """\
 a==1 ; python_version < '3.11' \\
     --hash=sha256:0
 a==2 ; python_version >= '3.11' \\
@@ -27,8 +31,6 @@ torchvision==4 \\
     --hash=sha256:4
 nvidia-cublas==5 \\
     --hash=sha256:5
-uv==6 \\
-    --hash=sha256:6
 """
 # Stands for both Python and uv: writes down what it is called with.
 PROGRAM = """\
@@ -54,11 +56,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / ".venv/bin" / name).write_text(PROGRAM)
         (tmp_path / ".venv/bin" / name).chmod(0o755)
     (tmp_path / "requirements/run.lock").write_text(LOCK)
-    (tmp_path / "requirements/tests.lock").write_text("tool==1")
+    (tmp_path / "requirements/pytorch.lock").write_text(PYTORCH_LOCK)
+    (tmp_path / "requirements/batch.lock").write_text("tool==1")
     (tmp_path / "client/pyproject.toml").write_text("version = 1")
-    (tmp_path / "pyproject.toml").write_text('["requirements/run.in"] ["requirements/tests.in"]')
+    (tmp_path / "pyproject.toml").write_text(
+        "requirements/batch.in requirements/pytorch.in requirements/timm.in requirements/run.in"
+    )
     (tmp_path / ".venv/torch").write_text("locked")
-    (tmp_path / ".venv/installed-run").write_text(bootstrap.fingerprint("run"))
+    for group in ("run", "pytorch"):
+        (tmp_path / f".venv/installed-{group}").write_text(bootstrap.fingerprint(group))
     return tmp_path
 
 
@@ -101,15 +107,15 @@ def test_each_group_is_installed_from_its_lock_by_hash(
     # Or main() would leave it in the environment of the next tests.
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://mirror")
     (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
-    assert install("run", "tests") == [
+    assert install("run", "batch") == [
         f"http://mirror {PIP}",
         f"http://mirror {UV} {BY_HASH} requirements/run.lock",
         f"http://mirror {UV} --offline --editable client",
-        f"http://mirror {UV} {BY_HASH} requirements/tests.lock",
+        f"http://mirror {UV} {BY_HASH} requirements/batch.lock",
     ]
     assert bootstrap.is_installed("run")
-    assert bootstrap.is_installed("tests")
-    assert "tests, up to 0.3 GB to download, 0.8 GB on disk" in capsys.readouterr().out
+    assert bootstrap.is_installed("batch")
+    assert "batch, up to 300 and 800 MB to download and on disk" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("folder")
@@ -118,7 +124,7 @@ def test_another_pytorch_build_has_the_locks_versions_without_hashes_and_cuda(
 ) -> None:
     url = "http://me:secret@here"
     bootstrap.TORCH_BUILD.unlink()
-    bootstrap.stamp_of("run").unlink()
+    bootstrap.stamp_of("pytorch").unlink()
     monkeypatch.setenv("TORCH_INDEX", url)
     created = []
     monkeypatch.setattr(bootstrap, "is_usable", lambda: True)
@@ -128,15 +134,13 @@ def test_another_pytorch_build_has_the_locks_versions_without_hashes_and_cuda(
         "execute",
         lambda *c: created.append(c) if "venv" in c else execute(*c),
     )
-    calls = install("run")
-    assert len(created) == 1
-    assert calls[1:] == [
+    assert install("pytorch") == [
         f" {UV} --default-index {url} -r .venv/torch.txt",
         f" {UV} {BY_HASH} .venv/without-torch.txt",
-        f" {UV} --offline --editable client",
     ]
+    assert not created
     assert Path(".venv/torch.txt").read_text().split() == ["torch==3", "torchvision==4"]
-    others = LOCK[: LOCK.index("torch==")] + LOCK[LOCK.index("uv==") :]
+    others = PYTORCH_LOCK[: PYTORCH_LOCK.index("torch==")]
     assert Path(".venv/without-torch.txt").read_text() == others
     assert bootstrap.TORCH_BUILD.read_text() == url
     assert bootstrap.TORCH_BUILD.stat().st_mode & 0o077 == 0
@@ -158,7 +162,7 @@ def test_a_new_driver_or_another_index_means_a_new_environment(
 ) -> None:
     bootstrap.TORCH_BUILD.write_text(installed)
     monkeypatch.setenv("TORCH_INDEX", torch_index)
-    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "pytorch"])
     monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: driver)
     executed = []
     monkeypatch.setattr(bootstrap, "execute", lambda *command: executed.append(command))
@@ -166,6 +170,22 @@ def test_a_new_driver_or_another_index_means_a_new_environment(
     assert [command[1:] for command in executed[:1]] == (
         [("-m", "venv", "--clear", ".venv")] if new else []
     )
+    executed.clear()
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
+    bootstrap.main()
+    assert not executed  # without PyTorch its build does not matter
+
+
+def test_a_group_brings_those_that_it_needs(
+    folder: Path, install: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "requirements/timm.lock").write_text("timm==1")
+    bootstrap.stamp_of("pytorch").unlink()
+    assert [call.rpartition(" ")[2] for call in install("timm")] == [
+        "requirements/pytorch.lock",
+        "requirements/timm.lock",
+    ]
+    assert "pytorch, up to 3000 and 5500 MB to download and on disk" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -216,11 +236,11 @@ def test_an_old_python_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_exits_with_a_message_and_the_next_run_resumes(folder: Path) -> None:
     (folder / "scripts").mkdir()
     shutil.copy(bootstrap.__file__, folder / "scripts")
-    (folder / ".venv/installed-tests").write_text(bootstrap.fingerprint("tests"))
-    (folder / "requirements/tests.lock").write_text("tool==2")
+    (folder / ".venv/installed-batch").write_text(bootstrap.fingerprint("batch"))
+    (folder / "requirements/batch.lock").write_text("tool==2")
     (folder / ".venv/bin/uv").write_text("#!/bin/sh\necho >started\nexec sleep 60\n")
     with subprocess.Popen(
-        [sys.executable, "scripts/bootstrap.py", "tests"],
+        [sys.executable, "scripts/bootstrap.py", "batch"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -232,8 +252,8 @@ def test_ctrl_c_exits_with_a_message_and_the_next_run_resumes(folder: Path) -> N
         _, errors = process.communicate()
     assert process.returncode == 130
     assert "Stopped by Ctrl-C. Run the same command again to resume." in errors
-    (folder / "requirements/tests.lock").write_text("tool==1")
-    assert not bootstrap.is_installed("tests")
+    (folder / "requirements/batch.lock").write_text("tool==1")
+    assert not bootstrap.is_installed("batch")
 
 
 def test_make_passes_the_index_on_unchanged() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +16,11 @@ from handler.settings import Preprocessing
 from scripts.build.architectures import official_weights
 from scripts.build.export import Normalized
 from scripts.build.model_file import from_options
-from scripts.build.sources import download
+from scripts.build.sources import download, open_source
 from scripts.build.sources.download import fetch
+from scripts.build.sources.graph import GRAPHS, GraphSource
 from scripts.build.sources.source import HostUnreachableError
-from scripts.build.sources.torchvision import TorchvisionSource, open_source, random_source
+from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
 from tests.published import publish
@@ -85,10 +87,12 @@ def test_the_official_file_is_fetched_and_its_old_names_are_understood(
     assert files_in(cache) == [file.name]
     assert (found.file, found.trained) == (file.name, True)
     assert found.sha256 == hashlib.sha256(content).hexdigest()
-    expected, got = densenet.module.state_dict(), found.module.state_dict()
-    assert got.keys() == expected.keys()
+    assert isinstance(found, GraphSource)
+    expected = densenet.module.state_dict()
+    assert found.weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert name.endswith("num_batches_tracked") or got[name].equal(tensor)
+        counts = name.endswith("num_batches_tracked")
+        assert counts or np.array_equal(found.weights[name], tensor.numpy())
 
 
 def test_a_file_is_fetched_once_and_again_only_if_it_is_damaged(host: Host, cache: Path) -> None:
@@ -153,8 +157,9 @@ def test_a_full_disk_leaves_nothing(host: Host, cache: Path) -> None:
     assert files_in(cache) == []
 
 
-def test_the_official_address_carries_the_known_hash() -> None:
-    assert official_weights("densenet121").url.endswith("/densenet121-a639ec97.pth")
+def test_the_official_address_is_torchvisions_and_carries_the_known_hash() -> None:
+    assert official_weights("densenet121").url == GRAPHS["densenet121"].weights
+    assert GRAPHS["densenet121"].weights.endswith("/densenet121-a639ec97.pth")
 
 
 def test_random_weights_are_reproducible_and_give_different_answers_to_different_images(

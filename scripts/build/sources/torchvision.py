@@ -1,6 +1,5 @@
 """`ARCH=resnet50`: torchvision's classifiers, with published weights or a file of the user's."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from scripts.build import architectures, export
 from scripts.build.checkpoints import read_checkpoint
 from scripts.build.classes import IMAGENET_CLASSES, read_classes
 from scripts.build.model_file import RANDOM, ModelFile
-from scripts.build.sources import random_weights
-from scripts.build.sources.download import fetch
+from scripts.build.sources import graph, random_weights
+from scripts.build.sources.download import local_file
 from scripts.build.sources.source import TorchSource
-from scripts.build.state_dicts import fit, load_into, torchvision_template
+from scripts.build.state_dicts import fit, load_into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,9 @@ def open_source(spec: ModelFile) -> TorchvisionSource:
     if spec.weights == RANDOM:
         classes = len(read_classes(spec.classes)) if spec.classes else IMAGENET_CLASSES
         return random_source(name, classes)
-    given = spec.weights or official_url(name)
-    path = fetch(given) if re.match("https?://", given) else Path(given)
+    path = local_file(spec.weights or official_url(name))
     checkpoint = read_checkpoint(path)
-    fitted = fit(checkpoint, torchvision_template(name), spec.weights_key)
+    fitted = fit(checkpoint, architectures.template(name), spec.weights_key)
     module = load_into(empty_model(name, fitted.classes), fitted)
     return TorchvisionSource(
         architecture=name,
@@ -82,7 +80,7 @@ def random_source(architecture: str, classes: int = IMAGENET_CLASSES) -> Torchvi
     module = random_weights.random_model(architecture, classes)
     return TorchvisionSource(
         architecture=architecture,
-        file=random_weights.FILE,
+        file=graph.RANDOM_FILE,
         sha256=random_weights.digest(module),
         outputs=classes,
         preprocessing=asdict(architectures.official_preprocessing(architecture)),
