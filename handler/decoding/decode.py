@@ -18,7 +18,7 @@ limits (`handler.decoding.isolated`).
 import atexit
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from PIL import Image
@@ -87,6 +87,15 @@ def decode(
         size=header.size,
         max_pixels=budget.limit,
     )
+    image = _decode(header, task, budget, isolated=isolated)
+    if header.other_end is not None:
+        other = replace(header, pieces=(*header.pieces[:-1], header.other_end))
+        if not np.array_equal(image.pixels, _decode(other, task, budget, isolated=isolated).pixels):
+            raise DamagedImage("The image is cut off: its end is missing.")
+    return image
+
+
+def _decode(header: Header, task: Task, budget: PixelBudget, *, isolated: bool) -> DecodedImage:
     if header.simple and not isolated:
         needed = _needed_bytes(header, task)
         if needed <= _MAX_SIMPLE_BYTES:

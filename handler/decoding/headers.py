@@ -29,6 +29,8 @@ class Header:
         simple: an ordinary image, which may be decoded in the worker.
         pixel_bytes: of memory that each decoded pixel takes, of a simple image.
         fixed_bytes: of memory that the decoder needs beside that, of any image.
+        other_end: another last piece, of a file that lacks its end: what it shows must not depend
+            on which of the two it gets.
     """
 
     names: tuple[str, ...]
@@ -38,6 +40,7 @@ class Header:
     simple: bool = False
     pixel_bytes: int = 0
     fixed_bytes: int = 0
+    other_end: Piece | None = None
 
 
 def unsupported(kind: str) -> UnsupportedFormat:

@@ -27,6 +27,11 @@ _MAX_SEGMENTS = 200
 # A decoder looks this far ahead. Appended, so that a missing end marker does not matter; more
 # would let it make up the end of an image that was cut off.
 _LOOK_AHEAD = bytes(8)
+_COEFFICIENTS = 64  # of a block
+# A progressive JPEG is decoded when its end marker is reached. If that is missing, data of two
+# kinds take the place of what may be missing of the last scan.
+_END = b"\xff\xd9"
+_FILLERS = (b"\x00", b"\xaa")
 
 # Limits of what the worker decodes: half a second of CPU on the machine on which it was measured.
 _MAX_SIMPLE_BYTES = 12_000_000
@@ -93,17 +98,37 @@ def _header(
     # Comments and images behind this one may make it more; then it goes to the decoder process.
     scans = 1 if in_one_scan else data.count(b"\xff\xda", start)
     coefficients = 0 if in_one_scan else _coefficients(frame, width * height, channels)
+    scan_data = memoryview(data)[start:]
+    end, other_end = _LOOK_AHEAD if in_one_scan else b"", None
+    if not in_one_scan and data.find(_END, start) < 0 and _has_all_scans(data, start, frame):
+        if data.endswith(_END[:1]):
+            scan_data = scan_data[:-1]
+        end, other_end = (filler * len(scan_data) + _END for filler in _FILLERS)
     return Header(
         ("JPEG",),
-        (*pieces, memoryview(data)[start:], _LOOK_AHEAD if in_one_scan else b""),
+        (*pieces, scan_data, end),
         (width, height),
         orientation,
         simple=marker in _HUFFMAN
         and len(data) <= _MAX_SIMPLE_BYTES
         and width * height * scans <= _MAX_SIMPLE_PIXELS,
         pixel_bytes=_PIXEL_BYTES,
-        fixed_bytes=len(data) + int(coefficients * _COEFFICIENT_BYTES),
+        fixed_bytes=len(data) + len(end) + int(coefficients * _COEFFICIENT_BYTES),
+        other_end=other_end,
     )
+
+
+def _has_all_scans(data: bytes | bytearray, start: int, frame: Piece) -> bool:
+    """Return whether each coefficient's last bit is in one of the scans from `start` on."""
+    missing = {component: set(range(_COEFFICIENTS)) for component in frame[10::3]}
+    while start >= 0:
+        count = data[start + 4]
+        first, last, bits = struct.unpack_from("BBB", data, start + 5 + 2 * count)
+        if not bits & 15:
+            for component in data[start + 5 : start + 5 + 2 * count : 2]:
+                missing.get(component, set()).difference_update(range(first, last + 1))
+        start = data.find(b"\xff\xda", start + 2)
+    return not any(missing.values())
 
 
 def _coefficients(frame: Piece, pixels: int, channels: int) -> float:

@@ -122,6 +122,8 @@ def _opened(data: bytes, task: Task) -> Iterator[Image.Image]:
             tiff.check(data)
         with Image.open(io.BytesIO(data), formats=tuple(task.names)) as image:
             what, size = f"{image.format} image", image.size
+            # Pillow decodes a JPEG in blocks, which fails with arithmetic coding.
+            image.decodermaxblock = max(len(data), image.decodermaxblock)
             _check_size(image, task)
             yield image
     except ClientError:

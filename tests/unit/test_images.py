@@ -16,7 +16,14 @@ from torchvision import transforms
 
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode, run_all
-from handler.errors import ClientError, EmptyImage, NotAnImage, TooLarge, UnsupportedFormat
+from handler.errors import (
+    ClientError,
+    DamagedImage,
+    EmptyImage,
+    NotAnImage,
+    TooLarge,
+    UnsupportedFormat,
+)
 from handler.request import RequestImage, run_isolated
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
@@ -70,6 +77,37 @@ def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None
 def is_very_long(image: Image.Image) -> bool:
     """The tutorial would make more than 4 million pixels of it; see `resize_and_crop`."""
     return 255**2 * max(image.size) / min(image.size) > 4_000_000
+
+
+@pytest.mark.parametrize("size", [(451, 300), (1500, 1000)])
+def test_of_a_jpeg_without_its_end_the_model_must_see_what_the_whole_one_shows(
+    size: tuple[int, int],
+) -> None:
+    """Its end marker may be missing, and a cut-off scan is rejected if that can be seen."""
+    photograph = Image.open(CAT).convert("RGB").resize(size)
+    for whole in (
+        encode(photograph, "JPEG", progressive=True),
+        encode(photograph, "JPEG", progressive=True, quality=95),
+        encode(photograph, "JPEG"),
+    ):
+        expected = decode(whole, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels
+        for isolated in (False, True):
+            for missing in (1, 2):
+                data = whole[:-missing]
+                for tail in (b"", bytes(5)):
+                    decoded = decode(
+                        data + tail, PREPROCESSING, PixelBudget(MAX_PIXELS), isolated=isolated
+                    )
+                    assert np.array_equal(decoded.pixels, expected)
+        rejected = 0
+        for missing in (3, 10, 100, 1_000, *range(len(whole) // 20, len(whole), len(whole) // 20)):
+            try:
+                decoded = decode(whole[:-missing], PREPROCESSING, PixelBudget(MAX_PIXELS))
+            except DamagedImage:
+                rejected += 1
+            else:
+                assert np.array_equal(decoded.pixels, expected), missing
+        assert rejected >= 19
 
 
 @pytest.mark.parametrize("size", [(1, 100), (100, 1), (2, 1500), (3000, 10), (4, 2000)])

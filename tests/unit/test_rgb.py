@@ -206,6 +206,18 @@ def test_arithmetic_coding_changes_no_pixel() -> None:
         assert np.array_equal(shown(data), expected)
 
 
+def test_an_arithmetic_coded_jpeg_may_be_longer_than_pillows_block() -> None:
+    """A quantization table, repeated, moves the end of the block into the scan."""
+    with Image.open(io.BytesIO(kinds.HUFFMAN_JPEG)) as image:
+        expected = np.asarray(image)
+    for data in kinds.ARITHMETIC_JPEGS:
+        table = b"\0" + b"\x01" * 64  # the file's own table 0 follows, and counts
+        count = (65_536 - len(data) // 2) // len(table)
+        padded = data[:2] + kinds.segment(0xDB, table * count) + data[2:]
+        assert len(data) < 65_536 < len(padded)
+        assert np.array_equal(shown(padded), expected)
+
+
 # --- What goes on with the pixels ---
 
 
