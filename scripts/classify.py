@@ -13,7 +13,8 @@ from classification_client.command import (
     TopkOption,
     classify,
 )
-from scripts.serve.running import require_running
+from classification_client.terminal import errors
+from scripts.serve.running import ServerState, require_running
 from scripts.sources import sources
 from scripts.terminal import command
 
@@ -33,10 +34,20 @@ def main(
     key: KeyOption = None,
 ) -> int:
     """Classify images with the server that runs here."""
-    running = require_running()
-    url = (running.serving(model) if model else running).predictions_url
+    url = select(require_running(), model).predictions_url
     options = RequestOptions(topk=topk, threshold=threshold, key=key)
     return classify(sources(image, images), url, options, format_=format, output=output)
+
+
+def select(running: ServerState, model: str | None) -> ServerState:
+    """Return the server with this model as the default; say which it is if there are others.
+
+    Raises `UserError` if the server does not serve it.
+    """
+    if model is None and len(running.models) > 1:
+        others = ", ".join(name for name in running.models if name != running.model)
+        errors.print(f"Model: {running.model}. MODEL=name chooses another one: {others}.")
+    return running.serving(model or running.model)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import typer
 
 from classification_client import RequestOptions, check_address
 from classification_client.command import AT_ONCE, KeyOption
+from scripts.classify import select
 from scripts.evaluation.multilabel import evaluate_labels, report_labels
 from scripts.evaluation.single_label import evaluate_folders, report_folders
 from scripts.labels_file import NAME as LABELS_FILE
@@ -52,8 +53,7 @@ def main(
 def _predictions_url(url: str | None, model: str | None) -> str:
     """Return the given URL, or that of the server that runs here."""
     if url is None:
-        running = require_running()
-        return (running.serving(model) if model else running).predictions_url
+        return select(require_running(), model).predictions_url
     try:
         return check_address(url)
     except ValueError as error:

@@ -27,11 +27,12 @@ _MAX_TRIES = 20
 
 
 class Model(NamedTuple):
-    """A served model: its classes by position, its kind, and the server's warning about it."""
+    """A served model: its classes by position, its kind, the server's warning, name and version."""
 
     labels: Sequence[Label]
     multilabel: bool
     warning: str | None
+    name: str = ""
 
 
 @contextmanager
@@ -58,7 +59,8 @@ def describe(images: Sequence[Path], url: str, options: RequestOptions) -> Model
                 continue
             rows = sorted(answer.predictions, key=lambda row: row.class_index)
             labels = [Label(row.class_id, row.label) for row in rows]
-            return Model(labels, answer.labels is not None, answer.warning)
+            name = "" if answer.model is None else str(answer.model)
+            return Model(labels, answer.labels is not None, answer.warning, name)
     raise UserError(f"The server classified none of the first images: {problem}")
 
 

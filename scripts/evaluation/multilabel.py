@@ -35,7 +35,7 @@ class MultilabelEvaluation:
 
     Attributes:
         model: with the classes by position.
-        pictures: the classified images, in the order of the rows.
+        images: the classified images, in the order of the rows.
         truth: bool (N, classes), what each image shows.
         probabilities: float (N, classes), the server's, 0 to 1.
         given: bool (N, classes), the labels in the server's answers, by the model's thresholds.
@@ -43,7 +43,7 @@ class MultilabelEvaluation:
     """
 
     model: Model
-    pictures: Sequence[Path]
+    images: Sequence[Path]
     truth: NDArray[np.bool_]
     probabilities: NDArray[np.float64]
     given: NDArray[np.bool_]
@@ -184,6 +184,7 @@ def report_labels(
             ]
         },
         classes=_by_class(evaluation, thresholds),
+        mistakes=_mistakes(evaluation),
         plots={"precision-recall.png": _plot(evaluation)},
         rejected=evaluation.rejected,
         warning=f"{unseen} classes are on no image: their threshold is {EVEN}." if unseen else None,
@@ -195,6 +196,25 @@ def report_labels(
         f"Thresholds: the model file packs them with thresholds: {file}. They suit these images "
         "best: measure on others"
     )
+
+
+def _mistakes(evaluation: MultilabelEvaluation) -> list[Cells]:
+    """Return the images whose labels are wrong as served, those with the most wrong ones first."""
+
+    def names(of_image: NDArray[np.bool_]) -> str:
+        found = np.flatnonzero(of_image).tolist()
+        return ", ".join(evaluation.model.labels[index].class_name for index in found)
+
+    wrong = evaluation.truth != evaluation.given
+    rows = np.flatnonzero(wrong.any(axis=1)).tolist()
+    return [
+        {
+            "image": str(evaluation.images[row]),
+            "missing labels": names(evaluation.truth[row] & wrong[row]),
+            "wrong labels": names(evaluation.given[row] & wrong[row]),
+        }
+        for row in sorted(rows, key=lambda row: -wrong[row].sum())
+    ]
 
 
 def _by_class(evaluation: MultilabelEvaluation, thresholds: Sequence[float]) -> dict[int, Cells]:

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: `report.md`, `classes.csv` and plots; print the tables."""
+"""Write the report of an evaluation: `report.md`, two CSV files and plots; print the tables."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from scripts.terminal import console, printable, step, warn
 MAX_SHOWN_CLASSES = 20
 
 _MAX_SHOWN_REJECTIONS = 10
+_MAX_SHOWN_MISTAKES = 10
 # Columns of the table of classes that fit on a terminal of 80 characters.
 _TERMINAL_COLUMNS = [
     "class",
@@ -38,6 +39,7 @@ def write(
     metrics: Cells,
     tables: Mapping[str, Sequence[Cells]],
     classes: Mapping[int, Cells],
+    mistakes: Sequence[Cells],
     plots: Mapping[str, Figure],
     rejected: Sequence[Row],
     warning: str | None = None,
@@ -47,10 +49,12 @@ def write(
     Args:
         folder: for all files.
         model: whose classes and warning are reported.
-        metrics: by name, the first table.
+        metrics: by name, the first table; one is the number of images.
         tables: others by title, each with the same columns in all rows; empty ones are left out.
         classes: metrics of each class by position, the last table and `classes.csv`.
-        plots: by file name.
+        mistakes: the images that were not classified as they should, worst first, for
+            `mistakes.csv`; the first of them are a table too.
+        plots: by file name; each gets a title.
         rejected: images without an answer, which are not counted.
         warning: about the results.
     """
@@ -61,17 +65,18 @@ def write(
     texts = {
         "Metrics": [{"metric": name, "value": value} for name, value in _text(metrics).items()],
         **{title: [_text(row) for row in rows] for title, rows in tables.items() if rows},
+        **({"Mistakes": [*map(_text, mistakes[:_MAX_SHOWN_MISTAKES])]} if mistakes else {}),
         "Classes": by_class,
     }
     warnings = [text for text in (model.warning, warning) if text]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "classes.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(by_class[0]))
-        writer.writeheader()
-        writer.writerows(by_class)
+    _write_csv(folder / "classes.csv", by_class)
+    _write_csv(folder / "mistakes.csv", [*map(_text, mistakes)])
+    title = f"{model.name or 'The model'} on {metrics['images']} images"
     for name, figure in plots.items():
+        figure.suptitle(plot_label(title))
         figure.savefig(folder / name, dpi=100)
-    lines = ["# Evaluation", *(f"\n**{text}**" for text in warnings)]
+    lines = [f"# Evaluation: {printable(title)}", *(f"\n**{text}**" for text in warnings)]
     for title, rows in texts.items():
         lines += _markdown(title, rows)
     lines += [f"\n![{Path(name).stem}]({name})" for name in plots]
@@ -88,7 +93,17 @@ def write(
         warn(f"Not counted: {len(rejected) - _MAX_SHOWN_REJECTIONS} more images")
     for text in warnings:
         warn(text)
-    step(f"Evaluation: wrote report.md, classes.csv, {', '.join(plots)} to {folder}")
+    files = ", ".join(("report.md", "classes.csv", "mistakes.csv", *plots))
+    step(f"Evaluation: wrote {files} to {folder}")
+
+
+def _write_csv(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a table; an empty one is an empty file."""
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        if rows:
+            writer = csv.DictWriter(opened, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def _text(cells: Cells) -> dict[str, str]:

@@ -38,6 +38,7 @@ class SingleLabelEvaluation:
 
     Attributes:
         model: with the classes by position.
+        images: the classified images, in the order of the rows.
         truth: int (N,), the true classes.
         predictions: int (N, up to 5), the predicted classes, best first.
         confidence: float (N,), the probability of the top-1 prediction, 0 to 1.
@@ -45,6 +46,7 @@ class SingleLabelEvaluation:
     """
 
     model: Model
+    images: Sequence[Path]
     truth: NDArray[np.int64]
     predictions: NDArray[np.int64]
     confidence: NDArray[np.float64]
@@ -110,6 +112,7 @@ def evaluate_folders(
     answers, rejected = classify(list(known), url, replace(options, topk=_TOP), at_once)
     return SingleLabelEvaluation(
         model,
+        list(answers),
         np.array([truth[known[image]] for image in answers]),
         np.array([[row.class_index for row in of.predictions] for of in answers.values()]),
         np.array([of.probability for of in answers.values()]),
@@ -137,6 +140,7 @@ def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
             "Most confused classes": _most_confused(evaluation),
         },
         classes=_by_class(evaluation, present),
+        mistakes=_mistakes(evaluation),
         plots={
             "confusion.png": _plot_confusion(evaluation, present),
             "calibration.png": _plot_calibration(evaluation),
@@ -163,6 +167,21 @@ def _most_confused(evaluation: SingleLabelEvaluation) -> list[Cells]:
     return [
         {"true class": truth, "predicted class": predicted, "images": count}
         for (truth, predicted), count in counts.most_common(_MAX_CONFUSED)
+    ]
+
+
+def _mistakes(evaluation: SingleLabelEvaluation) -> list[Cells]:
+    """Return the images whose top-1 prediction is wrong, the most confident first."""
+    names = [label.class_name for label in evaluation.model.labels]
+    wrong = np.flatnonzero(~evaluation.correct).tolist()
+    return [
+        {
+            "image": str(evaluation.images[row]),
+            "true class": names[evaluation.truth[row]],
+            "predicted class": names[evaluation.top1[row]],
+            "probability": float(evaluation.confidence[row]),
+        }
+        for row in sorted(wrong, key=lambda row: -evaluation.confidence[row])
     ]
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from classification_client import RequestOptions, Row
 from handler.labels import Label
+from scripts.classify import select
 from scripts.evaluation.answers import Model
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
@@ -22,23 +24,29 @@ from scripts.evaluation.multilabel import (
 from scripts.evaluation.single_label import SingleLabelEvaluation, evaluate_folders, report_folders
 from scripts.labels_file import read_labels
 from scripts.matching import match
+from scripts.serve.running import Ports, ServerState
 from scripts.terminal import UserError
 
 URL = "http://localhost:1/never-used"
 
 
+def read_table(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text("utf-8").splitlines()))
+
+
 def read_classes(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "classes.csv").read_text("utf-8").splitlines()))
+    return read_table(folder / "classes.csv")
 
 
 # --- Single-label models ---
 
 NAMES = [Label("n0", "cat"), Label("n1", "$dog|[red]"), Label("n2", "_owl"), Label("n3", "never")]
 SINGLE = SingleLabelEvaluation(
-    Model(NAMES, multilabel=False, warning="The model is untrained."),
+    Model(NAMES, multilabel=False, warning="The model is untrained.", name="pets 1.0"),
+    images=[Path(f"{number}.png") for number in range(4)],
     truth=np.array([0, 1, 2, 2]),
     predictions=np.array([[0, 1], [1, 0], [0, 2], [0, 1]]),
-    confidence=np.array([0.95, 0.95, 0.55, 0.55]),
+    confidence=np.array([0.95, 0.95, 0.54, 0.56]),
     rejected=[Row("broken.jpg", OSError("cut off"))] * 12,
 )
 
@@ -65,8 +73,11 @@ def test_the_report_of_a_single_label_model_has_all_figures(
         "| 0.60 | 50.0% | 100.0% |",
         "| _owl | cat | 2 |",
         r"| 1 | n1 | $dog\|[red] | 1 | 1.0000 | 1.0000 | 1.0000 |",
+        "# Evaluation: pets 1.0 on 4 images",
+        "| 3.png | _owl | cat | 0.5600 |\n| 2.png | _owl | cat | 0.5400 |",
     ):
         assert row in text
+    assert [row["image"] for row in read_table(tmp_path / "mistakes.csv")] == ["3.png", "2.png"]
     assert [(row["class"], row["images"], row["recall"]) for row in read_classes(tmp_path)] == [
         ("cat", "1", "1.0000"),
         ("$dog|[red]", "1", "1.0000"),
@@ -86,6 +97,7 @@ def test_a_report_of_many_classes_leaves_names_and_tables_out(
         SINGLE,
         model=Model(labels, multilabel=False, warning=None),
         truth=classes,
+        images=[Path("a.png")] * 60,
         predictions=classes[:, None],
         confidence=np.ones(60),
         rejected=[],
@@ -94,6 +106,19 @@ def test_a_report_of_many_classes_leaves_names_and_tables_out(
     assert "class 7" not in capsys.readouterr().out
     assert "confused" not in (tmp_path / "report.md").read_text()
     assert len(read_classes(tmp_path)) == 60
+    assert read_table(tmp_path / "mistakes.csv") == []
+
+
+def test_plots_are_titled_with_the_model_and_the_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: titles.append(figure.get_suptitle())
+    )
+    report_folders(SINGLE, tmp_path)
+    report_labels(MULTILABEL, tmp_path)
+    assert titles == ["pets 1.0 on 4 images"] * 2 + ["The model on 4 images"]
 
 
 # --- Multi-label models ---
@@ -157,6 +182,29 @@ def test_the_report_of_a_multi_label_model_has_all_figures_and_thresholds(
         ("$second", "0.7500", "0.2500"),
     ]
     assert imread(tmp_path / "precision-recall.png").std() > 0
+    assert [list(row.values()) for row in read_table(tmp_path / "mistakes.csv")] == [
+        ["1.png", "", "$second, [never]"],
+        ["2.png", "$second", ""],
+        ["3.png", "", "[never]"],
+    ]
+
+
+# --- Which model ---
+
+
+def test_of_several_models_the_one_that_is_used_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    running = ServerState(1, "", "", Ports(), models={"cats": "0", "dogs": "1"}, model="cats")
+    assert select(running, "dogs").model == "dogs"
+    assert select(replace(running, models={"cats": "0"}), None).model == "cats"
+    assert not capsys.readouterr().err
+    assert select(running, None).model == "cats"
+    printed = capsys.readouterr()
+    assert "Model: cats. MODEL=name chooses another one: dogs." in printed.err
+    assert not printed.out
+    with pytest.raises(UserError, match="does not serve"):
+        select(running, "birds")
 
 
 # --- Lists of labels ---
