@@ -125,7 +125,7 @@ class Comparison:
             f"same {self.answer} as float32: {self.same}{ties}",
             f"without near ties: {self.clear}",
             f"largest change of a probability: {self.largest_change:.4f}",
-            *map(str, self.losses),
+            *(f"{loss}, on {self.same.whole} images" for loss in self.losses),
         ]
 
     def excess(self, limits: Limits) -> str:

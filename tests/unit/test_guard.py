@@ -72,7 +72,7 @@ def test_with_classes_the_loss_decides_and_gains_count() -> None:
     assert lost.excess(Limits(max_loss=1)) == ""
     assert lost.report()[3] == (
         "top-1 accuracy: 100.00% in float32, 99.40% in reduced precision, a loss of 0.60 "
-        "percentage points (0.05 to 1.15)"
+        "percentage points (0.05 to 1.15), on 1000 images"
     )
     assert lost.report()[4].startswith("top-5 accuracy: 100.00%")
     gained = compare(answers(1000, wrong=6), answers(1000), truth)
