@@ -21,6 +21,8 @@ from ray._private import ray_constants
 
 # Timeout to connect to a cluster's head, and for Ray's own processes to exit.
 _SECONDS = 10
+# Paths of Unix sockets are limited to 107 bytes, of which Ray takes 76.
+_MAX_FOLDER_BYTES = 30
 
 for name in ("ray", "ray.data"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -71,8 +73,7 @@ def embedded() -> Iterator[str]:
     """
     # Otherwise Ray takes an external address of this machine, and listens on all interfaces.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # Short, because paths of Unix sockets are limited to 107 bytes.
-    folder = tempfile.mkdtemp(prefix="ray-")
+    folder = tempfile.mkdtemp(prefix="ray-", dir=_short(tempfile.gettempdir()))
     try:
         with _stderr_discarded():
             ray.init(
@@ -93,6 +94,11 @@ def embedded() -> Iterator[str]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short(folder: str) -> str:
+    """Return a folder whose name leaves room for those of Ray's sockets."""
+    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES else "/tmp"
 
 
 @contextmanager

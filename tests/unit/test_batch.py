@@ -20,7 +20,7 @@ import pytest
 import stamina
 from pyarrow.fs import LocalFileSystem
 
-from batch import parts, plan, storage
+from batch import cluster, parts, plan, storage
 from batch.archive import ForeignFolderError, _root, unpack
 from batch.job import Job, OtherJobError, load_existing_job
 from batch.pipeline import Actors
@@ -437,3 +437,8 @@ def test_an_image_that_fails_is_a_row_of_the_spark_program(monkeypatch: pytest.M
         "InternalError: a fault",
         "",
     ]
+
+
+def test_a_long_name_of_the_temporary_folder_leaves_room_for_rays_sockets() -> None:
+    assert cluster._short("/var/tmp") == "/var/tmp"
+    assert cluster._short("/var/tmp/" + "ü" * 15) == "/tmp"
