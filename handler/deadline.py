@@ -29,6 +29,8 @@ _WEIGHT, _WEIGHT_WITHOUT_IMAGES = 0.2, 0.01
 # Ids of cancelled requests. The queue holds 512 requests.
 _MAX_CANCELLED = 10_000
 _REOPEN_SECONDS = 1.0
+# Then the list begins again: 30,000 of the gateway's ids.
+_MAX_FILE_BYTES = 1 << 20
 
 
 class Deadlines:
@@ -105,14 +107,15 @@ class CancelledRequests:
             del self._ids[next(iter(self._ids))]
 
     def _reopen(self) -> None:
-        """Open the file when it appears, and again when it was rotated."""
+        """Open the file when it appears, and again when it was rotated; empty a long one."""
         now = time.monotonic()
         if now < self._checked + _REOPEN_SECONDS:
             return
         self._checked = now
         try:
-            found = self._path.stat().st_ino
-            if found == self._inode:
+            found = self._path.stat()
+            if found.st_ino == self._inode:
+                self._limit_size(found.st_size)
                 return
             file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -121,4 +124,16 @@ class CancelledRequests:
             os.lseek(file, 0, os.SEEK_END)  # what is older concerns no request that comes now
         else:
             os.close(self._file)
-        self._file, self._inode, self._rest = file, found, b""
+        self._file, self._inode, self._rest = file, found.st_ino, b""
+
+    def _limit_size(self, size: int) -> None:
+        """Start again with a file that another worker emptied; empty one that nobody else did.
+
+        nginx appends. An id that gets lost costs no more than a result that nobody waits for.
+        """
+        assert self._file is not None
+        if size < os.lseek(self._file, 0, os.SEEK_CUR):
+            os.lseek(self._file, 0, os.SEEK_SET)
+            self._rest = b""
+        elif size > _MAX_FILE_BYTES:
+            os.truncate(self._path, 0)

@@ -33,6 +33,8 @@ STATE = "gateway.json"
 # Seconds.
 _START_TIMEOUT = 10.0
 _DRAIN_TIMEOUT = DRAIN_SECONDS + 10.0
+# About 200,000 requests.
+_MAX_LOG_BYTES = 64 << 20
 
 
 def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
@@ -54,6 +56,7 @@ def prepare(options: Options, folder: Path) -> None:
     """Write the folder of a gateway that is about to start."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nginx.pid").unlink(missing_ok=True)
+    _rotate_logs(folder)
     write_config(options, folder)
     write_state(folder / STATE, dataclasses.asdict(options))
 
@@ -79,6 +82,13 @@ def write_config(
     candidate.write_bytes(os.fsencode(render(options, folder, upstreams)))
     run_nginx(candidate, folder, "-t")
     candidate.replace(folder / "nginx.conf")
+
+
+def _rotate_logs(folder: Path) -> None:
+    """Keep long logs as one older file each; nginx opens new ones when it starts or reloads."""
+    for log in (folder / "access.log", folder / "error.log"):
+        if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
+            log.replace(log.with_suffix(".log.1"))
 
 
 def _port_of(run_dir: Path, options: Options) -> int:
@@ -119,6 +129,7 @@ def reload(
     """
     master = require(folder)
     write_config(options, folder, upstreams)
+    _rotate_logs(folder)
     old = {child.pid for child in master.children()}
     master.send_signal(signal.SIGHUP)
     _require(

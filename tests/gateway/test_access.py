@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scripts.samples import CAT
 from scripts.serve.running import ServerState
 from scripts.terminal import UserError
 from tests.browser.conftest import launch
-from tests.gateway.cluster import Gateway, gateway, in_front_of
+from tests.gateway.cluster import Gateway, gateway, in_front_of, wait_for
 from tests.gateway.conftest import KEYS, write_keys
 from tests.gateway.test_gateway import error
 
@@ -97,6 +98,32 @@ def test_over_the_limit_one_client_gets_429_and_another_is_served(guarded: Gatew
     assert error(rejected[0]) == (429, "TooManyRequests")
     assert rejected[0].headers["retry-after"] == "1"
     assert guarded.predict(KEYS["bob"]).status_code == 200
+
+
+def test_a_flood_of_rejected_requests_leaves_few_lines_in_the_logs(guarded: Gateway) -> None:
+    guarded.predict(KEYS["bob"])
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: guarded.predict(KEYS["alice"]).status_code, range(1000)))
+    assert answers.count(429) > 800
+    log = guarded.folder / "access.log"
+    wait_for(lambda: log.read_text().count('"status":200') == answers.count(200) + 1)
+    assert log.read_text().count('"status":429') < 50
+    assert (guarded.folder / "error.log").read_text() == ""
+
+
+def test_a_reload_puts_a_long_log_aside(guarded: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, older = guarded.folder / "access.log", guarded.folder / "access.log.1"
+    for _ in range(2):
+        guarded.predict(KEYS["bob"])
+        wait_for(lambda: log.stat().st_size)
+        nginx.reload(guarded.options, guarded.folder)
+        assert log.stat().st_size
+        assert not older.exists()
+    monkeypatch.setattr(nginx, "_MAX_LOG_BYTES", 100)
+    nginx.reload(guarded.options, guarded.folder)
+    assert (older.read_text().count("/predict"), log.read_text()) == (2, "")
+    guarded.predict(KEYS["bob"])
+    wait_for(lambda: "/predict" in log.read_text())
 
 
 def test_wrong_keys_are_limited_and_right_ones_from_there_are_not(guarded: Gateway) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.deadline import _MAX_CANCELLED, CancelledRequests, Deadlines
+from handler.deadline import _MAX_CANCELLED, _MAX_FILE_BYTES, CancelledRequests, Deadlines
 from handler.errors import Expired
 from handler.request import Options, Request
 
@@ -96,6 +96,25 @@ def test_the_list_may_appear_later_and_be_rotated(
     cancelled.update()
     assert "first" in cancelled
     assert "second" in cancelled
+
+
+def test_a_long_list_is_emptied_and_all_workers_read_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.deadline._REOPEN_SECONDS", 0)
+    log = tmp_path / "cancelled.log"
+    log.touch()
+    workers = [CancelledRequests(log), CancelledRequests(log)]
+    with log.open("a") as nginx:
+        for content in ("first\n", "x" * _MAX_FILE_BYTES + "\n", "last\n"):
+            for worker in workers:
+                worker.update()
+            nginx.write(content)
+            nginx.flush()
+        for worker in workers * 2:
+            worker.update()
+    assert log.stat().st_size < 100
+    assert all("first" in worker and "last" in worker for worker in workers)
 
 
 def test_only_the_latest_ids_are_kept(tmp_path: Path) -> None:
