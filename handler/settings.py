@@ -6,6 +6,8 @@ misspelled key or a value out of range stops the worker with a message that name
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +30,22 @@ _MAX_FLOAT32 = 3.4e38
 # Types that a field accepts: YAML reads `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
-# `max_request_size` of TorchServe's configuration, which cannot be read from here: 20 MB. Whatever
-# else uses this limit imports it, or a test compares the two.
-MAX_REQUEST_BYTES = 20 * 1024 * 1024
+# The configuration of TorchServe: beside this package in the project and in the container image.
+_CONFIG = Path(__file__).parents[1] / "config.properties"
+
+
+def _max_request_bytes() -> int:
+    """Return `max_request_size` of TorchServe's configuration, which all parts of the service obey.
+
+    TorchServe does not pass it to its workers. The commands and the container do, in a variable.
+    """
+    text = _CONFIG.read_text("utf-8") if _CONFIG.is_file() else ""
+    found = re.findall(r"^max_request_size=([0-9]+)\s*$", text, re.MULTILINE)
+    return int(os.environ.get("MAX_REQUEST_BYTES") or (found[-1] if found else 20 * 1024 * 1024))
+
+
+# 20 MB, unless it was changed.
+MAX_REQUEST_BYTES = _max_request_bytes()
 
 # Bytes of memory that all decoding in a worker and its decoder process may take at any moment. An
 # image that needs more is rejected; one that needs more than is left waits. 12 megapixels of WebP

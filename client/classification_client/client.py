@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import InvalidHeader, NameResolutionError
+from urllib3.exceptions import InvalidHeader, NameResolutionError, ProtocolError
 from urllib3.util import Retry
 
 from classification_client.answers import Classification, ModelVersion
@@ -30,8 +31,11 @@ from classification_client.retrying import tries
 _TRANSIENT_STATUSES = {408, 429, 502, 503, 504, 507}
 _LOST_WORKER = "Worker died"
 
-# The service's limit for a request; the form around an image needs a little of it.
+# Unless it is configured otherwise, the service accepts no larger request; the form around an image
+# takes a little of it. A server may close the connection while it gets a larger one.
 MAX_IMAGE_BYTES = 20_971_520 - 4096
+# No service accepts so much, and it would have to be held in memory.
+_MAX_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Client(AbstractContextManager["Client"]):
     def _classify(self, image: Path | bytes) -> Classification:
         if isinstance(image, bytes):
             return self._send(image, len(image))
-        content, status = read(image, MAX_IMAGE_BYTES)
+        content, status = read(image, _MAX_BYTES)
         try:
             return self._send(content, status.st_size)
         except RefusedError:
@@ -139,14 +143,23 @@ class Client(AbstractContextManager["Client"]):
             raise
 
     def _send(self, content: bytes, size: int) -> Classification:
-        if size > MAX_IMAGE_BYTES:
-            message = f"The image has {size / 1e6:.1f} MB, more than the 20 accepted."
-            raise RefusedError(413, "TooLarge", message)
+        if size > _MAX_BYTES:
+            raise RefusedError(413, "TooLarge", f"The image has {size / 1e6:.1f} MB.")
         if not size:
             raise RefusedError(400, "EmptyImage", "The image is empty: it has no bytes.")
         # The file's name is not sent: nobody needs it.
         file = ("image", content, "application/octet-stream")
-        return self._post(files={"file": file}, data=self._fields)
+        try:
+            return self._post(files={"file": file}, data=self._fields)
+        except requests.ConnectionError as error:
+            lost = any(isinstance(cause, ProtocolError) for cause in error.args)
+            if size <= MAX_IMAGE_BYTES or not lost:
+                raise
+            message = (
+                f"The image has {size / 1e6:.1f} MB, and the server closed the connection, as it "
+                "does if that is more than it accepts; 20 MB unless it is configured otherwise."
+            )
+            raise RefusedError(413, "TooLarge", message) from error
 
     def _post(self, **body: Any) -> Classification:
         body |= {"timeout": self.options.timeout, "proxies": self._proxies}
@@ -217,7 +230,10 @@ def _parse(response: requests.Response) -> Classification:
     multilabel = response.headers.get("x-model-activation") == "sigmoid"
     model = ModelVersion(name, version, multilabel) if name and version else None
     if not response.ok or response.is_redirect:
-        message = message or f"The server answered with status {status}."
+        if not message:
+            message = f"The server answered with status {status}."
+            if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                message = "The image is larger than the server accepts."
         raise RefusedError(status, str(answer.get("type", "HTTPError")), message, model)
     try:
         return Classification.from_answer(answer, model)

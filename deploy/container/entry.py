@@ -164,8 +164,9 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),
         "CANCELLED_REQUESTS": str(ready.FOLDER / "cancelled.log"),
-        # TorchServe does not pass it to workers; the handler limits its responses to it.
+        # TorchServe does not pass them to workers.
         "TS_MAX_RESPONSE_SIZE": properties["max_response_size"],
+        "MAX_REQUEST_BYTES": properties["max_request_size"],
     }
     launcher = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]
     options = ["--no-config-snapshots", "--ts-config", str(config)]

@@ -343,8 +343,9 @@ def _launch(
         # The frontend receives bodies outside its heap; by default glibc keeps these blocks.
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        # TorchServe does not pass it to workers; the handler limits its responses to it.
+        # TorchServe does not pass them to workers.
         "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config_path(run_dir)),
+        "MAX_REQUEST_BYTES": _read_number("max_request_size", config_path(run_dir)),
     }
     # It is given to Java as a URL, and the project's path may have spaces and other letters.
     shutil.copyfile(log_config, Path(temporary) / "log4j2.xml")

@@ -238,10 +238,19 @@ def test_what_is_no_address_is_rejected(address: str) -> None:
         check_address(address)
 
 
-@pytest.mark.parametrize(
-    ("size", "message"), [(0, "The image is empty"), (21_000_000, "more than the 20 accepted")]
-)
-def test_an_image_of_a_wrong_size_is_not_sent(size: int, message: str, server: Server) -> None:
-    with client(server) as sender, pytest.raises(RefusedError, match=message):
-        sender.classify(bytes(size))
+def test_an_empty_image_is_not_sent(server: Server) -> None:
+    with client(server) as sender, pytest.raises(RefusedError, match="The image is empty"):
+        sender.classify(b"")
     assert not server.requests
+
+
+def test_the_server_decides_how_large_an_image_may_be(server: Server) -> None:
+    with client(server) as sender:
+        assert sender.classify(bytes(21_000_000)).label == "cat"
+    server.acts = [LOST]
+    with client(server) as sender, pytest.raises(RefusedError, match="20 MB unless") as refused:
+        sender.classify(bytes(21_000_000))
+    assert (refused.value.code, len(server.requests)) == (413, 2)
+    sender = Client(f"http://127.0.0.1:{unused_ports(1)[0]}/", RequestOptions(patience=0))
+    with sender, pytest.raises(UnavailableError, match="refused"):
+        sender.classify(bytes(21_000_000))

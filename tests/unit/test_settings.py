@@ -15,7 +15,13 @@ from classification_client.client import MAX_IMAGE_BYTES
 from handler.errors import ArchiveError
 from handler.labels import load_class_index
 from handler.page import PAGE
-from handler.settings import MAX_REQUEST_BYTES, ModelCard, Preprocessing, Settings
+from handler.settings import (
+    MAX_REQUEST_BYTES,
+    ModelCard,
+    Preprocessing,
+    Settings,
+    _max_request_bytes,
+)
 
 CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)
 
@@ -114,6 +120,19 @@ def test_random_weights_warn_and_name_a_trained_model_if_one_is_served_too() -> 
     assert "/predictions/efficientnet_lite0 has a trained model" in (other.warning or "")
     assert dataclasses.replace(other, trained=True).warning is None
     assert ModelCard.from_json(other.to_json()) == other
+
+
+def test_the_largest_request_is_the_configured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAX_REQUEST_BYTES", raising=False)
+    config = tmp_path / "config.properties"
+    monkeypatch.setattr("handler.settings._CONFIG", config)
+    assert _max_request_bytes() == 20 << 20  # in an archive, without a server
+    config.write_text("max_request_size=1\n# max_request_size=2\nmax_request_size=3\nx=4\n")
+    assert _max_request_bytes() == 3
+    monkeypatch.setenv("MAX_REQUEST_BYTES", "5")
+    assert _max_request_bytes() == 5
 
 
 def test_the_largest_request_is_the_same_everywhere() -> None:
