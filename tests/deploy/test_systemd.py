@@ -74,6 +74,18 @@ def test_systemd_finds_nothing_wrong_with_a_user_unit(tmp_path: Path, unit: str)
     assert not re.search(root_only, text, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("installed")
+def test_the_projects_path_may_have_spaces(tmp_path: Path) -> None:
+    project, root = tmp_path / "my project", tmp_path / "root"
+    shutil.copytree(SYSTEMD, project / "deploy/systemd")
+    (project / ".venv").symlink_to(Path(".venv").absolute())
+    environment = {**os.environ, "DESTDIR": str(root)}
+    subprocess.run([project / "deploy/systemd/install"], env=environment, check=True)
+    for unit in UNITS:
+        file = root / "etc/systemd/system" / f"{unit}.service"
+        assert _analyze("verify", "--man=no", file) == ""
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_unit_is_confined(installed: Path, unit: str) -> None:
     said = _analyze(
