@@ -73,7 +73,7 @@ def embedded() -> Iterator[str]:
     """
     # Otherwise Ray takes an external address of this machine, and listens on all interfaces.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    folder = tempfile.mkdtemp(prefix="ray-", dir=_short(tempfile.gettempdir()))
+    folder = tempfile.mkdtemp(prefix="ray-", dir=_plain(tempfile.gettempdir()))
     try:
         with _stderr_discarded():
             ray.init(
@@ -96,9 +96,9 @@ def embedded() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _short(folder: str) -> str:
-    """Return a folder whose name leaves room for those of Ray's sockets."""
-    return folder if len(os.fsencode(folder)) <= _MAX_FOLDER_BYTES else "/tmp"
+def _plain(folder: str) -> str:
+    """Return a folder whose name is ASCII, as Ray needs it, and leaves room for its sockets."""
+    return folder if folder.isascii() and len(folder) <= _MAX_FOLDER_BYTES else "/tmp"
 
 
 @contextmanager

@@ -439,6 +439,7 @@ def test_an_image_that_fails_is_a_row_of_the_spark_program(monkeypatch: pytest.M
     ]
 
 
-def test_a_long_name_of_the_temporary_folder_leaves_room_for_rays_sockets() -> None:
-    assert cluster._short("/var/tmp") == "/var/tmp"
-    assert cluster._short("/var/tmp/" + "ü" * 15) == "/tmp"
+@pytest.mark.parametrize("folder", ["/var/tmp/" + "a" * 25, "/var/tmp/prüfung"])
+def test_a_temporary_folder_that_ray_cannot_use_is_not_used(folder: str) -> None:
+    assert cluster._plain("/var/tmp/a folder") == "/var/tmp/a folder"
+    assert cluster._plain(folder) == "/tmp"
