@@ -3,6 +3,7 @@
 The upstreams are small servers of the test's own, which fail as TorchServe does.
 """
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -173,6 +174,19 @@ def test_a_timeout_is_not_retried(two: Gateway, first: Upstream, second: Upstrea
     first.statuses, second.statuses = [1], [1]
     assert error(two.ask("POST", "/predict", data=b"image")) == (504, "Timeout")
     assert len(first.requests + second.requests) == 1
+
+
+@pytest.mark.slow
+def test_an_upload_may_pause_for_longer_than_a_phone_changes_its_network(
+    one: Gateway, first: Upstream
+) -> None:
+    with socket.create_connection(("127.0.0.1", one.options.http_port)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n")
+        client.sendall(bytes(100_000))
+        time.sleep(15)
+        client.sendall(bytes(100_000))
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert first.requests == [("/predictions/densenet121", 200_000)]
 
 
 def test_a_form_that_the_frontend_cannot_parse_is_the_clients_mistake(
