@@ -12,6 +12,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from scripts.bootstrap import NEEDS
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 # The oldest C library, and the oldest macOS, that PyTorch and ONNX Runtime are built for.
@@ -22,11 +24,14 @@ PLATFORMS = {
 }
 OLDEST_MACOS = "14.0"
 
-# Groups with an environment of their own; the others are installed in addition to the run group.
+# Groups with an environment of their own; the others are installed in addition to others.
 IMAGES = ("container", "gateway", "ray", "sbom")
 STANDALONE = ("run", "clients", "moto", *IMAGES)
 GROUPS = {
-    lock.stem: [str(lock)] if lock.stem in STANDALONE else ["requirements/run.lock", str(lock)]
+    lock.stem: [
+        *(f"requirements/{group}.lock" for group in ("run", *NEEDS.get(lock.stem, ()))),
+        str(lock),
+    ][-1 if lock.stem in STANDALONE else 0 :]
     for lock in sorted(Path("requirements").glob("*.lock"))
 }
 
