@@ -8,8 +8,7 @@ import typer
 from classification_client import RequestOptions, check_address
 from classification_client.command import AT_ONCE, KeyOption
 from scripts.classify import select
-from scripts.evaluation.multilabel import evaluate_labels, report_labels
-from scripts.evaluation.single_label import evaluate_folders, report_folders
+from scripts.groups import require
 from scripts.labels_file import NAME as LABELS_FILE
 from scripts.serve.running import RUN_DIR, require_running
 from scripts.sources import sources
@@ -41,12 +40,17 @@ def main(
     options, folder, address = RequestOptions(key=key), Path(named[0]), _predictions_url(url, model)
     if labels is None and (folder / LABELS_FILE).is_file():
         labels = folder / LABELS_FILE
+    require("evaluation", why="the report is made with scikit-learn and matplotlib")
     if labels is not None:
+        from scripts.evaluation.multilabel import evaluate_labels, report_labels
+
         multilabel = evaluate_labels(folder, labels, address, options, at_once)
         report_labels(multilabel, output, min_precision)
         return
     if min_precision is not None:
         raise UserError("MIN_PRECISION is for multi-label models, and needs LABELS.")
+    from scripts.evaluation.single_label import evaluate_folders, report_folders
+
     report_folders(evaluate_folders(folder, address, options, at_once), output)
 
 
