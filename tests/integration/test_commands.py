@@ -18,12 +18,13 @@ import psutil
 import pytest
 import requests
 
+import scripts
 from scripts import run
 from scripts.serve import commands, server
-from scripts.serve.management import model_status
+from scripts.serve.management import PIXEL, model_status
 from scripts.serve.preflight import try_archive
 from scripts.serve.running import ServerState, find_running, free_ports
-from scripts.serve.server import METRICS_CONFIG, start
+from scripts.serve.server import METRICS_CONFIG, start, stop
 from scripts.terminal import UserError
 
 TIMEOUT = 60
@@ -85,6 +86,35 @@ def test_a_node_that_cannot_start_says_why_keeps_its_logs_and_leaves_nothing_beh
     assert (tmp_path / "server" / "logs" / "model.log").exists()
     assert find_running(tmp_path / "server") is None
     assert not _servers_of(tmp_path)
+
+
+def test_a_server_starts_on_an_unusual_machine(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my prüfung-分類"
+    (folder / ("a" * 90)).mkdir(parents=True)
+    shutil.copy(archive, folder)
+    (folder / "old.properties").write_text("inference_address=http://127.0.0.1:9")
+    for name, value in {
+        "TS_CONFIG_FILE": str(folder / "old.properties"),
+        "TS_MODEL_SERVER_HOME": "/nonexistent",
+        "JAVA_HOME": str(folder),
+        "_JAVA_OPTIONS": "-Xmx1m",
+        "TMPDIR": str(folder / ("a" * 90)),
+        "LC_ALL": "C",
+        "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+        "NO_PROXY": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    scripts._bypass_proxies_on_loopback()
+    running = start(folder / archive.name, free_ports(), 1, folder / "run")
+    try:
+        image = requests.post(running.predictions_url, data=PIXEL, timeout=TIMEOUT)
+        assert image.status_code == 200
+    finally:
+        stop(running, folder / "run")
+    assert (folder / "run" / "logs" / "model.log").exists()
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 
-from scripts.serve import upkeep
+from scripts.serve import server, upkeep
 from scripts.serve.management import wait_until
+from scripts.serve.running import STATE, Ports, ServerState
 from scripts.serve.upkeep import Upkeep, find_faults, stopped_workers
 
 PROGRAM = "import subprocess, sys; subprocess.run(['sleep', '60']); sys.stdin.read()"
@@ -108,3 +110,27 @@ def test_a_frontend_that_exited_is_no_error(frontend: psutil.Process) -> None:
         process.kill()
     psutil.wait_procs([frontend], timeout=10)
     care.run()
+
+
+@pytest.mark.parametrize("fault", ["files", "workers"])
+def test_a_supervised_server_that_cannot_recover_stops_for_its_supervisor(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fault == "workers":
+        (tmp_path / STATE).touch()
+        monkeypatch.setattr(upkeep, "OUTAGE_SECONDS", 0)
+        monkeypatch.setattr(upkeep, "_OUTAGE_INTERVAL", 0)
+        monkeypatch.setattr(server, "ready_workers", lambda _: 0)
+    running = ServerState(1, "", str(tmp_path), Ports(), {"pets": ""}, "pets")
+    alive = [True]
+    monkeypatch.setattr(ServerState, "process", lambda _: alive or None)
+    monkeypatch.setattr(server, "Upkeep", MagicMock())
+    monkeypatch.setattr(server, "stop", lambda *_: alive.clear())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert server.supervise(running) == 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    reason = {"files": "were deleted", "workers": "A model has had no ready worker for"}[fault]
+    assert reason in capsys.readouterr().out
