@@ -27,6 +27,9 @@ NEEDS["tests"] = NEEDS["benchmarks"] = ["pytorch", "evaluation"]
 TORCH_BUILD = VENV / "torch"
 LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
+# Settings of pip and uv for other environments; those of indexes and certificates stay.
+FOREIGN = r"PYTHON|(PIP|UV)_(USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|\w*CONSTRAINT|\w*PYTHON)"
+PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target="]
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 
 # MB of the download and on disk, see docs/get-started/install.md.
@@ -36,9 +39,6 @@ WITH_CUDA, WITHOUT_CUDA, OTHER_GROUP = "3000 and 5500", "350 and 1100", "300 and
 
 def main() -> None:
     """Install the groups that are not up to date."""
-    if sys.version_info < (3, 10):
-        version = sys.version.split()[0]
-        sys.exit(f"Error: Python 3.10 or newer is required, not {version}. Set PYTHON=python3.12")
     parser = argparse.ArgumentParser(description=__doc__)
     declared = re.findall(r"requirements/(\w+)\.in", Path("pyproject.toml").read_text())
     parser.add_argument("groups", nargs="+", choices=declared)
@@ -48,16 +48,27 @@ def main() -> None:
     installed = TORCH_BUILD.read_text() if TORCH_BUILD.exists() else ""
     build = os.environ.get("TORCH_INDEX") or installed
     build = LOCKED if build == CPU and has_nvidia_driver() else build
-    other_build = "pytorch" in groups and installed not in ("", build)
-    if not other_build and all(is_installed(group) for group in groups):
+    if "pytorch" in groups and installed not in ("", build):
+        stamp_of("pytorch").write_text("another build")
+    if all(is_installed(group) for group in groups):
         return
-    if other_build or not is_usable():
-        execute(sys.executable, "-m", "venv", "--clear", str(VENV))
+    if not is_usable():
+        create()
     if "PIP_INDEX_URL" in os.environ:  # a mirror, for uv too
         os.environ.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
     for group in groups:
         if not is_installed(group):
             install(group, build)
+
+
+def create() -> None:
+    """Create .venv, which can be moved and copied with the project."""
+    if sys.version_info < (3, 10):
+        version = sys.version.split()[0]
+        sys.exit(f"Error: Python 3.10 or newer is required, not {version}. Set PYTHON=python3.12")
+    execute(sys.executable, "-m", "venv", "--clear", str(VENV))
+    with (VENV / "pyvenv.cfg").open("a") as config:
+        config.write("relocatable = true\n")  # uv's scripts find the Python beside them
 
 
 def is_installed(group: str) -> bool:
@@ -73,15 +84,15 @@ def stamp_of(group: str) -> Path:
 
 def fingerprint(group: str) -> str:
     """Return a digest that changes when the group must be installed again."""
-    contents = [(LOCKS / f"{group}.lock").read_bytes(), sys.version.encode()]
+    contents = [(LOCKS / f"{group}.lock").read_bytes(), os.fsencode(os.path.realpath(str(PYTHON)))]
     if group == "run":
         contents.append((CLIENT / "pyproject.toml").read_bytes())
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def is_usable() -> bool:
-    """Return whether .venv is complete and has this version of Python."""
-    command = [str(PYTHON), "-c", f"import sys, pip; sys.exit(sys.version != {sys.version!r})"]
+    """Return whether .venv works, whichever Python it was made with."""
+    command = [str(PYTHON), "-c", "import sys, pip; sys.exit(sys.version_info < (3, 10))"]
     return PYTHON.exists() and subprocess.call(command, stderr=subprocess.DEVNULL) == 0
 
 
@@ -108,8 +119,8 @@ def install(group: str, build: str) -> None:
     sizes = SIZES.get(group, OTHER_GROUP)
     stamp_of(group).write_text("unfinished")
     if group == "run":
-        pip = (str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", "install")
-        execute(*pip, "--require-hashes", "-r", write_packages("run", "uv.txt", "uv"))
+        uv = write_packages("run", "uv.txt", "uv")
+        execute(str(PYTHON), *PIP, f"--prefix={VENV.resolve()}", "--require-hashes", "-r", uv)
         steps.append(["--offline", "--editable", str(CLIENT)])
     if group == "pytorch":
         build = build or choose_torch_build()
@@ -123,9 +134,12 @@ def install(group: str, build: str) -> None:
             torch = write_packages(group, "torch.txt", TORCH, hashes=False)
             others = write_packages(group, "without-torch.txt", f"(?!({TORCH}|{CUDA})$).*")
             steps = [[*index, "-r", torch], [*by_hash, others]]
+        steps[0][:0] = ["--reinstall-package=torch", "--reinstall-package=torchvision"]
     print(f"==> Packages: {group}, up to {sizes} MB to download and on disk", flush=True)
     for step in steps:
         execute(str(UV), "pip", "install", "--python", str(PYTHON), "--no-deps", *step)
+    for path in VENV.glob("lib/python*/site-packages/classification_client.pth"):
+        path.write_text("../../../../client\n")  # a path that moves with the project
     stamp_of(group).write_text(fingerprint(group))
 
 
@@ -139,7 +153,9 @@ def write_packages(group: str, file: str, names: str, *, hashes: bool = True) ->
 
 def execute(*command: str) -> None:
     """Run a program that prints its own errors; exit if it fails."""
-    if subprocess.call(command) != 0:
+    ours = {name: value for name, value in os.environ.items() if not re.match(FOREIGN, name)}
+    # These override a configuration file's.
+    if subprocess.call(command, env={**ours, "PIP_USER": "0", "PIP_CONSTRAINT": os.devnull}) != 0:
         sys.exit("Error: not installed, for the reason above. Fix it and run the command again.")
 
 

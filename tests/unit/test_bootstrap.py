@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +39,12 @@ PROGRAM = """\
 echo "$UV_DEFAULT_INDEX $@" >>.venv/calls
 test ! -e .venv/fails
 """
-PIP = "-m pip --disable-pip-version-check --quiet install --require-hashes -r .venv/uv.txt"
+PIP = (
+    "-m pip --disable-pip-version-check --quiet install --target= --prefix={} "
+    "--require-hashes -r .venv/uv.txt"
+)
 UV = "pip install --python .venv/bin/python --no-deps"
+REINSTALL = "--reinstall-package=torch --reinstall-package=torchvision"
 BY_HASH = "--require-hashes --build-constraints requirements/run.lock -r"
 
 
@@ -108,7 +113,7 @@ def test_each_group_is_installed_from_its_lock_by_hash(
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://mirror")
     (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
     assert install("run", "batch") == [
-        f"http://mirror {PIP}",
+        f"http://mirror {PIP.format(folder / '.venv')}",
         f"http://mirror {UV} {BY_HASH} requirements/run.lock",
         f"http://mirror {UV} --offline --editable client",
         f"http://mirror {UV} {BY_HASH} requirements/batch.lock",
@@ -135,7 +140,7 @@ def test_another_pytorch_build_has_the_locks_versions_without_hashes_and_cuda(
         lambda *c: created.append(c) if "venv" in c else execute(*c),
     )
     assert install("pytorch") == [
-        f" {UV} --default-index {url} -r .venv/torch.txt",
+        f" {UV} {REINSTALL} --default-index {url} -r .venv/torch.txt",
         f" {UV} {BY_HASH} .venv/without-torch.txt",
     ]
     assert not created
@@ -157,23 +162,21 @@ def test_another_pytorch_build_has_the_locks_versions_without_hashes_and_cuda(
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_a_new_driver_or_another_index_means_a_new_environment(
+def test_a_new_driver_or_another_index_means_another_pytorch_in_the_same_environment(
     installed: str, torch_index: str, driver: bool, new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bootstrap.TORCH_BUILD.write_text(installed)
     monkeypatch.setenv("TORCH_INDEX", torch_index)
-    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "pytorch"])
     monkeypatch.setattr(bootstrap, "has_nvidia_driver", lambda: driver)
-    executed = []
-    monkeypatch.setattr(bootstrap, "execute", lambda *command: executed.append(command))
-    bootstrap.main()
-    assert [command[1:] for command in executed[:1]] == (
-        [("-m", "venv", "--clear", ".venv")] if new else []
-    )
-    executed.clear()
+    executed: list[str] = []
+    monkeypatch.setattr(bootstrap, "execute", lambda *c: executed.append(" ".join(c)))
     monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
     bootstrap.main()
     assert not executed  # without PyTorch its build does not matter
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "pytorch"])
+    bootstrap.main()
+    assert [REINSTALL in command for command in executed[:1]] == [True] * new
+    assert not any("venv --clear" in command for command in executed)
 
 
 def test_a_group_brings_those_that_it_needs(
@@ -227,10 +230,81 @@ def test_a_group_that_could_not_be_installed_is_installed_next_time(folder: Path
     assert not bootstrap.is_installed("run")
 
 
-def test_an_old_python_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_python_makes_no_environment_and_uses_one_that_is_there(
+    folder: Path, install: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
+    assert f" {PIP.format(folder / '.venv')}" in install("run")
+    (folder / ".venv/bin/python").unlink()
     with pytest.raises(SystemExit, match=r"Python 3\.10 or newer is required"):
-        bootstrap.main()
+        install("run")
+
+
+def test_another_python_neither_removes_nor_reinstalls_an_environment_that_works(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "version", "3.99 of another PATH")
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "run"])
+    monkeypatch.setattr(bootstrap, "execute", lambda *c: pytest.fail(f"started {c}"))
+    bootstrap.main()
+    # An upgrade of the system may have replaced the Python that .venv uses.
+    (folder / ".venv/bin/python").rename(folder / "python3.99")
+    (folder / ".venv/bin/python").symlink_to(folder / "python3.99")
+    assert not bootstrap.is_installed("run")
+    assert bootstrap.is_usable()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *((name, False) for name in ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_CONSTRAINT")),
+        *((name, False) for name in ("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_SYSTEM_PYTHON")),
+        *((name, False) for name in ("PYTHONPATH", "PYTHONHOME", "PIP_REQUIRE_VIRTUALENV")),
+        *((name, True) for name in ("PIP_INDEX_URL", "PIP_CERT", "UV_DEFAULT_INDEX", "UV_OFFLINE")),
+        *((name, True) for name in ("SSL_CERT_FILE", "HTTPS_PROXY", "UV_CACHE_DIR")),
+    ],
+)
+def test_setup_keeps_settings_of_indexes_and_certificates_only(
+    name: str, kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(name, "given")
+    bootstrap.execute("sh", "-c", f"printenv {name} >{tmp_path}/value || true")
+    assert ((tmp_path / "value").read_text() == "given\n") == kept
+
+
+@pytest.mark.slow
+def test_pips_configuration_for_other_environments_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bootstrap.create()
+    wheel = tmp_path / "tool-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as content:
+        content.writestr("tool.py", "")
+        content.writestr(
+            "tool-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tool\nVersion: 1"
+        )
+        content.writestr("tool-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        content.writestr("tool-1.dist-info/RECORD", "")
+    prefix = f"--prefix={tmp_path / '.venv'}"
+    for setting in ("user = true", "target = elsewhere", "prefix = elsewhere", "constraint = gone"):
+        (tmp_path / "pip.conf").write_text(f"[install]\n{setting}\n")
+        monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+        monkeypatch.setenv("PIP_FORCE_REINSTALL", "1")
+        bootstrap.execute(str(bootstrap.PYTHON), *bootstrap.PIP, prefix, str(wheel))
+        (module,) = tmp_path.glob(".venv/lib/python*/site-packages/tool.py")
+        module.unlink()
+        assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_moved_or_copied_project_has_its_own_client_and_programs(folder: Path) -> None:
+    packages = folder / ".venv/lib/python3.10/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "classification_client.pth").write_text("/where/it/was/client")
+    bootstrap.install("run", "")
+    client = (packages / "classification_client.pth").read_text().strip()
+    assert (packages / client).resolve() == folder / "client"
 
 
 def test_ctrl_c_exits_with_a_message_and_the_next_run_resumes(folder: Path) -> None:
