@@ -1,8 +1,7 @@
 """Create .venv and install package groups in it: `bootstrap.py run tests`.
 
-uv installs a group NAME from requirements/NAME.lock, by hash. This file does what uv cannot: check
-Python's version, create .venv, install uv, and choose PyTorch's build. It runs on the system's
-Python: it uses the standard library only, and Python 3.6 can parse it, to report its version.
+uv installs a group NAME from requirements/NAME.lock, by hash; this file creates .venv, installs uv
+and chooses PyTorch's build. It uses the standard library only, and Python 3.6 can parse it.
 """
 
 import argparse
@@ -126,8 +125,7 @@ def install(group: str, build: str) -> None:
         build = build or choose_torch_build()
         TORCH_BUILD.touch(mode=0o600)  # a URL can contain a password
         TORCH_BUILD.write_text(build)
-        cuda = build == LOCKED and sys.platform.startswith("linux")
-        sizes = WITH_CUDA if cuda else WITHOUT_CUDA
+        sizes = WITH_CUDA if build == LOCKED else WITHOUT_CUDA
         if build != LOCKED:
             # Another build has the lock's versions, but other hashes and no CUDA packages.
             index = ["--torch-backend", CPU] if build == CPU else ["--default-index", build]
