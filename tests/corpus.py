@@ -308,10 +308,10 @@ def _no_images(_: Image.Image) -> Iterator[tuple[str, bytes]]:
     yield "noise", b"\x07" + np.random.default_rng(5).bytes(100_000)
     yield "program", b"\x7fELF" + bytes(1000)
     yield "pickle", b"\x80\x04\x95" + bytes(100)
+    yield "a URL", b"http://127.0.0.1:8081/models"
     yield "base64 of a JPEG", b"/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQ"
     yield "a file name", b"cat.jpg"
     yield "a path", b"/etc/passwd"
-    yield "a URL", b"http://127.0.0.1:8081/models"
 
 
 def _empty_png(width: int, height: int) -> bytes:
