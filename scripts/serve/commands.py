@@ -124,7 +124,7 @@ def status_command() -> int:
             f"Queue: {waiting} of {waiting + free} requests waiting, each of up to "
             f"{MAX_REQUEST_BYTES >> 20} MB"
         )
-    packages = ("torchserve", "torch", "onnxruntime", "pillow")
+    packages = ("torchserve", "onnxruntime", "pillow")  # each server has them
     console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
     console.print(f"Frontend: pid {running.pid}, {running.predictions_url}")
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]

@@ -1,6 +1,7 @@
 """`make status`: what it shows, and what makes it fail."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,12 @@ def test_status_fails_for_what_only_the_operating_system_knows(
     monkeypatch.setattr(commands, "stopped_workers", lambda _: [])
     assert status("READY", "READY") == 1
     assert "The disk is full." in capsys.readouterr().out
+
+
+def test_status_shows_versions_of_packages_that_every_installation_has(
+    status: Status, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", Path("requirements/run.lock").read_text(), re.M))
+    monkeypatch.setattr(commands, "version", pinned.__getitem__)
+    assert status("READY", wanted=1) == 0
+    assert f"Versions: torchserve {pinned['torchserve']}, onnxruntime" in capsys.readouterr().out
