@@ -128,7 +128,8 @@ def _serve(
         same_archives = list(running.models.items()) == [(a.stem, sha256(a)) for a in archives]
         same_place = running.ports.used(grpc=running.grpc) == ports.used(grpc=grpc)
         ready = min(ready_workers(running.serving(model)) for model in running.models)
-        if same_archives and same_place and ready > 0 and workers in (None, ready):
+        works = ready > 0 and running.lost_files() is None
+        if same_archives and same_place and works and workers in (None, ready):
             step(f"TorchServe: already serving the same with {ready} worker(s)")
             return running
         check_start(archives, ports, workers, grpc=grpc, instead_of=running)
@@ -136,7 +137,7 @@ def _serve(
             with Status("Trying the new archive ...", console=console):
                 for archive in archives:
                     try_archive(archive, plan_workers(workers).threads, METRICS_CONFIG)
-        step("TorchServe: stopping the running one, which serves something else or elsewhere")
+        step("TorchServe: stopping the running one, which differs or cannot go on")
         stop(running)
     running = start(archives[0], ports, workers, grpc=grpc, extra_archives=archives[1:])
     ready = sum(ready_workers(running.serving(model)) for model in running.models)

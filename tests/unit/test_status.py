@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from scripts import run
 from scripts.serve import commands, management
 from scripts.serve.running import STATE, Ports, ServerState
 from scripts.terminal import UserError
@@ -104,3 +105,20 @@ def test_status_shows_versions_of_packages_that_every_installation_has(
     monkeypatch.setattr(commands, "version", pinned.__getitem__)
     assert status("READY", wanted=1) == 0
     assert f"Versions: torchserve {pinned['torchserve']}, onnxruntime" in capsys.readouterr().out
+
+
+def test_run_replaces_a_server_whose_files_are_gone(
+    running: ServerState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_running", lambda: running)
+    monkeypatch.setattr(run, "ready_workers", lambda _: 2)
+    monkeypatch.setattr(run, "sha256", lambda _: "")
+    stopped: list[ServerState] = []
+    for name in ("check_start", "start"):
+        monkeypatch.setattr(run, name, lambda *_, **__: running)
+    monkeypatch.setattr(run, "stop", stopped.append)
+    run._serve([tmp_path / "pets.mar"], Ports(), None, grpc=False)
+    assert not stopped
+    Path(running.temporary, STATE).unlink()
+    run._serve([tmp_path / "pets.mar"], Ports(), None, grpc=False)
+    assert stopped == [running]
