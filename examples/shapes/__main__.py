@@ -92,7 +92,7 @@ def main(
     for where, value in precision.items():
         console.print(f"Mean average precision {where:<11} {value:.4f}")
     # The server's answers are in the order in which they came.
-    order = np.argsort([picture.name for picture in served.pictures])
+    order = np.argsort([image.name for image in served.images])
     different = float(np.abs(served.probabilities[order] - expected).max())
     console.print(f"Largest difference of a probability: {different:.1e}")
     if different > MOST_DIFFERENT or not math.isclose(
