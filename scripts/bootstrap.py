@@ -27,7 +27,8 @@ TORCH_BUILD = VENV / "torch"
 LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 # Settings of pip and uv for other environments; those of indexes and certificates stay.
-FOREIGN = r"PYTHON|(PIP|UV)_(USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|\w*CONSTRAINT|\w*PYTHON)"
+_OTHERS = r"USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|NO_BUILD|\w*(BINARY|CONSTRAINT|PYTHON)"
+FOREIGN = rf"PYTHON|(PIP|UV)_({_OTHERS})"
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target="]
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 

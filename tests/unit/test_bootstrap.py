@@ -261,6 +261,7 @@ def test_another_python_neither_removes_nor_reinstalls_an_environment_that_works
         *((name, False) for name in ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_CONSTRAINT")),
         *((name, False) for name in ("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_SYSTEM_PYTHON")),
         *((name, False) for name in ("PYTHONPATH", "PYTHONHOME", "PIP_REQUIRE_VIRTUALENV")),
+        *((name, False) for name in ("UV_NO_BUILD", "PIP_NO_BINARY", "UV_OVERRIDE")),
         *((name, True) for name in ("PIP_INDEX_URL", "PIP_CERT", "UV_DEFAULT_INDEX", "UV_OFFLINE")),
         *((name, True) for name in ("SSL_CERT_FILE", "HTTPS_PROXY", "UV_CACHE_DIR")),
     ],
