@@ -164,8 +164,10 @@ lock: setup ## pin all packages again, from requirements/*.in and the client's n
 		$(PIN) requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
 
+# A package with a version for some Pythons only (sympy) may be needed on the others too; not CUDA's.
 pin = $(PIN) -c .venv/pins.txt requirements/$(1).in -o requirements/$(1).lock >/dev/null \
-	$$(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' $(patsubst %,requirements/%.lock,run $(before-$(1))) | sort -u)
+	$$(sed -nE 's/^((torch|triton|nvidia|cuda)[a-z0-9.-]*)==.*/\1\n\1/p; s/^([a-z0-9.-]+)==[^;]*$$/\1\n\1/p; s/^([a-z0-9.-]+)==.*;.*/\1/p' \
+		$(patsubst %,requirements/%.lock,run $(before-$(1))) | sort | uniq -d | sed 's/^/--no-emit-package=/')
 
 lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks

@@ -22,7 +22,7 @@ from scripts.serve.running import ServerState
 from tests.timm_transforms import timm_transform
 
 TIMEOUT = 60
-_TIMM_NAME = efficientnet_lite0.TIMM_ARCHITECTURE.removeprefix("timm/")
+_TIMM_NAME = efficientnet_lite0.TIMM_NAME
 
 each_photograph = pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.path.stem)
 
