@@ -127,6 +127,17 @@ def test_a_full_queue_gets_a_body_only_once(one: Gateway, first: Upstream) -> No
     assert len(first.requests) == 1
 
 
+def test_a_full_queue_sends_a_request_to_another_upstream(
+    two: Gateway, first: Upstream, second: Upstream
+) -> None:
+    first.statuses = [503] * 4
+    for _ in range(4):
+        assert two.ask("POST", "/predict", data=b"image").text == second.address
+    first.statuses, second.statuses = [503] * 4, [503] * 4
+    assert error(two.ask("POST", "/predict", data=b"image")) == (503, "ServiceUnavailable")
+    assert len(second.requests) == 5
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(
     ("statuses", "seen"),
