@@ -69,8 +69,8 @@ VARIANTS = {
     "all of TorchServe's log lines": Variant(log=('level="warn"/>', 'level="info"/>')),
     "metrics as log lines": Variant(config={"metrics_mode": "log"}),
     "pooled buffers": Variant(vmargs=("allocator.type=unpooled", "allocator.type=pooled")),
-    "garbage collector G1": Variant(vmargs=("-XX:+UseSerialGC ", "")),
-    "parallel garbage collector": Variant(vmargs=("-XX:+UseSerialGC", "-XX:+UseParallelGC")),
+    "serial garbage collector": Variant(vmargs=("-XX:+UseG1GC", "-XX:+UseSerialGC")),
+    "parallel garbage collector": Variant(vmargs=("-XX:+UseG1GC", "-XX:+UseParallelGC")),
     "both JIT compilers": Variant(vmargs=("-XX:TieredStopAtLevel=1 ", "")),
 }
 

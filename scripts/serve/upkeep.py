@@ -1,12 +1,10 @@
 """What a supervisor does for a running TorchServe, and what `make status` reports.
 
-TorchServe does not notice that its files were deleted or a worker was stopped, and Java keeps the
-memory that a flood of large uploads took.
+TorchServe does not notice that its files were deleted or a worker was stopped.
 """
 
 import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,12 +12,6 @@ from pathlib import Path
 
 import psutil
 
-# The frontend holds 150 to 310 MB under load with small images.
-_MAX_IDLE_BYTES = 700_000_000
-_INTERVAL = 30.0
-# Share of a core below which the frontend is idle.
-_IDLE_SHARE = 0.05
-_COLLECT_TIMEOUT = 60.0
 # A worker that a debugger or a terminal stopped may continue.
 _STOPPED_SECONDS = 10.0
 _MAX_DESCRIPTOR_SHARE = 0.9
@@ -35,42 +27,17 @@ class Upkeep:
     def __init__(self, frontend: psutil.Process) -> None:
         """Args: Java's process."""
         self._frontend = frontend
-        self._checked = time.monotonic()
-        self._cpu_seconds = self._collected_at = _cpu_seconds(frontend)
         self._stopped: dict[int, float] = {}
 
     def run(self) -> None:
-        """Return memory that is not needed any more, and kill workers that were stopped."""
-        with suppress(psutil.NoSuchProcess):
-            self._kill_stopped_workers()
-            if time.monotonic() >= self._checked + _INTERVAL:
-                self._return_memory()
-
-    def _return_memory(self) -> None:
-        """Let Java collect its garbage if it is idle, large, and has worked since the last time."""
-        now, used = time.monotonic(), _cpu_seconds(self._frontend)
-        share = (used - self._cpu_seconds) / (now - self._checked)
-        self._checked, self._cpu_seconds = now, used
-        if (
-            share < _IDLE_SHARE
-            and used > self._collected_at + 1
-            and self._frontend.memory_info().rss > _MAX_IDLE_BYTES
-        ):
-            # Java's own command; a runtime without it keeps the memory.
-            java = Path(self._frontend.exe())
-            command = [str(java.with_name("jcmd")), str(self._frontend.pid), "GC.run"]
-            with suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run(command, capture_output=True, timeout=_COLLECT_TIMEOUT, check=False)
-            self._collected_at = self._cpu_seconds = _cpu_seconds(self._frontend)
-
-    def _kill_stopped_workers(self) -> None:
         """Kill workers that stay stopped; TorchServe replaces them."""
         now = time.monotonic()
-        stopped = {worker.pid: worker for worker in stopped_workers(self._frontend)}
-        self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
-        for pid, since in self._stopped.items():
-            if now > since + _STOPPED_SECONDS:
-                stopped[pid].kill()
+        with suppress(psutil.NoSuchProcess):
+            stopped = {worker.pid: worker for worker in stopped_workers(self._frontend)}
+            self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
+            for pid, since in self._stopped.items():
+                if now > since + _STOPPED_SECONDS:
+                    stopped[pid].kill()
 
 
 class Outage:
@@ -128,11 +95,6 @@ def find_faults(frontend: psutil.Process, folders: Iterable[Path]) -> Iterable[s
 
 def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free if folder.is_dir() else _MIN_FREE_BYTES
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def _status(process: psutil.Process) -> str:
