@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from handler.settings import Preprocessing
+from scripts.build.sources.graph import random_source
 from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
@@ -88,7 +89,7 @@ def test_topk_and_threshold_are_form_fields(running: ServerState) -> None:
 
 
 def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
-    running: ServerState, densenet: TorchvisionSource
+    running: ServerState,
 ) -> None:
     for body in (CAT.read_bytes(), b"no image"):
         response = requests.post(running.predictions_url, data=body, timeout=TIMEOUT)
@@ -100,7 +101,7 @@ def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
     metadata = model["customizedMetadata"]
     assert "untrained" in metadata["warning"]
     assert metadata["architecture"] == "densenet121"
-    assert metadata["weights_sha256"] == densenet.sha256
+    assert metadata["weights_sha256"] == random_source("densenet121").sha256
     assert metadata["trained"] is False
     assert metadata["classes"] == 1000
     assert metadata["engine"].startswith("ONNX Runtime")
