@@ -121,6 +121,7 @@ def main(  # options of a command line
             _log(key, results[key])
         sizes = {name: len(make()) for name, make in IMAGES.items()}
     section = "All servers running at the same time" if together else "One server at a time"
+    section = ", ".join([section, *(precision or ())])
     lines = _report(results, bare, cases, sizes, rounds, together=together)
     write_section("servers", "Comparison with other servers", section, lines)
 
