@@ -63,7 +63,7 @@ def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> Non
 def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
     """A line of a shell, or a command within a sentence."""
     written = re.compile(r"\bmake ([a-z-]+)((?: +[A-Z_]+=(?:\"[^\"]*\"|[^\s`]+))+)")
-    documents = [*Path().glob("*.md"), *Path("docs").glob("*.md"), *Path("deploy").rglob("*.*")]
+    documents = [*Path().glob("*.md"), *Path("docs").rglob("*.md"), *Path("deploy").rglob("*.*")]
     found = [
         (document, command, name)
         for document in documents
