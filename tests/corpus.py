@@ -90,10 +90,10 @@ def valid() -> Iterator[Valid]:
         yield Valid(name, data, seen(data))
     for name, data, sound in _with_faults_that_do_not_matter(rgb):
         yield Valid(name, data, seen(sound))
-    ten_bits, grey = io.BytesIO(), rgb.convert("L")
-    deep = np.asarray(grey).astype(np.uint16) * 257
-    pillow_heif.from_bytes("L;16", grey.size, deep.tobytes()).save(ten_bits, quality=-1)
-    yield Valid("HEIC 10-bit greyscale", ten_bits.getvalue(), grey.convert("RGB"))
+    ten_bits, gray = io.BytesIO(), rgb.convert("L")
+    deep = np.asarray(gray).astype(np.uint16) * 257
+    pillow_heif.from_bytes("L;16", gray.size, deep.tobytes()).save(ten_bits, quality=-1)
+    yield Valid("HEIC 10-bit grayscale", ten_bits.getvalue(), gray.convert("RGB"))
     interlaced = kinds.png(np.asarray(rgb), 8, 2, interlaced=True)
     yield Valid("PNG interlaced", interlaced, rgb)
     for name, data, shown in kinds.read(np.asarray(rgb)):
@@ -120,7 +120,7 @@ def _jpegs(rgb: Image.Image) -> Iterator[tuple[str, bytes]]:
     }
     for name, given in options.items():
         yield f"JPEG {name}", encode(rgb, "JPEG", **given)
-    yield "JPEG greyscale", encode(rgb.convert("L"), "JPEG")
+    yield "JPEG grayscale", encode(rgb.convert("L"), "JPEG")
     cmyk = encode(rgb.convert("CMYK"), "JPEG")
     yield "JPEG CMYK Adobe", cmyk
     yield "JPEG CMYK progressive", encode(rgb.convert("CMYK"), "JPEG", progressive=True)
@@ -155,14 +155,14 @@ def _others(rgb: Image.Image) -> Iterator[tuple[str, bytes]]:
     for name in ("WEBP", "AVIF", "HEIF"):
         yield name, encode(rgb, name)
         yield f"{name} alpha", encode(clear, name)
-        yield f"{name} greyscale", encode(rgb.convert("L"), name)
+        yield f"{name} grayscale", encode(rgb.convert("L"), name)
         for orientation in (6, 8):
             yield f"{name} orientation {orientation}", encode(rgb, name, exif=_exif(orientation))
     for name in ("WEBP", "GIF", "AVIF", "TIFF"):
         several = encode(rgb, name, save_all=True, append_images=[black])
         yield f"{name} of several frames or pages", several
     yield "GIF", encode(rgb, "GIF")
-    yield "GIF greyscale", encode(rgb.convert("L"), "GIF", interlace=0)
+    yield "GIF grayscale", encode(rgb.convert("L"), "GIF", interlace=0)
     yield "GIF clear color", encode(rgb.quantize(16), "GIF", transparency=2)
     for mode in ("1", "L", "P", "RGB", "RGBA"):
         yield f"BMP {mode}", encode(clear.convert("RGB").convert(mode), "BMP")

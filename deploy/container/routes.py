@@ -25,7 +25,7 @@ OUTPUTS = {
 _ONLY_MULTILABEL = {"labels"}
 _UPLOAD = ("POST", "PUT")
 # Paths of the template itself; the first two are health checks.
-_OWN = ("/ping", "/live", "/error")
+_OWN = ("/ping", "/live", "/error", "/openapi.json", "/docs")
 # Characters that need no quotes in nginx.conf.
 _PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
 

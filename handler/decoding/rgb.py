@@ -118,10 +118,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _high_bytes(band: Image.Image, clear: int | None) -> Image.Image:
     """Return the higher 8 of 16 bits; pixels of the level `clear` are white."""
     levels = np.asarray(band)
-    grey = (levels >> 8).astype(np.uint8)
+    gray = (levels >> 8).astype(np.uint8)
     if clear is not None:
-        grey[levels == clear] = 255
-    return Image.fromarray(grey)
+        gray[levels == clear] = 255
+    return Image.fromarray(gray)
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -135,19 +135,19 @@ def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image])
 
 
 _OLDEST_BMP_HEADER = 12
-# Bits per pixel that Pillow takes for granted if a BMP's palette holds nothing but greys.
-_GREY_BITS = {"1": 1, "L": 8}
+# Bits per pixel that Pillow takes for granted if a BMP's palette holds nothing but grays.
+_GRAY_BITS = {"1": 1, "L": 8}
 
 
 def _keep_bmp_palette(image: Image.Image, data: bytes | bytearray) -> None:
-    """Let Pillow read indices into a grey palette as what they are.
+    """Let Pillow read indices into a gray palette as what they are.
 
     It would read such pixels of 4 or 8 bits as if they had 1 or 8.
     """
     assert isinstance(image, ImageFile.ImageFile)
     (header_size,) = struct.unpack_from("<I", data, 14)
     (bits,) = struct.unpack_from("<H", data, 24 if header_size == _OLDEST_BMP_HEADER else 28)
-    if bits != _GREY_BITS.get(image.mode, bits):
+    if bits != _GRAY_BITS.get(image.mode, bits):
         levels = np.array([0, 255] if image.mode == "1" else range(256), np.uint8)
         (tile,) = image.tile
         assert isinstance(tile.args, tuple)

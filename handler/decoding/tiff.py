@@ -24,10 +24,10 @@ _MAX_PAGES = 100
 # Cameras' files have up to five.
 _MAX_SUB_IFDS = 8
 
-_INVERTED_GREY, _GREY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
+_INVERTED_GRAY, _GRAY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _COLORS = {
-    _INVERTED_GREY: "grey where white is zero",
-    _GREY: "grey",
+    _INVERTED_GRAY: "gray where white is zero",
+    _GRAY: "gray",
     _RGB: "RGB",
     _PALETTE: "palette colors",
     _CMYK: "CMYK",
@@ -44,10 +44,10 @@ _NONE: set[tuple[int, ...]] = {()}
 _ALPHA: set[tuple[int, ...]] = {(), (0,), (1,), (2,)}
 _READ: dict[tuple[int, int], set[tuple[int, ...]]] = {
     **{(colors, bits): _NONE for colors in (0, 1, 3) for bits in (1, 2, 4, 8)},
-    (_GREY, 8): _ALPHA,
+    (_GRAY, 8): _ALPHA,
     (_RGB, 8): _ALPHA,
     (_RGB, 16): _ALPHA,
-    (_GREY, 16): _NONE,
+    (_GRAY, 16): _NONE,
     (_CMYK, 8): _NONE,
     (_CMYK, 16): _NONE,
     (_YCBCR, 8): _NONE,
@@ -125,7 +125,7 @@ def _check_pixels(page: ImageFileDirectory_v2) -> None:
         (extra not in _READ[photometric, size], f"with extra samples {extra}"),
         (samples != channels, f"with {samples} samples a pixel instead of {channels}"),
         (page.get(Tag.InkSet, 1) != 1, "with inks other than CMYK"),
-        (in_planes and photometric == _GREY and any(extra), "with its transparency in a plane"),
+        (in_planes and photometric == _GRAY and any(extra), "with its transparency in a plane"),
         (reversed_bits and (samples > 1 or size > 8), "with its bits in reverse order"),
         (photometric == _YCBCR and compression != _JPEG, "without JPEG compression"),
         (

@@ -93,16 +93,16 @@ def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
         a PNG of the preview's size.
     """
     assert image.preview is not None
-    # Grey, so that the only colors are the map's.
-    grey = image.preview.convert("L").convert("RGB")
-    canvas = grey.point(lambda value: value * _UNSEEN_BRIGHTNESS)
+    # Gray, so that the only colors are the map's.
+    gray = image.preview.convert("L").convert("RGB")
+    canvas = gray.point(lambda value: value * _UNSEEN_BRIGHTNESS)
     scale = image.preview.width / image.size[0], image.preview.height / image.size[1]
     x, y = (
         _span(image.crop[i] * scale[i], image.crop[i + 2] * scale[i], canvas.size[i])
         for i in (0, 1)
     )
     (left, right), (top, bottom) = x.seen, y.seen
-    seen = grey.crop((left, top, right, bottom))
+    seen = gray.crop((left, top, right, bottom))
 
     heat = _heat(activation, (x.end - x.start, y.end - y.start))
     heat = heat[top - y.start : bottom - y.start, left - x.start : right - x.start]

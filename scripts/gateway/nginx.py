@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from scripts.gateway import openapi
 from scripts.gateway.config import DRAIN_SECONDS, default_upstreams, render
 from scripts.gateway.options import Options
 from scripts.serve.management import wait_until
@@ -81,6 +82,7 @@ def write_config(
     # Paths are bytes, whatever the locale.
     candidate.write_bytes(os.fsencode(render(options, folder, upstreams)))
     run_nginx(candidate, folder, "-t")
+    openapi.write(folder, openapi.describe("gateway", [options.model], options.prefix))
     candidate.replace(folder / "nginx.conf")
 
 

@@ -1,6 +1,6 @@
 """Renders `nginx.conf.jinja`, the configuration of nginx in the gateway and the container image.
 
-Imports nothing but Jinja and the handler's settings, so that the container image stays small.
+Imports nothing but Jinja, YAML and the handler's settings, so that the container image stays small.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from handler.settings import MAX_REQUEST_BYTES
+from scripts.gateway.openapi import content_security_policy
 
 # The protocol with a path of its own, `/huggingface/MODEL`; see handler/protocols/huggingface.py.
 HUGGING_FACE = "huggingface"
@@ -58,6 +59,7 @@ def render_template(**values: Any) -> str:
         "ready_file": None,
         "error_alias": "",
         "max_request_bytes": MAX_REQUEST_BYTES,
+        "docs_policy": content_security_policy(),
     }
     return _template().render(absent | values)
 

@@ -16,8 +16,8 @@ _OVERRIDES = ("TS_", "PYTHON", "JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_O
 # Each connection takes one, and a server without any about 150.
 MIN_DESCRIPTORS = 1024
 _MAX_DESCRIPTORS = 65536
-# Longer than the names of TorchServe's sockets.
-_LONGEST_NAME = ".ts.sock.000000"
+# As long as the longest name of a socket of TorchServe.
+_SOCKET_NAME = ".ts.sock.000000"
 
 
 def server_environment(java_home: Path, folder: Path | str) -> dict[str, str]:
@@ -89,7 +89,7 @@ def _why_unusable(folder: Path) -> str | None:
         return "its name is not plain ASCII"
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
         return "it is mounted noexec, and Java loads a library from it"
-    path = folder / _LONGEST_NAME
+    path = folder / _SOCKET_NAME
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.bind(str(path))

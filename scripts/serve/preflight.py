@@ -156,7 +156,7 @@ def check_archives(archives: Sequence[Path]) -> None:
         if read_card(archive) is None or _damaged(archive):
             raise UserError(
                 f"{archive} is damaged, cut off, or no archive of this project. "
-                "Remove it and build it anew: make archive"
+                "Remove it and build it again: make archive"
             )
 
 

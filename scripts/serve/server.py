@@ -191,10 +191,10 @@ def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
 def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     """Wait until the server exits, or stop it on SIGTERM or SIGINT.
 
-    Meanwhile return memory that a flood took, and kill workers that were stopped. A server whose
-    files were deleted, or one of whose models has had no worker for `OUTAGE_SECONDS`, stops, so
-    that its supervisor restarts it: TorchServe keeps requests without an answer as long as no
-    worker starts, and after 5 minutes it starts none.
+    Meanwhile kill workers that were stopped. A server whose files were deleted, or one of whose
+    models has had no worker for `OUTAGE_SECONDS`, stops, so that its supervisor restarts it:
+    TorchServe keeps requests without an answer as long as no worker starts, and after 5 minutes it
+    starts none.
 
     Returns:
         The exit status: 0 after a signal, 1 if the server exited by itself.

@@ -138,7 +138,7 @@ def test_a_screen_reader_is_told_once_for_all(page: Page) -> None:
     choose(page, *PHOTOGRAPHS[:6])
     expect(answered(page)).to_have_count(6)
     page.wait_for_timeout(200)
-    assert page.evaluate("() => window.said") == ["6 pictures are done. 6 answered."]
+    assert page.evaluate("() => window.said") == ["6 images are done. 6 answered."]
     choose(page, CAT)
     expect(answered(page)).to_have_count(7)
     page.locator("#threshold").fill("0.4")

@@ -70,7 +70,7 @@ def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_b
     for threshold, rows in ((0, answer["predictions"]), (1, [])):
         page.locator("#threshold").fill(str(threshold))
         expect(own).not_to_be_checked()
-        expect(page.locator(".toggle")).to_have_text(", ".join(names(rows)) or "Not recognised")
+        expect(page.locator(".toggle")).to_have_text(", ".join(names(rows)) or "Not recognized")
         expect(page.locator(".curl pre")).to_contain_text(f"-F threshold={threshold} ")
     words = "The model is less than 100.0 % sure of every class."
     expect(page.locator(".unsure")).to_have_text(words)

@@ -45,7 +45,7 @@ def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page)
     choose(page, *TEN[1:4])
     expect(answered(page)).to_have_count(4)
     assert names(page) == [picture.name for picture in (*TEN[1:4], TEN[0])]
-    expect(page.locator("#summary")).to_have_text("4 pictures, the latest first. 4 answered.")
+    expect(page.locator("#summary")).to_have_text("4 images, the latest first. 4 answered.")
     expect(page.locator(".body:visible")).to_have_count(0)
     toggle = page.locator(".toggle").nth(2)
     expect(toggle).to_have_attribute("aria-expanded", "false")
@@ -60,7 +60,7 @@ def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page)
 def test_one_image_or_all_can_be_removed_and_what_is_removed_is_not_sent(page: Page) -> None:
     choose(page, *TEN[:3])
     page.get_by_role("button", name=f"Remove {TEN[1].name}").click()
-    expect(page.locator("#summary")).to_contain_text("2 pictures")
+    expect(page.locator("#summary")).to_contain_text("2 images")
     assert names(page) == [TEN[0].name, TEN[2].name]
     expect(answered(page)).to_have_count(2)
     held = hold(page)

@@ -95,7 +95,7 @@ def paste_image(page: Page) -> None:
 
 def paste_data_url(page: Page) -> None:
     paste_text(page, "a cat")
-    expect(page.locator("#notice")).to_contain_text("That was text and no picture.")
+    expect(page.locator("#notice")).to_contain_text("That was text and no image.")
     paste_text(page, f"data:image/png;base64,{CAT_BASE64}")
 
 
@@ -124,10 +124,10 @@ def test_somebody_without_an_image_can_try_a_sample(page: Page, running: ServerS
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"text/plain": "a cat"}, "That was text and no picture. Drop or paste picture files"),
+        ({"text/plain": "a cat"}, "That was text and no image. Drop or paste image files"),
         ({"text/uri-list": "https://example.org/cat.png"}, "That was a link"),
-        ({"text/plain": "data:image/png;base64,!"}, "That was text and no picture."),
-        ({}, "That was no picture."),
+        ({"text/plain": "data:image/png;base64,!"}, "That was text and no image."),
+        ({}, "That was no image."),
     ],
 )
 def test_a_drop_without_an_image_gets_a_message_where_it_is_seen(
@@ -183,7 +183,7 @@ def test_controls_and_results_agree_when_the_browser_restores_the_controls(
     expect(page.locator("#threshold-shown")).to_have_text(f"{threshold * 100:.1f} % sure")
     guesses = int(page.get_by_label("Guesses shown").input_value())
     expect(page.locator(".guess")).to_have_count(guesses)
-    recognized = page.locator(".toggle").text_content() != "Not recognised"
+    recognized = page.locator(".toggle").text_content() != "Not recognized"
     assert recognized == (threshold < 0.12)
     if way == "back":
         # Otherwise the browser has restored nothing, and this has shown nothing.
@@ -251,7 +251,7 @@ def test_the_examples_for_programs_run_as_they_stand(
     assert [line.split(" ", 1)[1] for line in printed.splitlines()] == [r["label"] for r in best]
     given = page.evaluate(
         f"""async text => {{
-            const picture = new Blob([Uint8Array.from(atob(text), c => c.charCodeAt(0))]);
+            const image = new Blob([Uint8Array.from(atob(text), c => c.charCodeAt(0))]);
             {codes["JavaScript"]}
             return predictions;
         }}""",
@@ -378,7 +378,7 @@ def test_the_images_in_a_dropped_folder_are_taken(page: Page, tmp_path: Path) ->
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "notes.txt").write_bytes(NOTES)
     drop_from_disk(page, tmp_path / "papers")
-    expect(page.locator("#notice")).to_contain_text("There is no picture in this folder")
+    expect(page.locator("#notice")).to_contain_text("There is no image in this folder")
     expect(page.locator(".result")).to_have_count(0)
     folder = tmp_path / "holidays"
     (folder / "more").mkdir(parents=True)
@@ -390,4 +390,4 @@ def test_the_images_in_a_dropped_folder_are_taken(page: Page, tmp_path: Path) ->
     expect(answered(page)).to_have_count(3)
     names = page.locator(".file").all_text_contents()
     assert [name.split(",")[0] for name in names] == ["9.png", "10.png", "11.PNG"]
-    expect(page.locator("#notice")).to_have_text("Took 3 pictures; left out 2 other files.")
+    expect(page.locator("#notice")).to_have_text("Took 3 images; left out 2 other files.")

@@ -82,7 +82,7 @@ def test_threshold_and_number_of_guesses_are_the_persons_choice(
     for threshold in ("0.99", "0.13", "0.12", "0"):
         page.locator("#threshold").fill(threshold)
         body = ask(running, threshold=threshold)
-        words = in_words(body["class_name"]) if body["recognized"] else "Not recognised"
+        words = in_words(body["class_name"]) if body["recognized"] else "Not recognized"
         expect(page.locator(".toggle")).to_have_text(words)
         expect(page.locator(".unsure")).to_be_visible(visible=not body["recognized"])
     page.get_by_label("Guesses shown").select_option("10")

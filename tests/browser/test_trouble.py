@@ -125,6 +125,8 @@ def test_the_page_works_at_a_gateways_own_paths(
     page.locator(".copy").click()
     folder = path.partition("?")[0]
     expect(page.locator(".curl pre")).to_contain_text(f"{gateway.url}{folder}predict")
+    page.locator("#programs summary").click()
+    expect(page.locator("#api a")).to_have_attribute("href", f"{gateway.url}{folder}docs")
 
 
 # --- What is wrong with one image ---
@@ -136,7 +138,7 @@ def test_the_page_works_at_a_gateways_own_paths(
         (403, "You may not ask this server"),
         (404, "answered with status 404"),
         (413, "larger than the server accepts"),
-        (500, "failed on this picture"),
+        (500, "failed on this image"),
     ],
 )
 def test_an_error_of_another_server_is_put_in_plain_words(
@@ -162,7 +164,7 @@ def test_an_image_that_the_server_never_answers_does_not_hold_up_the_others(
     choose(page, payload("poison.png", CAT_BYTES + gateway.poison), *map(copy_of, PHOTOGRAPHS[:3]))
     expect(answered(page)).to_have_count(3)
     expect(page.locator(".failed .message")).to_have_text(
-        "The server answers others, but not this picture.", timeout=15_000
+        "The server answers others, but not this image.", timeout=15_000
     )
     expect(page.locator("#trouble")).not_to_be_visible()
     console.expect("net::ERR_")
@@ -186,7 +188,7 @@ def test_an_outage_is_one_notice_and_the_images_are_sent_when_it_is_over(
     gateway.refusal = status
     choose(page, *PHOTOGRAPHS[:6])
     expect(page.locator("#trouble-what")).to_have_text(words)
-    expect(page.locator("#trouble-when")).to_contain_text("Your 6 pictures wait here; next try in")
+    expect(page.locator("#trouble-when")).to_contain_text("Your 6 images wait here; next try in")
     page.wait_for_timeout(1_500)
     expect(page.locator(".failed")).to_have_count(0)
     expect(page.locator("text=" + words)).to_have_count(2)  # and in the announcer
@@ -220,7 +222,7 @@ def test_the_servers_own_pause_is_kept_and_nobody_has_to_wait_for_it(
     gateway.refusal, gateway.retry_after = 503, 200
     choose(page, CAT, PHOTOGRAPHS[0], photo)
     expect(page.locator("#trouble-when")).to_have_text(
-        re.compile(r"Your 3 pictures wait here; next try in (200|19\d)\u00a0s\.")
+        re.compile(r"Your 3 images wait here; next try in (200|19\d)\u00a0s\.")
     )
     photo.unlink()
     page.get_by_role("button", name="Remove chelsea.png").click()
@@ -312,6 +314,6 @@ def test_names_of_classes_and_files_cannot_become_markup(
         expect(page.locator("#class-list li").first).to_have_text(MARKUP)
         assert page.locator("main img").count() == images + 2
         assert page.locator("script").count() == 1
-        assert page.title() == "What is in this picture?"
+        assert page.title() == "What is in this image?"
     finally:
         stop(server, tmp_path / "run")

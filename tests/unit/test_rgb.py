@@ -194,7 +194,7 @@ def test_each_clear_level_of_a_grey_png_is_white_and_no_other(bits: int) -> None
         samples[0, :3, 0] = level, level ^ 1, level ^ (2**bits >> 1)
         data = kinds.png(samples, bits, 0, clear=struct.pack(">H", level))
         expected = np.where(samples == level, 255, kinds.to_8_bits(samples, bits))
-        assert np.array_equal(shown(data), kinds.grey(expected)), level
+        assert np.array_equal(shown(data), kinds.gray(expected)), level
 
 
 def test_arithmetic_coding_changes_no_pixel() -> None:

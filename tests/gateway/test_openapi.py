@@ -1,0 +1,123 @@
+"""The description of the HTTP API: complete, true of the gateway, and served without a key."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from jsonschema import Draft202012Validator
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from deploy.container.routes import list_routes
+from deploy.container.serving import Model
+from handler import errors
+from scripts.gateway import openapi
+from scripts.gateway.config import routes
+from tests.gateway.cluster import Gateway
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+GATEWAY = openapi.describe("gateway", ["densenet121"])
+CONTAINER = openapi.describe("container", ["densenet121"])
+
+
+def error_types(source: str) -> dict[str, list[int]]:
+    """Return the described types of errors and their statuses."""
+    described = GATEWAY["components"]["schemas"]["ErrorType"]["oneOf"]
+    return {each["const"]: each["x-status"] for each in described if source in each["x-source"]}
+
+
+def subclasses(of: type[errors.RequestError]) -> Iterator[type[errors.RequestError]]:
+    for each in of.__subclasses__():
+        yield each
+        yield from subclasses(each)
+
+
+def test_every_error_type_of_the_handler_is_described_with_its_status() -> None:
+    raised = {
+        each.type: each.status for each in subclasses(errors.RequestError) if "type" in vars(each)
+    }
+    described = error_types("handler")
+    assert described.keys() == raised.keys()
+    assert all(status in described[name] for name, status in raised.items())
+
+
+def test_every_error_type_of_nginx_is_described(client: Gateway) -> None:
+    config = (client.folder / "nginx.conf").read_text()
+    (mapping,) = re.findall(r"map \$status \$error_type \{(.*?)\}", config, re.DOTALL)
+    sent = re.findall(r"(\d{3}|default) (\w+);", mapping)
+    described = error_types("gateway")
+    assert described.keys() == {name for _, name in sent}
+    for status, name in sent:
+        assert status == "default" or int(status) in described[name]
+
+
+@pytest.mark.parametrize("document", [GATEWAY, CONTAINER], ids=["gateway", "container"])
+def test_every_example_is_what_its_schema_says(document: dict[str, Any]) -> None:
+    components, names = document["components"], document["components"]["schemas"]
+    for name, example in components["examples"].items():
+        schema = {"MultiLabel": "Result", "NotRecognized": "Result", "NotAnImage": "Error"}
+        assert schema.get(name, name) in names
+        reference = {"$ref": f"#/components/schemas/{schema.get(name, name)}"}
+        Draft202012Validator({**reference, "components": components}).validate(example["value"])
+
+
+def test_the_paths_are_those_of_gateway_and_container() -> None:
+    model = Model("densenet121", "1.0", Path("densenet121.mar"))
+    for document, served, own in (
+        (GATEWAY, routes("densenet121"), {"/healthz", "/readyz"}),
+        (CONTAINER, list_routes([model], {}), {"/ping", "/live"}),
+    ):
+        described = {path.format(model="densenet121", version="1.0") for path in document["paths"]}
+        assert described == {route.path for route in served} | own | {"/openapi.json", "/docs"}
+
+
+def test_it_is_served_without_a_key_and_loads_nothing(client: Gateway, guarded: Gateway) -> None:
+    for server in (client, guarded):
+        answer = server.ask("GET", "/openapi.json")
+        assert answer.json() == GATEWAY
+        assert answer.headers["content-type"].startswith("application/json")
+        page = server.ask("GET", "/docs")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert page.headers["content-security-policy"].startswith("default-src 'none'; style-src")
+        assert page.headers["x-request-id"]
+        assert not re.search(r"<script|src=|url\(|https?://(?!www\.w3)", page.text)
+        assert "<code>POST, PUT /predict</code>" in page.text
+        assert server.ask("POST", "/docs").status_code == 405
+
+
+OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(GATEWAY).get_all_operations()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.label)
+def test_responses_to_generated_requests_are_as_described(operation: Any, client: Gateway) -> None:
+    @settings(
+        max_examples=20,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy())
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=client.url, checks=CHECKS)
+
+    check()
