@@ -34,7 +34,8 @@ FOLDER = Path(__file__).parent.parent / "graphs"
 RANDOM_FILE = "seeded random numbers"
 # Spread of random logits, so that answers differ from image to image.
 LOGIT_STD = 2.5
-_SEED = 20
+# Of these weights a photo of a cat is recognized, and of others about half.
+_SEED = 29
 
 Weights = Mapping[str, NDArray[Any]]
 
