@@ -245,7 +245,8 @@ DEFLATED = {
     "x-gzip": gzip.compress,
     "GZIP": gzip.compress,
     "deflate": zlib.compress,
-    "Deflate": lambda content: zlib.compress(content, wbits=-15),
+    # Without zlib's two bytes in front and its checksum behind, as some servers send it.
+    "Deflate": lambda content: zlib.compress(content)[2:-4],
 }
 
 
