@@ -147,6 +147,6 @@ def test_the_page_has_the_servers_colors_and_the_clients_file_names() -> None:
     page = PAGE.read_text("utf-8")
     (colours,) = re.findall(r"const HEAT_COLORS = (.*);", page)
     assert json.loads(colours) == [list(colour) for colour in HEAT_COLORS]
-    (names,) = re.findall(r"PICTURE_NAMES = /(.*)/i;", page)
+    (names,) = re.findall(r"IMAGE_NAMES = /(.*)/i;", page)
     assert all(re.search(names, f"x{suffix}") for suffix in SUFFIXES)
     assert re.search(names, "x.pdf") is None
