@@ -423,7 +423,7 @@ def test_an_image_that_fails_is_a_row_of_the_spark_program(monkeypatch: pytest.M
     stages = SimpleNamespace(Choices=MagicMock(), Classifier=Classifier, Decoder=Decoder)
     monkeypatch.setitem(sys.modules, "batch.stages", stages)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    page = Path(__file__).parents[2].joinpath("docs", "batch.md").read_text("utf-8")
+    page = Path(__file__).parents[2].joinpath("docs", "use", "spark.md").read_text("utf-8")
     program = page.partition("```python\n")[2].partition("\nspark = ")[0]
     namespace: dict[str, Any] = {}
     exec(program, namespace)  # this repository's own page
