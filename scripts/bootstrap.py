@@ -68,7 +68,7 @@ def create() -> None:
         sys.exit(f"Error: Python 3.10 or newer is required, not {version}. Set PYTHON=python3.12")
     execute(sys.executable, "-m", "venv", "--clear", str(VENV))
     with (VENV / "pyvenv.cfg").open("a") as config:
-        config.write("relocatable = true\n")  # uv's scripts find the Python beside them
+        config.write("relocatable = true\n")  # uv's scripts find the Python in their folder
 
 
 def is_installed(group: str) -> bool:

@@ -25,7 +25,7 @@ from statistics import median
 logger = logging.getLogger(__name__)
 
 # Images that a worker alone tries each number of threads on. Their median is compared, since the
-# first ones are slower and others can be beside some other program's work.
+# first ones are slower, and other programs can slow others down.
 _TRIALS = 7
 
 # Where the bytes of the living begin, behind those of the busy: more than any machine has workers.

@@ -33,7 +33,7 @@ def module_of(architecture: str) -> nn.Module:
 
 
 def export(architecture: str) -> ModelProto:
-    """Return a graph whose weights are inputs beside `images`, named as in the state dict.
+    """Return a graph whose weights are inputs in addition to `images`, named as in the state dict.
 
     As inputs they are left alone by the optimizer, which folds batch normalization into
     convolutions and merges tensors of the same values.

@@ -58,7 +58,7 @@ class Name(str):
 
 
 class Dict(dict[Any, Any]):
-    """A mapping, with the versions of layers that PyTorch keeps beside a state dict's tensors."""
+    """A mapping, with the versions of layers that PyTorch keeps with a state dict's tensors."""
 
     metadata: object = None
 

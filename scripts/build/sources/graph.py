@@ -42,7 +42,7 @@ Weights = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Graph:
-    """What is known of an architecture beside its graph.
+    """What is known of an architecture in addition to its graph.
 
     Attributes:
         preprocessing: of its published weights.
