@@ -15,7 +15,7 @@ from pathlib import Path
 from handler.archive import Archive
 from handler.errors import ArchiveError
 from handler.request import Response
-from handler.settings import ModelCard
+from handler.settings import MAX_REQUEST_BYTES, ModelCard
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -45,19 +45,22 @@ def load_page(path: Path, archive: Archive) -> Response:
         raise ArchiveError(f"{path.name}: cannot be read: {error}") from error
     if page.count(_SETTINGS_PLACE) != 1:
         raise ArchiveError(f"{path.name}: needs {_SETTINGS_PLACE} once")
-    card, settings = archive.card, archive.settings
+    card, settings, shape = archive.card, archive.settings, archive.card.preprocessing
     names = [label.class_name for label in archive.labels]
     values = {
         "model": archive.name,
+        "architecture": card.architecture,
         "classes": len(names),
         "names": names if sum(map(len, names)) <= _MAX_CLASS_LIST else None,
         "topk": settings.topk,
         "threshold": _one_threshold(card) if card.multilabel else settings.threshold,
         "warning": card.warning,
+        "trained_model": card.trained_model,
         "explains": bool(card.features),
+        "multilabel": card.multilabel,
+        "preprocessing": {"fit": shape.fit, "resize": shape.resize, "crop": shape.crop},
+        "max_bytes": MAX_REQUEST_BYTES,
     }
-    if card.multilabel:
-        values["multilabel"] = True
     escaped = html.escape(json.dumps(values), quote=False).replace("'", "&#39;")
     filled = _SETTINGS_PLACE.replace("{}", escaped)
     headers = {

@@ -102,6 +102,26 @@ def test_it_is_served_without_a_key_and_loads_nothing(client: Gateway, guarded: 
         assert server.ask("POST", "/docs").status_code == 405
 
 
+def test_each_documented_request_gets_a_response_of_its_schema(client: Gateway) -> None:
+    components, sent = GATEWAY["components"], 0
+    for path, item in GATEWAY["paths"].items():
+        for method in item.keys() & {"post", "put"}:
+            content = item[method]["requestBody"]["content"]["application/json"]
+            for example in content["examples"].values():
+                answer = client.ask(
+                    method.upper(),
+                    path.format(model="densenet121"),
+                    json=components["examples"][example["$ref"].rpartition("/")[2]]["value"],
+                    headers={"Accept": "application/json"},
+                )
+                assert answer.status_code == 200, f"{method} {path}: {answer.text}"
+                schema = item[method]["responses"]["200"]["content"]["application/json"]["schema"]
+                validator = Draft202012Validator({**schema, "components": components})
+                validator.validate(answer.json())
+                sent += 1
+    assert sent >= 20
+
+
 DESCRIPTION: Any = schemathesis.openapi.from_dict(GATEWAY)
 OPERATIONS = [found.ok() for found in DESCRIPTION.get_all_operations()]
 
