@@ -22,6 +22,8 @@ _ARGUMENTS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # A webcam, which shows a moving pattern.
+    "--use-fake-device-for-media-stream",
 )
 
 

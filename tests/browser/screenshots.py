@@ -5,7 +5,8 @@
 
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from PIL import Image, ImageOps
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
 
 from benchmarks.known import KNOWN
 from scripts.samples import CAT
@@ -13,7 +14,8 @@ from scripts.serve.running import require_running
 from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import command, step
 from tests.browser.conftest import launch
-from tests.browser.person import PHONE, answered, choose, copy_of
+from tests.browser.person import PHONE, answered, choose, copy_of, payload
+from tests.pictures import encode
 
 _DOCS = Path("docs/images")
 _DESKTOP = {"viewport": {"width": 1280, "height": 800}}
@@ -31,8 +33,9 @@ def main() -> None:
         heat_map(light)
         taken(light, "page-light")
         dark = opened(browser, url, **_DESKTOP, color_scheme="dark")
-        choose(dark, *_MANY)
-        expect(answered(dark)).to_have_count(len(_MANY))
+        choose(dark, *map(copy_of, _MANY), *map(_mirrored, _MANY))
+        expect(answered(dark)).to_have_count(2 * len(_MANY))
+        dark.get_by_label("Order").select_option("Grouped by class")
         taken(dark, "page-dark")
         phone = opened(browser, url, **PHONE, color_scheme="dark")
         heat_map(phone)
@@ -54,7 +57,12 @@ def heat_map(page: Page) -> None:
     choose(page, copy_of(CAT))
     expect(answered(page)).to_have_count(1)
     page.locator(".guess:visible").first.click()
-    expect(page.locator(".seen:visible")).to_have_count(1)
+    expect(page.locator(".seen canvas:visible")).to_have_count(1)
+
+
+def _mirrored(path: Path) -> FilePayload:
+    with Image.open(path) as image:
+        return payload(f"{path.stem}-mirrored.png", encode(ImageOps.mirror(image)))
 
 
 def taken(page: Page, name: str) -> None:

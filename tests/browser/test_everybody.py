@@ -55,14 +55,14 @@ def test_nothing_is_wider_than_a_phone_or_too_small_for_a_finger(
 ) -> None:
     phone = {**PHONE, "viewport": {"width": width, "height": 844}}
     page = open_page(running.predictions_url, **phone)
-    expect(page.get_by_text("Take a photo")).to_be_visible()
+    expect(page.locator(".choice.touch")).to_be_visible()
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
     everything(page)
     console.expect("status of 400")
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
     pressed = page.locator(
-        "button:visible:not(.toggle), a.button:visible, .choice:visible, select, summary, "
-        "input[type=range]:visible, input[type=search], .head:visible"
+        "button:visible:not(.toggle), a.button:visible, .choice:visible, select:visible, "
+        "summary:visible, input[type=range]:visible, input[type=search], .head:visible"
     )
     assert pressed.count() > 20
     for element in pressed.all():
@@ -87,6 +87,17 @@ def test_on_a_phone_the_answer_comes_to_where_one_looks(
         "drop => [drop.offsetTop, drop.offsetHeight, drop.offsetWidth]"
     )
     assert box == pytest.approx([drop["y"], drop["height"], drop["width"]], abs=1)
+    # The next image is within reach, and the bar for it covers no prediction.
+    bar, last = (page.locator(part).bounding_box() for part in ("#next", ".guess >> nth=-1"))
+    assert bar is not None
+    assert last is not None
+    assert last["y"] + last["height"] <= bar["y"]
+    for name, several in (("Choose images", True), ("Take a photo", False)):
+        with page.expect_file_chooser() as chooser:
+            page.locator("#next").get_by_role("button", name=name).click()
+        assert chooser.value.is_multiple() == several
+    page.evaluate("() => scrollTo(0, 0)")
+    expect(page.locator("#next")).not_to_be_visible()
 
 
 @pytest.mark.parametrize(("wish", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
@@ -144,7 +155,7 @@ def test_a_screen_reader_is_told_once_for_all(page: Page) -> None:
     page.locator("#threshold").fill("0.4")
     said = page.evaluate("() => window.said")[1:]
     assert len(said) == 1
-    assert re.fullmatch(r"chelsea\.png: .+, \d+\.\d %", said[0])
+    assert re.fullmatch(r"chelsea\.png: .+, \d+%", said[0])
 
 
 def test_without_javascript_the_notice_comes_first_and_nothing_else_pretends_to_work(

@@ -38,7 +38,10 @@ def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
     open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any]
 ) -> None:
     page = open_page(shapes_server.predictions_url)
-    expect(page.locator(".lead")).to_contain_text("shapes names all that it sees in it, out of")
+    expect(page.locator(".model").first).to_contain_text("shapes")
+    expect(page.locator("#facts")).to_contain_text("6 labels")
+    # Cats, coffee and rockets mean nothing to this model.
+    expect(page.locator("#samples")).not_to_be_visible()
     choose(page, image)
     labels = names(answer["labels"])
     expect(page.locator(".toggle")).to_have_text(", ".join(labels))
@@ -48,7 +51,7 @@ def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
     for number, name in enumerate(labels):
         page.locator(".guess.passes").nth(number).click()
         expect(page.locator(".why")).to_contain_text(f"“{name}”")
-        expect(page.locator(".seen")).to_be_visible()
+        expect(page.locator(".seen canvas")).to_be_visible()
     # However few guesses are wanted, no label is left out.
     page.select_option("#topk", "1")
     expect(page.locator(".guess.passes .name")).to_have_text(passing)
@@ -65,14 +68,14 @@ def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_b
     expect(own).to_be_checked()
     expect(page.locator("#threshold-shown")).to_have_text("as set")
     choose(page, image)
-    page.locator(".copy").click()
+    page.locator(".curl summary").click()
     expect(page.locator(".curl pre")).not_to_contain_text("threshold")
     for threshold, rows in ((0, answer["predictions"]), (1, [])):
         page.locator("#threshold").fill(str(threshold))
         expect(own).not_to_be_checked()
         expect(page.locator(".toggle")).to_have_text(", ".join(names(rows)) or "Not recognized")
         expect(page.locator(".curl pre")).to_contain_text(f"-F threshold={threshold} ")
-    words = "The model is less than 100.0 % sure of every class."
+    words = "The model is less than 100% sure of every class."
     expect(page.locator(".unsure")).to_have_text(words)
     own.check()
     expect(page.locator(".toggle")).to_have_text(", ".join(names(answer["labels"])))
@@ -98,7 +101,7 @@ def test_axe_finds_no_accessibility_violation(
     page = open_page(shapes_server.predictions_url, bypass_csp=True, color_scheme="dark", **PHONE)
     choose(page, image)
     page.locator(".guess.passes").first.click()
-    expect(page.locator(".seen")).to_be_visible()
+    expect(page.locator(".seen canvas")).to_be_visible()
     results = Axe().run(page)
     assert results.violations_count == 0, results.generate_report()
     row = page.locator("#own-thresholds").bounding_box()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ from playwright.sync_api import Page, expect
 from benchmarks.known import PHOTOGRAPHS
 from scripts.serve.running import ServerState
 from tests.browser.conftest import Console
-from tests.browser.person import NOTES, answered, ask, choose, copy_of, hold, payload, save
+from tests.browser.person import (
+    NOTES,
+    answered,
+    ask,
+    choose,
+    copy_of,
+    hold,
+    in_words,
+    payload,
+    save,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +30,7 @@ TEN = PHOTOGRAPHS[:10]
 
 
 def names(page: Page) -> list[str]:
-    return [text.split(",")[0] for text in page.locator(".file").all_text_contents()]
+    return page.locator(".file").all_text_contents()
 
 
 def test_several_images_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
@@ -45,7 +56,7 @@ def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page)
     choose(page, *TEN[1:4])
     expect(answered(page)).to_have_count(4)
     assert names(page) == [picture.name for picture in (*TEN[1:4], TEN[0])]
-    expect(page.locator("#summary")).to_have_text("4 images, the latest first. 4 answered.")
+    expect(page.locator("#summary")).to_have_text("4 images. 4 answered.")
     expect(page.locator(".body:visible")).to_have_count(0)
     toggle = page.locator(".toggle").nth(2)
     expect(toggle).to_have_attribute("aria-expanded", "false")
@@ -88,7 +99,7 @@ def test_the_results_can_be_saved_as_they_are_shown(
         copy_of(TEN[1]),
     )
     page.locator("#threshold").fill("0.05")
-    page.get_by_label("Guesses shown").select_option("3")
+    page.get_by_label("Predictions shown").select_option("3")
     expect(answered(page)).to_have_count(2)
     expect(page.locator(".failed")).to_have_count(1)
     console.expect("status of 400")
@@ -114,6 +125,37 @@ def test_the_results_can_be_saved_as_they_are_shown(
         assert written["label"] == row.get("label", "")
         assert written["probability"] == str(row.get("probability", ""))
         assert written["recognized"] == str(row.get("recognized", "")).lower()
+
+
+def test_images_can_be_grouped_by_class_and_sorted_and_are_saved_as_shown(
+    page: Page, running: ServerState, tmp_path: Path
+) -> None:
+    two = [payload("10.png", TEN[0].read_bytes()), payload("9.png", TEN[0].read_bytes())]
+    choose(page, *map(copy_of, TEN[1:3]), *two)
+    expect(answered(page)).to_have_count(4)
+    bodies = {path: ask(running, path.read_bytes()) for path in TEN[:3]}
+    sure = {path.name: body["predictions"][0]["probability"] for path, body in bodies.items()}
+    sure |= {"9.png": sure[TEN[0].name], "10.png": sure[TEN[0].name]}
+    page.locator("#threshold").fill("0")
+    page.get_by_label("Order").select_option("Grouped by class")
+    counts: Counter[str] = Counter()
+    for path, body in bodies.items():
+        counts[in_words(body["predictions"][0]["label"])] += 2 if path == TEN[0] else 1
+    headings = [
+        f"{name}{count} image{'s' if count > 1 else ''}"
+        for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0].lower()))
+    ]
+    expect(page.locator(".group")).to_have_text(headings)
+    page.get_by_label("Order").select_option("Least sure first")
+    expect(page.locator(".group")).to_have_count(0)
+    assert [sure[name] for name in names(page)] == sorted(sure[name] for name in names(page))
+    page.get_by_label("Order").select_option("File name")
+    assert names(page)[:2] == ["9.png", "10.png"]
+    saved = json.loads(save(page, "Save JSON", tmp_path).read_text("utf-8"))
+    assert [row["picture"] for row in saved] == names(page)
+    page.locator("#threshold").fill("1")
+    page.get_by_label("Order").select_option("Grouped by class")
+    expect(page.locator(".group")).to_have_text(["Not recognized4 images"])
 
 
 def test_no_more_than_500_images_are_taken(page: Page, console: Console) -> None:

@@ -111,7 +111,7 @@ def test_an_image_is_answered_whichever_way_it_comes(
 
 
 def test_somebody_without_an_image_can_try_a_sample(page: Page, running: ServerState) -> None:
-    assert page.locator(".samples button").count() == 4
+    assert page.locator(".samples button:visible").count() == 3
     sample = page.get_by_role("button", name="coffee")
     source = sample.locator("img").get_attribute("src") or ""
     sample.click()
@@ -119,6 +119,20 @@ def test_somebody_without_an_image_can_try_a_sample(page: Page, running: ServerS
     expect(page.locator(".guess .name")).to_have_text([in_words(row["label"]) for row in best])
     expect(page.locator(".about")).to_contain_text("coffee.webp")
     assert page.locator(".photo img").evaluate("image => image.naturalWidth") == 384
+
+
+def test_a_webcam_takes_a_photo_if_the_person_allows_it(page: Page) -> None:
+    webcam = page.get_by_role("button", name="Webcam")
+    webcam.click()
+    expect(page.locator("#notice")).to_contain_text("does not allow this page to use the webcam")
+    page.context.grant_permissions(["camera"])
+    webcam.click()
+    expect(page.locator("#video")).not_to_have_js_property("videoWidth", 0)
+    page.get_by_role("button", name="Take the photo").click()
+    expect(page.locator("#camera")).not_to_be_visible()
+    expect(page.locator("#video")).to_have_js_property("srcObject", None)
+    expect(answered(page)).to_have_count(1)
+    expect(page.locator(".file")).to_have_text("webcam.jpg")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +185,7 @@ def test_controls_and_results_agree_when_the_browser_restores_the_controls(
     page: Page, way: str
 ) -> None:
     page.locator("#threshold").fill("0.5")
-    page.get_by_label("Guesses shown").select_option("3")
+    page.get_by_label("Predictions shown").select_option("3")
     if way == "back":
         page.goto("about:blank")
         page.go_back()
@@ -180,8 +194,8 @@ def test_controls_and_results_agree_when_the_browser_restores_the_controls(
     choose(page, CAT)
     expect(answered(page)).to_have_count(1)
     threshold = float(page.locator("#threshold").input_value())
-    expect(page.locator("#threshold-shown")).to_have_text(f"{threshold * 100:.1f} % sure")
-    guesses = int(page.get_by_label("Guesses shown").input_value())
+    expect(page.locator("#threshold-shown")).to_have_text(f"{threshold:.0%} sure")
+    guesses = int(page.get_by_label("Predictions shown").input_value())
     expect(page.locator(".guess")).to_have_count(guesses)
     recognized = page.locator(".toggle").text_content() != "Not recognized"
     assert recognized == (threshold < 0.12)
@@ -215,20 +229,21 @@ def test_the_copied_command_works_in_a_shell(
     page: Page, running: ServerState, tmp_path: Path
 ) -> None:
     page.locator("#threshold").fill("0.5")
-    page.get_by_label("Guesses shown").select_option("3")
+    page.get_by_label("Predictions shown").select_option("3")
     expected = ask(running, topk="3", threshold="0.5")
     for name in (*HARMLESS, *HOSTILE):
         (tmp_path / name).write_bytes(CAT_BYTES)
         choose(page, payload(name))
+        page.locator(".curl:visible summary").click()
         page.locator(".copy:visible").click()
-        expect(page.locator(".curl:visible p")).to_contain_text("Copied.")
+        expect(page.locator(".copied:visible")).to_have_count(1)
         command = page.evaluate("() => navigator.clipboard.readText()")
         assert command == page.locator(".curl:visible pre").text_content()
         assert json.loads(run(["sh", "-c", command], tmp_path)) == expected, name
     assert {path.name for path in tmp_path.iterdir()} == {*HARMLESS, *HOSTILE}
     # A name that could control a terminal is not copied.
     choose(page, payload("a\x1b[201~\ntouch pwned\n.png"))
-    page.locator(".copy:visible").click()
+    page.locator(".curl:visible summary").click()
     command = page.locator(".curl:visible pre").text_content() or ""
     assert "NAME-OF-THE-FILE" in command
     assert command.isprintable()
@@ -238,7 +253,7 @@ def test_the_copied_command_works_in_a_shell(
 def test_the_examples_for_programs_run_as_they_stand(
     page: Page, running: ServerState, tmp_path: Path
 ) -> None:
-    page.get_by_label("Guesses shown").select_option("3")
+    page.get_by_label("Predictions shown").select_option("3")
     page.get_by_text("Use it from a program").click()
     with Image.open(CAT) as cat:
         jpeg = encode(cat.convert("RGB"), "JPEG")
@@ -259,6 +274,7 @@ def test_the_examples_for_programs_run_as_they_stand(
     )
     assert given == best
     page.get_by_role("button", name="Copy Python").click()
+    expect(page.locator(".copied pre")).to_have_text(codes["Python"])
     expect(page.locator("#announcer")).to_have_text("Copied.")
     assert page.evaluate("() => navigator.clipboard.readText()") == codes["Python"]
 
@@ -266,9 +282,18 @@ def test_the_examples_for_programs_run_as_they_stand(
 # --- The model ---
 
 
-def test_the_page_names_the_model_and_finds_its_classes(page: Page) -> None:
-    expect(page.locator(".lead")).to_contain_text("densenet121 names it, out of the 1,000 classes")
-    page.get_by_text("The 1,000 classes that it knows").click()
+def test_the_page_names_the_model_and_finds_its_classes(page: Page, running: ServerState) -> None:
+    headers = requests.get(
+        running.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT
+    ).headers
+    expect(page).to_have_title("densenet121: what is in this image?")
+    expect(page.locator("#model")).to_have_text("densenet121")
+    version = headers["X-Model-Version"]
+    expect(page.locator("#facts")).to_have_text(f"· 1,000 classes · version {version} · float32")
+    # TorchServe's own port lists no models and describes no API.
+    for part in ("#others", "#api"):
+        expect(page.locator(part)).to_have_attribute("hidden", "")
+    page.get_by_text("All 1,000 classes").click()
     rows = json.loads(Path("handler/index_to_name.json").read_text()).values()
     expect(page.locator("#class-list li")).to_have_text([in_words(name) for _, name in rows])
     page.get_by_label("Find a class").focus()
@@ -287,7 +312,7 @@ def test_the_page_works_at_the_servers_other_addresses_and_not_at_its_root(
         choose(page, CAT)
         expect_the_cats_answer(page, running)
         page.locator(".guess").first.click()
-        expect(page.locator(".seen")).to_be_visible()
+        expect(page.locator(".seen canvas")).to_be_visible()
     # TorchServe's frontend answers this itself; the README names the address to open instead.
     root = requests.get(f"{origin}/", headers={"Accept": "text/html"}, timeout=TIMEOUT)
     assert root.status_code == 405
@@ -296,8 +321,18 @@ def test_the_page_works_at_the_servers_other_addresses_and_not_at_its_root(
 # --- Heat maps ---
 
 
+def test_a_frame_shows_what_the_model_sees_before_a_heat_map_is_opened(page: Page) -> None:
+    choose(page, CAT)
+    expect(page.get_by_text("The model sees only what is inside the frame.")).to_be_visible()
+    place = "seen => [seen.offsetLeft, seen.offsetTop, seen.offsetWidth, seen.offsetHeight]"
+    before = page.locator(".seen").evaluate(place)
+    page.locator(".guess").first.click()
+    expect(page.locator(".seen canvas")).to_be_visible()
+    assert page.locator(".seen").evaluate(place) == pytest.approx(before, abs=1)
+
+
 def expect_no_heat_map(page: Page) -> None:
-    expect(page.locator(".seen")).not_to_be_visible()
+    expect(page.locator(".seen canvas")).not_to_be_visible()
     expect(page.locator(".legend")).not_to_be_visible()
     expect(page.locator(".guess[aria-pressed=true]")).to_have_count(0)
     expect(page.locator(".photo img")).to_have_css("filter", "none")
@@ -308,17 +343,17 @@ def test_a_heat_map_can_be_faded_stays_with_its_guess_and_goes_with_it(page: Pag
     guess = page.locator(".guess").nth(2)
     guess.click()
     expect(page.locator(".legend")).to_be_visible()
-    page.get_by_label("Strength").fill("0.25")
+    page.get_by_label("Opacity of the colors").fill("0.25")
     expect(page.locator(".seen canvas")).to_have_css("opacity", "0.25")
     page.locator("#threshold").fill("0.9")
-    page.get_by_label("Guesses shown").select_option("3")
-    expect(page.locator(".seen")).to_be_visible()
+    page.get_by_label("Predictions shown").select_option("3")
+    expect(page.locator(".seen canvas")).to_be_visible()
     expect(guess).to_have_attribute("aria-pressed", "true")
     guess.click()
     expect_no_heat_map(page)
     guess.click()
-    expect(page.locator(".seen")).to_be_visible()
-    page.get_by_label("Guesses shown").select_option("1")
+    expect(page.locator(".seen canvas")).to_be_visible()
+    page.get_by_label("Predictions shown").select_option("1")
     expect_no_heat_map(page)
 
 
@@ -388,6 +423,5 @@ def test_the_images_in_a_dropped_folder_are_taken(page: Page, tmp_path: Path) ->
         (folder / name).write_bytes(NOTES)
     drop_from_disk(page, folder)
     expect(answered(page)).to_have_count(3)
-    names = page.locator(".file").all_text_contents()
-    assert [name.split(",")[0] for name in names] == ["9.png", "10.png", "11.PNG"]
+    assert page.locator(".file").all_text_contents() == ["9.png", "10.png", "11.PNG"]
     expect(page.locator("#notice")).to_have_text("Took 3 images; left out 2 other files.")

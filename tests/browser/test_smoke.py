@@ -76,7 +76,7 @@ def test_threshold_and_number_of_guesses_are_the_persons_choice(
     page: Page, running: ServerState
 ) -> None:
     expect(page.locator("#threshold")).to_have_value("0.1")
-    expect(page.locator("#threshold-shown")).to_have_text("10.0 % sure")
+    expect(page.locator("#threshold-shown")).to_have_text("10% sure")
     choose(page, CAT)
     expect_the_cats_answer(page, running)
     for threshold in ("0.99", "0.13", "0.12", "0"):
@@ -85,10 +85,10 @@ def test_threshold_and_number_of_guesses_are_the_persons_choice(
         words = in_words(body["class_name"]) if body["recognized"] else "Not recognized"
         expect(page.locator(".toggle")).to_have_text(words)
         expect(page.locator(".unsure")).to_be_visible(visible=not body["recognized"])
-    page.get_by_label("Guesses shown").select_option("10")
+    page.get_by_label("Predictions shown").select_option("10")
     names = [in_words(row["label"]) for row in ask(running, topk="10")["predictions"]]
     expect(page.locator(".guess .name")).to_have_text(names)
-    page.get_by_label("Guesses shown").select_option("1")
+    page.get_by_label("Predictions shown").select_option("1")
     expect(page.locator(".guess")).to_have_count(1)
 
 
@@ -135,9 +135,10 @@ def test_each_guess_has_a_heat_map_that_lies_on_the_image(
 
 def _meaning(name: str, least: float, most: float) -> str:
     if most < 0:
-        return f"All parts speak against \u201c{name}\u201d, the brighter ones less."
-    against = "; clear ones speak against it" if least < 0 else ""
-    return f"The brighter a part, the more it speaks for \u201c{name}\u201d{against}."
+        return f"Every part of the image lowers the score of \u201c{name}\u201d, the brighter parts"
+    against = "; gray parts lower it" if least < 0 else ""
+    more = f"The brighter a part of the image, the more it raises the score of \u201c{name}\u201d"
+    return f"{more}{against}."
 
 
 def _drawn_heat(page: Page) -> np.ndarray:
@@ -161,7 +162,7 @@ def test_a_keyboard_is_enough(page: Page, running: ServerState) -> None:
     second = in_words(ask(running)["predictions"][1]["label"])
     page.get_by_role("button", name=re.compile(f"^{re.escape(second)}")).focus()
     page.keyboard.press("Enter")
-    expect(page.locator(".seen")).to_be_visible()
+    expect(page.locator(".seen canvas")).to_be_visible()
     page.locator(".toggle").focus()
     page.keyboard.press("Enter")
     expect(page.locator(".body")).not_to_be_visible()

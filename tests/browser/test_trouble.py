@@ -57,7 +57,17 @@ class Gateway(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     server: Gateway
 
+    def do_HEAD(self) -> None:
+        if self.path.endswith("/docs"):
+            self.answer(200, {}, b"")
+        else:
+            self.relay("HEAD", self.server.predictions_url)
+
     def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            models = {"models": ["densenet121", "pets", "pets"]}
+            self.answer(200, {"Content-Type": "application/json"}, json.dumps(models).encode())
+            return
         if self.server.refusal == 401:
             # The browser asks for name and key, and loads the page again with them.
             self.server.signed_in, self.server.refusal = "ada", None
@@ -121,12 +131,25 @@ def test_the_page_works_at_a_gateways_own_paths(
     choose(page, CAT)
     expect_the_cats_answer(page, running)
     page.locator(".guess").first.click()
-    expect(page.locator(".seen")).to_be_visible()
-    page.locator(".copy").click()
+    expect(page.locator(".seen canvas")).to_be_visible()
+    page.locator(".curl summary").click()
     folder = path.partition("?")[0]
     expect(page.locator(".curl pre")).to_contain_text(f"{gateway.url}{folder}predict")
     page.locator("#programs summary").click()
     expect(page.locator("#api a")).to_have_attribute("href", f"{gateway.url}{folder}docs")
+
+
+def test_a_container_offers_its_other_models_and_its_api_description(
+    open_page: Open, gateway: Gateway
+) -> None:
+    page = open_page(f"{gateway.url}/predictions/densenet121")
+    expect(page.locator("#others")).to_have_text("Other models on this server · pets")
+    link = page.get_by_role("link", name="pets")
+    expect(link).to_have_attribute("href", f"{gateway.url}/predictions/pets")
+    page.locator("#programs summary").click()
+    expect(page.get_by_role("link", name="API description")).to_have_attribute(
+        "href", f"{gateway.url}/docs"
+    )
 
 
 # --- What is wrong with one image ---
@@ -259,7 +282,7 @@ def test_somebody_who_must_sign_in_is_led_there_and_keeps_the_images(
     expect(answered(page)).to_have_count(6)
     expect(page.locator("#account")).to_contain_text("Signed in as ada")
     page.locator(".toggle").first.click()
-    page.locator(".copy:visible").click()
+    page.locator(".curl:visible summary").click()
     expect(page.locator(".curl:visible pre")).to_contain_text("-H 'X-API-Key: YOUR-KEY'")
     gateway.signed_in = "<img src=x>"
     page.reload()
@@ -307,13 +330,13 @@ def test_names_of_classes_and_files_cannot_become_markup(
         expect(page.locator(".toggle")).to_have_text(MARKUP)
         expect(page.locator(".about")).to_contain_text(name)
         page.locator(".guess").first.click()
-        expect(page.locator(".seen")).to_be_visible()
+        expect(page.locator(".seen canvas")).to_be_visible()
         expect(page.locator(".why")).to_contain_text(MARKUP)
-        page.locator(".copy").click()
+        page.locator(".curl summary").click()
         page.locator("#classes summary").click()
         expect(page.locator("#class-list li").first).to_have_text(MARKUP)
         assert page.locator("main img").count() == images + 2
         assert page.locator("script").count() == 1
-        assert page.title() == "What is in this image?"
+        assert page.title() == "densenet121: what is in this image?"
     finally:
         stop(server, tmp_path / "run")

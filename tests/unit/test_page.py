@@ -20,7 +20,7 @@ from handler.inference.explain import HEAT_COLORS
 from handler.labels import CLASS_INDEX, Label, load_class_index
 from handler.page import PAGE, load_page
 from handler.request import Response
-from handler.settings import ModelCard, Settings
+from handler.settings import MAX_REQUEST_BYTES, ModelCard, Settings
 
 CARD = ModelCard("densenet121", 1000, True, "w.pth", "a" * 64, "b" * 64)
 UNTRAINED = replace(CARD, trained=False)
@@ -71,6 +71,11 @@ def test_the_page_knows_the_servers_settings() -> None:
         "warning": UNTRAINED.warning,
         "explains": False,
         "model": "densenet121",
+        "architecture": "densenet121",
+        "trained_model": "",
+        "multilabel": False,
+        "preprocessing": {"fit": "crop", "resize": 255, "crop": 224},
+        "max_bytes": MAX_REQUEST_BYTES,
         "classes": 2,
         "names": [label.class_name for label in LABELS],
     }
@@ -96,7 +101,7 @@ def test_each_sample_is_a_picture_that_the_handler_accepts() -> None:
         for tag, attributes in Elements(PAGE.read_text("utf-8")).found
         if tag == "img" and attributes.get("src")
     ]
-    assert len(samples) == 4
+    assert len(samples) == 3
     for sample in samples:
         content = base64.b64decode(sample.removeprefix("data:image/webp;base64,"), validate=True)
         assert len(content) < 25_000
