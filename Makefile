@@ -129,13 +129,14 @@ docs: setup-docs ## build the documentation site, with strict links: build/docs/
 	@.venv/bin/zensical build --strict --config-file build/docs/mkdocs.yml
 	@find build/docs/site -name '*.html' -exec sed -i.bak '/iframe-worker/d' {} + && find build/docs/site -name '*.bak' -delete
 
-lint: setup-all ## check style and types
+lint: setup-all ## check style, types and words
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache --no-logo
 	@.venv/bin/vermin --target=3.10- --no-tips --quiet batch client handler scripts benchmarks examples tests deploy
 	@.venv/bin/vermin --target=3.6- --eval-annotations --no-tips --quiet scripts/bootstrap.py
+	@$(VENV_PYTHON) -m pytest --quiet --no-summary tests/unit/test_wording.py
 
 format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .

@@ -19,11 +19,11 @@ from scripts.build.model_file import RANDOM, ModelFile
 from scripts.build.pipeline import build
 from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.samples import CAT
-from scripts.serve.commands import Grpc, Workers
+from scripts.serve.commands import Grpc, ManagementPort, Workers
 from scripts.serve.machine import plan_workers
 from scripts.serve.management import ready_workers
 from scripts.serve.preflight import try_archive
-from scripts.serve.running import RUN_DIR, Ports, ServerState, find_running
+from scripts.serve.running import MANAGEMENT_SOCKET, RUN_DIR, Ports, ServerState, find_running
 from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
 from scripts.store import PACKAGED_ARCHITECTURE, sha256
 from scripts.terminal import UserError, console, step, warn
@@ -34,7 +34,7 @@ def main(
     options: ModelOptions,
     workers: Workers = None,
     port: int = Ports.inference,
-    management_port: int = Ports.management,
+    management_port: ManagementPort = Ports.management,
     metrics_port: int = Ports.metrics,
     grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,
@@ -65,7 +65,11 @@ def main(
     console.print("             in a browser it is the web UI")
     for other in list(running.models)[1:]:
         console.print(f"             {running.serving(other).predictions_url} (random weights)")
-    console.print(f"Management   {running.model_url}")
+    management = running.model_url
+    if running.ports.management is None:
+        socket = RUN_DIR / MANAGEMENT_SOCKET
+        management = f"curl --unix-socket {socket} http://localhost/models/{running.model}"
+    console.print(f"Management   {management}")
     console.print(f"Metrics      {running.metrics_url}")
     console.print(f"\nTry it:      curl -T {image} {running.predictions_url}")
     console.print("Stop it:     make stop")

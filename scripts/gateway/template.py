@@ -26,7 +26,7 @@ class Route:
     Attributes:
         path: what clients request.
         target: path on TorchServe; by default the same path.
-        methods: those that are allowed; by default all.
+        methods: those that are allowed; all others get 405.
         protocol: for the handler, if it cannot be recognized by the body.
         answer: a constant answer instead of TorchServe's.
         needs_ready: whether the constant answer is `unready` with 503 while no worker is ready.
@@ -34,7 +34,7 @@ class Route:
 
     path: str
     target: str = ""
-    methods: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("GET", "HEAD")
     protocol: str = ""
     answer: str | None = None
     needs_ready: bool = False

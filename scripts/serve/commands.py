@@ -36,6 +36,9 @@ from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes.")]
+ManagementPort = Annotated[
+    int | None, typer.Option(help="TCP port of the management API instead of a Unix socket.")
+]
 Grpc = Annotated[bool, typer.Option(help="Open gRPC too, whose streams stop workers.")]
 
 
@@ -44,7 +47,7 @@ def start_command(
     workers: Workers = None,
     model_store: Annotated[Path, typer.Option(help="Folder with the archive.")] = MODEL_STORE,
     port: int = Ports.inference,
-    management_port: int = Ports.management,
+    management_port: ManagementPort = Ports.management,
     metrics_port: int = Ports.metrics,
     grpc: Grpc = False,
     grpc_inference_port: int = Ports.grpc_inference,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import requests_unixsocket
 from rich.status import Status
 
 from classification_client import Client, RequestOptions, ServiceError
@@ -39,13 +40,21 @@ def wait_until(check: Callable[[], bool], timeout: float) -> bool:
     return True
 
 
+def management_session() -> requests.Session:
+    """Return a session for the management API, at a Unix socket or a port, without a proxy."""
+    session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
+    session.trust_env = False
+    return session
+
+
 def model_status(running: ServerState, timeout: float = HTTP_TIMEOUT) -> dict[str, Any]:
     """Return the management API's description of the model's default version.
 
     Raises:
         requests.RequestException: the management API does not respond.
     """
-    response = requests.get(running.model_url, timeout=timeout)
+    with management_session() as session:
+        response = session.get(running.model_url, timeout=timeout)
     response.raise_for_status()
     versions: list[dict[str, Any]] = response.json()
     return versions[0]
@@ -106,8 +115,8 @@ def scale(running: ServerState, workers: int) -> None:
 def _put_workers(running: ServerState, workers: int) -> requests.Response:
     """Send the request to scale, with retries."""
     for attempt in tries(requests.RequestException, patience=HTTP_TIMEOUT):
-        with attempt:
-            response = requests.put(
+        with attempt, management_session() as session:
+            response = session.put(
                 running.model_url,
                 params={"min_worker": workers, "max_worker": workers},
                 timeout=HTTP_TIMEOUT,

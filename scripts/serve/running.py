@@ -7,9 +7,11 @@ with its own folder and ports.
 import dataclasses
 import shutil
 import socket
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 
@@ -27,24 +29,36 @@ RUN_DIR = Path(".run")
 STATE = "server.json"
 HOST = "127.0.0.1"
 RESTART_HINT = "Restart it: make stop, then make run or make start."
+# In the server's folder a link to the socket itself, whose path may be at most 107 bytes long.
+MANAGEMENT_SOCKET = "management.sock"
+# Netty, in TorchServe, has no Unix sockets for Macs with Apple silicon.
+_MANAGEMENT_PORT = None if sys.platform == "linux" else 8081
 # Java's main class.
 FRONTEND = "org.pytorch.serve.ModelServer"
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of a server, all on loopback; those of gRPC are used only if gRPC is on."""
+    """The ports of a server, all on loopback; those of gRPC are used only if gRPC is on.
+
+    Without a port of its own the management API is at a Unix socket. A port of loopback can be
+    reached by all users of the machine, and by web pages in their browsers (DNS rebinding), because
+    TorchServe accepts any `Host` header.
+    """
 
     inference: int = 8080
-    management: int = 8081
+    management: int | None = _MANAGEMENT_PORT
     metrics: int = 8082
     grpc_inference: int = 7070
     grpc_management: int = 7071
 
     def used(self, *, grpc: bool) -> dict[str, int]:
         """Return the ports on which the server listens, by use."""
-        ports = dataclasses.asdict(self)
-        return ports if grpc else {use: port for use, port in ports.items() if "grpc" not in use}
+        return {
+            use: port
+            for use, port in dataclasses.asdict(self).items()
+            if port is not None and (grpc or "grpc" not in use)
+        }
 
 
 def unused_ports(count: int) -> list[int]:
@@ -56,7 +70,8 @@ def unused_ports(count: int) -> list[int]:
 
 def free_ports() -> Ports:
     """Return free ports for a server."""
-    return Ports(*unused_ports(len(dataclasses.fields(Ports))))
+    inference, management, *others = unused_ports(len(dataclasses.fields(Ports)))
+    return Ports(inference, None if Ports.management is None else management, *others)
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,15 @@ class ServerState:
 
     @property
     def model_url(self) -> str:
-        """Return the model's URL in the management API."""
+        """Return the model's URL in the management API, for `management_session`."""
+        if self.ports.management is None:
+            return f"http+unix://{quote(str(self.management_socket), safe='')}/models/{self.model}"
         return f"http://{HOST}:{self.ports.management}/models/{self.model}"
+
+    @property
+    def management_socket(self) -> Path:
+        """Return the path of the management API's Unix socket."""
+        return Path(self.temporary) / MANAGEMENT_SOCKET
 
     @property
     def metrics_url(self) -> str:
@@ -191,6 +213,7 @@ def delete_server_files(running: ServerState, run_dir: Path) -> None:
     """Delete the temporary and state files of a server that has stopped; its logs stay."""
     shutil.rmtree(running.temporary, ignore_errors=True)
     delete_state(run_dir / STATE)
+    (run_dir / MANAGEMENT_SOCKET).unlink(missing_ok=True)
 
 
 def require_running(run_dir: Path = RUN_DIR) -> ServerState:

@@ -47,6 +47,7 @@ from scripts.serve.preflight import (
 from scripts.serve.running import (
     FRONTEND,
     HOST,
+    MANAGEMENT_SOCKET,
     RUN_DIR,
     STATE,
     Ports,
@@ -128,9 +129,6 @@ def start(
     if previous is not None and previous.process() is None:
         delete_server_files(previous, run_dir)
     frontend = plan_frontend(plan, len(archives), _max_worker_bytes(archives))
-    properties = _start_properties(archives, ports, plan, frontend, config, grpc=grpc)
-    # If a key occurs twice, the last line applies.
-    write_properties(config_path(run_dir), config.read_text("utf-8") + properties)
     # Two servers must not share a temporary folder: the names of TorchServe's sockets and pid file
     # are constant.
     try:
@@ -143,6 +141,9 @@ def start(
         workers=plan.workers,
         supervised=supervised,
     )
+    properties = _start_properties(archives, pending, plan, frontend, config)
+    # If a key occurs twice, the last line applies.
+    write_properties(config_path(run_dir), config.read_text("utf-8") + properties)
     model_log = NewLines(logs / "model.log")
     try:
         write_state(Path(temporary) / STATE, dataclasses.asdict(pending))
@@ -155,6 +156,8 @@ def start(
         raise
     try:
         write_state(run_dir / STATE, dataclasses.asdict(running))
+        if ports.management is None:
+            _link(running.management_socket, run_dir / MANAGEMENT_SOCKET)
         _wait_until_ready(running, archives, plan.workers, logs, model_log)
         lower_event_loop_priority(running.pid)
         _copy_archives(archives, run_dir / SERVING)
@@ -178,6 +181,11 @@ def lower_event_loop_priority(frontend: int) -> None:
         with suppress(OSError):  # the thread has exited
             if (thread / "comm").read_text().startswith(_EVENT_LOOP):
                 os.setpriority(os.PRIO_PROCESS, int(thread.name), _MAX_NICE)
+
+
+def _link(target: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
 
 
 def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
@@ -270,18 +278,20 @@ def _max_worker_bytes(archives: Sequence[Path]) -> int:
 
 def _start_properties(
     archives: Sequence[Path],
-    ports: Ports,
+    pending: ServerState,
     plan: Plan,
     frontend: FrontendPlan,
     config: Path,
-    *,
-    grpc: bool,
 ) -> str:
+    ports, grpc = pending.ports, pending.grpc
     grpc_host = HOST if grpc else _unreachable_grpc_address()
+    management = f"http://{HOST}:{ports.management}"
+    if ports.management is None:
+        management = f"unix:{pending.management_socket}"
     return (
         "\n# --- Set at start ---\n"
         f"inference_address=http://{HOST}:{ports.inference}\n"
-        f"management_address=http://{HOST}:{ports.management}\n"
+        f"management_address={management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
         f"grpc_inference_address={grpc_host}\n"
         f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
