@@ -1,13 +1,13 @@
-# Everything is a command here. `make` alone lists them; `make help-run` shows the variables of
-# `make run`, and so on. Variables are options of the program behind a command: make run WORKERS=2
-# is python -m scripts run --workers=2. So a misspelled one is an error.
+# `make` lists the commands; `make help-run` shows the variables of `make run`. Variables become
+# options of the program behind a command: make run WORKERS=2 runs python -m scripts run --workers=2.
+# A misspelled variable is therefore an error.
 
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 SCRIPTS := $(VENV_PYTHON) -m scripts
 
-# Only variables of the command line count: an environment may hold a NAME, a HOST or a PORT by
-# chance. Quotes, spaces and dollars in them stay what they are. NAME=on is --name.
+# Only variables on the command line are used, since the environment may contain an unrelated NAME,
+# HOST or PORT. Quotes, spaces and dollars are passed unchanged. NAME=on becomes --name.
 OWN := PYTHON VENV_PYTHON TORCH_INDEX TEST_OPTIONS SHELL MAKEFLAGS
 given := $(filter-out $(OWN),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -44,15 +44,15 @@ classify: setup ## classify images: make classify IMAGE=cat.jpg, or IMAGES=folde
 classify-batch: setup-batch ## millions of images, with Ray: make classify-batch IMAGES=folder OUTPUT=folder
 	@$(VENV_PYTHON) -m batch $(options)
 
-evaluate: setup ## how good a served model is: make evaluate IMAGES=folder-by-class
+evaluate: setup ## evaluate a served model: make evaluate IMAGES=folder-by-class
 	@$(SCRIPTS) evaluate $(options)
 
 ##@ Your model
 archive: setup ## build a model archive: make archive MODEL_FILE=pets.yaml
 	@$(SCRIPTS) archive $(options)
 
-# Beside other work a thread that waits for its neighbors must not spin: on two busy cores that cost
-# training five times as much of the processor.
+# OMP_WAIT_POLICY=passive: waiting OpenMP threads sleep instead of spinning. On two busy cores,
+# spinning took five times as much CPU time for training.
 digits: setup-examples ## an example: a model from training to serving, about a minute
 	@OMP_WAIT_POLICY=passive $(VENV_PYTHON) -m examples.digits
 
@@ -82,7 +82,7 @@ rollback: setup ## serve the archive that the last upgrade replaced
 	@$(SCRIPTS) rollback $(options)
 
 ##@ Tests
-# Unit tests run on all cores; the others share servers, ports and a browser.
+# Unit tests run in parallel; the others share servers, ports and a browser.
 UNIT := tests/unit --numprocesses logical --maxprocesses 4
 test: setup-tests ## test against a real TorchServe, and in a browser, about 8 minutes
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
@@ -101,10 +101,10 @@ chaos: setup-tests ## five minutes of bad clients and killed workers
 	@$(VENV_PYTHON) -m tests.stress.chaos
 
 ##@ Benchmarks
-bench: setup-benchmarks ## compare with other servers, about 40 minutes; bench-NAME for the others
+bench: setup-benchmarks ## compare with other servers, about 40 minutes; bench-NAME runs another benchmark
 	@$(VENV_PYTHON) -m benchmarks compare
 
-# bench-engines, bench-settings and so on; .venv/bin/python -m benchmarks lists them.
+# bench-engines, bench-settings etc.; .venv/bin/python -m benchmarks lists them.
 bench-%: setup-benchmarks
 	@$(VENV_PYTHON) -m benchmarks $*
 
@@ -112,7 +112,8 @@ bench-%: setup-benchmarks
 setup: ## make .venv; setup-all, -batch, -benchmarks, -huggingface, ...
 	@$(PYTHON) scripts/bootstrap.py run
 
-# setup-NAME installs requirements/NAME.lock in addition to the run group; these names, more than one.
+# setup-NAME installs requirements/NAME.lock in addition to the run group; these names stand for
+# several groups.
 groups-all := pytorch evaluation tests docs precision batch timm lite0 huggingface
 groups-benchmarks := $(groups-all) benchmarks
 groups-examples := pytorch evaluation
@@ -120,8 +121,8 @@ groups-tests := tests timm lite0 huggingface
 setup-%:
 	@$(PYTHON) scripts/bootstrap.py run $(or $(groups-$*),$*)
 
-# Pages link to files of other folders, so these are copied with them. The last line removes a script
-# from another server: docs/site/offline-search.js does what it is for.
+# Pages link to files in other folders, which are copied too. The last line removes a script of
+# another server, which docs/site/offline-search.js replaces.
 docs: setup-docs ## build the documentation site, with strict links: build/docs/site
 	@rm -rf build/docs && mkdir -p build/docs/source
 	@tar -c README.md LICENSE docs client/README.md deploy/README.md examples benchmarks/results | tar -x -C build/docs/source
@@ -142,10 +143,10 @@ format: setup-tests ## put the code into the common style
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 
-# The run group and those of setup-all are resolved together, since .venv has all of them; benchmarks take
-# their versions. These locks leave out what the locks pin that are installed before them (NEEDS in
-# scripts/bootstrap.py). The lock of a container image (container, gateway, ray) has the same versions and
-# is complete; clients, moto and sbom have environments of their own.
+# The run group and those of setup-all are resolved together, since .venv has all of them; benchmarks
+# use the same versions. Each lock omits the packages of the locks that are installed before it (NEEDS
+# in scripts/bootstrap.py). The locks of container images (container, gateway, ray) have the same
+# versions and are complete; clients, moto and sbom have their own environments.
 PIN := .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes --no-header --no-annotate
 RUNNING := requirements/run.in client/pyproject.toml
@@ -165,12 +166,13 @@ lock: setup ## pin all packages again, from requirements/*.in and the client's n
 		$(PIN) requirements/$$group.in -o requirements/$$group.lock >/dev/null || exit; \
 	done
 
-# A package with a version for some Pythons only (sympy) may be needed on the others too; not CUDA's.
+# A package that an earlier lock pins for some Pythons only (sympy) is kept, since the others may need
+# it; CUDA's packages are omitted.
 pin = $(PIN) -c .venv/pins.txt requirements/$(1).in -o requirements/$(1).lock >/dev/null \
 	$$(sed -nE 's/^((torch|triton|nvidia|cuda)[a-z0-9.-]*)==.*/\1\n\1/p; s/^([a-z0-9.-]+)==[^;]*$$/\1\n\1/p; s/^([a-z0-9.-]+)==.*;.*/\1/p' \
 		$(patsubst %,requirements/%.lock,run $(before-$(1))) | sort | uniq -d | sed 's/^/--no-emit-package=/')
 
-lock-check: setup ## whether the locks can be installed on each Python and platform, a minute
+lock-check: setup ## check that the locks can be installed on each Python and platform, a minute
 	@$(VENV_PYTHON) -m tests.locks
 
 clean: ## stop gateway and server, remove all that was built; .venv stays

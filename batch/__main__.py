@@ -1,6 +1,6 @@
-"""Runs `python -m batch`."""
+"""Run the command with `python -m batch`."""
 
-from batch import cluster  # noqa: F401, I001  # before Ray is imported, see there
+from batch import cluster  # noqa: F401, I001  # sets variables before Ray is imported
 
 from batch.command import main
 from scripts.terminal import command

@@ -1,4 +1,4 @@
-"""Unpacks the model archive on each node and loads its handler.
+"""Unpack the model archive on each node and load its handler.
 
 The archive's own code decodes and classifies, so results equal the server's. As with TorchServe,
 anyone who can write an archive can run code.
@@ -27,7 +27,7 @@ class ForeignFolderError(RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that every node can load.
+    """An archive that each node can load.
 
     Attributes:
         sha256: SHA-256 of the file, in hexadecimal digits.
@@ -47,7 +47,7 @@ class Archive:
         return stages
 
     def folder(self) -> Path:
-        """Return the folder of the unpacked archive; unpack it if this node has not yet."""
+        """Return the folder of the unpacked archive; unpack it on this node's first call."""
         folder = _root(self.root) / self.sha256[:_DIGITS]
         if not folder.is_dir():
             unpack(ray.get(self.content), self.sha256, folder)
@@ -55,10 +55,10 @@ class Archive:
 
 
 def unpack(content: bytes, sha256: str, folder: Path) -> None:
-    """Unpack an archive atomically; several processes may do so at the same time.
+    """Unpack an archive atomically; safe to call from several processes at the same time.
 
     Raises:
-        ValueError: the content has another SHA-256.
+        ValueError: the content has a different SHA-256.
     """
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError("the archive changed on its way")
@@ -79,7 +79,7 @@ def load_handler_from(folder: Path) -> None:
     """Make this process import `handler` from an unpacked archive.
 
     Raises:
-        RuntimeError: it has imported another handler already.
+        RuntimeError: the process has already imported another handler.
     """
     loaded: Any = sys.modules.get("handler")
     if loaded is not None:
@@ -87,7 +87,7 @@ def load_handler_from(folder: Path) -> None:
             return
         if any(name.startswith("handler.") for name in sys.modules):
             raise RuntimeError(f"this process has the handler of {loaded.__file__} already")
-        # Only the package itself is loaded, because `scripts` imports it. It can be replaced.
+        # `scripts` has imported only the package itself, which can be replaced.
         del sys.modules["handler"]
     sys.path.insert(0, str(folder))
 

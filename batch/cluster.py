@@ -1,4 +1,4 @@
-"""Starts Ray on this machine, or connects to an existing Ray cluster."""
+"""Start Ray on this machine, or connect to an existing Ray cluster."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Ray sends usage statistics unless this is set before its import.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray's log files have its messages; this program prints the errors that a user can fix.
+# Ray's messages are in its log files; this program prints the errors that a user can fix.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import psutil
@@ -19,9 +19,9 @@ import ray
 import ray.data
 from ray._private import ray_constants
 
-# Timeout to connect to a cluster's head, and for Ray's own processes to exit.
+# Timeout for connecting to a cluster's head, and for Ray's processes to exit.
 _SECONDS = 10
-# Paths of Unix sockets are limited to 107 bytes, of which Ray takes 76.
+# Paths of Unix sockets are limited to 107 bytes, of which Ray uses 76.
 _MAX_FOLDER_BYTES = 30
 
 for name in ("ray", "ray.data"):
@@ -30,10 +30,10 @@ for name in ("ray", "ray.data"):
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect to a cluster while the context lasts, and send this package to its nodes.
+    """Connect to a cluster for the duration of the context, and send this package to its nodes.
 
     Args:
-        address: of the cluster's head, such as 10.0.0.1:6379, or "auto" on one of its nodes.
+        address: the cluster head's address, such as 10.0.0.1:6379, or "auto" on one of its nodes.
 
     Raises:
         ConnectionError: nothing listens at the address.
@@ -54,7 +54,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ConnectionError if nothing listens; `ray.init` would retry for many minutes."""
+    """Raise `ConnectionError` if nothing listens; `ray.init` would retry for many minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in host:  # "auto", or an address with one of Ray's schemes
         return
@@ -68,10 +68,10 @@ def _check_reachable(address: str) -> None:
 def embedded() -> Iterator[str]:
     """Run Ray on this machine, on loopback only; stop it and delete its files on exit.
 
-    Returns:
+    Yields:
         a folder to unpack archives in.
     """
-    # Otherwise Ray takes an external address of this machine, and listens on all interfaces.
+    # By default, Ray uses an external address of this machine and listens on all interfaces.
     ray_constants.ENABLE_RAY_CLUSTER = False
     folder = tempfile.mkdtemp(prefix="ray-", dir=_plain(tempfile.gettempdir()))
     try:
@@ -88,7 +88,7 @@ def embedded() -> Iterator[str]:
     finally:
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
-        # An actor's process hung on exit in one of many runs.
+        # In rare runs an actor's process hung on exit.
         _, left = psutil.wait_procs(started, _SECONDS)
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -97,13 +97,13 @@ def embedded() -> Iterator[str]:
 
 
 def _plain(folder: str) -> str:
-    """Return a folder whose name is ASCII, as Ray needs it, and leaves room for its sockets."""
+    """Return `folder`, or /tmp if its path is not ASCII or too long for Ray's sockets."""
     return folder if folder.isascii() and len(folder) <= _MAX_FOLDER_BYTES else "/tmp"
 
 
 @contextmanager
 def _stderr_discarded() -> Iterator[None]:
-    """Discard standard error, where Ray's native library writes its log."""
+    """Discard standard error, to which Ray's native library logs."""
     before = os.dup(2)
     try:
         with Path(os.devnull).open("wb") as nowhere:

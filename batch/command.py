@@ -1,4 +1,4 @@
-"""Parses and runs the command line of `make classify-batch` and `python -m batch`."""
+"""Parse and run the command line of `make classify-batch` and `python -m batch`."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ from scripts.sources import sources
 from scripts.terminal import UserError, console, step, warn
 
 _ARCHIVE = Path("model_store", "densenet121.mar")
-# The most frequent errors are printed and reported.
+# Number of the most frequent errors to print and report.
 _MAX_ERRORS = 10
 
 
@@ -106,7 +106,7 @@ def _errors_as_messages() -> Iterator[None]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the message for the first error of a chain, which stopped the job."""
+    """Return the message for the root cause of an error that stopped the job."""
     cause: BaseException = error
     while (below := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = below
@@ -119,7 +119,7 @@ def _root_cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
-    """Unpack an archive and load its handler; return its bytes, SHA-256 and folder."""
+    """Unpack an archive and load its handler; yield its bytes, SHA-256 and folder."""
     try:
         content = archive.read_bytes()
     except OSError as error:
@@ -143,7 +143,7 @@ def _describe(folder: Path, choices: dict[str, Any]) -> Any:
 
     try:
         return stages.describe(folder, stages.Choices(**choices))
-    except Exception as error:  # the archive's handler has error classes of its own
+    except Exception as error:  # the archive's handler has its own error classes
         raise UserError(f"The archive: {error}") from error
 
 
@@ -153,7 +153,7 @@ def _absolute(output: str) -> str:
 
 
 def _begin(requested: Job) -> Job:
-    """Write the plan of a new job, and begin it."""
+    """Write the plan and the description of a new job."""
     left_out: Counter[str] = Counter()
     with console.status("Listing the images ..."):
         found = plan.entries(requested.images, requested.column, left_out)
@@ -167,7 +167,7 @@ def _begin(requested: Job) -> Job:
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[str | None]:
-    """Connect to Ray; return the folder to unpack archives in, None for the default."""
+    """Connect to Ray; yield the folder to unpack archives in, None for the default."""
     if address is None:
         step("Starting Ray on this machine")
         with cluster.embedded() as root:
@@ -201,7 +201,7 @@ def _report(job: Job, tally: Tally, seconds: float, output: str) -> None:
         console.print(f"{count:8,} x {error}", markup=False, highlight=False)
     for reason, count in tally.fallbacks.most_common():
         warn(f"{count:,} images are answered in float32, not the archive's precision: {reason}")
-    # The keys are read by users' programs: they are not renamed.
+    # Users' programs read the keys, so they must not be renamed.
     counts = {
         "read": tally.read,
         "classified": tally.classified,

@@ -1,4 +1,4 @@
-"""Describes a batch job, and the folder of its results, from which it can be resumed."""
+"""Describe a batch job and its folder of results, from which it can be resumed."""
 
 import json
 import os
@@ -17,23 +17,24 @@ _PREFIX, _SUFFIX = "part-", ".parquet"
 
 
 class OtherJobError(Exception):
-    """The folder has the results of another job; `str(error)` lists the differences."""
+    """The folder contains another job's results; `str(error)` lists the differences."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the results depend on; sent to every node, and stored in `_job.json`.
+    """The parameters that determine the results; sent to each node and stored in `_job.json`.
 
-    A field's name is its key in `_job.json`: renaming one would make existing folders unreadable.
+    The fields' names are the keys in `_job.json`: renaming one would make existing folders
+    unreadable.
 
     Attributes:
         archive_sha256: SHA-256 of the archive.
-        images: the address of the images, as the user gave it.
-        column: of Parquet files with images or their addresses; None if there are none.
-        base: the folder that relative paths are relative to.
+        images: the address of the images, as given by the user.
+        column: the column of Parquet files with images or addresses; None without Parquet files.
+        base: the folder for relative paths.
         topk: number of predictions; None for the archive's default.
         threshold: confidence threshold; None for the archive's default.
-        embedding: each row holds the embedding.
+        embedding: include the embedding in each row.
         output: the address of the folder of results, absolute.
         pictures: number of images.
         part_size: images per part; the last part may have fewer.
@@ -93,7 +94,7 @@ class Job:
         storage.write(self.folder / _REPORT, _as_json(report))
 
     def begin(self) -> None:
-        """Write `_job.json`; the plan must be complete, since this file marks it as such."""
+        """Write `_job.json`, which marks the plan as complete."""
         storage.write(self.folder / _JOB, _as_json(asdict(self)))
 
 
@@ -104,7 +105,7 @@ def load_existing_job(requested: Job) -> Job | None:
         requested: the job of the command line; its plan is ignored.
 
     Raises:
-        OtherJobError: the folder has another job's results, or other files.
+        OtherJobError: the folder contains another job's results, or other files.
     """
     folder = requested.folder
     existing = storage.names(folder) - {_PLAN}
@@ -133,7 +134,7 @@ def load_existing_job(requested: Job) -> Job | None:
     return found
 
 
-# Fields that must be equal to resume a job, with their names in messages.
+# Fields that must be equal to resume a job, and their names in messages.
 _NAMES = {
     "archive_sha256": "archive",
     "column": "column",

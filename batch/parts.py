@@ -1,4 +1,4 @@
-"""Reads a part of the job: its rows of the plan, and the bytes of its images.
+"""Read a part of the job: its rows of the plan and the bytes of its images.
 
 The plan is a folder of Parquet files, the shards; each row group is a part.
 """
@@ -16,16 +16,16 @@ from pyarrow import parquet
 
 from batch import storage
 
-# Images per part: a task decodes one part, and if a node dies, its part is repeated.
+# Images per part. A task decodes one part; if its node fails, the part is repeated.
 MAX_PART_SIZE = 256
 _MIN_PART_SIZE = 8
-# A small job is split into about so many parts, if it has enough images, so that all cores
-# are busy until the end.
+# A small job is split into about this many parts, if it has enough images, so that all cores are
+# busy until the end.
 _MIN_PARTS = 128
 # Images per shard. Each task reads a whole shard, about 1 MB, for its part.
 SHARD = 256 * MAX_PART_SIZE
 
-# Limit of files that are read into memory whole: shards, lists of addresses, `_job.json`.
+# Maximum size of files that are read whole: shards, lists of addresses, `_job.json`.
 MAX_FILE_BYTES = 1 << 30
 
 SCHEMA = pa.schema(
@@ -38,12 +38,12 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Files that are read ahead while one is decoded.
+# Number of files to read ahead while one is decoded.
 _READ_AHEAD = 8
 
 
 def size_for(images: int) -> int:
-    """Return the images per part for a job of so many images.
+    """Return the number of images per part for a job of `images` images.
 
     A job of more than one shard gets `MAX_PART_SIZE`.
     """
@@ -55,7 +55,7 @@ def part(folder: str, number: int, size: int) -> Any:
 
     Args:
         folder: the address of the folder of the plan.
-        number: of the part, from 0.
+        number: the part's number, from 0.
         size: images per part.
 
     Returns:
@@ -83,10 +83,10 @@ def contents(
 
     Args:
         rows: the table that `part` returns.
-        column: of Parquet files; None if each image is a file.
+        column: the column of Parquet files; None if each image is a file.
         base: see `storage.within`.
         query: see `storage.within`.
-        max_bytes: limit per file; of a longer file one byte more than the limit is read.
+        max_bytes: limit per file; one byte more than the limit is read of a longer file.
     """
     # A folder may mix Parquet files of addresses with Parquet files of bytes.
     for file, some in groupby(rows.to_pylist(), itemgetter("file")):
@@ -110,7 +110,7 @@ def _from_files(
             return OSError(str(error))
 
     with ThreadPoolExecutor(_READ_AHEAD) as pool:
-        # A generator: it submits a read only when an item is taken.
+        # A generator, so that a read is submitted only when an item is taken.
         submitted = (pool.submit(read, path) for path in paths)
         waiting = deque(islice(submitted, _READ_AHEAD))
         while waiting:
@@ -164,7 +164,7 @@ def _from_row_group(
 
 
 def _read_error(error: Exception, what: str) -> OSError:
-    """Return the error of rows: transient if the storage failed, else that `what` is damaged."""
+    """Return the rows' error: a transient one unchanged, else one that reports damage."""
     if isinstance(error, storage.TransientStorageError):
         return error
     return OSError(f"{what} is damaged: {' '.join(str(error).split())}")

@@ -1,12 +1,12 @@
-"""Runs the job on Ray Data: tasks read and decode, actors classify and write one file per part.
+"""Run the job on Ray Data: tasks read and decode, actors classify and write one file per part.
 
-A task keeps the encoded bytes to itself: it decodes one image while it reads the next few. 256
-smartphone photographs would be more than a gigabyte between two tasks.
+A task reads and decodes, so that encoded bytes are not passed between tasks: 256 smartphone
+photographs would be more than a gigabyte. It decodes one image while it reads the next ones.
 
-Ray restarts a task or an actor that crashes, and repeats its part. The results and the file name
-are the same then, so no image is lost or duplicated. If a part crashes its task each time, the
-remaining parts are decoded with one process per image, so that an image that crashes its decoder
-gets an error in its row.
+Ray restarts a task or an actor that crashes, and repeats its part with the same results and file
+name, so no image is lost or duplicated. If a part crashes its task each time, the remaining parts
+are decoded in separate decoder processes, so that an image that crashes its decoder gets an error
+in its row.
 """
 
 import json
@@ -29,18 +29,18 @@ from batch import parts, schema, storage
 from batch.archive import Archive
 from batch.job import Job
 
-# Shares of a CPU. One actor and one decoding task together fit on a CPU, so that each CPU runs one
-# of both, and the operating system gives time to the one with more work.
+# Shares of a CPU. Each CPU runs one actor and one decoding task; the operating system gives more
+# time to the one with more work.
 _ACTOR_CPUS = 0.6
 _TASK_CPUS = 0.4
 # An actor on a GPU needs little CPU time; decoding tasks get the rest, at most one CPU each.
 _GPU_ACTOR_CPUS = 0.1
 
-# A task that crashed after so many retries did not crash because of its node, but of an image.
+# A task that still crashes after this many retries crashes because of an image, not of its node.
 _MAX_RETRIES = 3
 
-# Error types that the handler does not have: an unreadable file, and an error that the server
-# would answer with status 500.
+# Error types that the handler does not have: an unreadable file, and an error for which the server
+# would return status 500.
 _UNREADABLE = "Unreadable"
 _INTERNAL = "InternalError"
 
@@ -55,7 +55,7 @@ class Tally:
         classified: number of images with a result.
         rejected: number of images with an error.
         errors: count of each error; numbers in the messages are replaced by N.
-        fallbacks: number of images not classified in the archive's precision, by the reason.
+        fallbacks: number of images not classified in the archive's precision, by reason.
     """
 
     classified: int = 0
@@ -82,8 +82,8 @@ class Actors:
 
     Attributes:
         count: number of actors.
-        on_gpus: each has a GPU of its own.
-        cpus: CPUs per actor, which leaves enough for decoding.
+        on_gpus: whether each actor has its own GPU.
+        cpus: CPUs per actor; the rest is for decoding.
         task_cpus: CPUs per decoding task.
     """
 
@@ -99,10 +99,10 @@ class Actors:
         """Return one actor per GPU if the model uses GPUs, else one per CPU; at most one per part.
 
         Args:
-            resources: of the cluster, as Ray reports them.
+            resources: the cluster's resources, as Ray reports them.
             wanted: overrides the number of actors.
             parts: number of parts to run.
-            gpu: the model runs on GPUs if there are any.
+            gpu: whether the model uses GPUs if there are any.
         """
         cpus = max(1, int(resources.get("CPU", 1)))
         gpus = int(resources.get("GPU", 0)) if gpu else 0
@@ -112,12 +112,12 @@ class Actors:
             own = _ACTOR_CPUS * min(1, each)
             return cls(count, on_gpus=False, cpus=own, task_cpus=_TASK_CPUS)
         own = _GPU_ACTOR_CPUS * min(1, each)
-        # A node with as many CPUs as GPUs must have room for a task beside its actors.
+        # A node with as many CPUs as GPUs must have room for a task in addition to its actors.
         return cls(count, on_gpus=True, cpus=own, task_cpus=min(1, each - own))
 
 
 def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Iterator[Tally]:
-    """Run parts of a job; yield the counts of each when it is done.
+    """Run parts of a job; yield each part's counts when it is done.
 
     Args:
         job: the job.
@@ -126,7 +126,7 @@ def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Itera
         actors: the processes that load the model.
 
     Raises:
-        ray.exceptions.RayError: a part failed; the error's cause has the reason.
+        ray.exceptions.RayError: a part failed; the reason is the error's cause.
     """
     left = set(numbers)
     try:
@@ -143,15 +143,15 @@ def _run_parts(
 ) -> Iterator[tuple[int, Tally]]:
     """Yield each part's number and its counts, in the order of completion.
 
-    With `isolated`, each image is decoded in a process of its own, see `decode`.
+    With `isolated`, images are decoded in a separate decoder process, see `decode`.
     """
-    # `ray_remote_args_fn` is deprecated, but Ray has no other way to set `max_retries` yet.
+    # `ray_remote_args_fn` is deprecated, but Ray has no other way yet to set `max_retries`.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # No limit: Ray never splits the block of a part.
     context.target_max_block_size = None
-    # Not positive: do not wait for all actors at the start, and set no timeout for them.
+    # A negative value disables waiting for all actors at the start, and its timeout.
     context.wait_for_min_actors_s = -1
     items = [{schema.PART: number} for number in numbers]
     numbered: Any = ray.data.from_items(items, override_num_blocks=len(items))
@@ -161,7 +161,7 @@ def _run_parts(
         batch_format="pyarrow",
         fn_kwargs={"job": job, "archive": archive, "isolated": isolated},
         num_cpus=actors.task_cpus,
-        # Ray Data's default is to retry without limit.
+        # By default Ray Data retries without a limit.
         ray_remote_args_fn=None if isolated else lambda: {"max_retries": _MAX_RETRIES},
     ).map_batches(
         Model,
@@ -175,7 +175,7 @@ def _run_parts(
             enable_true_multi_threading=True,
         ),
         num_cpus=actors.cpus,
-        # The parameter `num_gpus` would require a batch size, but a batch is a whole part here.
+        # The parameter `num_gpus` would require a batch size, but here a batch is a whole part.
         ray_remote_args_fn=(lambda: {"num_gpus": 1}) if actors.on_gpus else None,
     )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -191,13 +191,13 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
         number: a table of one row, with the part's number.
         job: the job.
         archive: the archive.
-        isolated: decode each image in a process of its own, which it may crash.
+        isolated: decode in a separate decoder process, which an image may crash.
 
     Returns:
         a table of `schema.decoded`.
 
     Raises:
-        TransientStorageError: none of the images can be read now.
+        TransientStorageError: reading failed with a transient error for all images.
     """
     (part,) = number.column(schema.PART).to_pylist()
     stages = archive.stages()
@@ -232,7 +232,7 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
 
 
 def _internal(detail: str) -> tuple[str, str]:
-    """Return the error's type and message if the server would return 500."""
+    """Return the type and message of an error for which the server would return status 500."""
     return _INTERNAL, f"The image failed: {detail}"
 
 
@@ -242,7 +242,7 @@ def _decoder(archive: Archive) -> Any:
 
 
 class Model:
-    """An actor that loads the model once, classifies parts, and writes their files."""
+    """An actor that loads the model once, classifies parts and writes their files."""
 
     def __init__(self, *, job: Job, archive: Archive, on_gpu: bool) -> None:
         stages = archive.stages()
@@ -260,16 +260,16 @@ class Model:
         self._lock = Lock()
 
     def __call__(self, images: Any) -> Any:
-        """Classify a part, and write its file.
+        """Classify a part and write its file.
 
         Args:
             images: a table of `schema.decoded`.
 
         Returns:
-            a table of one row: the part's number, and the counts of its file.
+            a table of one row: the part's number and the counts of its file.
 
         Raises:
-            TransientStorageError: the file cannot be written now.
+            TransientStorageError: all attempts to write the file failed.
         """
         (part,) = set(images.column(schema.PART).to_pylist())
         with self._lock:
@@ -302,7 +302,7 @@ class Model:
 
 
 def _columns(result: Any) -> dict[str, Any]:
-    """Return a result, or an error of the handler, as columns."""
+    """Return the columns of a result or an error of the handler."""
     if isinstance(result, Exception):
         kind, message = _internal(getattr(result, "detail", str(result)))
         return {"error_type": kind, "error_message": message}

@@ -1,4 +1,4 @@
-"""Lists the images of a job once, so that a resumed job classifies the same ones."""
+"""List the images of a job once, so that a resumed job classifies the same images."""
 
 import io
 from collections import Counter
@@ -19,7 +19,7 @@ _PARQUET = ".parquet"
 
 
 class PlanError(Exception):
-    """An address has no images, or its column or its text cannot be read as images."""
+    """An address contains no images, or its column or text cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ def entries(images: str, column: str | None, left_out: Counter[str]) -> Iterator
     """Yield all images of an address.
 
     Args:
-        images: a folder, a text file with an address per line, a Parquet file or a folder of such,
-            or a single image.
-        column: of the Parquet files, with addresses or with the images' bytes.
-        left_out: counts the files of a folder that are no images, by the reason.
+        images: a folder of images or Parquet files, a text file with one address per line, a
+            Parquet file, or a single image.
+        column: the column of the Parquet files, with addresses or with the images' bytes.
+        left_out: counts the files in folders that are not images, by reason.
 
     Raises:
-        PlanError: nothing is there, or the column has neither addresses nor images.
+        PlanError: there are no images, or the column has neither addresses nor images.
         AddressError: see `storage.place`.
-        OSError: it cannot be read.
+        OSError: the address cannot be read.
     """
     source = storage.place(images)
     address = images if source.is_local else images.partition("?")[0]
@@ -131,7 +131,7 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def _names(opened: Any, column: str, kind: Any) -> Iterator[str | None]:
-    """Yield the images' names: the struct's field `path`, or the column `path`; none if missing."""
+    """Yield the images' names from the struct's field `path` or the column `path`, if any."""
     if pa.types.is_struct(kind):
         if kind.get_field_index("path") >= 0:
             yield from _values(opened, f"{column}.path", nested=True)

@@ -1,4 +1,4 @@
-"""Defines the columns of the results: one row per image, classified or rejected."""
+"""Define the columns of the results: one row per image, classified or rejected."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ VERSION = 2
 ARCHIVE = "archive_sha256"
 PRECISION = "precision"
 
-# Columns between the stages only.
+# Columns that only the stages exchange.
 PART = "part"
 PIXELS = "pixels"
 
 _LABELS = pa.list_(pa.string())
 
-# Set if an image could not be classified, else null.
+# Null if the image was classified.
 ERROR_FIELDS = [pa.field("error_type", pa.string()), pa.field("error_message", pa.string())]
 
 
@@ -30,12 +30,12 @@ def results(*, multilabel: bool, embedding: bool) -> Any:
     """Return the schema of a result file.
 
     Args:
-        multilabel: the model is a multi-label one.
-        embedding: the rows hold embeddings.
+        multilabel: whether the model is multi-label.
+        embedding: whether rows contain embeddings.
     """
     fields = [
         pa.field("path", pa.string(), nullable=False),
-        # The predictions, best first; all three have the same length.
+        # The predictions, most probable first; all three lists have the same length.
         pa.field("labels", _LABELS),
         pa.field("class_ids", _LABELS),
         pa.field("probabilities", pa.list_(pa.float64())),
@@ -50,7 +50,7 @@ def results(*, multilabel: bool, embedding: bool) -> Any:
     fields += [
         # Set for a model with untrained weights, whose predictions are meaningless.
         pa.field("warning", pa.string()),
-        # Precision the model ran in; after a fallback it differs from the archive's.
+        # The precision that was served; after a fallback it differs from the archive's.
         pa.field(PRECISION, pa.string(), nullable=False),
         pa.field(ARCHIVE, pa.string(), nullable=False),
     ]

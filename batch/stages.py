@@ -1,9 +1,9 @@
-"""Implements the stages of the batch job: decode in tasks, classify in actors.
+"""Implement the stages of the batch job: decode in tasks, classify in actors.
 
-`handler` is the archive's own if `batch.archive` ran first.
+`handler` is the archive's if `batch.archive` loaded it first.
 """
 
-import handler  # noqa: F401, I001  # before ONNX Runtime is imported, see there
+import handler  # noqa: F401, I001  # sets variables before ONNX Runtime is imported
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Choices:
     Attributes:
         topk: number of predictions, 1 or more.
         threshold: confidence threshold, 0 to 1.
-        embedding: each row holds the embedding.
+        embedding: include the embedding in each row.
     """
 
     topk: int | None = None
@@ -54,12 +54,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class Description:
-    """The properties of an archive on which the rows depend.
+    """The properties of an archive that a job needs.
 
     Attributes:
-        multilabel: an image can have several labels.
-        warning: what every row must hold; None for a trained model.
-        wants_gpu: it runs on PyTorch, which uses a GPU if there is one.
+        multilabel: whether the model is multi-label.
+        warning: the warning that every row must contain; None for a trained model.
+        wants_gpu: whether the model runs on PyTorch, which uses a GPU if there is one.
     """
 
     multilabel: bool
@@ -68,7 +68,7 @@ class Description:
 
 
 def describe(folder: Path, choices: Choices) -> Description:
-    """Read an unpacked archive's parts, all but the model.
+    """Read an unpacked archive, except the model.
 
     Raises:
         ArchiveError: a part is missing or malformed.
@@ -93,10 +93,10 @@ class Decoder:
 
         Args:
             content: the encoded image.
-            isolated: decode it in a process of its own, which it may crash.
+            isolated: decode in a separate decoder process, which the image may crash.
 
         Raises:
-            RequestError: the server would reject it.
+            RequestError: the server would reject the image.
         """
         if len(content) > MAX_REQUEST_BYTES:
             raise TooLarge(
@@ -114,11 +114,11 @@ class Decoder:
 
 
 class Classifier:
-    """Turns decoded images into results; loads the model.
+    """Loads the model and classifies decoded images.
 
     Attributes:
-        precision: of the computation, see `handler.inference.engines.Engine`.
-        fallback: why it differs from the archive's precision; empty if it does not.
+        precision: the served precision, see `handler.inference.engines.Engine`.
+        fallback: the reason if it differs from the archive's precision; empty otherwise.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Classifier:
         archive = Archive.load(folder)
         self._options = _options(archive, choices)
         with tempfile.NamedTemporaryFile() as own:
-            # Not shared: the number of threads does not depend on other processes.
+            # A private lock file: the number of threads does not depend on other processes.
             cores = Cores(threads, threads, Path(own.name))
         self._pipeline = Pipeline(archive, cores, gpu)
         self.precision = self._pipeline.engine.precision
@@ -139,10 +139,10 @@ class Classifier:
     def results(
         self, pixels: Sequence[bytes | memoryview]
     ) -> Iterator[dict[str, Any] | RequestError]:
-        """Return the server's result for each image, see `handler.results`, or its error.
+        """Yield the server's result for each image, see `handler.results`, or its error.
 
         Args:
-            pixels: each uint8 (3, crop, crop), as `Decoder` returns them.
+            pixels: the model's input per image, uint8 (3, crop, crop), as `Decoder` returns it.
         """
         images = [self._image(i, data) for i, data in enumerate(pixels)]
         self._pipeline.infer(images)

@@ -1,4 +1,4 @@
-"""Reads and writes files on this machine and in object storage, with retries.
+"""Read and write files on this machine and in object storage, with retries.
 
 An address is a path, or a URI that pyarrow's file systems accept, such as `s3://bucket/folder` or
 `s3://bucket/folder?endpoint_override=127.0.0.1:9000&scheme=http`.
@@ -25,11 +25,11 @@ _MAX_SECONDS = 30.0
 
 
 class TransientStorageError(OSError):
-    """A file cannot be read or written now; a retry may succeed."""
+    """Reading or writing a file failed; a retry may succeed."""
 
 
 class AddressError(ValueError):
-    """No file system accepts the address; `str(error)` gives the reason."""
+    """No file system accepts the address; `str(error)` is the reason."""
 
 
 _retried = stamina.retry(on=TransientStorageError, attempts=_MAX_ATTEMPTS, timeout=_MAX_SECONDS)
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def is_local(self) -> bool:
-        """Return whether it is on this machine."""
+        """Return whether the file system is this machine's."""
         return isinstance(self.system, fs.LocalFileSystem)
 
     @property
@@ -62,11 +62,11 @@ class Place:
 
 
 def place(address: str) -> Place:
-    """Return the file or folder of an address that a user gave.
+    """Return the file or folder at an address from the user.
 
     Raises:
         AddressError: the scheme or an option is unknown, or the bucket does not exist.
-        TransientStorageError: the bucket's region cannot be looked up now.
+        TransientStorageError: looking up the bucket's region failed.
     """
     base, question, query = address.partition("?")
     if _SCHEME.match(address):
@@ -75,11 +75,11 @@ def place(address: str) -> Place:
 
 
 def within(path: str, base: str, query: str = "") -> Place:
-    """Return the file of a path from a list or a folder, where `?` is part of the name.
+    """Return the file at a path from a list or a folder, in which `?` is part of the name.
 
     Args:
         path: a path, or a scheme, a bucket and a key.
-        base: the folder that relative paths are relative to.
+        base: the folder for relative paths.
         query: options of the bucket's file system, with the leading question mark.
 
     Raises:
@@ -107,7 +107,7 @@ def _local() -> Any:
 @lru_cache
 @_retried
 def _system(address: str) -> Any:
-    """Return the file system of a bucket; the address has no key, which would need quoting."""
+    """Return a bucket's file system; `address` contains no key, which would have to be quoted."""
     try:
         return fs.FileSystem.from_uri(address)[0]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -121,11 +121,11 @@ def _system(address: str) -> Any:
 
 @_retried
 def read(file: Place, max_bytes: int) -> bytes:
-    """Read a file; of a file longer than `max_bytes`, one byte more than that.
+    """Read a file, at most `max_bytes` + 1 bytes.
 
     Raises:
         TransientStorageError: all attempts failed.
-        OSError: a retry cannot help.
+        OSError: the error is permanent.
     """
     return _read(file, max_bytes)
 
@@ -151,7 +151,7 @@ def _read_local(file: Path, max_bytes: int) -> bytes:
 
 
 def _classified(error: OSError, file: Place) -> OSError:
-    """Return the error itself if it is permanent, else a `TransientStorageError`."""
+    """Return a permanent error unchanged, and a `TransientStorageError` for any other."""
     permanent = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
     if isinstance(error, permanent) or "ACCESS_DENIED" in str(error):
         # The mount point of an unmounted drive is an empty or missing folder.
@@ -169,13 +169,13 @@ def opened(file: Place) -> Any:
     """Open a file for pyarrow, which reads it in ranges; each read is retried.
 
     Raises:
-        OSError: as `read`; so do its methods that read.
+        OSError: see `read`; the returned file's methods raise the same errors.
     """
     return pa.PythonFile(_RetryingFile(file), mode="r")
 
 
 class _RetryingFile:
-    """Implements what `pyarrow.PythonFile` needs to read a file."""
+    """The methods that `pyarrow.PythonFile` needs to read a file."""
 
     closed = False
 
@@ -229,11 +229,11 @@ def write(file: Place, content: Any) -> None:
     """Write a file atomically, replacing an existing one.
 
     Args:
-        file: its folder is created if it is missing.
+        file: the file; a missing folder is created.
         content: bytes, or a pyarrow buffer.
 
     Raises:
-        TransientStorageError: it cannot be written now.
+        TransientStorageError: the file cannot be written.
     """
     if file.is_local:
         _write_local(Path(file.path), content)
@@ -244,8 +244,8 @@ def write(file: Place, content: Any) -> None:
 @_retried
 def _write_object(file: Place, content: Any) -> None:
     try:
-        # An object becomes visible when the stream is closed, which the context manager also does
-        # after an exception: there must be only one write.
+        # An object becomes visible when the stream is closed. The context manager also closes it
+        # after an exception, so there must be only one write.
         with file.system.open_output_stream(file.path) as opened:
             opened.write(content)
     except OSError as error:
@@ -283,10 +283,10 @@ def names(folder: Place) -> set[str]:
 def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
     """Yield all files of a folder and its subfolders, in the order of their names.
 
-    Hidden folders and links to folders are not entered.
+    Hidden folders and links to folders are skipped.
 
-    Returns:
-        for each file its place and None, or the reason why it is left out.
+    Yields:
+        each file, with None or the reason to skip it.
 
     Raises:
         OSError: a folder cannot be read.
@@ -302,7 +302,7 @@ def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
 
 
 def _entries(folder: Place) -> list[tuple[str, bool, str | None]]:
-    """Return a folder's children: name, whether it is a folder, and what it is if it is no file."""
+    """Return a folder's children: name, whether it is a folder, and the reason to skip it."""
     if not folder.is_local:
         found = folder.system.get_file_info(fs.FileSelector(folder.path))
         kinds = ((info.base_name, info.type == fs.FileType.Directory, None) for info in found)

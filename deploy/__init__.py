@@ -1,1 +1,1 @@
-"""What a cluster or a container engine takes: images, manifests, monitoring."""
+"""Container images, manifests and monitoring for clusters and container engines."""

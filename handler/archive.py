@@ -1,4 +1,4 @@
-"""The unpacked archive: model card, class index, settings and model file, read and checked once."""
+"""Read and check an unpacked archive: model card, class index, settings and model file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ _MANIFEST = Path("MAR-INF", "MANIFEST.json")
 
 @dataclass(frozen=True)
 class Archive:
-    """What is served.
+    """An unpacked archive.
 
     Attributes:
         model_file: the float32 model; the archive's other files are in the same folder.
-        card: what the builder wrote about the model.
-        labels: a class for each position of the logits.
-        settings: the operator's.
-        name: of the model as it is served, which may differ from the archive's name.
-        version: of the model.
+        card: the model card that the builder wrote.
+        labels: the class for each position of the logits.
+        settings: the operator's settings.
+        name: the name under which the model is served; may differ from the archive's name.
+        version: the model's version.
     """
 
     model_file: Path
@@ -39,7 +39,7 @@ class Archive:
 
     @classmethod
     def load(cls, folder: Path, name: str = "") -> "Archive":
-        """Read an unpacked archive's parts, all but the model; `name` overrides the archive's.
+        """Read an unpacked archive except the model; `name` overrides the archive's name.
 
         Raises:
             ArchiveError: a part is missing or malformed.
@@ -62,10 +62,10 @@ class Archive:
         """Read the parts that TorchServe does not pass to the handler.
 
         Args:
-            folder: of the unpacked archive.
+            folder: the folder of the unpacked archive.
             manifest: the section `model` of its manifest.
-            config: its `model-config.yaml`.
-            name: overrides the manifest's.
+            config: the content of its `model-config.yaml`.
+            name: overrides the manifest's model name.
         """
         settings = Settings.from_model_config(config)
         card = ModelCard.load(folder / MODEL_CARD)
@@ -80,12 +80,12 @@ class Archive:
 
     @property
     def options(self) -> Options:
-        """The options of a request that chooses nothing."""
+        """Return the default options of a request."""
         multilabel = self.card.multilabel
         threshold = thresholds(self.card) if multilabel else self.settings.threshold
         return Options(topk=self.settings.topk, threshold=threshold)
 
     @property
     def warning(self) -> Body:
-        """What every JSON body must hold about this model, if anything."""
+        """Return the warning that every JSON response must contain; empty if there is none."""
         return {"warning": self.card.warning} if self.card.warning else {}

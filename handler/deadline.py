@@ -1,9 +1,9 @@
-"""Reject requests that nobody waits for any more, before they cost anything.
+"""Reject requests whose client disconnected or will time out, before they are decoded.
 
-The queue is first in, first out, and TorchServe keeps the requests of clients that have gone. So
-under overload each request would be computed just after its client gave up. The gateway and the
-container tell the handler when a request arrived, for how long its client waits, and which clients
-have disconnected. TorchServe itself tells none of that.
+TorchServe's queue is first in, first out and keeps the requests of disconnected clients. Under
+overload, each request would be computed just after its client timed out. The gateway and the
+container send the handler each request's arrival time and time limit, and the ids of requests whose
+client disconnected. TorchServe itself provides none of these.
 """
 
 import os
@@ -15,57 +15,58 @@ from pathlib import Path
 from handler.errors import Expired
 from handler.request import Request
 
-# Headers of the gateway and the container: Unix time of arrival, and the client's time limit.
+# Headers that the gateway and the container set: Unix time of arrival and the client's time limit,
+# both in seconds.
 _ARRIVAL = "x-request-start"
 _TIME_LIMIT = "x-request-timeout"
 _SECONDS = re.compile(r"[0-9]{1,10}(\.[0-9]{1,6})?")
 
-# Without a time limit of the client's.
+# The time limit if the client sends none.
 _DEFAULT_SECONDS = 60.0
-# A response takes as long as the batches before it did, and some more.
-_BATCHES = 1.5
+# A response is expected within this many times the average duration of a batch.
+_RESPONSE_BATCHES = 1.5
 _WEIGHT, _WEIGHT_WITHOUT_IMAGES = 0.2, 0.01
 
-# Ids of cancelled requests. The queue holds 512 requests.
+# Ids of canceled requests to remember. The queue holds 512 requests.
 _MAX_CANCELLED = 10_000
 _REOPEN_SECONDS = 1.0
-# Then the list begins again: 30,000 of the gateway's ids.
+# A larger file is truncated: this holds 30,000 of the gateway's ids.
 _MAX_FILE_BYTES = 1 << 20
 
 
 class Deadlines:
-    """Decides which requests are still worth an answer."""
+    """Decides which requests are still worth computing."""
 
     def __init__(
         self, cancelled: Path | None = None, clock: Callable[[], float] = time.time
     ) -> None:
-        """Args: the gateway's list of cancelled requests, if any; the time, as `time.time`."""
+        """Take the gateway's list of canceled requests, if any, and a clock like `time.time`."""
         self._cancelled = CancelledRequests(cancelled) if cancelled is not None else None
         self._clock = clock
         self._batch_seconds = 0.0
 
     @classmethod
     def from_environment(cls) -> "Deadlines":
-        """Find the list of cancelled requests in the variable CANCELLED_REQUESTS."""
+        """Take the path of the list of canceled requests from the variable CANCELLED_REQUESTS."""
         path = os.environ.get("CANCELLED_REQUESTS")
         return cls(Path(path) if path else None)
 
     def start_batch(self) -> None:
-        """Read which requests were cancelled since the last batch."""
+        """Read the ids of the requests that were canceled since the last batch."""
         if self._cancelled is not None:
             self._cancelled.update()
 
     def end_batch(self, seconds: float, images: int) -> None:
-        """Take the duration of a batch, and how many images it had, into the estimate for the next.
+        """Update the estimated duration of a batch: a moving average, weighted by `images`.
 
-        A batch without images says little, or each rejection would make the estimate too short. It
-        lowers the estimate a little: one that is too long for all clients must not stay so.
+        A batch without images has a small weight, so that rejections do not make the estimate too
+        short. Its weight is not 0: an estimate above every client's time limit must fall again.
         """
         weight = _WEIGHT if images else _WEIGHT_WITHOUT_IMAGES
         self._batch_seconds += weight * (seconds - self._batch_seconds)
 
     def check(self, request: Request) -> None:
-        """Raise `Expired` if the client has gone, or will have before it can get a response."""
+        """Raise `Expired` if the client disconnected, or would time out before the response."""
         if self._cancelled is not None and request.header("x-request-id") in self._cancelled:
             raise Expired("The client disconnected before its request was processed.")
         arrival = request.header(_ARRIVAL)
@@ -74,7 +75,7 @@ class Deadlines:
         given = request.header(_TIME_LIMIT)
         limit = float(given) if _SECONDS.fullmatch(given) else _DEFAULT_SECONDS
         waited = self._clock() - float(arrival)
-        if waited + _BATCHES * self._batch_seconds > limit and waited > 0:
+        if waited + _RESPONSE_BATCHES * self._batch_seconds > limit and waited > 0:
             raise Expired(
                 f"The request waited {waited:.1f} s for a worker, and its time limit, {limit:g} s, "
                 "would have passed before the response. The server is overloaded: retry later."
@@ -82,7 +83,7 @@ class Deadlines:
 
 
 class CancelledRequests:
-    """The ids in a file to which nginx appends those of disconnected clients."""
+    """The request ids in a file to which nginx appends those of disconnected clients."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -96,7 +97,7 @@ class CancelledRequests:
         return request_id in self._ids
 
     def update(self) -> None:
-        """Read what was appended since the last call; costs 2 microseconds if nothing was."""
+        """Read the ids appended since the last call; takes 2 microseconds if there are none."""
         self._reopen()
         if self._file is None:
             return
@@ -107,7 +108,7 @@ class CancelledRequests:
             del self._ids[next(iter(self._ids))]
 
     def _reopen(self) -> None:
-        """Open the file when it appears, and again when it was rotated; empty a long one."""
+        """Open the file when it appears or was rotated; truncate a long one."""
         now = time.monotonic()
         if now < self._checked + _REOPEN_SECONDS:
             return
@@ -121,15 +122,15 @@ class CancelledRequests:
         except OSError:
             return
         if self._file is None:
-            os.lseek(file, 0, os.SEEK_END)  # what is older concerns no request that comes now
+            os.lseek(file, 0, os.SEEK_END)  # older ids concern no future request
         else:
             os.close(self._file)
         self._file, self._inode, self._rest = file, found.st_ino, b""
 
     def _limit_size(self, size: int) -> None:
-        """Start again with a file that another worker emptied; empty one that nobody else did.
+        """Read from the start if another worker truncated the file; truncate it if it is too long.
 
-        nginx appends. An id that gets lost costs no more than a result that nobody waits for.
+        nginx opens the file for appending. An id that gets lost costs one unneeded result.
         """
         assert self._file is not None
         if size < os.lseek(self._file, 0, os.SEEK_CUR):

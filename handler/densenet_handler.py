@@ -1,6 +1,6 @@
-"""The entry that TorchServe loads: a thin adapter between TorchServe and the pipeline."""
+"""TorchServe's entry point: a thin adapter between TorchServe and the pipeline."""
 
-import handler  # noqa: F401, I001  # before ONNX Runtime is imported, see there
+import handler  # noqa: F401, I001  # sets variables before ONNX Runtime is imported
 
 import logging
 import os
@@ -35,26 +35,26 @@ class DenseNetHandler:
             model_dir, context.manifest["model"], context.model_yaml_config, context.model_name
         )
         share = _threads("OMP_NUM_THREADS", 1)
-        # One file for all workers that share the cores: of all models, or of all servers.
+        # One file for all workers that share the cores: those of all models, or of all servers.
         busy = Path(os.environ.get("BUSY_WORKERS", model_dir.parent / "busy-workers"))
         self.cores = Cores(share, _threads("MAX_THREADS", share), busy)
         deadlines = Deadlines.from_environment()
         self.pipeline = Pipeline(archive, self.cores, properties.get("gpu_id"), deadlines)
         self.metrics = Metrics(context, archive, self.pipeline.engine.precision)
-        # Only now, so that the memory that loading took is returned.
+        # After loading, so that the memory that loading took is returned to the kernel.
         keep_freed_memory()
         self.initialized = True
         logger.info("Ready: %s on %s", archive.card.architecture, self.pipeline.engine.name)
 
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
-        """Respond to a batch of requests, which may be several clients'.
+        """Respond to a batch of requests, possibly from several clients.
 
         Args:
-            data: for each request its parts, name to value.
-            context: TorchServe's view of the batch; takes the statuses and response headers.
+            data: the parts of each request, name to value.
+            context: TorchServe's context of the batch; receives statuses and response headers.
 
         Returns:
-            for each request, in order, an encoded body.
+            the encoded body of each response, in order.
         """
         options = self.pipeline.archive.options
         requests = [
@@ -74,7 +74,7 @@ class DenseNetHandler:
         context.set_response_content_type(index, response.content_type)
         for name, value in {**response.headers, **self._model_headers()}.items():
             context.set_response_header(index, name, value)
-        # The phrase must be ASCII: TorchServe counts its characters, but sends its bytes.
+        # The phrase must be ASCII: TorchServe sends its number of characters as the byte length.
         context.set_response_status(response.status, HTTPStatus(response.status).phrase, index)
         return response.body
 
@@ -94,7 +94,7 @@ class DenseNetHandler:
 def _threads(variable: str, default: int) -> int:
     """Return a number of CPU threads from the environment, as `scripts.serve` sets it.
 
-    `OMP_NUM_THREADS` is a worker's share, `MAX_THREADS` what it may use while others are idle.
+    `OMP_NUM_THREADS` is a worker's share, `MAX_THREADS` its limit while the others are idle.
     """
     try:
         return max(1, int(os.environ.get(variable, default)))

@@ -1,6 +1,6 @@
-"""Errors of a request, and of an archive.
+"""Errors of a request or an archive.
 
-A request becomes a response in four stages, each with errors of its own:
+A request becomes a response in four stages, each with its own errors:
 
     parts --parse--> bytes and options --decode--> pixels --infer--> logits --respond--> response
          BadRequest, MissingImage, RepeatedPart, TooManyImages, InvalidOption, NoExplanation,
@@ -8,9 +8,9 @@ A request becomes a response in four stages, each with errors of its own:
                              EmptyImage, NotAnImage, DamagedImage, UnsupportedFormat, TooLarge
                                                                            AnswerTooLarge
 
-Everything a client can cause is a `ClientError`: its class decides status and type, its message is
-written for the person who sent the request. Anything else, in any stage, is an `InternalError`,
-whose detail stays in the server's log.
+An error that a client can cause is a `ClientError`: its class determines status and type, its
+message is written for the person who sent the request. Any other error is an `InternalError`, whose
+detail is only logged.
 """
 
 from typing import ClassVar, TypeVar
@@ -19,22 +19,19 @@ _Error = TypeVar("_Error", bound="RequestError")
 
 
 class RequestError(Exception):
-    """The response to a request, or to one of its images, instead of a result.
-
-    `str(error)` goes to the client.
-    """
+    """The error of a request or of one of its images; `str(error)` is sent to the client."""
 
     status: ClassVar[int]
     type: ClassVar[str]
 
     def without_traceback(self: _Error) -> _Error:  # Python 3.10 has no Self
-        """Return itself without traceback and causes, which would keep bodies and images alive."""
+        """Return this error without traceback and causes, which would keep bodies in memory."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
 
 class InternalError(RequestError):
-    """A fault of the server: the client gets only an id by which the log has the cause.
+    """A failure of the server; the client gets only the id under which the cause is logged.
 
     Attributes:
         detail: the cause; never sent to a client of the server.
@@ -51,42 +48,39 @@ class InternalError(RequestError):
 
 
 class Expired(RequestError):
-    """The client has gone, or would have before it got a response."""
+    """The client disconnected, or would time out before the response."""
 
     status = 504
     type = "Timeout"
 
 
 class ClientError(RequestError):
-    """Something the client sent cannot be served.
-
-    `str(error)` says what was wrong, with what, and what to do.
-    """
+    """The request or an image cannot be served; the message states the problem and the remedy."""
 
 
 class BadRequest(ClientError):
-    """The request's body cannot be read as any of the accepted forms."""
+    """The request's body matches none of the accepted formats."""
 
     status = 400
     type = "BadRequest"
 
 
 class MissingImage(ClientError):
-    """The request holds no image at all."""
+    """The request holds no image."""
 
     status = 400
     type = "MissingImage"
 
 
 class RepeatedPart(ClientError):
-    """A form has two parts of one name, of which the frontend passes on only one."""
+    """A form has two parts with the same name; the frontend passes on only one of them."""
 
     status = 400
     type = "RepeatedPart"
 
 
 class EmptyImage(ClientError):
-    """An image was announced, but has no bytes."""
+    """An image has no bytes."""
 
     status = 400
     type = "EmptyImage"
@@ -100,64 +94,64 @@ class NotAnImage(ClientError):
 
 
 class DamagedImage(ClientError):
-    """The bytes begin as an image, but are cut off or corrupt."""
+    """The image is cut off or corrupt."""
 
     status = 400
     type = "DamagedImage"
 
 
 class TooLarge(ClientError):
-    """An image has more pixels than the server accepts, or takes more memory or time."""
+    """An image exceeds the server's limits of pixels, memory or time."""
 
     status = 413
     type = "TooLarge"
 
 
 class TooManyImages(ClientError):
-    """A request has more images than the server accepts at once."""
+    """A request has more images than the server accepts."""
 
     status = 413
     type = "TooManyImages"
 
 
 class AnswerTooLarge(ClientError):
-    """The response would be larger than TorchServe passes on."""
+    """The response would exceed TorchServe's limit."""
 
     status = 413
     type = "AnswerTooLarge"
 
 
 class UnsupportedFormat(ClientError):
-    """A well-known file format, or kind of pixels, but not one that is read."""
+    """The file format or the pixel format is known but not supported."""
 
     status = 415
     type = "UnsupportedFormat"
 
 
 class InvalidOption(ClientError):
-    """An option such as `topk` has a value that cannot be used."""
+    """An option such as `topk` has an invalid value."""
 
     status = 422
     type = "InvalidOption"
 
 
 class NoExplanation(ClientError):
-    """The model's architecture has no class activation map."""
+    """The model's architecture provides no class activation map."""
 
     status = 404
     type = "NoExplanation"
 
 
 class NoEmbedding(ClientError):
-    """The archive gives no embeddings."""
+    """The archive provides no embeddings."""
 
     status = 404
     type = "NoEmbedding"
 
 
 class ArchiveError(RuntimeError):
-    """The archive cannot be served as it is: a file is missing or malformed.
+    """The archive cannot be served: a file is missing or malformed.
 
-    A `RuntimeError`, because that is what TorchServe's worker logs and reports while it loads a
-    model; other exceptions crash the worker without a reply to the frontend.
+    A `RuntimeError`, since TorchServe's worker reports only those to the frontend while it loads a
+    model; other exceptions crash the worker without a reply.
     """

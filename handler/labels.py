@@ -1,4 +1,4 @@
-"""The class index: from a position in the logits to a class id and a class name."""
+"""Read the class index, which maps a position in the logits to a class id and a class name."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def load_class_index(path: Path, classes: int) -> list[Label]:
 
     Args:
         path: the JSON file.
-        classes: how many classes the model has; the file must have exactly the keys
-            "0" to "classes - 1".
+        classes: number of classes of the model; the file must have exactly the keys "0" to
+            "classes - 1".
 
     Raises:
         ArchiveError: the file is missing, malformed, or made for another number of classes.

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus, and one line of JSON per request in the log.
+"""Record metrics for Prometheus and log one line of JSON per request.
 
-The worker prints a metric as a line for TorchServe's frontend, which drops those that
-`metrics.yaml` does not list. A request's line holds nothing of its images but their size.
+The worker prints a metric as a line for TorchServe's frontend, which drops metrics that
+`metrics.yaml` does not list. A request's log line contains no image data except sizes.
 """
 
 import json
@@ -25,7 +25,7 @@ from handler.request import Purpose, Request, RequestImage
 
 logger = logging.getLogger(__name__)
 
-# The log configuration writes its lines to `requests.log`: they begin with this key.
+# The log configuration recognizes lines for `requests.log` by their first key.
 _request_log = logging.getLogger("densenet.requests")
 _FIRST_KEY = "time"
 
@@ -36,14 +36,14 @@ _COUNTERS = {
 }
 _HISTOGRAMS = ("decode_seconds", "inference_seconds", "batch_images", "best_probability")
 
-# The labels of all metrics under each prefix. The second prefix is the old one, an alias for one
+# Each prefix with the labels of all its metrics. The second prefix is deprecated and stays for one
 # release.
 _PREFIXES = {
     "image_classifier_": ("model_name", "model_version"),
     "densenet_": ("model_version",),
 }
 
-# An id that a gateway or a client may choose; anything else could forge lines of the log.
+# Accepted ids from a gateway or a client; other characters could forge log lines.
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
@@ -71,15 +71,15 @@ class Metrics:
         """Register the metrics with TorchServe's worker.
 
         Args:
-            context: takes the metrics.
-            archive: what is served.
-            precision: that is served, which may differ from the archive's.
+            context: TorchServe's context, which has the registry of metrics.
+            archive: the served archive.
+            precision: the served precision, which may differ from the archive's.
         """
         digest = archive.card.inputs_sha256[:_VERSION_DIGITS]
         self.model_version = f"{archive.version}+{digest}"
         self._precisions = precision, archive.card.precision
         values = {"model_name": archive.name, "model_version": self.model_version}
-        # Per metric: each metric of TorchServe's, and its last labels.
+        # Name to TorchServe's metrics, one per prefix, with the values of their common labels.
         self._metrics: dict[str, list[tuple[Any, list[str]]]] = {}
         for prefix, common in _PREFIXES.items():
             last = [values[label] for label in common]
@@ -91,15 +91,15 @@ class Metrics:
                 self._metrics.setdefault(name, []).append((metric, last))
 
     def record(self, requests: Sequence[Request], times: Times) -> None:
-        """Record a batch, which costs some microseconds per image.
+        """Record a batch; takes some microseconds per image.
 
         Args:
-            requests: with their responses.
-            times: of the whole batch.
+            requests: the requests with their responses.
+            times: the times of the whole batch.
         """
         try:
             self._record(requests, times)
-        except Exception:  # a metric that fails must not lose the responses
+        except Exception:  # a failing metric must not lose the responses
             logger.exception("A batch was not counted")
 
     def _record(self, requests: Sequence[Request], times: Times) -> None:
@@ -142,7 +142,7 @@ class Metrics:
 
 
 def _outcomes(request: Request) -> list[_Outcome]:
-    """Return the outcomes of a request's images, or the request's if it failed as a whole."""
+    """Return the outcomes of a request's images, or the request's own if it failed as a whole."""
     if request.error is not None:
         return [_failure(request.error)]
     return [_outcome(image) for image in request.images]
@@ -176,7 +176,7 @@ def _log(request: Request, outcomes: Sequence[_Outcome], batch: Mapping[str, Any
 
 
 def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: MetricTypes) -> Any:
-    """Return the metric that `metrics.yaml` declares, or one that only the worker has."""
+    """Return the metric that `metrics.yaml` declares, or a new one in the worker."""
     try:
         return context.metrics.get_metric(name, metric_type)
     except MetricsCacheKeyError:
@@ -184,12 +184,12 @@ def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: M
 
 
 def _request_id(request: Request) -> str:
-    """Return the id that the gateway or the client chose, if it is safe in a log."""
+    """Return the id from the gateway or the client if it is safe to log, or else TorchServe's."""
     given = request.header("x-request-id")
     return given if _REQUEST_ID.fullmatch(given) else request.request_id
 
 
 def _length(request: Request) -> int | None:
-    """Return the body's announced bytes; None over gRPC, which announces nothing."""
+    """Return the Content-Length in bytes; None over gRPC, which has no such header."""
     given = request.header("content-length")
     return int(given) if _DIGITS.fullmatch(given) else None

@@ -1,4 +1,4 @@
-"""The web UI: one HTML file, packed into the archive, that loads nothing from elsewhere.
+"""Serve the web UI: one HTML file in the archive, without external resources.
 
 Its Content-Security-Policy allows only its own script and style, by their hashes, and connections
 to the server that it came from.
@@ -19,25 +19,25 @@ from handler.settings import MAX_REQUEST_BYTES, ModelCard
 
 PAGE = Path(__file__).with_name("page.html")
 
-# The web UI reads its settings here. JSON is full of double quotes, so single ones around it save
-# 10 kB of escapes for 1,000 classes.
+# The element from which the web UI reads its settings. The single quotes save 10 kB of escaped
+# double quotes in the JSON of 1,000 classes.
 _SETTINGS_PLACE = "<meta name=\"settings\" content='{}'>"
 
-# Characters of the class names that the web UI lists: 1,000 names have 15,000. With a million names
-# it would be larger than a response may be.
+# Maximum total length of the class names that the web UI lists, in characters; ImageNet's 1,000
+# names have 15,000. A million names would exceed the maximum response size.
 _MAX_CLASS_LIST = 250_000
 
 
 def load_page(path: Path, archive: Archive) -> Response:
-    """Return the response to a browser, which is the same for all.
+    """Return the response with the web UI, the same for all browsers.
 
     Args:
         path: `page.html`.
-        archive: its classes are listed unless there are too many; its settings are the controls'
-            defaults.
+        archive: provides the class names, which are listed unless they are too many, and the
+            defaults of the controls.
 
     Raises:
-        ArchiveError: the file is missing, or has no place for the settings.
+        ArchiveError: the file is missing, or lacks the element for the settings.
     """
     try:
         page = path.read_text("utf-8")
@@ -67,7 +67,7 @@ def load_page(path: Path, archive: Archive) -> Response:
         "Content-Security-Policy": _policy(page),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        # The Accept header decides between the web UI and JSON.
+        # The Accept header selects the web UI or JSON.
         "Vary": "Accept",
     }
     body = page.replace(_SETTINGS_PLACE, filled).encode("utf-8")
@@ -75,7 +75,7 @@ def load_page(path: Path, archive: Archive) -> Response:
 
 
 def _one_threshold(card: ModelCard) -> float | None:
-    """Return the threshold of all classes; None if they differ."""
+    """Return the threshold if it is the same for all classes; None otherwise."""
     found = set(card.thresholds)
     return found.pop() if len(found) == 1 else None
 
@@ -86,14 +86,13 @@ def _policy(page: str) -> str:
             "default-src 'none'",
             f"script-src {_hashes(page, 'script')}",
             f"style-src {_hashes(page, 'style')}",
-            # The images that the user chose, from the browser's memory, and the web UI's own icon
-            # and samples.
+            # blob: for the user's images, data: for the icon and the sample images.
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
-            # Text can then never become markup, whatever the script does.
+            # The script cannot turn text into markup.
             "require-trusted-types-for 'script'",
             "trusted-types 'none'",
         )

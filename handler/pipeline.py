@@ -1,7 +1,7 @@
-"""One batch of requests through all stages: parse -> decode -> infer -> respond.
+"""Run a batch of requests through all stages: parse -> decode -> infer -> respond.
 
-Nothing here depends on the server: TorchServe's handler, the batch job and
-`examples/other_server` use the same pipeline.
+The pipeline does not depend on the server: TorchServe's handler, the batch job and
+`examples/other_server` use it.
 """
 
 import time
@@ -42,7 +42,7 @@ from handler.settings import MODEL_CARD
 
 @dataclass(frozen=True)
 class Times:
-    """How long a batch took, in seconds."""
+    """Durations of a batch's stages, in seconds."""
 
     decoding: float
     inference: float
@@ -52,8 +52,8 @@ class Pipeline:
     """Classifies images, explains predictions and computes embeddings, for batches of requests.
 
     Attributes:
-        archive: what is served.
-        fallback: why the archive's precision is not served; empty if it is.
+        archive: the served archive.
+        fallback: the reason for serving float32 instead of the archive's precision, or empty.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Pipeline:
         """Load the model and run it once.
 
         Args:
-            archive: what is served.
+            archive: the archive to serve.
             cores: how many CPU threads to use.
             gpu: the GPU's number, if any.
-            deadlines: which requests are still worth an answer; by default all without a deadline.
+            deadlines: rejects expired requests; by default, without a list of canceled ones.
 
         Raises:
             ArchiveError: a part is missing, malformed, or does not fit the model.
@@ -98,10 +98,7 @@ class Pipeline:
         self._warm_up()
 
     def run(self, requests: Sequence[Request]) -> Times:
-        """Give each request its response.
-
-        An error with one request or image stays in its place and never touches its neighbors.
-        """
+        """Set the response of each request; an error in one request or image affects no other."""
         begun = time.monotonic()
         self._deadlines.start_batch()
         for request in requests:
@@ -122,7 +119,7 @@ class Pipeline:
         return Times(decoded - started, inferred - decoded)
 
     def parse(self, request: Request) -> None:
-        """Fill in a request's purpose, protocol, options and images; see `protocols.parse`."""
+        """Set a request's purpose, protocol, options and images; see `protocols.parse`."""
         protocols.parse(request, self.archive)
 
     def decode(self, requests: Sequence[Request]) -> None:
@@ -155,8 +152,8 @@ class Pipeline:
     def infer(self, images: Sequence[RequestImage]) -> None:
         """Run the model; each image gets its probabilities and the extra output that it needs.
 
-        Images run in one batch unless there are many: more than `max_batch` at once would take
-        gigabytes, which the worker would keep.
+        The model runs on at most `max_batch` images at once; more would take gigabytes of memory,
+        which the worker would keep.
         """
         step = self.archive.settings.max_batch
         ready = [image for image in images if image.error is None and image.decoded is not None]
@@ -214,7 +211,7 @@ class Pipeline:
     def fill_result(
         self, image: RequestImage, options: Options, class_index: int | None = None
     ) -> None:
-        """Turn an image's probabilities into its result; see `handler.results`."""
+        """Set an image's result from its probabilities; see `handler.results`."""
         if image.extra is Extra.FEATURES:
             image.result = self._explanation(image, options, class_index)
             return
@@ -281,7 +278,7 @@ class Pipeline:
         }
 
     def _warm_up(self) -> None:
-        """Run the model once, so that a wrong model file fails now and no client waits for it."""
+        """Run the model once: a wrong model file fails at start, and the first request is fast."""
         card = self.archive.card
         crop = card.preprocessing.crop
         black = np.zeros((1, 3, crop, crop), np.uint8)

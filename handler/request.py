@@ -1,7 +1,7 @@
-"""Requests, images and responses, as the stages share them, and how an error stays in its place.
+"""Requests, images and responses, which all stages share, and the isolation of errors.
 
-Each stage fills in what it computes. An error is stored on the request or image that it concerns,
-and the later stages leave that one out.
+Each stage sets the attributes that it computes. An error is stored on the request or image that it
+concerns, and later stages skip that one.
 """
 
 import abc
@@ -33,7 +33,7 @@ Body = dict[str, Any]
 
 
 class Purpose(enum.Enum):
-    """What a request wants."""
+    """The purpose of a request."""
 
     CLASSIFY = enum.auto()
     EXPLAIN = enum.auto()
@@ -43,16 +43,16 @@ class Purpose(enum.Enum):
 
 @dataclass(frozen=True)
 class Options:
-    """What a request may choose.
+    """The options of a request.
 
     Attributes:
-        topk: number of predictions, 1 or more; a number above that of the classes gives all.
-        threshold: confidence threshold, 0 to 1, from which a class counts as recognized; of a
-            multi-label model one for all classes or one for each.
-        class_index: position of the class to explain, as the client wrote it.
+        topk: number of predictions, 1 or more; all classes if it is larger than their number.
+        threshold: confidence threshold, 0 to 1, from which a class counts as recognized; for a
+            multi-label model one for all classes or one per class.
+        class_index: position of the class to explain, as text from the client.
         class_id: id of the class to explain, such as "n02124075".
         class_name: name of the class to explain, such as "tabby".
-        embedding: each result holds the embedding.
+        embedding: include the embedding in each result.
     """
 
     topk: int
@@ -65,18 +65,18 @@ class Options:
 
 @dataclass
 class RequestImage:
-    """One image of a request, from its part of the request to its result.
+    """One image of a request, with what each stage computes from it.
 
     Attributes:
         request_id: TorchServe's id of the request.
-        name: under which the client sent it.
-        data: encoded, as it was sent.
-        error: what is wrong with it.
-        decoded: the model's input, and the model's view of the image.
-        extra: the output that it needs in addition to the probabilities.
+        name: the name under which the client sent it.
+        data: the encoded image.
+        error: the first error, if any; later stages skip the image.
+        decoded: the model's input with its position in the image.
+        extra: the model output that the image needs in addition to the probabilities.
         probabilities: float32 (classes,); they sum to 1 unless the model is multi-label.
-        extra_output: float32; `extra` of this image.
-        result: as in the response.
+        extra_output: float32; this image's part of the output `extra`.
+        result: the image's JSON object in the response.
     """
 
     request_id: str
@@ -97,8 +97,8 @@ class Response:
     Attributes:
         status: HTTP status code.
         body: the encoded body.
-        content_type: its media type.
-        headers: further response headers; ASCII.
+        content_type: the body's media type.
+        headers: additional response headers, in ASCII.
     """
 
     status: int
@@ -111,7 +111,7 @@ def json_response(body: Body | Sequence[Body], status: int = HTTPStatus.OK) -> R
     """Encode a JSON body.
 
     Raises:
-        ValueError: the body holds NaN or infinity, which JSON does not have.
+        ValueError: the body contains NaN or infinity, which JSON does not support.
     """
     text = json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
     return Response(status, text.encode("utf-8"), "application/json")
@@ -122,18 +122,19 @@ class Request:
     """One request, from its parts to its response.
 
     Attributes:
-        request_id: TorchServe's id of it.
+        request_id: TorchServe's id of the request.
         row: part name to value. A raw body is the part `body`.
         headers: the request's headers; TorchServe adds the headers of each part as a mapping under
             the part's name.
-        options: of the whole request; the defaults until they are parsed.
-        purpose: what it wants.
-        protocol: which parsed the request and formats the response.
-        images: in the order in which they were sent; at least one to classify or explain.
-        class_index: the class to explain; None for each image's best one.
-        heat_map: explain with a heat map instead of numbers; then there is one image.
-        error: what is wrong with it as a whole.
-        response: its response.
+        options: the options of the whole request; the defaults until they are parsed.
+        purpose: the purpose of the request.
+        protocol: parses the request and formats the response.
+        images: the images in the order in which they were sent; not empty for classification and
+            explanation.
+        class_index: the class to explain; None for each image's most probable class.
+        heat_map: explain with a heat map instead of numbers; the request then has one image.
+        error: an error of the whole request, if any.
+        response: the response, once it is known.
     """
 
     request_id: str
@@ -150,30 +151,30 @@ class Request:
 
     @property
     def extra(self) -> Extra | None:
-        """The output that its images need in addition to the probabilities."""
+        """Return the output that the images need in addition to the probabilities, if any."""
         if self.purpose is Purpose.EXPLAIN:
             return Extra.FEATURES
         in_tensor = self.protocol is not None and self.protocol.needs_embedding
         return Extra.EMBEDDING if self.options.embedding or in_tensor else None
 
     def header(self, name: str) -> str:
-        """Return a header of the request by its name in lower case; empty if there is none."""
+        """Return a header by its name in lower case; empty if the request does not have it."""
         return self._headers.get(name, "")
 
     @cached_property
     def _headers(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for name, value in self.headers.items():
-            if isinstance(value, str):  # not the headers of a part
+            if isinstance(value, str):  # a mapping holds the headers of a part
                 found.setdefault(name.lower(), value.strip())
         return found
 
 
 class Protocol(abc.ABC):
-    """A form of request and response bodies. Each request has an object of its own.
+    """A format of request and response bodies, with one instance per request.
 
     Attributes:
-        needs_embedding: the response holds embeddings apart from the results.
+        needs_embedding: the response contains embeddings outside the results.
     """
 
     needs_embedding = False
@@ -181,11 +182,11 @@ class Protocol(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def accepts(cls, request: Request, body: "JsonBody | None") -> bool:
-        """Return whether a request is of this protocol; `body` is None if it is not JSON."""
+        """Return whether a request uses this protocol; `body` is None if it is not JSON."""
 
     @abc.abstractmethod
     def parse(self, request: Request, body: "JsonBody | None", archive: "Archive") -> None:
-        """Fill in the request's options and images.
+        """Set the request's options and images.
 
         Raises:
             ClientError: the body is malformed, or an option has an invalid value. An error that
@@ -197,7 +198,7 @@ class Protocol(abc.ABC):
         """Return the response to a request whose images have results or errors."""
 
 
-# --- How an error stays in its place ---
+# --- Isolation of errors ---
 
 
 class _Fallible(typing.Protocol):
@@ -209,9 +210,9 @@ _T = TypeVar("_T", bound=_Fallible)
 
 
 def run_isolated(item: _T, stage: Callable[[_T], None]) -> None:
-    """Run a stage on one request or image and store what it raises as that one's error.
+    """Run a stage on one request or image, and store an exception as its error.
 
-    Does nothing if the item has an error already.
+    Does nothing if the item already has an error.
     """
     if item.error is not None:
         return
@@ -219,15 +220,15 @@ def run_isolated(item: _T, stage: Callable[[_T], None]) -> None:
         stage(item)
     except RequestError as error:
         item.error = error.without_traceback()
-    except Exception as error:  # RecursionError and MemoryError too
+    except Exception as error:  # includes RecursionError and MemoryError
         logger.exception("Failed on request %s", item.request_id)
         item.error = InternalError(item.request_id, detail=f"{type(error).__name__}: {error}")
 
 
 def run_batch(items: Sequence[_T], stage: Callable[[Sequence[_T]], None]) -> None:
-    """Run a stage on several items together; if it raises, run it on each alone.
+    """Run a stage on several items together; if it raises, run it on each item separately.
 
-    Items that have an error already are left out.
+    Items that already have an error are skipped.
     """
     sound = [item for item in items if item.error is None]
     if not sound:

@@ -1,7 +1,7 @@
-"""From probabilities and errors to results, one JSON object per image.
+"""Convert probabilities and errors to results, one JSON object per image.
 
-Every object has all keys that the tutorials' clients read: `class_id` and `class_name` for one,
-`success` and `predictions` with `label` and `probability` for the other.
+Each object has all keys that the clients of both tutorials read: `class_id` and `class_name` of
+one, `success` and `predictions` with `label` and `probability` of the other.
 """
 
 import os
@@ -18,27 +18,27 @@ from handler.inference.activation import labels_above
 from handler.labels import Label
 from handler.request import Body, Options, Purpose, Request, RequestImage, Response
 
-# Digits after the point: float32 holds no more for a probability near 1.
+# Decimal places: float32 has no more for a probability near 1.
 _PROBABILITY_DIGITS = 7
-# float32's sums over a thousand channels are no more exact than this.
+# The accuracy of float32 sums over a thousand channels.
 _MAP_DIGITS = 6
 
-# TorchServe's `max_response_size`. It does not pass it to its workers; `scripts.serve` does, in the
-# variable that TorchServe itself has for it. A larger response crashes the worker.
+# TorchServe's `max_response_size`; a larger response crashes the worker. TorchServe does not pass
+# it to its workers; `scripts.serve` does, in TorchServe's own environment variable for it.
 MAX_RESPONSE_BYTES = int(os.environ.get("TS_MAX_RESPONSE_SIZE", "6553500"))
 
-# No prediction is shorter.
+# The minimum length of a prediction in JSON.
 _MIN_PREDICTION_BYTES = len('{"label":"","probability":0.0,"class_id":"","class_index":0},')
 
 
 def check_response_size(response: Response) -> None:
-    """Raise `AnswerTooLarge` if TorchServe would not pass the response on."""
+    """Raise `AnswerTooLarge` if the response exceeds TorchServe's maximum size."""
     if len(response.body) > MAX_RESPONSE_BYTES:
         raise _too_large(f"{len(response.body):,}")
 
 
 def check_result_count(request: Request, classes: int, *, multilabel: bool) -> None:
-    """Raise `AnswerTooLarge` if the predictions cannot fit, before any of them is formatted."""
+    """Raise `AnswerTooLarge` if the predictions cannot fit, before formatting them."""
     if request.purpose is not Purpose.CLASSIFY:
         return
     options = request.options
@@ -90,13 +90,13 @@ def classification(
 def multilabel_classification(
     probabilities: NDArray[np.float32], labels: Sequence[Label], options: Options
 ) -> Body:
-    """Return one image's result of a multi-label model.
+    """Return one image's result from a multi-label model.
 
-    `labels` holds all that reach their threshold, most probable first, whatever topk is. The keys
-    for one class are the first label's.
+    `labels` contains all classes that reach their threshold, most probable first, independent of
+    topk. `class_id`, `class_name` and `probability` are those of the first label.
 
     Args:
-        probabilities: float32 (classes,), each for itself.
+        probabilities: float32 (classes,), independent of each other.
         labels: id and name of each class.
         options: number of predictions and confidence thresholds.
     """
@@ -134,7 +134,7 @@ def _prediction(probabilities: NDArray[np.float32], labels: Sequence[Label], ind
 
 
 def embedding_to_json(embedding: NDArray[np.float32]) -> list[float]:
-    """Return float32 values in the fewest digits that give the same float32 again."""
+    """Return float32 values with the fewest digits that parse to the same float32."""
     return [float(text) for text in map(str, embedding.ravel())]
 
 
@@ -145,14 +145,14 @@ def explanation(
     class_index: int,
     probability: float,
 ) -> Body:
-    """Return one image's class activation map in numbers.
+    """Return the result with one image's class activation map as numbers.
 
     Args:
-        image: gives the sizes.
+        image: the decoded image, for its size and crop.
         activation: float32 (height, width), see `explain.class_activation_map`.
-        label: of the class that is explained.
-        class_index: of the same.
-        probability: of the same.
+        label: id and name of the explained class.
+        class_index: position of the explained class.
+        probability: probability of the explained class, 0 to 1.
     """
     (width, height), (left, top, right, bottom) = image.size, image.crop
     return {
@@ -168,7 +168,7 @@ def explanation(
 
 
 def heat_map_response(png: bytes, result: Body) -> Response:
-    """Return a PNG, with the explained class in the headers."""
+    """Return a response with the PNG, and the explained class in the headers."""
     headers = {
         "X-Class-Index": str(result["class_index"]),
         "X-Class-Id": _header_value(result["class_id"]),
@@ -180,12 +180,12 @@ def heat_map_response(png: bytes, result: Body) -> Response:
 
 
 def _header_value(text: str) -> str:
-    """Return ASCII; other characters of a class index are percent-encoded."""
+    """Return the text in ASCII, with other characters percent-encoded."""
     return quote(text, safe=" !'()*,-./;:&=+")
 
 
 def result_of(image: RequestImage) -> Body:
-    """Return an image's result, or the body for its error."""
+    """Return an image's result, or the JSON object of its error."""
     if image.error is not None:
         return error_body(image.error)
     assert image.result is not None
@@ -193,7 +193,7 @@ def result_of(image: RequestImage) -> Body:
 
 
 def error_body(error: RequestError) -> Body:
-    """Return the body for an error; KServe's and Hugging Face's clients read `error`."""
+    """Return the JSON object of an error; KServe's and Hugging Face's clients read `error`."""
     return {
         "success": False,
         "code": int(error.status),

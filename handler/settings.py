@@ -1,7 +1,7 @@
-"""Settings of the operator and the model card of the builder, checked when the worker starts.
+"""The operator's settings and the builder's model card, checked when the worker starts.
 
-`Settings` is the section `handler` of `model-config.yaml`, `ModelCard` is `model-card.json`. A
-misspelled key or a value out of range stops the worker with a message that names it.
+`Settings` is the section `handler` of `model-config.yaml`, `ModelCard` is `model-card.json`. With a
+misspelled key or a value out of range, the worker exits with a message that names it.
 """
 
 import dataclasses
@@ -21,35 +21,36 @@ FITS = ("crop", "squash", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 CHANNELS = ("rgb", "bgr")
 PRECISIONS = ("float32", "bf16", "int8")
-# From logits to probabilities: one class of all, or each class for itself.
+# softmax for one class per image, sigmoid for multi-label models.
 ACTIVATIONS = ("softmax", "sigmoid")
 _CHANNELS = 3
 
 _MAX_FLOAT32 = 3.4e38
 
-# Types that a field accepts: YAML reads `threshold: 1` as an int.
+# Accepted types per field type: YAML parses `threshold: 1` as an int.
 _ACCEPTED_TYPES: dict[type, tuple[type, ...]] = {float: (float, int), tuple: (list, tuple)}
 
-# The configuration of TorchServe: beside this package in the project and in the container image.
+# TorchServe's configuration, next to this package in the project and in the container image.
 _CONFIG = Path(__file__).parents[1] / "config.properties"
 
 
 def _max_request_bytes() -> int:
-    """Return `max_request_size` of TorchServe's configuration, which all parts of the service obey.
+    """Return `max_request_size` of TorchServe's configuration, in bytes.
 
-    TorchServe does not pass it to its workers. The commands and the container do, in a variable.
+    TorchServe does not pass it to its workers; the commands and the container do, in the variable
+    `MAX_REQUEST_BYTES`.
     """
     text = _CONFIG.read_text("utf-8") if _CONFIG.is_file() else ""
     found = re.findall(r"^max_request_size=([0-9]+)\s*$", text, re.MULTILINE)
     return int(os.environ.get("MAX_REQUEST_BYTES") or (found[-1] if found else 20 * 1024 * 1024))
 
 
-# 20 MB, unless it was changed.
+# 20 MB by default.
 MAX_REQUEST_BYTES = _max_request_bytes()
 
-# Bytes of memory that all decoding in a worker and its decoder process may take at any moment. An
-# image that needs more is rejected; one that needs more than is left waits. 12 megapixels of WebP
-# need 196 MB, 24 of HEIC 175 MB, 50 of PNG 200 MB.
+# Maximum memory of all decoding in a worker and its decoder process at any time, in bytes. An image
+# that needs more is rejected; one that needs more than is left waits. A WebP of 12 megapixels needs
+# 196 MB, a HEIC of 24 175 MB, a PNG of 50 200 MB.
 DECODING_BYTES = 210_000_000
 
 # The decoder process itself: Python, NumPy and Pillow.
@@ -57,7 +58,7 @@ _DECODER_BYTES = 42_000_000
 # The bodies of one batch: `batchSize` (model-config.yaml) of them.
 _BODIES_BYTES = 8 * MAX_REQUEST_BYTES
 
-# Requests of any kind add at most so much to a worker: 420 MB.
+# The most memory that requests of any kind add to a worker: 420 MB.
 ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
 
 _T = TypeVar("_T")
@@ -108,20 +109,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the model's input; the defaults are the tutorial's.
+    """The conversion of an image to the model's input; the defaults are the tutorial's.
 
     Attributes:
         resize: length after resizing, in pixels: of the shorter side with fit "crop", of both
             sides with "squash", of the longer side with "pad".
-        crop: side of the square cut from the center, in pixels; with "pad" it may be larger than
-            that, and the border gets the color of the mean.
-        mean: per channel, in the model's order, on the scale 0 to 1, subtracted before dividing.
-        std: likewise.
-        interpolation: how pixels are resized: nearest, bilinear or bicubic, the last two
+        crop: side of the center square, in pixels; with "pad" it may be larger than `resize`, and
+            the border has the color of the mean.
+        mean: subtracted per channel, in the model's order, on the scale 0 to 1.
+        std: divisor per channel after subtracting the mean, in the same order and scale.
+        interpolation: the resampling filter: nearest, bilinear or bicubic, the last two
             antialiased.
-        fit: how an image becomes square: "crop", "squash" or "pad".
+        fit: the method to make an image square: "crop", "squash" or "pad".
         channels: the model's order of channels: "rgb" or "bgr".
-        crop_rounding: where the crop begins if half a pixel is left: "even" as in torchvision and
+        crop_rounding: rounding of a crop position at half a pixel: "even" as in torchvision and
             timm, "down" as in transformers.
     """
 
@@ -159,21 +160,21 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """`model-card.json`: what was packed into the archive.
+    """`model-card.json`: the description of the packed model.
 
     Attributes:
         architecture: name in torchvision's model registry.
         classes: number of classes, the length of the logits.
         trained: false if the weights are seeded random numbers.
-        weights_file: name of the file that the weights came from.
+        weights_file: name of the file that contained the weights.
         weights_sha256: SHA-256 of that file, or of the random weights' values.
-        inputs_sha256: digest of everything the archive was built from; equal means up to date.
-        preprocessing: how an image becomes the model's input.
-        features: the node of the architecture's graph, in torchvision's naming, that gives the
-            last features; empty if logits are no linear function of their means, so that there is
-            no class activation map.
-        precision: in which the model was checked, of `PRECISIONS`.
-        activation: of `ACTIVATIONS`.
+        inputs_sha256: digest of everything the archive was built from, to detect an outdated one.
+        preprocessing: the conversion of an image to the model's input.
+        features: the node of the architecture's graph, in torchvision's naming, whose output is the
+            last feature maps; empty if the logits are not a linear function of their means, so that
+            there is no class activation map.
+        precision: one of `PRECISIONS`, in which the model was checked.
+        activation: one of `ACTIVATIONS`.
         thresholds: with sigmoid, the confidence threshold of each class, 0 to 1; empty with
             softmax.
         embedding: channels of the pooled last features, the last layer's input; 0 if the model
@@ -239,17 +240,17 @@ class ModelCard:
 
     @property
     def multilabel(self) -> bool:
-        """Whether an image can have several labels, or none."""
+        """Return whether an image can have any number of labels."""
         return self.activation == "sigmoid"
 
     @property
     def fast_resize(self) -> bool:
-        """Whether pixels may be 2 levels off, as in reduced precision; see `decoding.resize`."""
+        """Return whether to resize with SIMD, within 2 levels of 255; see `decoding.resize`."""
         return self.precision != "float32"
 
     @property
     def warning(self) -> str | None:
-        """The warning that every response must hold, if any."""
+        """Return the warning that every response must contain, if any."""
         if self.trained:
             return None
         warning = "untrained random weights: this answer means nothing and only shows the service"
@@ -267,7 +268,7 @@ def _is_float32(value: object) -> bool:
 
 
 def _checked(cls: type[_T], values: object, source: str) -> _T:
-    """Build the dataclass `cls`, or raise an `ArchiveError` that names the wrong key."""
+    """Build the dataclass `cls`; raise an `ArchiveError` that names a wrong key."""
     if not isinstance(values, Mapping):
         raise ArchiveError(f"{source}: expected keys and values, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -295,7 +296,7 @@ def _check_type(f: "dataclasses.Field[Any]", value: object, source: str) -> None
     expected = getattr(f.type, "__origin__", f.type)
     if not isinstance(expected, type):
         raise TypeError(f"{f.name}: a settings field must be annotated with a class")
-    # bool is an int to Python, but `topk: true` is a mistake.
+    # In Python a bool is an int, but `topk: true` is a mistake.
     is_stray_bool = isinstance(value, bool) and expected is not bool
     if is_stray_bool or not isinstance(value, _ACCEPTED_TYPES.get(expected, (expected,))):
         raise ArchiveError(f"{source}: {f.name} must be {expected.__name__}, got {value!r}")

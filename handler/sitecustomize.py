@@ -1,11 +1,12 @@
-"""Python imports this before anything else in a worker: the archive is on its module path.
+"""Postpone the import of PyTorch in a worker until it is used.
 
-One line of TorchServe's worker asks whether an answer is a tensor, and for that it imports
-PyTorch: 450 MB and two seconds. Here that line gets PyTorch when it asks, which for answers of
-bytes it never does. Every other import of PyTorch is as usual.
+TorchServe's worker imports PyTorch, 450 MB and two seconds, only to check whether a response is a
+tensor. This module gives it a placeholder that imports PyTorch on first use, which never happens
+for responses of bytes. Other imports of PyTorch are not affected.
 
-Python imports one module of this name and no more. Where tracing agents or a distribution bring
-another one, this hides it; so it runs that one too.
+Python imports this module at start, since the archive is on the worker's module path. It imports
+only one module of this name, so this one also runs another that tracing agents or a distribution
+may have installed.
 """
 
 import importlib
@@ -30,9 +31,9 @@ finally:
 
 
 def _run_next() -> None:
-    """Runs the module of this name that Python would have found without this one."""
+    """Run the module of this name that Python would have found without this one."""
     here = Path(__file__).resolve().parent
-    # An entry is any text; an empty one is the current folder.
+    # An empty entry is the current folder.
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     spec = importlib.machinery.PathFinder.find_spec(__name__, elsewhere)
     if spec is not None and spec.loader is not None:
@@ -41,5 +42,5 @@ def _run_next() -> None:
 
 try:
     _run_next()
-except Exception as error:  # somebody else's: the worker must not miss its own part for it
+except Exception as error:  # an error in the other module must not stop the worker
     print(f"Another sitecustomize failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ import os
 import sys
 from types import TracebackType
 
-import handler  # noqa: F401  # before any module imports ONNX Runtime, see there
+import handler  # noqa: F401  # must precede the import of ONNX Runtime, see handler/__init__.py
 
 
 def _exit_quietly(
@@ -21,12 +21,12 @@ sys.excepthook = _exit_quietly
 
 
 def _bypass_proxies_on_loopback() -> None:
-    """Let this process and those that it starts ask no proxy for this machine's own ports."""
+    """Exclude loopback addresses from the proxies of this process and its children."""
     if any(name.lower().endswith("_proxy") and name.lower() != "no_proxy" for name in os.environ):
         given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         if given != "*":
             given = ",".join(filter(None, (given, "localhost,127.0.0.1,::1")))
-        # Python and curl read the first, Go and others the second.
+        # Python and curl read the lowercase name, Go and others the uppercase one.
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = given
 
 

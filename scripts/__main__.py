@@ -7,7 +7,7 @@ import typer
 
 from scripts.terminal import run
 
-# Module and function of each command. Only the requested one is imported: some take a second.
+# Module and function of each command. Only the requested one is imported: some imports take 1 s.
 COMMANDS = {
     "run": "scripts.run:main",
     "archive": "scripts.build.commands:main",
@@ -27,9 +27,9 @@ COMMANDS = {
 
 
 def program(wanted: str | None = None) -> typer.Typer:
-    """Return the program with one command, or with all if there is no such command."""
+    """Return the app with only the wanted command, or with all if there is no such command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-    # Without a callback, typer runs a single command without its name.
+    # Without a callback, Typer would omit the name of a single command.
     app.callback()(lambda: None)
     for name in [wanted] if wanted in COMMANDS else COMMANDS:
         module, _, function = COMMANDS[name].partition(":")

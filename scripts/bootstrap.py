@@ -22,17 +22,17 @@ CLIENT = Path("client")  # part of the run group, installed from its folder
 NEEDS = {"huggingface": ["pytorch"], "timm": ["pytorch"], "precision": ["evaluation"]}
 NEEDS["tests"] = NEEDS["benchmarks"] = ["pytorch", "evaluation"]
 
-# Which build of PyTorch .venv has: the lock's, the CPU build, or that of an index, by its URL.
+# File with the PyTorch build that .venv has: LOCKED, CPU, or the URL of a package index.
 TORCH_BUILD = VENV / "torch"
 LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
-# Settings of pip and uv for other environments; those of indexes and certificates stay.
+# Settings of pip and uv that must not affect .venv; those of indexes and certificates are kept.
 _OTHERS = r"USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|NO_BUILD|\w*(BINARY|CONSTRAINT|PYTHON)"
 FOREIGN = rf"PYTHON|(PIP|UV)_({_OTHERS})"
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target="]
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 
-# MB of the download and on disk, see docs/get-started/install.md.
+# MB to download and MB on disk, see docs/get-started/install.md.
 SIZES = {"run": "250 and 600", "lite0": "20 and 20", "evaluation": "100 and 300"}
 WITH_CUDA, WITHOUT_CUDA, OTHER_GROUP = "3000 and 5500", "350 and 1100", "300 and 800"
 
@@ -54,7 +54,7 @@ def main() -> None:
         return
     if not is_usable():
         create()
-    if "PIP_INDEX_URL" in os.environ:  # a mirror, for uv too
+    if "PIP_INDEX_URL" in os.environ:  # uv uses pip's mirror too
         os.environ.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
     for group in groups:
         if not is_installed(group):
@@ -68,11 +68,11 @@ def create() -> None:
         sys.exit(f"Error: Python 3.10 or newer is required, not {version}. Set PYTHON=python3.12")
     execute(sys.executable, "-m", "venv", "--clear", str(VENV))
     with (VENV / "pyvenv.cfg").open("a") as config:
-        config.write("relocatable = true\n")  # uv's scripts find the Python in their folder
+        config.write("relocatable = true\n")  # scripts then use the Python in their folder
 
 
 def is_installed(group: str) -> bool:
-    """Return whether a group is installed from its present lock; start no process."""
+    """Return whether a group is installed from its current lock, without starting a process."""
     stamp = stamp_of(group)
     return PYTHON.exists() and stamp.exists() and stamp.read_text() == fingerprint(group)
 
@@ -91,7 +91,7 @@ def fingerprint(group: str) -> str:
 
 
 def is_usable() -> bool:
-    """Return whether .venv works, whichever Python it was made with."""
+    """Return whether .venv has pip and Python 3.10 or newer, and can run them."""
     command = [str(PYTHON), "-c", "import sys, pip; sys.exit(sys.version_info < (3, 10))"]
     return PYTHON.exists() and subprocess.call(command, stderr=subprocess.DEVNULL) == 0
 
@@ -128,7 +128,7 @@ def install(group: str, build: str) -> None:
         TORCH_BUILD.write_text(build)
         sizes = WITH_CUDA if build == LOCKED else WITHOUT_CUDA
         if build != LOCKED:
-            # Another build has the lock's versions, but other hashes and no CUDA packages.
+            # Other builds have the lock's versions, but other hashes and no CUDA packages.
             index = ["--torch-backend", CPU] if build == CPU else ["--default-index", build]
             torch = write_packages(group, "torch.txt", TORCH, hashes=False)
             others = write_packages(group, "without-torch.txt", f"(?!({TORCH}|{CUDA})$).*")
@@ -138,7 +138,7 @@ def install(group: str, build: str) -> None:
     for step in steps:
         execute(str(UV), "pip", "install", "--python", str(PYTHON), "--no-deps", *step)
     for path in VENV.glob("lib/python*/site-packages/classification_client.pth"):
-        path.write_text("../../../../client\n")  # a path that moves with the project
+        path.write_text("../../../../client\n")  # relative, so the project can be moved
     stamp_of(group).write_text(fingerprint(group))
 
 
@@ -153,13 +153,13 @@ def write_packages(group: str, file: str, names: str, *, hashes: bool = True) ->
 def execute(*command: str) -> None:
     """Run a program that prints its own errors; exit if it fails."""
     ours = {name: value for name, value in os.environ.items() if not re.match(FOREIGN, name)}
-    # These override a configuration file's.
+    # PIP_USER and PIP_CONSTRAINT override the values in pip's configuration files.
     if subprocess.call(command, env={**ours, "PIP_USER": "0", "PIP_CONSTRAINT": os.devnull}) != 0:
         sys.exit("Error: not installed, for the reason above. Fix it and run the command again.")
 
 
 if __name__ == "__main__":
-    # A shell starts background jobs with Ctrl-C ignored.
+    # Shells start background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(str(Path(__file__).resolve().parent.parent))
     try:

@@ -1,4 +1,4 @@
-"""`make classify`: the client's command, for the server that runs here."""
+"""`make classify`: run the client's command with the local server."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ def main(
     image: ImageOption = None,
     images: ImageOption = None,
     model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
-    format: FormatOption = None,  # as the option is called
+    format: FormatOption = None,  # named like the option
     output: OutputOption = None,
     topk: TopkOption = None,
     threshold: ThresholdOption = None,
@@ -40,9 +40,9 @@ def main(
 
 
 def select(running: ServerState, model: str | None) -> ServerState:
-    """Return the server with this model as the default; say which it is if there are others.
+    """Return the server with `model` as the default; if None, print which of several it is.
 
-    Raises `UserError` if the server does not serve it.
+    Raises `UserError` if the server does not serve the model.
     """
     if model is None and len(running.models) > 1:
         others = ", ".join(name for name in running.models if name != running.model)

@@ -1,4 +1,4 @@
-"""`make evaluate`: how good a served model is on images whose classes are known."""
+"""`make evaluate`: evaluate a served model on images whose classes are known."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ def main(
     images: Annotated[
         str | None, typer.Option(help="A folder with a folder of images per class.")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Where to send them.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL to which images are sent.")] = None,
     model: Annotated[str | None, typer.Option(help="Which of this server's models.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = OUTPUT,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
@@ -55,7 +55,7 @@ def main(
 
 
 def _predictions_url(url: str | None, model: str | None) -> str:
-    """Return the given URL, or that of the server that runs here."""
+    """Return the given URL, by default the local server's."""
     if url is None:
         return select(require_running(), model).predictions_url
     try:

@@ -1,4 +1,4 @@
-"""Installs groups of packages on demand."""
+"""Install package groups on demand."""
 
 import subprocess
 import sys
@@ -8,11 +8,11 @@ from scripts.terminal import UserError, step
 
 
 def require(*groups: str, why: str) -> None:
-    """Install missing groups of packages; NAME of `make setup-NAME` is a group.
+    """Install missing package groups.
 
     Args:
-        groups: their names.
-        why: a clause to print before anything is downloaded.
+        groups: names of groups, as in `make setup-NAME`.
+        why: the reason, a clause that is printed before the download.
 
     Raises:
         UserError: they cannot be installed.

@@ -1,7 +1,7 @@
 """Read the list of each image's labels, for multi-label models.
 
-CSV with a line per image: its file, relative to the folder of the images, and then each of its
-labels, by id or by name. An image without labels has its file alone. A first line that begins with
+The file is CSV with one line per image: its path relative to the image folder, then its labels,
+each an id or a name. An image without labels has only its path. A first line that begins with
 `image` or `picture` is a header.
 
     image,labels
@@ -22,11 +22,11 @@ FORM = 'Each line is an image and its labels, such as "0001.png,cat,dog"; one wi
 
 
 def read_labels(path: Path, images: Path) -> dict[Path, tuple[str, ...]]:
-    """Return the labels of each image, as they are written.
+    """Return the labels of each image, as written in the list.
 
     Args:
         path: the list.
-        images: the folder of the images.
+        images: the image folder.
 
     Raises:
         UserError: the list cannot be read, names no image, or an image is missing or has two lines.

@@ -1,4 +1,4 @@
-"""Match names of classes, as users write them, with a model's classes."""
+"""Match class names, as users write them, to a model's classes."""
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
@@ -6,27 +6,27 @@ from collections.abc import Collection, Iterable, Sequence
 from handler.labels import Label
 from scripts.terminal import UserError
 
-# In a message: of the similar classes, or of all if the model has no more.
+# Classes that a message lists: similar ones, or all if the model has no more than this.
 _MAX_SHOWN_CLASSES = 12
-# Similarity of two names, 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
+# difflib's ratio, 0 to 1: `other` and `otter` reach 0.8, `zebras` and `zebra` 0.9.
 _MIN_SIMILARITY = 0.84
 
 
 def match(
     names: Collection[str], labels: Sequence[Label], called: str, instead: str
 ) -> dict[str, int]:
-    """Return the position of each name's class: that of this id, or else of this name.
+    """Return the position of each name's class; ids take precedence over names.
 
-    Case, `_` and `-` in names do not matter.
+    In names, case is ignored, and `_` and `-` count as spaces.
 
     Args:
-        names: as the user wrote them.
+        names: ids or names, as the user wrote them.
         labels: the model's classes, by position.
-        called: where the names are from, for messages: "as a folder is called".
-        instead: what to do if several classes have a name: "Call the folder by id".
+        called: origin of the names, for messages, such as "as a folder is called".
+        instead: remedy if several classes share a name, such as "Call the folder by id".
 
     Raises:
-        UserError: no class has a name, or several have.
+        UserError: a name matches no class, or several.
     """
     found = {}
     for name, matches in meanings(sorted(names), labels).items():
@@ -40,7 +40,7 @@ def match(
 
 
 def meanings(names: Iterable[str], labels: Sequence[Label]) -> dict[str, list[int]]:
-    """Return the positions of all classes that match each name, see `match`; none is possible."""
+    """Return the positions, possibly none, of all classes that match each name as in `match`."""
     by_id = {label.class_id: index for index, label in enumerate(labels)}
     by_name: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -51,10 +51,10 @@ def meanings(names: Iterable[str], labels: Sequence[Label]) -> dict[str, list[in
 
 
 def _similar(name: str, labels: Sequence[Label]) -> str:
-    """Return a sentence on similar classes or, if there are none, on all or some of them."""
+    """Return a sentence that lists similar classes; if there are none, all classes or examples."""
     by_name = {_plain(label.class_name): label for label in labels}
     words = _words(name)
-    # Classes that have all words of the name (`cat`: `tiger_cat`), or else a similar spelling.
+    # Classes with all words of the name (`cat`: `tiger_cat`); if there are none, similar spellings.
     found = [label for other, label in by_name.items() if words and words <= _words(other)]
     close = difflib.get_close_matches(_plain(name), by_name, cutoff=_MIN_SIMILARITY)
     found = found or [by_name[other] for other in close]
@@ -72,7 +72,7 @@ def _shown(label: Label) -> str:
 
 
 def _words(name: str) -> set[str]:
-    """Return a name's words, without a plural's s."""
+    """Return a name's words, each without the s of a plural."""
     return {word.removesuffix("s") for word in _plain(name).split()}
 
 

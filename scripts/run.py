@@ -1,4 +1,4 @@
-"""`make run`: builds a model archive, serves it and classifies a sample image.
+"""`make run`: build a model archive, serve it and classify a sample image.
 
 The weights are torchvision's, or the user's. If torchvision's cannot be downloaded, the fallback is
 a trained model whose weights are a Python package. The requested model is then served as well, with
@@ -76,7 +76,7 @@ def main(
 
 
 def _show(image: str, result: Classification) -> None:
-    """Print a result as a table, best label first."""
+    """Print a result as a table, most probable label first."""
     table = Table(title=safe(image if result.recognized else f"{image}: nothing recognized"))
     table.add_column("label")
     table.add_column("probability", justify="right")
@@ -92,15 +92,15 @@ def _show(image: str, result: Classification) -> None:
 
 
 def _build(spec: ModelFile) -> list[Path]:
-    """Build the model archive; if its trained weights cannot be downloaded, the fallbacks.
+    """Build the model archive; if its trained weights cannot be downloaded, build the fallbacks.
 
-    These are an archive of the model whose trained weights are a package, if that can be installed,
-    and one of the requested model with random weights, in this order.
+    These are, in this order, an archive of the model whose trained weights are a package, if that
+    can be installed, and one of the requested model with random weights.
     """
     try:
         return [build(spec)]
     except DownloadError as error:
-        # The user's own URL may be misspelled, so that its errors have no fallback.
+        # The user's own URL may be misspelled: it has a fallback only if its host is unreachable.
         if not spec.is_torchvision or (
             spec.weights is not None and not isinstance(error, HostUnreachableError)
         ):

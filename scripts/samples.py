@@ -1,4 +1,4 @@
-"""Sample photographs, so that a trial needs no download; photographs/README.md has sources."""
+"""Decode sample photographs, for trials without a download; sources: photographs/README.md."""
 
 import io
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def sample_views(preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
 
 
 def sample_photographs() -> Iterator[bytes]:
-    """Return the views of `sample_batch` as PNG files, as a client sends them."""
+    """Return the 18 views of `sample_batch` as PNG files."""
     return map(_png, _views())
 
 

@@ -1,8 +1,9 @@
 """State files of the processes that the commands start: one JSON file in each process's folder.
 
-A process is identified by its id and its start time, counted by the kernel since boot, so that
-setting the clock does not matter. If a state file is gone, `process_by_arguments` finds the process
-by its command line. Only `delete_state` removes a state file: an unreadable one is reported.
+A process is identified by its id and its start time, which the kernel counts from boot, so that
+changes of the clock do not affect it. If a state file is missing, `process_by_arguments` finds the
+process by its command line. Only `delete_state` removes a state file; an unreadable one is
+reported.
 """
 
 import json
@@ -17,13 +18,13 @@ import psutil
 from scripts.terminal import UserError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# The start time is field 22 of /proc/PID/stat (proc(5)). Its index here is counted after the name,
-# field 2, which may hold spaces.
+# Index of the start time, field 22 of /proc/PID/stat (proc(5)), among the fields that follow the
+# name, field 2, which may contain spaces.
 _START_TIME = 22 - 3
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process, as a string that changes with nothing but the process.
+    """Return the start time of a process as a string that is constant while the process exists.
 
     Raises:
         psutil.NoSuchProcess: there is no such process.
@@ -32,7 +33,7 @@ def start_time(pid: int) -> str:
         boot = _BOOT_ID.read_text().strip()
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        # Not Linux: other kernels store the time of day at which the process started.
+        # Other kernels than Linux store the start as wall-clock time.
         return f"{psutil.Process(pid).create_time():.3f}"
     return f"{boot}/{stat.rpartition(')')[2].split()[_START_TIME]}"
 
@@ -48,10 +49,10 @@ def process_by_id(pid: int, started: str) -> psutil.Process | None:
 
 
 def process_by_arguments(*arguments: str) -> psutil.Process | None:
-    """Return this user's process whose command line has all of these arguments; None if none has.
+    """Return this user's process with all of these arguments in its command line, or None.
 
     Args:
-        arguments: whole ones, such as the path of a configuration file that only it uses.
+        arguments: complete arguments that identify it, such as the path of its configuration file.
     """
     for process in psutil.process_iter(["cmdline", "uids", "status"]):
         command_line = f" {' '.join(process.info['cmdline'] or [])} "
@@ -102,9 +103,9 @@ def read_state(path: Path) -> dict[str, Any] | None:
 def unreadable_state(path: Path) -> UserError:
     """Return the error for a state file of another version or of another program."""
     return UserError(
-        f"{path} says which processes run here, and cannot be understood: another version of this "
-        "project wrote it, or another program. Delete it: a process that runs is then found by its "
-        "command line."
+        f"{path}, which lists the running processes, is unreadable: another version of this "
+        "project or another program wrote it. Delete it: running processes are then found by their "
+        "command lines."
     )
 
 

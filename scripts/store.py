@@ -1,6 +1,6 @@
 """The model store: the folder of model archives, and their model cards.
 
-It does not import PyTorch, so that commands which only read archives start fast.
+This module does not import PyTorch, so that commands that only read archives start fast.
 """
 
 import hashlib
@@ -12,18 +12,15 @@ from handler.settings import MODEL_CARD, ModelCard
 
 MODEL_STORE = Path("model_store")
 DEFAULT_ARCHITECTURE = "densenet121"
-# Its trained weights are a Python package: see `scripts/build/sources/efficientnet_lite0.py`.
+# Its trained weights are a Python package, see `scripts/build/sources/efficientnet_lite0.py`.
 PACKAGED_ARCHITECTURE = "efficientnet_lite0"
 
-# File in a model archive: the license of its weights, if that requires a copy.
+# File in a model archive with the license of its weights, if that must accompany them.
 WEIGHTS_NOTICE = "WEIGHTS-NOTICE.txt"
 
 
 def read_card(archive: Path) -> ModelCard | None:
-    """Return the model card of an archive, or of a folder with the files of one.
-
-    None if there is no model card, or none that can be read.
-    """
+    """Return the model card of an archive or unpacked archive; None if it is missing or invalid."""
     try:
         if archive.is_dir():
             return ModelCard.from_json((archive / MODEL_CARD).read_bytes())

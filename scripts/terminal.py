@@ -1,6 +1,6 @@
-"""Runs the commands of this project: prints errors as messages, and logs unexpected ones.
+"""Run the commands of this project: print errors as messages and log unexpected ones.
 
-An option can also be set by an environment variable, for units and containers: DENSENET_WORKERS=2.
+Environment variables set options too, for systemd units and containers: DENSENET_WORKERS=2.
 """
 
 import sys
@@ -38,16 +38,16 @@ PREFIX = "DENSENET"
 
 
 def command(function: Callable[..., int | None]) -> NoReturn:
-    """Run `function` as a command line made from its signature, with errors as messages.
+    """Run `function` as a command line made from its signature, and print errors as messages.
 
-    Exit status: what the function returns, 0 for None; 1 for a `UserError` or an unexpected error,
-    2 for a wrong command line, 130 for Ctrl-C.
+    Exit status: the return value of `function`, 0 for None; 1 for a `UserError` or an unexpected
+    error, 2 for an invalid command line, 130 for Ctrl-C.
     """
     _run(program(function))
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run a command line with the conventions of `command`."""
+    """Run a Typer app with the conventions of `command`."""
     _run(typer.main.get_command(app))
 
 
@@ -60,7 +60,7 @@ def _run(parsed: Any) -> NoReturn:
     for part in (parsed, *getattr(parsed, "commands", {}).values()):
         part.context_settings["auto_envvar_prefix"] = PREFIX
         for parameter in part.params:
-            # `--help` would repeat the prefix for each option.
+            # By default `--help` would show a variable with the prefix for each option.
             parameter.show_envvar = getattr(parameter, "envvar", None) is not None
     terminal.run(parsed, _explain)
 
@@ -85,5 +85,5 @@ def _unexpected(error: Exception) -> str:
                 file.write(f"{now} {' '.join(sys.argv)}\n{details}\n")
         except OSError:
             continue
-        return f"{begin}. The details, to report it with, are in {folder / _DETAILS}."
+        return f"{begin}. Details for a bug report are in {folder / _DETAILS}."
     return f"{begin}, and the details cannot be written:\n{details}"

@@ -1,4 +1,4 @@
-"""A client for an image classification service, for programs; its command is `classify`.
+"""A client library for an image classification service; its command is `classify`.
 
 Example:
     with Client("http://127.0.0.1:8080/predictions/densenet121") as client:

@@ -1,4 +1,4 @@
-"""The command `classify`, as `python -m classification_client`."""
+"""Run the command `classify` with `python -m classification_client`."""
 
 from classification_client.command import start
 

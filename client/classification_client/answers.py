@@ -1,4 +1,4 @@
-"""What the service answers: predictions, labels, an embedding, and which model they are from."""
+"""The service's responses: predictions, labels, an embedding, and the model they are from."""
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """Which model answered; `version` is its archive's and changes with everything in it."""
+    """The model that responded; `version` changes with every change of its archive."""
 
     name: str
     version: str
@@ -30,15 +30,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classification:
-    """The service's answer to one image.
+    """The service's response for one image.
 
     Attributes:
-        predictions: most probable first, as many as `RequestOptions.topk`.
-        recognized: whether the best class reaches the confidence threshold; of a multi-label
-            model, whether any class reaches its own.
-        warning: what must be known about the model, such as that it is untrained.
-        model: which one answered; None if the server does not report it.
-        labels: of a multi-label model, all classes that reach their threshold, best first.
+        predictions: the `RequestOptions.topk` most probable classes, most probable first.
+        recognized: whether the most probable class reaches the confidence threshold; for a
+            multi-label model, whether any class reaches its own threshold.
+        warning: a warning about the model, such as that it is untrained.
+        model: the model that responded; None if the server does not report it.
+        labels: for a multi-label model, all classes that reach their threshold, most probable
+            first.
         embedding: float32 (channels,), the pooled last features; None unless requested.
     """
 
@@ -51,22 +52,22 @@ class Classification:
 
     @property
     def best(self) -> Prediction:
-        """The best label; without one the top-1 prediction, recognized or not."""
+        """Return the most probable label, or without labels the top-1 prediction."""
         return (self.labels or self.predictions)[0]
 
     @property
     def label(self) -> str:
-        """The best class's name, recognized or not."""
+        """Return the name of `best`, recognized or not."""
         return self.best.label
 
     @property
     def probability(self) -> float:
-        """The best class's probability, 0 to 1."""
+        """Return the probability of `best`, 0 to 1."""
         return self.best.probability
 
     @property
     def all_labels(self) -> list[Prediction]:
-        """The requested predictions and every label, most probable first."""
+        """Return the requested predictions and all labels, most probable first."""
         more = [label for label in self.labels or () if label not in self.predictions]
         return sorted([*self.predictions, *more], key=lambda label: -label.probability)
 
@@ -74,7 +75,7 @@ class Classification:
     def from_answer(
         cls, body: Mapping[str, Any], model: ModelVersion | None = None
     ) -> "Classification":
-        """Parse the server's answer to one image; `ValueError` if it is anything else."""
+        """Parse the server's response for one image; raise `ValueError` for any other body."""
         warning, labels, values = map(body.get, ("warning", "labels", "embedding"))
         try:
             answer = cls(
@@ -83,7 +84,7 @@ class Classification:
                 warning=None if warning is None else str(warning),
                 model=model,
                 labels=None if labels is None else _predictions(labels),
-                embedding=None if values is None else array("f", values),  # a tenth of a tuple's
+                embedding=None if values is None else array("f", values),  # a tenth of a tuple
             )
             answer.predictions[0]
         except (LookupError, TypeError, ValueError) as error:

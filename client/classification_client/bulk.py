@@ -1,4 +1,4 @@
-"""Classifies many images in several threads."""
+"""Classify many images in several threads."""
 
 import errno
 import threading
@@ -17,21 +17,21 @@ _SERVER_ERROR = 500
 def classify_all(
     images: Sequence[Path | bytes], client: Client, at_once: int, take: Callable[[Row], None]
 ) -> None:
-    """Classify images in so many threads; `take` is called in this one with each row.
+    """Classify images in `at_once` threads; call `take` in the calling thread with each row.
 
-    If it raises or is interrupted, no other image is begun, and nobody waits for those in flight.
-    Bytes have a row with the name "-".
+    If `take` raises or is interrupted, no further image is sent, and those in flight are abandoned.
+    The row of an image given as bytes has the name "-".
 
     Raises:
-        UnavailableError: the server is gone, or the drive with the images.
-        RefusedError: the server rejects every request, whatever the image.
+        UnavailableError: the server or the drive with the images is unavailable.
+        RefusedError: the server rejects every request, independent of the image.
     """
     waiting: SimpleQueue[Path | bytes] = SimpleQueue()
     for image in images:
         waiting.put(image)
     work = _Work(waiting, client)
     for _ in range(min(at_once, len(images))):
-        # A daemon: a server or a drive that hangs must not keep the program.
+        # Daemon threads, so that a server or a drive that hangs does not keep the program running.
         threading.Thread(target=work.run, daemon=True).start()
     try:
         for _ in images:
@@ -44,7 +44,7 @@ def classify_all(
 
 
 class _Work:
-    """What the threads share."""
+    """The state that the threads share."""
 
     def __init__(self, waiting: "SimpleQueue[Path | bytes]", client: Client) -> None:
         self._waiting, self._client, self._last_answer = waiting, client, 0.0
@@ -61,7 +61,7 @@ class _Work:
             self.done.put(error)
 
     def _classify(self, image: Path | bytes) -> Row:
-        """Return the result of an image; raise an error that the others would have too."""
+        """Return the result of an image; raise an error that concerns all images."""
         name = "-" if isinstance(image, bytes) else str(image)
         began = time.monotonic()
         try:
@@ -72,8 +72,8 @@ class _Work:
             row = Row(name, error)
         except (UnavailableError, PassingError) as error:
             row = Row(name, error)
-            # If others were answered in the second half of the retries, it is this image that the
-            # server dies of, or that is on a bad spot of the drive.
+            # If other images succeeded in the second half of the retries, the cause is this image:
+            # it crashes the server, or the drive cannot read it.
             others_go_on = self._last_answer > (began + time.monotonic()) / 2
             if not others_go_on and getattr(error, "errno", None) != errno.ENOENT:
                 raise UnavailableError(f"{name}: {row.problem}") from error

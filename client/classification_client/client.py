@@ -1,7 +1,7 @@
-"""Sends images to the service, and retries transient errors: a classification changes nothing.
+"""Send images to the service and retry transient errors, since requests are idempotent.
 
-A full queue, a restart of the server and a lost connection are transient. A wrong host name, TLS
-error or rejected request is permanent.
+A full queue, a restart of the server and a lost connection are transient. An unknown host name, a
+TLS error and a rejected request are permanent.
 """
 
 import errno
@@ -26,29 +26,28 @@ from classification_client.errors import PassingError, RefusedError, Unavailable
 from classification_client.reading import check_unchanged, read
 from classification_client.retrying import tries
 
-# The server's queue is full, its worker was lost with the request, or the network was too slow for
-# a gateway.
+# The server's queue is full, its worker crashed on the request, or a gateway timed out.
 _TRANSIENT_STATUSES = {408, 429, 502, 503, 504, 507}
 _LOST_WORKER = "Worker died"
 
-# Unless it is configured otherwise, the service accepts no larger request; the form around an image
-# takes a little of it. A server may close the connection while it gets a larger one.
+# The service's default limit per request, minus the form around the image. A server may close the
+# connection during a larger upload.
 MAX_IMAGE_BYTES = 20_971_520 - 4096
-# No service accepts so much, and it would have to be held in memory.
+# Larger images are rejected without sending them: each is read into memory.
 _MAX_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What to request, and for how long to try.
+    """Options of a request and of its retries.
 
     Attributes:
         topk: number of predictions; None for the server's default.
         threshold: confidence threshold, 0 to 1; None for the server's, which may differ per class.
-        patience: seconds for which one image is retried; 0 for one attempt.
-        timeout: seconds that one attempt may take.
-        key: a client's key, if a gateway requires one.
-        headers: more HTTP headers, such as a token's.
+        patience: time limit of an image's retries, in seconds; 0 for one attempt.
+        timeout: time limit of one attempt, in seconds.
+        key: the API key, if a gateway requires one.
+        headers: additional HTTP headers, such as one with a token.
         embedding: request the embedding too.
     """
 
@@ -62,28 +61,28 @@ class RequestOptions:
 
 
 class Client(AbstractContextManager["Client"]):
-    """Classifies images; several threads may share one."""
+    """Classifies images; can be shared between threads."""
 
     def __init__(
         self, url: str, options: RequestOptions | None = None, connections: int = 16
     ) -> None:
-        """Connects when it is first used, and keeps so many connections, for as many threads."""
+        """Take the service's URL; `connections` is the number of threads that share the client."""
         self.url = url
         self.options = options or RequestOptions()
-        # A form leaves out what is None.
+        # requests omits form fields that are None.
         self._fields: dict[str, Any] = {
             "topk": self.options.topk,
             "threshold": self.options.threshold,
             "embedding": "true" if self.options.embedding else None,
         }
         self._session = requests.Session()
-        # Behind the gateway a request that waits for longer is not computed any more.
+        # Behind the gateway, workers skip requests that have waited longer than this.
         self._session.headers["X-Request-Timeout"] = f"{self.options.timeout:g}"
         self._session.headers.update(self.options.headers)
         if self.options.key is not None:
             self._session.headers["X-API-Key"] = self.options.key
-        self._session.auth = lambda request: request  # none of .netrc, which would replace a token
-        # Proxies of the environment (http_proxy, ALL_PROXY, ...) are for other hosts.
+        self._session.auth = lambda request: request  # ignore .netrc, which would replace a token
+        # Do not use the environment's proxies (http_proxy, ALL_PROXY, ...) for loopback.
         host = urlsplit(url).hostname or ""
         self._proxies = {"no_proxy": host} if _is_loopback(host) else None
         for scheme in ("http://", "https://"):
@@ -100,28 +99,30 @@ class Client(AbstractContextManager["Client"]):
         """Classify one image, a file or its bytes.
 
         Raises:
-            RefusedError: the server rejects it.
-            UnavailableError: the server cannot be reached, or not within the patience.
-            PassingError: the file could not be read within the patience.
-            OSError: the file can never be read as it is.
+            RefusedError: the server rejects the image.
+            UnavailableError: the server is unavailable until `RequestOptions.patience` has passed.
+            PassingError: reading the file failed, with retries, for the same time.
+            OSError: the file cannot be read, for a permanent reason.
         """
         return self._retry(partial(self._classify, image))
 
     def model(self) -> ModelVersion | None:
-        """Return which model answers; None if the server does not report it.
+        """Return the model that responds; None if the server does not report it.
 
-        Raises `RefusedError` or `UnavailableError` as `classify` does.
+        Raises:
+            RefusedError: see `classify`.
+            UnavailableError: see `classify`.
         """
         try:
             return self._retry(self._post).model
         except RefusedError as error:
-            # The request has no image, and the rejection names the model that it is from.
+            # The request has no image; the headers of the rejection name the model.
             if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
                 raise
             return error.model
 
     def _retry(self, request: Callable[[], Classification]) -> Classification:
-        handled = sys.exc_info()[1]  # an error of the caller's, which is no cause of this one's
+        handled = sys.exc_info()[1]  # the caller's error, which is not a cause of this one
         patience = self.options.patience
         try:
             for attempt in tries(partial(_retry_after, patience), patience):
@@ -147,7 +148,7 @@ class Client(AbstractContextManager["Client"]):
             raise RefusedError(413, "TooLarge", f"The image has {size / 1e6:.1f} MB.")
         if not size:
             raise RefusedError(400, "EmptyImage", "The image is empty: it has no bytes.")
-        # The file's name is not sent: nobody needs it.
+        # The server does not need the file's name.
         file = ("image", content, "application/octet-stream")
         try:
             return self._post(files={"file": file}, data=self._fields)
@@ -167,8 +168,8 @@ class Client(AbstractContextManager["Client"]):
 
 
 def check_address(url: str) -> str:
-    """Return the address if images could be sent there; `ValueError` with a message otherwise."""
-    with suppress(ValueError):  # the errors of requests are ones, too
+    """Return the address if it is a valid URL; raise `ValueError` with a message otherwise."""
+    with suppress(ValueError):  # the base class of the errors of requests
         requests.Request("POST", url).prepare()
         if urlsplit(url).scheme in {"http", "https"}:
             return url
@@ -184,7 +185,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class _TransientError(Exception):
-    """A response after which to retry, after so many seconds if it says so."""
+    """A response after which to retry, `after` seconds if it has a Retry-After header."""
 
     def __init__(self, response: requests.Response, message: str) -> None:
         super().__init__(f"status {response.status_code} {message}".strip())
@@ -194,22 +195,22 @@ class _TransientError(Exception):
 
 
 def _retry_after(patience: float, error: Exception) -> bool | float:
-    """Return whether to retry, or after how many seconds."""
+    """Return whether to retry, or the seconds to wait before the retry."""
     if isinstance(error, _TransientError):
         return error.after <= patience and (error.after or True)
     if isinstance(error, PassingError):
-        return error.errno != errno.ENOENT  # a missing folder: a later run may find it
+        return error.errno != errno.ENOENT  # a missing folder is left to a later run
     if isinstance(error, requests.exceptions.SSLError):  # a bad certificate, or a port without TLS
         return False
     if isinstance(error, requests.ConnectionError):
         reason = getattr(error.args[0] if error.args else None, "reason", None)
-        # The unknown host may be the proxy.
+        # The host that cannot be resolved may be the proxy.
         return not isinstance(getattr(reason, "original_error", reason), NameResolutionError)
     return isinstance(error, (requests.Timeout, requests.exceptions.ChunkedEncodingError))
 
 
 def _reason(error: BaseException, handled: BaseException | None) -> str:
-    """Return the message of the first cause, without what each library adds to it."""
+    """Return the message of the root cause, without the texts that each library adds."""
     cause: BaseException | None = error
     while cause is not None and cause is not handled:
         error, cause = cause, cause.__cause__ or cause.__context__
@@ -217,7 +218,7 @@ def _reason(error: BaseException, handled: BaseException | None) -> str:
 
 
 def _parse(response: requests.Response) -> Classification:
-    """Return the answer, or raise `_TransientError` or `RefusedError`."""
+    """Parse a response; raise `_TransientError` or `RefusedError` if it is an error."""
     try:
         body = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""The command `classify`: one image or ten thousand, printed or written to a file."""
+"""The command `classify`: classify any number of images, and print or save the results."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from classification_client.results import Row, as_line, csv_columns, csv_line
 from classification_client.results_file import results_file
 from classification_client.terminal import errors, program, run, safe
 
-# Where `make run` serves.
+# The address of `make run`.
 URL = "http://127.0.0.1:8080/predictions/densenet121"
 AT_ONCE = 8
-# Exit statuses beside 0, every image was classified, and those of every command.
+# Exit statuses in addition to 0 (all images were classified) and those of `terminal.run`.
 NOT_FINISHED, SOME_REFUSED = 3, 4
-# How many images that were not classified are named at the end.
+# Maximum number of images listed in the summary because they were not classified.
 _SHOWN_PROBLEMS = 20
 
 FormatOption = Annotated[Format | None, typer.Option(help="How to print.")]
@@ -47,8 +47,8 @@ def main(
     files_from: Annotated[
         str | None, typer.Option(help="A list of files, one per line; - is standard input.")
     ] = None,
-    url: Annotated[str, typer.Option(envvar="CLASSIFY_URL", help="Where to send them.")] = URL,
-    format: FormatOption = None,  # as the option is called
+    url: Annotated[str, typer.Option(envvar="CLASSIFY_URL", help="URL to which images are sent.")] = URL,
+    format: FormatOption = None,  # the option's name
     output: OutputOption = None,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,
     topk: TopkOption = None,
@@ -85,10 +85,13 @@ def classify(
     output: Path | None = None,
     at_once: int = AT_ONCE,
 ) -> int:
-    """Classify what a person named, print or write the results, and return the exit status.
+    """Classify the named images, print or save the results, and return the exit status.
 
-    The parameters are those of `main`; None for `options.topk` is one label per image in tables and
-    CSV. Raises `UserError` if nothing could be done.
+    The parameters are those of `main`. If `options.topk` is None, tables and CSV have one label per
+    image.
+
+    Raises:
+        UserError: no image could be classified.
     """
     suffix = output.suffix.lower() if output else ""
     if output and suffix in embeddings.PACKAGES:
@@ -117,7 +120,7 @@ def classify(
 
 
 class _Batch:
-    """The images of a run, and their results so far."""
+    """The images of a run and their results."""
 
     def __init__(self, found: Found, client: Client, at_once: int) -> None:
         self._images, self._client, self._at_once = found.images, client, at_once
@@ -128,7 +131,7 @@ class _Batch:
         self._began = time.monotonic()
 
     def write_rows(self, format_: Format, output: Path | None) -> None:
-        """Classify the images; print the results, or append to a file what it does not hold."""
+        """Classify the images; print the results, or append those that are missing in a file."""
         options, columns = self._client.options, None
         name = self._client.url.partition("?")[0].rstrip("/").rpartition("/")[2]
         made_with: dict[str, Any] = {"model": name, "model_version": ""}
@@ -164,7 +167,7 @@ class _Batch:
             print_results(self._rows, format_)
 
     def write_embeddings(self, output: Path) -> None:
-        """Classify the images, then write all embeddings in the order of the images."""
+        """Classify the images, then write all embeddings in the same order."""
         self._classify(lambda _: None)
         vectors = {
             row.image: row.answer.embedding
@@ -177,7 +180,7 @@ class _Batch:
             errors.print(f"{len(names)} embeddings are in {safe(output)}")
 
     def _classify(self, take: Callable[[Row], object]) -> None:
-        """Classify the images, with a progress bar; `take` is called with each row."""
+        """Classify the images with a progress bar, and call `take` with each row."""
 
         def take_and_count(row: Row) -> None:
             take(row)

@@ -1,4 +1,4 @@
-"""Writes embeddings to a file: NumPy's .npy, or .parquet, with the libraries of these formats."""
+"""Write embeddings to a .npy file with NumPy or to a .parquet file with pyarrow."""
 
 import os
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 from classification_client.errors import UserError
 
-# The package that writes each; an extra of this one.
+# Suffix to the package that writes the format; each is an optional dependency.
 PACKAGES = {".npy": "numpy", ".parquet": "pyarrow"}
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` if a file of this kind cannot be written at all."""
+    """Raise `UserError` if the suffix's package or the file's folder is missing."""
     package = PACKAGES[path.suffix.lower()]
     if find_spec(package) is None:
         raise UserError(f"{path} needs the package {package}: pip install {package}.")
@@ -22,13 +22,16 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, names: Sequence[str], vectors: Sequence[Sequence[float]]) -> None:
-    """Write images' names and embeddings, float32 (channels,) each, whole or not at all.
+    """Write images' names and embeddings, float32 (channels,) each, atomically.
 
-    They are columns, or in .npy fields of one array, `picture` and `embedding`.
+    The columns (.parquet) or the fields of a structured array (.npy) are `picture` and `embedding`.
+
+    Raises:
+        UserError: the file cannot be written, or the embeddings have different lengths.
     """
     if len({*map(len, vectors)}) > 1:
         raise UserError("The embeddings have different lengths: another model answered meanwhile.")
-    # Names of files need not be text in any encoding.
+    # File names may contain bytes that are not valid UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,9 +1,9 @@
-"""The errors of this package: `ClientError`, and below it what each class says."""
+"""The errors of this package, all derived from `ClientError`."""
 
 from classification_client.answers import ModelVersion
 
-# Statuses about the body of a request, and the types among them that are not about the image. The
-# last two carry no error of this service, so that they may come from anybody.
+# Statuses that concern the request's body, and error types that do not concern the image. The last
+# two types stand for responses without an error of this service, such as those of a proxy.
 _ABOUT_THE_BODY = {400, 413, 415}
 _NOT_ABOUT_THE_IMAGE = {
     *("BadRequest", "MissingImage", "RepeatedPart", "TooManyImages", "BadRequestException"),
@@ -16,14 +16,17 @@ class ClientError(Exception):
 
 
 class ServiceError(ClientError):
-    """The service did not classify an image; `str(error)` gives the reason."""
+    """The service did not classify an image; `str(error)` is the reason."""
 
 
 class RefusedError(ServiceError):
-    """The server rejected the request: a retry would not help.
+    """The server rejected the request; a retry would not help.
 
-    `code` is the HTTP status, `type` the server's name for the error, such as "NotAnImage". `model`
-    is None if it was not a model that rejected it.
+    Attributes:
+        code: the HTTP status.
+        type: the server's name for the error, such as "NotAnImage".
+        message: the server's message.
+        model: the model that rejected the request; None if it did not reach a model.
     """
 
     def __init__(
@@ -34,17 +37,17 @@ class RefusedError(ServiceError):
 
     @property
     def is_about_the_image(self) -> bool:
-        """Whether another image could be accepted."""
+        """Return whether the server could accept another image."""
         return self.code in _ABOUT_THE_BODY and self.type not in _NOT_ABOUT_THE_IMAGE
 
 
 class UnavailableError(ServiceError):
-    """The server cannot be reached, or gave no answer within the patience."""
+    """The server cannot be reached, or did not respond within `RequestOptions.patience`."""
 
 
 class PassingError(ClientError, OSError):
-    """A file cannot be read now, for a reason that is not the file's own and may pass."""
+    """A file cannot be read because of a transient error, such as one of a network drive."""
 
 
 class UserError(ClientError):
-    """A command cannot go on; `str(error)` tells the user what is wrong and what to do."""
+    """A command cannot continue; `str(error)` states the problem and the remedy for the user."""

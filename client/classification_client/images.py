@@ -1,4 +1,4 @@
-"""Which images a command line means: files, folders, patterns, lists."""
+"""Find the images that a command line names: files, folders, patterns, lists."""
 
 import codecs
 import glob
@@ -11,18 +11,18 @@ from pathlib import Path
 
 from classification_client.errors import UserError
 
-# What is taken from a folder; a file that is named is sent whatever its suffix.
+# Suffixes of the files that are taken from folders; a named file is sent with any suffix.
 _NAMES = "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif heic heif mpo"
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 
 
 @dataclass
 class Found:
-    """What a command line means.
+    """The images that a command line names.
 
     Attributes:
-        images: every image once, in the order in which they were named; bytes of standard input.
-        skipped: how many files of folders were skipped, by their suffix.
+        images: each image once, in the order of the command line; bytes for standard input.
+        skipped: number of skipped files in folders, by suffix or reason.
         closed: folders that cannot be read, with the reason.
     """
 
@@ -32,16 +32,20 @@ class Found:
 
     @property
     def left_out(self) -> str | None:
-        """A sentence on what is in the folders and not among the images."""
+        """Return a message with the counts of skipped files; None if there are none."""
         parts = [f"{count} {what}" for what, count in sorted(self.skipped.items())]
         return f"Skipped in the folders: {', '.join(parts)}." if parts else None
 
 
 def find_images(sources: Sequence[str], listing: str | None = None) -> Found:
-    """Return the images of files, folders and patterns such as "a/*.jpg", and those of a list.
+    """Return the images in files, folders, patterns such as "a/*.jpg", and a list.
 
-    `sources` may be "-" alone for an image on standard input. `listing` is a file with a name per
-    line, or "-". Raises `UserError` if there is no image, or none of a name outside the list.
+    Args:
+        sources: files, folders and patterns, or only "-" for an image on standard input.
+        listing: a file with one name per line; "-" for standard input.
+
+    Raises:
+        UserError: there are no images, or a source does not exist.
     """
     found = Found()
     if [*sources] == ["-"]:
@@ -56,9 +60,9 @@ def find_images(sources: Sequence[str], listing: str | None = None) -> Found:
 
 
 def search(folder: Path, found: Found) -> list[Path]:
-    """Return the images of a folder, sorted by name; count what is skipped in `found`.
+    """Return the images of a folder, sorted by name; count skipped files in `found`.
 
-    That are hidden files, which may be thumbnails, and links to folders, which may lead back.
+    Skipped are hidden files, which may be thumbnails, and links to folders, which may form a cycle.
     """
     images, closed = [], found.closed
     note = lambda error: closed.update({Path(error.filename): str(error.strerror)})  # noqa: E731
@@ -89,16 +93,16 @@ def _expand(source: str, found: Found) -> Iterator[Path]:
 
 
 def _read_list(listing: str) -> list[Path]:
-    """Return names as a list has them; a missing file gets its own result later."""
+    """Return the names in a list; a missing file is reported later, in its own row."""
     try:
         content = sys.stdin.buffer.read() if listing == "-" else Path(listing).read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             text = content.decode("utf-16")
         else:
-            # Names of files need not be text in any encoding.
+            # File names may contain bytes that are not valid UTF-8.
             text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The list {listing} cannot be read: {error}.") from error
-    # `find -print0` ends names with null bytes, since they may have line ends in them.
+    # `find -print0` ends names with null bytes, since names may contain newlines.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return [Path(name) for name in (text.split("\0") if "\0" in text else lines) if name.strip()]

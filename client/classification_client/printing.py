@@ -1,4 +1,4 @@
-"""Results on standard output: as text, as a table, as JSON lines, as CSV."""
+"""Print results as text or as a table."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -11,7 +11,7 @@ from classification_client.terminal import console, printable, safe
 
 
 class Format(str, Enum):
-    """How results are printed or written."""
+    """Formats of the results."""
 
     TEXT = "text"
     TABLE = "table"
@@ -19,12 +19,12 @@ class Format(str, Enum):
     CSV = "csv"
 
 
-# Formats with a line per image, printed as results come in.
+# Formats with one line per image, which are printed immediately.
 LINES = {Format.JSONL, Format.CSV}
 
 
 def print_results(rows: Sequence[Row], format_: Format) -> None:
-    """Print texts or a table; why a single image was rejected is in the summary."""
+    """Print text or a table; the summary has the error of a single image."""
     if format_ is Format.TABLE and rows:
         table = Table("image", "label", "probability")
         for row in sorted(rows, key=lambda row: row.image):

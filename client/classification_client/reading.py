@@ -1,4 +1,4 @@
-"""Reads an image's file, and tells permanent errors from transient ones."""
+"""Read an image file and distinguish permanent from transient errors."""
 
 import errno
 import os
@@ -8,17 +8,19 @@ from pathlib import Path
 
 from classification_client.errors import PassingError
 
-# Errors of one file. Any other, such as an input error of a network drive, may pass.
+# Permanent errors. All others, such as an I/O error of a network drive, are transient.
 _NAMES = "EACCES EINVAL EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR ENXIO EPERM"
 _PERMANENT = {getattr(errno, name) for name in _NAMES.split()}
-# A file that was written to so many seconds ago may still be being copied; how long to wait then.
-_FRESH, _LOOK = 5.0, 1.0
+# A file modified this recently may still be in the process of being copied; it is checked again.
+_RECENT_SECONDS, _RECHECK_SECONDS = 5.0, 1.0
 
 
 def read(file: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Return a file's content, at most one byte more than `max_bytes`, and its status before.
+    """Return a file's content, at most `max_bytes` + 1 bytes, and its status before reading.
 
-    Raises a `PassingError` if it cannot be read now, another `OSError` if it never can.
+    Raises:
+        PassingError: the error is transient.
+        OSError: the error is permanent.
     """
     try:
         status = file.stat()
@@ -28,25 +30,25 @@ def read(file: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
     except ValueError as error:  # a null byte
         raise OSError(errno.EINVAL, "no file can have this name", str(file)) from error
     except OSError as error:
-        if error.errno == errno.ENOENT and _is_away(file):
+        if error.errno == errno.ENOENT and _is_unmounted(file):
             raise PassingError(errno.ENOENT, "its folder is missing or empty", str(file)) from error
         if error.errno in _PERMANENT:
             raise
         raise PassingError(error.errno, error.strerror, str(file)) from error
-    # A pipe would block, a device may be endless.
+    # Reading a pipe would block, and a device may be endless.
     raise OSError(errno.EINVAL, "it is not a regular file", str(file))
 
 
-def _is_away(file: Path) -> bool:
-    """Whether the file's folder is missing, or empty as a drive that is not mounted leaves it."""
+def _is_unmounted(file: Path) -> bool:
+    """Return whether the file's folder is missing or empty, like an unmounted drive's."""
     folder = Path(os.path.realpath(file)).parent
     return not folder.is_dir() or not any(folder.iterdir())
 
 
 def check_unchanged(file: Path, since: os.stat_result) -> None:
-    """Raise `PassingError` if the file was written to since: it may have been half an image."""
-    if abs(time.time() - since.st_mtime) < _FRESH:
-        time.sleep(_LOOK)
+    """Raise `PassingError` if the file was modified after `since`: it may have been incomplete."""
+    if abs(time.time() - since.st_mtime) < _RECENT_SECONDS:
+        time.sleep(_RECHECK_SECONDS)
     now = file.stat()
     if (now.st_size, now.st_mtime_ns) != (since.st_size, since.st_mtime_ns):
         raise PassingError(errno.EBUSY, "another program is writing to it", str(file))

@@ -1,4 +1,4 @@
-"""A row for each image, and how it is written as JSON lines or CSV."""
+"""Format one row per image as JSON lines or CSV."""
 
 import csv
 import io
@@ -13,37 +13,37 @@ from classification_client.errors import PassingError, RefusedError, ServiceErro
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one image: its name as given, and its classification or why there is none."""
+    """The result of one image: its name as given, and its classification or error."""
 
     image: str
     answer: Classification | ServiceError | OSError
 
     @property
     def is_final(self) -> bool:
-        """Whether another run would give the same: not if the server or a drive failed."""
+        """Return whether another run would have the same result; false after transient errors."""
         if isinstance(self.answer, ServiceError):
             return isinstance(self.answer, RefusedError) and self.answer.is_about_the_image
         return not isinstance(self.answer, PassingError)
 
     @property
     def problem(self) -> str | None:
-        """Why the image has no classification."""
+        """Return the message of the image's error; None if it has a classification."""
         if isinstance(self.answer, OSError):
             return f"cannot be read: {self.answer.strerror or self.answer}"
         return str(self.answer) if isinstance(self.answer, ServiceError) else None
 
     @property
     def model(self) -> dict[str, str]:
-        """The columns about the model that answered, if that is known."""
+        """Return the columns with the model that responded; empty if it is unknown."""
         model = getattr(self.answer, "model", None)
         return {"model": model.name, "model_version": model.version} if model else {}
 
 
 def as_line(row: Row, made_with: Mapping[str, Any], columns: Sequence[str] | None) -> str:
-    """Return a row as a line of CSV with these columns, or of JSON if there are none.
+    """Return a row as a line of CSV with these columns, or of JSON if `columns` is None.
 
-    Every row has what it was made with, so that results are never mixed up: `model`,
-    `model_version`, `topk` and `threshold`.
+    Each row contains `made_with`: `model`, `model_version`, `topk` and `threshold`, so that results
+    of different models or options cannot be confused.
     """
     values: dict[str, Any] = {"picture": row.image}
     if isinstance(row.answer, Classification):
@@ -55,14 +55,14 @@ def as_line(row: Row, made_with: Mapping[str, Any], columns: Sequence[str] | Non
 
 
 def in_words(row: Mapping[str, Any]) -> str:
-    """Return what a row was made with; `KeyError` if it does not have that."""
+    """Return a row's model and options as text; raise `KeyError` if the row lacks them."""
     options = {name: row[name] for name in ("topk", "threshold")}
     given = [f"--{name} {value}" for name, value in options.items() if value not in {None, ""}]
     return " ".join([row["model"], row["model_version"], *given])
 
 
 def csv_columns(topk: int, *, multilabel: bool) -> tuple[str, ...]:
-    """Return the names of the columns of CSV, with three for each label."""
+    """Return the names of the CSV columns, three per label."""
     labels = [name for place in range(topk) for name in _label_columns(place)]
     every = ["labels"] if multilabel else []
     made_with = ("model", "model_version", "topk", "threshold")
@@ -70,7 +70,7 @@ def csv_columns(topk: int, *, multilabel: bool) -> tuple[str, ...]:
 
 
 def csv_line(values: Iterable[Any]) -> str:
-    """Return a line of CSV, all in quotes."""
+    """Return a line of CSV with all values quoted."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(values)
     return text.getvalue()
@@ -93,7 +93,7 @@ def _csv_values(answer: Classification) -> dict[str, Any]:
     names = [label.label for label in answer.labels or ()]
     values: dict[str, Any] = {"labels": json.dumps(names, ensure_ascii=False)}
     values |= {"recognized": str(answer.recognized).lower(), "warning": answer.warning}
-    # The best label, which need not be the most probable class, comes first.
+    # The best label comes first; it need not be the most probable class.
     others = [prediction for prediction in answer.predictions if prediction != answer.best]
     for place, label in enumerate([answer.best, *others]):
         label_values = (label.label, label.probability, label.class_id)

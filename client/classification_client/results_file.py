@@ -1,6 +1,6 @@
-"""The file that keeps results: rows are appended, and a later run skips what it holds.
+"""A file of results to which each run appends rows; a later run skips the images in it.
 
-A run that is killed can leave half a row at the end, which the next run cuts off.
+A killed run can leave an incomplete row at the end, which the next run truncates.
 """
 
 import csv
@@ -20,9 +20,10 @@ from classification_client.results import Row, as_line, csv_line, in_words
 def results_file(
     path: Path, made_with: Mapping[str, Any], columns: Sequence[str] | None = None
 ) -> Iterator["ResultsFile"]:
-    """Open or make a file of rows that are made with this, see `as_line`, for this process alone.
+    """Open or create a file of rows with the same `made_with`, see `as_line`, and lock it.
 
-    `UserError` if it cannot be written, is in use, or holds anything else.
+    Raises:
+        UserError: the file cannot be written, is in use, or has other content.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file. Name another --output.")
@@ -33,13 +34,13 @@ def results_file(
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # or the drive has no locks
+        except OSError as error:  # the file is locked, or the drive does not support locks
             raise UserError(f"Another run uses {path} now ({error.strerror}).") from error
         yield ResultsFile(path, file, made_with, columns)
 
 
 class ResultsFile:
-    """Rows in a file; `done` has their images, each with its error, if it has one."""
+    """Rows in a file; `done` maps the name of each image in it to its error or None."""
 
     def __init__(
         self,
@@ -65,18 +66,18 @@ class ResultsFile:
         file.truncate(self._length)
 
     def write(self, row: Row) -> None:
-        """Append a row; `UserError` if the disk takes no more, or another model answered."""
+        """Append a row; raise `UserError` if writing fails or another model responded."""
         self._check(self._made_with, {**self._made_with, **row.model})
         text = as_line(row, self._made_with, self._columns)
         if self._columns and not self._length:
             text = csv_line(self._columns) + text
-        # Names of files need not be text in any encoding.
+        # File names may contain bytes that are not valid UTF-8.
         data = left = memoryview(text.encode("utf-8", "surrogateescape"))
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            with suppress(OSError):  # otherwise the next run cuts off the part of a row
+            with suppress(OSError):  # the next run truncates an incomplete row, too
                 self._file.truncate(self._length)
             raise UserError(
                 f"{self._path} cannot be written: {error.strerror}. It keeps what it holds."

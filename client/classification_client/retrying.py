@@ -6,10 +6,11 @@ import stamina
 
 
 def tries(on: Any, patience: float) -> Any:
-    """Return an iterable of attempts, each a context in which to do the work once.
+    """Return an iterable of attempts, each a context manager for one attempt.
 
-    `on` are the errors to retry, see stamina. After `patience` seconds the last error is raised; 0
-    is for one attempt.
+    Args:
+        on: the errors to retry, see stamina.
+        patience: seconds after which the last error is raised; 0 for one attempt.
     """
     attempts = None if patience else 1
     waits = {"wait_initial": 0.1, "wait_max": 5.0, "wait_jitter": 0.1}

@@ -1,1 +1,1 @@
-"""Runs in the container image: reads the configuration, plans resources, runs the processes."""
+"""Code in the container image that reads the configuration, plans resources and runs processes."""

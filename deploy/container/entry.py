@@ -1,8 +1,8 @@
-"""Starts TorchServe, nginx and KServe's gRPC in the container, and stops them in order.
+"""Start TorchServe, nginx and KServe's gRPC server in the container, and stop them in order.
 
-On SIGTERM the container stops being ready, takes no new connections and answers what is in flight;
-then TorchServe stops. If one of the processes exits, the container exits with status 1, for its
-restart policy. tini is the first process: it passes SIGTERM on, and reaps orphans.
+On SIGTERM the container becomes unready, accepts no new connections and finishes requests in
+flight; then TorchServe stops. If one of the processes exits, the container exits with status 1, for
+its restart policy. tini is the first process; it forwards SIGTERM and reaps orphans.
 """
 
 import os
@@ -38,17 +38,17 @@ from scripts.gateway.template import Route, has_ipv6, render_template
 from scripts.serve.environment import raise_descriptor_limit, server_environment
 from scripts.serve.upkeep import Outage, Upkeep
 
-# Seconds from SIGTERM until the container has exited, whatever is in flight: SageMaker kills it
-# after 30, Kubernetes and compose after 40 (a test reads the manifests).
+# Maximum time from SIGTERM to the container's exit: SageMaker kills it after 30 s, Kubernetes and
+# compose after 40 s (a test reads the manifests).
 STOP_SECONDS = 28
-# The last of them, in which nginx is killed and TorchServe stops. TorchServe has no requests any
-# more: it may write its log, but not wait 3 s for its workers.
+# The last seconds of that time, for killing nginx and stopping TorchServe. TorchServe has no more
+# requests: it gets time to write its log, but not the 3 s to wait for its workers.
 _LAST_SECONDS = 3
 _TORCHSERVE_SECONDS = 1
-# Time limit for requests in flight: more than a batch of the most costly images takes.
+# Time limit for requests in flight, longer than a batch of the most expensive images takes.
 _DRAIN_SECONDS = 20
-# Longer than TorchServe waits for a worker.
-_ANSWER_SECONDS = 150
+# Longer than TorchServe's timeout for a worker.
+_RESPONSE_SECONDS = 150
 _POLL_SECONDS = 0.1
 _READINESS_INTERVAL = 1.0
 
@@ -73,7 +73,7 @@ def main() -> int:
     )
     if few := raise_descriptor_limit():
         _log(f"At most {few} open files: more connections will hang. Raise the container's ulimit.")
-    # Kubernetes keeps the folder of a container that crashed for the next one of the pod.
+    # In Kubernetes, the folder outlives a crashed container for the next one in the pod.
     shutil.rmtree(ready.FOLDER, ignore_errors=True)
     ready.FOLDER.mkdir()
     stopping: list[float] = []
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
-    """Wait for SIGTERM, which gives `stopping` a time, or until a process exits by itself."""
+    """Wait for SIGTERM, whose handler adds a time to `stopping`, or until a process exits."""
     watch = partial(_watch, processes[TORCHSERVE].pid, stopping)
     threading.Thread(target=watch, daemon=True).start()
     exited = None
@@ -101,7 +101,7 @@ def _run(processes: Mapping[str, Process], stopping: list[float]) -> int:
 
 
 def _watch(torchserve: int, stopping: Sequence[float]) -> None:
-    """Report readiness, and keep TorchServe in shape, whose launcher has this process id."""
+    """Update readiness and run TorchServe's upkeep; `torchserve` is its launcher's process id."""
     upkeep: Upkeep | None = None
     outage: Outage | None = None
     while not stopping:
@@ -109,13 +109,13 @@ def _watch(torchserve: int, stopping: Sequence[float]) -> None:
         if reason is None and not ready.FILE.exists() and not stopping:
             ready.FILE.touch()
             _log("Ready.")
-            outage = outage or Outage()  # before that, the platform's startup probe counts
+            outage = outage or Outage()  # until then, the platform's startup probe applies
         elif reason is not None and ready.FILE.exists():
             ready.FILE.unlink(missing_ok=True)
             _log(f"Not ready any more: {reason}.")
         if outage and (message := outage.check(ready.FILE.exists)):
             _log(message)
-            psutil.Process(torchserve).kill()  # and so the container exits
+            psutil.Process(torchserve).kill()  # makes the container exit
             return
         if upkeep is None:
             upkeep = next(map(Upkeep, psutil.Process(torchserve).children()), None)
@@ -125,11 +125,11 @@ def _watch(torchserve: int, stopping: Sequence[float]) -> None:
 
 
 def stop(processes: Mapping[str, Process], stop_by: float) -> None:
-    """Let the processes answer what is in flight, and stop them.
+    """Drain the requests in flight and stop the processes.
 
     Args:
-        processes: by name, each with a process group of its own.
-        stop_by: time (`time.monotonic`) at which all have exited.
+        processes: the processes by name, each in its own process group.
+        stop_by: deadline for their exit, as `time.monotonic`.
     """
     ready.FILE.unlink(missing_ok=True)
     if GRPC in processes:  # it sends requests to nginx
@@ -137,7 +137,7 @@ def stop(processes: Mapping[str, Process], stop_by: float) -> None:
         _wait(processes[GRPC], stop_by - STOP_SECONDS + _DRAIN_SECONDS)
     processes[NGINX].send_signal(signal.SIGQUIT)
     _wait(processes[NGINX], stop_by - _LAST_SECONDS)
-    # The launcher waits for Java, and passes no signal on.
+    # The launcher waits for Java and does not forward signals.
     with suppress(psutil.NoSuchProcess):
         for java in psutil.Process(processes[TORCHSERVE].pid).children():
             java.terminate()
@@ -167,7 +167,7 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
         "OMP_NUM_THREADS": str(limits.threads),
         "MAX_THREADS": str(limits.max_threads),
         "CANCELLED_REQUESTS": str(ready.FOLDER / "cancelled.log"),
-        # TorchServe does not pass them to workers.
+        # TorchServe does not pass these to its workers.
         "TS_MAX_RESPONSE_SIZE": properties["max_response_size"],
         "MAX_REQUEST_BYTES": properties["max_request_size"],
     }
@@ -186,18 +186,18 @@ def _start(serving: Serving, limits: Limits, routes: Sequence[Route]) -> dict[st
 
 
 def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
-    """Return TorchServe's configuration: the repository's with the overrides of the container."""
+    """Return TorchServe's configuration: the repository's with the container's overrides."""
     base = read_properties(ROOT / "config.properties")
     return base | {
         "inference_address": f"http://127.0.0.1:{TORCHSERVE_PORT}",
         "management_address": f"http://127.0.0.1:{MANAGEMENT_PORT}",
-        # A NetworkPolicy limits who reaches it.
+        # A NetworkPolicy restricts access to it.
         "metrics_address": f"http://0.0.0.0:{METRICS_PORT}",
         "metrics_config": str(ROOT / "deploy/torchserve/metrics.yaml"),
         "model_store": str(serving.models[0].archive.parent),
         "load_models": ",".join(f"{m.name}={m.archive.name}" for m in serving.models),
         "default_workers_per_model": str(limits.workers),
-        # nginx limits what waits; a request whose client has gone may still be in the queue.
+        # nginx limits concurrent requests; those of disconnected clients may still be in the queue.
         "job_queue_size": str(limits.requests),
         "vmargs": f"{base['vmargs']} {limits.vmargs}",
     }
@@ -205,7 +205,7 @@ def torchserve_properties(serving: Serving, limits: Limits) -> dict[str, str]:
 
 def nginx_config(serving: Serving, limits: Limits, routes: Sequence[Route]) -> str:
     """Return nginx.conf."""
-    # A socket for both would log IPv4 addresses as ::ffff:10.0.0.1.
+    # A dual-stack socket would log IPv4 addresses as ::ffff:10.0.0.1.
     listeners = [{"address": "0.0.0.0", "port": serving.port, "tls": False}]
     if has_ipv6():
         listeners.append({**listeners[0], "address": "[::]", "ipv6only": "on"})
@@ -215,7 +215,7 @@ def nginx_config(serving: Serving, limits: Limits, routes: Sequence[Route]) -> s
         worker_connections=2048,
         drain_seconds=_DRAIN_SECONDS,
         keepalive=75,
-        timeout=_ANSWER_SECONDS,
+        timeout=_RESPONSE_SECONDS,
         access_log="/dev/stdout requests",
         error_log="stderr crit",
         listeners=listeners,

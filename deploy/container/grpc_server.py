@@ -1,8 +1,9 @@
-"""KServe's gRPC, the Open Inference Protocol, for clients without HTTP: `GRPC=on` starts it.
+"""Serve KServe's gRPC protocol, the Open Inference Protocol; `GRPC=on` starts this server.
 
-Each call becomes a request to nginx, with the limits, readiness and log of all others. TorchServe's
-own gRPC stays closed: its package name is not that of KServe's and Triton's clients, it reads no
-tensors in raw bytes, it is always ready, and its streams let any client stop all workers.
+Each call becomes a request to nginx, with the same limits, readiness and log as HTTP requests.
+TorchServe's own gRPC is disabled: KServe's and Triton's clients use another package name, it does
+not read tensors in raw bytes, always reports ready, and its streams let any client stop all
+workers.
 """
 
 import json
@@ -26,14 +27,14 @@ from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.template import has_ipv6
 
 SERVICE = "inference.GRPCInferenceService"
-# Concurrent calls. Each holds a message: twice 20 MB while it is read.
+# Concurrent calls. Each holds a message, which takes twice 20 MB while it is read.
 _MAX_CALLS = 16
-# Limit of names, shapes and parameters in a message.
+# Maximum size of names, shapes and parameters in a message.
 _MAX_OTHER_BYTES = 65_536
-# As long as TorchServe waits for a worker.
+# TorchServe's timeout for a worker.
 _MAX_SECONDS = 60.0
 _JSON_LENGTH = "Inference-Header-Content-Length"
-# Others of 4xx are INVALID_ARGUMENT.
+# Other 4xx statuses become INVALID_ARGUMENT.
 _STATUSES = {
     404: grpc.StatusCode.NOT_FOUND,
     500: grpc.StatusCode.INTERNAL,
@@ -42,7 +43,7 @@ _STATUSES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
     507: grpc.StatusCode.UNAVAILABLE,
 }
-# The calls other than ModelInfer, and the paths whose JSON has the fields of their responses.
+# The calls other than ModelInfer, with the path whose JSON has the fields of the response.
 _PATHS: dict[str, Callable[[Any], str]] = {
     "ServerLive": lambda _: "/v2/health/live",
     "ServerReady": lambda _: "/v2/health/ready",
@@ -53,7 +54,7 @@ _PATHS: dict[str, Callable[[Any], str]] = {
 
 
 class CallError(Exception):
-    """An answer over HTTP that is not 200; the message is for the client."""
+    """An HTTP response other than 200; the message is for the client."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -61,10 +62,10 @@ class CallError(Exception):
 
 
 def call(name: str, request: Any, port: int, seconds: float) -> Message:
-    """Answer a call of the service by sending a request to nginx.
+    """Send a call to nginx as a request, and return the response.
 
     Raises:
-        CallError: the request is wrong, or there was no answer within `seconds`.
+        CallError: the request is invalid, or there was no response within `seconds`.
     """
     if name == "ModelInfer":
         return _infer(request, port, seconds)
@@ -73,7 +74,7 @@ def call(name: str, request: Any, port: int, seconds: float) -> Message:
         document = json.loads(_send_request(port, _PATHS[name](request), seconds)[0])
     except CallError as error:
         if error.status == HTTPStatus.SERVICE_UNAVAILABLE and name.endswith(("Live", "Ready")):
-            return response  # false
+            return response  # its field is false
         raise
     return ParseDict(document, response, ignore_unknown_fields=True)
 
@@ -87,10 +88,10 @@ def _infer(request: Any, port: int, seconds: float) -> Message:
 def _send_request(
     port: int, path: str, seconds: float, parts: Sequence[bytes] = ()
 ) -> tuple[bytes, int | None]:
-    """Send nginx a GET request, or JSON and tensors, and return its answer.
+    """Send a GET request, or JSON and tensors, to nginx.
 
     Returns:
-        The body, and the length of its JSON if tensors follow.
+        the response's body, and the length of its JSON if tensors follow.
     """
     method, headers = "GET", {}
     if parts:
@@ -128,10 +129,10 @@ def _model_path(name: str, version: str) -> str:
 
 
 def to_http(request: Any) -> tuple[dict[str, Any], list[bytes]]:
-    """Return a `ModelInferRequest` as the JSON of the same protocol, and the tensors behind it.
+    """Return a `ModelInferRequest` as the protocol's JSON, and the tensors that follow it.
 
     Raises:
-        CallError: the tensors' contents are missing, or of a type that holds no images.
+        CallError: the tensors' contents are missing, or of an unsupported datatype.
     """
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
@@ -177,7 +178,7 @@ def _parameters(of: Any) -> dict[str, Any]:
 
 
 def from_http(body: bytes, length: int | None) -> Message:
-    """Return a `ModelInferResponse` from JSON of the given length and the tensors behind it."""
+    """Return a `ModelInferResponse` from JSON of the given length and the tensors after it."""
     document = json.loads(body[:length])
     response = messages.ModelInferResponse()
     start = len(body) if length is None else length
@@ -208,9 +209,9 @@ def _handler(name: str, port: int) -> "grpc.RpcMethodHandler[Any, Any]":
 
 
 def main() -> None:
-    """Serve until SIGTERM, then drain; the sender of SIGTERM sets the time limit.
+    """Serve until SIGTERM, then drain; the sender of SIGTERM enforces a time limit.
 
-    The command line has nginx's port, and the port to listen on.
+    The command line consists of nginx's port and the port to listen on.
     """
     http_port, port = map(int, sys.argv[1:])
     stop = threading.Event()

@@ -1,8 +1,8 @@
-"""Plans workers, threads, concurrent requests and Java's memory within the container's limits.
+"""Plan workers, threads, concurrent requests and Java's memory within the container's limits.
 
-`scripts.serve.machine` plans workers and threads per CPU, as for `make start`. This module divides
-the memory limit between workers and TorchServe's frontend. nginx limits the requests that the
-frontend holds, and counts large ones separately.
+`scripts.serve.machine` plans workers and threads by CPUs, as for `make start`. This module divides
+the memory limit between workers and TorchServe's frontend. nginx limits the number of requests in
+the frontend, with a separate limit for large ones.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve.machine import memory_limit, plan_workers
 
 _MIB = 1 << 20
-# Java outside its heap and buffers, nginx, and this program.
+# Java's memory outside its heap and buffers, nginx, and this program.
 _OVERHEAD_BYTES = 350_000_000
 # `batchSize` in the archive: requests that TorchServe sends to a worker at once.
 _BATCH = 8
 # Requests that wait for a worker, per model: the longest queue that fits into the memory.
 _QUEUES = (512, 384, 256, 192, 128, 96, 64)
-# Copies of a request's body on the heap while a worker has it: the body, and the message of its
-# batch, whose buffer grows by copying into one of twice its size.
+# Copies of a request's body on the heap while a worker processes it: the body, and the message of
+# its batch, whose buffer grows by copying into one of twice its size.
 _COPIES = 4
-# Smaller requests are not counted as large: their length has up to six digits (nginx.conf.jinja).
+# Requests from this size on are large: their length has more than six digits (nginx.conf.jinja).
 _SMALL_BYTES = 1_000_000
-# Concurrent large requests: minimum per worker, and maximum of the container.
+# Concurrent large requests: minimum per worker, maximum per container.
 _MIN_LARGE = 4
 _MAX_LARGE = 100
 
@@ -34,12 +34,12 @@ class Limits:
 
     Attributes:
         workers: processes per model.
-        threads: CPU threads of each worker.
+        threads: CPU threads per worker.
         max_threads: CPU threads that a worker may use while the others are idle.
-        requests: maximum of concurrent requests.
-        large: maximum of those of 1 MB or more, or of unknown length.
-        heap_bytes: Java's heap.
-        direct_bytes: Java's buffers outside the heap.
+        requests: maximum number of concurrent requests.
+        large: maximum number of those with 1 MB or more, or of unknown length.
+        heap_bytes: size of Java's heap.
+        direct_bytes: size of Java's buffers outside the heap.
     """
 
     workers: int
@@ -61,12 +61,12 @@ def plan_resources(worker_bytes: int, models: int = 1, workers: int | None = Non
     """Plan the resources within this container's limits of CPU and memory.
 
     Args:
-        worker_bytes: memory that a worker may take.
-        models: how many are served.
-        workers: workers per model; by default one per CPU, or fewer if memory is short.
+        worker_bytes: maximum memory of a worker.
+        models: number of served models.
+        workers: workers per model; by default one per CPU, or fewer if memory is limited.
 
     Raises:
-        ConfigError: the memory limit is too small for these workers, or for a single one.
+        ConfigError: the memory limit is too small for `workers`, or for a single one by default.
     """
     memory = memory_limit()
 

@@ -1,8 +1,8 @@
-"""Builds the classes of the Open Inference Protocol's gRPC messages.
+"""Build the classes of the Open Inference Protocol's gRPC messages.
 
-Names and order, which gives the field numbers, are those of
+The fields' names and order, which determines their numbers, are those of
 github.com/kserve/open-inference-protocol (specification/protocol/open_inference_grpc.proto).
-Nested messages are top-level messages here, which is the same on the wire.
+Nested messages are top-level messages here, which does not change the wire format.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 _TENSOR = "name:string datatype:string shape:int64*"
 _MODEL = "name:string version:string"
 _INFER = "model_name:string model_version:string id:string parameters:map"
-# `*`: repeated. `map`: from string to InferParameter.
+# `*` marks a repeated field; `map` is a map from string to InferParameter.
 _MESSAGES = {
     "ServerLiveRequest": "",
     "ServerLiveResponse": "live:bool",

@@ -1,10 +1,10 @@
-"""Readiness probe: each model has a ready worker, and no SIGTERM was received.
+"""Check readiness: each model has a ready worker, and no SIGTERM was received.
 
-TorchServe's own /ping is Healthy while no worker is ready. Its management API goes on reporting a
+TorchServe's own /ping is Healthy while no worker is ready. Its management API still reports a
 worker as READY after it crashed, so the worker's process is checked too.
 
-As a command this module exits with 0 if the container is ready, for probes that run a program.
-Other probes use /ping. It imports the standard library only.
+As a command, for probes that run a program, this module exits with 0 if the container is ready.
+Other probes use /ping. It imports only the standard library.
 """
 
 import json
@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-# Folder of all files that the container writes.
+# The folder for all files that the container writes.
 FOLDER = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"
 # Exists while the container is ready.
 FILE = FOLDER / "ready"
@@ -35,7 +35,7 @@ def why_not_ready(management_port: int) -> str | None:
 
 
 def _get(url: str) -> Any:
-    # No proxy of the environment is asked for this container's own port.
+    # Do not use the environment's proxies for this container's own port.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(url, timeout=_SECONDS) as answer:
         return json.load(answer)

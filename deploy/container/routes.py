@@ -1,6 +1,7 @@
-"""Lists the HTTP paths of the container: those of TorchServe, KServe, SageMaker and Vertex AI.
+"""List the container's HTTP paths: those of TorchServe, KServe, SageMaker and Vertex AI.
 
-Readiness and metadata are constant or a file, so nginx answers them. Images go to TorchServe.
+nginx itself responds to requests for readiness and metadata, which are constant or depend on a
+file. It passes images to TorchServe.
 """
 
 import json
@@ -12,7 +13,7 @@ from deploy.container.serving import ConfigError, Model
 from scripts.gateway.template import HUGGING_FACE, Route
 
 SERVER = {"name": "torchserve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
-# A test compares them with handler/protocols/kserve_v2.py, which is in the archive.
+# A test compares these with handler/protocols/kserve_v2.py, which is in the archive.
 INPUTS = {"images": "BYTES"}
 OUTPUTS = {
     "class_id": "BYTES",
@@ -24,21 +25,21 @@ OUTPUTS = {
 }
 _ONLY_MULTILABEL = {"labels"}
 _UPLOAD = ("POST", "PUT")
-# Paths of the template itself; the first two are health checks.
-_OWN = ("/ping", "/live", "/error", "/openapi.json", "/docs")
+# Paths in nginx's template; the first two are health checks.
+_TEMPLATE_PATHS = ("/ping", "/live", "/error", "/openapi.json", "/docs")
 # Characters that need no quotes in nginx.conf.
 _PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
 
 
 def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list[Route]:
-    """Return the paths; all others are 404.
+    """Return the paths; for all others nginx returns 404.
 
     Args:
-        models: the first is the default of requests without a name.
-        environment: its `AIP_HEALTH_ROUTE` and `AIP_PREDICT_ROUTE` add paths.
+        models: the served models; the first is the default for requests without a name.
+        environment: the variables; `AIP_HEALTH_ROUTE` and `AIP_PREDICT_ROUTE` add paths.
 
     Raises:
-        ConfigError: one of these is unusable, or has another use here.
+        ConfigError: one of these paths is invalid or already has another use.
     """
     names = {"models": [model.name for model in models]}
     found = [
@@ -49,13 +50,13 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
         _readiness("/v2/health/ready"),
         _constant("/v2/models", names),
         _upload("/invocations"),
-        # The gateway's path, which error messages name.
+        # The gateway's path, which appears in error messages.
         _upload("/predict", f"/predictions/{models[0].name}"),
     ]
     for model in models:
         found += _model_routes(model)
     health = [route.path for route in found if route.needs_ready]
-    if path := _new_path("AIP_HEALTH_ROUTE", environment, (*_OWN[:2], *health), found):
+    if path := _new_path("AIP_HEALTH_ROUTE", environment, (*_TEMPLATE_PATHS[:2], *health), found):
         found.append(_readiness(path))
     uploads = [route.path for route in found if route.answer is None]
     if path := _new_path("AIP_PREDICT_ROUTE", environment, uploads, found):
@@ -74,7 +75,7 @@ def _model_routes(model: Model) -> list[Route]:
         Route(f"/{HUGGING_FACE}/{name}", f"/predictions/{name}", _UPLOAD, HUGGING_FACE),
     ]
     for path in (name, f"{name}/{model.version}"):
-        # GET: the web UI.
+        # GET returns the web UI.
         found.append(Route(f"/predictions/{path}", methods=("GET", "HEAD", *_UPLOAD)))
         found.append(_upload(f"/explanations/{path}"))
     for path in (v2, f"{v2}/versions/{model.version}"):
@@ -88,7 +89,7 @@ def _model_routes(model: Model) -> list[Route]:
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    """Return a model's metadata in the Open Inference Protocol; -1 is any number of images."""
+    """Return a model's metadata in the Open Inference Protocol; -1 means any number of images."""
     absent = set() if model.multilabel else _ONLY_MULTILABEL
     inputs, outputs = (
         [{"name": n, "datatype": kind, "shape": [-1]} for n, kind in tensors.items()]
@@ -104,13 +105,13 @@ def _new_path(
     same: Collection[str],
     taken: Sequence[Route],
 ) -> str:
-    """Return the path in a variable; "" if there is none, or if one with the same use has it."""
+    """Return the path in a variable; "" if it is not set, or a path with the same use exists."""
     path = environment.get(variable, "")
     if not path or path in same:
         return ""
     if not _PATH.fullmatch(path):
         raise ConfigError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
-    if path in _OWN or any(path == route.path for route in taken):
+    if path in _TEMPLATE_PATHS or any(path == route.path for route in taken):
         raise ConfigError(f"{variable} is {path}, which has another use here. Choose another path.")
     return path
 

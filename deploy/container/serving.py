@@ -1,12 +1,12 @@
-"""Reads the container's configuration from command line, environment and mounted folders.
+"""Read the container's configuration from the command line, the environment and mounted folders.
 
     KServe     /mnt/models      config/config.properties and model-store/NAME.mar
-    SageMaker  /opt/ml/model    NAME.mar, or the files of one; the command line is `serve`
+    SageMaker  /opt/ml/model    NAME.mar or its unpacked files; the command line is `serve`
     Vertex AI  AIP_STORAGE_URI  the same, if it is a folder; AIP_HTTP_PORT, AIP_HEALTH_ROUTE and
                                 AIP_PREDICT_ROUTE override port and paths
 
-The default is the model archives in the container image. A mounted config.properties chooses and
-names models; its other keys are ignored.
+By default the model archives in the container image are served. A mounted config.properties selects
+and names models; its other keys are ignored.
 """
 
 import json
@@ -24,17 +24,17 @@ MODEL_STORE = ROOT / "model_store"
 KSERVE = Path("/mnt/models")
 SAGEMAKER = Path("/opt/ml/model")
 
-# On loopback; the metrics' on all addresses.
+# Ports on loopback, except the metrics port, which is on all addresses.
 MANAGEMENT_PORT, METRICS_PORT, TORCHSERVE_PORT = OWN_PORTS = (8081, 8082, 8085)
 _GRPC_PORT = 9000
 _MAX_PORT = 65535
 _MAX_WORKERS = 1024
-# Kubernetes sets NAME_PORT=tcp://... for each Service, such as one with the name `grpc`.
+# Kubernetes sets NAME_PORT=tcp://... for each Service, for instance one named `grpc`.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
-# Keys of a mounted config.properties. `model_store` can only be the folder beside it.
+# Supported keys of a mounted config.properties. `model_store` is always the mounted model-store.
 _USED_KEYS = ("load_models", "model_snapshot", "model_store")
 _MANIFEST = "MAR-INF/MANIFEST.json"
-# One word in a path, in TorchServe's lists and in nginx.conf.
+# Names that need no quoting in paths, in TorchServe's lists and in nginx.conf.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,126}")
 
 
@@ -47,11 +47,11 @@ class Model:
     """One model to serve.
 
     Attributes:
-        name: its name in paths.
-        version: its archive's.
-        archive: a `.mar` file, or a folder with the files of one.
-        multilabel: whether an image may have several labels.
-        worker_bytes: memory that one of its workers may take.
+        name: the model's name in paths.
+        version: the archive's version.
+        archive: a `.mar` file, or a folder with its unpacked files.
+        multilabel: whether the model is multi-label.
+        worker_bytes: maximum memory of one of its workers.
     """
 
     name: str
@@ -66,10 +66,10 @@ class Serving:
     """The container's configuration.
 
     Attributes:
-        models: one or more, with archives in one folder. Requests without a name get the first.
-        port: nginx's, on all addresses.
-        grpc_port: that of KServe's gRPC, on all addresses; None if it is off.
-        workers: workers per model; None for as many as the container's limits allow.
+        models: one or more, with archives in one folder; the first is the default.
+        port: nginx's port, on all addresses.
+        grpc_port: the port of KServe's gRPC, on all addresses; None if it is off.
+        workers: workers per model; None to derive them from the container's limits.
     """
 
     models: tuple[Model, ...]
@@ -87,13 +87,13 @@ def read_serving(
     """Return the container's configuration.
 
     Args:
-        arguments: those of the container's command.
-        environment: the container's.
-        kserve: where KServe mounts `storageUri`.
-        sagemaker: where SageMaker unpacks `model.tar.gz`.
+        arguments: the arguments of the container's command.
+        environment: the container's environment variables.
+        kserve: the folder at which KServe mounts `storageUri`.
+        sagemaker: the folder into which SageMaker unpacks `model.tar.gz`.
 
     Raises:
-        ConfigError: an argument, a variable or a mounted file is unusable, or there is no archive.
+        ConfigError: an argument, a variable or a mounted file is invalid, or there is no archive.
     """
     on_sagemaker = list(arguments) == ["serve"]
     if arguments and not on_sagemaker:
@@ -104,7 +104,7 @@ def read_serving(
             models = _kserve_models(kserve)
         elif uri := environment.get("AIP_STORAGE_URI"):
             models = [_single_model(Path(uri.removeprefix("file://")))]
-        # SageMaker makes an empty folder for a model without data.
+        # SageMaker creates an empty folder for a model without data.
         elif on_sagemaker and sagemaker.is_dir() and any(sagemaker.iterdir()):
             models = [_single_model(sagemaker)]
         else:
@@ -120,7 +120,7 @@ def read_serving(
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Parse `key=value` lines; TorchServe's configurations use no more of Java's format."""
+    """Parse `key=value` lines, the part of Java's format that TorchServe's configurations use."""
     text = path.read_text("utf-8", errors="replace").replace("\\\n", "")
     return dict(re.findall(r"^[ \t]*([^#!=\s]+)[ \t]*=[ \t]*(.*?)[ \t]*$", text, re.MULTILINE))
 
@@ -129,7 +129,7 @@ def read_properties(path: Path) -> dict[str, str]:
 
 
 def _ports(environment: Mapping[str, str]) -> tuple[int, int | None]:
-    """Return nginx's port, and gRPC's if it is on."""
+    """Return nginx's port, and the gRPC port if gRPC is on."""
     grpc = environment.get("GRPC", "off")
     if grpc not in {"on", "off"}:
         raise ConfigError(f"GRPC must be on or off, got {grpc[:100]!r}.")
@@ -173,7 +173,9 @@ def _kserve_models(root: Path) -> list[Model]:
     if ignored := [key for key in properties if key not in _USED_KEYS]:
         print(f"==> {config} only chooses models; ignored: {', '.join(ignored)}.")
     if snapshot := properties.get("model_snapshot"):
-        found = [_model(store / _word(mar), name) for name, mar in _snapshot(config, snapshot)]
+        found = [
+            _model(store / _valid_name(mar), name) for name, mar in _snapshot(config, snapshot)
+        ]
         if not found:
             raise ConfigError(f"{config}: model_snapshot names no model.")
         return found
@@ -181,11 +183,11 @@ def _kserve_models(root: Path) -> list[Model]:
     if wanted.lower() in {"", "all", "none"}:
         return [_model(path) for path in _archives(store)]
     entries = (entry.strip().rpartition("=") for entry in wanted.split(","))
-    return [_model(store / _word(mar), name or None) for name, _, mar in entries]
+    return [_model(store / _valid_name(mar), name or None) for name, _, mar in entries]
 
 
 def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
-    """Return names and archives of the models in a snapshot of TorchServe."""
+    """Return the names and archives of the models in a TorchServe snapshot."""
     try:
         models = json.loads(snapshot)["models"].items()
         return [(name, of["marName"]) for name, all_ in models for of in all_.values()]
@@ -197,7 +199,7 @@ def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
 
 
 def _single_model(folder: Path) -> Model:
-    """Return the model of a folder with one archive, or with the files of one."""
+    """Return the model of a folder with one archive, packed or unpacked."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} is no folder, and this image downloads nothing. Build the archive into the "
@@ -224,7 +226,7 @@ def _archives(folder: Path) -> list[Path]:
 
 
 def _model(archive: Path, name: str | None = None) -> Model:
-    """Return an archive's model; without a name it has that of its file."""
+    """Return an archive's model; its default name is the file's, or the manifest's in a folder."""
     try:
         if archive.is_dir():
             text = (archive / _MANIFEST).read_bytes()
@@ -241,16 +243,16 @@ def _model(archive: Path, name: str | None = None) -> Model:
         name = own_name if archive.is_dir() else archive.stem
     card = read_card(archive)
     return Model(
-        name=_word(name),
-        version=_word(manifest.get("modelVersion", "1.0")),
+        name=_valid_name(name),
+        version=_valid_name(manifest.get("modelVersion", "1.0")),
         archive=archive,
         multilabel=card is not None and card.multilabel,
         worker_bytes=WORKER_BYTES if card is None else worker_bytes(card.precision),
     )
 
 
-def _word(name: object) -> str:
-    """Return a plain name: no URL, from which TorchServe would download, and no path."""
+def _valid_name(name: object) -> str:
+    """Return a valid name; reject paths, and URLs, from which TorchServe would download."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             f"{str(name)[:100]!r} cannot be the name of a model, a version or an archive: letters, "

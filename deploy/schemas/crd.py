@@ -1,12 +1,12 @@
-"""Makes a schema of a resource definition that an operator publishes.
+"""Create a schema from a custom resource definition that an operator publishes.
 
     python deploy/schemas/crd.py monitoring.coreos.com_podmonitors.yaml
     python deploy/schemas/crd.py ray.io_rayjobs.yaml 1.7.0
 
 The first file is in Prometheus Operator's repository at example/prometheus-operator-crd and becomes
-`podmonitor.json`. The second one is in KubeRay's at helm-chart/kuberay-operator/crds, does not say
-its version, and becomes `rayjob.json`. Texts for people are left out, and what an object does not
-list may not stand in it. Pods are left to `kubernetes-validate`.
+`podmonitor.json`. The second one is in KubeRay's at helm-chart/kuberay-operator/crds, does not
+contain its version, and becomes `rayjob.json`. Descriptions are removed, and properties that the
+definition does not list are not allowed. `kubernetes-validate` checks the pods.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-# Names of the definitions and of the schemas, and whose they are.
+# Definition to the schema's name and the project that publishes it.
 _KNOWN = {
     "podmonitors.monitoring.coreos.com": ("podmonitor", "prometheus-operator"),
     "rayjobs.ray.io": ("rayjob", "KubeRay"),
@@ -25,14 +25,14 @@ _PODS = {"template", "submitterPodTemplate"}
 
 
 def main() -> None:
-    """Writes the schema beside this file."""
+    """Write the schema to this file's folder."""
     definition = yaml.safe_load(Path(sys.argv[1]).read_text())
     name, project = _KNOWN[definition["metadata"]["name"]]
     annotations = definition["metadata"]["annotations"]
     version = annotations.get("operator.prometheus.io/version") or sys.argv[2]
     (v1,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
     schema = _strict(v1["schema"]["openAPIV3Schema"])
-    # Kubernetes' own.
+    # The metadata is defined by Kubernetes.
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     text = {
         "source": f"{project} {version}, Apache-2.0, The {project} Authors",

@@ -1,11 +1,11 @@
-"""Makes `kserve.json` from KServe's published Python package: the types of its resources.
+"""Create `kserve.json`, the schema of KServe's resources, from its published Python package.
 
     pip download --no-deps kserve==0.21.0
     python deploy/schemas/extract.py kserve-0.21.0-py3-none-any.whl
 
-The package is generated from the same Go types as KServe's custom resource definitions and lists
-every property's name and type. It is read as text, not imported: its dependencies do not go with
-this project's. Types of Kubernetes itself are left to `kubernetes-validate`.
+The package is generated from the same Go types as KServe's custom resource definitions and contains
+the name and type of each property. It is parsed and not imported, since its dependencies conflict
+with this project's. `kubernetes-validate` checks Kubernetes' own types.
 """
 
 import ast
@@ -21,7 +21,7 @@ _PLAIN = {"str": "string", "int": "integer", "bool": "boolean", "float": "number
 
 
 def main() -> None:
-    """Writes the schema beside this file."""
+    """Write the schema to this file's folder."""
     wheel = Path(sys.argv[1])
     with zipfile.ZipFile(wheel) as package:
         sources = [
@@ -74,7 +74,7 @@ def _mapping(model: ast.ClassDef, name: str) -> dict[str, str]:
 
 
 def _required(model: ast.ClassDef) -> list[str]:
-    """Setters refuse None for what is required."""
+    """Return the required properties, for which the setters reject None."""
     refused = set(re.findall(r"and (\w+) is None", ast.unparse(model)))
     return sorted(refused & _mapping(model, "openapi_types").keys())
 

@@ -1,1 +1,1 @@
-"""From encoded bytes to the model's input, within limits of pixels, time and memory."""
+"""Decode encoded images to the model's input, within limits of pixels, time and memory."""

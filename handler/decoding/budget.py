@@ -1,4 +1,4 @@
-"""Limits of what decoding may cost: pixels and CPU time of a request, memory of a worker."""
+"""Limit the pixels and CPU time of a request's images and the memory of a worker's decoding."""
 
 import time
 from collections.abc import Iterator
@@ -8,21 +8,21 @@ from threading import Condition, Lock
 from handler.errors import TooLarge
 from handler.settings import Settings
 
-# With less CPU time left no further image of a request is decoded.
+# With less CPU time left, no further image of the request is decoded.
 _MIN_SECONDS = 0.01
 
 
 class PixelBudget:
-    """Limits what decoding all images of one request may cost; threads may share it."""
+    """Limits the pixels and CPU time of one request's images; can be shared between threads."""
 
     def __init__(self, pixels: int, seconds: float = Settings.max_seconds) -> None:
-        """Args: width times height of all images; seconds of CPU."""
+        """Take the limits: the sum of width times height of all images, and seconds of CPU time."""
         self.limit = self._left = pixels
         self._max_seconds = self._seconds = seconds
         self._lock = Lock()
 
     def take(self, width: int, height: int) -> None:
-        """Take one image's pixels; raise `TooLarge` if too few are left."""
+        """Take one image's pixels from the budget; raise `TooLarge` if too few are left."""
         with self._lock:
             if width * height > self._left:
                 raise TooLarge(
@@ -32,13 +32,13 @@ class PixelBudget:
             self._left -= width * height
 
     def spend(self, seconds: float) -> None:
-        """Take CPU time that decoding an image took."""
+        """Take the CPU time of decoding an image from the budget."""
         with self._lock:
             self._seconds -= seconds
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Take the CPU time that this thread uses; raise `TooLarge` if hardly any is left."""
+        """Measure this thread's CPU time and take it; raise `TooLarge` if too little is left."""
         self.seconds_left()
         started = time.thread_time()
         try:
@@ -47,7 +47,7 @@ class PixelBudget:
             self.spend(time.thread_time() - started)
 
     def seconds_left(self) -> float:
-        """Return the CPU time for the next image; raise `TooLarge` if hardly any is left."""
+        """Return the CPU time for the next image; raise `TooLarge` if too little is left."""
         if self._seconds < _MIN_SECONDS:
             raise self.too_slow()
         return self._seconds
@@ -62,16 +62,16 @@ class PixelBudget:
 
 
 class MemoryBudget:
-    """Limits the memory of all images that are being decoded; threads share it."""
+    """Limits the memory of all images that are being decoded; shared between threads."""
 
     def __init__(self, limit: int) -> None:
-        """Args: bytes."""
+        """Take the limit, in bytes."""
         self._limit = self._left = limit
         self._changed = Condition()
 
     @contextmanager
     def reserved(self, needed: int) -> Iterator[None]:
-        """Wait until so many bytes are left, or all if more are needed, and take them."""
+        """Reserve `needed` bytes, at most the whole budget; wait until they are free."""
         needed = min(needed, self._limit)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= needed)

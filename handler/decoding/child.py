@@ -19,23 +19,23 @@ from handler.settings import DECODING_BYTES, Preprocessing
 
 
 def main() -> None:
-    """Decode images from standard input until it ends, or until none arrives for a while."""
+    """Decode images from standard input until its end, or until none arrives for 60 s."""
     _load_decoders()
     source = sys.stdin.buffer
-    # Nothing that a library prints may get between the replies.
+    # Replies use a copy of standard output, so that a library's prints cannot corrupt them.
     target = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _limit_memory()
     send(target, {}, [])
-    # Decoders warn about other people's files. Only now, so that an error at start is logged.
+    # Discard the decoders' warnings about images; not earlier, so that errors at start are logged.
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     while select.select([source], [], [], IDLE_SECONDS)[0]:
         try:
             task, data = receive(source)
         except EOFError:
-            return  # the worker is gone
-        # From here on the kernel counts. The signal's default action is to kill the process.
+            return  # the worker has exited
+        # The kernel counts the CPU time. The signal's default action is to kill the process.
         signal.setitimer(signal.ITIMER_PROF, task.pop("limit"))
         started = time.process_time()
         reply, content = _decode(task, data)
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def _load_decoders() -> None:
-    # Threads would spend the same CPU time, and each takes memory.
+    # More threads would use the same CPU time and more memory.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     try:
-        import pi_heif  # the worker does without
+        import pi_heif  # optional
     except ImportError:
         pass
     else:
@@ -58,16 +58,16 @@ def _load_decoders() -> None:
 
 
 def _decode(task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Return the reply's JSON and its bytes. If it has `exits`, the image may have left damage."""
+    """Return the reply's JSON and bytes; `exits` if the process must not decode another image."""
     preprocessing = Preprocessing(**task.pop("preprocessing"))
     try:
         with without_warnings():
             image = decode_here(data, Task(preprocessing=preprocessing, **task))
     except ClientError as error:
-        # A decoder that got no memory may have left anything behind.
+        # After a failed allocation the decoder's state is undefined.
         exits = isinstance(error.__cause__, MemoryError)
         return {"error": type(error).__name__, "message": str(error), "exits": exits}, b""
-    except Exception as error:  # our own fault, for the worker's log
+    except Exception as error:  # an internal error, for the worker's log
         return {"failure": f"{type(error).__name__}: {error}", "exits": True}, b""
     preview = image.preview
     content = image.pixels.tobytes() + (preview.tobytes() if preview is not None else b"")
@@ -79,14 +79,14 @@ def _decode(task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _limit_memory() -> None:
-    """Limit the process to what it has now, and `DECODING_BYTES`."""
+    """Limit the process to its current memory plus `DECODING_BYTES`."""
     with contextlib.suppress(OSError):
-        # If memory is short all the same, the kernel kills this process first.
+        # If the machine runs out of memory, the kernel kills this process first.
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return  # macOS has no such limit; the timer remains
+        return  # macOS: no memory limit, only the timer
     (used,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))
     limit = int(used) * 1024 + DECODING_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

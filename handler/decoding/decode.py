@@ -1,17 +1,18 @@
 """Decode encoded images to the model's input: uint8 (3, crop, crop), red, green, blue.
 
-Of an upright 8-bit RGB image the result is that of torchvision's transforms, bit for bit, such as
-the tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit image) and `CenterCrop(224)`, or
-of timm's if the whole image is squashed or padded to a square. Other images are first converted to
-what a person sees: turned upright, transparency on white. Scaling to 0..1 and normalizing happen in
-the model, so that a batch stays four times smaller until there.
+For an upright 8-bit RGB image, the result equals torchvision's transforms bit for bit, such as the
+tutorial's `Resize(255)` (bilinear, antialiased, on the 8-bit image) and `CenterCrop(224)`, or
+timm's if the whole image is squashed or padded to a square. Other images are first turned upright,
+put on a white background if they are transparent, and converted to 8-bit RGB. The model scales to
+0..1 and normalizes, so that a batch stays uint8, a quarter of its size in float32.
 
 A JPEG of ten or more times the needed size is decoded at a half, quarter or eighth of its size,
-which takes half the time: within 3 levels of 255 and above 50 dB of that result. A setting turns it
-off. With reduced precision the resizing is by SIMD, within 2 levels of 255.
+which takes half the time; the difference is at most 3 levels of 255, with a PSNR above 50 dB. The
+setting `reduced_decoding` turns this off. With reduced precision, SIMD code resizes the image,
+within 2 levels of 255.
 
-The bytes are a stranger's. Ordinary JPEGs, PNGs and WebPs of limited size are decoded in the worker
-(`handler.decoding.formats` decides); everything else in a process whose time and memory the kernel
+Images are untrusted input. Ordinary JPEGs, PNGs and WebPs of limited size are decoded in the worker
+(`handler.decoding.formats` decides), all others in a process whose time and memory the kernel
 limits (`handler.decoding.isolated`).
 """
 
@@ -39,7 +40,7 @@ from handler.decoding.transform import MAX_RESIZED_PIXELS, is_large, resized_siz
 from handler.errors import DamagedImage, EmptyImage, TooLarge
 from handler.settings import DECODING_BYTES, Preprocessing
 
-# A simple image that takes more memory than this is decoded in the decoder process all the same.
+# A simple image that takes more memory than this is decoded in the decoder process.
 _MAX_SIMPLE_BYTES = 80_000_000
 
 _memory_budget = MemoryBudget(DECODING_BYTES)
@@ -57,16 +58,16 @@ def decode(
     preview_side: int | None = None,
     isolated: bool = False,
 ) -> DecodedImage:
-    """Decode one image: check its header against the limits, and choose where to decode.
+    """Decode one image, in the worker or in the decoder process, after checking its header.
 
     Args:
-        data: the encoded image; of several frames or pages the first one counts.
+        data: the encoded image; only its first frame or page is decoded.
         preprocessing: the sizes to resize and crop to.
-        budget: from which the image's pixels are taken before any of it is decoded.
-        reduced: decode large JPEGs at a fraction of their size; see the head of this module.
-        fast_resize: resize by SIMD, within 2 levels of 255; see `handler.decoding.resize`.
+        budget: the request's budget; the image's pixels are taken from it before decoding.
+        reduced: decode large JPEGs at a fraction of their size; see this module's docstring.
+        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.resize`.
         preview_side: longest side of the preview, in pixels; None for no preview.
-        isolated: decode it in the decoder process, however simple it is.
+        isolated: decode even a simple image in the decoder process.
 
     Raises:
         ClientError: the bytes are empty, not an accepted image, damaged, or too large.
@@ -110,10 +111,10 @@ def run_all(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
 
     Args:
         jobs: each stores its image's result or error itself.
-        pool: threads to decode in, since Pillow lets others run meanwhile; None for this thread.
+        pool: threads to decode in (Pillow releases the GIL); None for this thread.
     """
     with without_warnings():
-        if pool is None or len(jobs) < 2:  # one image needs no other thread
+        if pool is None or len(jobs) < 2:
             for job in jobs:
                 job()
         else:
@@ -121,15 +122,15 @@ def run_all(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
 
 
 def _needed_bytes(header: Header, task: Task) -> int:
-    """Return the memory that decoding and resizing a simple image takes at most."""
+    """Return the maximum memory for decoding and resizing a simple image, in bytes."""
     assert header.size is not None
     width, height = (max(1, side) for side in header.size)
     pixels = width * height
     if header.names == ("JPEG",) and task.reduced and is_large(header.size, task.preprocessing):
-        pixels //= 4  # half the sides, or less
+        pixels //= 4  # both sides are halved at least
     resized, _ = resized_size((width, height), task.preprocessing)
     resizing = resized[0] * height + resized[0] * resized[1]
-    if task.preprocessing.fit != "pad":  # which makes no box of an image that is larger
+    if task.preprocessing.fit != "pad":  # "pad" always resizes the whole image
         resizing = min(resizing, 2 * MAX_RESIZED_PIXELS)
     return header.fixed_bytes + pixels * header.pixel_bytes + 4 * resizing
 

@@ -1,11 +1,11 @@
-"""Name the file formats that people upload by mistake, so that the error says what to change."""
+"""Recognize file formats that are uploaded by mistake, to name them in the error message."""
 
 import codecs
 import re
 
 from PIL import Image
 
-# Offset, bytes, and name with its article. The first that fits counts.
+# Offset, bytes, and name with its article. The first match counts.
 _SIGNATURES = (
     (0, b"%PDF", "a PDF"),
     (0, b"%!PS", "a PostScript or EPS"),
@@ -34,7 +34,7 @@ _SIGNATURES = (
     (0, b"Rar!\x1a\x07", "a RAR"),
 )
 
-# How texts begin after a byte order mark and white space, in lower case.
+# Beginnings of text formats in lower case, after a byte order mark and white space.
 _TEXTS = (
     (re.compile(rb"<svg|<!doctype svg|<(\?xml|!--).*<svg", re.DOTALL), "an SVG"),
     (re.compile(rb"<!doctype html|<html|<(\?xml|!--).*<html", re.DOTALL), "an HTML"),
@@ -57,7 +57,7 @@ def identify(data: bytes | bytearray) -> str | None:
 
 
 def is_other_image(data: bytes | bytearray) -> bool:
-    """Return whether it is an image in a format that Pillow knows and this server rejects."""
+    """Return whether the data is an image in a format that Pillow reads and this server rejects."""
     Image.init()
     prefix = bytes(data[:16]).ljust(16, b"\xff")
     return data.endswith(_TGA_FOOTER) or any(

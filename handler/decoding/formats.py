@@ -1,8 +1,8 @@
-"""Recognize the accepted formats by how their files begin, and read what a header tells.
+"""Recognize the accepted formats by their signatures and read the headers.
 
-JPEG, PNG and WebP are parsed in a bounded number of steps: their decoders get the image without
+JPEG, PNG and WebP are parsed in a bounded number of steps. Their decoders get the image without
 metadata, and ordinary ones may be decoded in the worker. All other files go to the decoder process
-as they are.
+unchanged.
 """
 
 import importlib.util
@@ -15,10 +15,10 @@ from handler.decoding.foreign_formats import identify, is_other_image
 from handler.decoding.headers import Header
 from handler.errors import ClientError, NotAnImage, UnsupportedFormat
 
-# Phones write HEIC; this package decodes it. An archive serves without it too.
+# The optional package `pi_heif` decodes HEIC, the format of many phones.
 _HAS_HEIF = importlib.util.find_spec("pi_heif") is not None
 
-# What servers' scripts print before an image by mistake; anything else is rejected.
+# White space, zeros or a byte order mark that servers' scripts print before an image by mistake.
 _LEADING_JUNK = b"\r\n\t \0\xef\xbb\xbf"
 _MAX_LEADING_JUNK = 256
 
@@ -28,12 +28,12 @@ class _Format:
     """An accepted format.
 
     Attributes:
-        names: Pillow's; several if only decoding tells them apart.
-        offset: where its signature stands.
-        signatures: one of which a file of it has.
-        min_pixel_bytes: memory that a pixel takes at least while it is decoded, measured. Only of
-            decoders that report missing memory as damage.
-        parse: the header; None for formats that only Pillow parses.
+        names: Pillow's names; several if only the decoder can distinguish them.
+        offset: position of the signature.
+        signatures: alternatives, of which a file has one.
+        min_pixel_bytes: measured minimum memory per pixel while decoding, in bytes; set only for
+            decoders that report a failed allocation as damage.
+        parse: parses the header; None for formats that only Pillow parses.
     """
 
     names: tuple[str, ...]
@@ -43,7 +43,7 @@ class _Format:
     parse: Callable[[bytes | bytearray], Header | None] | None = None
 
 
-# The last two do not tell the coding.
+# The last two can hold HEVC or AV1.
 _HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 
 _JPEG = _Format(("JPEG",), 0, (b"\xff\xd8",), parse=jpeg.parse)
@@ -51,7 +51,7 @@ _PNG = _Format(("PNG",), 0, (b"\x89PNG",), parse=png.parse)
 _FORMATS = (
     _JPEG,
     _PNG,
-    # Two canvases of the decoder, a copy of one, and Pillow's image.
+    # 16 bytes per pixel: two canvases of the decoder, a copy of one, and Pillow's image.
     _Format(("WEBP",), 8, (b"WEBP",), 16, webp.parse),
     _Format(("GIF",), 0, (b"GIF8",)),
     _Format(("BMP",), 0, (b"BM",)),
@@ -60,7 +60,7 @@ _FORMATS = (
     *([_Format(("HEIF", "AVIF"), 4, _HEIF_BRANDS, 7)] if _HAS_HEIF else []),
 )
 
-# Pillow's names of all of them.
+# Pillow's names of all accepted formats.
 ACCEPTED = tuple(each.names[0] for each in _FORMATS)
 
 
@@ -68,8 +68,8 @@ def probe(data: bytes | bytearray) -> Header:
     """Read the header of an encoded image.
 
     Raises:
-        NotAnImage: the bytes begin as no known file format.
-        UnsupportedFormat: the format, or a JPEG's or PNG's kind of pixels, is not accepted.
+        NotAnImage: the bytes have the signature of no known file format.
+        UnsupportedFormat: the format, or the pixel format of a JPEG or PNG, is not accepted.
         DamagedImage: the header contradicts itself.
     """
     known = _format_of(data)
@@ -84,7 +84,7 @@ def probe(data: bytes | bytearray) -> Header:
     if known.parse is not None:
         try:
             header = known.parse(data)
-        except (struct.error, IndexError):  # the decoder knows what is missing
+        except (struct.error, IndexError):  # cut off; the decoder reports the error
             header = None
         if header is not None:
             return header
@@ -92,7 +92,7 @@ def probe(data: bytes | bytearray) -> Header:
 
 
 def begins_as_image(data: bytes | bytearray) -> bool:
-    """Return whether the bytes begin as a file of an accepted format."""
+    """Return whether the bytes have the signature of an accepted format."""
     return _format_of(data) is not None
 
 
@@ -110,6 +110,6 @@ def _unidentified(data: bytes | bytearray) -> ClientError:
 
 
 def min_bytes(name: str | None, size: tuple[int, int]) -> int:
-    """Return the memory that decoding takes at least, by Pillow's name of the format."""
+    """Return the minimum memory for decoding, in bytes; `name` is Pillow's name of the format."""
     pixel_bytes = next((each.min_pixel_bytes for each in _FORMATS if name in each.names), 0)
     return size[0] * size[1] * pixel_bytes

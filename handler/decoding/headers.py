@@ -1,4 +1,4 @@
-"""What is known about an encoded image before it is decoded, and how unusual kinds are rejected."""
+"""The header of an encoded image, its Exif or XMP orientation, and the error for unusual kinds."""
 
 import re
 import struct
@@ -10,27 +10,27 @@ from handler.errors import UnsupportedFormat
 Piece = bytes | memoryview
 
 UPRIGHT = 1
-_ORIENTATION = 0x0112  # the tag (Exif 2.3, 4.6.4)
-_INTEGERS = {3: "H", 4: "I"}  # types of tags
+_ORIENTATION = 0x0112  # Exif 2.3, 4.6.4
+_INTEGERS = {3: "H", 4: "I"}  # tag type to struct format
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
-# A JPEG segment holds no more; more of an XMP block is not searched.
+# The maximum length of a JPEG segment; the rest of a longer XMP block is not searched.
 _MAX_METADATA_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says about the image.
+    """The parsed header of an encoded image.
 
     Attributes:
         names: Pillow's names of the formats to try.
-        pieces: the file as the decoder gets it, in order, sharing the original's memory.
-        size: width and height in pixels; None if only the decoder can tell.
+        pieces: the parts of the file for the decoder, in order, sharing the original's memory.
+        size: width and height in pixels; None if only the decoder can read it.
         orientation: 1 to 8 as in Exif; None if Pillow has to read it.
         simple: an ordinary image, which may be decoded in the worker.
-        pixel_bytes: of memory that each decoded pixel takes, of a simple image.
-        fixed_bytes: of memory that the decoder needs beside that, of any image.
-        other_end: another last piece, of a file that lacks its end: what it shows must not depend
-            on which of the two it gets.
+        pixel_bytes: memory per pixel for decoding, in bytes; set for simple images.
+        fixed_bytes: memory that decoding takes in addition to that, in bytes.
+        other_end: an alternative last piece for a file without its end marker; both must decode to
+            equal pixels, or the image is cut off.
     """
 
     names: tuple[str, ...]
@@ -44,11 +44,7 @@ class Header:
 
 
 def unsupported(kind: str) -> UnsupportedFormat:
-    """Return the error for pixels that cannot be read exactly.
-
-    Args:
-        kind: what the file is, with its article.
-    """
+    """Return the error for pixels that cannot be read exactly; `kind` begins with an article."""
     return UnsupportedFormat(
         f"This is {kind}, which this server does not read. "
         "Save it as a JPEG, or as a PNG with 8 bits a channel."
@@ -56,7 +52,7 @@ def unsupported(kind: str) -> UnsupportedFormat:
 
 
 def orientation_of(blocks: Sequence[Piece]) -> int:
-    """Return the orientation, 1 to 8, in a file's Exif blocks, or else in its XMP blocks."""
+    """Return the orientation, 1 to 8, from a file's Exif blocks, or else from its XMP blocks."""
     for block in blocks:
         if (value := _exif_orientation(block)) is not None:
             return value if value in range(1, 9) else UPRIGHT
@@ -67,7 +63,7 @@ def orientation_of(blocks: Sequence[Piece]) -> int:
 
 
 def _exif_orientation(block: Piece) -> int | None:
-    """Return the first directory's value; None if there is none or the block is damaged."""
+    """Return the orientation in the first directory; None if it is missing or damaged."""
     data = bytes(block[:_MAX_METADATA_BYTES]).removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:

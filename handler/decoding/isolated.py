@@ -1,13 +1,13 @@
 """Decode images in a small process whose time and memory the kernel limits.
 
-A decoder in C cannot be stopped from within its own process, and nobody can foresee what memory it
-takes. So in the decoder process a kernel timer (ITIMER_PROF, CPU time) kills the process when the
-image has used its time, and RLIMIT_DATA refuses memory above the limit. (RLIMIT_CPU counts whole
-seconds since the process started, and RLIMIT_AS also counts the shared libraries.) A deadline of
-wall time is kept by the worker, which survives in each case and answers that image with an error.
+A decoder in C cannot be stopped from within its own process, and its memory use cannot be
+predicted. In the decoder process, a kernel timer (ITIMER_PROF, CPU time) kills the process when the
+image has used its time, and RLIMIT_DATA makes allocations above the limit fail. (RLIMIT_CPU counts
+whole seconds since the process started, and RLIMIT_AS includes the shared libraries.) The worker
+enforces a limit of wall time. In each case only this image fails, and the worker keeps running.
 
-A worker has at most one such process: started when first needed, kept for the next image, stopped
-when idle or when the worker is gone.
+A worker has at most one decoder process. It starts with the first image that needs it, is reused,
+and exits when idle or when the worker exits.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock, Timer
 from typing import IO, Any
 
-# The process stops after so many seconds without an image.
+# The process exits after this many seconds without an image.
 IDLE_SECONDS = 60
 
-# Wall time for one image: the process sleeps, or the machine is so busy that the request is lost
+# Wall time for one image, for a process that hangs, or a machine so busy that the request fails
 # anyway (`responseTimeout` is 60 s).
 _MAX_WALL_SECONDS = 30.0
-# A process that closed its pipes is about to exit.
+# Time to exit for a process that closed its pipes.
 _MAX_EXIT_SECONDS = 5.0
 
-# What an image that crashes the process costs its request above its own time: the next start.
+# CPU time charged to a request whose image crashes the process, for the restart.
 RESTART_SECONDS = 0.3
 
-# Precedes a message: bytes of its JSON, and of the content after that.
+# The prefix of a message: the lengths of its JSON and of the content after it, in bytes.
 _PREFIX = struct.Struct("<II")
 
-# glibc's allocator in the process: one heap, and large blocks are returned at once.
+# glibc's allocator in the process: one heap, and large blocks are returned to the kernel at once.
 _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
@@ -47,11 +47,11 @@ _ALLOCATOR = {
 
 
 class DecoderExitedError(Exception):
-    """The process exited on this image.
+    """The decoder process exited while decoding this image.
 
     Attributes:
-        ran_out_of_time: the kernel's timer or the deadline stopped it.
-        was_killed: something else sent SIGKILL: the kernel, when the machine has no memory left.
+        ran_out_of_time: the kernel's timer or the limit of wall time killed it.
+        was_killed: another SIGKILL, from the kernel when the machine is out of memory.
     """
 
     def __init__(self, signal_number: int, *, overdue: bool) -> None:
@@ -62,7 +62,7 @@ class DecoderExitedError(Exception):
 
 
 class DecoderProcess:
-    """The worker's side; threads may share it, and take turns."""
+    """Starts the decoder process and sends it one image at a time; can be shared by threads."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -76,15 +76,15 @@ class DecoderProcess:
         Args:
             task: the fields of `handler.decoding.pillow.Task`.
             pieces: the encoded image.
-            seconds: of CPU that it may take, above 0.
+            seconds: the CPU time that it may take, above 0.
 
         Raises:
-            DecoderExitedError: the image took too long, or crashed the process otherwise.
+            DecoderExitedError: the image took too long or crashed the process.
         """
         with self._lock:
             for _ in range(2):
                 if self._process is not None and self._process.poll() is not None:
-                    self._reap(self._process)  # it exited while it was idle
+                    self._reap(self._process)  # it exited while idle
                 process = self._process or self._start()
                 started = time.monotonic()
                 try:
@@ -95,9 +95,9 @@ class DecoderProcess:
                     code = self._reap(process)
                     if code:
                         break
-                    # It had been idle for too long.
+                    # Exit status 0: it exited because it was idle. Retry with a new process.
                 except BaseException:
-                    # Otherwise the next image would get this reply.
+                    # Without the kill, the next image would get this reply.
                     process.kill()
                     self._reap(process)
                     raise
@@ -124,7 +124,7 @@ class DecoderProcess:
         )
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Isolated from the environment: TorchServe's, and what the archive does at Python's start.
+        # -I ignores TorchServe's PYTHON variables and the archive's sitecustomize.
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", self.program()],
             stdin=subprocess.PIPE,
@@ -156,7 +156,7 @@ class DecoderProcess:
 
 @contextlib.contextmanager
 def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Kill the process after the longest wall time, which ends all waiting for its pipes."""
+    """Kill the process at the limit of wall time, which unblocks reads and writes of its pipes."""
     timer = Timer(_MAX_WALL_SECONDS, process.kill)
     timer.start()
     try:
@@ -168,7 +168,7 @@ def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 def send(
     target: IO[bytes] | None, message: Mapping[str, Any], pieces: Sequence[bytes | memoryview]
 ) -> None:
-    """Write a message: JSON, and the bytes of all pieces behind it."""
+    """Write a message: JSON, followed by the bytes of all pieces."""
     assert target is not None
     text = json.dumps(message).encode()
     target.write(_PREFIX.pack(len(text), sum(map(len, pieces))) + text)
@@ -178,7 +178,7 @@ def send(
 
 
 def receive(source: IO[bytes] | None) -> tuple[dict[str, Any], bytes]:
-    """Read a message, as `send` writes it; raise `EOFError` if the other side is gone."""
+    """Read a message that `send` wrote; raise `EOFError` if the other process exited."""
     assert source is not None
     lengths = _PREFIX.unpack(_read(source, _PREFIX.size))
     text, content = (_read(source, length) for length in lengths)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from handler.decoding.headers import Header, Piece, orientation_of, unsupported
 from handler.errors import DamagedImage
 
-# Frame markers (table B.1). libjpeg-turbo decodes these; the cost of Huffman coding is known.
+# Frame markers (table B.1) that libjpeg-turbo decodes. Only Huffman-coded frames are decoded in the
+# worker, since their cost is known.
 _HUFFMAN = {0xC0, 0xC1, 0xC2}
 _PROGRESSIVE = {0xC2, 0xCA}
 _FRAMES = {*_HUFFMAN, 0xC3, 0xC9, 0xCA}
@@ -17,35 +18,35 @@ _BITS = 8
 _CHANNELS = {1, 3, 4}
 
 _SOS, _APP1 = 0xDA, 0xE1
-# Huffman and quantization tables, arithmetic conditioning, restart interval; the segments of JFIF
-# and Adobe, on which the colors depend. All other application segments and comments are left out.
+# Huffman and quantization tables, arithmetic conditioning, restart interval, and the JFIF and Adobe
+# segments, on which the colors depend. Other application segments and comments are dropped.
 _KEPT = {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
 _METADATA = {*range(0xE0, 0xF0), 0xFE}
 
 # Cameras write up to about 30 segments.
 _MAX_SEGMENTS = 200
-# A decoder looks this far ahead. Appended, so that a missing end marker does not matter; more
-# would let it make up the end of an image that was cut off.
+# The decoder's look-ahead. Appended so that an image without its end marker decodes; with more
+# bytes, the decoder would also fill in the end of an image that was cut off.
 _LOOK_AHEAD = bytes(8)
-_COEFFICIENTS = 64  # of a block
-# A progressive JPEG is decoded when its end marker is reached. If that is missing, data of two
-# kinds take the place of what may be missing of the last scan.
+_COEFFICIENTS = 64  # per block
+# A progressive JPEG is decoded at its end marker. If the marker is missing, the image is decoded
+# with two different fillers, which give equal pixels only if the last scan is complete.
 _END = b"\xff\xd9"
 _FILLERS = (b"\x00", b"\xaa")
 
-# Limits of what the worker decodes: half a second of CPU on the machine on which it was measured.
+# Limits for decoding in the worker, measured: half a second of CPU time.
 _MAX_SIMPLE_BYTES = 12_000_000
 _MAX_SIMPLE_PIXELS = 200_000_000  # each scan of a progressive JPEG is a pass over all of them
 _PIXEL_BYTES = 8  # Pillow's image and its upright copy
-# libjpeg keeps the coefficients of an image with several scans, and a tenth more beside them.
+# libjpeg keeps the coefficients, 2 bytes each, of an image with several scans, plus a tenth.
 _COEFFICIENT_BYTES = 2.2
 
 
 def parse(data: bytes | bytearray) -> Header | None:
-    """Return the header; None if the file is so unusual that only a decoder can tell.
+    """Return the header; None if only a decoder can parse the file.
 
     Raises:
-        UnsupportedFormat: the JPEG is of a kind that is not read.
+        UnsupportedFormat: the JPEG is of an unsupported kind.
         DamagedImage: it has two frames.
         struct.error, IndexError: it is cut off.
     """
@@ -95,7 +96,7 @@ def _header(
     if channels not in _CHANNELS:
         raise unsupported(f"a JPEG with {channels} channels")
     in_one_scan = marker not in _PROGRESSIVE and data[start + 4] >= channels
-    # Comments and images behind this one may make it more; then it goes to the decoder process.
+    # Comments and further images can inflate the count; then the decoder process decodes the image.
     scans = 1 if in_one_scan else data.count(b"\xff\xda", start)
     coefficients = 0 if in_one_scan else _coefficients(frame, width * height, channels)
     scan_data = memoryview(data)[start:]
@@ -119,7 +120,7 @@ def _header(
 
 
 def _has_all_scans(data: bytes | bytearray, start: int, frame: Piece) -> bool:
-    """Return whether each coefficient's last bit is in one of the scans from `start` on."""
+    """Return whether the scans from `start` on contain the last bit of each coefficient."""
     missing = {component: set(range(_COEFFICIENTS)) for component in frame[10::3]}
     while start >= 0:
         count = data[start + 4]
@@ -132,6 +133,6 @@ def _has_all_scans(data: bytes | bytearray, start: int, frame: Piece) -> bool:
 
 
 def _coefficients(frame: Piece, pixels: int, channels: int) -> float:
-    """Return how many there are, by the channels' sampling factors."""
+    """Return the number of coefficients, from the channels' sampling factors."""
     factors = [(value >> 4) * (value & 15) for value in frame[11 : 11 + 3 * channels : 3]]
     return pixels * sum(factors) / max(1, *factors)

@@ -24,7 +24,7 @@ from handler.settings import DECODING_BYTES, Preprocessing
 # Orientations (Exif 2.3, 4.6.4) that swap width and height.
 _SWAPS_SIDES = {5, 6, 7, 8}
 
-# What Pillow calls the libraries that a format needs.
+# Pillow's names of the libraries that the formats need.
 _LIBRARIES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "TIFF": "libtiff", "AVIF": "avif"}
 
 # One model input: uint8 (3, crop, crop), 0 to 255, red, green, blue.
@@ -33,14 +33,14 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One image as the model sees it.
+    """One decoded image.
 
     Attributes:
         pixels: uint8 (3, crop, crop), the model's input.
         size: width and height of the whole upright image, in pixels.
-        crop: left, top, right and bottom of what the model sees, in pixels of the whole image.
-        preview: the whole upright image, RGB, no side longer than asked for; None if no preview was
-            asked for.
+        crop: left, top, right and bottom of the model's input, in pixels of the whole image.
+        preview: the whole upright image, RGB, with no side longer than `Task.preview_side`; None if
+            that is None.
     """
 
     pixels: Pixels
@@ -51,17 +51,17 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Task:
-    """How to decode one image.
+    """The parameters for decoding one image.
 
     Attributes:
         preprocessing: the sizes to resize and crop to.
         reduced: decode large JPEGs at a fraction of their size.
-        fast_resize: within 2 levels of 255; see `handler.decoding.resize`.
-        preview_side: of the preview, in pixels; None for no preview.
+        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.resize`.
+        preview_side: longest side of the preview, in pixels; None for no preview.
         names: Pillow's names of the formats to try.
-        orientation: 1 to 8; None to read it from the file.
-        size: that the decoder must see; None if it is not known.
-        max_pixels: if it is not known.
+        orientation: Exif orientation, 1 to 8; None to read it from the file.
+        size: width and height in the parsed header, which the decoder must confirm, or None.
+        max_pixels: limit of width times height if `size` is None.
     """
 
     preprocessing: Preprocessing
@@ -103,9 +103,10 @@ def _shrunk(image: Image.Image, preview_side: int) -> Image.Image:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Ignore Pillow's warnings of what a server need not know, such as odd metadata.
+    """Ignore Pillow's warnings, such as those about unusual metadata.
 
-    Warning filters are the process's: threads that use this need another around all of them.
+    Warning filters are global to the process: if threads use this context, another one must enclose
+    all of them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,7 +117,7 @@ def without_warnings() -> Iterator[None]:
 def _opened(data: bytes, task: Task) -> Iterator[Image.Image]:
     """Open an image whose header is within the limits; turn decoding errors into `ClientError`."""
     _check_decoders(tuple(task.names))
-    what, size = "image", None  # as far as they are known
+    what, size = "image", None
     try:
         if "TIFF" in task.names:
             tiff.check(data)
@@ -133,7 +134,7 @@ def _opened(data: bytes, task: Task) -> Iterator[Image.Image]:
     except MemoryError as error:
         raise _too_much_memory(size) from error
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes
-        if "memory" in str(error):  # their own words for it
+        if "memory" in str(error):  # some decoders report a failed allocation only in the text
             raise _too_much_memory(size) from MemoryError()
         if "BMP" in task.names and type(error) is OSError and size is None and any(data[14:18]):
             raise unsupported(f"a BMP of an unusual kind ({error})") from error
@@ -142,7 +143,7 @@ def _opened(data: bytes, task: Task) -> Iterator[Image.Image]:
 
 @cache
 def _check_decoders(names: tuple[str, ...]) -> None:
-    """Raise `RuntimeError` if a decoder is missing, which is no fault of the image."""
+    """Raise `RuntimeError` if Pillow lacks a decoder, which is not the client's error."""
     Image.preinit()
     for name in names:
         if name not in Image.OPEN:
@@ -160,7 +161,7 @@ def _check_size(image: Image.Image, task: Task) -> None:
 
 
 def check_memory(name: str | None, size: tuple[int, int], fixed: int = 0) -> None:
-    """Raise `TooLarge` if decoding takes more memory than there is, by Pillow's format name."""
+    """Raise `TooLarge` if decoding takes more than `DECODING_BYTES`; `name` is Pillow's format."""
     if min_bytes(name, size) + fixed > DECODING_BYTES:
         raise _too_much_memory(size)
 

@@ -5,27 +5,27 @@ import struct
 from handler.decoding.headers import Header, Piece, orientation_of, unsupported
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# The header comes first and has one length.
+# The header chunk comes first and always has 13 bytes.
 _START = _SIGNATURE + b"\0\0\0\x0dIHDR"
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 _XMP = b"XML:com.adobe.xmp\0\0\0\0\0"
-# All that counts of an image; everything else is left out.
+# The chunks that determine the pixels; all others are dropped.
 _KEPT = {b"PLTE", b"tRNS", b"IDAT"}
 
 # libpng writes chunks of 8 KiB, some programs of 4 KiB.
 _MAX_CHUNKS = 5_000
 
-# Limits of what the worker decodes: half a second of CPU on the machine on which it was measured.
+# Limits for decoding in the worker, measured: half a second of CPU time.
 _MAX_SIMPLE_BYTES = 6_000_000
 _MAX_SIMPLE_BITS = 8
 _PIXEL_BYTES = 9  # Pillow's image and its upright RGB copy
 
 
 def parse(data: bytes | bytearray) -> Header | None:
-    """Return the header; None if the file is so unusual that only a decoder can tell.
+    """Return the header; None if only a decoder can parse the file.
 
     Raises:
-        UnsupportedFormat: only iOS reads it. Every kind in the standard is read.
+        UnsupportedFormat: the file has Apple's CgBI chunk, which is not part of the standard.
         struct.error: its header is cut off.
     """
     if data[12:16] == b"CgBI":

@@ -1,8 +1,8 @@
-"""Resize pixels: exactly as Pillow does, or by SIMD instructions, seven times as fast.
+"""Resize pixels with Pillow, or with a SIMD package that is seven times as fast.
 
-The fast way rounds otherwise: a tenth of the pixels is one level of 255 from Pillow's, very few are
-two. With float32 that would change probabilities by up to 0.016, so only reduced precision, whose
-own rounding is as large, uses it.
+The SIMD package rounds differently: a tenth of the pixels differ from Pillow's by one level of 255,
+very few by two. With float32 this would change probabilities by up to 0.016, so it is used only
+with reduced precision, whose own rounding error is as large.
 """
 
 from PIL import Image
@@ -13,7 +13,7 @@ try:
 except ImportError:
     simd = None
 
-# The package reads Pillow's images in memory, whose layout may change with a major version.
+# The package reads Pillow's in-memory images, whose layout may change with a major version.
 _TESTED_PILLOW = "13."
 
 FILTERS = {
@@ -27,9 +27,9 @@ Box = tuple[float, float, float, float]
 
 
 def can_resize_fast(interpolation: str) -> bool:
-    """Return whether there is a fast way: the package is installed and fits Pillow.
+    """Return whether the SIMD package can be used: it is installed and fits Pillow's version.
 
-    Of bicubic there is none, since its results were up to 6 levels from Pillow's.
+    Only for bilinear; bicubic results differed from Pillow's by up to 6 levels.
     """
     return (
         interpolation == "bilinear"
@@ -46,19 +46,19 @@ def resize(
     box: Box | None = None,
     fast: bool = False,
 ) -> Image.Image:
-    """Return an image of this size.
+    """Return the image resized to `size`.
 
     Args:
-        image: RGB.
+        image: an RGB image.
         size: width and height, in pixels.
-        interpolation: of `FILTERS`; bilinear and bicubic are antialiased.
-        box: what to resize of the image; all of it by default.
-        fast: use the fast way if there is one.
+        interpolation: a key of `FILTERS`; bilinear and bicubic are antialiased.
+        box: the part of the image to resize; all of it by default.
+        fast: use the SIMD package if it can be used.
     """
     if not (fast and can_resize_fast(interpolation)):
         return image.resize(size, FILTERS[interpolation], box=box)
     left, top, right, bottom = box or (0, 0, *image.size)
-    # Rounding may leave an edge a trillionth of a pixel outside, which is an error there.
+    # Rounding can put an edge a trillionth of a pixel outside, which the package rejects.
     left, top = max(0.0, left), max(0.0, top)
     options = simd.ResizeOptions(
         simd.ResizeAlg.convolution(simd.FilterType.bilinear),

@@ -1,7 +1,8 @@
-"""Convert an opened image to what a person sees: upright, RGB, 8 bits per channel.
+"""Convert an opened image to upright RGB with 8 bits per channel.
 
-Of 16 bits the higher 8 count; transparency is laid on white; color profiles and gamma are ignored,
-as the tutorial's transform ignores them. What Pillow would not read exactly is rejected.
+16-bit samples are reduced to their higher 8 bits, and transparent images are put on white. Color
+profiles and gamma are ignored, as in the tutorial's transform. Pixels that Pillow cannot read
+exactly are rejected.
 """
 
 import struct
@@ -12,7 +13,7 @@ from PIL import ExifTags, Image, ImageFile, ImagePalette
 
 from handler.decoding.headers import UPRIGHT, unsupported
 
-# From the EXIF tag "Orientation" (Exif 2.3, 4.6.4) to what makes the image upright.
+# Exif orientation (Exif 2.3, 4.6.4) to the transposition that makes the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,13 +24,13 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's modes of 8 bits or fewer that it converts to RGB exactly.
+# Modes of at most 8 bits that Pillow converts to RGB exactly.
 _OPAQUE_MODES = {"1", "L", "P", "CMYK", "YCbCr", "RGB"}
 _TRANSPARENT_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 _WHITE = (255, 255, 255)
 
-# Conversions that need copies go through the image in bands of about so many pixels.
+# Conversions that need copies process the image in bands of about this many pixels.
 _BAND_PIXELS = 500_000
 
 
@@ -44,10 +45,10 @@ def upright(
         exif_orientation: 1 to 8; None to read it from the image.
 
     Returns:
-        an RGB image without profile or text, which would decide the size of an answer.
+        an RGB image without profile or text: `save` would add them to a response.
     """
     flat = to_rgb(image, data)
-    # After decoding: a PNG's orientation may follow its pixels, and Pillow turns TIFFs itself.
+    # After decoding: a PNG's orientation may follow its pixels, and Pillow itself rotates TIFFs.
     result = apply_orientation(
         flat, orientation(image) if exif_orientation is None else exif_orientation
     )
@@ -65,13 +66,13 @@ def orientation(image: Image.Image) -> int:
     """Return the Exif orientation; 1, upright, if there is none or it is damaged."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:  # an image with damaged metadata is still an image
+    except Exception:  # damaged metadata; the pixels may be intact
         return UPRIGHT
     return value if isinstance(value, int) else UPRIGHT
 
 
 def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
-    """Decode to 8 bits per channel, three channels, transparency on white; not turned.
+    """Decode to RGB with 8 bits per channel, transparency on white, without rotating.
 
     Args:
         image: as Pillow opened it.
@@ -92,10 +93,10 @@ def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     if image.format == "PNG" and clear is not None:
         bits = data[24]
         if image.mode == "RGB" and bits > 8:
-            # Pillow would compare it with the lower bytes left out.
+            # Pillow would compare only the higher bytes with it.
             raise unsupported("a PNG of 16-bit RGB with a transparent color")
         if image.mode == "L":
-            # Pillow compares the file's level with pixels that it has scaled.
+            # Pillow compares the file's unscaled level with scaled pixels.
             image.info["transparency"] = (clear & 2**bits - 1) * 255 // (2**bits - 1)
     if image.mode in _TRANSPARENT_MODES or (
         image.mode in _OPAQUE_MODES and image.has_transparency_data
@@ -107,7 +108,7 @@ def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    # Colors that were multiplied by their transparency are divided by it first.
+    # Undo premultiplied alpha.
     straight = image.convert("LA") if image.mode == "La" else image
     layer = straight if straight.mode == "RGBA" else straight.convert("RGBA")
     flat = Image.new("RGB", image.size, _WHITE)
@@ -116,7 +117,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _high_bytes(band: Image.Image, clear: int | None) -> Image.Image:
-    """Return the higher 8 of 16 bits; pixels of the level `clear` are white."""
+    """Return the higher 8 of 16 bits; pixels of the level `clear`, 16 bits, become white."""
     levels = np.asarray(band)
     gray = (levels >> 8).astype(np.uint8)
     if clear is not None:
@@ -125,7 +126,7 @@ def _high_bytes(band: Image.Image, clear: int | None) -> Image.Image:
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Convert a few rows at a time, so that the copies stay small; return an RGB image."""
+    """Convert a few rows at a time to limit the memory of copies; return an RGB image."""
     result = Image.new("RGB", image.size)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
@@ -135,14 +136,14 @@ def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image])
 
 
 _OLDEST_BMP_HEADER = 12
-# Bits per pixel that Pillow takes for granted if a BMP's palette holds nothing but grays.
+# Bits per pixel that Pillow assumes if a BMP's palette contains only grays.
 _GRAY_BITS = {"1": 1, "L": 8}
 
 
 def _keep_bmp_palette(image: Image.Image, data: bytes | bytearray) -> None:
-    """Let Pillow read indices into a gray palette as what they are.
+    """Make Pillow read indices into a gray palette with their actual number of bits.
 
-    It would read such pixels of 4 or 8 bits as if they had 1 or 8.
+    Without this it would read pixels of 4 or 8 bits as if they had 1 or 8.
     """
     assert isinstance(image, ImageFile.ImageFile)
     (header_size,) = struct.unpack_from("<I", data, 14)

@@ -1,8 +1,8 @@
-"""TIFF 6.0: reject the kinds that Pillow would not read exactly, with their name.
+"""TIFF 6.0: reject by name the kinds that Pillow would not read exactly.
 
-Pillow's mode says too little: it opens a TIFF of signed bytes as one of unsigned ones, and one of
-12 bits as one of 16. And what it does not open may be sound. So the tags decide. Pillow parses
-them, in the decoder process, where time and memory are limited.
+Pillow's mode is not sufficient: it opens signed bytes as unsigned and 12 bits as 16, and a file
+that it cannot open may be intact. So the check reads the tags. Pillow parses them, in the decoder
+process, where time and memory are limited.
 """
 
 import io
@@ -15,13 +15,13 @@ from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 from handler.decoding.headers import unsupported
 from handler.errors import TooLarge
 
-# Pillow's own reading of uncompressed TIFFs gives wrong pixels of reversed bits; libtiff, which
-# reads the others anyway, does not.
+# Pillow's own reader of uncompressed TIFFs returns wrong pixels for some reversed bits; libtiff,
+# which reads the compressed ones in any case, is correct.
 TiffImagePlugin.READ_LIBTIFF = True
 
-# A file of more pages is a document.
+# A file with more pages is a document.
 _MAX_PAGES = 100
-# Cameras' files have up to five.
+# Files from cameras have up to five.
 _MAX_SUB_IFDS = 8
 
 _INVERTED_GRAY, _GRAY, _RGB, _PALETTE, _CMYK, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
@@ -38,11 +38,11 @@ _CHANNELS = {_RGB: 3, _CMYK: 4, _YCBCR: 3}
 _CAMERA_COLORS = {(32803,), (34892,)}
 _NUMBERS = {1: "", 2: "signed ", 3: "floating-point ", 6: "complex "}
 
-# Unsigned numbers of these colors and bits are read, with these extra samples: 0 is unspecified, 1
-# premultiplied alpha, 2 alpha. A test decodes all of them.
+# Supported color spaces and bits of unsigned samples, with the supported extra samples: 0 is
+# unspecified, 1 premultiplied alpha, 2 alpha. A test decodes all of them.
 _NONE: set[tuple[int, ...]] = {()}
 _ALPHA: set[tuple[int, ...]] = {(), (0,), (1,), (2,)}
-_READ: dict[tuple[int, int], set[tuple[int, ...]]] = {
+_SUPPORTED: dict[tuple[int, int], set[tuple[int, ...]]] = {
     **{(colors, bits): _NONE for colors in (0, 1, 3) for bits in (1, 2, 4, 8)},
     (_GRAY, 8): _ALPHA,
     (_RGB, 8): _ALPHA,
@@ -52,9 +52,9 @@ _READ: dict[tuple[int, int], set[tuple[int, ...]]] = {
     (_CMYK, 16): _NONE,
     (_YCBCR, 8): _NONE,
 }
-# A palette of some programs has 8 bits.
+# A palette without larger values has 8 bits, as some programs write it, instead of 16.
 _SIXTEEN_BITS = 256
-# None, CCITT, LZW, JPEG, deflate by both its numbers, PackBits, LZMA, Zstandard.
+# None, CCITT, LZW, JPEG, deflate (two numbers), PackBits, LZMA, Zstandard.
 _JPEG = 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}
 
@@ -63,8 +63,8 @@ def check(data: bytes) -> None:
     """Raise an error if the first page cannot be read exactly, or if there are too many pages.
 
     Raises:
-        UnsupportedFormat: it is of a kind that is not read.
-        TooLarge: it has more than 100 pages.
+        UnsupportedFormat: the first page is of an unsupported kind.
+        TooLarge: the file has more than 100 pages.
     """
     if data[8:10] == b"CR":
         raise unsupported("a camera RAW (CR2)")
@@ -77,7 +77,7 @@ def check(data: bytes) -> None:
             raise TooLarge(f"The TIFF has more than {_MAX_PAGES} pages. Send the one that counts.")
         file.seek(page.next)
         page.load(file)
-        # The first one counts; without a size it is damaged.
+        # Only the first page is decoded; without a size it is damaged.
         if len(pages) == 2 and {Tag.ImageWidth, Tag.ImageLength} <= set(page):
             below = ImageFileDirectory_v2(header)
             for offset in _values(page, Tag.SubIFDs)[:_MAX_SUB_IFDS]:
@@ -95,13 +95,13 @@ def _values(page: ImageFileDirectory_v2, tag: int, default: Any = ()) -> Any:
 
 
 def _check_camera(page: ImageFileDirectory_v2) -> None:
-    """Reject a camera's RAW file, whose first page is a small copy, rendered otherwise."""
+    """Reject a camera RAW file, whose first page is a small preview rendered by the camera."""
     if Tag.DNGVersion in page or _values(page, Tag.PhotometricInterpretation) in _CAMERA_COLORS:
         raise unsupported("a camera RAW (DNG, or a TIFF such as NEF, ARW or PEF)")
 
 
 def _check_pixels(page: ImageFileDirectory_v2) -> None:
-    """Reject numbers, or an order of them, that Pillow does not read exactly."""
+    """Reject sample formats and layouts that Pillow does not read exactly."""
     if page.get(Tag.NewSubfileType, 0) & 1:
         raise unsupported("a TIFF whose first page is a small copy of another")
     (compression,) = _values(page, Tag.Compression, 1)
@@ -116,13 +116,13 @@ def _check_pixels(page: ImageFileDirectory_v2) -> None:
     size, number = bits[0], numbers[0]
     (samples,), extra = _values(page, Tag.SamplesPerPixel, 1), _values(page, Tag.ExtraSamples)
     kind = f"a TIFF of {_NUMBERS.get(number, 'undefined ')}{size}-bit {colors}"
-    if number != 1 or (photometric, size) not in _READ:
+    if number != 1 or (photometric, size) not in _SUPPORTED:
         raise unsupported(kind)
     channels = _CHANNELS.get(photometric, 1) + len(extra)
     in_planes = page.get(Tag.PlanarConfiguration, 1) != 1
     reversed_bits = page.get(Tag.FillOrder, 1) != 1
     for unread, why in (
-        (extra not in _READ[photometric, size], f"with extra samples {extra}"),
+        (extra not in _SUPPORTED[photometric, size], f"with extra samples {extra}"),
         (samples != channels, f"with {samples} samples a pixel instead of {channels}"),
         (page.get(Tag.InkSet, 1) != 1, "with inks other than CMYK"),
         (in_planes and photometric == _GRAY and any(extra), "with its transparency in a plane"),

@@ -1,4 +1,4 @@
-"""Resize a decoded image and cut out the center square, equal to torchvision's and timm's."""
+"""Resize a decoded image and crop its center square, with the results of torchvision and timm."""
 
 import math
 from functools import partial
@@ -9,14 +9,14 @@ from handler.decoding.resize import Box, can_resize_fast, resize
 from handler.decoding.rgb import apply_orientation, to_rgb
 from handler.settings import Preprocessing
 
-# Above this many pixels the tutorial's whole resized image is not made, only the crop is.
+# If the resized image would have more pixels than this, only the crop is computed.
 MAX_RESIZED_PIXELS = 4_000_000
 
-# How many times the needed size a JPEG keeps when it is decoded at a fraction of its size. With 5
-# no pixel was further from the exact result than 3 levels of 255; with 4 it was 4, with 2 up to 8.
+# A JPEG decoded at a fraction of its size keeps at least this many times the needed size. The
+# largest difference from the exact result was 3 levels of 255 with 5, 4 with 4, and 8 with 2.
 _REDUCED_SIZE = 5
 
-# Orientations (Exif 2.3, 4.6.4) that mirror the file's columns or rows to make the image upright.
+# Orientations (Exif 2.3, 4.6.4) for which the file's columns or rows are mirrored.
 _MIRRORS_X = {2, 3, 7, 8}
 _MIRRORS_Y = {3, 4, 6, 7}
 
@@ -25,7 +25,7 @@ def is_large(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
     """Return whether a JPEG of this size is decoded at a fraction of it."""
     return (
         min(size) >= 2 * _REDUCED_SIZE * preprocessing.resize
-        # The only ones for which the difference was measured.
+        # The difference was measured only for these.
         and preprocessing.interpolation == "bilinear"
         and preprocessing.fit == "crop"
     )
@@ -39,12 +39,12 @@ def reduced_crop(
     *,
     fast: bool = False,
 ) -> Image.Image:
-    """Decode a large JPEG at a fraction of its size; return (crop, crop), RGB.
+    """Decode a large JPEG at a fraction of its size; return an RGB image of (crop, crop).
 
-    Only what the crop needs is resized, and only the crop is turned upright.
+    Only the pixels of the crop are resized, and only the crop is turned upright.
     """
     width, height = image.size
-    # The crop's rounding is not symmetric, so it is mirrored as the image will be.
+    # The crop's rounding is not symmetric, so its box is mirrored like the image.
     left, top, right, bottom = crop_box(image.size, preprocessing)
     if exif_orientation in _MIRRORS_X:
         left, right = width - right, width - left
@@ -53,7 +53,7 @@ def reduced_crop(
 
     enough = _REDUCED_SIZE * preprocessing.resize
     draft = image.draft(None, (enough, enough))
-    # The copy's sides are rounded up; the exact fraction keeps the crop in its place.
+    # The reduced image's sides are rounded up; the exact fraction keeps the crop in its place.
     fraction = draft[1][2] / width if draft is not None else 1.0
     small = resize(
         to_rgb(image, data),
@@ -68,7 +68,7 @@ def reduced_crop(
 def resize_and_crop(
     image: Image.Image, preprocessing: Preprocessing, *, fast: bool = False
 ) -> Image.Image:
-    """Resize an image and cut out the center square, as torchvision does, or as timm pads.
+    """Resize an image and crop its center square as torchvision does, or pad it as timm does.
 
     Source of the arithmetic: `_compute_resized_output_size` and `center_crop` in
     torchvision/transforms/functional.py, `ResizeKeepRatio` and `center_crop_or_pad` in
@@ -77,13 +77,13 @@ def resize_and_crop(
     Args:
         image: an RGB image of any size.
         preprocessing: the sizes.
-        fast: resize by SIMD; see `handler.decoding.resize`.
+        fast: resize with SIMD; see `handler.decoding.resize`.
 
     Returns:
-        an RGB image of (crop, crop). Unless resized the fast way it is equal to torchvision's,
-        except for images so long that torchvision would make more than 4 million pixels of them:
-        there only the crop is computed, so that they cost no more than others, and Pillow's 32-bit
-        box coordinates move a pixel by at most 2 levels of 255.
+        an RGB image of (crop, crop), equal to torchvision's unless SIMD resized it. Exception: if
+        torchvision's resized image would have more than 4 million pixels, only the crop is
+        computed, to limit the cost of long images, and Pillow's 32-bit box coordinates change a
+        pixel by at most 2 levels of 255.
     """
     crop = preprocessing.crop
     resized = partial(resize, image, interpolation=preprocessing.interpolation, fast=fast)
@@ -104,7 +104,7 @@ def resize_and_crop(
 def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
     """Return left, top, right and bottom of the center square, in pixels of an image of this size.
 
-    If the image is padded they are outside of it.
+    They are outside of the image if it is padded.
     """
     crop = preprocessing.crop
     (width, height), (left, top) = resized_size(size, preprocessing)
@@ -115,14 +115,14 @@ def crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
 def resized_size(
     size: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return width and height after resizing, and left and top of the center square in that."""
+    """Return the width and height after resizing, and the left and top of the center square."""
     short, crop = preprocessing.resize, preprocessing.crop
     if preprocessing.fit == "squash":
         width = height = short
     elif preprocessing.fit == "pad":
         ratio = max(size) / short
         width, height = (max(1, round(side / ratio)) for side in size)
-        # Rounds half a pixel of a border down, half a pixel of a crop as torchvision does.
+        # Half a pixel of a border is rounded down, of a crop as in torchvision.
         left, top = (
             round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
             for side in (width, height)

@@ -1,4 +1,4 @@
-"""WebP (RFC 9649): read the size, and whether it is an ordinary image."""
+"""WebP (RFC 9649): read the size, and whether the image is simple enough for the worker."""
 
 import struct
 
@@ -6,17 +6,17 @@ from handler.decoding.headers import UPRIGHT, Header
 
 _KEY_FRAME = b"\x9d\x01\x2a"  # RFC 6386, 9.1
 
-# Limits of what the worker decodes: half a second of CPU on the machine on which it was measured.
+# Limit for decoding in the worker, measured: half a second of CPU time.
 _MAX_SIMPLE_BYTES = 4_000_000
-# Two canvases of the decoder, the bytes they are copied to, Pillow's copy and the upright one.
+# Two canvases of the decoder, the bytes they are copied to, Pillow's copy and the upright copy.
 _PIXEL_BYTES = 21
 
 
 def parse(data: bytes | bytearray) -> Header | None:
-    """Return the header; None if it gives no size.
+    """Return the header; None if it contains no size.
 
-    Simple are lossy images without transparency, metadata or animation. Lossless coding, of
-    transparency too, takes 11 kB for each group of codes, of which a file may have any number.
+    Only lossy images without transparency, metadata or animation are simple. Lossless coding, also
+    of transparency, takes 11 kB of memory per group of codes, and their number is not limited.
 
     Raises:
         struct.error: the header is cut off.

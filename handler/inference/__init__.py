@@ -1,1 +1,1 @@
-"""From the model's input to probabilities, features and embeddings."""
+"""Compute probabilities, features and embeddings from the model's input."""

@@ -1,7 +1,6 @@
-"""From logits to probabilities: softmax, one class of all, or sigmoid, each class for itself.
+"""Convert logits to probabilities with softmax, or with sigmoid for multi-label models.
 
-An archive whose activation is sigmoid is multi-label: an image has several labels or none, and each
-class has a threshold of its own.
+In a multi-label model an image has any number of labels, and each class has its own threshold.
 """
 
 import numpy as np
@@ -9,12 +8,12 @@ from numpy.typing import NDArray
 
 from handler.settings import ModelCard
 
-# One number for all classes, or float32 (classes,); 0 to 1.
+# One threshold for all classes, or float32 (classes,); 0 to 1.
 Threshold = float | NDArray[np.float32]
 
 
 def to_probabilities(logits: NDArray[np.float32], card: ModelCard) -> NDArray[np.float32]:
-    """Return float32 (..., classes), 0 to 1, by the model card's activation."""
+    """Return float32 (..., classes), 0 to 1, with the model card's activation."""
     return sigmoid(logits) if card.multilabel else softmax(logits)
 
 
@@ -26,15 +25,15 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return probabilities of the same shape, each for itself."""
-    # Never of a large number, which would overflow.
+    """Return independent probabilities of the same shape."""
+    # A positive exponent could overflow.
     small = np.exp(-np.abs(logits))
     result: NDArray[np.float32] = np.where(logits >= 0, 1, small) / (1 + small)
     return result
 
 
 def thresholds(card: ModelCard) -> NDArray[np.float32]:
-    """Return float32 (classes,), 0 to 1: the probability from which each class is a label."""
+    """Return each class's minimum probability to count as a label: float32 (classes,), 0 to 1."""
     return np.array(card.thresholds, np.float32)
 
 
@@ -43,13 +42,13 @@ def labels_above(probabilities: NDArray[np.float32], threshold: Threshold) -> ND
 
     Args:
         probabilities: float32 (classes,).
-        threshold: of all classes, or of each.
+        threshold: one for all classes, or one per class.
     """
     found = np.flatnonzero(probabilities >= threshold)
     return found[np.argsort(-probabilities[found], kind="stable")]
 
 
 def top_label(probabilities: NDArray[np.float32], threshold: Threshold) -> int:
-    """Return the most probable label's position; without a label, the most probable class's."""
+    """Return the position of the most probable label, or of the most probable class if none."""
     labels = labels_above(probabilities, threshold)
     return int(labels[0]) if len(labels) else int(probabilities.argmax())

@@ -1,8 +1,8 @@
 """Run the model on a batch: ONNX Runtime on CPUs, PyTorch on GPUs, OpenVINO in reduced precision.
 
-The model file in the archive decides which engine serves: `.onnx` or `.pth`; for reduced precision
-see `handler.inference.precision`. Each engine has a module of its own, imported only if it serves.
-All take the same uint8 batch and normalize it themselves.
+The suffix of the archive's model file selects the engine: `.onnx` or `.pth`. For reduced precision
+see `handler.inference.precision`. Each engine is a module that is imported only if it is used. All
+take the same uint8 batch and normalize it themselves.
 """
 
 import enum
@@ -18,14 +18,14 @@ from handler.settings import ModelCard
 
 
 class Extra(str, enum.Enum):
-    """An output of the model that is not the logits; its value is the output's name.
+    """An output of the model in addition to the logits; its value is the output's name.
 
     Attributes:
-        FEATURES: float32 (N, channels, height, width), the last features, of DenseNet 7 high and 7
-            wide for a crop of 224: the logits are a linear function of their means. Only of an
-            architecture that has such, see `ModelCard.features`.
-        EMBEDDING: float32 (N, channels), the pooled last features, the last layer's input. Only of
-            an archive that has such, see `ModelCard.embedding`.
+        FEATURES: float32 (N, channels, height, width), the last feature maps, 7x7 in DenseNet for a
+            crop of 224. The logits are a linear function of their means. Not available in all
+            architectures, see `ModelCard.features`.
+        EMBEDDING: float32 (N, channels), the pooled last features, which are the last layer's
+            input. Not available in all archives, see `ModelCard.embedding`.
     """
 
     FEATURES = "features"
@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: float32 (N, classes), before softmax or sigmoid.
-        extra: float32, see `Extra`; empty if none was wanted.
+        extra: float32, see `Extra`; empty if none was requested.
     """
 
     logits: NDArray[np.float32]
@@ -48,34 +48,35 @@ class Engine(Protocol):
     """A loaded model.
 
     Attributes:
-        name: what runs the model, with version and device, for people to read.
-        precision: what it computes in: float32, float16, bf16 or int8.
+        name: the runtime with its version and device, for display.
+        precision: float32, float16, bf16 or int8.
     """
 
     name: str
     precision: str
 
     def run(self, images: NDArray[np.uint8], extra: Extra | None = None) -> Outputs:
-        """Run the model once.
+        """Run the model on a batch.
 
         Args:
             images: uint8 (N, 3, crop, crop), 0 to 255.
-            extra: a further output.
+            extra: an additional output.
         """
         ...
 
 
 def load_engine(model_file: Path, card: ModelCard, cores: Cores, gpu: int | None = None) -> Engine:
-    """Load the archive's model file with the engine for its kind.
+    """Load the archive's model file with the engine for its suffix.
 
     Args:
         model_file: `model.onnx` or `model.pth`, as packed.
         card: the archive's model card.
         cores: how many CPU threads a forward pass may use.
-        gpu: the number of the GPU that TorchServe gave this worker, if any; only PyTorch uses one.
+        gpu: the number of the GPU that TorchServe assigned to this worker, if any; only PyTorch
+            uses it.
 
     Raises:
-        ArchiveError: the file is missing or corrupt, or of a kind that no engine takes.
+        ArchiveError: the file is missing or corrupt, or no engine reads its suffix.
     """
     if not model_file.is_file():
         raise ArchiveError(f"{model_file.name}: the archive does not hold this model file")
@@ -90,6 +91,6 @@ def load_engine(model_file: Path, card: ModelCard, cores: Cores, gpu: int | None
 
                 return TorchEngine(model_file, card, cores.share, gpu)
     except Exception as error:
-        # The libraries raise their own errors for a corrupt file; the operator needs its name.
+        # The libraries' errors for a corrupt file lack its name.
         raise ArchiveError(f"{model_file.name}: cannot be loaded: {error}") from error
     raise ArchiveError(f"{model_file.name}: no engine for files that end in {model_file.suffix!r}")

@@ -1,8 +1,9 @@
-"""Explain a prediction: compute a class activation map, and draw it as a heat map.
+"""Explain a prediction: compute a class activation map and draw it as a heat map.
 
-DenseNet, as many others, ends in a mean over all positions and one linear layer. A class's logit
-is therefore a sum over the positions, and what each of them adds to it is known exactly, without a
-gradient (Zhou et al., "Learning Deep Features for Discriminative Localization", arXiv:1512.04150).
+DenseNet, like many architectures, ends in a mean over all positions and one linear layer. A class's
+logit is therefore a sum over the positions, and each position's contribution is known exactly,
+without a gradient (Zhou et al., "Learning Deep Features for Discriminative Localization",
+arXiv:1512.04150).
 """
 
 import io
@@ -16,34 +17,34 @@ from PIL import Image
 from handler.decoding.pillow import DecodedImage
 from handler.errors import ArchiveError
 
-# The linear layer's weights, float32 (classes, channels): a file of its own, since the model file
-# does not output them.
+# The linear layer's weights, float32 (classes, channels), in a separate file, since the model does
+# not output them.
 CLASSIFIER = "classifier.npy"
 
-# Of a heat map, in pixels. Even noise of this size, which a PNG cannot compress, is 3.2 MB: a
-# response over TorchServe's max_response_size of 6.5 MB would crash the worker.
+# Maximum side of a heat map, in pixels. Even incompressible noise of this size is a PNG of 3.2 MB;
+# a response above TorchServe's max_response_size of 6.5 MB would crash the worker.
 MAX_SIDE = 1024
 
-# Viridis (matplotlib, CC0), from purple to yellow: even steps to the eye, and brighter means more
-# to every kind of color vision. The web UI uses the same five.
+# Viridis (matplotlib, CC0), from purple to yellow: perceptually uniform, and readable with any kind
+# of color vision. The web UI uses the same five colors.
 HEAT_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
-# The hottest place covers this much of the photo; the coldest covers nothing.
-_HOTTEST_ALPHA = 0.65
+# Opacity of the overlay at the map's maximum; at its minimum it is 0.
+_MAX_ALPHA = 0.65
 
-# What is left of the brightness of the parts that the model does not see.
+# Relative brightness of the parts outside the model's input.
 _UNSEEN_BRIGHTNESS = 0.4
 
-# Pillow's fastest compression: a third of the time of the usual one for a tenth more bytes.
+# Pillow's fastest compression: a third of the default's time, a tenth more bytes.
 _PNG_COMPRESSION = 1
 
 
 def load_classifier(path: Path, classes: int) -> NDArray[np.float32]:
-    """Map the weights into memory: a worker that never explains never reads them.
+    """Map the weights into memory; they are read from disk only when a prediction is explained.
 
     Args:
         path: `classifier.npy`.
-        classes: how many classes the model has.
+        classes: number of classes of the model.
 
     Returns:
         float32 (classes, channels).
@@ -66,15 +67,14 @@ def load_classifier(path: Path, classes: int) -> NDArray[np.float32]:
 def class_activation_map(
     features: NDArray[np.float32], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return what each position adds to a class's logit.
+    """Return the contribution of each position to a class's logit.
 
     Args:
         features: float32 (channels, height, width), one image's last features.
         weights: float32 (channels,), the class's row of the classifier.
 
     Returns:
-        float32 (height, width), top left first, of either sign. The sum is the logit less the
-        class's bias.
+        float32 (height, width), positive or negative. The sum is the logit minus the class's bias.
     """
     positions = features.shape[1] * features.shape[2]
     result: NDArray[np.float32] = np.tensordot(weights, features, axes=1) / np.float32(positions)
@@ -82,18 +82,18 @@ def class_activation_map(
 
 
 def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
-    """Lay an activation map over the part of the image that the model saw, and dim the rest.
+    """Draw an activation map over the part of the image in the model's input, and dim the rest.
 
     Args:
-        image: with a preview.
-        activation: float32 (height, width). Its least value is left clear and its greatest is the
-            hottest, so that the colors of two images cannot be compared.
+        image: a decoded image with a preview.
+        activation: float32 (height, width). The colors range from its minimum to its maximum, so
+            those of two images cannot be compared.
 
     Returns:
         a PNG of the preview's size.
     """
     assert image.preview is not None
-    # Gray, so that the only colors are the map's.
+    # Gray, so that all colors come from the map.
     gray = image.preview.convert("L").convert("RGB")
     canvas = gray.point(lambda value: value * _UNSEEN_BRIGHTNESS)
     scale = image.preview.width / image.size[0], image.preview.height / image.size[1]
@@ -108,7 +108,7 @@ def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
     heat = heat[top - y.start : bottom - y.start, left - x.start : right - x.start]
     seen.paste(
         Image.fromarray(_COLOR_TABLE[heat]),
-        mask=Image.fromarray((heat * _HOTTEST_ALPHA).astype(np.uint8)),
+        mask=Image.fromarray((heat * _MAX_ALPHA).astype(np.uint8)),
     )
     canvas.paste(seen, (left, top))
     encoded = io.BytesIO()
@@ -117,12 +117,12 @@ def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
 
 
 class _Span(NamedTuple):
-    """The part of one side that the model sees, in whole pixels.
+    """The extent of the model's input along one side, in whole pixels.
 
     Attributes:
-        start: where it begins; below 0 if the image was padded.
-        end: where it ends.
-        seen: the part of it that is in the image, at least one pixel.
+        start: first pixel; below 0 if the image was padded.
+        end: the pixel after the last.
+        seen: start and end of the part inside the image, at least one pixel.
     """
 
     start: int
@@ -147,7 +147,7 @@ def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
 
 
 def _color_table() -> NDArray[np.uint8]:
-    """Return uint8 (256, 3): the color of each heat."""
+    """Return uint8 (256, 3): the RGB color of each heat value."""
     stops = np.linspace(0, 255, len(HEAT_COLORS))
     colors = np.array(HEAT_COLORS, np.float64)
     table = [np.interp(range(256), stops, colors[:, channel]) for channel in range(3)]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU; normalization is part of the graph."""
+"""Run the model with ONNX Runtime on the CPU; normalization is part of the graph."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from handler.inference.engines import Extra, Outputs
 class OnnxEngine:
     """See `handler.inference.engines.Engine`.
 
-    A session's number of threads is fixed, so there is one for a worker's share of the cores and
-    one for all of them, chosen for each image.
+    A session's number of threads is fixed, so there is one session for a worker's share of the
+    cores and one for all of them, chosen per image.
 
-    Images of a batch run one by one. Larger runs leave the caches: with one process per core,
+    Images of a batch run one by one. Larger runs exceed the CPU caches: with one process per core,
     8 at once took 18 % longer per image, and 180 MB more memory (benchmarks/results/engines.md).
     """
 
@@ -47,8 +47,8 @@ def _onnx_session(model_file: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait for the next layer spin, which cuts a single client's latency by a tenth.
-    # Between runs they must not, since other workers need the cores.
+    # Threads spin while they wait for the next layer, which cuts a single client's latency by a
+    # tenth. Between runs they must not spin, since other workers need the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(
         str(model_file), options, providers=["CPUExecutionProvider"]

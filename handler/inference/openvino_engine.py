@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, for precisions below float32; normalization is part of the graph."""
+"""Run the model in reduced precision with OpenVINO on the CPU; the graph normalizes its input."""
 
 from pathlib import Path
 from typing import Any
@@ -11,37 +11,38 @@ from handler.errors import ArchiveError
 from handler.inference.cores import Cores
 from handler.inference.engines import Extra, Outputs
 
-# What OpenVINO computes with where the model itself does not say it: layers of an int8 model that
-# are not quantized stay in float32, so that they give the same everywhere.
-_COMPUTED_IN = {"bf16": "bf16", "int8": "f32"}
-# What the processor must have; OpenVINO would emulate it, at less than float32's speed.
+# OpenVINO's precision for layers whose precision the model does not set. Layers of an int8 model
+# that are not quantized run in float32, so that their results do not depend on the processor.
+_PRECISION_HINT = {"bf16": "bf16", "int8": "f32"}
+# Required capability of the processor. Without it OpenVINO would emulate the precision, slower than
+# float32.
 _CAPABILITY = {"bf16": "BF16", "int8": "INT8"}
 
 
 class OpenVinoEngine:
     """See `handler.inference.engines.Engine`.
 
-    A compiled model's number of threads is fixed, so there is one for a worker's share of the cores
-    and one for all of them, chosen for each image. Images of a batch run one by one, as with
-    ONNX Runtime.
+    A compiled model's number of threads is fixed, so there is one compiled model for a worker's
+    share of the cores and one for all of them, chosen per image. Images of a batch run one by one,
+    as with ONNX Runtime.
     """
 
     def __init__(self, model_file: Path, precision: str, cores: Cores) -> None:
-        """Compiles the model.
+        """Compile the model.
 
         Args:
-            model_file: an ONNX file, or OpenVINO's own `.xml` with a `.bin` beside it.
+            model_file: an ONNX file, or OpenVINO's `.xml` with its `.bin` in the same folder.
             precision: "bf16" or "int8".
             cores: how many CPU threads a forward pass may use.
 
         Raises:
-            ArchiveError: this processor does not compute in that precision.
+            ArchiveError: this processor does not support that precision.
         """
         core = openvino.Core()
         if _CAPABILITY[precision] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ArchiveError(f"this processor does not compute in {precision}")
         model = core.read_model(model_file)
-        # OpenVINO plans a graph of fixed shape better.
+        # OpenVINO optimizes a graph of fixed shape better.
         model.reshape([1, *list(model.input().partial_shape)[1:]])
         self._cores = cores
         self._requests = {
@@ -67,10 +68,10 @@ class OpenVinoEngine:
 
 def _request(core: Any, model: Any, precision: str, threads: int) -> Any:
     options = {
-        "INFERENCE_PRECISION_HINT": _COMPUTED_IN[precision],
+        "INFERENCE_PRECISION_HINT": _PRECISION_HINT[precision],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        # Each worker would take the same first cores.
+        # Pinning would place all workers on the same first cores.
         "ENABLE_CPU_PINNING": False,
     }
     return core.compile_model(model, "CPU", options).create_infer_request()

@@ -1,8 +1,8 @@
-"""Load the model in the archive's precision, or in float32 if its answers differ on this processor.
+"""Load the model in the archive's precision, or in float32 if its labels differ on this processor.
 
-A processor decides what a model of reduced precision answers: without VNNI, products of 8 bits are
-added up in 16 bits and saturate. So an archive carries images and float32's labels for them. A
-worker runs its model on them when it starts, and if the labels differ, it serves float32.
+The outputs of a model in reduced precision depend on the processor: without VNNI, 8-bit products
+are summed in 16 bits and saturate. An archive therefore contains images and their labels in
+float32. A worker classifies them when it starts, and serves float32 if the labels differ.
 """
 
 import logging
@@ -21,15 +21,15 @@ from handler.settings import ModelCard
 
 logger = logging.getLogger(__name__)
 
-# The model file of each precision; bf16 is made of float32's when it is loaded.
+# The model file of each precision; bf16 is converted from float32's file while loading.
 MODEL_FILES = {"float32": "model.onnx", "bf16": "model.onnx", "int8": "int8.xml"}
 
-# The archive's images, uint8 (N, 3, crop, crop), and float32's labels for them, see `predict`.
+# The check images, uint8 (N, 3, crop, crop), and their labels in float32, see `predict`.
 CHECK_IMAGES = "check-images.npy"
 CHECK_LABELS = "check-labels.npy"
 
-# On the machine that built the archive both agreed on all images. Another processor rounds
-# differently, which may turn a near tie.
+# On the machine that built the archive, both precisions agreed on all images. Another processor
+# rounds differently, which may flip a near tie.
 MAX_MISMATCHES = 1
 
 
@@ -43,20 +43,20 @@ def load_with_fallback(
         card: the archive's model card.
         cores: how many CPU threads a forward pass may use.
         gpu: see `load_engine`.
-        required: fail instead of serving float32.
+        required: fail instead of falling back to float32.
 
     Returns:
-        the engine, and the reason for the fallback; empty if the archive's precision serves.
+        the engine, and the reason for the fallback; empty without a fallback.
 
     Raises:
-        ArchiveError: float32 cannot be loaded either, the check images are missing, or the
-            required precision fails.
+        ArchiveError: float32 cannot be loaded either, the check images are missing, or `required`
+            is set and the precision's check fails.
     """
     if card.precision == "float32":
         return load_engine(model_file, card, cores, gpu), ""
     images, labels = (_array(model_file.with_name(name)) for name in (CHECK_IMAGES, CHECK_LABELS))
     try:
-        from handler.inference.openvino_engine import OpenVinoEngine  # if it serves
+        from handler.inference.openvino_engine import OpenVinoEngine  # optional package
 
         reduced_file = model_file.with_name(MODEL_FILES[card.precision])
         engine = OpenVinoEngine(reduced_file, card.precision, cores)
@@ -77,14 +77,14 @@ def load_with_fallback(
 
 
 def predict(logits: NDArray[np.float32], card: ModelCard) -> NDArray[Any]:
-    """Return the labels, which reduced precision must not change.
+    """Return the labels that reduced precision must not change.
 
     Args:
         logits: float32 (N, classes).
         card: the archive's model card.
 
     Returns:
-        top-1 labels, int64 (N,); of a multi-label model bool (N, classes).
+        the top-1 labels, int64 (N,); for a multi-label model all labels, bool (N, classes).
     """
     return sigmoid(logits) >= thresholds(card) if card.multilabel else logits.argmax(axis=1)
 

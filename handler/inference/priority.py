@@ -1,7 +1,7 @@
-"""Give a worker the priority of its server, if it started with the event loops' lower one.
+"""Restore a worker's CPU priority if it inherited the lower one of Java's event loops.
 
-Java's event loops run at the lowest priority (see `lower_event_loop_priority` in
-`scripts/serve/server.py`). A worker that the management API adds inherits it.
+The event loops run at the lowest priority (see `lower_event_loop_priority` in
+`scripts/serve/server.py`), and a worker that the management API adds inherits it.
 """
 
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def restore_priority() -> None:
-    """Take the parent's priority; log a warning if that takes a privilege that is missing."""
+    """Set the parent's priority; log a warning if the process lacks the privilege."""
     parent = os.getpriority(os.PRIO_PROCESS, os.getppid())
     if os.getpriority(os.PRIO_PROCESS, 0) <= parent:
         return

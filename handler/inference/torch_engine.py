@@ -1,4 +1,4 @@
-"""PyTorch with one of torchvision's architectures: float32 on a CPU, half precision on a GPU."""
+"""Run one of torchvision's models with PyTorch: float32 on a CPU, half precision on a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from handler.settings import ModelCard
 class TorchEngine:
     """See `handler.inference.engines.Engine`.
 
-    On a GPU a batch is sent as uint8 and normalized there, and the whole forward pass is replayed
-    as one CUDA graph, recorded for each of a few batch sizes; smaller batches are filled up.
+    On a GPU, a batch is copied as uint8 and normalized there, and the whole forward pass is
+    replayed as one CUDA graph, recorded for a few batch sizes; smaller batches are padded.
     """
 
-    # Batch sizes with a graph of their own. Larger batches are cut.
+    # Batch sizes with a recorded graph. Larger batches are split.
     _BUCKETS = (1, 2, 4, 8, 16, 32)
 
     def __init__(self, weights_file: Path, card: ModelCard, threads: int, gpu: int | None) -> None:
@@ -48,7 +48,7 @@ class TorchEngine:
         return torch.tensor(values, device=self._device).view(1, 3, 1, 1)
 
     def _forward(self, images: Any) -> Any:
-        """uint8 (N, 3, crop, crop) on the device -> float32 (N, classes) on the device."""
+        """Map uint8 (N, 3, crop, crop) on the device to float32 (N, classes) on the device."""
         return self._model(self._normalized(images)).float()
 
     def _normalized(self, images: Any) -> Any:
@@ -81,7 +81,7 @@ def bucket(count: int, sizes: tuple[int, ...]) -> int:
 
 
 class _CudaGraph:
-    """A forward pass of one batch size, recorded once; what it reads and writes stays in place.
+    """A recorded forward pass of one batch size, with fixed input and output buffers.
 
     Source of the steps: "CUDA Graphs" in PyTorch's notes on CUDA semantics.
     """
@@ -89,7 +89,7 @@ class _CudaGraph:
     _WARM_UP_RUNS = 3
 
     def __init__(self, forward: Any, shape: tuple[int, ...]) -> None:
-        # Page-locked, so that the copy to the device need not wait for the CPU.
+        # Page-locked memory, for an asynchronous copy to the device.
         self._host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         self._input = self._host.cuda()
         self._graph = torch.cuda.CUDAGraph()

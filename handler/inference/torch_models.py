@@ -1,6 +1,6 @@
-"""torchvision's classifiers as modules: what the PyTorch engine and the archive builder share.
+"""Create torchvision's classifiers, for the PyTorch engine and the archive builder.
 
-torchvision costs a process 160 MB, so that workers with another engine never import this.
+torchvision takes 160 MB of memory, so workers with another engine never import this module.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ INCEPTIONS = ("googlenet", "inception_v3")
 def empty_model(architecture: str, classes: int) -> Any:
     """Return one of torchvision's classifiers in evaluation mode, without its weights.
 
-    The two Inceptions come without the auxiliary classifiers that only training uses, and scale
-    their input as torchvision's weights expect. Vision transformers are made for the image
-    size that their best weights were trained with.
+    The two Inception models come without the auxiliary classifiers used only in training, and scale
+    their input as torchvision's weights expect. Vision transformers take images of the size that
+    their best weights were trained with.
 
     Args:
         architecture: name in torchvision's registry.
@@ -24,7 +24,7 @@ def empty_model(architecture: str, classes: int) -> Any:
     """
     options: dict[str, Any] = {"num_classes": classes}
     if architecture.startswith("vit_"):
-        # A vision transformer takes images of one size.
+        # A vision transformer's image size is fixed.
         preset = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
         options["image_size"] = preset.crop_size[0]
     if architecture in INCEPTIONS:
@@ -34,7 +34,7 @@ def empty_model(architecture: str, classes: int) -> Any:
 
 
 def with_features(model: Any, node: str) -> Any:
-    """Return a model with the outputs "logits" and "features", the latter a node of its graph."""
+    """Return the model with the outputs "logits" and "features", the latter from node `node`."""
     last = feature_extraction.get_graph_node_names(model, suppress_diff_warning=True)[1][-1]
     return feature_extraction.create_feature_extractor(
         model, {last: "logits", node: "features"}, suppress_diff_warning=True

@@ -1,6 +1,6 @@
-"""From a request's parts and headers to its images and options, one module per protocol.
+"""Parse a request's parts and headers into images and options, with one module per protocol.
 
-A new protocol is a subclass of `handler.request.Protocol` in a module of its own, and an entry in
+To add a protocol, write a subclass of `handler.request.Protocol` in a new module and add it to
 `PROTOCOLS`.
 """
 
@@ -17,7 +17,7 @@ from handler.protocols.kserve_v2 import KServeV2
 from handler.protocols.options import find_class, parse_options, parse_query
 from handler.request import Protocol, Purpose, Request
 
-# The first that accepts a request parses it and formats the response.
+# The first protocol that accepts a request parses it and formats the response.
 PROTOCOLS: tuple[type[Protocol], ...] = (HuggingFace, KServeV1, KServeV2, JsonImage, Form)
 
 _HOW_TO_SEND = (
@@ -26,11 +26,11 @@ _HOW_TO_SEND = (
 
 
 def parse(request: Request, archive: Archive) -> None:
-    """Fill in a request's purpose, protocol, options and images.
+    """Set a request's purpose, protocol, options and images.
 
     Args:
-        request: with its parts, headers and default options.
-        archive: what is served.
+        request: a request with its parts, headers and default options.
+        archive: the served archive.
 
     Raises:
         ClientError: the request holds no image, too many, or an option with an invalid value. An
@@ -53,7 +53,7 @@ def parse(request: Request, archive: Archive) -> None:
     protocol.parse(request, body, archive)
     if body is not None:
         body.binary.check_used()
-        del body  # which may refer to the request's bytes
+        del body  # may reference the request's bytes
         release_body(request)
     if not request.images:
         raise MissingImage(f"The request holds no image. {_HOW_TO_SEND}")
@@ -66,10 +66,10 @@ def parse(request: Request, archive: Archive) -> None:
 
 
 def _is_description(request: Request) -> bool:
-    """Recognize `GET /models/{name}?customized=true` of the management API.
+    """Return whether the request is `GET /models/{name}?customized=true` of the management API.
 
-    It is the only call without any part: whatever header a client of the inference API sends, its
-    body is a part, unless it is announced as a form.
+    Only this call has no parts: a request to the inference API with the same header has its body
+    as a part, unless its Content-Type is a form's.
     """
     return request.headers.get("describe") == "True" and not request.row and not is_form(request)
 
@@ -89,7 +89,7 @@ def _check_model_has(extra: Extra | None, archive: Archive) -> None:
 
 
 def _wants_heat_map(request: Request, protocol: Protocol) -> bool:
-    """Return whether to draw; the `Accept` header and some protocols ask for numbers instead."""
+    """Return whether to draw a heat map; the `Accept` header or the protocol can select numbers."""
     if type(protocol) not in {Form, JsonImage} or prefers(request, "application/json", "image/png"):
         return False
     if len(request.images) > 1:

@@ -1,4 +1,4 @@
-"""Content negotiation: what the `Accept` header prefers (RFC 9110, 12.5.1)."""
+"""Content negotiation with the `Accept` header (RFC 9110, 12.5.1)."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from handler.request import Request
 
 
 def prefers(request: Request, media_type: str, other: str) -> bool:
-    """Return whether the `Accept` header weighs one media type more than another.
+    """Return whether the `Accept` header prefers `media_type` to `other`.
 
-    If it weighs them alike, only a type that it names is preferred, not one of a wildcard.
+    With equal weights, a media type is preferred only if the header names it without a wildcard.
     """
     weights = _accepted(request.header("accept"))
     weight, others = _weight(weights, media_type), _weight(weights, other)

@@ -1,4 +1,4 @@
-"""Compressed bodies (RFC 9110, 8.4): decompress gzip and deflate within the limit of a request."""
+"""Decompress gzip and deflate bodies (RFC 9110, 8.4) within the maximum request size."""
 
 import zlib
 
@@ -9,7 +9,7 @@ from handler.protocols.options import quoted
 from handler.request import Request
 from handler.settings import MAX_REQUEST_BYTES
 
-# zlib's window sizes: of a gzip or zlib stream by its header, and of a deflate stream without one.
+# zlib's window parameters: detect a gzip or zlib header; raw deflate without a header.
 _ANY_HEADER, _NO_HEADER = 47, -15
 
 
@@ -17,9 +17,10 @@ def decompress_body(request: Request) -> None:
     """Replace a compressed body by its content.
 
     Raises:
-        UnsupportedFormat: another encoding, or a form, which TorchServe parses before.
-        TooLarge: the content is larger than a request may be.
-        BadRequest: the body is not what the header says.
+        UnsupportedFormat: the encoding is another one, or the body is a form, which TorchServe has
+            already parsed.
+        TooLarge: the content exceeds the maximum request size.
+        BadRequest: the body does not match the header.
     """
     encoding = request.header("content-encoding")
     body = request.row.get("body")

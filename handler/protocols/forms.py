@@ -1,8 +1,8 @@
-"""Forms and raw bodies: the tutorials' clients, browsers and `curl -T`.
+"""Parse forms and raw bodies, as sent by the tutorials' clients, browsers and `curl -T`.
 
-TorchServe passes one mapping per request: a raw body is the part `body`, each part of a form has
-its own name, and so has each query parameter if TorchServe passes the query on. A part sent as a
-file has a content type, others have none.
+TorchServe passes one mapping per request. A raw body is the part `body`; a form's parts keep their
+names, and so do query parameters on the paths for which TorchServe passes on the query. Only parts
+sent as files have a content type.
 """
 
 import re
@@ -37,29 +37,29 @@ from handler.results import result_of
 _FORM_DATA = "multipart/form-data"
 _FORM_URLENCODED = "application/x-www-form-urlencoded"
 
-# Bytes of a form's part in addition to its name, its content and the boundary before it.
+# Bytes of a form's part in addition to its name, its content and the preceding boundary.
 _FIELD_LINES = len('--\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
 _FILE_LINES = _FIELD_LINES + len('; filename=""')
 _CONTENT_TYPE_LINE = len("Content-Type: \r\n")
 _LAST_LINE = len("----\r\n")
 
-# What the frontend does not pass on: a field's own Content-Type, Content-Transfer-Encoding and
-# Content-Length; of a file also its name. A name of 255 bytes, twice, once in base64 and once
-# percent-encoded (as .NET writes it), takes 1,150; one of a form may be like that, the others have
-# half of it.
+# Allowance for bytes that the frontend does not pass on: a field's own Content-Type,
+# Content-Transfer-Encoding and Content-Length, and a file's name. A file name of 255 bytes in
+# base64 and again percent-encoded, as .NET writes it, takes 1,150 bytes; the allowance is for one
+# such name per form and half of that for each other file.
 _FIELD_SLACK = 128
 _FILE_SLACK = 640
 _LONG_FILE_NAME_SLACK = 640
 
-# No image in base64 is shorter, and few tokens are longer.
+# No image in base64 is shorter, and few access tokens are longer.
 _MIN_BASE64_LENGTH = 128
 
-# A text this short in place of a file is the name of a file.
+# A text up to this length in place of a file is taken for a file name.
 _MAX_FILE_NAME_LENGTH = 255
 
 
 class Form(Protocol):
-    """One result, or `{"results": [...]}` for several images."""
+    """A form or a raw body; the response is one result, or `{"results": [...]}` for several."""
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
@@ -90,7 +90,7 @@ class Form(Protocol):
 
 
 class JsonImage(Form):
-    """`{"image": "<base64>"}`, the same in a list `images`, or as `find_image` finds it."""
+    """`{"image": "<base64>"}`, a list `images` of such values, or what `find_image` finds."""
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
@@ -118,12 +118,12 @@ class JsonImage(Form):
 
 
 def form_fields(request: Request) -> dict[str, Any]:
-    """Return the parts that were not sent as files, query parameters too."""
+    """Return the parts that were not sent as files, including query parameters."""
     return {name: value for name, value in request.row.items() if not _is_file(request, name)}
 
 
 def is_form(request: Request) -> bool:
-    """Return whether the request is announced as a form."""
+    """Return whether the Content-Type is a form's."""
     return any(
         name.lower() == "content-type"
         and str(value).lower().lstrip().startswith((_FORM_DATA, _FORM_URLENCODED))
@@ -132,10 +132,10 @@ def is_form(request: Request) -> bool:
 
 
 def _is_file(request: Request, name: str) -> bool:
-    """Return whether a part was sent as a file: those have a content type.
+    """Return whether a part was sent as a file, which has a content type.
 
-    If the request has a header of the part's name, TorchServe puts that in the place of the
-    part's headers; then everything but a short text counts as a file.
+    If the request has a header with the part's name, TorchServe replaces the part's headers by it;
+    then everything except a short text counts as a file.
     """
     own = request.headers.get(name)
     if isinstance(own, Mapping):
@@ -152,13 +152,13 @@ def _is_short_text(value: object) -> bool:
 
 
 def _image_parts(request: Request, fields: Mapping[str, Any]) -> Iterator[RequestImage]:
-    """Return every part that was sent as a file or under an image's name, or that is an image."""
+    """Yield each part that was sent as a file or under an image's name, or that is an image."""
     for name, value in request.row.items():
         is_field = name in fields
         if is_field and name not in IMAGE_NAMES and not _is_image(value):
-            continue  # an option, or a field of somebody else
+            continue  # an option or an unrelated field
         if name == "body" and is_empty(value) and not announces_body(request):
-            continue  # a GET
+            continue  # a GET request
         image = RequestImage(request.request_id, name)
         run_isolated(image, partial(_fill_in, value=value, is_field=is_field and is_form(request)))
         yield image
@@ -177,10 +177,10 @@ def _fill_in(image: RequestImage, value: object, *, is_field: bool) -> None:
 
 
 def _is_image(value: object) -> bool:
-    """Return whether a field of any name is an image: a file without a name, or its base64.
+    """Return whether a field of any name holds an image, as bytes or in base64.
 
-    A text may begin as a BMP does, with "BM", and one of 64 random characters in base64 may begin
-    as a JPEG.
+    A signature is not sufficient: a text may begin with "BM" like a BMP, and a random token of 64
+    characters may begin like a JPEG in base64.
     """
     if not isinstance(value, bytes | bytearray):
         return False
@@ -191,10 +191,10 @@ def _is_image(value: object) -> bool:
 
 
 def _check_nothing_was_lost(request: Request) -> None:
-    """Raise `RepeatedPart` if parts have one name: the frontend silently keeps only the last.
+    """Raise `RepeatedPart` if parts share a name, of which the frontend silently keeps the last.
 
-    The parts that arrived must account for the request's length, except for what the frontend does
-    not pass on of a part. See the README for what that leaves unnoticed.
+    The parts that arrived must account for the request's length, with an allowance for the bytes
+    that the frontend does not pass on. The README lists the cases that remain undetected.
     """
     sent_as = request.header("content-type")
     length = request.header("content-length")
@@ -207,7 +207,7 @@ def _check_nothing_was_lost(request: Request) -> None:
     files = 0
     for name, value in request.row.items():
         if not isinstance(value, bytes | bytearray | str):
-            return  # TorchServe parsed it, and its length is not known
+            return  # TorchServe parsed it; its length is unknown
         accounted += boundary + _FIELD_LINES + len(_as_bytes(name)) + len(_as_bytes(value))
         if _is_file(request, name):
             files += 1
@@ -226,7 +226,7 @@ def _check_nothing_was_lost(request: Request) -> None:
 
 
 def _reject_json_in_a_form(request: Request) -> None:
-    """Raise an error that names the missing header if curl's -d announced JSON as a form."""
+    """Raise `BadRequest` with the missing header if JSON was sent as a form, as curl's -d does."""
     if is_form(request) and any(name.lstrip()[:1] in {"{", "["} for name in request.row):
         raise BadRequest(
             "The body looks like JSON, but the header Content-Type announces a form, as curl's -d "
@@ -242,5 +242,5 @@ def _reject_addresses(request: Request) -> None:
 
 
 def _as_bytes(value: bytes | bytearray | str) -> bytes | bytearray:
-    """Encode a part that TorchServe decoded as text/*; a JSON text may hold half a character."""
+    """Encode a part that TorchServe decoded as text; JSON may contain unpaired surrogates."""
     return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value

@@ -1,7 +1,7 @@
-"""Hugging Face's image-classification task, as the clients of its Inference API send it.
+"""Hugging Face's image-classification task, as sent by clients of its Inference API.
 
 A raw image or `{"inputs": "<base64>", "parameters": {"top_k": 3}}` -> `[{"label", "score"}, ...]`.
-A form like this cannot be told from KServe V2's or a file, so it has a path of its own.
+The protocol has its own path, since its bodies cannot be distinguished from KServe V2's or a file.
 
 Source: https://huggingface.co/docs/inference-providers/tasks/image-classification
 """
@@ -13,8 +13,8 @@ from handler.protocols.json_body import JsonBody, json_image
 from handler.protocols.options import parse_options, quoted
 from handler.request import Protocol, Purpose, Request, Response, json_response
 
-# The end of its path on TorchServe, /predictions/MODEL/VERSION/huggingface, which TorchServe passes
-# on in the first header. On their own path the gateway and the container send the second.
+# The last segment of the path on TorchServe, /predictions/MODEL/VERSION/huggingface, which
+# TorchServe passes on in the first header. The gateway and the container send the second header.
 _NAME = "huggingface"
 _HEADERS = ("url_path", "x-protocol")
 

@@ -1,4 +1,4 @@
-"""Images sent as text: base64, also in a data URL, and addresses, which are rejected."""
+"""Decode images sent as text in base64 or a data URL, and reject addresses."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.:-]{1,30}://", re.IGNORECASE)
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
 _BASE64_GROUP = 4
-# Enough to tell text from a binary file, and base64 from other text.
+# Enough characters to distinguish base64 from binary files and other text.
 _HEAD = 64
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
 
@@ -20,7 +20,8 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
 def from_base64(text: str) -> bytes:
     """Decode standard or URL-safe base64, with or without padding, line breaks or a data URL.
 
-    Raises `BadRequest` if it is anything else.
+    Raises:
+        BadRequest: the text is an address or not base64.
     """
     reject_address(text)
     data_url = _DATA_URL.match(text)
@@ -65,11 +66,12 @@ def is_image(text: str) -> bool:
 
 
 def decode_if_text(data: bytes | bytearray) -> bytes | bytearray:
-    """Return the image of a file or raw body that holds its base64; anything else as it is.
+    """Decode a file or raw body that holds an image in base64; return any other data unchanged.
 
-    Raises `BadRequest` if it is an address, or if the base64 is damaged.
+    Raises:
+        BadRequest: the data is an address, or the base64 is damaged.
     """
-    # A data URL's head alone may be longer than _HEAD.
+    # The prefix of a data URL alone may be longer than _HEAD.
     head = bytes(data[: 8 * _HEAD])
     if not head.isascii():
         return data

@@ -1,4 +1,4 @@
-"""JSON bodies: parse them within limits of work and memory, and take images out of them."""
+"""Parse JSON bodies within limits of time and memory, and extract their images."""
 
 import json
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from handler.protocols.image_text import decode_if_text, from_base64, is_address
 from handler.protocols.options import WHOLE_NUMBER, parse_options, quoted
 from handler.request import Request, RequestImage, run_isolated
 
-# The length of the JSON, if KServe V2's tensors in binary follow it (Triton's "binary tensor data"
-# extension).
+# Header with the length of the JSON if KServe V2's binary tensors follow it (Triton's "binary
+# tensor data" extension).
 BINARY_HEADER = "inference-header-content-length"
 
-# Lists, objects, and their members. A byte of JSON can take thirty of memory: each empty list or
-# object is one of its own. 16 images with names and options have some hundreds; images as lists of
-# numbers would have more, and are not accepted anyway.
+# Maximum number of lists, objects and their members. A byte of JSON can take 30 bytes of memory,
+# since each empty list or object is a Python object. 16 images with names and options have some
+# hundreds; images as lists of numbers would have more, and are not accepted.
 _MAX_PARTS = 100_000
 _PARTS = "[{,"
 
-# The keys of an object under which clients send an image, and how deep such objects are nested.
+# Keys under which clients send an image, and the maximum depth at which they are searched.
 _IMAGE_KEYS = ("image", "b64", "base64", "data", "image_bytes", "image_base64")
 _MAX_DEPTH = 4
 
@@ -32,7 +32,7 @@ class JsonBody:
 
     Attributes:
         document: the object.
-        binary: what follows the JSON.
+        binary: the bytes after the JSON.
     """
 
     document: Mapping[str, Any]
@@ -46,7 +46,7 @@ class JsonBody:
         return value
 
     def parse_options(self, request: Request) -> None:
-        """Take the request's options from the object and from its `parameters`."""
+        """Set the request's options from the object and from its `parameters`."""
         parameters = self.document.get("parameters")
         if isinstance(parameters, dict):
             request.options = parse_options(parameters, request.options)
@@ -54,13 +54,13 @@ class JsonBody:
 
 
 class BinaryData:
-    """The bytes that follow a request's JSON; the tensors take them in their order."""
+    """The bytes after a request's JSON; the tensors take them in order."""
 
     def __init__(self, data: bytes | memoryview = b"") -> None:
         self._left = memoryview(data)
 
     def take(self, size: object) -> memoryview:
-        """Return the next `size` bytes, a tensor's `binary_data_size`."""
+        """Return the next `size` bytes, a tensor's `binary_data_size`, or raise `BadRequest`."""
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(self._left):
             raise BadRequest(
                 '"binary_data_size" must be the number of the tensor\'s bytes behind the JSON, of '
@@ -71,7 +71,7 @@ class BinaryData:
         return taken
 
     def check_used(self) -> None:
-        """Raise `BadRequest` if the tensors left some."""
+        """Raise `BadRequest` if bytes are left after all tensors."""
         if self._left:
             raise BadRequest(
                 f"{len(self._left)} bytes behind the JSON belong to no tensor. Each tensor's "
@@ -82,14 +82,15 @@ class BinaryData:
 def parse_json(request: Request) -> JsonBody | None:
     """Parse the body if it is JSON.
 
-    Its content type need not be JSON's: no image format begins with a brace, so a body of another
-    content type is noticed too, as a browser's `fetch` sends it.
+    JSON is recognized without a JSON content type too, as a browser's `fetch` sends it: no image
+    format begins with a brace.
 
     Returns:
-        None if the request is a form, a file or a `GET`.
+        the body; None if the request is a form, a file or a `GET`.
 
     Raises:
-        BadRequest: it is announced as JSON, or begins as an object, but cannot be read as one.
+        BadRequest: the content type is JSON or the body begins like an object, but it is not valid
+            JSON or not an object.
     """
     body = request.row.get("body")
     announced = "json" in request.header("content-type").lower()
@@ -99,7 +100,7 @@ def parse_json(request: Request) -> JsonBody | None:
     if isinstance(body, bytes | bytearray) and (length := request.header(BINARY_HEADER)):
         body, binary = _split(body, length)
         announced = True
-    # TorchServe decodes a body that is announced as JSON if it is a JSON text.
+    # TorchServe decodes a JSON text whose content type is JSON.
     if isinstance(body, bytes | bytearray) or (isinstance(body, str) and not announced):
         if not announced and not _begins_as_object(body):
             return None
@@ -120,28 +121,29 @@ def is_empty(body: object) -> bool:
 
 
 def announces_body(request: Request) -> bool:
-    """Tell an upload of nothing from a `GET`, whose method TorchServe does not pass on.
+    """Return whether a request without content is an upload, not a `GET`.
 
-    To a request without a length TorchServe's frontend adds one, in lower case.
+    TorchServe does not pass on the method, and its frontend adds a Content-Length in lower case to
+    requests that have none.
     """
     names = [name for name in request.headers if name != "content-length"]
     return any(name.lower() in {"content-length", "transfer-encoding"} for name in names)
 
 
 def release_body(request: Request) -> None:
-    """Free the memory of a body whose images were taken out of it; TorchServe keeps a reference."""
+    """Free the memory of a body after its images were extracted; TorchServe keeps a reference."""
     body = request.row.get("body")
     if isinstance(body, bytearray):
-        with suppress(BufferError):  # an image is still a part of it
+        with suppress(BufferError):  # an image is still a view of it
             body.clear()
 
 
 def json_image(request: Request, name: str, value: object) -> RequestImage:
-    """Return an image of a JSON body; its text may be malformed, which is its own error.
+    """Return an image from a JSON body; if its value is malformed, the error is stored on it.
 
     Args:
-        request: it is a part of.
-        name: of the image.
+        request: the image's request.
+        name: the image's name.
         value: text in base64, bytes, or an object that holds one of them; see `find_image`.
     """
     image = RequestImage(request.request_id, name)
@@ -160,9 +162,9 @@ def json_image(request: Request, name: str, value: object) -> RequestImage:
 
 
 def find_image(document: Mapping[str, Any], depth: int = _MAX_DEPTH) -> object:
-    """Return what an object holds as its image; None if that is nothing.
+    """Return the image in an object; None if there is none.
 
-    That is the value of a usual key, or else the first text that is an image or an address.
+    It is the value of one of `_IMAGE_KEYS`, or else the first text that is an image or an address.
     """
     named = next((document[key] for key in _IMAGE_KEYS if key in document), None)
     values = document.values() if named is None else (named,)
@@ -177,7 +179,7 @@ def find_image(document: Mapping[str, Any], depth: int = _MAX_DEPTH) -> object:
 
 
 def check_count(images: int, max_images: int) -> None:
-    """Raise `TooManyImages` if a request holds more images than it may."""
+    """Raise `TooManyImages` if a request holds more than `max_images`."""
     if images > max_images:
         raise TooManyImages(
             f"The request holds {images} images; at most {max_images} are accepted. "
@@ -191,7 +193,7 @@ def _begins_as_object(body: bytes | bytearray | str) -> bool:
 
 
 def _split(body: bytes | bytearray, length: str) -> tuple[bytes | bytearray, BinaryData]:
-    """Return the JSON and the tensors' data behind it."""
+    """Return the JSON and the tensors' data after it."""
     if not WHOLE_NUMBER.fullmatch(length) or int(length) > len(body):
         raise BadRequest(
             f"{BINARY_HEADER.title()} must be the length of the JSON in bytes, at most "
@@ -201,7 +203,12 @@ def _split(body: bytes | bytearray, length: str) -> tuple[bytes | bytearray, Bin
 
 
 def _loads(body: bytes | bytearray | str) -> Any:
-    """Parse UTF-8, 16 or 32; raise `ValueError` if it is not JSON."""
+    """Parse JSON in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        BadRequest: the text has too many parts.
+        ValueError: it is not valid JSON.
+    """
     text = body if isinstance(body, str) else body.decode(json.detect_encoding(body))
     if sum(map(text.count, _PARTS)) > _MAX_PARTS:
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""KServe V1, TensorFlow Serving's form: `{"instances": [...]}` -> `{"predictions": [...]}`."""
+"""KServe V1, TensorFlow Serving's protocol: `{"instances": [...]}` -> `{"predictions": [...]}`."""
 
 from handler.archive import Archive
 from handler.protocols.json_body import JsonBody, check_count, json_image
@@ -7,7 +7,7 @@ from handler.results import result_of
 
 
 class KServeV1(Protocol):
-    """An instance is `{"b64": "<base64>"}`, the same under an image's name, or the text itself."""
+    """Each instance is base64 text, or an object that holds it, such as `{"b64": "<base64>"}`."""
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:

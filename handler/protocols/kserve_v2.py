@@ -1,8 +1,8 @@
 """KServe V2, the Open Inference Protocol: tensors of images in, tensors of results out.
 
-Tensors are JSON, or binary data behind it (Triton's "binary tensor data" extension, the default of
-its clients). Then a header gives the JSON's length, each tensor its number of bytes, and each
-element of datatype BYTES begins with its length, four bytes in little-endian order.
+Tensors are JSON, or binary data after it (Triton's "binary tensor data" extension, the default of
+its clients). With binary data, a header contains the JSON's length, each tensor its number of
+bytes, and each element of datatype BYTES begins with its length as four little-endian bytes.
 """
 
 import json
@@ -28,8 +28,8 @@ from handler.protocols.json_body import (
 from handler.request import Body, Protocol, Purpose, Request, Response, json_response
 from handler.results import embedding_to_json, result_of
 
-# The outputs, in order, with their datatypes. An explanation lacks some; only multi-label models
-# have labels.
+# The outputs, in order, with their datatypes. Explanations lack those of `_NOT_EXPLAINED`; only
+# multi-label models have `labels`.
 _OUTPUTS = {
     "class_id": "BYTES",
     "class_name": "BYTES",
@@ -45,7 +45,7 @@ _DATATYPES = ["BYTES", "UINT8"]
 
 _LENGTH = struct.Struct("<I")
 
-# Longer ids are rejected, not cut: clients look for them in the response.
+# Longer ids are rejected and not truncated, since clients match the response by its id.
 _MAX_ID_LENGTH = 200
 
 # More dimensions than any tensor of images has.
@@ -61,7 +61,7 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the response: in JSON, or in binary behind it."""
+    """A tensor of the response, in JSON or in binary after it."""
 
     name: str
     binary: bool = False
@@ -82,7 +82,7 @@ class KServeV2(Protocol):
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
         """See `Protocol.accepts`."""
-        # A text is no tensor, but an image as Hugging Face's clients send it.
+        # Text in "inputs" is not a tensor but a Hugging Face client's image.
         return body is not None and not isinstance(body.document.get("inputs", ""), str)
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
@@ -145,12 +145,12 @@ def parse_request_id(document: Mapping[str, Any]) -> str | None:
 def parse_outputs(
     document: Mapping[str, Any], *, explained: bool, multilabel: bool = False
 ) -> list[OutputTensor]:
-    """Return the tensors of the response: those that are requested, in that order, or all."""
+    """Return the requested tensors of the response in the requested order; by default all."""
     missing = _NOT_EXPLAINED if explained else set() if multilabel else {"labels"}
     available = [name for name in _OUTPUTS if name not in missing]
     binary = _flag(_parameters(document), "binary_data_output", default=False)
     all_outputs = [OutputTensor(name, binary) for name in available]
-    if not explained:  # only on request: they are long
+    if not explained:  # only on request, since embeddings are long
         available.append(_EMBEDDING)
     requested = document.get("outputs")
     if requested is None or requested == []:
@@ -183,18 +183,18 @@ def parse_tensor(
     """Parse one of a request's tensors.
 
     Args:
-        tensor: as in the JSON.
-        binary: what the tensors before it left.
-        max_images: the number of images that it may hold.
+        tensor: the tensor's JSON value.
+        binary: the data of this and the following tensors.
+        max_images: maximum number of images.
 
     Returns:
-        its name, and its images: bytes, or their values in the JSON.
+        the tensor's name, and its images: bytes, or their values in the JSON.
     """
     if not isinstance(tensor, dict) or tensor.get("datatype") not in _DATATYPES:
         raise BadRequest(_ACCEPTED)
     name = tensor.get("name")
     name = name if isinstance(name, str) else "input"
-    if len(name) > _MAX_ID_LENGTH:  # it is a part of each image's name
+    if len(name) > _MAX_ID_LENGTH:  # it is included in each image's name
         raise BadRequest(f'A tensor\'s "name" may have {_MAX_ID_LENGTH} characters.')
     size = _parameters(tensor).get("binary_data_size")
     shape = _shape(tensor)
@@ -225,9 +225,9 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
 
 
 def _shape(tensor: Mapping[str, Any]) -> list[int]:
-    """Return the shape; empty if there is none. -1 stands for an unknown length."""
+    """Return the shape, with -1 for an unknown length; empty if there is none."""
     shape = tensor.get("shape", [])
-    if shape == _UNKNOWN_LENGTH:  # as KServe's own examples have it
+    if shape == _UNKNOWN_LENGTH:  # as in KServe's examples
         return []
     if (
         not isinstance(shape, list)
@@ -250,7 +250,7 @@ def _product(shape: list[int]) -> str:
 
 
 def _values(tensor: Mapping[str, Any]) -> list[Any]:
-    """Return the elements: flat, nested as its shape is, or a single one without a list."""
+    """Return the elements as a flat list; the data may be flat, nested, or a single text."""
     data = tensor.get("data")
     if isinstance(data, str):
         return [data]
@@ -271,7 +271,7 @@ def _octets(values: list[Any]) -> bytes:
 
 
 def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
-    """Return the images of a UINT8 tensor, whose shape was checked against its data."""
+    """Return the images of a UINT8 tensor whose shape matches its data."""
     if len(shape) > _BATCH_DIMENSIONS:
         raise BadRequest(_ACCEPTED)
     if len(shape) < _BATCH_DIMENSIONS or shape[0] == 1:
@@ -289,7 +289,7 @@ def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
 
 
 def _split(data: memoryview, max_images: int) -> list[bytes]:
-    """Return the elements of a BYTES tensor in binary."""
+    """Return the elements of a binary BYTES tensor."""
     elements: list[bytes] = []
     while data:
         length = _LENGTH.unpack(data[: _LENGTH.size])[0] if len(data) >= _LENGTH.size else math.inf
@@ -319,10 +319,10 @@ def _too_many(max_images: int) -> TooManyImages:
 def _format_outputs(
     request: Request, results: Sequence[Body], outputs: Sequence[OutputTensor]
 ) -> tuple[list[Body], bytes]:
-    """Return the tensors, with one element per image, and the bytes behind the JSON.
+    """Return the tensors, with one element per image, and the bytes after the JSON.
 
-    `result` holds each whole result as JSON text, `labels` the part that has all labels. The
-    elements of an image that failed are empty, zero or false.
+    `result` contains each complete result as JSON text, `labels` its list of labels. The elements
+    of an image that failed are empty, zero or false.
     """
     tensors: list[Body] = []
     binary = b""

@@ -1,4 +1,4 @@
-"""Options of a request: form fields, query parameters, or keys of a JSON body."""
+"""Parse the options of a request from form fields, query parameters or keys of a JSON body."""
 
 import difflib
 import json
@@ -14,37 +14,41 @@ from handler.errors import InvalidOption
 from handler.labels import Label
 from handler.request import Options, Request
 
-# Names under which clients send an image even if nothing marks it as a file: a raw body, gRPC, and
-# the tutorials' forms.
+# Names of parts that hold an image even if they are not marked as files: those of a raw body, gRPC
+# and the tutorials' forms.
 IMAGE_NAMES = ("body", "data", "file", "image")
 
 _EMBEDDING = "embedding"
 _CLASSES = ("class_index", "class_id", "class_name")
 _OPTION_NAMES = ("topk", "threshold", *_CLASSES, _EMBEDDING)
 
-# TorchServe drops the query on most of its paths; the gateway and the container send it in this
-# header.
+# The gateway and the container send the query in this header, since TorchServe drops it on most
+# paths.
 _QUERY = "x-query"
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
-# Two names this similar count as a misspelling: "treshold" and "top_k" do; "class" and "token" do
-# not.
+# Minimum similarity of a misspelled name: "treshold" and "top_k" are above it, "class" and "token"
+# below.
 _MIN_SIMILARITY = 0.8
 _MAX_NAME_LENGTH = 20
-# Of a class's id or name.
+# Maximum length of a class's id or name.
 _MAX_CLASS_LENGTH = 500
 _MAX_SHOWN_IDS = 5
-# A comparison costs 20 microseconds, and 20 MB hold a million names.
+# Names to compare. A comparison takes 20 microseconds, and 20 MB hold a million names.
 _MAX_NAMES = 100
 
-# Python's int() and float() accept more: "1_0", and the digits of every script.
+# Stricter than Python's int() and float(), which accept "1_0" and the digits of every script.
 WHOLE_NUMBER = re.compile(r"[0-9]{1,4000}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,400}(\.[0-9]{0,400})?|\.[0-9]{1,400})([eE][+-]?[0-9]{1,9})?")
 
 
 def parse_options(values: Mapping[str, Any], options: Options) -> Options:
-    """Return the options, overridden by form fields, a query or a JSON object."""
+    """Return the options, overridden by the values of form fields, a query or a JSON object.
+
+    Raises:
+        InvalidOption: a value is invalid, or a name is nearly that of an option.
+    """
     _reject_misspelled(values)
     if "topk" in values:
         options = replace(options, topk=_parse_topk(values["topk"]))
@@ -52,7 +56,7 @@ def parse_options(values: Mapping[str, Any], options: Options) -> Options:
         options = replace(options, threshold=_parse_threshold(values["threshold"]))
     if _EMBEDDING in values:
         options = replace(options, embedding=_parse_flag(_EMBEDDING, values[_EMBEDDING]))
-    # Only an explanation needs these, and checks them itself.
+    # `find_class` checks these, for explanations only.
     classes: dict[str, Any] = {
         name: _as_text(values[name])[:_MAX_CLASS_LENGTH] for name in _CLASSES if name in values
     }
@@ -60,7 +64,7 @@ def parse_options(values: Mapping[str, Any], options: Options) -> Options:
 
 
 def parse_query(request: Request) -> dict[str, str]:
-    """Return the query parameters, as far as the gateway or the container sends them."""
+    """Return the query parameters if the gateway or the container sends them."""
     try:
         query = parse_qsl(request.header(_QUERY), keep_blank_values=True, max_num_fields=_MAX_NAMES)
     except ValueError as error:
@@ -69,7 +73,7 @@ def parse_query(request: Request) -> dict[str, str]:
 
 
 def _reject_misspelled(names: Iterable[str]) -> None:
-    """Reject names that are nearly an option's. Others are somebody else's, such as "submit"."""
+    """Reject names that are nearly those of options; ignore unrelated ones, such as "submit"."""
     for name in islice(names, _MAX_NAMES):
         if name in _OPTION_NAMES or name in IMAGE_NAMES or len(name) > _MAX_NAME_LENGTH:
             continue
@@ -106,7 +110,7 @@ def _parse_flag(name: str, value: object) -> bool:
 
 
 def find_class(options: Options, labels: Sequence[Label]) -> int | None:
-    """Return the position of the class to explain; None if the request names none."""
+    """Return the position of the class to explain; None if the request does not name one."""
     found = set()
     if options.class_id is not None:
         found.add(_find_id(options.class_id, labels))
@@ -143,7 +147,7 @@ def _find_name(class_name: str, labels: Sequence[Label]) -> int:
 
 
 def _indices_of(class_name: str, labels: Sequence[Label]) -> list[int]:
-    """Return the classes of a name, in any case, with spaces or underscores."""
+    """Return the classes with this name, or else those whose name differs only in case or `_`."""
 
     def plain(name: str) -> str:
         return name.casefold().replace("_", " ").strip()
@@ -164,13 +168,13 @@ def _parse_class_index(value: str, classes: int) -> int:
 
 
 def parse_whole_number(value: object) -> int | None:
-    """Return a number of decimal digits; None for anything else."""
+    """Return the number if the value consists of decimal digits; None otherwise."""
     text = _as_text(value).strip()
     return int(text) if WHOLE_NUMBER.fullmatch(text) else None
 
 
 def _as_text(value: object) -> str:
-    """Return a form's field, or a number or text of JSON, as text; "" for anything else."""
+    """Return a form field, or a number or text from JSON, as text; "" for other types."""
     match value:
         case bytes() | bytearray():
             return value.decode("utf-8", errors="replace")
@@ -185,7 +189,7 @@ def _as_text(value: object) -> str:
 
 
 def quoted(value: object) -> str:
-    """Return a client's value for an error message: short, and printable ASCII only."""
+    """Return a client's value for an error message, truncated and in printable ASCII."""
     match value:
         case list() | dict():
             return "a list" if isinstance(value, list) else "an object"

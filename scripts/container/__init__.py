@@ -1,1 +1,1 @@
-"""The image: built with docker or podman, whichever is there, and run for a try."""
+"""Build the container image with docker or podman."""

@@ -1,4 +1,4 @@
-"""Builds a base image from Debian's packages, if none can be pulled."""
+"""Build a base image from Debian's packages, if none can be pulled."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from scripts.terminal import UserError
 
 SUITE = "bookworm"
 PACKAGES = ("python3", "python3-venv", "ca-certificates", "nginx", "tini")
-# Adds what the usual base image has and deploy/container/Dockerfile calls.
+# Adds the `python` that deploy/container/Dockerfile calls and the default base image has.
 _DOCKERFILE = """\
 FROM {imported}
 RUN ln -s python3 /usr/bin/python
@@ -22,7 +22,7 @@ RUN ln -s python3 /usr/bin/python
 def debian_base(engine: Engine) -> str:
     """Return the name of an image of Debian with Python, nginx and tini; build it if it is missing.
 
-    Its name has a digest of the list of packages, so that another list makes another image.
+    Its name contains a digest of the list of packages, so that a changed list builds a new image.
 
     Raises:
         UserError: mmdebstrap is missing, fails, or needs root.
@@ -64,9 +64,9 @@ def debian_base(engine: Engine) -> str:
 def build_options(engine: Engine) -> list[str]:
     """Return the engine's options for a build.
 
-    It uses this machine's network, for package indexes that only this machine can reach. podman
-    builds in a chroot, because its default runtime may not work here, in Docker's format, because
-    OCI's has no HEALTHCHECK, and without intermediate layers.
+    The build uses this machine's network, for package indexes that only this machine can reach.
+    podman builds in a chroot, because its default runtime may not work here; in Docker's format,
+    because OCI's has no HEALTHCHECK; and without intermediate layers.
     """
     network = ["--network", "host"]
     if engine.program == "docker":

@@ -1,4 +1,4 @@
-"""Runs docker or podman, whichever is installed and works."""
+"""Run docker or podman, whichever is installed and works."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from typing import Any
 
 from scripts.terminal import UserError
 
-# Seconds for commands that are fast.
+# Timeout of fast commands, in seconds.
 _TIMEOUT = 60.0
 
-# For machines on which podman's default runtime cannot create a container: those that mount both
-# versions of cgroups, and containers that may not raise their own limits.
+# For machines on which podman's default runtime cannot create a container, because they mount both
+# cgroup versions or are containers that cannot raise their own limits.
 _FALLBACK_CONFIG = """\
 [containers]
 default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]
@@ -44,7 +44,7 @@ class Engine:
         """Run the engine; capture its output as text unless `options` override that.
 
         Raises:
-            UserError: it failed; the message has its output.
+            UserError: it failed; the message contains its output.
             subprocess.TimeoutExpired: it took longer than `timeout` seconds.
         """
         result = self.run_unchecked(*arguments, timeout=timeout, **options)
@@ -102,12 +102,12 @@ def require_engine() -> Engine:
 
 
 def with_working_runtime(engine: Engine, image: str, folder: Path) -> Engine:
-    """Return the engine with a runtime that can run this image's `true`.
+    """Return the engine with a runtime that can run `true` in this image.
 
     If podman's default runtime cannot, the fallback is runc, with a configuration in `folder`.
 
     Raises:
-        UserError: no runtime works; the message has the engine's output.
+        UserError: no runtime works; the message contains the engine's output.
     """
     trial: Sequence[str] = ("run", "--rm", "--entrypoint", "true", image)
     first = engine.run_unchecked(*trial, timeout=_TIMEOUT)

@@ -1,4 +1,4 @@
-"""`make image`: builds the container image of model archives, or of a Ray cluster's nodes."""
+"""`make image`: build the container image of model archives, or of a Ray cluster's nodes."""
 
 import configparser
 import os
@@ -26,7 +26,7 @@ from scripts.terminal import UserError, step
 NAME = "densenet-torchserve"
 VERSION = "2.0.0"
 RAY_NAME = "densenet-batch"
-# Lock files of the packages, of which the last two are for archives that need them.
+# Lock files of the packages; the last two are for archives that need them.
 _LOCK = "requirements/container.lock"
 _RAY_LOCK = "requirements/ray.lock"
 _TORCH_LOCK = "requirements/pytorch.lock"
@@ -38,7 +38,7 @@ class Recipe:
     """The inputs of a build, other than model archives.
 
     Attributes:
-        dockerfile: its path.
+        dockerfile: path of the Dockerfile.
         target: the stage to build; None for the last one.
         lock: lock file of the packages that every archive needs.
     """
@@ -73,7 +73,7 @@ def build_image(
         The image's id.
 
     Raises:
-        UserError: the build failed; the message has the end of its output.
+        UserError: the build failed; the message contains the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="image-") as name:
         folder = Path(name)
@@ -116,7 +116,7 @@ def _copy_context(context: Path, archives: Sequence[Path]) -> None:
         shutil.copy(archive, context / "model_store")
         with zipfile.ZipFile(archive) as content:
             if WEIGHTS_NOTICE in content.namelist():
-                # The image is a copy of the weights, whose license has to come with them.
+                # The image contains the weights, so it must contain their license too.
                 notice = context / "model_store" / f"{archive.stem}-{WEIGHTS_NOTICE}"
                 notice.write_bytes(content.read(WEIGHTS_NOTICE))
 
@@ -129,7 +129,7 @@ def ray_tag() -> str:
 
 
 def _labels(base: str | None) -> list[str]:
-    """Return the options for labels that the Dockerfile cannot know."""
+    """Return the options for labels whose values the Dockerfile does not know."""
     revision = subprocess.run(
         ["git", "rev-parse", "HEAD"],
         capture_output=True,
@@ -177,7 +177,7 @@ def _pip_secrets(folder: Path) -> Iterator[list[str]]:
     if certificates and os.access(certificates, os.R_OK):
         config["global"]["cert"] = "/run/ca.crt"
         options.append(f"--secret=id=ca,src={certificates}")
-    # These are folders of this machine.
+    # These are local folders, which the build cannot read.
     config.remove_option("global", "find-links")
     extra = config["global"].get("extra-index-url", "").split()
     config["global"]["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))

@@ -1,1 +1,1 @@
-"""Measure how good a served model is: `make evaluate`."""
+"""Evaluate a served model: `make evaluate`."""

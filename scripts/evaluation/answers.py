@@ -20,9 +20,9 @@ from classification_client import (
 from handler.labels import Label
 from scripts.terminal import UserError, console
 
-# Requests every class: no model has more.
+# `topk` for all classes: no model has more.
 ALL_CLASSES = 1_000_000
-# If the server rejects so many images, it is not because of a few corrupt ones.
+# If the server rejects this many images, the cause is not a few corrupt ones.
 _MAX_TRIES = 20
 
 
@@ -45,9 +45,9 @@ def _user_errors() -> Iterator[None]:
 
 @_user_errors()
 def describe(images: Sequence[Path], url: str, options: RequestOptions) -> Model:
-    """Return the model, as the answer to the first accepted image shows it.
+    """Return the model's description from the response to the first accepted image.
 
-    Raises `UserError` if the server is not available, or rejects all of the first images.
+    Raises `UserError` if the server is not available or rejects the first `_MAX_TRIES` images.
     """
     problem: Exception | None = None
     with Client(url, replace(options, topk=ALL_CLASSES)) as client:
@@ -70,7 +70,7 @@ def classify(
 ) -> tuple[dict[Path, Classification], list[Row]]:
     """Return the images' classifications, and a row for each image without one.
 
-    Raises `UserError` if the server is not available, classifies no image, or changes its model.
+    Raises `UserError` if the server is not available or classifies no image, or its model changes.
     """
     rows: list[Row] = []
     with (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import scipy  # loads scipy.stats when it is first used
+import scipy  # loads scipy.stats lazily
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.metrics import (
@@ -25,7 +25,7 @@ from scripts.labels_file import FORM, read_labels
 from scripts.matching import match
 from scripts.terminal import UserError, step, warn
 
-# A threshold lies between two probabilities of seven digits.
+# The server's probabilities have seven digits; a threshold is between two of them.
 _THRESHOLD_DIGITS = 9
 
 
@@ -34,12 +34,12 @@ class MultilabelEvaluation:
     """The server's answers to images whose labels are known.
 
     Attributes:
-        model: with the classes by position.
+        model: the model, with its classes by position.
         images: the classified images, in the order of the rows.
-        truth: bool (N, classes), what each image shows.
-        probabilities: float (N, classes), the server's, 0 to 1.
-        given: bool (N, classes), the labels in the server's answers, by the model's thresholds.
-        rejected: images without an answer, which are not counted.
+        truth: bool (N, classes), the true labels.
+        probabilities: float (N, classes), the predicted probabilities, 0 to 1.
+        given: bool (N, classes), the predicted labels, by the model's thresholds.
+        rejected: images without a result, which are not counted.
     """
 
     model: Model
@@ -51,7 +51,7 @@ class MultilabelEvaluation:
 
     @property
     def shown(self) -> list[int]:
-        """Return the classes that some images show: only these are measured."""
+        """Return the classes with at least one image: only these are measured."""
         return [int(index) for index in np.flatnonzero(self.truth.any(axis=0))]
 
     @property
@@ -64,7 +64,7 @@ class MultilabelEvaluation:
 
     @property
     def auroc(self) -> list[float]:
-        """Return the area under the ROC curve of each shown class; NaN if all images show it."""
+        """Return the area under the ROC curve of each shown class; NaN if all images have it."""
         return [
             float("nan")
             if self.truth[:, index].all()
@@ -81,9 +81,9 @@ class MultilabelEvaluation:
 def scores(
     truth: NDArray[np.bool_], given: NDArray[np.bool_], suffix: str = ""
 ) -> dict[str, float]:
-    """Return "precision", "recall" and "f1" of labels, 0 to 1; 0 if there is nothing to count.
+    """Return "precision", "recall" and "f1" of labels, 0 to 1; 0 if a metric is undefined.
 
-    Both arrays have the same shape: one class's labels, or those of all (micro average).
+    Both arrays have the same shape: the labels of one class or of all classes (micro average).
     """
     found = precision_recall_fscore_support(
         truth.ravel(), given.ravel(), average="binary", zero_division=0
@@ -95,7 +95,7 @@ def scores(
 def evaluate_labels(
     images: Path, labels_file: Path, url: str, options: RequestOptions, at_once: int
 ) -> MultilabelEvaluation:
-    """Classify the images of a list, which is described in `scripts.labels_file`.
+    """Classify the images of a list, see `scripts.labels_file`.
 
     Raises `UserError` if the list cannot be used, the model is single-label, or the server is not
     available.
@@ -129,12 +129,12 @@ def evaluate_labels(
 def choose_thresholds(
     evaluation: MultilabelEvaluation, min_precision: float | None = None
 ) -> list[float]:
-    """Return the best threshold of each class by position, 0 to 1; 0.5 if no image shows it.
+    """Return the best threshold of each class by position, 0 to 1; 0.5 if it has no images.
 
     Args:
-        evaluation: of images that the model was not trained on.
-        min_precision: 0 to 1: choose the threshold with the best recall at this precision. None
-            for the best F1.
+        evaluation: results on images that the model was not trained on.
+        min_precision: 0 to 1; choose the threshold with the best recall at this precision. None
+            chooses the best F1.
     """
     chosen = [EVEN] * len(evaluation.model.labels)
     for index in evaluation.shown:
@@ -199,7 +199,7 @@ def report_labels(
 
 
 def _mistakes(evaluation: MultilabelEvaluation) -> list[Cells]:
-    """Return the images whose labels are wrong as served, those with the most wrong ones first."""
+    """Return the images with wrong labels as served, those with the most errors first."""
 
     def names(of_image: NDArray[np.bool_]) -> str:
         found = np.flatnonzero(of_image).tolist()
@@ -238,7 +238,7 @@ def _plot(evaluation: MultilabelEvaluation) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index in evaluation.shown:
-        # A name that begins with `_` would be left out of the legend.
+        # matplotlib omits names that begin with `_` from the legend.
         name = plot_label(evaluation.model.labels[index].class_name).lstrip("_")
         PrecisionRecallDisplay.from_predictions(
             evaluation.truth[:, index], evaluation.probabilities[:, index], name=name, ax=axes

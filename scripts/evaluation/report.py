@@ -12,12 +12,12 @@ from classification_client import Row
 from scripts.evaluation.answers import Model
 from scripts.terminal import console, printable, step, warn
 
-# Of more classes, only the files have a table, and the plots have no legend.
+# With more classes, their table is written but not printed, and the plots have no legend.
 MAX_SHOWN_CLASSES = 20
 
 _MAX_SHOWN_REJECTIONS = 10
 _MAX_SHOWN_MISTAKES = 10
-# Columns of the table of classes that fit on a terminal of 80 characters.
+# Columns of the table of classes that fit into a terminal of 80 characters.
 _TERMINAL_COLUMNS = [
     "class",
     "images",
@@ -28,7 +28,7 @@ _TERMINAL_COLUMNS = [
     "f1_at_threshold",
 ]
 
-# Cells by the name of their column; floats are written with four decimals.
+# Cells by column name; floats are written with four decimals.
 Cells = Mapping[str, str | int | float]
 
 
@@ -44,19 +44,19 @@ def write(
     rejected: Sequence[Row],
     warning: str | None = None,
 ) -> None:
-    """Write the report into the folder, which is created, and print it.
+    """Write the report to the folder, creating it if necessary, and print the tables.
 
     Args:
-        folder: for all files.
-        model: whose classes and warning are reported.
-        metrics: by name, the first table; one is the number of images.
-        tables: others by title, each with the same columns in all rows; empty ones are left out.
-        classes: metrics of each class by position, the last table and `classes.csv`.
-        mistakes: the images that were not classified as they should, worst first, for
-            `mistakes.csv`; the first of them are a table too.
-        plots: by file name; each gets a title.
-        rejected: images without an answer, which are not counted.
-        warning: about the results.
+        folder: the folder of all files.
+        model: the model; its classes and warning are reported.
+        metrics: the first table, by name; includes the number of "images".
+        tables: other tables by title, with the same columns in all rows; empty ones are omitted.
+        classes: metrics of each class by position, for the last table and `classes.csv`.
+        mistakes: wrongly classified images, worst first, for `mistakes.csv` and a table of the
+            first ones.
+        plots: figures by file name; a title is added to each.
+        rejected: images without a result, which are not counted.
+        warning: a warning about the results.
     """
     by_class = []
     for index, cells in classes.items():
@@ -98,7 +98,7 @@ def write(
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write a table; an empty one is an empty file."""
+    """Write a table as CSV; without rows the file is empty."""
     with file.open("w", encoding="utf-8", newline="") as opened:
         if rows:
             writer = csv.DictWriter(opened, list(rows[0]))
@@ -132,5 +132,5 @@ def _print(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def plot_label(class_name: str) -> str:
-    """Return a class name for a plot, where `$` would begin a formula."""
+    """Return a class name for a plot, with `$` escaped, which begins a formula."""
     return printable(class_name).replace("$", r"\$")

@@ -28,7 +28,7 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _TOP = 5
 _BINS = 10
 _MAX_CONFUSED = 10
-# The names of more classes are illegible at the confusion matrix.
+# With more classes, their names in the confusion matrix are illegible.
 _MAX_NAMED_CLASSES = 50
 
 
@@ -37,12 +37,12 @@ class SingleLabelEvaluation:
     """The server's answers to images whose classes are known.
 
     Attributes:
-        model: with the classes by position.
+        model: the model, with its classes by position.
         images: the classified images, in the order of the rows.
         truth: int (N,), the true classes.
         predictions: int (N, up to 5), the predicted classes, best first.
         confidence: float (N,), the probability of the top-1 prediction, 0 to 1.
-        rejected: images without an answer, which are not counted.
+        rejected: images without a result, which are not counted.
     """
 
     model: Model
@@ -64,13 +64,13 @@ class SingleLabelEvaluation:
 
     @property
     def top5_accuracy(self) -> float:
-        """Return the share of images, 0 to 1, with the true class among the five best."""
+        """Return the top-5 accuracy, 0 to 1."""
         # top_k_accuracy_score would need the probabilities of all classes.
         return float((self.predictions == self.truth[:, None]).any(axis=1).mean())
 
     @property
     def calibration_error(self) -> float:
-        """Return the expected calibration error: the mean gap of confidence and accuracy per bin.
+        """Return the expected calibration error: mean gap between confidence and accuracy per bin.
 
         Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
         """
@@ -84,7 +84,7 @@ class SingleLabelEvaluation:
 def evaluate_folders(
     images: Path, url: str, options: RequestOptions, at_once: int
 ) -> SingleLabelEvaluation:
-    """Classify all images of a folder with one folder per class, named by the class's id or name.
+    """Classify the images of a folder with one subfolder per class, named by class id or name.
 
     Raises `UserError` if a folder is not a class, there is no image, the model is multi-label, or
     the server is not available.
@@ -103,8 +103,8 @@ def evaluate_folders(
     model = describe(list(known), url, options)
     if model.multilabel:
         raise UserError(
-            "The model is multi-label (activation: sigmoid), and folders cannot say what each "
-            f"image shows. Write a list with an image and its labels per line, {images}/"
+            "The model is multi-label (activation: sigmoid), and an image in a folder "
+            f"has one label only. Write a list with an image and its labels per line, {images}/"
             f"{LABELS_FILE}, or name it: LABELS=file."
         )
     called, instead = "as a folder is called", "Call the folder by id"
@@ -129,7 +129,7 @@ def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
         "top-5 accuracy": f"{evaluation.top5_accuracy:.2%}",
         "expected calibration error": f"{evaluation.calibration_error:.3f}",
     }
-    # A class that is neither shown nor predicted has no scores.
+    # A class that is neither true nor predicted for any image has no scores.
     present = np.union1d(evaluation.truth, evaluation.top1).tolist()
     write(
         folder,
@@ -150,7 +150,7 @@ def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
 
 
 def _by_threshold(evaluation: SingleLabelEvaluation) -> list[Cells]:
-    """Return how many images reach each threshold, and how many of these are correct."""
+    """Return the share of images that reach each threshold, and the accuracy on these."""
     rows: list[Cells] = []
     for threshold in THRESHOLDS:
         reached = evaluation.confidence >= threshold
@@ -196,7 +196,7 @@ def _by_class(evaluation: SingleLabelEvaluation, present: Sequence[int]) -> dict
 
 
 def _plot_confusion(evaluation: SingleLabelEvaluation, present: Sequence[int]) -> Figure:
-    """Return the confusion matrix: colored by the share of a class, with numbers of images."""
+    """Plot the confusion matrix: colors show shares of a class, cells show numbers of images."""
     size = min(16, 4 + 0.25 * len(present))
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()

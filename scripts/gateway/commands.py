@@ -30,7 +30,7 @@ def start_command(
     certificate_key: Annotated[str, typer.Option(help="PEM file.")] = "",
     acme: Annotated[str, typer.Option(help="Folder of certbot --webroot.")] = "",
     rate: Annotated[int, typer.Option(help="Requests per second of a client.")] = Options.rate,
-    burst: Annotated[int, typer.Option(help="More of them at once.")] = Options.burst,
+    burst: Annotated[int, typer.Option(help="Requests accepted above the rate.")] = Options.burst,
     connections: Annotated[
         int, typer.Option(help="Concurrent requests of a client.")
     ] = Options.connections,

@@ -1,4 +1,4 @@
-"""Renders the gateway's nginx.conf from its options."""
+"""Render the gateway's nginx.conf from its options."""
 
 import base64
 import ipaddress
@@ -15,13 +15,13 @@ from scripts.gateway.template import HUGGING_FACE, Route, has_ipv6, render_templ
 from scripts.serve.management import PIXEL
 from scripts.serve.running import HOST
 
-# Requests per second with a wrong key, per address, and how many at once.
+# Requests with a wrong key per address: rate per second, and burst.
 _WRONG_KEYS = {"wrong_keys_rate": 1, "wrong_keys_burst": 20}
-# Seconds that a slow client may take for its answer after a reload.
+# Seconds that slow clients have to receive their responses after a reload.
 DRAIN_SECONDS = 90
-# Requests of 1 MB or more at once, per upstream: 64 of 20 MB take 2.6 GB in TorchServe's frontend.
+# Concurrent requests of 1 MB or more, per upstream: 64 of 20 MB take 2.6 GB in the frontend.
 _MAX_LARGE = 64
-# nginx's processes only pass bytes on. `auto` would count the host's CPUs in a container.
+# nginx's processes only forward bytes. In a container, `auto` would count the host's CPUs.
 _MAX_PROCESSES = 4
 _RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -30,10 +30,10 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
     """Return the gateway's nginx.conf.
 
     Args:
-        options: those of the gateway; `model` is set.
-        folder: for the files of nginx.
-        upstreams: hosts and ports of TorchServe. A single name that is not an address stands for
-            all its addresses, and is resolved again as they change.
+        options: the gateway's options, including `model`.
+        folder: the folder of nginx's files.
+        upstreams: hosts and ports of TorchServe. A single host name stands for all its addresses
+            and is resolved again when they change.
     """
     folder = folder.resolve()
     certificate, key = (
@@ -43,7 +43,7 @@ def render(options: Options, folder: Path, upstreams: Sequence[tuple[str, int]])
     )
     addresses = [options.address]
     if options.host == HOST and has_ipv6():
-        addresses.append("[::1]")  # some clients ask for localhost there
+        addresses.append("[::1]")  # some clients resolve localhost to it
     listeners = [
         {"address": address, "port": port, "tls": tls}
         for address in addresses
@@ -98,10 +98,10 @@ def _self_signed(folder: Path) -> tuple[Path, Path]:
 
 
 def routes(model: str, prefix: str = "") -> list[Route]:
-    """Return the paths of the gateway; nothing else of TorchServe can be reached."""
+    """Return the gateway's routes; no other paths of TorchServe are reachable."""
     upload = ("POST", "PUT")
     found = [
-        # The web UI, and the form of a page without an action.
+        # The web UI, and HTML forms without an action, which are posted to the same path.
         Route("/", f"/predictions/{model}", ("GET", "HEAD", "POST")),
         Route("/predict", f"/predictions/{model}", upload),
         Route("/explain", f"/explanations/{model}", upload),
@@ -121,15 +121,15 @@ def routes(model: str, prefix: str = "") -> list[Route]:
 
 
 def _dns(upstreams: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
-    """Return how nginx resolves the upstream; None for addresses, and for several names.
+    """Return how nginx resolves the upstream's name; None for addresses and for several names.
 
-    nginx resolves several names when it starts and when it is reloaded.
+    nginx resolves several names only when it starts or is reloaded.
     """
     if len(upstreams) != 1 or _is_address(upstreams[0][0]):
         return None
     lines = (line.split() for line in _RESOLV_CONF.read_text().splitlines())
     servers = [words[1] for words in lines if words[:1] == ["nameserver"] and len(words) > 1]
-    # nginx takes no link-local address with its interface.
+    # nginx does not accept link-local addresses with an interface.
     resolvers = [f"[{s}]" if ":" in s else s for s in servers if "%" not in s]
     return {"resolvers": resolvers, "ipv6": has_ipv6()} if resolvers else None
 
@@ -143,13 +143,13 @@ def _is_address(host: str) -> bool:
 
 
 def _logs(log: str, folder: Path) -> dict[str, str]:
-    """Return where nginx logs requests and errors."""
+    """Return nginx's settings for the logs of requests and errors."""
     if log == "file":
         access = f'"{folder}/access.log" requests buffer=32k flush=1s'
         return {"access_log": access, "error_log": f'"{folder}/error.log" error'}
     if log == "stdout":
         return {"access_log": "/dev/stdout requests", "error_log": "stderr error"}
-    # journald: standard output is a socket there, which nginx cannot open.
+    # syslog, for journald, under which standard output is a socket that nginx cannot open.
     access = "syslog:server=unix:/dev/log,nohostname,tag=densenet_gateway requests"
     return {"access_log": access, "error_log": "stderr error"}
 

@@ -1,4 +1,4 @@
-"""The file of API keys: one line per client, its name and its key."""
+"""Read the file of API keys: one line per client with its name and its key."""
 
 import base64
 import os
@@ -13,7 +13,7 @@ _KEY_LINE = re.compile(r"(?P<name>[\w.-]{1,64})\s+(?P<key>[A-Za-z0-9_-]{16,128})
 
 @dataclass(frozen=True)
 class Key:
-    """A client: a name for the log and for people who sign in, and the secret."""
+    """A client's name, for the log and HTTP basic authentication, and its secret key."""
 
     name: str
     key: str
@@ -34,7 +34,7 @@ def read_keys(path: Path) -> list[Key]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
         status = path.stat()
-        # Kubernetes mounts a Secret as root's file that the container's group can read.
+        # Kubernetes mounts a Secret as a file of root that the container's group can read.
         mounted = status.st_uid == 0 != os.geteuid()
         if status.st_mode & (0o007 if mounted else 0o077):
             raise UserError(f"{path} can be read by others. Run: chmod 600 {path}")

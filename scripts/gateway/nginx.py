@@ -1,7 +1,7 @@
-"""Starts, reloads and stops the gateway's nginx, as an ordinary user.
+"""Start, reload and stop the gateway's nginx, without root privileges.
 
-All files are in one folder, `.run/gateway`. Its state file, `gateway.json`, has the options, so
-that a reload needs none.
+All files are in one folder, `.run/gateway`. The state file, `gateway.json`, stores the options for
+reloads.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ STATE = "gateway.json"
 # Seconds.
 _START_TIMEOUT = 10.0
 _DRAIN_TIMEOUT = DRAIN_SECONDS + 10.0
-# About 200,000 requests.
+# A longer log is rotated. This is about 200,000 requests.
 _MAX_LOG_BYTES = 64 << 20
 
 
@@ -42,8 +42,8 @@ def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
     """Start nginx in the background.
 
     Args:
-        options: complete and checked.
-        folder: for the files of nginx.
+        options: complete and checked options.
+        folder: the folder of nginx's files.
 
     Raises:
         UserError: no server is running, or nginx rejects the configuration.
@@ -54,7 +54,7 @@ def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
 
 
 def prepare(options: Options, folder: Path) -> None:
-    """Write the folder of a gateway that is about to start."""
+    """Prepare the folder of a gateway that is about to start."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nginx.pid").unlink(missing_ok=True)
     _rotate_logs(folder)
@@ -65,12 +65,12 @@ def prepare(options: Options, folder: Path) -> None:
 def write_config(
     options: Options, folder: Path, upstreams: Sequence[tuple[str, int]] | None = None
 ) -> None:
-    """Write nginx.conf if nginx accepts it; otherwise the previous one stays.
+    """Write nginx.conf if nginx accepts it; otherwise keep the previous one.
 
     Args:
-        options: of the gateway.
-        folder: of the gateway.
-        upstreams: instead of the configured ones.
+        options: the gateway's options.
+        folder: the gateway's folder.
+        upstreams: override the configured ones.
 
     Raises:
         UserError: nginx rejects it, the API keys cannot be read, or no server is running.
@@ -79,7 +79,7 @@ def write_config(
         upstreams = default_upstreams(options, _port_of(folder.parent, options))
     candidate = folder / "nginx.conf.new"
     candidate.touch(mode=0o600)
-    # Paths are bytes, whatever the locale.
+    # Paths are bytes, independent of the locale.
     candidate.write_bytes(os.fsencode(render(options, folder, upstreams)))
     run_nginx(candidate, folder, "-t")
     openapi.write(folder, openapi.describe("gateway", [options.model], options.prefix))
@@ -87,7 +87,7 @@ def write_config(
 
 
 def _rotate_logs(folder: Path) -> None:
-    """Keep long logs as one older file each; nginx opens new ones when it starts or reloads."""
+    """Rename long logs, keeping one old file each; nginx opens new ones at its start or reload."""
     for log in (folder / "access.log", folder / "error.log"):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
@@ -100,7 +100,7 @@ def _port_of(run_dir: Path, options: Options) -> int:
 
 
 def require_upstream(run_dir: Path = RUN_DIR) -> ServerState:
-    """Return the server that the gateway stands in front of.
+    """Return the running server that is the gateway's upstream.
 
     Raises:
         UserError: none is running.
@@ -118,15 +118,15 @@ def reload(
 ) -> None:
     """Apply the options, API keys, certificate and upstreams, and drain the old processes.
 
-    The old processes of nginx answer the requests in flight. Returns when they have exited.
+    The old processes of nginx answer the requests in flight; wait until they have exited.
 
     Args:
-        options: of the gateway.
-        folder: of the gateway.
-        upstreams: instead of the configured ones.
+        options: the gateway's options.
+        folder: the gateway's folder.
+        upstreams: override the configured ones.
 
     Raises:
-        UserError: the configuration cannot be used, and the previous one stays; or the gateway is
+        UserError: the configuration is rejected, and the previous one is kept; or the gateway is
             not running.
     """
     master = require(folder)
@@ -142,7 +142,7 @@ def reload(
 
 
 def stop(folder: Path = GATEWAY_DIR) -> bool:
-    """Stop nginx after it has answered what is in flight; return false if it was not running."""
+    """Drain and stop nginx; return false if it was not running."""
     master = find(folder)
     if master is None:
         return False
@@ -188,7 +188,7 @@ def read_options(folder: Path = GATEWAY_DIR) -> Options:
 
 @contextmanager
 def lock(folder: Path = GATEWAY_DIR) -> Iterator[None]:
-    """Hold the right to reload the gateway; the kernel releases it if this process dies.
+    """Hold the lock on reloads of the gateway; the kernel releases it if this process dies.
 
     Raises:
         UserError: another process holds it.
@@ -216,17 +216,17 @@ def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise UserError(f"nginx does not start: {done.stderr.strip()[-500:]}")
+        raise UserError(f"nginx failed: {done.stderr.strip()[-500:]}")
 
 
 def nginx_command(config: Path, folder: Path, *arguments: str) -> list[str]:
-    """Return nginx's command line; early errors go to the folder's error.log."""
+    """Return nginx's command line; early errors are logged to the folder's error.log."""
     log = folder.resolve() / "error.log"
     return ["nginx", "-c", str(config.resolve()), "-e", str(log), *arguments]
 
 
 def replace_process(folder: Path) -> None:
-    """Become nginx, in the foreground."""
+    """Replace this process with nginx in the foreground (exec)."""
     command = [*nginx_command(folder / "nginx.conf", folder)[:-1], "stderr"]
     os.execvp(command[0], command)
 

@@ -1,6 +1,6 @@
-"""Writes the description of the HTTP API, `openapi.yaml`, as files that nginx serves.
+"""Write the description of the HTTP API, `openapi.yaml`, as files that nginx serves.
 
-The gateway and the container use it, so it imports little.
+The container image uses this module too, so it has few imports.
 """
 
 import base64
@@ -28,9 +28,9 @@ def describe(server: Server, models: Sequence[str] = (), prefix: str = "") -> Do
     """Return the description of one kind of server.
 
     Args:
-        server: the paths of which are kept.
+        server: kind of server; only its paths are kept.
         models: names of its models; empty for any.
-        prefix: before each path.
+        prefix: URL path before each path.
     """
     document: Document = yaml.safe_load(SOURCE.read_text("utf-8"))
     del document["x-shared"]
@@ -47,7 +47,7 @@ def describe(server: Server, models: Sequence[str] = (), prefix: str = "") -> Do
 
 
 def write(folder: Path, document: Document) -> None:
-    """Write the description into nginx's folder, as JSON and as a page."""
+    """Write the description into nginx's folder, as JSON and HTML."""
     (folder / JSON).write_text(json.dumps(document), "utf-8")
     (folder / PAGE).write_text(render_page(document), "utf-8")
 
@@ -66,7 +66,7 @@ def render_page(document: Document) -> str:
 
 
 def _operations(document: Document) -> dict[str, list[Document]]:
-    """Return the operations of each tag; methods of a path that differ in nothing else are one."""
+    """Return the operations by tag; methods of a path with the same summary are merged."""
     found: dict[str, list[Document]] = {tag["name"]: [] for tag in document["tags"]}
     for path, item in document["paths"].items():
         by_summary: dict[str, Document] = {}
@@ -85,13 +85,13 @@ def _operations(document: Document) -> dict[str, list[Document]]:
 
 
 def _text(text: str) -> Markup:
-    """Return HTML of a text that may mark code with backticks."""
+    """Convert a text to HTML, with code in backticks as `<code>`."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 @functools.cache
 def content_security_policy() -> str:
-    """Return the page's policy: its own style, by its hash, and nothing else."""
+    """Return the page's Content-Security-Policy, which allows only its own style, by hash."""
     template = SOURCE.with_name("openapi.html.jinja").read_text("utf-8")
     (style,) = re.findall("<style>(.*?)</style>", template, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode()

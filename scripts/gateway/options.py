@@ -1,4 +1,4 @@
-"""The options of the gateway, and their checks before it starts."""
+"""Define the options of the gateway, and check them before it starts."""
 
 import ipaddress
 import re
@@ -16,7 +16,7 @@ _UPSTREAM = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_PORT = 65535
-# A timeout within 5 s is a failed connect for nginx.conf.jinja, and retried.
+# nginx.conf.jinja retries timeouts within 5 s as failed connects, so `timeout` must be longer.
 _MIN = {"rate": 1, "burst": 1, "connections": 1, "keepalive": 1, "timeout": 10}
 
 
@@ -25,25 +25,25 @@ class Options:
     """Options of `make gateway`.
 
     Attributes:
-        host: IP address to listen on; `::` is all addresses, IPv4's too. Beyond loopback, keys are
-            required, and plain HTTP is redirected to HTTPS.
-        published: address at which others reach a container whose own one is `host`. It decides
-            what is required.
-        http_port, https_port: TCP ports; HTTPS speaks HTTP/2 too.
+        host: IP address to listen on; `::` includes all IPv4 addresses. Unless it is loopback, keys
+            are required, and plain HTTP is redirected to HTTPS.
+        published: address at which a container is published; determines these requirements instead
+            of `host`.
+        http_port, https_port: TCP ports; HTTPS supports HTTP/2.
         certificate, certificate_key: PEM files; empty for a self-signed certificate.
         acme: folder that `certbot --webroot` writes to, served over plain HTTP.
         keys: file of API keys; empty for no keys.
-        rate, burst: requests per second of one client, and how many more at once.
-        connections: concurrent requests of one client.
+        rate, burst: requests per second per client, and the size of a burst above that.
+        connections: concurrent requests per client.
         proxies: addresses or networks of load balancers whose X-Forwarded-For and
-            X-Forwarded-Proto count, separated by spaces.
+            X-Forwarded-Proto are trusted, separated by spaces.
         prefix: path below which a proxy serves the gateway, such as `/classify`.
         keepalive: seconds for which an idle connection stays open; longer than the balancer's.
-        timeout: seconds to wait for an answer; longer than TorchServe waits for a worker.
+        timeout: seconds to wait for a response; longer than TorchServe waits for a worker.
         upstreams: HOST:PORT, separated by spaces; empty for the running server.
         model: name of the model.
         log: `file`, `stdout` or `syslog`.
-        foreground: whether a supervisor runs nginx, which stays in the foreground.
+        foreground: whether nginx stays in the foreground, for a supervisor.
     """
 
     host: str = HOST
@@ -68,17 +68,17 @@ class Options:
 
     @property
     def address(self) -> str:
-        """Return the host as URLs and nginx write it."""
+        """Return the host in the notation of URLs and nginx."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def url(self) -> str:
-        """Return the address of plain HTTP."""
+        """Return the gateway's plain HTTP URL."""
         return f"http://{self.address}:{self.http_port}{self.prefix}"
 
     @property
     def https_url(self) -> str:
-        """Return the address of HTTPS."""
+        """Return the gateway's HTTPS URL."""
         return f"https://{self.address}:{self.https_port}{self.prefix}"
 
     @property
@@ -92,10 +92,10 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Check all options but the ports; start nothing.
+    """Check all options except the ports.
 
     Raises:
-        UserError: an option cannot work, or would not be safe.
+        UserError: an option is invalid or unsafe.
     """
     if shutil.which("nginx") is None:
         raise UserError("nginx is missing. Install it (on Debian and Ubuntu: apt install nginx).")
@@ -158,7 +158,7 @@ def _check_certificate(certificate: str, key: str) -> None:
 
 
 def read_upstreams(text: str) -> list[tuple[str, int]]:
-    """Return hosts and ports of `UPSTREAMS`, such as "densenet:8080" or "10.0.0.7:8080 [::1]:80".
+    """Parse hosts and ports, such as "densenet:8080" or "10.0.0.7:8080 [::1]:80".
 
     Raises:
         UserError: one is not HOST:PORT.

@@ -1,6 +1,6 @@
-"""Renders `nginx.conf.jinja`, the configuration of nginx in the gateway and the container image.
+"""Render `nginx.conf.jinja`, the configuration of nginx in the gateway and the container image.
 
-Imports nothing but Jinja, YAML and the handler's settings, so that the container image stays small.
+This module imports only Jinja, YAML and the handler's settings, to keep the container image small.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.openapi import content_security_policy
 
-# The protocol with a path of its own, `/huggingface/MODEL`; see handler/protocols/huggingface.py.
+# The protocol with its own path, `/huggingface/MODEL`; see handler/protocols/huggingface.py.
 HUGGING_FACE = "huggingface"
 
 
@@ -24,12 +24,12 @@ class Route:
     """One path of the service.
 
     Attributes:
-        path: what clients request.
+        path: the path that clients request.
         target: path on TorchServe; by default the same path.
-        methods: those that are allowed; all others get 405.
-        protocol: for the handler, if it cannot be recognized by the body.
-        answer: a constant answer instead of TorchServe's.
-        needs_ready: whether the constant answer is `unready` with 503 while no worker is ready.
+        methods: allowed methods; all others get 405.
+        protocol: for the handler, if the body does not identify it.
+        answer: constant response instead of TorchServe's.
+        needs_ready: whether the constant response is `unready` with 503 while no worker is ready.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Route:
 
 
 def render_template(**values: Any) -> str:
-    """Return nginx.conf; what only the gateway or only the container image has may be left out."""
+    """Render nginx.conf; variables of only the gateway or only the container image are optional."""
     absent: dict[str, Any] = {
         "as_root": os.geteuid() == 0,
         "foreground": True,

@@ -1,8 +1,8 @@
-"""`make upgrade`: another model archive in place of the served one, with zero downtime.
+"""`make upgrade`: replace the served model archive with zero downtime.
 
 A second TorchServe starts with the new archive and classifies sample images. If its answers agree
 with the first one's, nginx sends all requests to it, the first one restarts with the new archive,
-and nginx switches back. Whatever fails, the old archive is served.
+and nginx switches back. If a step fails, the old archive is served.
 """
 
 import shutil
@@ -20,9 +20,9 @@ from scripts.terminal import UserError, step, warn
 
 # Share of the sample images whose top-1 label, or set of labels, must stay the same.
 AGREEMENT = 0.9
-# Folder below the server's folder with the archive that the last upgrade replaced.
+# Subfolder of the server's folder with the archive that the last upgrade replaced.
 PREVIOUS = "previous"
-# Folder below the server's folder of the second server, while that runs.
+# Subfolder of the server's folder for the second server, while that runs.
 SECOND = "second"
 _CHECK_TIMEOUT = 30.0
 
@@ -39,10 +39,10 @@ def upgrade(
     """Serve another archive behind the gateway.
 
     Args:
-        archive: the new one, with the name of the served one.
-        agreement: share of the sample images, 0 to 1, on which both must give the same label(s).
-        folder: of the gateway; the server's is its parent.
-        model_store: where the server finds its archive when it starts.
+        archive: the new archive, with the same name as the served one.
+        agreement: share of the sample images, 0 to 1, whose label(s) must be the same.
+        folder: the gateway's folder; its parent is the server's.
+        model_store: the folder from which the server loads its archive.
 
     Raises:
         UserError: a check failed, or another upgrade is running; the old archive is served.

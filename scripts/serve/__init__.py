@@ -1,1 +1,1 @@
-"""One TorchServe: start, stop, scale, status; how many workers suit the machine."""
+"""Start, stop, scale and check one TorchServe; plan its workers for the machine."""

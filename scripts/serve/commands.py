@@ -127,7 +127,7 @@ def status_command() -> int:
             f"Queue: {waiting} of {waiting + free} requests waiting, each of up to "
             f"{MAX_REQUEST_BYTES >> 20} MB"
         )
-    packages = ("torchserve", "onnxruntime", "pillow")  # each server has them
+    packages = ("torchserve", "onnxruntime", "pillow")  # every server has these
     console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
     console.print(f"Frontend: pid {running.pid}, {running.predictions_url}")
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
@@ -140,7 +140,7 @@ def status_command() -> int:
 
 
 def _faults(models: Sequence[dict[str, Any]], running: ServerState) -> Iterator[str]:
-    """Return everything for which a request may fail now, or will after a crash."""
+    """Yield the faults that make requests fail now, or that would after a worker crash."""
     if lost := running.lost_files():
         yield lost
     frontend = running.process()

@@ -1,6 +1,6 @@
-"""What TorchServe's processes inherit: variables, the folder of their files, file descriptors.
+"""Prepare what TorchServe's processes inherit: variables, temporary folder, descriptor limit.
 
-It imports the standard library only, because the container image starts TorchServe with it too.
+This module imports only the standard library, because the container image uses it too.
 """
 
 import os
@@ -11,20 +11,20 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-# TorchServe, Java and Python read these instead of what the commands configure.
+# Variables with these prefixes would override the settings of TorchServe, Java and Python.
 _OVERRIDES = ("TS_", "PYTHON", "JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS")
-# Each connection takes one, and a server without any about 150.
+# File descriptors: a server takes about 150, and each connection one more.
 MIN_DESCRIPTORS = 1024
 _MAX_DESCRIPTORS = 65536
-# As long as the longest name of a socket of TorchServe.
+# TorchServe's longest socket name has this length.
 _SOCKET_NAME = ".ts.sock.000000"
 
 
 def server_environment(java_home: Path, folder: Path | str) -> dict[str, str]:
-    """Return the variables of a server, without those that would change what is started.
+    """Return a server's environment, without variables that would override its settings.
 
     Args:
-        java_home: of the packaged Java, whatever `JAVA_HOME` is.
+        java_home: home of the packaged Java; overrides `JAVA_HOME`.
         folder: for temporary files.
     """
     inherited = {n: value for n, value in os.environ.items() if not n.startswith(_OVERRIDES)}
@@ -32,7 +32,7 @@ def server_environment(java_home: Path, folder: Path | str) -> dict[str, str]:
         "JAVA_HOME": str(java_home),
         "TMPDIR": str(folder),
         "TEMP": str(folder),
-        # Java encodes paths and formats numbers by the locale, Python decodes files by it.
+        # Java's encoding of paths and format of numbers, and Python's decoding, depend on these.
         "LC_ALL": "C.UTF-8",
         "PYTHONUTF8": "1",
     }
@@ -48,11 +48,11 @@ def write_properties(path: Path, text: str) -> None:
 def make_temporary_folder(run_dir: Path) -> Path:
     """Return a new folder for a server's sockets and unpacked model archives.
 
-    It is in the user's cache, if that can be used: in /tmp systemd-tmpfiles and tmpwatch delete
-    what was not touched for ten days.
+    It is in the user's cache if possible: in /tmp, systemd-tmpfiles and tmpwatch delete files that
+    were not used for ten days.
 
     Raises:
-        OSError: no folder can be used; the message has the reasons.
+        OSError: no folder can be used; the message lists the reasons.
     """
     reasons = []
     for parent in (*_cache(), run_dir.resolve(), *_temporary()):
@@ -71,14 +71,14 @@ def make_temporary_folder(run_dir: Path) -> Path:
 
 
 def _cache() -> list[Path]:
-    with suppress(RuntimeError):  # this user has no home
+    with suppress(RuntimeError):  # the user has no home folder
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return [Path(home, "densenet")]
     return []
 
 
 def _temporary() -> list[Path]:
-    with suppress(FileNotFoundError):  # none can be written to
+    with suppress(FileNotFoundError):  # no temporary folder is writable
         return [Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/tmp")]
     return []
 
@@ -100,15 +100,15 @@ def _why_unusable(folder: Path) -> str | None:
 
 
 def raise_descriptor_limit() -> int | None:
-    """Raise the limit of file descriptors, which servers inherit; return it if it is low.
+    """Raise the file descriptor limit, which servers inherit; return it if it remains low.
 
-    Connections beyond it hang, without a message.
+    Connections beyond the limit hang without an error message.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     wanted = _MAX_DESCRIPTORS if hard == unlimited else min(hard, _MAX_DESCRIPTORS)
     if soft != unlimited and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS has a lower limit of its own
+        with suppress(OSError, ValueError):  # macOS has another, lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return soft if soft != unlimited and soft < MIN_DESCRIPTORS else None

@@ -1,4 +1,4 @@
-"""Plans workers, threads, the queue and Java's memory for this machine or container."""
+"""Plan workers, threads, the queue and Java's memory for this machine or container."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +10,27 @@ from handler.settings import ADDED_BYTES, MAX_REQUEST_BYTES
 
 # A loaded worker was measured at 300 MB with ONNX Runtime; requests add up to ADDED_BYTES.
 WORKER_BYTES = 300_000_000 + ADDED_BYTES
-# A worker of a model that OpenVINO runs in 8 bits takes more (benchmarks/results/servers.md).
+# Additional memory of a worker that runs an int8 model with OpenVINO; see
+# benchmarks/results/servers.md.
 _INT8_BYTES = 390_000_000
 
 _MIB = 1 << 20
 
-# The frontend without heap and buffers: 150 to 310 MB under load with small images.
+# Memory of the frontend without heap and buffers: 150 to 310 MB under load with small images.
 _JAVA_BYTES = 300_000_000
-# Of the heap, in addition to the requests that wait.
+# Java's heap without queued requests.
 _HEAP_BYTES = 512 * _MIB
-# Buffers outside the heap hold requests on their way in and out: at least, and at most. 4 GiB take
-# 200 uploads of 20 MB at once.
+# Limits of the buffers outside the heap, which hold requests while they are received and forwarded.
+# 4 GiB hold 200 concurrent uploads of 20 MB.
 _MIN_DIRECT_BYTES, _MAX_DIRECT_BYTES = 256 * _MIB, 4096 * _MIB
-# Requests that wait for a worker. 512 wait 17 s on two cores.
+# Limits of the queue length. On two cores, a queue of 512 requests takes 17 s.
 _MIN_QUEUE, MAX_QUEUE = 16, 512
 
 # Share of the free memory that workers may take.
 _MEMORY_SHARE = 0.75
 
-# Memory limit and usage of a cgroup, in versions 2 and 1: how its line in /proc/self/cgroup begins,
-# where it is mounted, two files, and the key in memory.stat of cached files, which the kernel drops
-# when memory is short.
+# Memory cgroups of versions 2 and 1: prefix of the path in /proc/self/cgroup, mount point, files of
+# limit and usage, and the key in memory.stat of cached files, which the kernel can reclaim.
 _CGROUPS = (
     ("0::", "", "memory.max", "memory.current", "inactive_file"),
     (":memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -38,10 +38,10 @@ _CGROUPS = (
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
-# More workers than CPUs add no throughput; far more of them only wait for one another.
+# More workers than CPUs add no throughput; many more only compete for the CPUs.
 _MAX_WORKERS_PER_CPU = 4
 
-# Threads for one image; the effect of more was not measured.
+# Maximum threads per image; more were not measured.
 _MAX_THREADS = 8
 
 
@@ -74,7 +74,7 @@ class FrontendPlan:
 
     Attributes:
         queue: requests that may wait for a worker, per model.
-        heap_bytes: Java's heap, which holds the requests that wait, each as large as it may be.
+        heap_bytes: Java's heap, which can hold a full queue of requests of the maximum size.
         direct_bytes: Java's buffers outside the heap.
     """
 
@@ -84,20 +84,20 @@ class FrontendPlan:
 
     @property
     def vmargs(self) -> str:
-        """Java's arguments."""
+        """Return Java's memory options."""
         heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
         return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
 
 
 def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> FrontendPlan:
-    """Return the longest queue, up to `MAX_QUEUE`, whose requests the free memory can hold.
+    """Return the plan with the longest queue, up to `MAX_QUEUE`, that fits into the free memory.
 
-    The port of TorchServe itself cannot tell large requests from small ones, so each counts as
-    20 MB. Behind the gateway or in the container nginx limits the large ones.
+    TorchServe limits the number of queued requests, not their size, so each counts as 20 MB. In the
+    gateway and the container, nginx limits the number of large ones.
 
     Args:
-        plan: of the workers.
-        models: each has a queue of its own.
+        plan: the workers.
+        models: number of models, each with its own queue.
         bytes_per_worker: memory that a worker may take.
     """
     left = memory_limit() - plan.workers * models * bytes_per_worker - _JAVA_BYTES
@@ -119,13 +119,13 @@ def plan_workers(
 
     The default is one worker per CPU with one thread each. Measured on two CPUs, one worker with
     two threads classified 8 % fewer images per second, and two workers with two threads each 35 %
-    fewer. If memory is short there are fewer workers, with more threads each. The CPUs are those
-    that affinity and cgroup quota leave to this process, not the machine's.
+    fewer. If memory is short, there are fewer workers with more threads each. Only CPUs that
+    affinity and cgroup quota allow are counted.
 
     Args:
         workers: overrides the number of workers per model.
-        models: each has as many workers.
-        bytes_per_worker: memory that one may take.
+        models: number of models, each with as many workers.
+        bytes_per_worker: memory that a worker may take.
     """
     cpus = joblib.cpu_count()
     if workers is None:
@@ -140,9 +140,9 @@ def max_workers(
     """Return the maximum number of workers per model.
 
     Args:
-        models: each has as many workers.
-        stopping: workers that stop before these start, so that their memory counts as free.
-        bytes_per_worker: memory that one may take.
+        models: number of models, each with as many workers.
+        stopping: number of workers that stop before these start; their memory counts as free.
+        bytes_per_worker: memory that a worker may take.
     """
     cpus = joblib.cpu_count()
     available = _available() + stopping * bytes_per_worker
@@ -163,7 +163,7 @@ def max_workers(
 def memory_limit() -> int:
     """Return the memory, in bytes, that the server may take.
 
-    That is the container's limit; without one, the usual share of the free memory.
+    This is the container's limit or, without one, `_MEMORY_SHARE` of the free memory.
     """
     total = int(psutil.virtual_memory().total)
     found = _container_memory()
@@ -173,17 +173,17 @@ def memory_limit() -> int:
 
 
 def _available() -> int:
-    """Return the free memory, in bytes, of the machine and within the container's limit."""
+    """Return the lower of the machine's and the container's free memory, in bytes."""
     machine = int(psutil.virtual_memory().available)
     found = _container_memory()
     return machine if found is None else max(0, min(machine, found[0] - found[1]))
 
 
 def _container_memory() -> tuple[int, int] | None:
-    """Return the lowest memory limit of this process's cgroups, and the usage under it, in bytes.
+    """Return the lowest memory limit of this process's cgroups and the usage under it, in bytes.
 
-    In a container its own cgroup is mounted as the root; under systemd it is a folder of a service
-    (`MemoryMax=`). None if there is no limit.
+    A container's cgroup is mounted as the root; a systemd service (`MemoryMax=`) has a subfolder.
+    None if there is no limit.
     """
     found = []
     for prefix, mount, limit, usage, cached_files in _CGROUPS:
@@ -196,14 +196,14 @@ def _container_memory() -> tuple[int, int] | None:
                 maximum, used = (int((folder / name).read_text()) for name in (limit, usage))
                 statistics = (folder / "memory.stat").read_text().split()
                 cached = int(statistics[statistics.index(cached_files) + 1])
-            except (OSError, ValueError):  # another version of cgroups, or the limit is "max"
+            except (OSError, ValueError):  # another cgroup version, or the limit is "max"
                 continue
             found.append((maximum, used - cached))
     return min(found, default=None)
 
 
 def _own_cgroup(prefix: str) -> str:
-    """Return the path of this process's cgroup below its mount; "" if it is not known."""
+    """Return the path of this process's cgroup below its mount; "" if it is unknown."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux

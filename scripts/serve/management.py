@@ -1,4 +1,4 @@
-"""Probes and scales a running server over TorchServe's management API."""
+"""Probe and scale a running server with TorchServe's management API."""
 
 import base64
 import time
@@ -25,13 +25,13 @@ PIXEL = base64.b64decode(
 )
 SCALE_TIMEOUT = 180.0
 HTTP_TIMEOUT = 10.0
-# TorchServe replaces a worker that exited within 2 to 6 s.
+# TorchServe takes 2 to 6 s to replace a worker that exited.
 WORKER_REPLACEMENT_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 
 
 def wait_until(check: Callable[[], bool], timeout: float) -> bool:
-    """Poll `check` until it returns true; return false if `timeout` seconds passed before."""
+    """Poll `check` until it returns true; return false after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not check():
         if time.monotonic() > deadline:
@@ -41,7 +41,7 @@ def wait_until(check: Callable[[], bool], timeout: float) -> bool:
 
 
 def management_session() -> requests.Session:
-    """Return a session for the management API, at a Unix socket or a port, without a proxy."""
+    """Return a session for the management API, which supports Unix sockets and uses no proxy."""
     session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
     session.trust_env = False
     return session
@@ -61,10 +61,10 @@ def model_status(running: ServerState, timeout: float = HTTP_TIMEOUT) -> dict[st
 
 
 def ready_workers(running: ServerState, timeout: float = HTTP_TIMEOUT) -> int:
-    """Return the number of workers that can answer; 0 while the server is starting.
+    """Return the number of workers that can respond; 0 while the server is starting.
 
-    `/ping` reports Healthy while every worker fails to start. The management API still reports
-    a worker as READY after a gRPC stream has stopped it, so the worker's process is checked too.
+    `/ping` reports Healthy even if every worker fails to start. The management API still reports a
+    worker as READY after a gRPC stream has stopped it, so the worker's process is checked too.
     """
     try:
         workers = model_status(running, timeout)["workers"]
@@ -113,7 +113,7 @@ def scale(running: ServerState, workers: int) -> None:
 
 
 def _put_workers(running: ServerState, workers: int) -> requests.Response:
-    """Send the request to scale, with retries."""
+    """Send the scaling request, with retries."""
     for attempt in tries(requests.RequestException, patience=HTTP_TIMEOUT):
         with attempt, management_session() as session:
             response = session.put(

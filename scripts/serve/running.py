@@ -29,21 +29,22 @@ RUN_DIR = Path(".run")
 STATE = "server.json"
 HOST = "127.0.0.1"
 RESTART_HINT = "Restart it: make stop, then make run or make start."
-# In the server's folder a link to the socket itself, whose path may be at most 107 bytes long.
+# Name of the socket, and of a link to it in the server's folder: the path of a socket may have at
+# most 107 bytes.
 MANAGEMENT_SOCKET = "management.sock"
-# Netty, in TorchServe, has no Unix sockets for Macs with Apple silicon.
+# TorchServe's Netty does not support Unix sockets on Macs with Apple silicon.
 _MANAGEMENT_PORT = None if sys.platform == "linux" else 8081
-# Java's main class.
+# Main class of TorchServe's frontend.
 FRONTEND = "org.pytorch.serve.ModelServer"
 
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of a server, all on loopback; those of gRPC are used only if gRPC is on.
+    """The ports of a server, all on loopback; the gRPC ports are used only if gRPC is on.
 
-    Without a port of its own the management API is at a Unix socket. A port of loopback can be
-    reached by all users of the machine, and by web pages in their browsers (DNS rebinding), because
-    TorchServe accepts any `Host` header.
+    If `management` is None, the management API listens at a Unix socket. A port could be reached by
+    all users of the machine and by web pages in their browsers (DNS rebinding), because TorchServe
+    accepts any `Host` header.
     """
 
     inference: int = 8080
@@ -62,7 +63,7 @@ class Ports:
 
 
 def unused_ports(count: int) -> list[int]:
-    """Return that many different free ports of loopback."""
+    """Return `count` different free ports on loopback."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]
@@ -79,11 +80,11 @@ class ServerState:
     """The state of a running server, as stored in `server.json`.
 
     Attributes:
-        pid: the frontend's process.
+        pid: the frontend's process id.
         started: its start time, see `scripts.state`.
         temporary: the server's folder for sockets and unpacked model archives.
         ports: where it listens.
-        models: SHA-256 of each model archive that it serves, by the model's name.
+        models: SHA-256 of each served model archive, by model name.
         model: the default model.
         grpc: whether it can be reached over gRPC.
         workers: worker processes per model at the start.
@@ -144,9 +145,9 @@ class ServerState:
         return process_by_id(self.pid, self.started)
 
     def lost_files(self) -> str | None:
-        """Return a message if the server's temporary files were deleted; None if they are there.
+        """Return a message if the server's temporary files were deleted; None if they exist.
 
-        Programs that delete old files take the state file first, which nobody reads or writes.
+        Programs that delete unused files delete the state file first, since nothing accesses it.
         """
         if Path(self.temporary, STATE).is_file():
             return None
@@ -248,7 +249,7 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 def is_worker_alive(pid: int, running: ServerState) -> bool:
-    """Return whether a process is running and the frontend's; another may have reused its id."""
+    """Return whether a process is running and the frontend's child: its id may have been reused."""
     try:
         process = psutil.Process(pid)
         return process.ppid() == running.pid and process.status() != psutil.STATUS_ZOMBIE

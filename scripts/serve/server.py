@@ -1,6 +1,6 @@
-"""Starts, supervises and stops TorchServe.
+"""Start, supervise and stop TorchServe.
 
-A running server has one folder, `.run`: its effective configuration, its logs, copies of the served
+The folder of a server, `.run`, holds its effective configuration, its logs, copies of the served
 model archives and its state file, `server.json`. Several servers can run at the same time, each
 with its own folder and ports.
 """
@@ -66,8 +66,8 @@ from scripts.terminal import UserError, console, warn
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("deploy/torchserve/log4j2.xml")
 METRICS_CONFIG = Path("deploy/torchserve/metrics.yaml")
-# TorchServe always listens for gRPC. While gRPC is off it listens at a multicast address, for which
-# the kernel accepts no connection, and at any free port.
+# TorchServe cannot disable gRPC. While gRPC is off, it listens at a multicast address, to which the
+# kernel accepts no connections, on any free port.
 _UNREACHABLE_ADDRESS = "224.0.0.1"
 
 # Seconds. A worker is ready after about 5 s on an idle machine.
@@ -76,13 +76,13 @@ STOP_TIMEOUT = 60.0
 _SUPERVISE_INTERVAL = 0.5
 # Folder below the server's folder with copies of the served model archives.
 SERVING = "serving"
-# A worker's last lines arrive in the log after it has exited.
+# Seconds: a worker's last lines reach the log after it has exited.
 _LOG_DELAY = 1.0
-# Threads that serve connections; the kernel shows 15 characters of a thread's name.
+# Name prefix of the threads that serve connections; the kernel keeps 15 characters of a name.
 _EVENT_LOOP = "epollEventLoop"
 _MAX_NICE = 19
-# TorchServe falls back to a handler of its own if it cannot import the archive's, and does not log
-# why.
+# If TorchServe cannot import the archive's handler, it falls back to its own handler and does not
+# log the error.
 _HANDLER_NOT_IMPORTED = "ts.torch_handler."
 
 
@@ -104,18 +104,18 @@ def start(
     Args:
         archive: the model archive to serve; its folder is the model store.
         ports: where to listen.
-        workers: number of workers per model; by default as many as suit the machine.
+        workers: number of workers per model; by default planned for this machine.
         run_dir: the server's folder.
         threads: CPU threads per worker; by default the CPUs divided by the workers.
-        grpc: whether gRPC can be reached. Its streams let any client stop all workers.
-        config: TorchServe's configuration, to which this function appends.
-        log_config: the configuration of the logs.
+        grpc: whether gRPC is reachable. Its streams let any client stop all workers.
+        config: TorchServe's configuration; this function adds settings in a copy.
+        log_config: the logging configuration.
         extra_archives: more archives of the same folder, each served by its own workers.
         supervised: whether a supervisor restarts the server after it stops.
 
     Raises:
-        UserError: a port is in use, an archive cannot be used, the machine is too small, or
-            the workers do not become ready. Then no process is left running; the logs are kept.
+        UserError: a port is in use, an archive cannot be used, the machine is too small, or the
+            workers do not become ready. All processes are stopped; the logs are kept.
     """
     ports = ports or Ports()
     archives = [archive, *extra_archives]
@@ -168,11 +168,11 @@ def start(
 
 
 def lower_event_loop_priority(frontend: int) -> None:
-    """Give the frontend's event loops less CPU than the workers, so that rejecting is cheap.
+    """Lower the priority of the frontend's event loops, so that rejections do not slow the workers.
 
-    With 128 clients that retry at once, and a queue of 64, 27.5 of 30.5 images per second were left
-    instead of 8. Workers are not affected: other threads start them, except if the management API
-    adds some; see `handler.inference.priority`.
+    With 128 clients that retry immediately and a queue of 64, throughput fell from 30.5 to 27.5
+    images per second instead of to 8. Workers do not inherit the priority, since other threads
+    start them, except those that the management API adds; see `handler.inference.priority`.
 
     Args:
         frontend: Java's process id.
@@ -189,7 +189,7 @@ def _link(target: Path, link: Path) -> None:
 
 
 def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
-    """Copy the served archives: their files may be replaced, and an upgrade needs the old ones."""
+    """Copy the served archives: an upgrade needs them, and the originals may be replaced."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for archive in archives:
@@ -199,10 +199,9 @@ def _copy_archives(archives: Sequence[Path], folder: Path) -> None:
 def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
     """Wait until the server exits, or stop it on SIGTERM or SIGINT.
 
-    Meanwhile kill workers that were stopped. A server whose files were deleted, or one of whose
-    models has had no worker for `OUTAGE_SECONDS`, stops, so that its supervisor restarts it:
-    TorchServe keeps requests without an answer as long as no worker starts, and after 5 minutes it
-    starts none.
+    Kill workers that are suspended (SIGSTOP). Stop the server, for its supervisor to restart it, if
+    its files were deleted or a model has had no ready worker for `OUTAGE_SECONDS`: without a worker
+    TorchServe does not answer requests, and after 5 minutes it no longer starts workers.
 
     Returns:
         The exit status: 0 after a signal, 1 if the server exited by itself.
@@ -250,10 +249,10 @@ def check_start(
     """Check everything that can be checked before a start.
 
     Args:
-        archives: what to serve; empty if that is not known yet.
+        archives: the archives to serve; empty if they are not known yet.
         ports: where to listen.
         workers: number of workers per model.
-        grpc: whether gRPC will be reachable.
+        grpc: whether gRPC is reachable.
         instead_of: a server that stops before this one starts.
 
     Raises:
@@ -302,7 +301,7 @@ def _start_properties(
         f"default_workers_per_model={plan.workers}\n"
         f"metrics_config={METRICS_CONFIG.resolve()}\n"
         f"job_queue_size={frontend.queue}\n"
-        # Java takes the last of equal arguments.
+        # If an argument occurs twice, Java uses the last one.
         f"vmargs={_read_value('vmargs', config)} {frontend.vmargs}\n"
     )
 
@@ -310,8 +309,8 @@ def _start_properties(
 def _unreachable_grpc_address() -> str:
     """Return an address at which gRPC cannot be reached.
 
-    On kernels that do not let a process listen there (macOS, gVisor) it is loopback, at a port that
-    is not published.
+    On kernels that do not allow a process to listen at `_UNREACHABLE_ADDRESS` (macOS, gVisor), this
+    is loopback, on a port that is not published.
     """
     with socket.socket() as probe:
         try:
@@ -322,10 +321,10 @@ def _unreachable_grpc_address() -> str:
 
 
 def _read_number(key: str, config: Path) -> str:
-    """Return the number of a key in the configuration."""
+    """Return the number that the configuration sets for a key."""
     value = _read_value(key, config)
     if not value.isdecimal():
-        raise UserError(f"{CONFIG} has no {key}. Set it to a number of bytes.")
+        raise UserError(f"{config} has no {key}. Set it to a number of bytes.")
     return value
 
 
@@ -346,18 +345,18 @@ def _launch(
         "METRICS_LOCATION": str(logs.resolve()),
         "OMP_NUM_THREADS": str(plan.threads),
         "MAX_THREADS": str(plan.max_threads),
-        # One for all servers of this user on this machine, whose workers use the same cores.
+        # Shared by all servers of this user, since their workers use the same cores.
         "BUSY_WORKERS": str(Path(tempfile.gettempdir(), f"classification-{os.getuid()}-busy")),
         # The gateway's list of requests whose clients have disconnected.
         "CANCELLED_REQUESTS": str((run_dir / "gateway" / "cancelled.log").resolve()),
-        # The frontend receives bodies outside its heap; by default glibc keeps these blocks.
+        # The frontend stores bodies outside its heap; by default glibc does not free that memory.
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        # TorchServe does not pass them to workers.
+        # TorchServe does not pass these settings to workers.
         "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config_path(run_dir)),
         "MAX_REQUEST_BYTES": _read_number("max_request_size", config_path(run_dir)),
     }
-    # It is given to Java as a URL, and the project's path may have spaces and other letters.
+    # Java receives this path as a URL, and the project's path may have spaces or non-ASCII letters.
     shutil.copyfile(log_config, Path(temporary) / "log4j2.xml")
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
@@ -366,7 +365,7 @@ def _launch(
         *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
-        # A session of its own, so that Ctrl-C in this terminal does not stop the server.
+        # A new session, so that Ctrl-C in this terminal does not stop the server.
         result = subprocess.run(
             command,
             env=environment,
@@ -436,7 +435,7 @@ def _crash_reason(archives: Sequence[Path], model_log: NewLines, oom_kills_befor
 
 
 def _oom_kills() -> int:
-    """Return how many processes the kernel has killed on this machine because memory ran out."""
+    """Return how many processes the kernel's OOM killer has killed on this machine."""
     try:
         counters = Path("/proc/vmstat").read_text().split()
         return int(counters[counters.index("oom_kill") + 1])

@@ -1,6 +1,6 @@
-"""What a supervisor does for a running TorchServe, and what `make status` reports.
+"""Find faults that TorchServe does not detect, for supervisors and `make status`.
 
-TorchServe does not notice that its files were deleted or a worker was stopped.
+These are suspended workers, long outages, and a lack of file descriptors or disk space.
 """
 
 import resource
@@ -12,25 +12,25 @@ from pathlib import Path
 
 import psutil
 
-# A worker that a debugger or a terminal stopped may continue.
+# Seconds after which a suspended worker is killed; a debugger or terminal may continue it before.
 _STOPPED_SECONDS = 10.0
 _MAX_DESCRIPTOR_SHARE = 0.9
 _MIN_FREE_BYTES = 200 << 20
-# TorchServe replaces a crashed worker within 6 s; a large model loads for a minute.
+# TorchServe replaces a crashed worker within 6 s; a large model takes a minute to load.
 OUTAGE_SECONDS = 120.0
 _OUTAGE_INTERVAL = 5.0
 
 
 class Upkeep:
-    """Called in a supervisor's loop."""
+    """Kills workers that stay suspended; a supervisor calls `run` in its loop."""
 
     def __init__(self, frontend: psutil.Process) -> None:
-        """Args: Java's process."""
+        """Take the frontend's process."""
         self._frontend = frontend
         self._stopped: dict[int, float] = {}
 
     def run(self) -> None:
-        """Kill workers that stay stopped; TorchServe replaces them."""
+        """Kill workers that were suspended for `_STOPPED_SECONDS`; TorchServe replaces them."""
         now = time.monotonic()
         with suppress(psutil.NoSuchProcess):
             stopped = {worker.pid: worker for worker in stopped_workers(self._frontend)}
@@ -41,7 +41,7 @@ class Upkeep:
 
 
 class Outage:
-    """The time for which a model has had no ready worker; called in a supervisor's loop."""
+    """Measures how long a model has had no ready worker; a supervisor calls `check` in its loop."""
 
     def __init__(self) -> None:
         self._checked = self._ready = time.monotonic()
@@ -60,17 +60,19 @@ class Outage:
 
 
 def stopped_workers(frontend: psutil.Process) -> list[psutil.Process]:
-    """Return the workers that were stopped by SIGSTOP or a debugger."""
+    """Return the workers that are suspended by SIGSTOP or a debugger."""
     states = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    return [each for each in frontend.children() if _status(each) in states]
+    with suppress(psutil.NoSuchProcess):  # the frontend has just exited
+        return [each for each in frontend.children() if _status(each) in states]
+    return []
 
 
 def find_faults(frontend: psutil.Process, folders: Iterable[Path]) -> Iterable[str]:
-    """Return what TorchServe itself does not report.
+    """Yield messages about faults that TorchServe does not report.
 
     Args:
-        frontend: Java's process.
-        folders: that it and the gateway write to.
+        frontend: the frontend's process.
+        folders: folders to which the server and the gateway write.
     """
     stopped = [str(worker.pid) for worker in stopped_workers(frontend)]
     if stopped:

@@ -1,28 +1,28 @@
-"""Parses TorchServe's logs for the reason why a worker or the frontend exited."""
+"""Parse TorchServe's logs for the reason why a worker or the frontend exited."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# Characters of a reason.
+# Maximum length of a reason, in characters.
 _MAX_LENGTH = 500
 
-# TorchServe's prefix of a line that a worker printed, see log4j2.xml.
+# TorchServe's prefix of lines that workers print, see log4j2.xml.
 _PREFIX = re.compile(r"^\d{4}-\d\d-\d\dT\S+ \[\w+ *\] .*?MODEL_LOG - ")
-# The last line of a traceback, with the exception. The lines above it are indented.
+# The last line of a traceback, with the exception. The preceding lines are indented.
 _EXCEPTION = re.compile(
     r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Fail|NoSuchFile)(?:: .*)?$"
 )
-# The handler's error for a wrong archive; its message includes the error that it was raised from.
+# The handler's error for an invalid archive; its message includes that of its cause.
 _ARCHIVE_ERROR = re.compile(r"\bArchiveError: (.+)$")
-# TorchServe's error that follows a cause which is logged already.
+# TorchServe's error that follows a cause that is already logged.
 _CONSEQUENCE = re.compile(r"^RuntimeError: \d{3} - ")
 _FATAL = re.compile(r"^(?:Fatal Python error: .*|.*: error while loading shared libraries: .*)$")
 _DIED = ("Backend worker process died", "Failed to load model", " OOM, exception")
 
 
 class NewLines:
-    """The lines that are added to a log after this object was made.
+    """The lines appended to a log after this object was created.
 
     Earlier starts of the server logged to the same file.
     """
@@ -49,7 +49,7 @@ def worker_died(lines: Iterable[str]) -> bool:
 def root_cause(lines: Iterable[str]) -> str | None:
     """Return the error for which a worker exited; None if it logged none.
 
-    The first exception of a chain of tracebacks is the cause, those after it are consequences.
+    In a chain of tracebacks, the first exception is the cause and the later ones its consequences.
 
     Args:
         lines: the worker's output, with or without TorchServe's prefixes.
