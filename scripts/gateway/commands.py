@@ -90,9 +90,14 @@ def _show(options: Options) -> None:
         warn(card.warning)
     if not options.keys:
         warn("No API key is required, since only this machine can connect. KEYS=file changes that.")
-    console.print(f"Images       {options.url}/predict")
-    console.print(f"Web UI       {options.url}/")
-    console.print(f"HTTPS        {options.https_url}/")
+    if options.is_loopback:
+        console.print(f"Images       {options.url}/predict")
+        console.print(f"Web UI       {options.url}/")
+        console.print(f"HTTPS        {options.https_url}/")
+    else:  # plain HTTP is redirected
+        url = f"https://YOUR-HOST:{options.https_port}{options.prefix}"
+        console.print(f"Images       {url}/predict")
+        console.print(f"Web UI       {url}/")
     console.print(f"Ready        {options.url.removesuffix(options.prefix)}/readyz")
 
 

@@ -216,7 +216,7 @@ def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
         check=False,
     )
     if done.returncode != 0:
-        raise UserError(f"nginx failed: {done.stderr.strip()[-500:]}")
+        raise UserError(f"nginx failed: {' '.join(done.stderr.split())[-500:]}")
 
 
 def nginx_command(config: Path, folder: Path, *arguments: str) -> list[str]:

@@ -37,6 +37,8 @@ def describe(server: Server, models: Sequence[str] = (), prefix: str = "") -> Do
     document["servers"] = [{"url": prefix or "/"}]
     if models:
         document["components"]["parameters"]["model"]["schema"]["enum"] = [*models]
+    types = document["components"]["schemas"]["ErrorType"]
+    types["enum"] = [each["name"] for each in types["x-types"]]
     for path, item in list(document["paths"].items()):
         if server not in item.pop("x-served-by"):
             del document["paths"][path]

@@ -1,4 +1,4 @@
-"""What a client sees of the gateway, and what it must not see."""
+"""Requests through the gateway: protocols, errors, logs, and paths that it must not pass on."""
 
 import base64
 import gzip
@@ -22,7 +22,7 @@ from tests.gateway.cluster import Gateway
 
 
 def error(answer: requests.Response) -> tuple[int, str]:
-    """Status and type of an error in the service's own form."""
+    """Return status and type of an error, which must be in the service's format."""
     body = answer.json()
     assert (body["success"], body["code"]) == (False, answer.status_code)
     assert body["message"]
@@ -30,13 +30,13 @@ def error(answer: requests.Response) -> tuple[int, str]:
     return answer.status_code, body["type"]
 
 
-def test_the_tutorials_calls_get_what_torchserve_answers(
+def test_the_tutorials_calls_get_torchserves_responses(
     client: Gateway, running: ServerState
 ) -> None:
     image = CAT.read_bytes()
     expected = requests.post(running.predictions_url, files={"file": image}, timeout=60).json()
     assert expected.keys() >= {"success", "class_id", "class_name", "predictions"}
-    # The plain form of a tutorial's page, which has no action, is sent to the page's own address.
+    # A tutorial's HTML form without an action posts to `/`.
     for path, name in (("/predict", "file"), ("/predict", "image"), ("/", "file")):
         assert client.ask("POST", path, files={name: ("cat.png", image)}).json() == expected
     assert _curl("-F", f"image=@{CAT}", f"{client.url}/predict") == expected
@@ -52,7 +52,7 @@ def test_the_tutorials_calls_get_what_torchserve_answers(
         ["-H", "Content-Type: text/plain", "--data-binary", f"@{CAT}"],
     ],
 )
-def test_a_body_of_whatever_type_is_an_image(client: Gateway, arguments: list[str]) -> None:
+def test_a_body_of_any_type_is_an_image(client: Gateway, arguments: list[str]) -> None:
     assert _curl(*arguments, f"{client.url}/predict")["success"] is True
 
 
@@ -62,7 +62,7 @@ def _curl(*arguments: str) -> dict[str, object]:
     return body
 
 
-def test_json_and_the_query_reach_the_handler(client: Gateway) -> None:
+def test_json_options_in_the_query_and_gzip_reach_the_handler(client: Gateway) -> None:
     image = base64.b64encode(CAT.read_bytes()).decode()
     by_json = client.ask("POST", "/predict", json={"image": image, "topk": 2}).json()
     assert len(by_json["predictions"]) == 2
@@ -77,7 +77,7 @@ def test_json_and_the_query_reach_the_handler(client: Gateway) -> None:
     assert explained.json()["class_name"] == "tabby"
 
 
-def test_kserves_addresses_lead_to_the_handler(client: Gateway) -> None:
+def test_kserves_paths_reach_the_handler(client: Gateway) -> None:
     image = base64.b64encode(CAT.read_bytes()).decode()
     tensor = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [image]}
     v1, v2 = {"instances": [{"b64": image}]}, {"inputs": [tensor]}
@@ -93,33 +93,33 @@ def test_kserves_addresses_lead_to_the_handler(client: Gateway) -> None:
         assert error(client.ask("GET", path)) == (405, "MethodNotAllowed")
 
 
-def test_hugging_faces_path_leads_to_its_protocol(client: Gateway) -> None:
+def test_hugging_faces_path_selects_its_protocol(client: Gateway) -> None:
     image = base64.b64encode(CAT.read_bytes()).decode()
     url = f"{client.url}/huggingface/densenet121"
     found = client.ask("POST", "/huggingface/densenet121", json={"inputs": image}).json()
     assert len(found) == 5
     scores = InferenceClient().image_classification(CAT.read_bytes(), model=url, top_k=5)
     assert [{"label": each.label, "score": each.score} for each in scores] == found
-    # A client's own header chooses nothing.
+    # A client's header does not.
     answer = client.ask(
         "POST", "/predict", data=CAT.read_bytes(), headers={"X-Protocol": "huggingface"}
     )
     assert answer.json()["success"] is True
 
 
-def test_the_handlers_own_errors_pass(client: Gateway) -> None:
+def test_errors_of_the_handler_are_unchanged(client: Gateway) -> None:
     assert error(client.ask("POST", "/predict", data=b"no image")) == (400, "NotAnImage")
     assert error(client.ask("POST", "/predict", files={"file": b""})) == (400, "EmptyImage")
 
 
-def test_the_root_goes_to_the_handler_and_answers_name_the_model(client: Gateway) -> None:
+def test_the_root_is_the_web_ui_and_headers_name_the_model(client: Gateway) -> None:
     answer = client.ask("GET", "/", headers={"Accept": "text/html"})
     assert answer.headers["x-model-weights"] == "untrained"
     assert answer.headers["x-model-name"] == "densenet121"
     assert re.fullmatch(r"1\.0-untrained\+[0-9a-f]{8}", answer.headers["x-model-version"])
 
 
-def test_nothing_else_of_torchserve_can_be_reached(client: Gateway) -> None:
+def test_other_paths_of_torchserve_are_unreachable(client: Gateway) -> None:
     known = {route.path for route in routes("densenet121")}
     for path in (
         "/models",
@@ -143,7 +143,9 @@ def test_nothing_else_of_torchserve_can_be_reached(client: Gateway) -> None:
         for method in ("GET", "POST", "PUT", "DELETE"):
             assert error(client.ask(method, path)) == (404, "NotFound"), (method, path)
     for method in ("GET", "DELETE"):
-        assert error(client.ask(method, "/predict")) == (405, "MethodNotAllowed")
+        answer = client.ask(method, "/predict")
+        assert error(answer) == (405, "MethodNotAllowed")
+        assert answer.headers["Allow"] == "POST, PUT"
 
 
 def test_an_oversize_body_is_rejected_before_a_worker_sees_it(client: Gateway) -> None:
@@ -152,9 +154,7 @@ def test_an_oversize_body_is_rejected_before_a_worker_sees_it(client: Gateway) -
     assert "x-model-name" not in answer.headers
 
 
-def test_a_request_keeps_its_id_from_the_client_to_the_workers_log(
-    client: Gateway, run_dir: Path
-) -> None:
+def test_a_request_id_is_in_the_response_and_all_logs(client: Gateway, run_dir: Path) -> None:
     given = client.predict(**{"X-Request-Id": "order-4711-abc"})
     assert given.headers["x-request-id"] == "order-4711-abc"
     forged = client.predict(**{"X-Request-Id": 'a"},{"b":1'}).headers["x-request-id"]
@@ -168,7 +168,7 @@ def test_a_request_keeps_its_id_from_the_client_to_the_workers_log(
     _eventually(lambda: _lines(client.folder / "access.log"), {"order-4711-abc", forged})
 
 
-def test_the_log_has_what_nginx_answered_itself_and_no_secret(guarded: Gateway) -> None:
+def test_the_log_has_nginxs_own_responses_and_no_secrets(guarded: Gateway) -> None:
     asked = [
         ("GET", "/nowhere", 404),
         ("POST", "/predict", 401),
@@ -191,7 +191,7 @@ def _lines(log: Path) -> dict[str, Any]:
 
 
 def _eventually(read: Callable[[], dict[str, Any]], ids: set[str]) -> dict[str, Any]:
-    """Logs are written by threads of their own, and nginx's once a second."""
+    """Wait for lines in a log; nginx writes once per second."""
     deadline = time.monotonic() + 10
     while not ids <= (lines := read()).keys():
         assert time.monotonic() < deadline, f"{ids} are not in the log"
