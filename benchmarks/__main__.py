@@ -16,6 +16,7 @@ BENCHMARKS = {
     "overload": "more clients than the queue holds, clients that give up or leave",
     "endurance": "memory, descriptors and files after 20,000 requests of mixed kinds",
     "gateway": "what the gateway adds to a request",
+    "install": "`make run` in a fresh clone: seconds to the first answer, download, disk",
     "containers": "the container image: size, start, memory, overload, shutdown",
     "batch": "classify-batch, classify and a bare loop",
     "accuracy": "what reduced precision changes in a trained model",

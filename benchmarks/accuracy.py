@@ -1,7 +1,7 @@
-"""Measures what reduced precision changes in EfficientNet-Lite0 with its ImageNet weights.
+"""Measures the accuracy of reduced precision for EfficientNet-Lite0 with its ImageNet weights.
 
-int8 is calibrated on crops of one half of the photographs, and all precisions are measured on crops
-of the other half and on whole photographs.
+int8 is calibrated on crops of one half of the photographs. All precisions are measured on crops of
+the other half and on whole photographs.
 """
 
 import tempfile
@@ -32,18 +32,17 @@ from scripts.build.pipeline import build
 from scripts.store import PACKAGED_ARCHITECTURE, read_card
 from scripts.terminal import step
 
-# Crops of each half, and the shares of the photograph's shorter side that they have.
+# Crops of each half, and their share of the photograph's shorter side.
 _CROPS = 300
 _CROP_SHARES = (0.6, 1.0)
 _SEED = 5
-# Between the probabilities of the two best classes.
+# Between the two highest probabilities.
 _NEAR_TIE = 0.05
-# No limit is needed: these files are known.
-_PIXELS = 10**8
+_MAX_PIXELS = 10**8
 
 
 def main() -> None:
-    """Measures each precision, and writes a section of benchmarks/results/accuracy.md."""
+    """Write benchmarks/results/accuracy.md."""
     paths = sorted({*PHOTOGRAPHS, *(known.path for known in KNOWN)}, key=lambda path: path.name)
     with tempfile.TemporaryDirectory() as folder:
         calibrate, evaluate = Path(folder, "calibrate"), Path(folder, "evaluate")
@@ -51,7 +50,7 @@ def main() -> None:
         write_crops(paths[1::2], evaluate)
         crops, photographs, imagenet = {}, {}, {}
         for precision in PRECISIONS:
-            # The guard judges below, so that what it rejects is measured too.
+            # The guard must not reject an archive before it is measured.
             images = {} if precision == "float32" else {"evaluation": evaluate}
             if precision == "int8":
                 images["calibration"] = calibrate
@@ -69,31 +68,21 @@ def main() -> None:
                 )
                 imagenet[precision] = _probabilities(engine, list(IMAGENET), card.preprocessing)
             step(f"{PACKAGED_ARCHITECTURE}: {precision} was measured")
-    lines = [
-        (
-            f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. "
-            f"int8 is calibrated on {_CROPS} random crops of one half. The first three columns "
-            f"are of {_CROPS} crops of the other half, compared with float32, with 95 % intervals; "
-            "then what the guard says of them by default. The last two columns are of whole "
-            f"photographs: {len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and "
-            f"foolbox's {len(IMAGENET)} of ImageNet's validation set with their labels."
-        ),
-        "",
-        *table(
-            [
-                *("precision", "top-1 as in float32", "float32's top-1 among the five best"),
-                *("largest change of a probability", "default AGREEMENT"),
-                *("labels changed, and wrong after it", "ImageNet's labels right"),
-            ],
-            (_row(name, crops, photographs, imagenet) for name in PRECISIONS),
-        ),
-        _margins(crops),
-    ]
+    headings = (
+        *("precision", "top-1 as in float32", "float32's top-1 among the five best"),
+        *("largest change of a probability", "default AGREEMENT"),
+        *("labels changed, and wrong after it", "ImageNet's labels right"),
+    )
     write_section(
-        "accuracy",
-        "Accuracy of reduced precision",
-        "EfficientNet-Lite0 with ImageNet weights",
-        lines,
+        *("accuracy", "Accuracy of reduced precision", "EfficientNet-Lite0 with ImageNet weights"),
+        f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. int8 "
+        f"is calibrated on {_CROPS} random crops of one half. The first three columns are of "
+        f"{_CROPS} crops of the other half, compared with float32, with 95 % intervals; then the "
+        "guard's default decision. The last two columns are of whole photographs: "
+        f"{len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and foolbox's "
+        f"{len(IMAGENET)} of ImageNet's validation set with their labels.",
+        table(headings, (_row(name, crops, photographs, imagenet) for name in PRECISIONS)),
+        _margins(crops),
     )
 
 
@@ -112,7 +101,7 @@ def engine_of(archive: Path, precision: str) -> Iterator[Engine]:
 
 
 def write_crops(paths: Sequence[Path], folder: Path) -> None:
-    """Write random square crops of photographs as PNG files, the same every time."""
+    """Write random square crops of photographs as PNG files, with a fixed seed."""
     folder.mkdir()
     random = np.random.default_rng(_SEED)
     for number in range(_CROPS):
@@ -129,7 +118,7 @@ def _probabilities(
 ) -> NDArray[np.float32]:
     """Return float32 (N, classes)."""
     images = [
-        decode(path.read_bytes(), preprocessing, PixelBudget(_PIXELS)).pixels for path in paths
+        decode(path.read_bytes(), preprocessing, PixelBudget(_MAX_PIXELS)).pixels for path in paths
     ]
     return np.concatenate([softmax(engine.run(image[None]).logits) for image in images])
 
@@ -140,7 +129,7 @@ def _row(
     photographs: Mapping[str, NDArray[np.float32]],
     imagenet: Mapping[str, NDArray[np.float32]],
 ) -> list[str]:
-    # What float32 answers counts as right here.
+    # float32's predictions count as correct here.
     truth = np.eye(1000, dtype=bool)[crops["float32"].argmax(axis=1)]
     found = compare(crops["float32"], crops[precision], truth)
     judged = compare(crops["float32"], crops[precision]).excess(Limits())
@@ -163,7 +152,7 @@ def _row(
 
 
 def _margins(crops: Mapping[str, NDArray[np.float32]]) -> str:
-    """Return how near the float32 answers were to ties where another precision differs."""
+    """Return the margins of float32's predictions that differ in another precision."""
     exact = crops["float32"]
     best = np.sort(exact, axis=1)
     margins = best[:, -1] - best[:, -2]

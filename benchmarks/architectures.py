@@ -1,15 +1,13 @@
-"""Builds archives of many architectures, and measures how exact they are.
+"""Builds archives of many architectures with random weights, and measures their exactness.
 
-Weights are random: what is measured is whether an architecture builds, and how exactly. The worst
-difference is the largest one between a logit of ONNX Runtime and of PyTorch, over photographs and
-noise; of logits above 100 a part of a hundredth of the greatest. Some random networks' logits are
-so large that PyTorch itself is no more exact: then its own rounding, found by computing in float64,
-stands beside the difference. An export that an earlier build left in build/ is not made, nor
-compared, again; the row says so.
+The worst difference is the largest one between a logit of ONNX Runtime and of PyTorch, over
+photographs and noise; of logits above 100, relative to a hundredth of the largest. If a random
+network's logits are so large that PyTorch itself is inexact, the row has PyTorch's own rounding
+too, measured in float64. An export of an earlier build in build/ is neither repeated nor compared;
+the row says so.
 """
 
 import re
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,13 +20,14 @@ import torch
 import typer
 
 from benchmarks.report import RESULTS, write_section
+from benchmarks.timing import cpu_seconds
 from scripts.build.architectures import architectures
 from scripts.build.model_file import TIMM, from_options
 from scripts.build.packing import BUILD
 from scripts.build.pipeline import build
 from scripts.terminal import console, step
 
-# One of each of a dozen families.
+# One architecture per family.
 TIMM_FAMILIES = (
     "convnext_atto.d2_in1k",
     "densenet121.ra_in1k",
@@ -77,14 +76,14 @@ def measure(name: str) -> tuple[str, float, float, str]:
     BUILD.mkdir(exist_ok=True)
     before = set(BUILD.glob("converted-*"))
     size, error = 0, ""
-    started = _cpu_seconds()
+    started = cpu_seconds()
     with tempfile.TemporaryDirectory() as folder, console.capture() as printed:
         try:
             size = make(name.removeprefix(TIMM), Path(folder)).stat().st_size
         except Exception as failed:
-            # Whatever an exporter raises is this row's result.
+            # Any error of an exporter is a result.
             error = f"{type(failed).__name__}: {failed}".splitlines()[0][:120]
-    seconds = _cpu_seconds() - started
+    seconds = cpu_seconds() - started
     for left in set(BUILD.glob("converted-*")) - before:
         shutil.rmtree(left)
     worst = "exported before"
@@ -93,21 +92,12 @@ def measure(name: str) -> tuple[str, float, float, str]:
     return name, seconds, size / 1e6, error or worst
 
 
-def _cpu_seconds() -> float:
-    """Of this process and of those it waited for, such as the archiver."""
-    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
 def main(
     only: Annotated[
-        list[str] | None, typer.Argument(help="Architectures; timm's with timm/ before them.")
+        list[str] | None, typer.Argument(help="Architectures; those of timm begin with timm/.")
     ] = None,
 ) -> None:
-    """Write a row for each architecture into benchmarks/results/architectures.md.
-
-    All of them take hours; rows of architectures that are not named stay.
-    """
+    """Write benchmarks/results/architectures.md; keep the rows of other architectures."""
     everything = [*architectures(), *(TIMM + name for name in TIMM_FAMILIES)]
     for name in only or everything:
         row = measure(name)
@@ -116,8 +106,8 @@ def main(
         kept = [rows[name] for name in everything if name in rows]
         built = sum(line.split(" | ")[2] != "0" for line in kept)
         text = f"{_HOW} {built} of {len(kept)} were built."
-        lines = [text, "", "| architecture | CPU s | MB | worst difference |", "|---|---|---|---|"]
-        write_section(_PAGE, "Archives of many architectures", "All", [*lines, *kept])
+        head = ["| architecture | CPU s | MB | worst difference |", "|---|---|---|---|"]
+        write_section(_PAGE, "Archives of many architectures", "All", text, [*head, *kept])
 
 
 def _cell(value: object) -> str:

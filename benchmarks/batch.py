@@ -1,20 +1,18 @@
-"""`make bench-batch`: batch classification beside a bare loop, and beside `classify` with a server.
+"""Compares batch classification with a bare loop, and with `classify` and a server.
 
-The bare loop is the least that there can be: a process a core, which reads, decodes and classifies
-one picture after the other with the handler's own stages, and keeps nothing. All are whole runs,
-from the start of the program to its end, one after the other in turns.
+The bare loop is the minimum: one process per core reads, decodes and classifies image by image with
+the handler's stages, and keeps no results. All are whole runs, from start to exit, in turns.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
@@ -27,15 +25,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from benchmarks.report import CORES, table, write_section
+from benchmarks.servers import Server, ours
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.serve.running import ServerState, free_ports
-from scripts.serve.server import start, stop
 from scripts.terminal import step
 
 SMALL, LARGE = (720, 720), (4000, 3000)
-# Different pictures; more files are further names of the same.
+# Different images; further files are links to them.
 _DIFFERENT = {SMALL: 500, LARGE: 30}
 _ACTOR = "MapWorker(MapBatches(Model))"
 
@@ -50,8 +47,8 @@ for path in sorted(Path(sys.argv[2]).iterdir())[int(sys.argv[3])::int(sys.argv[4
 """
 
 
-def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """JPEGs of a photograph's parts, turned and mirrored."""
+def make_images(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """Write JPEGs of parts of a photograph."""
     folder.mkdir(parents=True)
     photograph = Image.open(CAT).convert("RGB")
     random = np.random.default_rng(1)
@@ -65,12 +62,12 @@ def make_pictures(folder: Path, size: tuple[int, int], count: int) -> Path:
     return folder
 
 
-def bare(archive: Path, pictures: Path) -> None:
-    """The loop, once a core."""
+def bare(archive: Path, images: Path) -> None:
+    """Run the loop, once per core."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-        program = [sys.executable, "-c", _BARE, folder, str(pictures)]
+        program = [sys.executable, "-c", _BARE, folder, str(images)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         loops = [
             subprocess.Popen([*program, str(core), str(CORES)], env=environment)
@@ -80,9 +77,9 @@ def bare(archive: Path, pictures: Path) -> None:
             assert loop.wait() == 0
 
 
-def batch(archive: Path, pictures: Path, output: Path, *options: str) -> float:
-    """The command; returns pictures a second between the first part's end and the last's."""
-    program = [sys.executable, "-m", "batch", str(pictures), "--output", str(output)]
+def batch(archive: Path, images: Path, output: Path, *options: str) -> float:
+    """Run `classify-batch`; return images per second after the first part."""
+    program = [sys.executable, "-m", "batch", str(images), "--output", str(output)]
     subprocess.run(
         [*program, "--archive", str(archive), *options], check=True, stdout=subprocess.DEVNULL
     )
@@ -92,32 +89,23 @@ def batch(archive: Path, pictures: Path, output: Path, *options: str) -> float:
     return float(sum(rows[1:]) / (ends[-1] - ends[0]))
 
 
-def served(server: ServerState, pictures: Path, output: Path) -> None:
-    """The client's command, eight pictures at a time."""
-    program = [sys.executable, "-m", "classification_client", str(pictures)]
+def served(server: Server, images: Path, output: Path) -> None:
+    """Run the client's command, with eight concurrent requests."""
+    program = [sys.executable, "-m", "classification_client", str(images)]
     subprocess.run(
-        [*program, "--url", server.predictions_url, "--output", str(output)],
+        [*program, "--url", server.url, "--output", str(output)],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
 
 
-@contextmanager
-def server_of(archive: Path, folder: Path) -> Iterator[ServerState]:
-    """A server of an archive, with a worker a core."""
-    server = start(archive, free_ports(), workers=CORES, run_dir=folder)
-    try:
-        yield server
-    finally:
-        stop(server, folder)
-
-
 def compare(
     archive: Path, work: Path, size: tuple[int, int], count: int, rounds: int
 ) -> list[list[object]]:
     """Return a row with the medians of each way, measured in alternating rounds."""
-    images = make_pictures(work / f"{size[0]}", size, count)
+    images = make_images(work / f"{size[0]}", size, count)
+    shutil.copy(images / "000000.jpg", work / "small.jpg")
     rates: dict[str, list[float]] = defaultdict(list)
     steady: dict[str, list[float]] = defaultdict(list)
 
@@ -137,7 +125,7 @@ def compare(
                 f"batch, {actors} actor(s)",
                 lambda out, options=options: batch(archive, images, out, *options),  # type: ignore[misc]
             )
-        with server_of(archive, work / "run") as server:
+        with ours(archive, work, workers=CORES) as server:
             measure("classify, server", lambda out: served(server, images, out.with_suffix(".csv")))
     base = median(rates["bare loop"])
     return [
@@ -149,44 +137,26 @@ def compare(
     ]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What one kind of process had at one moment, in MB."""
-
-    seconds: float
-    driver: float
-    actors: float
-    tasks: float
-
-
-_COLUMNS: dict[str, Callable[[Memory], float]] = {
-    "driver": lambda one: one.driver,
-    "all actors": lambda one: one.actors,
-    "all tasks": lambda one: one.tasks,
-}
-
-
 def memory(work: Path, count: int) -> list[list[object]]:
-    """Return rows: peak memory while many small pictures are classified by a small network."""
+    """Return rows: peak memory while a small network classifies many small images."""
     small = from_options(
         name="small", arch="resnet18", weights="random", preprocessing={"resize": 64, "crop": 64}
     )
     archive = build(small, work / "store")
-    pictures = make_pictures(work / "small", SMALL, 1)
-    (picture,) = pictures.iterdir()
-    Image.open(picture).resize((96, 96)).save(picture)
-    content = picture.read_bytes()
+    images = make_images(work / "small", SMALL, 1)
+    (image,) = images.iterdir()
+    Image.open(image).resize((96, 96)).save(image)
+    content = image.read_bytes()
     for number in range(1, count):
-        (pictures / f"{number:06}.jpg").write_bytes(content)
-    seen: list[Memory] = []
+        (images / f"{number:06}.jpg").write_bytes(content)
+    seen: list[dict[str, float]] = []
     done = Event()
-    program = [sys.executable, "-m", "batch", str(pictures), "--output", str(work / "small-out")]
+    program = [sys.executable, "-m", "batch", str(images), "--output", str(work / "small-out")]
     job = psutil.Popen([*program, "--archive", str(archive)], stdout=subprocess.DEVNULL)
 
     def watch() -> None:
-        started = time.monotonic()
         while not done.wait(5):
-            seen.append(_memory(job, time.monotonic() - started))
+            seen.append(_memory(job))
 
     watcher = Thread(target=watch)
     watcher.start()
@@ -194,25 +164,22 @@ def memory(work: Path, count: int) -> list[list[object]]:
     done.set()
     watcher.join()
     assert status == 0
-    # The first third is the start, and filling what stays filled.
+    # The first third has the start and the filling of buffers.
     thirds = [seen[place * len(seen) // 3 : (place + 1) * len(seen) // 3] for place in range(3)]
-    return [
-        [name, *(max(values(one) for one in third) for third in thirds)]
-        for name, values in _COLUMNS.items()
-    ]
+    return [[name, *(max(one[name] for one in third) for third in thirds)] for name in seen[0]]
 
 
-def _memory(job: psutil.Popen, seconds: float) -> Memory:
-    """Resident, without the object store that all processes map."""
-    megabytes = {"driver": _private(job), "actors": 0.0, "tasks": 0.0}
+def _memory(job: psutil.Popen) -> dict[str, float]:
+    """Return the resident memory in MB by kind of process, without the shared object store."""
+    megabytes = {"driver": _private(job), "all actors": 0.0, "all tasks": 0.0}
     for child in psutil.Process(job.pid).children(recursive=True):
         try:
             title = " ".join(child.cmdline())
         except psutil.Error:
             continue
         if title.startswith("ray::"):
-            megabytes["actors" if _ACTOR in title else "tasks"] += _private(child)
-    return Memory(seconds, **megabytes)
+            megabytes["all actors" if _ACTOR in title else "all tasks"] += _private(child)
+    return megabytes
 
 
 def _private(process: psutil.Process) -> float:
@@ -237,22 +204,13 @@ def main(
         rows += compare(archive, work, LARGE, large, rounds)
         resident = memory(work, tiny)
     headings = ("images", "way", "images/s", "per core", "over the bare loop", "steady state")
-    lines = [
-        (
-            f"Whole runs on {CORES} cores, from the start of the programs to their end; medians of "
-            f"{rounds} alternating rounds. The steady state leaves out the start and the job's "
-            "first part. The bare loop is one process per core with the handler's stages. Repeat: "
-            "`make bench-batch`."
-        ),
-        "",
-        *table(headings, rows),
-        (
-            f"Peak memory in each third of a job of {tiny:,} small images and a small network, in "
-            "MB without the object store:"
-        ),
-        "",
-        *table(["process", "first third", "second", "last"], resident),
-    ]
     write_section(
-        "batch", "Batch classification", "classify-batch, classify and a bare loop", lines
+        *("batch", "Batch classification", "classify-batch, classify and a bare loop"),
+        f"Whole runs on {CORES} cores, from start to exit of the programs; medians of {rounds} "
+        "alternating rounds. The steady state leaves out the start and the job's first part. The "
+        "bare loop is one process per core with the handler's stages. Repeat: `make bench-batch`.",
+        table(headings, rows),
+        f"Peak memory in each third of a job of {tiny:,} small images and a small network, in MB "
+        "without the object store:",
+        table(["process", "first third", "second", "last"], resident),
     )

@@ -1,17 +1,14 @@
 """Compares this project with other servers: same images, same engine, one server at a time.
 
-One at a time, because an idle server is not free: LitServe's processes poll their queues, for which
-all others would pay. Each round starts every server, warms it up, loads it and stops it, in another
-order. `--together` keeps all of them running instead, to show the size of that error.
+An idle server may take CPU from the others, like LitServe, whose processes poll their queues. Each
+round starts, warms up, loads and stops every server, in another order. `--together` keeps all of
+them running, to show the size of that error.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -24,30 +21,30 @@ import torch
 import typer
 
 from benchmarks.accuracy import write_crops
+from benchmarks.images import encode, noisy, photograph
 from benchmarks.known import PHOTOGRAPHS
 from benchmarks.load import Load, closed_loop, require_wrk
 from benchmarks.peers.common import session
-from benchmarks.pictures import encode, noisy, photograph
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import NAMES, OURS, Server, serve
-from benchmarks.timing import alternate, images_per_second, wait_until_idle
+from benchmarks.timing import alternate, call_elsewhere, images_per_second, wait_until_idle
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.build.sources.torchvision import random_source
-from scripts.terminal import command, step, warn
+from scripts.terminal import step, warn
 
 IMAGES: dict[str, Callable[[], bytes]] = {
     "720x720": lambda: encode(photograph(720, 720), quality=90),
-    # As large as a phone's photo.
+    # The size of a phone's photo.
     "12 megapixels": lambda: encode(noisy(photograph(4000, 3000)), quality=85),
 }
 SAME_ENGINE = (OURS, "mosec", "LitServe")
-# flask run starts a thread per request, each with buffers of its own: more take all memory.
+# flask run starts a thread per request with its own buffers: more threads take all memory.
 _MAX_CLIENTS = {"Flask tutorial": 16}
 # Java compiles its hot code under load.
 _WARM_UP_SECONDS = 6
 _BARE_SECONDS = 4.0
-# With more clients, a request waits longer than a round of a few seconds lasts.
+# With more clients, requests wait longer than a load of a few seconds.
 _MANY, _MANY_FACTOR = 64, 2
 
 Key = tuple[str, str]  # server, precision
@@ -56,7 +53,7 @@ Case = tuple[str, int]  # image, clients
 
 @dataclass
 class Result:
-    """What all rounds measured of one server in one precision.
+    """The measurements of a server in a precision, over all rounds.
 
     Attributes:
         loads: for each image and number of clients, one `Load` per round.
@@ -122,14 +119,14 @@ def main(  # options of a command line
         sizes = {name: len(make()) for name, make in IMAGES.items()}
     section = "All servers running at the same time" if together else "One server at a time"
     section = ", ".join([section, *(precision or ())])
-    lines = _report(results, bare, cases, sizes, rounds, together=together)
-    write_section("servers", "Comparison with other servers", section, lines)
+    parts = _report(results, bare, cases, sizes, rounds, together=together)
+    write_section("servers", "Comparison with other servers", section, *parts)
 
 
 def prepare(precision: str, work: Path) -> Path:
-    """Write the archive and the peers' files, with random weights, which change no speed."""
+    """Write the archive and the peers' files, with random weights."""
     work.mkdir(parents=True)
-    # Called trained, since a reduced precision needs that; the archive is thrown away afterwards.
+    # A reduced precision needs trained weights; this archive is temporary.
     source = replace(random_source("densenet121"), trained=True)
     photographs, crops = sorted(PHOTOGRAPHS), work / "crops"
     write_crops(photographs, crops)
@@ -165,7 +162,7 @@ def _measure(server: Server, result: Result, cases: Iterable[Case], seconds: int
 
 
 def _log(key: Key, result: Result) -> None:
-    """Print the last round; keep it in a file, in case a later server fails."""
+    """Print the last round, and write it to a file in case a later server fails."""
     last = {
         f"{image}, {clients}": asdict(loads[-1]) for (image, clients), loads in result.loads.items()
     }
@@ -178,17 +175,9 @@ def _log(key: Key, result: Result) -> None:
 
 
 def _bare(work: Path, precision: str) -> float:
-    """Return images per second of the engine alone, in a process of its own."""
-    program = "from benchmarks.compare import bare; bare()"
+    """Return images per second of the engine alone, in its own process."""
     environment = {"BENCHMARK_FILES": str(work), "BENCHMARK_PRECISION": precision}
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(result.stdout.split()[-1])
+    return float(call_elsewhere("benchmarks.compare", "bare", **environment).split()[-1])
 
 
 def bare() -> None:
@@ -206,40 +195,32 @@ def _report(
     rounds: int,
     *,
     together: bool,
-) -> list[str]:
+) -> Iterator[str | list[str]]:
+    """Yield paragraphs and tables."""
     images = ", ".join(f"{name} JPEG of {size / 1e3:,.0f} kB" for name, size in sizes.items())
     how = "all servers kept running" if together else "one server running at a time"
-    lines = [
-        (
-            f"{images}; random weights, which change no speed. Load: wrk in a closed loop on the "
-            f"same cores, each client sending again at once, also after a rejection; {how}; "
-            f"medians of {rounds} alternating rounds. A rate counts successful answers only. "
-            f"Repeat: `make bench`{' with --together' * together}."
-        ),
-        "",
-    ]
+    yield (
+        f"{images}; random weights, which do not change the speed. Load: wrk in a closed loop on "
+        f"the same cores, each client sending again at once, also after a rejection; {how}; "
+        f"medians of {rounds} alternating rounds. A rate counts successful responses only. Repeat: "
+        f"`make bench`{' with --together' * together}."
+    )
     if not together:
         engine = [f"{kind} {median(rates):.1f}" for kind, rates in bare.items()]
-        lines += [
-            f"Engine alone, {CORES} threads, batches of 8, images/s: {', '.join(engine)}.",
-            "",
-        ]
+        yield f"Engine alone, {CORES} threads, batches of 8, images/s: {', '.join(engine)}."
     headings = [
         f"{count} client{'s' * (count > 1)}, {image}: {'p50 ms' if count == 1 else 'images/s'}"
         for image, count in cases
     ]
-    lines += table(
+    yield table(
         ["server", "precision", *headings],
         (
-            [
-                *key,
-                *(result.middle(case, "p50" if case[1] == 1 else "rate") for case in cases),
-            ]
+            [*key, *(result.middle(case, "p50" if case[1] == 1 else "rate") for case in cases)]
             for key, result in results.items()
         ),
     )
-    lines += _ratios(results, cases, headings)
-    lines += table(
+    yield from _ratios(results, cases, headings)
+    yield table(
         [
             *("server", "precision", "image", "clients", "images/s", "lowest and highest round"),
             *("p50 ms", "p95 ms", "p99 ms", "failed", "CPU ms per image"),
@@ -255,7 +236,7 @@ def _report(
             for case, loads in result.loads.items()
         ),
     )
-    lines += table(
+    yield table(
         [
             *("server", "precision", "settings", "largest worker MB (PSS)", "all processes MB"),
             "first answer s",
@@ -269,11 +250,12 @@ def _report(
             if result.loads
         ),
     )
-    return lines
 
 
-def _ratios(results: dict[Key, Result], cases: list[Case], headings: list[str]) -> list[str]:
-    """Return how many times as fast this project is as each peer in the same precision."""
+def _ratios(
+    results: dict[Key, Result], cases: list[Case], headings: list[str]
+) -> Iterator[str | list[str]]:
+    """Yield how many times as fast this project is as each peer in the same precision."""
     rows = []
     for (name, kind), peer in results.items():
         mine = results.get((OURS, kind))
@@ -287,9 +269,5 @@ def _ratios(results: dict[Key, Result], cases: list[Case], headings: list[str]) 
         ]
         rows.append([name, kind, *(f"{r:.2f}" if r == r else "" for r in ratios)])  # noqa: PLR0124
     names = [heading.split(":")[0] for heading in headings]
-    text = "How many times as fast this project is (latency for 1 client, else images/s):"
-    return [text, "", *table(["compared with", "precision", *names], rows)]
-
-
-if __name__ == "__main__":
-    command(main)
+    yield "How many times as fast this project is (latency for 1 client, else images/s):"
+    yield table(["compared with", "precision", *names], rows)

@@ -12,8 +12,8 @@ from typing import Annotated, TypeVar
 import typer
 import yaml
 
-from benchmarks.containerized import FENCED, Container, container, in_hand, status_on
-from benchmarks.pictures import costly
+from benchmarks.containerized import FENCED, Container, container, in_flight, status_on
+from benchmarks.images import costly
 from benchmarks.report import table, write_section
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
@@ -25,7 +25,7 @@ from scripts.serve.management import wait_until
 
 PREDICT = "/predictions/densenet121"
 STARTS = 2
-IN_HAND = 16
+IN_FLIGHT = 16
 UPLOADS = 120
 UPLOAD_BYTES = 19_000_000
 COSTLY_TIMES = 4
@@ -34,8 +34,8 @@ REQUESTS = 100
 _IMAGE = "localhost/densenet-measured"
 
 _HOW = (
-    "Built without a cache, and run with a read-only root, no capability, an ordinary user, and "
-    "one tmpfs; random weights. Repeat: `make bench-containers`."
+    "Built without a cache, and run with a read-only root, no capabilities, an unprivileged user, "
+    "and one tmpfs; random weights. Repeat: `make bench-containers`."
 )
 
 _T = TypeVar("_T")
@@ -52,7 +52,7 @@ def pod_limit() -> int:
 
 
 def main(
-    base: Annotated[str, typer.Option(help="Base image; debian: made of packages.")] = "debian",
+    base: Annotated[str, typer.Option(help="Base image; debian is made of packages.")] = "debian",
     engine: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
 ) -> None:
     """Write benchmarks/results/containers.md."""
@@ -63,8 +63,8 @@ def main(
         )
         with _image(archive, base, Path(folder), rows) as (program, image):
             _measure(program, image, rows)
-    lines = [_HOW, "", *table(["measured", "result"], rows)]
-    write_section("containers", "The container image", f"Engine {engine}", lines)
+    results = table(["measured", "result"], rows)
+    write_section("containers", "The container image", f"Engine {engine}", _HOW, results)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _image(
     _, seconds = _timed(lambda: build_image(engine, [archive], _IMAGE, base))
     try:
         rows += [
-            ("built with", f"{engine.program}, in {seconds:.0f} s beside the base"),
+            ("built with", f"{engine.program}, in {seconds:.0f} s without the base"),
             ("size", f"{image_size(engine, _IMAGE) / 1e6:.0f} MB"),
         ]
         yield with_working_runtime(engine, _IMAGE, folder), _IMAGE
@@ -87,62 +87,60 @@ def _image(
 
 def _measure(engine: Engine, image: str, rows: list[tuple[str, str]]) -> None:
     limit = pod_limit()
-    picture = CAT.read_bytes()
+    image_bytes = CAT.read_bytes()
     fenced = (*FENCED, f"--memory={limit}", f"--memory-swap={limit}")
-    ready = []
-    ends = []
+    starts = []
+    stops = []
     for _ in range(STARTS):
         began = time.monotonic()
         with container(engine, image, options=fenced) as running:
-            ready.append(time.monotonic() - began)
+            starts.append(time.monotonic() - began)
             running.signal("TERM")
-            ends.append(_timed(lambda: wait_until(lambda: not running.runs(), 60))[1])
-    rows.append((f"from `run` to ready, {STARTS} starts", _seconds(ready)))
-    rows.append(("from SIGTERM to the end with nothing in hand", _seconds(ends)))
+            stops.append(_timed(lambda: wait_until(lambda: not running.runs(), 60))[1])
+    rows.append((f"from `run` to ready, {STARTS} starts", _seconds(starts)))
+    rows.append(("from SIGTERM to exit without requests", _seconds(stops)))
     with container(engine, image, options=fenced) as running:
-        _, first = _timed(lambda: _expect(running, picture))
-        rows.append(("first answer", f"{first * 1000:.0f} ms"))
+        _, first = _timed(lambda: _expect(running, image_bytes))
+        rows.append(("first response", f"{first * 1000:.0f} ms"))
         rows.append(("memory after it", f"{running.used_bytes() / 1e6:.0f} MB"))
         began = time.monotonic()
-        answers = _ask(running, [picture] * REQUESTS, CLIENTS)
+        answers = _ask(running, [image_bytes] * REQUESTS, CLIENTS)
         rate = REQUESTS / (time.monotonic() - began)
         rows.append(
-            (f"{REQUESTS} requests of {CLIENTS} clients", f"{_said(answers)}; {rate:.1f}/s")
+            (f"{REQUESTS} requests of {CLIENTS} clients", f"{_counts(answers)}; {rate:.1f}/s")
         )
         rows.append(("memory after them", f"{running.used_bytes() / 1e6:.0f} MB"))
         worst = list(costly()) * COSTLY_TIMES
-        large = [picture + bytes(UPLOAD_BYTES - len(picture))] * UPLOADS
+        large = [image_bytes + bytes(UPLOAD_BYTES - len(image_bytes))] * UPLOADS
         flood = _ask(running, [*large, *worst], len(large) + len(worst))
         state = running.state()
         assert not state["OOMKilled"]
-        what = f"{UPLOADS} uploads of 19 MB and {len(worst)} of the costliest pictures at once"
+        what = f"{UPLOADS} uploads of 19 MB and {len(worst)} of the costliest images at once"
         peak = f"{running.peak_bytes() / 2**30:.2f} GiB at most"
-        rows.append((f"{what}, in {limit / 2**30:g} GiB", f"{_said(flood)}; {peak}"))
-        _expect(running, picture)
-        _end(running, picture, rows)
+        rows.append((f"{what}, in {limit / 2**30:g} GiB", f"{_counts(flood)}; {peak}"))
+        _expect(running, image_bytes)
+        _stop(running, image_bytes, rows)
 
 
-def _end(running: Container, picture: bytes, rows: list[tuple[str, str]]) -> None:
-    """Tells the container to end while it has requests in hand."""
-    with in_hand(running, PREDICT, picture, IN_HAND) as connections:
+def _stop(running: Container, image: bytes, rows: list[tuple[str, str]]) -> None:
+    """Stop the container while requests are in flight."""
+    with in_flight(running, PREDICT, image, IN_FLIGHT) as connections:
         for connection in connections:
-            connection.sendall(picture)
+            connection.sendall(image)
         running.signal("TERM")
-        told = time.monotonic()
+        signalled = time.monotonic()
         answers = Counter(str(status_on(connection)) for connection in connections)
         answered = time.monotonic()
         wait_until(lambda: not running.runs(), 60)
-        ended = time.monotonic()
+        exited = time.monotonic()
     status = running.state()["ExitCode"]
-    answered_in, ended_in = answered - told, ended - answered
-    found = (
-        f"{_said(answers)} in {answered_in:.1f} s; the end {ended_in:.1f} s later, status {status}"
-    )
-    rows.append((f"SIGTERM with {IN_HAND} requests in hand", found))
+    drain, rest = answered - signalled, exited - answered
+    found = f"{_counts(answers)} in {drain:.1f} s; exit {rest:.1f} s later, status {status}"
+    rows.append((f"SIGTERM with {IN_FLIGHT} requests in flight", found))
 
 
-def _expect(running: Container, picture: bytes) -> None:
-    answer = running.ask(PREDICT, picture)
+def _expect(running: Container, image: bytes) -> None:
+    answer = running.ask(PREDICT, image)
     assert answer.status == 200, answer.body
 
 
@@ -157,7 +155,7 @@ def _ask(running: Container, bodies: Sequence[bytes], clients: int) -> Counter[s
         return Counter(pool.map(outcome, bodies))
 
 
-def _said(answers: Counter[str]) -> str:
+def _counts(answers: Counter[str]) -> str:
     return ", ".join(f"{count} times {status}" for status, count in sorted(answers.items()))
 
 

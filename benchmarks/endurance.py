@@ -1,6 +1,6 @@
-"""Measures leaks: thousands of requests of mixed kinds, and what the server holds after each part.
+"""Measures leaks: memory, descriptors, threads and files after thousands of mixed requests.
 
-The model is a small one, so that requests and not the model take the time.
+The model is small, so that requests take most of the time.
 """
 
 import base64
@@ -17,8 +17,8 @@ import psutil
 import requests
 import typer
 
+from benchmarks.images import encode, form, noise, photograph
 from benchmarks.load import Body
-from benchmarks.pictures import encode, form, noise, photograph
 from benchmarks.report import table, write_section
 from benchmarks.servers import Server, ours
 from scripts.build.model_file import from_options
@@ -31,7 +31,7 @@ _WARM_UP = 1000
 
 
 class Held(NamedTuple):
-    """What the processes hold: resident memory in MB, open files, threads; temporary files."""
+    """Resident memory of the processes in MB, their open files and threads; temporary files."""
 
     frontend: float
     workers: float
@@ -58,31 +58,20 @@ def main(
                 rows.append((part * (requests_sent // _PARTS), *_held(server, work)))
                 step(f"After {rows[-1][0]} requests: {rows[-1][1:]}")
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
-    lines = [
-        (
-            f"After {_WARM_UP:,} requests of warm-up; {len(bodies)} kinds of bodies in turn "
-            "(JPEG, PNG, WebP, AVIF, TIFF, GIF, BMP, forms, JSON; a third of them damaged or no "
-            f"image) from {_CLIENTS} clients. Responses: {answered}. Repeat: `make "
-            "bench-endurance`."
-        ),
-        "",
-        *table(
-            [
-                "requests",
-                "frontend MB (RSS)",
-                "workers MB (RSS)",
-                "descriptors",
-                "threads",
-                "temporary files",
-            ],
-            rows,
-        ),
-    ]
-    write_section("endurance", "Endurance", "Requests of mixed kinds", lines)
+    headings = (
+        *("requests", "frontend MB (RSS)", "workers MB (RSS)"),
+        *("descriptors", "threads", "temporary files"),
+    )
+    text = (
+        f"After {_WARM_UP:,} requests of warm-up; {len(bodies)} kinds of bodies in turn (JPEG, "
+        "PNG, WebP, AVIF, TIFF, GIF, BMP, forms, JSON; a third of them damaged or no image) from "
+        f"{_CLIENTS} clients. Responses: {answered}. Repeat: `make bench-endurance`."
+    )
+    write_section("endurance", "Endurance", "Requests of mixed kinds", text, table(headings, rows))
 
 
 def _bodies() -> Iterator[Body]:
-    """Yield images of all formats, large and small, and the same ones damaged."""
+    """Yield images of all formats and sizes, and damaged copies."""
     random = np.random.default_rng(0)
     for side in (40, 300, 900):
         image = photograph(side, side)
@@ -104,7 +93,7 @@ def _bodies() -> Iterator[Body]:
 
 
 def _send(server: Server, bodies: list[Body], count: int) -> Counter[int]:
-    """Send so many requests, each client on a connection of its own; return the statuses."""
+    """Send requests, each client on its own connection; return the statuses."""
 
     def client(number: int) -> Counter[int]:
         found: Counter[int] = Counter()

@@ -1,12 +1,11 @@
-"""Compares inference engines and their options, each alone in a process of its own.
+"""Compares inference engines and their options, each in its own process.
 
-For each: images per second with one thread and with all, memory, loading time, and how far its
-logits are from PyTorch's in float32. Rounds alternate; the table has medians.
+For each: images per second with one thread and with all, memory, loading time, and the difference
+of its logits from PyTorch's in float32.
 """
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from benchmarks.report import CORES, table, write_section
-from benchmarks.timing import alternate, images_per_second
+from benchmarks.timing import alternate, call_elsewhere, images_per_second
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
 from scripts.build.model_file import from_options
@@ -93,15 +92,12 @@ def _torch(threads: int, how: str) -> Logits:
 def _openvino(model: Path, threads: int, precision: str) -> Logits:
     import openvino
 
-    compiled = openvino.Core().compile_model(
-        str(model),
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": precision,
-        },
-    )
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = openvino.Core().compile_model(str(model), "CPU", options)
     request = compiled.create_infer_request()
     return lambda images: request.infer({0: images})[0].copy()
 
@@ -145,7 +141,7 @@ def _load(name: str, model: Path, int8: Path, threads: int) -> Logits:
 
 
 def measure(name: str, folder: str, threads: str, batch: str, seconds: str) -> None:
-    """Print one line of JSON, in a process of its own; with batch 0 write the logits instead."""
+    """Print one line of JSON in its own process; with batch 0 write the logits instead."""
     work, started = Path(folder), time.perf_counter()
     logits = _load(name, work / "model.onnx", work / "int8.onnx", int(threads))
     images = np.load(work / "images.npy")
@@ -162,17 +158,11 @@ def measure(name: str, folder: str, threads: str, batch: str, seconds: str) -> N
 
 def _child(*arguments: object) -> dict[str, float] | None:
     """Run `measure`; return what it printed, None if it failed."""
-    program = "import sys; from benchmarks.engines import measure; measure(*sys.argv[1:])"
-    result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        step(f"{arguments[0]}: failed: {result.stderr.strip().splitlines()[-1:]}")
+    try:
+        lines = call_elsewhere("benchmarks.engines", "measure", *arguments).splitlines()
+    except subprocess.CalledProcessError as error:
+        step(f"{arguments[0]}: failed: {error.stderr.strip().splitlines()[-1:]}")
         return None
-    lines = result.stdout.strip().splitlines()
     values: dict[str, float] = json.loads(lines[-1]) if lines else {}
     return values
 
@@ -201,18 +191,14 @@ def main(
     rows = [_row(name, found, samples) for name, found in accuracy.items()]
     heads = [f"{t} thread{'s' * (t > 1)}, batch {b}" for t, b in _SETUPS]
     headings = ("engine", *heads, "memory MB", "first answer s", "logits", "same top-1")
-    lines = [
-        (
-            "Images per second, medians of alternating rounds; PSS after batches of 8 with one "
-            "thread, of a process that has imported PyTorch; time to the first answer; largest "
-            "difference of a logit from PyTorch in float32, and share of images with the same "
-            "top-1. Random weights give near ties: that share says nothing about a trained model. "
-            "Repeat: `make bench-engines`."
-        ),
-        "",
-        *table(headings, rows),
-    ]
-    write_section("engines", "Engines", "DenseNet-121", lines)
+    text = (
+        "Images per second, medians of alternating rounds; PSS after batches of 8 with one thread, "
+        "of a process that has imported PyTorch; time to the first answer; largest difference of a "
+        "logit from PyTorch in float32, and share of images with the same top-1. Random weights "
+        "give near ties: that share says nothing about a trained model. Repeat: "
+        "`make bench-engines`."
+    )
+    write_section("engines", "Engines", "DenseNet-121", text, table(headings, rows))
 
 
 def _prepare(work: Path) -> None:
@@ -229,7 +215,7 @@ def _accuracy(name: str, work: Path, expected: NDArray[np.float32]) -> tuple[str
     (work / "logits.npy").unlink(missing_ok=True)
     if _child(name, work, 1, 0, 0) is None:
         return None
-    # Without the calibration images: int8 would look better on what it was fitted to.
+    # Without the calibration images, which int8 was fitted to.
     mine, theirs = (
         found[CALIBRATION_IMAGES:] for found in (np.load(work / "logits.npy"), expected)
     )

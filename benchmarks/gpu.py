@@ -1,7 +1,7 @@
 """Compares the PyTorch engine with eager PyTorch on a GPU, or on the CPU if there is none.
 
-Images a second of the engine for growing batches, how far its logits are from float32, and whole
-handler calls, from JPEG bytes to answers.
+Images per second of the engine for growing batches, the difference of its logits from float32, and
+images per second from JPEG bytes to probabilities.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ CPU_BATCHES = (1, 4)
 
 
 def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
-    """Measures; writes benchmarks/results/gpu.md, or cpu-torch.md if there is no GPU."""
+    """Write benchmarks/results/gpu.md, or cpu-torch.md if there is no GPU."""
     on_gpu = torch.cuda.is_available()
     device = "cuda:0" if on_gpu else "cpu"
     batches = GPU_BATCHES if on_gpu else CPU_BATCHES
@@ -56,14 +56,6 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     same = float((expected.argmax(1) == mine.argmax(1)).mean())
     probability = float(np.abs(softmax(expected) - softmax(mine)).max())
     jpeg = CAT.read_bytes()
-    lines = [
-        (
-            f"Over {len(views)} images beside eager PyTorch in float32: same top-1 "
-            f"{same:.1%}, largest difference of a probability {probability:.1e}. Repeat: "
-            "`make bench-gpu`."
-        ),
-        "",
-    ]
     rows = []
     with ThreadPoolExecutor(cores.share) as pool:
         for batch in batches:
@@ -84,5 +76,9 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
             rows.append([batch, *rates])
             step(str(rows[-1]))
     headings = ("batch", "engine images/s", "eager float32 images/s", "files to probabilities")
-    page = "gpu" if on_gpu else "cpu-torch"
-    write_section(page, "The PyTorch engine", engine.name, [*lines, *table(headings, rows)])
+    write_section(
+        *("gpu" if on_gpu else "cpu-torch", "The PyTorch engine", engine.name),
+        f"Over {len(views)} images compared with eager PyTorch in float32: same top-1 {same:.1%}, "
+        f"largest difference of a probability {probability:.1e}. Repeat: `make bench-gpu`.",
+        table(headings, rows),
+    )

@@ -1,9 +1,8 @@
-"""Photographs whose content is beyond doubt, with the labels that are right for each.
+"""Photographs whose content is beyond doubt, with the correct labels.
 
-Those of scikit-image and scikit-learn show what their documentation says. Those of foolbox are
-photographs of ImageNet's validation set, with the class in the file's name. Six of its twenty are
-left out of `KNOWN`, since a layperson could dispute what they show: two cars, a shoe, a window, a
-beetle and a drum. `IMAGENET` has all twenty.
+scikit-image and scikit-learn document the content of theirs. Those of foolbox are photographs of
+ImageNet's validation set, with the class in the file's name. `KNOWN` leaves out six of its twenty,
+whose content is disputable: two cars, a shoe, a window, a beetle and a drum. `IMAGENET` has them.
 """
 
 from dataclasses import dataclass
@@ -19,19 +18,14 @@ _SKLEARN = Path(sklearn.__file__).parent / "datasets" / "images"
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph.
-
-    Attributes:
-        path: the file.
-        labels: ImageNet's names of what it shows.
-    """
+    """A file, and ImageNet's labels of its content."""
 
     path: Path
     labels: frozenset[str]
 
 
 def _foolbox(name: str, *labels: str) -> Photograph:
-    # Read as files: importing foolbox would load more than a test needs.
+    # Importing foolbox would load too many packages.
     path = distribution("foolbox").locate_file(f"foolbox/data/imagenet_{name}.jpg")
     return Photograph(Path(str(path)), frozenset(labels))
 
@@ -42,7 +36,7 @@ KNOWN = (
     Photograph(_SKIMAGE / "chelsea.png", CAT_LABELS),
     Photograph(_SKIMAGE / "coffee.png", frozenset({"espresso", "cup", "coffee_mug"})),
     Photograph(_SKIMAGE / "rocket.jpg", frozenset({"missile", "projectile", "space_shuttle"})),
-    # ImageNet has no class for motorcycles; these are the two-wheelers with an engine.
+    # ImageNet has no motorcycles; these are similar.
     Photograph(_SKIMAGE / "motorcycle_left.png", frozenset({"moped", "motor_scooter"})),
     Photograph(_SKIMAGE / "camera.png", frozenset({"tripod"})),
     # The Summer Palace in Beijing.
@@ -63,38 +57,20 @@ KNOWN = (
     _foolbox("18_317", "leafhopper"),
 )
 
-# Each of foolbox's photographs, and its class as ImageNet has it.
+# foolbox's photographs, and their classes in ImageNet.
 IMAGENET = {
     path: int(path.stem.rpartition("_")[2])
     for path in sorted(KNOWN[-1].path.parent.glob("imagenet_*.jpg"))
 }
 
-# All that scikit-image and scikit-learn carry, whatever they show.
+# All photographs of scikit-image and scikit-learn.
+_NAMES = (
+    *("astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png"),
+    *("coins.png", "color.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
+    *("moon.png", "motorcycle_left.png", "motorcycle_right.png", "page.png", "retina.jpg"),
+    *("rocket.jpg", "text.png"),
+)
 PHOTOGRAPHS = (
-    *(
-        _SKIMAGE / name
-        for name in (
-            "astronaut.png",
-            "brick.png",
-            "camera.png",
-            "cell.png",
-            "chelsea.png",
-            "coffee.png",
-            "coins.png",
-            "color.png",
-            "grass.png",
-            "gravel.png",
-            "hubble_deep_field.jpg",
-            "ihc.png",
-            "moon.png",
-            "motorcycle_left.png",
-            "motorcycle_right.png",
-            "page.png",
-            "retina.jpg",
-            "rocket.jpg",
-            "text.png",
-        )
-    ),
-    _SKLEARN / "china.jpg",
-    _SKLEARN / "flower.jpg",
+    *(_SKIMAGE / name for name in _NAMES),
+    *(_SKLEARN / name for name in ("china.jpg", "flower.jpg")),
 )

@@ -1,4 +1,4 @@
-"""The load generator: wrk in a closed loop, each client sending again when it has its response."""
+"""The load generator: wrk in a closed loop, in which each client waits for its response."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk measured.
+    """The measurements of wrk.
 
     Attributes:
         answered: responses of status 200 to 399.

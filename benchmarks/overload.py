@@ -1,15 +1,13 @@
-"""Measures overload: more clients than the queue holds, clients that give up, clients that leave.
+"""Measures overload: more clients than the queue holds, clients with a deadline, disconnections.
 
-The curve has this project's own port, mosec and LitServe with the same engine, one server at a
-time. What needs a deadline or the news of a disconnected client goes through the gateway.
+The curve has TorchServe's port, mosec and LitServe with the same engine, one server at a time.
+Deadlines and disconnections need the gateway.
 """
 
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -20,12 +18,9 @@ from matplotlib import pyplot
 from benchmarks.compare import IMAGES, prepare
 from benchmarks.load import Body, Load, closed_loop, require_wrk
 from benchmarks.report import RESULTS, table, write_section
-from benchmarks.servers import OURS, Server, serve
+from benchmarks.servers import OURS, Server, behind_gateway, serve
 from benchmarks.timing import wait_until_idle
-from scripts.gateway import nginx
-from scripts.gateway.options import Options
-from scripts.serve.running import HOST, free_ports, unused_ports
-from scripts.serve.server import start, stop
+from scripts.serve.running import HOST
 from scripts.terminal import step
 
 _TITLE = "Overload"
@@ -33,13 +28,13 @@ _SERVERS = (OURS, "mosec", "LitServe")
 _CLIENTS = (1, 16, 64, 128, 256, 512, 2000)
 _SECONDS = 20
 _WARM_UP_SECONDS = 6
-# 512 abandoned requests take so long.
+# Time for 512 abandoned requests.
 _SETTLE_SECONDS = 20
-# Open loop: twice the capacity for half a minute, and how long a client waits.
+# Open loop: twice the capacity for half a minute; the client's timeout.
 _OVERLOAD = 2.0
 _OVERLOAD_SECONDS = 30
 _PATIENCE = 2.0
-# Clients per second that send an image and disconnect, and for how long.
+# Clients per second that send an image and disconnect; duration.
 _LEAVERS = 30
 _LEAVERS_SECONDS = 15
 
@@ -80,21 +75,19 @@ def _write_curve(work: Path, image: bytes, servers: Sequence[str], clients: Sequ
         for count, load in loads.items()
     ]
     headings = ("server", "clients", "successes/s", "failed", "p50 ms", "p99 ms")
-    lines = [
+    write_section(
+        *("overload", _TITLE, "From 1 to 2,000 clients"),
         f"720x720 JPEG of {len(image) // 1000} kB, wrk in a closed loop on the same cores, each "
         "client sending again at once, also after a rejection; one server at a time; "
         f"{_SECONDS} s each. Latencies are of all responses. Repeat: `make bench-overload`.",
-        "",
         "![successes and latencies against clients](overload.png)",
-        "",
-        *table(headings, rows),
-    ]
-    write_section("overload", _TITLE, "From 1 to 2,000 clients", lines)
+        table(headings, rows),
+    )
     _plot(found)
 
 
 def _settle(name: str, running: Server) -> None:
-    """Wait until requests that the clients before have abandoned are not computed any more."""
+    """Wait until abandoned requests of earlier clients have been processed."""
     if name == "LitServe":  # whose idle processes poll their queues
         time.sleep(_SETTLE_SECONDS)
     else:
@@ -116,36 +109,40 @@ def _plot(found: dict[str, dict[int, Load]]) -> None:
 
 
 def _write_gateway(archive: Path, image: bytes) -> None:
-    with _gateway(archive) as url:
-        closed_loop(f"{url}/predict", Body(image), 16, _WARM_UP_SECONDS)
-        capacity = closed_loop(f"{url}/predict", Body(image), 16, _SECONDS).rate
-        target = _Target(url, image)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        behind_gateway(archive, Path(folder, "run")) as (_, options),
+    ):
+        url = f"{options.url}/predict"
+        closed_loop(url, Body(image), 16, _WARM_UP_SECONDS)
+        capacity = closed_loop(url, Body(image), 16, _SECONDS).rate
+        target = _Target(options.http_port, image)
         impatient = asyncio.run(target.open_loop(_OVERLOAD * capacity, _OVERLOAD_SECONDS))
         after = asyncio.run(target.one_by_one(3.0))
         alone = asyncio.run(target.one_by_one(10.0))
         with_leavers = asyncio.run(target.with_leavers())
-        large = closed_loop(f"{url}/predict", Body(image), 512, _SECONDS)
+        large = closed_loop(url, Body(image), 512, _SECONDS)
     in_time = impatient / _OVERLOAD_SECONDS
     rows = [
         ("16 clients, images/s", capacity),
         ("512 clients, images/s", large.rate),
         ("512 clients, failed", large.failed),
         (f"{_OVERLOAD:g} x capacity, clients wait {_PATIENCE:g} s: in time/s", in_time),
-        ("of the capacity", f"{in_time / capacity:.2f}"),
+        ("share of the capacity", f"{in_time / capacity:.2f}"),
         ("right after it, one client: median ms", 1000 * median(after)),
         ("one client alone: images/s", len(alone) / 10.0),
         (f"with {_LEAVERS} clients/s that leave: images/s", len(with_leavers) / _LEAVERS_SECONDS),
     ]
     step(str(rows))
-    lines = ["Through the gateway. Repeat: `make bench-overload`.", "", *table(["", ""], rows)]
-    write_section("overload", _TITLE, "Clients that give up or leave", lines)
+    text = "Through the gateway. Repeat: `make bench-overload`."
+    write_section("overload", _TITLE, "Clients that give up or leave", text, table(["", ""], rows))
 
 
 class _Target:
-    """The gateway, as clients that open a connection per request see it."""
+    """The gateway, for clients that open a connection per request."""
 
-    def __init__(self, url: str, image: bytes) -> None:
-        self._port = int(url.rpartition(":")[2])
+    def __init__(self, port: int, image: bytes) -> None:
+        self._port = port
         self._image = image
 
     async def open_loop(self, rate: float, seconds: float) -> int:
@@ -167,7 +164,7 @@ class _Target:
         return found
 
     async def with_leavers(self) -> list[float]:
-        """Return the same while other clients send an image and disconnect."""
+        """Send requests one by one while other clients send an image and disconnect."""
 
         async def leave() -> None:
             while True:
@@ -205,23 +202,3 @@ class _Target:
             return b" 200 " in await reader.readline()
         finally:
             writer.close()
-
-
-@contextmanager
-def _gateway(archive: Path) -> Iterator[str]:
-    """Serve an archive behind the gateway; yield the gateway's address."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder, "run")
-        http, https = unused_ports(2)
-        options = Options(
-            http_port=http, https_port=https, rate=10_000, burst=10_000, connections=10_000
-        )
-        running = start(archive, free_ports(), run_dir=run_dir)
-        try:
-            nginx.start(replace(options, model=running.model), run_dir / "gateway")
-            try:
-                yield options.url
-            finally:
-                nginx.stop(run_dir / "gateway")
-        finally:
-            stop(running, run_dir)

@@ -1,4 +1,4 @@
-"""The pages of results; each section begins with the date, commit, machine and versions."""
+"""Writes the pages of results; each section begins with date, commit, machine and versions."""
 
 import platform
 import subprocess
@@ -24,8 +24,16 @@ _INSTRUCTIONS = (
 )
 
 
-def write_section(name: str, title: str, section: str, lines: Iterable[str]) -> None:
-    """Write one section of `benchmarks/results/NAME.md`; keep the others."""
+def write_section(name: str, title: str, section: str, *parts: str | Iterable[str]) -> None:
+    """Write one section of `benchmarks/results/NAME.md`; keep the others.
+
+    Args:
+        name: of the page.
+        title: of the page.
+        section: heading of the section.
+        parts: paragraphs, and lines of tables.
+    """
+    lines = [line for part in parts for line in ((part, "") if isinstance(part, str) else part)]
     path = RESULTS / f"{name}.md"
     before = path.read_text() if path.exists() else ""
     sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
@@ -36,9 +44,9 @@ def write_section(name: str, title: str, section: str, lines: Iterable[str]) -> 
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Return the lines of a Markdown table, with an empty line behind it.
+    """Return the lines of a Markdown table and an empty one.
 
-    Numbers get one decimal place, from 100 on none.
+    Numbers have one decimal place, from 100 on none.
     """
     columns = list(headings)
     lines = [_row(columns), "|---" * len(columns) + "|", *map(_row, rows)]

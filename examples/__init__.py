@@ -1,1 +1,1 @@
-"""Models of one's own, from training to serving."""
+"""Examples: custom models from training to serving, near-duplicates, another server."""

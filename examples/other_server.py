@@ -1,4 +1,4 @@
-"""Serves an archive with LitServe instead of TorchServe, over the same pipeline.
+"""Serves an archive with LitServe instead of TorchServe, with the same pipeline.
 
 $ .venv/bin/python -m examples.other_server model_store/densenet121.mar 8000
 $ curl -F file=@cat.jpg http://127.0.0.1:8000/predict
@@ -22,7 +22,7 @@ from handler.request import Request
 
 
 class Service(litserve.LitAPI):
-    """Takes forms and JSON, which is what LitServe passes on, and responds as TorchServe does."""
+    """Accepts forms and JSON, as LitServe does, and responds like TorchServe."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(**options)

@@ -1,7 +1,7 @@
-"""The tests: unit (no server) and integration (a real TorchServe)."""
+"""The tests; docs/CONTRIBUTING.md lists the folders."""
 
 import os
 
-# Several processes share the cores, and a thread that waits for others must not spin meanwhile.
-# OpenMP reads this when it is loaded: this package is imported before PyTorch.
+# Several processes share the cores, so waiting threads must not spin. OpenMP reads this when
+# PyTorch is imported, after this package.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

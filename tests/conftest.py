@@ -1,4 +1,4 @@
-"""What all tests share: the archives, their servers, and a report of what ran and for how long."""
+"""The shared archives and servers, the slow tests, and a report of durations and skipped tests."""
 
 import fcntl
 import os
@@ -21,31 +21,31 @@ from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import PACKAGED_ARCHITECTURE
 
-# What `make test` tells this process is not for the commands that tests start.
+# Variables of `make test` must not reach the commands that tests start.
 for _name in list(os.environ):
     if _name.startswith(("DENSENET_", "MAKE")) or _name in {"MFLAGS", "TEST_OPTIONS"}:
         del os.environ[_name]
 
-# A shell that starts tests in the background has them ignore Ctrl-C, and so would what they start.
+# Shells start background processes with SIGINT ignored, which child processes would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Of each module, with the fixtures that were set up there.
+# By module, with the setup of fixtures.
 _seconds: dict[str, float] = defaultdict(float)
-# Of each folder.
+# By folder.
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 _notes: list[str] = []
 
-# What `--require-KIND` fails for: no test of that kind passed, or one was skipped.
+# `--require-KIND` fails if no test passed, or one was skipped that is not of _MAY_SKIP.
 _REQUIRED = {
-    "integration": "No integration test passed: these tests did not show that the server works.",
-    "browser": "No browser test passed: these tests did not show that the page works.",
-    "gateway": "Not every test of the gateway ran: nginx or Prometheus is missing.",
-    "containers": "Not every test of the image ran: docker or podman is missing.",
+    "integration": "No integration test passed: the server was not tested.",
+    "browser": "No browser test passed: the web UI was not tested.",
+    "gateway": "Tests of the gateway were skipped: nginx or Prometheus is missing.",
+    "containers": "Tests of the container image were skipped: docker or podman is missing.",
 }
 _MAY_SKIP = {"integration", "browser"}
 _SLOWEST = 10
-# The Debian package of a program, for reasons to skip that do not name it.
+# The Debian packages of programs, for skip reasons that do not name them.
 _PACKAGES = {"chromium": "chromium", "nginx": "nginx", "prometheus": "prometheus"}
 
 
@@ -54,15 +54,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(f"--require-{kind}", action="store_true", help=f"or fail: {message}")
 
 
-# Folders and modules that `make test` leaves to `make test-slow`: each takes minutes, or packages
-# that a newcomer has no use for. Single tests of other modules are marked where they stand.
+# Folders and modules of `make test-slow`, which take minutes or need optional packages. Single slow
+# tests of other modules have the mark.
 _SLOW = (
     "batch",
     "containers",
     "browser/test_everybody.py",
     "browser/test_labels.py",
     "browser/test_trouble.py",
-    "gateway/test_hostile.py",
     "deploy/test_monitoring.py",
     "gateway/test_outages.py",
     "integration/test_classify.py",
@@ -71,7 +70,6 @@ _SLOW = (
     "integration/test_faults.py",
     "integration/test_kinds.py",
     "integration/test_labels.py",
-    "integration/test_models.py",
     "integration/test_package.py",
     "integration/test_precision.py",
     "integration/test_run.py",
@@ -88,7 +86,7 @@ def _is_slow(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Nor does `make test` import them, since it does without some of their packages."""
+    """Do not import slow modules in `make test`: their packages may be missing."""
     return True if config.option.markexpr == "not slow" and _is_slow(collection_path) else None
 
 
@@ -111,7 +109,7 @@ def _folder(module: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Where tests run in several processes: each one's notes come to this one."""
+    """Collect the notes of each process if tests run in several."""
     _notes.extend(getattr(node, "workeroutput", {}).get("notes", []))
 
 
@@ -137,7 +135,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _reason(report: pytest.TestReport) -> str:
-    """Return why a test was skipped, and what to install."""
+    """Return why a test was skipped, with the package to install."""
     place = report.longrepr
     text = str(place[2] if isinstance(place, tuple) else place)
     reason = text.removeprefix("Skipped: ").removeprefix("NOT RUN: ")
@@ -150,7 +148,7 @@ def _reason(report: pytest.TestReport) -> str:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["notes"] = _notes
-        return  # whoever started this process sees the tests of all
+        return  # the main process checks the tests of all
     for kind, message in _REQUIRED.items():
         ran = _outcomes[kind]["passed"] and (kind in _MAY_SKIP or not _outcomes[kind]["skipped"])
         if session.config.getoption(f"--require-{kind}") and not ran:
@@ -160,20 +158,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def note() -> list[str]:
-    """Lines to print at the end of the run: figures that a test measured."""
+    """Lines to print at the end of the run, such as measurements."""
     return _notes
 
 
 @pytest.fixture(scope="session")
 def densenet() -> TorchvisionSource:
-    """DenseNet-121 with random weights whose answers differ from image to image."""
+    """DenseNet-121 with random weights, whose predictions differ between images."""
     return random_source("densenet121")
 
 
 def _kept(folder: str, build: Callable[[Path], Path]) -> Path:
-    """Build an archive in a folder that outlives the run, one process at a time.
+    """Build an archive in a folder that later runs reuse, in one process at a time.
 
-    `build` makes none if the one that is there is of the same inputs, by their SHA-256 in its card.
+    `build` keeps an archive whose card has the SHA-256 of the same inputs.
     """
     model_store = Path("build", "tests", folder).absolute()
     model_store.mkdir(parents=True, exist_ok=True)
@@ -184,14 +182,14 @@ def _kept(folder: str, build: Callable[[Path], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def archive() -> Path:
-    """A real archive, built as `make run` builds it, in a model store of its own."""
+    """The archive of DenseNet-121 with random weights."""
     spec = from_options(arch="densenet121", weights="random")
     return _kept("untrained", lambda model_store: build(spec, model_store))
 
 
 @pytest.fixture(scope="session")
 def lite0_archive() -> Path:
-    """The archive of EfficientNet-Lite0, whose weights are trained."""
+    """The archive of EfficientNet-Lite0 with trained weights."""
     return _kept("", lambda folder: build(from_options(arch=PACKAGED_ARCHITECTURE), folder))
 
 
@@ -199,23 +197,23 @@ def lite0_archive() -> Path:
 def _served(
     archive: Path, run_dir: Path, workers: int, *, grpc: bool = False
 ) -> Iterator[ServerState]:
-    """Run a server, which must survive its tests."""
+    """Run a server; fail if it exits during the tests."""
     server = start(archive, free_ports(), workers=workers, run_dir=run_dir, grpc=grpc)
     yield server
     survived = server.process() is not None
     stop(server, run_dir)
-    assert survived, f"TorchServe ended during the tests; see {run_dir}"
+    assert survived, f"TorchServe exited during the tests; see {run_dir}"
 
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the shared server, with its logs."""
+    """The folder of the shared server and its logs."""
     return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture(scope="session")
 def running(archive: Path, run_dir: Path) -> Iterator[ServerState]:
-    """The server that the tests share."""
+    """The shared server with two workers."""
     with _served(archive, run_dir, workers=2) as server:
         yield server
 
@@ -224,34 +222,34 @@ def running(archive: Path, run_dir: Path) -> Iterator[ServerState]:
 def lite0_server(
     lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
-    """A server of trained weights, for what needs right answers."""
+    """A server with trained weights, for tests that need correct labels."""
     with _served(lite0_archive, tmp_path_factory.mktemp("run"), workers=1) as server:
         yield server
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The multi-label example, in a short form.
+    """The result of `make shapes` with little training.
 
     Attributes:
-        folder: all that it made: weights, classes, images with their labels, the archive.
-        said: what it printed.
+        folder: weights, classes, images with their labels, and the archive.
+        output: what it printed.
     """
 
     folder: Path
-    said: str
+    output: str
 
     @property
     def archive(self) -> Path:
-        """With the thresholds that the evaluation chose."""
+        """Return the archive with the thresholds that the evaluation chose."""
         return self.folder / "model_store" / "shapes.mar"
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    """Too little training to be good, but its answers differ from image to image."""
+    """A model with enough training for different predictions, and no more."""
     folder = tmp_path_factory.mktemp("shapes")
-    short = ("--epochs", "2", "--pictures", "320", "--least", "0")
+    short = ("--epochs", "2", "--images", "320", "--min-precision", "0")
     result = subprocess.run(
         [sys.executable, "-m", "examples.shapes", "--folder", str(folder), *short],
         capture_output=True,
@@ -267,7 +265,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
 def shapes_server(
     shapes: Shapes, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
-    """A server of that archive, with gRPC."""
+    """A server of that archive with gRPC."""
     run_dir = tmp_path_factory.mktemp("run")
     with _served(shapes.archive, run_dir, workers=1, grpc=True) as server:
         yield server

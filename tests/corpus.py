@@ -1,4 +1,4 @@
-"""Images that people send, and bytes that attackers and accidents send, all made from one photo."""
+"""Valid images of all formats, and corrupt or hostile bytes, all made from one photograph."""
 
 import gzip
 import io
@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from scripts.samples import CAT
 from tests import kinds
+from tests.images import encode
 from tests.kinds import chunk, png_header
-from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
 
@@ -27,7 +27,7 @@ WIDTH, HEIGHT = 320, 240
 
 @dataclass(frozen=True)
 class Valid:
-    """An image and what a person sees: RGB, by Pillow or by arithmetic."""
+    """An image and its visible colors, RGB, by Pillow or by arithmetic."""
 
     name: str
     data: bytes
@@ -36,7 +36,7 @@ class Valid:
 
 @dataclass(frozen=True)
 class Hostile:
-    """Bytes that are rejected, and how."""
+    """Bytes that are rejected, with the status and type of the error."""
 
     name: str
     data: bytes
@@ -45,15 +45,15 @@ class Hostile:
 
 
 def photograph() -> Image.Image:
-    """The photo that the corpus is made from, RGB, 320 x 240."""
+    """Return the photograph that the corpus is made from, RGB, 320 x 240."""
     with Image.open(CAT) as cat:
         return cat.convert("RGB").resize((WIDTH, HEIGHT))
 
 
 def seen(data: bytes) -> Image.Image:
-    """Pillow's reading: upright, and transparency on white."""
+    """Decode with Pillow: upright, and transparency on white."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one image's EXIF is damaged on purpose
+        warnings.simplefilter("ignore")  # for the image with damaged EXIF
         with Image.open(io.BytesIO(data)) as image:
             turned: Image.Image = image
             for transpose in _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1), ()):
@@ -65,7 +65,7 @@ def seen(data: bytes) -> Image.Image:
             return turned.convert("RGB")
 
 
-# Written out by hand from the EXIF standard: rotate, then flip.
+# From the EXIF standard: rotate, then flip.
 _FLIP, _90, _180, _270 = (
     Image.Transpose.FLIP_LEFT_RIGHT,
     Image.Transpose.ROTATE_90,
@@ -84,11 +84,11 @@ _UPRIGHT = {
 
 
 def valid() -> Iterator[Valid]:
-    """Every format and variant that a person's image may have."""
+    """Yield each supported format and variant."""
     rgb = photograph()
     for name, data in chain(_jpegs(rgb), _pngs(rgb), _others(rgb)):
         yield Valid(name, data, seen(data))
-    for name, data, sound in _with_faults_that_do_not_matter(rgb):
+    for name, data, sound in _with_harmless_faults(rgb):
         yield Valid(name, data, seen(sound))
     ten_bits, gray = io.BytesIO(), rgb.convert("L")
     deep = np.asarray(gray).astype(np.uint16) * 257
@@ -105,7 +105,7 @@ def _jpegs(rgb: Image.Image) -> Iterator[tuple[str, bytes]]:
         "baseline": {"quality": 95},
         "quality 5": {"quality": 5},
         "progressive": {"progressive": True},
-        "optimised": {"optimize": True},
+        "optimized": {"optimize": True},
         "4:4:4": {"subsampling": "4:4:4"},
         "4:2:2": {"subsampling": "4:2:2"},
         "4:2:0": {"subsampling": "4:2:0"},
@@ -179,8 +179,8 @@ def _half_clear(rgb: Image.Image) -> Image.Image:
     return result
 
 
-def _with_faults_that_do_not_matter(rgb: Image.Image) -> Iterator[tuple[str, bytes, bytes]]:
-    """What Pillow rejects, though all of the image is there, and the sound file."""
+def _with_harmless_faults(rgb: Image.Image) -> Iterator[tuple[str, bytes, bytes]]:
+    """Yield complete images that Pillow rejects, and the same without the fault."""
     jpeg, progressive = encode(rgb, "JPEG"), encode(rgb, "JPEG", progressive=True)
     yield "JPEG without its last marker", jpeg[:-2], jpeg
     yield "JPEG after a script's blank lines", b"\xef\xbb\xbf\r\n\r\n" + jpeg, jpeg
@@ -208,7 +208,7 @@ def _exif(orientation: int) -> bytes:
 
 
 def hostile() -> Iterator[Hostile]:
-    """What accidents and attackers send, each with its answer."""
+    """Yield corrupt and hostile bytes, each with its error."""
     rgb = photograph()
     for make, status, type_name in (
         (_cut, 400, "DamagedImage"),
@@ -302,7 +302,7 @@ def _other_formats(rgb: Image.Image) -> Iterator[tuple[str, bytes]]:
 
 
 def _no_images(_: Image.Image) -> Iterator[tuple[str, bytes]]:
-    yield "text", b"a picture of a cat"
+    yield "text", b"a photo of a cat"
     yield "one byte", b"\xff"
     yield "zeros", bytes(10_000)
     yield "noise", b"\x07" + np.random.default_rng(5).bytes(100_000)
@@ -319,7 +319,7 @@ def _empty_png(width: int, height: int) -> bytes:
 
 
 def jpeg_with_size(jpeg: bytes, width: int, height: int, marker: int | None = None) -> bytes:
-    """Another size in its header, and another kind of frame."""
+    """Change the size in a JPEG's header, and its kind of frame."""
     at = max(jpeg.find(b"\xff\xc0"), jpeg.find(b"\xff\xc2")) + 1
     kind = bytes([marker or jpeg[at]])
     return (
@@ -332,12 +332,12 @@ def jpeg_with_size(jpeg: bytes, width: int, height: int, marker: int | None = No
 
 
 def jpeg_of_scans(progressive: bytes, scans: int) -> bytes:
-    """The last scan of a progressive JPEG so many times more."""
+    """Repeat the last scan of a progressive JPEG."""
     last = progressive.rindex(b"\xff\xda")
     return progressive[:-2] + progressive[last:-2] * scans + b"\xff\xd9"
 
 
 def tiff_of_pages(pages: int) -> bytes:
-    """Pages of 8 x 8."""
+    """Return a TIFF with pages of 8 x 8."""
     small = Image.new("L", (8, 8))
     return encode(small, "TIFF", save_all=True, append_images=[small] * (pages - 1))

@@ -1,7 +1,4 @@
-"""Bodies that cost as much as they can: of each kind the largest that the frontend takes.
-
-Nothing is committed; all are made here in seconds.
-"""
+"""Bodies that cost the most time and memory: of each kind the largest that the frontend accepts."""
 
 import struct
 import zlib
@@ -15,8 +12,10 @@ import numpy as np
 import pillow_heif
 from PIL import Image
 
+from benchmarks.images import noise as incompressible
 from handler.settings import MAX_REQUEST_BYTES
 from tests.corpus import jpeg_of_scans, jpeg_with_size, photograph, tiff_of_pages
+from tests.images import encode
 from tests.kinds import (
     BLACK_IS_ZERO,
     Tag,
@@ -29,14 +28,13 @@ from tests.kinds import (
     shorts,
     tiff,
 )
-from tests.pictures import encode
 
 pillow_heif.register_heif_opener()
 
-# Less a form's own lines.
+# Without a form's own lines.
 LARGEST = MAX_REQUEST_BYTES - 4096
 
-# Those that come nearest to the limits of time and memory.
+# The kinds that come closest to the limits of time and memory.
 WORST = (
     "JPEG: padding in a progressive scan",
     "JPEG: 900 x 65,000",
@@ -48,35 +46,32 @@ WORST = (
     "AVIF: noise",
 )
 
-# Name of each kind, and what makes its largest body.
+# By name, the function that makes the largest body of a kind.
 Kinds = dict[str, Callable[[], bytes]]
 
 
 def kinds() -> Kinds:
-    """All of them."""
+    """Return all kinds."""
     parts = (jpegs(), pngs(), gifs_and_bmps(), webps(), tiffs(), isos(), simple())
     return dict(chain.from_iterable(part.items() for part in parts))
 
 
 def filled(head: bytes, part: bytes, tail: bytes = b"") -> bytes:
-    """As many times `part` between the two as the largest body holds."""
+    """Repeat `part` between head and tail until the body has the largest size."""
     return head + part * ((LARGEST - len(head) - len(tail)) // len(part)) + tail
 
 
-@cache
-def noise(side: int) -> Image.Image:
-    """An image that nothing can compress."""
-    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8))
+noise = cache(incompressible)
 
 
 @cache
 def small(file_format: str, **options: Any) -> bytes:
-    """The photo, 320 x 240."""
+    """Return the photograph, 320 x 240."""
     return encode(photograph(), file_format, **options)
 
 
 def flat(file_format: str, width: int, height: int = 0, mode: str = "RGB", **options: Any) -> bytes:
-    """One dark green, or its like in another mode."""
+    """Return an image of one color."""
     color = {"RGB": (9, 99, 9), "RGBA": (1, 2, 3, 100)}.get(mode, 0)
     return encode(Image.new(mode, (width, height or width), color), file_format, **options)
 
@@ -85,7 +80,7 @@ def flat(file_format: str, width: int, height: int = 0, mode: str = "RGB", **opt
 
 
 def in_jpeg(part: bytes) -> bytes:
-    """So many segments before those of the image."""
+    """Repeat segments before those of the image."""
     jpeg = small("JPEG")
     return filled(jpeg[:2], part, jpeg[2:])
 
@@ -100,7 +95,7 @@ Entry = tuple[int, int, int, int]
 def _directory(
     entries: Sequence[Entry], tail: bytes = b"", next_: int = 0, order: str = "<"
 ) -> bytes:
-    """A TIFF's or Exif's: values as they stand in it, with counts and offsets that lie."""
+    """Return a directory of TIFF or Exif with these values, which may have false offsets."""
     head = {"<": b"II*\0\x08\0\0\0", ">": b"MM\0*\0\0\0\x08"}[order]
     packed = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
     next_page = struct.pack(f"{order}I", next_)
@@ -111,7 +106,7 @@ _exif = partial(_directory, order=">")
 
 
 def jpegs() -> Kinds:
-    """In a scan, before it, behind it, and what decodes slowly."""
+    """Data in a scan, before and after it, and slow compression."""
     exif, x65 = b"Exif\0\0", b"x" * 65_000
     circle = _exif([(0x8769, 4, 1, 8), (0x8825, 4, 1, 8), (0x014A, 4, 1, 8)], next_=8)
     tags = [(i, 7, 65_000, 8) for i in range(5400)]
@@ -174,7 +169,7 @@ def _zeros(length: int) -> bytes:
 
 
 def black_png(width: int, height: int, bits: int, color_type: int, interlaced: int = 0) -> bytes:
-    """A PNG that unpacks to the most."""
+    """Return a PNG with the highest compression ratio."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
     length = height * (1 + width * channels * bits // 8) + (height * 8 if interlaced else 0)
     palette = chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", bytes(256)) if color_type == 3 else b""
@@ -188,14 +183,14 @@ def _in_png(*chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def _empty_blocks() -> bytes:
-    """Blocks of deflate that describe two trees and hold nothing but their end."""
+    """Return empty blocks of deflate with two Huffman trees."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packer.compress(bytes(np.random.default_rng(3).integers(0, 255, 400, np.uint8) % 97))
     return packer.flush(zlib.Z_FULL_FLUSH)
 
 
 def pngs() -> Kinds:
-    """Chunks, and pixels of each kind."""
+    """Chunks, and each kind of pixels."""
     packed = zlib.compress(bytes(50_000_000), 9)
     xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b"tiff:Orientation=" * 600_000
     tags = [(i, 7, 9_000_000, 8) for i in range(65_000)]
@@ -249,7 +244,7 @@ def _png_of_blocks(block: bytes) -> bytes:
 
 
 def bmp_of_runs(side: int, run: bytes, bits: int = 8) -> bytes:
-    """A run-length encoded BMP of 8 or 4 bits."""
+    """Return a run-length encoded BMP of 8 or 4 bits."""
     pixels = (run * (side // run[0]) + b"\0\0") * side
     palette = np.zeros((2**bits, 3), int)
     compression = 1 if bits == 8 else 2
@@ -353,17 +348,17 @@ def _of_strip(side: int, compression: int, data: bytes, bits: int = 8, **options
 
 
 def _repeated(starts: int, count: int, length: int) -> dict[int, Tag]:
-    """So many strips or tiles, each of which is the same one."""
+    """Return tags of many strips or tiles with the same data."""
     lengths = {273: 279, 324: 325}[starts]
     return {starts: longs(*[8] * count), lengths: longs(*[length] * count)}
 
 
 def tiffs() -> Kinds:
-    """Directories that lie, and what each compression unpacks to."""
+    """Directories with false values, and each compression."""
     size = [(256, 4, 1, 64), (257, 4, 1, 64), (262, 3, 1, 1)]
     strips = [(273, 4, 4_900_000, 8), (279, 4, 4_900_000, 8), (258, 3, 1, 8)]
     sides, strip = {322: shorts(16), 323: shorts(16)}, (273, 278, 279)
-    grey_of = partial(tiff, [bytes(256)], 8, BLACK_IS_ZERO)
+    of_strips = partial(tiff, [bytes(256)], 8, BLACK_IS_ZERO)
     texts = [*size, *((40_000 + i, 2, 19_000_000, 8) for i in range(50))]
     lies = {
         "65,535 tags": [*size, *((60_000 + i % 5000, 4, 1, 0) for i in range(65_532))],
@@ -393,10 +388,10 @@ def tiffs() -> Kinds:
         },
         "TIFF: 100 pages": lambda: tiff_of_pages(100),
         "TIFF: a circle of pages": lambda: _directory([(256, 4, 1, 64)], next_=8),
-        "TIFF: strips of one row": lambda: grey_of(
+        "TIFF: strips of one row": lambda: of_strips(
             size=(1, 64, 1), tags={**_repeated(273, 900_000, 64), 257: longs(900_000)}
         ),
-        "TIFF: tiles": lambda: grey_of(
+        "TIFF: tiles": lambda: of_strips(
             size=(6400, 6400, 1), tags={**sides, **_repeated(324, 160_000, 256)}, without=strip
         ),
         "TIFF: 64 megapixels, packed bits": lambda: _of_strip(8000, 32773, b"\x81\0" * 500_000),
@@ -440,7 +435,7 @@ def _after_ftyp(whole: bytes) -> bytes:
 
 
 def _nested(head: bytes, depth: int) -> bytes:
-    """Boxes that each hold the next."""
+    """Return boxes that each contain the next."""
     sizes = range(8 * depth, 0, -8)
     return head + b"".join(struct.pack(">I4s", size, b"meta") for size in sizes)
 
@@ -454,7 +449,7 @@ def _of_items(head: bytes, count: int) -> bytes:
     return head + _box(b"meta", bytes(4) + _box(b"hdlr", bytes(8) + b"pict" + bytes(13)) + iinf)
 
 
-# --- The worst that the worker decodes itself, just within its limits ---
+# --- The most that a worker decodes in its own process ---
 
 
 def simple() -> Kinds:
@@ -475,10 +470,10 @@ def simple() -> Kinds:
     }
 
 
-# --- What one costs ---
+# --- Cost ---
 
 
 def kilobytes(name: str) -> int:
-    """A figure of this process's memory, by its name in `/proc/self/status`."""
+    """Return a value of `/proc/self/status` in kB, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name)))

@@ -1,4 +1,4 @@
-"""Virtual environments for packages that the project's own must not have."""
+"""Virtual environments for packages that conflict with the project's."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def environment(folder: Path, lock: Path) -> Path:
-    """Return the Python of a new environment in this folder with the packages of a lock."""
+    """Create an environment with the packages of a lock; return its Python."""
     uv, python = Path(sys.executable).with_name("uv"), folder / "bin" / "python"
     install = ("pip", "install", "--python", python, "--require-hashes", "-r", lock)
     for arguments in (("venv", "--python", sys.executable, folder), install):

@@ -1,11 +1,11 @@
-"""A program that is killed at each line of a module, one after the other."""
+"""Kill a program at each line of a module, one line per run."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Forks for each line of input, since a new Python for each would take minutes.
+# Forks for each line of input: starting Python each time would take minutes.
 _FORKING = """
 import os, sys
 
@@ -31,15 +31,15 @@ for wanted, _ in enumerate(sys.stdin, start=1):
 
 
 def killed_at_each_line(program: str, module: str, path: Path) -> Iterator[int]:
-    """Run `work` of a program until it has been killed at each line of a module that it runs.
+    """Run the `work` of a program, killed at each line of a module; restore the file before a run.
 
     Args:
         program: defines `work`, which prints a line after each step.
         module: the name of the module.
-        path: the file that `work` changes; each run finds it as it is now.
+        path: the file that `work` changes.
 
     Yields:
-        How many steps were done before each kill, and in the last run, which ends by itself.
+        the number of steps before each kill, and of the last run, which is not killed.
     """
     before = path.read_bytes()
     with subprocess.Popen(
@@ -57,7 +57,7 @@ def killed_at_each_line(program: str, module: str, path: Path) -> Iterator[int]:
             process.stdin.flush()
             steps = 0
             while not (line := process.stdout.readline()).startswith("ended"):
-                assert line, "the program failed, as it says above"
+                assert line, "the program failed, see above"
                 steps += 1
             assert line in {"ended 9\n", "ended 0\n"}
             yield steps

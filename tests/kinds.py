@@ -1,4 +1,4 @@
-"""Files of every kind of pixels, written by hand, and what they show by plain arithmetic.
+"""Files with every kind of pixels, written here, and their colors by plain arithmetic.
 
 Pillow writes few of these kinds, and reads some of them wrongly.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # Samples: integers (height, width, samples), each of 0 to 2**bits - 1.
 Samples = NDArray[np.integer]
 
-# What a person sees: uint8 (height, width, 3), red, green, blue.
+# The visible colors: uint8 (height, width, 3), red, green, blue.
 Seen = NDArray[np.uint8]
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
@@ -25,24 +25,24 @@ NO_COMPRESSION, DEFLATE = 1, 8
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-# --- What a person sees ---
+# --- Visible colors ---
 
 
 def to_8_bits(samples: Samples, bits: int) -> NDArray[np.int64]:
-    """0 and the greatest become 0 and 255; of more than 8 bits the higher 8 count."""
+    """Scale to 0 to 255; of more than 8 bits, keep the 8 highest."""
     wide = samples.astype(np.int64)
     return wide >> (bits - 8) if bits > 8 else wide * 255 // (2**bits - 1)
 
 
 def gray(levels: NDArray[np.integer]) -> Seen:
-    """From (height, width, 1)."""
+    """Return the colors of levels, (height, width, 1)."""
     return levels.astype(np.uint8).repeat(3, axis=2)
 
 
 def on_white(
     colors: NDArray[np.integer], alpha: NDArray[np.integer], *, premultiplied: bool = False
 ) -> Seen:
-    """Colors of 8 bits, (height, width, 1 or 3), under alpha, (height, width, 1)."""
+    """Composite colors of 8 bits, (height, width, 1 or 3), with alpha, (height, width, 1)."""
     under = colors if premultiplied else colors * (alpha / 255)
     return np.broadcast_to(np.rint(under + (255.0 - alpha)), (*colors.shape[:2], 3)).astype(
         np.uint8
@@ -50,7 +50,7 @@ def on_white(
 
 
 def from_cmyk(inks: NDArray[np.integer]) -> Seen:
-    """Without a profile: each ink takes its share of the light that black leaves."""
+    """Convert without a color profile: multiply the light that each ink and black leave."""
     return np.rint((255.0 - inks[..., :3]) * (255.0 - inks[..., 3:4]) / 255).astype(np.uint8)
 
 
@@ -58,7 +58,7 @@ def from_cmyk(inks: NDArray[np.integer]) -> Seen:
 
 
 def packed(samples: Samples, bits: int, order: str = ">") -> list[bytes]:
-    """Each row as bytes, filled up to a whole one; (height, width, samples)."""
+    """Return the bytes of each row of (height, width, samples), padded to whole bytes."""
     rows = samples.reshape(len(samples), -1)
     if bits % 8 == 0:
         return [row.tobytes() for row in rows.astype(f"{order}u{bits // 8}")]
@@ -66,19 +66,19 @@ def packed(samples: Samples, bits: int, order: str = ">") -> list[bytes]:
     return [row.tobytes() for row in np.packbits(each_bit.reshape(len(rows), -1), axis=1)]
 
 
-# How TIFF calls the types of its tags' values, and `struct` does.
+# Types of values, in TIFF and in `struct`.
 _SHORT, _LONG = (3, "H"), (4, "I")
 
 Tag = tuple[tuple[int, str], Sequence[int]]
 
 
 def shorts(*values: int) -> Tag:
-    """The value of a tag."""
+    """Return a tag's value of 16-bit numbers."""
     return _SHORT, values
 
 
 def longs(*values: int) -> Tag:
-    """The value of a tag, of 32 bits each."""
+    """Return a tag's value of 32-bit numbers."""
     return _LONG, values
 
 
@@ -98,21 +98,21 @@ def tiff(  # a tag each
     tags: Mapping[int, Tag] | None = None,
     without: Iterable[int] = (),
 ) -> bytes:
-    """A TIFF of one page.
+    """Return a TIFF of one page.
 
     Args:
-        samples: the image's, or whole strips as they stand in the file, which need `size`.
-        bits: of each sample.
-        photometric: what the samples mean.
-        size: height, width and samples of a pixel.
+        samples: of the image, or whole strips as in the file, which need `size`.
+        bits: per sample.
+        photometric: the color space.
+        size: height, width and samples per pixel.
         order: `<` or `>`.
         in_planes: one channel after the other, instead of pixel by pixel.
-        reversed_bits: the first pixel in the lowest bits.
-        extra: what the samples are that come after the colors.
-        number: unsigned, signed, floating-point.
-        compression: only deflate is done here; strips in another one must be given.
+        reversed_bits: the first pixel is in the lowest bits.
+        extra: meanings of the samples after the colors.
+        number: 1 unsigned, 2 signed, 3 floating-point.
+        compression: only deflate is applied here; other strips must be compressed already.
         strips: per plane.
-        tags: others, or other values.
+        tags: additional ones, or other values.
         without: tags to leave out.
     """
     if isinstance(samples, np.ndarray):
@@ -156,7 +156,7 @@ def tiff(  # a tag each
 
 
 def directory(entries: Mapping[int, Tag], offset: int, order: str = "<") -> bytes:
-    """A TIFF's directory that stands at `offset`, with its values behind it, and none after it."""
+    """Return the last directory of a TIFF, at `offset`, followed by its values."""
     result, values = struct.pack(f"{order}H", len(entries)), b""
     behind = offset + 2 + 12 * len(entries) + 4
     for tag, ((kind, format_), numbers) in sorted(entries.items()):
@@ -171,7 +171,7 @@ def directory(entries: Mapping[int, Tag], offset: int, order: str = "<") -> byte
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """One chunk of a PNG."""
+    """Return a chunk of a PNG."""
     body = kind + content
     return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
@@ -184,7 +184,7 @@ _ADAM7 = (
 
 
 def png_header(width: int, height: int, bits: int, color_type: int, interlaced: int = 0) -> bytes:
-    """The beginning of a PNG, with its header's chunk."""
+    """Return the beginning of a PNG with its header chunk."""
     fields = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, interlaced)
     return PNG_START + chunk(b"IHDR", fields)
 
@@ -198,7 +198,7 @@ def png(  # a chunk or field each
     palette: Samples | None = None,
     interlaced: bool = False,
 ) -> bytes:
-    """A PNG with any of the standard's kinds of pixels; `clear` is its chunk tRNS."""
+    """Return a PNG of any kind of pixels; `clear` is its chunk tRNS."""
     height, width, _ = samples.shape
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     parts = (samples[top::down, left::right] for top, left, down, right in passes)
@@ -221,9 +221,9 @@ def bmp(  # a field each
     masks: Sequence[int] = (),
     pixels: bytes = b"",
 ) -> bytes:
-    """A BMP, bottom row first; of 16 and 32 bits `samples` are whole pixels.
+    """Return a BMP, bottom row first.
 
-    `pixels` are run-length encoded already.
+    With 16 and 32 bits, `samples` are whole pixels. `pixels` are run-length encoded already.
     """
     height, width, _ = samples.shape
     if not pixels:
@@ -240,17 +240,17 @@ def bmp(  # a field each
 
 
 def bgr0(palette: Samples) -> bytes:
-    """A BMP's palette from (colors, 3)."""
+    """Return a BMP's palette from (colors, 3)."""
     padded = np.pad(palette[:, ::-1], ((0, 0), (0, 1)))
     return padded.astype(np.uint8).tobytes()
 
 
 def segment(marker: int, content: bytes = b"") -> bytes:
-    """One segment of a JPEG."""
+    """Return a segment of a JPEG."""
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
-# One image of 40 x 30 in three ways: Huffman, and the same by libjpeg-turbo's lossless
+# One image of 40 x 30: with Huffman coding, and converted losslessly by libjpeg-turbo's
 # `jpegtran -arithmetic`, baseline and progressive.
 _START = b"\xff\xd8\xff"
 HUFFMAN_JPEG, *ARITHMETIC_JPEGS = (
@@ -276,7 +276,7 @@ HUFFMAN_JPEG, *ARITHMETIC_JPEGS = (
 )
 
 
-# Of process 14 (ITU-T T.81, annex H), 8 x 8.
+# 8 x 8, process 14 (ITU-T T.81, annex H).
 _LOSSLESS_JPEG = zlib.decompress(
     base64.b85decode(
         "c-s4a<Nsj>K@J8WWM&j(U=n0t7G(H;gh7P?1Oyq703#DK3o9Et2PYRd4=*3T!2eqeJj{#?ObpBnj0_CUzvM6ci)"
@@ -285,11 +285,11 @@ _LOSSLESS_JPEG = zlib.decompress(
 )
 
 
-# --- Kinds that are read ---
+# --- Supported kinds ---
 
 
 def read(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
-    """Names, files and what they show, made from one photograph of even sides."""
+    """Yield names, files and their colors, made from a photograph with even sides."""
     yield from _read_tiffs(photograph)
     yield from _read_pngs(photograph)
     yield from _read_bmps(photograph)
@@ -299,12 +299,12 @@ def read(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
 
 
 def luma(photograph: Seen) -> NDArray[np.uint8]:
-    """(height, width, 1)."""
+    """Return the luminance, (height, width, 1)."""
     return np.rint(photograph @ [0.299, 0.587, 0.114]).astype(np.uint8)[..., None]
 
 
 def deepened(samples: NDArray[np.integer], bits: int) -> Samples:
-    """From 8 bits to more, of which the lower ones are noise, or to fewer."""
+    """Convert 8 bits to more, whose lower ones are noise, or to fewer."""
     if bits <= 8:
         return samples >> (8 - bits)
     noise = np.random.default_rng(bits).integers(0, 2 ** (bits - 8), samples.shape)
@@ -312,13 +312,13 @@ def deepened(samples: NDArray[np.integer], bits: int) -> Samples:
 
 
 def slope(height: int, width: int) -> NDArray[np.uint8]:
-    """Alpha from clear to opaque, top to bottom: (height, width, 1)."""
+    """Return alpha from clear at the top to opaque: (height, width, 1)."""
     rows = np.linspace(0, 255, height).astype(np.uint8)
     return np.broadcast_to(rows[:, None, None], (height, width, 1))
 
 
 def palette_of(photograph: Seen, bits: int) -> tuple[Samples, Samples]:
-    """Indices (height, width, 1) and colors (2**bits, 3): green decides, the others follow."""
+    """Quantize by the green channel: indices (height, width, 1) and colors (2**bits, 3)."""
     indices = photograph[..., 1:2] >> (8 - bits)
     colors = [
         photograph[indices[..., 0] == index].mean(axis=0) if (indices == index).any() else [0] * 3
@@ -328,12 +328,12 @@ def palette_of(photograph: Seen, bits: int) -> tuple[Samples, Samples]:
 
 
 def color_map(colors: Samples) -> dict[int, Tag]:
-    """A TIFF's palette: 16 bits, all reds first."""
+    """Return a TIFF's palette: 16 bits, all reds first."""
     return {320: shorts(*(colors.T * 257).ravel().tolist())}
 
 
 def _read_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
-    """A few; `unit/test_rgb` has all combinations of tags."""
+    """Yield a few; `unit/test_rgb` has all combinations of tags."""
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
     yield "TIFF of 64-bit offsets", _big_tiff(levels, "<"), gray(levels)
     data = tiff(deepened(photograph, 16), 16, RGB, order=">", compression=DEFLATE, in_planes=True)
@@ -405,11 +405,11 @@ def _read_bmps(photograph: Seen) -> Iterator[tuple[str, bytes, Seen]]:
     yield "BMP 32-bit, the fourth byte unused", bmp(whole, 32), photograph
 
 
-# --- Kinds that are not read ---
+# --- Unsupported kinds ---
 
 
 def unread(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
-    """Names, files, and what the error must say."""
+    """Yield names, files, and parts of their error messages."""
     yield from _unread_tiffs(photograph)
     yield from _camera_files(photograph)
     yield from _unread_jpegs()
@@ -426,7 +426,7 @@ def unread(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
 def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
     levels, alpha = luma(photograph), slope(*photograph.shape[:2])
     inks = np.concatenate([photograph, alpha], 2)
-    grey_alpha = np.concatenate([levels, alpha], 2)
+    gray_alpha = np.concatenate([levels, alpha], 2)
     gray_ = partial(tiff, photometric=BLACK_IS_ZERO)
     for name, data, words in (
         ("signed 8-bit", gray_(levels >> 1, 8, number=2), "signed 8-bit gray"),
@@ -448,7 +448,7 @@ def _unread_tiffs(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
         ),
         (
             "gray, alpha in its plane",
-            gray_(grey_alpha, 8, extra=[2], in_planes=True),
+            gray_(gray_alpha, 8, extra=[2], in_planes=True),
             "transparency in a plane",
         ),
         ("RGB, bits reversed", tiff(photograph, 8, RGB, reversed_bits=True), "reverse order"),
@@ -478,13 +478,13 @@ def _big_tiff(levels: Samples, order: str = ">") -> bytes:
 
 
 def _camera_files(photograph: Seen) -> Iterator[tuple[str, bytes, str]]:
-    """A small rendered copy on the first page, the sensor's data on one below it."""
+    """Yield RAW files: a small preview on the first page, the sensor's data below it."""
     small = photograph[::4, ::4]
     reduced = {254: longs(1)}
     yield "RAW DNG", tiff(small, 8, RGB, tags={50706: ((1, "B"), [1, 4, 0, 0])}), "camera RAW"
     yield "RAW PEF", tiff(luma(photograph), 12, 32803), "camera RAW"
     data = tiff(small, 8, RGB, tags={330: longs(0)})
-    # The first entry's value is known only now: the directory below comes last.
+    # The offset of the directory below is known only now.
     at = data.index(struct.pack("<HHI", 330, 4, 1)) + 8
     data = data[:at] + struct.pack("<I", len(data)) + data[at + 4 :]
     below = {254: longs(0), 258: shorts(12), 259: shorts(34713), 262: shorts(32803)}
@@ -512,7 +512,7 @@ def _unread_jpegs() -> Iterator[tuple[str, bytes, str]]:
 
 _SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 
-# Names, the beginnings of files, and what the error must say; no library wrote these.
+# Names, beginnings of files written by hand, and parts of their error messages.
 NAMED = [
     ("TGA with a footer", bytes(100) + b"TRUEVISION-XFILE.\0", "unsupported format"),
     ("cursor", b"\0\0\2\0\1\0" + bytes(100), "unsupported format"),

@@ -1,7 +1,7 @@
-"""Whether the locks can be installed on every platform and Python that the project supports.
+"""`make lock-check`: whether the locks can be installed on each supported platform and Python.
 
-Asks uv to resolve each group for each of them, from the lock alone and by hash: so each package
-has a file for that platform, and each package that another one needs is in the lock.
+uv resolves each group from its locks alone, by hash, so each package must have a file for the
+platform, and its dependencies must be in the locks.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from scripts.bootstrap import NEEDS
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
-# The oldest C library, and the oldest macOS, that PyTorch and ONNX Runtime are built for.
+# The oldest C library and macOS that PyTorch and ONNX Runtime support.
 PLATFORMS = {
     "Linux x86-64": "x86_64-manylinux_2_28",
     "Linux ARM64": "aarch64-manylinux_2_28",
@@ -24,7 +24,7 @@ PLATFORMS = {
 }
 OLDEST_MACOS = "14.0"
 
-# Groups with an environment of their own; the others are installed in addition to others.
+# Groups with their own environment; the others are installed on top of their needs.
 IMAGES = ("container", "gateway", "ray", "sbom")
 STANDALONE = ("run", "clients", "moto", *IMAGES)
 GROUPS = {
@@ -35,12 +35,12 @@ GROUPS = {
     for lock in sorted(Path("requirements").glob("*.lock"))
 }
 
-# Packages of pure Python without a wheel.
+# Pure Python packages without a wheel.
 SOURCES = {"tests": ("sslyze",)}
 
 
 def problem(case: tuple[str, str, str]) -> str:
-    """Return why a group cannot be installed; nothing if it can."""
+    """Return why a group cannot be installed, "" if it can."""
     group, platform, python = case
     name = PLATFORMS[platform]
     if group in {"precision", "benchmarks"} and platform == "Linux ARM64":
@@ -64,7 +64,7 @@ def problem(case: tuple[str, str, str]) -> str:
 
 
 def compiled(group: str, platform: str) -> tuple[str, ...]:
-    """Return packages of Triton's and KServe's clients that must be compiled on ARM64."""
+    """Return the packages that must be compiled on ARM64."""
     return ("gevent", "psutil") if (group, platform[-5:]) == ("clients", "ARM64") else ()
 
 

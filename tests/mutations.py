@@ -1,9 +1,9 @@
-"""Breaks one place of the product at a time, and reports which breaks `make test` notices.
+"""Mutation tests: break one place of the product at a time, and report what `make test` notices.
 
     .venv/bin/python -m tests.mutations [NUMBER ...]
 
-Each mutation is made in a copy of the repository. The tests of the module are run first, then the
-rest of `make test`, and the first failure ends it.
+In a copy of the repository, the unit tests of the module run first, then the rest of `make test`,
+until one fails.
 """
 
 import os
@@ -16,17 +16,17 @@ from pathlib import Path
 
 _UNIT = "tests/unit"
 _REST = ("--ignore=tests/unit", "--require-integration")
-_LEAST_NOTICED = 36
+_MIN_NOTICED = 36
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One break.
+    """A replacement of text in a file of the product.
 
     Attributes:
-        file: of the product.
-        old, new: text that occurs in it, and its replacement at the first place.
-        first: the unit tests that are most likely to notice, `test_NAME.py`.
+        file: the file.
+        old, new: its text, and the replacement of the first occurrence.
+        first: NAME of the unit tests `test_NAME.py` that run first, or -.
     """
 
     file: str
@@ -35,112 +35,58 @@ class Mutation:
     first: str
 
 
+# A line per mutation: the fields of `Mutation`.
+_TABLE = """
+# From rows to images and options
+handler/protocols/json_body.py | images > max_images | images >= max_images | inputs
+handler/protocols/__init__.py | get("explain") == "True" | get("explain") == "no" | inputs
+handler/protocols/accept.py | weight > others or | weight >= others or | inputs
+handler/protocols/forms.py | int(length) > accounted + slack | False | inputs
+handler/protocols/kserve_v2.py | math.prod(shape) != elements | False | kserve
+handler/protocols/kserve_v2.py | if len(elements) > max_images: | if False: | kserve
+# Decoding
+handler/decoding/decode.py | budget.take(*header.size) | pass | images
+handler/decoding/pillow.py | elif image.size != tuple(task.size): | elif False: | images
+handler/decoding/transform.py | int(short * size[1] | int(2 * short * size[1] | fit
+handler/decoding/transform.py | rounded((width - crop) / 2.0) | rounded((width - crop) / 3) | images
+handler/decoding/transform.py | width - right, width - left | left, right | images
+handler/decoding/pillow.py | + fixed > DECODING_BYTES | < 0 | images
+handler/decoding/child.py | resource.setrlimit( | (lambda *_: None)( | images
+handler/decoding/jpeg.py | _LOOK_AHEAD if in_one_scan | bytes(9999) if in_one_scan | images
+# Inference
+handler/request.py | run_isolated(item, lambda alone: stage([alone])) | raise | handler
+handler/pipeline.py | np.isfinite(a).all() | True | handler
+handler/pipeline.py | step = self.archive.settings.max_batch | step = 99 | handler
+handler/inference/cores.py | max(share, everything) | min(share, everything) | cores
+handler/inference/cores.py | == fcntl.F_UNLCK | != fcntl.F_UNLCK | cores
+handler/inference/explain.py | / np.float32(positions) | * 1 | explain
+handler/inference/precision.py | mismatches <= MAX_MISMATCHES | True | precision
+# Responses
+handler/inference/activation.py | - logits.max( | + logits.max( | responses
+handler/results.py | >= options.threshold) | > 1) | responses
+handler/results.py | if (size := predictions | if False and (size := predictions | responses
+handler/errors.py | status = 415 | status = 400 | handler
+handler/errors.py | status = 413 | status = 400 | handler
+handler/page.py | html.escape(json.dumps(values), quote=False) | json.dumps(values) | page
+handler/settings.py | if not low <= value <= high: | if value < low: | settings
+# Building archives
+scripts/build/sources/download.py | sha256(target).startswith(match[1]) | True | download
+scripts/build/state_dicts.py | if not np.isfinite(tensor).all(): | if False: | state_dicts
+scripts/build/export.py | images.float() / 255 | images.float() / 256 | pipeline
+scripts/build/pipeline.py | elif outputs not in {None, len(labels)}: | elif False: | pipeline
+scripts/build/guard.py | > limits.max_loss | > 100 | guard
+# Serving
+scripts/serve/machine.py | max(1, cpus // workers) | cpus | limits
+scripts/serve/server.py | HOST if grpc else _unreachable_grpc_address() | HOST | -
+scripts/gateway/nginx.conf.jinja | if ($client = "") | if ($client = "x") | -
+scripts/serve/commands.py | and not card.trained | and card.trained | archive
+# The gateway and the evaluation
+scripts/gateway/keys.py | status.st_mode & ( | status.st_mode & 0 & ( | keys
+scripts/gateway/nginx.conf.jinja | 500 502 507 = @again | 502 = @again | -
+scripts/evaluation/single_label.py | self.predictions[:, 0] | self.predictions[:, 1] | evaluation
+"""
 MUTATIONS = tuple(
-    Mutation(*each)
-    for each in (
-        # --- From rows to images and options ---
-        ("handler/protocols/json_body.py", "images > max_images", "images >= max_images", "inputs"),
-        (
-            "handler/protocols/__init__.py",
-            'get("explain") == "True"',
-            'get("explain") == "no"',
-            "inputs",
-        ),
-        ("handler/protocols/accept.py", "weight > others or", "weight >= others or", "inputs"),
-        ("handler/protocols/forms.py", "int(length) > accounted + slack", "False", "inputs"),
-        ("handler/protocols/kserve_v2.py", "math.prod(shape) != elements", "False", "kserve"),
-        ("handler/protocols/kserve_v2.py", "if len(elements) > max_images:", "if False:", "kserve"),
-        # --- Decoding ---
-        ("handler/decoding/decode.py", "        budget.take(*header.size)\n", "", "images"),
-        (
-            "handler/decoding/pillow.py",
-            "elif image.size != tuple(task.size):",
-            "elif False:",
-            "images",
-        ),
-        ("handler/decoding/transform.py", "int(short * size[1]", "int(2 * short * size[1]", "fit"),
-        (
-            "handler/decoding/transform.py",
-            "rounded((width - crop) / 2.0)",
-            "rounded((width - crop) / 3)",
-            "images",
-        ),
-        ("handler/decoding/transform.py", "width - right, width - left", "left, right", "images"),
-        ("handler/decoding/pillow.py", "+ fixed > DECODING_BYTES", "< 0", "images"),
-        ("handler/decoding/child.py", "resource.setrlimit(", "(lambda *_: None)(", "images"),
-        (
-            "handler/decoding/jpeg.py",
-            "_LOOK_AHEAD if in_one_scan",
-            "bytes(9999) if in_one_scan",
-            "images",
-        ),
-        # --- Inference ---
-        (
-            "handler/request.py",
-            "run_isolated(item, lambda alone: stage([alone]))",
-            "raise",
-            "handler",
-        ),
-        ("handler/pipeline.py", "np.isfinite(a).all()", "True", "handler"),
-        ("handler/pipeline.py", "step = self.archive.settings.max_batch", "step = 99", "handler"),
-        ("handler/inference/cores.py", "max(share, everything)", "min(share, everything)", "cores"),
-        ("handler/inference/cores.py", "== fcntl.F_UNLCK", "!= fcntl.F_UNLCK", "cores"),
-        ("handler/inference/explain.py", "/ np.float32(positions)", "", "explain"),
-        ("handler/inference/precision.py", "mismatches <= MAX_MISMATCHES", "True", "precision"),
-        # --- Responses ---
-        ("handler/inference/activation.py", "- logits.max(", "+ logits.max(", "responses"),
-        ("handler/results.py", ">= options.threshold)", "> 1)", "responses"),
-        (
-            "handler/results.py",
-            "if (size := predictions",
-            "if False and (size := predictions",
-            "responses",
-        ),
-        ("handler/errors.py", "status = 415", "status = 400", "handler"),
-        ("handler/errors.py", "status = 413", "status = 400", "handler"),
-        (
-            "handler/page.py",
-            "html.escape(json.dumps(values), quote=False)",
-            "json.dumps(values)",
-            "page",
-        ),
-        ("handler/settings.py", "if not low <= value <= high:", "if value < low:", "settings"),
-        # --- Building archives ---
-        (
-            "scripts/build/sources/download.py",
-            "sha256(target).startswith(match[1])",
-            "True",
-            "download",
-        ),
-        (
-            "scripts/build/state_dicts.py",
-            "if not np.isfinite(tensor).all():",
-            "if False:",
-            "state_dicts",
-        ),
-        ("scripts/build/export.py", "images.float() / 255", "images.float() / 256", "pipeline"),
-        (
-            "scripts/build/pipeline.py",
-            "elif outputs not in {None, len(labels)}:",
-            "elif False:",
-            "pipeline",
-        ),
-        ("scripts/build/guard.py", "> limits.max_loss", "> 100", "guard"),
-        # --- Serving ---
-        ("scripts/serve/machine.py", "max(1, cpus // workers)", "cpus", "limits"),
-        ("scripts/serve/server.py", "HOST if grpc else _unreachable_grpc_address()", "HOST", ""),
-        ("scripts/gateway/nginx.conf.jinja", 'if ($client = "")', 'if ($client = "x")', ""),
-        ("scripts/serve/commands.py", "and not card.trained", "and card.trained", "archive"),
-        # --- The gateway ---
-        ("scripts/gateway/keys.py", "status.st_mode & (", "status.st_mode & 0 & (", "keys"),
-        ("scripts/gateway/nginx.conf.jinja", "500 502 507 = @again", "502 = @again", ""),
-        (
-            "scripts/evaluation/single_label.py",
-            "return self.predictions[:, 0]",
-            "return self.predictions[:, 1]",
-            "evaluation",
-        ),
-    )
+    Mutation(*line.split(" | ")) for line in _TABLE.strip().splitlines() if line[0] != "#"
 )
 
 
@@ -159,11 +105,11 @@ def main() -> int:
             sys.stdout.flush()
     noticed = sum(map(bool, rows))
     print(f"{noticed} of {len(rows)} were noticed.")
-    return 0 if noticed >= _LEAST_NOTICED * len(rows) / len(MUTATIONS) else 1
+    return 0 if noticed >= _MIN_NOTICED * len(rows) / len(MUTATIONS) else 1
 
 
 def _copy_repository(target: Path) -> None:
-    """Copy what git tracks and what it would, and exports of earlier builds; link the packages."""
+    """Copy the files of git, also untracked ones, and earlier exports; link the packages."""
     command = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):

@@ -1,4 +1,4 @@
-"""Small ONNX files, made by hand as other programs than PyTorch make them."""
+"""Small ONNX files, like those of other programs than PyTorch."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +19,7 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Made:
-    """What kind of file to make: a convolution, a mean over all positions, and a linear layer.
+    """Options of a model: a convolution, global average pooling, and a linear layer.
 
     Attributes:
         shape: of the input; text for an axis of any length.
@@ -28,10 +28,10 @@ class Made:
         end: operators after the linear layer, such as Softmax.
         classes: outputs of the linear layer.
         names: of the input and the output.
-        fixed: the batch is part of the graph: its rows are made by a reshape.
+        fixed: the batch size is part of the graph, in a reshape.
         opset: version of the operators.
-        hidden: a second linear layer, with an activation before it.
-        half: it computes in float16, between casts from float32 and to it.
+        hidden: whether a linear layer and an activation come before the last layer.
+        half: whether it computes in float16, between casts from and to float32.
     """
 
     shape: tuple[int | str, ...] = ("N", 3, 64, 64)
@@ -47,14 +47,14 @@ class Made:
 
 
 def model(made: Made | None = None) -> ModelProto:
-    """A model whose answers differ from image to image."""
+    """Return a model whose predictions differ between images."""
     made = made or Made()
     return _made(made, *_spread(made.classes, made.hidden))
 
 
 @cache
 def _spread(classes: int, hidden: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A last layer that gives logits of mean 0 and standard deviation 2 over the sample images."""
+    """Return a last layer with logits of mean 0 and deviation 2 over the sample images."""
     weight = np.random.default_rng(5).normal(0, 1, (classes, CHANNELS)).astype(np.float32)
     bias = np.zeros(classes, np.float32)
     made = _made(Made(classes=classes, hidden=hidden), weight, bias)
@@ -122,7 +122,7 @@ def _made(made: Made, weight: NDArray[np.float32], bias: NDArray[np.float32]) ->
 
 
 def quantized() -> ModelProto:
-    """One whose output is rounded to 8 bits."""
+    """Return a model whose output is rounded to 8 bits."""
     proto = model()
     last = proto.graph.node.pop()
     proto.graph.initializer.append(numpy_helper.from_array(np.array(0.02, np.float32), "step"))
@@ -134,7 +134,7 @@ def quantized() -> ModelProto:
 
 
 def with_operator(domain: str, operator: str) -> ModelProto:
-    """One whose output goes through an operator that is not ONNX's."""
+    """Return a model with a custom operator before its output."""
     proto = model()
     proto.graph.node[-1].op_type, proto.graph.node[-1].domain = operator, domain
     proto.opset_import.append(helper.make_opsetid(domain, 1))
@@ -142,7 +142,7 @@ def with_operator(domain: str, operator: str) -> ModelProto:
 
 
 def with_data_elsewhere(location: str) -> ModelProto:
-    """One whose weights are in another file."""
+    """Return a model whose weights are in another file."""
     proto = model()
     tensor = proto.graph.initializer[0]
     onnx.external_data_helper.set_external_data(tensor, location)

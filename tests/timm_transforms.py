@@ -1,4 +1,4 @@
-"""timm's own preprocessing, to compare with."""
+"""timm's own preprocessing."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from timm.data.transforms_factory import create_transform
 
 
 def timm_transform(name: str, **changes: Any) -> Any:
-    """From an RGB picture to float32 (3, crop, crop), as a model's weights were trained with."""
+    """Return timm's transform of a model, from an RGB image to float32 (3, crop, crop)."""
     config = timm.get_pretrained_cfg(name)
     assert config is not None
     resolved = resolve_data_config({}, pretrained_cfg=config.to_dict())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A copy of the project, in which commands run as in a fresh clone."""
+"""A copy of the project, like a fresh clone."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from scripts import bootstrap
 
 
 def project_files() -> list[Path]:
-    """Return the project's files as git has them, with those that are not committed yet."""
+    """Return the project's files, tracked by git or not yet."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -23,6 +23,6 @@ def copy_project(folder: Path) -> None:
     for path in project_files():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path)
-    # Or the copy's commands would install into the environment that it shares, from the copy.
+    # Otherwise the copy's commands would install packages into the shared environment.
     assert bootstrap.is_installed("run"), "the environment is not up to date: make setup-tests"
     (folder / ".venv").symlink_to(Path(".venv").resolve())

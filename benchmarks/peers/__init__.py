@@ -1,5 +1,5 @@
-"""The same model on other servers, each as its own documentation says to serve one.
+"""The same model on other servers, each served as in its own documentation.
 
-All take a picture and answer the first label. They read `model.onnx`, `weights.pth` and
+All take an image and return its top-1 label. They read `model.onnx`, `weights.pth` and
 `index_to_name.json` from the folder that the variable BENCHMARK_FILES names.
 """

@@ -1,4 +1,4 @@
-"""What the peers share: the same engine and batches, plain Pillow decoding, the class index."""
+"""Shared by the peers: the same engine and batches, decoding with Pillow, the class index."""
 
 import io
 import json
@@ -15,10 +15,10 @@ from benchmarks.report import CORES
 from handler.inference.cores import Cores
 from handler.inference.precision import MODEL_FILES
 
-# A worker a core with one thread each is the best for all of them.
+# One worker per core with one thread is the best setting for all of them.
 WORKERS = CORES
 BATCH = 8
-# As this project's (handler/model-config.yaml).
+# As in handler/model-config.yaml.
 BATCH_DELAY_MS = 1
 
 FILES = Path(os.environ.get("BENCHMARK_FILES", "."))
@@ -30,7 +30,7 @@ LABELS: dict[str, list[str]] = (
 
 
 class LowerPrecision:
-    """This project's engine for lower precision, called as an ONNX Runtime session is."""
+    """This project's engine for reduced precision, with the interface of ONNX Runtime."""
 
     def __init__(self, precision: str, threads: int) -> None:
         from handler.inference.openvino_engine import OpenVinoEngine
@@ -39,13 +39,13 @@ class LowerPrecision:
         self._engine = OpenVinoEngine(FILES / MODEL_FILES[precision], precision, cores)
 
     def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[NDArray[np.float32]]:
-        """The logits of a batch."""
+        """Return the logits of a batch."""
         assert outputs == ["logits"]
         return [self._engine.run(inputs["images"]).logits]
 
 
 def session(threads: int) -> Any:
-    """The exported model with so many threads, in the precision that the environment says."""
+    """Return the exported model in the precision of BENCHMARK_PRECISION."""
     precision = os.environ.get("BENCHMARK_PRECISION", "float32")
     if precision != "float32":
         return LowerPrecision(precision, threads)
@@ -58,18 +58,22 @@ def session(threads: int) -> Any:
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """As the tutorial's transform: shorter side to 255, centre 224; uint8 (3, 224, 224)."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    """Return the pixels of a file as the tutorial's transform, uint8 (3, 224, 224)."""
+    return crop(Image.open(io.BytesIO(data)))
+
+
+def crop(image: Image.Image) -> NDArray[np.uint8]:
+    """Resize the shorter side to 255 and crop 224 from the center, uint8 (3, 224, 224)."""
+    image = image.convert("RGB")
     scale = 255 / min(image.size)
     image = image.resize(
         (int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR
     )
     left, top = (image.width - 224) // 2, (image.height - 224) // 2
-    crop = image.crop((left, top, left + 224, top + 224))
-    return np.asarray(crop).transpose(2, 0, 1)
+    return np.asarray(image.crop((left, top, left + 224, top + 224))).transpose(2, 0, 1)
 
 
 def answer(logits: NDArray[np.float32]) -> dict[str, str]:
-    """The tutorial's answer to one picture."""
+    """Return the tutorial's response to an image."""
     class_id, class_name = LABELS[str(int(logits.argmax()))]
     return {"class_id": class_id, "class_name": class_name}

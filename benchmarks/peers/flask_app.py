@@ -27,7 +27,7 @@ transform = transforms.Compose(
 
 @app.route("/predict", methods=["POST"])
 def predict() -> Any:
-    """One picture under `file`."""
+    """Classify an upload in `file`."""
     image = Image.open(io.BytesIO(request.files["file"].read()))
     outputs = model(transform(image).unsqueeze(0))
     class_id, class_name = LABELS[str(outputs.max(1).indices.item())]

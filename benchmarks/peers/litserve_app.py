@@ -1,4 +1,4 @@
-"""LitServe: FastAPI in front, worker processes that batch."""
+"""LitServe: a FastAPI frontend and worker processes that batch."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS, answer, deco
 
 
 class Classifier(litserve.LitAPI):
-    """Takes an upload under `file`, answers JSON."""
+    """Takes an upload in `file`, returns JSON."""
 
     def setup(self, device: str) -> None:
         self.session = session(threads=1)

@@ -9,7 +9,7 @@ from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS, answer, deco
 
 
 class Classifier(Worker):
-    """Takes raw bytes, answers JSON."""
+    """Takes raw bytes, returns JSON."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,7 +47,9 @@ def main(
     files_from: Annotated[
         str | None, typer.Option(help="A list of files, one per line; - is standard input.")
     ] = None,
-    url: Annotated[str, typer.Option(envvar="CLASSIFY_URL", help="URL to which images are sent.")] = URL,
+    url: Annotated[
+        str, typer.Option(envvar="CLASSIFY_URL", help="URL to which images are sent.")
+    ] = URL,
     format: FormatOption = None,  # the option's name
     output: OutputOption = None,
     at_once: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = AT_ONCE,

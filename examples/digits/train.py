@@ -31,7 +31,7 @@ SEED = 7
 SIDE = 32
 MEAN = STD = 0.5
 
-# What the server must do to a picture too: see docs/models/your-model.md.
+# The server must preprocess images in the same way: see docs/models/your-model.md.
 TRANSFORM = transforms.Compose(
     [
         transforms.Resize(SIDE),
@@ -50,12 +50,12 @@ _TEST_SHARE = 0.2
 class Split:
     """Grayscale images of digits, 8 x 8, and their labels, 0 to 9."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     digits: list[int]
 
     def tensors(self) -> TensorDataset:
         """Return the model's input, float32 (N, 3, SIDE, SIDE), and the labels, int64 (N,)."""
-        inputs = torch.stack([TRANSFORM(picture.convert("RGB")) for picture in self.pictures])
+        inputs = torch.stack([TRANSFORM(image.convert("RGB")) for image in self.images])
         return TensorDataset(inputs, torch.tensor(self.digits))
 
 
@@ -74,7 +74,7 @@ def _split(pixels: np.ndarray, target: np.ndarray, chosen: np.ndarray) -> Split:
 
 
 def train(data: Split, epochs: int = EPOCHS) -> nn.Module:
-    """Train from random weights; a fixed seed makes them the same each time."""
+    """Train from random weights, with a fixed seed."""
     torch.manual_seed(SEED)
     model: nn.Module = densenet121(num_classes=len(NAMES))
     batches = DataLoader(data.tensors(), _BATCH, shuffle=True, drop_last=True)
@@ -96,7 +96,7 @@ def train(data: Split, epochs: int = EPOCHS) -> nn.Module:
 
 
 @torch.inference_mode()
-def guesses(model: nn.Module, data: Split) -> list[int]:
+def predict(model: nn.Module, data: Split) -> list[int]:
     """Return the top-1 prediction for each image, computed with PyTorch alone."""
     batches = DataLoader(data.tensors(), _BATCH)
     return [int(row.argmax()) for inputs, _ in batches for row in model(inputs)]
@@ -118,21 +118,21 @@ def save(model: nn.Module, held_out: Split, folder: Path = FOLDER) -> list[Path]
     (folder / "digits.yaml").write_text(MODEL_FILE)
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
     files = []
-    for number, (picture, digit) in enumerate(zip(held_out.pictures, held_out.digits, strict=True)):
+    for number, (image, digit) in enumerate(zip(held_out.images, held_out.digits, strict=True)):
         files.append(folder / "test" / NAMES[digit] / f"{number:03}.png")
         files[-1].parent.mkdir(parents=True, exist_ok=True)
-        picture.save(files[-1])
+        image.save(files[-1])
     return files
 
 
 def main(
     epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
-    folder: Annotated[Path, typer.Option(help="Where to put the result.")] = FOLDER,
+    folder: Annotated[Path, typer.Option(help="For the files.")] = FOLDER,
 ) -> None:
     """Train, and report the accuracy on held-out digits."""
     seen, held_out = load()
     model = train(seen, epochs)
-    right = np.mean(np.array(guesses(model, held_out)) == held_out.digits)
+    right = np.mean(np.array(predict(model, held_out)) == held_out.digits)
     save(model, held_out, folder)
     step(f"Training: {right:.2%} of {len(held_out.digits)} held-out digits right, see {folder}")
 

@@ -13,35 +13,35 @@ from numpy.typing import NDArray
 
 from scripts.terminal import UserError, command, console
 
-# Pictures whose similarities to all others are computed at once.
-_AT_ONCE = 1000
+# Images whose similarities to all others are computed at once.
+_BLOCK = 1000
 
 
-def pairs(vectors: NDArray[np.float32], least: float) -> list[tuple[float, int, int]]:
+def pairs(vectors: NDArray[np.float32], min_similarity: float) -> list[tuple[float, int, int]]:
     """Return pairs of at least this cosine similarity of the centered vectors, highest first.
 
     Args:
         vectors: float32 (images, channels).
-        least: the least similarity, -1 to 1.
+        min_similarity: -1 to 1.
 
     Returns:
         for each pair its similarity and the two row numbers.
     """
-    centred = vectors - vectors.mean(axis=0)
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    unit = centred / np.maximum(lengths, np.finfo(np.float32).tiny)
+    centered = vectors - vectors.mean(axis=0)
+    lengths = np.linalg.norm(centered, axis=1, keepdims=True)
+    unit = centered / np.maximum(lengths, np.finfo(np.float32).tiny)
     found = []
-    for start in range(0, len(unit), _AT_ONCE):
-        alike = unit[start : start + _AT_ONCE] @ unit.T
-        for row, column in zip(*np.nonzero(alike >= least), strict=True):
+    for start in range(0, len(unit), _BLOCK):
+        alike = unit[start : start + _BLOCK] @ unit.T
+        for row, column in zip(*np.nonzero(alike >= min_similarity), strict=True):
             if start + row < column:
                 found.append((float(alike[row, column]), int(start + row), int(column)))
     return sorted(found, reverse=True)
 
 
 def main(
-    file: Annotated[Path, typer.Argument(help="As make classify writes it: a .npy.")],
-    least: Annotated[float, typer.Option(min=-1, max=1, help="Least similarity.")] = 0.95,
+    file: Annotated[Path, typer.Argument(help="Embeddings of make classify, as .npy.")],
+    min_similarity: Annotated[float, typer.Option(min=-1, max=1)] = 0.95,
 ) -> None:
     """Print pairs of near-duplicate images."""
     try:
@@ -49,7 +49,7 @@ def main(
         names, vectors = rows["picture"], rows["embedding"]
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{file} holds no embeddings: {error}.") from error
-    for similarity, one, other in pairs(vectors, least):
+    for similarity, one, other in pairs(vectors, min_similarity):
         console.print(f"{similarity:.3f}  {names[one]}  {names[other]}")
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import typer
 
 from classification_client import RequestOptions
-from examples.shapes.pictures import LABELS_FILE
+from examples.shapes.drawing import LABELS_FILE
 from examples.shapes.train import (
     EPOCHS,
     FOLDER,
-    PICTURES,
+    IMAGES,
     held_out,
     mean_average_precision,
     probabilities,
@@ -24,20 +24,16 @@ from examples.shapes.train import (
 from scripts.build.model_file import read
 from scripts.build.pipeline import build
 from scripts.build.thresholds import EVEN
-from scripts.evaluation.multilabel import (
-    MultilabelEvaluation,
-    evaluate_labels,
-    report_labels,
-)
+from scripts.evaluation.multilabel import MultilabelEvaluation, evaluate_labels, report_labels
 from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError, command, console, step
 
-# Less would mean that something is wrong with the training.
-LEAST_PRECISION = 0.9
-# Of a probability, and of the mean average precision, from PyTorch's.
-MOST_DIFFERENT = 1e-4
-_AT_ONCE = 8
+# A lower mean average precision would mean a mistake in the training.
+MIN_PRECISION = 0.9
+# The largest difference of a probability from PyTorch's.
+MAX_DIFFERENCE = 1e-4
+_CONNECTIONS = 8
 
 
 def pack(folder: Path, thresholds: float | Path) -> Path:
@@ -58,23 +54,23 @@ def serving(archive: Path, folder: Path) -> Iterator[ServerState]:
 
 
 def evaluated(folder: Path, part: str, running: ServerState) -> MultilabelEvaluation:
-    """Evaluate a part as `make evaluate IMAGES=...` does."""
+    """Evaluate a part like `make evaluate`."""
     images = folder / part
     return evaluate_labels(
-        images, images / LABELS_FILE, running.predictions_url, RequestOptions(), _AT_ONCE
+        images, images / LABELS_FILE, running.predictions_url, RequestOptions(), _CONNECTIONS
     )
 
 
 def main(
     epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
-    pictures: Annotated[int, typer.Option(min=32, help="To train on.")] = PICTURES,
-    folder: Annotated[Path, typer.Option(help="Where to put everything.")] = FOLDER,
-    least: Annotated[
-        float, typer.Option(min=0, max=1, help="Mean average precision asked for.")
-    ] = LEAST_PRECISION,
+    images: Annotated[int, typer.Option(min=32, help="To train on.")] = IMAGES,
+    folder: Annotated[Path, typer.Option(help="For all files.")] = FOLDER,
+    min_precision: Annotated[
+        float, typer.Option(min=0, max=1, help="Mean average precision.")
+    ] = MIN_PRECISION,
 ) -> None:
     """Train a multi-label model, serve it, and compare the server with PyTorch."""
-    model = train(epochs, pictures)
+    model = train(epochs, images)
     save(model, folder)
     with serving(pack(folder, EVEN), folder) as running:
         report_labels(evaluated(folder, "validation", running), folder / "validation-report")
@@ -91,16 +87,15 @@ def main(
     }
     for where, value in precision.items():
         console.print(f"Mean average precision {where:<11} {value:.4f}")
-    # The server's answers are in the order in which they came.
+    # Responses are in the order of their arrival.
     order = np.argsort([image.name for image in served.images])
-    different = float(np.abs(served.probabilities[order] - expected).max())
-    console.print(f"Largest difference of a probability: {different:.1e}")
-    if different > MOST_DIFFERENT or not math.isclose(
-        *precision.values(), abs_tol=MOST_DIFFERENT / 2
-    ):
-        raise UserError("The server answers otherwise than PyTorch.")
-    if precision["served"] < least:
-        raise UserError(f"The mean average precision is below {least}.")
+    difference = float(np.abs(served.probabilities[order] - expected).max())
+    console.print(f"Largest difference of a probability: {difference:.1e}")
+    equal = math.isclose(*precision.values(), abs_tol=MAX_DIFFERENCE / 2)
+    if difference > MAX_DIFFERENCE or not equal:
+        raise UserError("The server's predictions differ from PyTorch's.")
+    if precision["served"] < min_precision:
+        raise UserError(f"The mean average precision is below {min_precision}.")
 
 
 if __name__ == "__main__":

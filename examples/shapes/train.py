@@ -6,11 +6,9 @@ images with their `labels.csv`. Thresholds are chosen on `validation` and measur
 
 import time
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
 from rich.progress import track
 from sklearn.metrics import average_precision_score
@@ -19,18 +17,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.models import resnet18
 
-from examples.shapes.pictures import NAMES, SIDE, Drawn, draw, write
-from scripts.terminal import command, console, step
+from examples.shapes.drawing import NAMES, SIDE, Drawn, draw, write
+from scripts.terminal import console, step
 
 FOLDER = Path("build/shapes")
 ARCHITECTURE = "resnet18"
-PICTURES = 2400
+IMAGES = 2400
 EPOCHS = 5
 SEED = 7
 
 MEAN = STD = 0.5
 
-# What the server must do to a picture too: see docs/models/your-model.md.
+# The server must preprocess images in the same way: see docs/models/your-model.md.
 TRANSFORM = transforms.Compose(
     [
         transforms.Resize(SIDE),
@@ -42,20 +40,20 @@ TRANSFORM = transforms.Compose(
 
 _BATCH = 16
 _LEARNING_RATE = 2e-3
-# Pictures, and the seeds that they are drawn from.
+# Numbers of images, and seeds.
 _TRAIN_SEED = 1
 _HELD_OUT = {"validation": (300, 2), "test": (400, 3)}
 
 
-def train(epochs: int = EPOCHS, pictures: int = PICTURES) -> nn.Module:
-    """Train from random weights; fixed seeds make them and the images the same each time."""
+def train(epochs: int = EPOCHS, images: int = IMAGES) -> nn.Module:
+    """Train from random weights, with fixed seeds of weights and images."""
     began = time.monotonic()
-    drawn = draw(pictures, _TRAIN_SEED)
+    drawn = draw(images, _TRAIN_SEED)
     torch.manual_seed(SEED)
     model: nn.Module = resnet18(num_classes=len(NAMES))
     seen = TensorDataset(_inputs(drawn), torch.from_numpy(drawn.labels).float())
     batches = DataLoader(seen, _BATCH, shuffle=True, drop_last=True)
-    # One pass over the weights for each step: of batches as small as these it saves a sixth.
+    # Fused: one pass over the weights per step, a sixth faster for batches this small.
     optimizer = torch.optim.Adam(model.parameters(), _LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _LEARNING_RATE, total_steps=epochs * len(batches)
@@ -64,7 +62,6 @@ def train(epochs: int = EPOCHS, pictures: int = PICTURES) -> nn.Module:
         losses = []
         for inputs, labels in track(batches, f"Epoch {epoch} of {epochs}", console=console):
             optimizer.zero_grad()
-            # Each class for itself: there or not.
             loss = nn.functional.binary_cross_entropy_with_logits(model(inputs), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -77,7 +74,7 @@ def train(epochs: int = EPOCHS, pictures: int = PICTURES) -> nn.Module:
 
 def _inputs(drawn: Drawn) -> Tensor:
     """Return the model's input, float32 (N, 3, SIDE, SIDE)."""
-    return torch.stack([TRANSFORM(picture) for picture in drawn.pictures])
+    return torch.stack([TRANSFORM(image) for image in drawn.images])
 
 
 def held_out(part: str) -> Drawn:
@@ -108,27 +105,11 @@ activation: sigmoid
 """
 
 
-def save(model: nn.Module, folder: Path = FOLDER) -> dict[str, list[Path]]:
-    """Write weights, classes, the model file and held-out images; return these by part."""
+def save(model: nn.Module, folder: Path = FOLDER) -> None:
+    """Write weights, classes, the model file and held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), folder / "weights.pth")
     (folder / "shapes.yaml").write_text(MODEL_FILE)
     (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
-    return {part: write(held_out(part), folder / part) for part in _HELD_OUT}
-
-
-def main(
-    epochs: Annotated[int, typer.Option(min=1)] = EPOCHS,
-    pictures: Annotated[int, typer.Option(min=_BATCH, help="To train on.")] = PICTURES,
-    folder: Annotated[Path, typer.Option(help="Where to put the result.")] = FOLDER,
-) -> None:
-    """Train, and report the mean average precision on held-out images."""
-    model = train(epochs, pictures)
-    test = held_out("test")
-    found = mean_average_precision(test.labels, probabilities(model, test))
-    save(model, folder)
-    step(f"Training: mean average precision {found:.4f} of held-out pictures, see {folder}")
-
-
-if __name__ == "__main__":
-    command(main)
+    for part in _HELD_OUT:
+        write(held_out(part), folder / part)

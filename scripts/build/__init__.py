@@ -1,1 +1,4 @@
-"""Build model archives: sources, conversion to ONNX, quantization, packing."""
+"""Build model archives: sources, conversion to ONNX, quantization, packing.
+
+What is wrong with a user's model, files or options raises `UserError`, whose text is printed.
+"""

@@ -1,7 +1,7 @@
 """The classifiers of torchvision: names, preprocessing, and the layer that depends on classes."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,8 +17,6 @@ from handler.settings import Preprocessing
 from scripts.build.state_dicts import Template, present_name
 from scripts.store import DEFAULT_ARCHITECTURE
 from scripts.terminal import UserError
-
-Shapes = dict[str, torch.Size]
 
 
 def check_architecture(name: str) -> str:
@@ -62,13 +60,6 @@ def official_preprocessing(architecture: str) -> Preprocessing:
     )
 
 
-def without_auxiliary(architecture: str, keys: Iterable[str]) -> list[str]:
-    """Return a state dict's keys without an Inception's auxiliary classifiers for training."""
-    if architecture not in INCEPTIONS:
-        return list(keys)
-    return [key for key in keys if not key.startswith(("aux", "AuxLogits"))]
-
-
 class _WithoutMemory(TorchFunctionMode):
     """Make layers with shapes, but no values.
 
@@ -89,7 +80,7 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 @functools.cache
-def shapes(architecture: str, classes: int) -> Shapes:
+def shapes(architecture: str, classes: int) -> dict[str, torch.Size]:
     """Return the shape of every parameter and buffer."""
     with _WithoutMemory():
         model = empty_model(architecture, classes)
@@ -97,22 +88,24 @@ def shapes(architecture: str, classes: int) -> Shapes:
 
 
 def class_layer(architecture: str) -> str:
-    """Return the name of the parameter with a row per class, such as "fc.weight"."""
+    """Return the name of the layer that computes the logits, such as "fc"."""
     few, more = shapes(architecture, 2), shapes(architecture, 3)
-    return next(name for name in few if few[name] != more[name] and name.endswith("weight"))
+    names = (name for name in few if few[name] != more[name] and name.endswith(".weight"))
+    return next(names).removesuffix(".weight")
 
 
 def last_layer(model: nn.Module, architecture: str) -> nn.Module:
     """Return the layer that computes the logits."""
-    return model.get_submodule(class_layer(architecture).removesuffix(".weight"))
+    return model.get_submodule(class_layer(architecture))
 
 
 def template(architecture: str) -> Template:
     """Return the names and shapes of an architecture."""
+    auxiliary = ("aux", "AuxLogits") if architecture in INCEPTIONS else ()  # only for training
     return Template(
         architecture,
         functools.partial(shapes, architecture),
-        class_layer(architecture).removesuffix(".weight"),
-        optional=lambda name: not without_auxiliary(architecture, [name]),
+        class_layer(architecture),
+        optional=lambda name: name.startswith(auxiliary),
         rename=present_name,
     )

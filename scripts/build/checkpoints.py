@@ -7,14 +7,14 @@ exported programs only the tensors are read, as NumPy arrays.
 import hashlib
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
@@ -59,31 +59,22 @@ class DigestError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state dicts in a file.
+    """The name of a file, its SHA-256, and its state dicts without those of optimizers.
 
-    Attributes:
-        file: its name, for messages.
-        sha256: of its bytes.
-        states: every state dict by its keys with dots between, as in "model_ema"; "" for the file
-            itself. Optimizers' states are left out.
+    A state dict's key is its path, as in "run.model_ema"; "" if it is the file itself.
     """
 
     file: str
     sha256: str
-    states: dict[str, StateDict] = field(default_factory=dict)
+    states: dict[str, StateDict]
 
 
 def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoint:
-    """Return the state dicts in a file.
-
-    Args:
-        path: a pickle, as `torch.save` writes it; safetensors; TorchScript; or an exported program
-            (.pt2).
-        expected_sha256: of the file, if known; checked before anything in it is parsed.
+    """Read what `torch.save` writes, safetensors, TorchScript or an exported program (.pt2).
 
     Raises:
-        UserError: the file is missing, cut off, or holds no weights; `DigestError` if its SHA-256
-            is not the expected one.
+        DigestError: the SHA-256 is not the expected one; nothing was parsed.
+        UserError: the file is missing, cut off, or holds no weights.
     """
     content = read_bytes(path, "weights")
     digest = hashlib.sha256(content).hexdigest()
@@ -105,11 +96,7 @@ def read_checkpoint(path: Path, expected_sha256: str | None = None) -> Checkpoin
 
 
 def _states(loaded: object) -> Iterator[tuple[str, StateDict]]:
-    """Find the state dicts: mappings with a name with a dot, or a matrix, among their tensors.
-
-    Raises:
-        RejectedError: there is none, or one is not plain.
-    """
+    """Find the state dicts: mappings with a name with a dot, or a matrix, among their tensors."""
     top = state_of(loaded) or {}
     todo: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), top)]
     seen: set[int] = set()
@@ -155,7 +142,6 @@ def _check_plain(items: list[tuple[str, Any]]) -> None:
 
 
 def _load(content: bytes, path: Path) -> object:
-    """Parse a file of any of the forms; raise what its reader raises."""
     file = io.BytesIO(content)
     if path.suffix == ".safetensors":
         return _from_safetensors(content)
@@ -175,14 +161,11 @@ def _from_safetensors(content: bytes) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in safetensors.deserialize(content):  # type: ignore[no-untyped-call]
         shape = tuple(entry["shape"])
-        storage = Storage(_SAFETENSORS_DTYPES.get(str(entry["dtype"])), int(np.prod(shape)))
+        storage = Storage(_SAFETENSORS_DTYPES.get(str(entry["dtype"])), math.prod(shape))
         storage.fill(entry["data"])
-        tensors[name] = Tensor(storage, 0, shape, _contiguous(shape))
+        steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        tensors[name] = Tensor(storage, 0, shape, steps)
     return tensors
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
 
 
 class _Storages(dict[str, Storage]):

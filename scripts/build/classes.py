@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import handler
 from handler.labels import CLASS_INDEX, Label, load_class_index
@@ -41,19 +41,22 @@ _NOT_TEXT = {"Cc", "Cs", "Zl", "Zp"}
 
 def imagenet_classes(outputs: int) -> list[Label]:
     """Return ImageNet's classes for a model with 1000 outputs, or 1001 as TensorFlow's have."""
-    background = {0: [], 1: [Label("background", "background")]}.get(outputs - IMAGENET_CLASSES)
-    if background is None:
-        raise ValueError(f"ImageNet has {IMAGENET_CLASSES} classes, not {outputs}")
+    background = [Label("background", "background")] * (outputs - IMAGENET_CLASSES)
     index = Path(handler.__file__).with_name(CLASS_INDEX)
     return background + load_class_index(index, IMAGENET_CLASSES)
 
 
-def read_classes(path: Path) -> list[Label]:
-    """Read a list of classes from a file in UTF-8, or in UTF-16 with a byte order mark.
+def given_classes(classes: Path | Sequence[Any] | Mapping[str, Any] | None) -> list[Label] | None:
+    """Return the classes of a model file, a path or the names themselves; None if it has none."""
+    if classes is None:
+        return None
+    if isinstance(classes, Path):
+        return read_classes(classes)
+    return classes_from_json(classes, "classes of the model file")
 
-    Raises:
-        UserError: see `classes_from_text`; or the file is missing, too large or not in UTF-8.
-    """
+
+def read_classes(path: Path) -> list[Label]:
+    """Read a list of classes from a file in UTF-8, or in UTF-16 with a byte order mark."""
     data = read_bytes(path, "list of classes", MAX_BYTES)
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -73,16 +76,11 @@ def read_classes(path: Path) -> list[Label]:
 def classes_from_text(text: str, source: str) -> list[Label]:
     """Parse a list of classes: one name per line, CSV, JSON or a Python dictionary or list.
 
-    Args:
-        text: the list.
-        source: where the text is from, for messages.
+    Messages name `source`, where the list is from.
 
     Returns:
         the classes by position in the model's output. A class without an id gets its name as id;
         equal names get different ids, "crane" and "crane-2".
-
-    Raises:
-        UserError: the list is in none of these forms, has gaps, or a name is empty or not text.
     """
     text = text.removeprefix("\ufeff")
     if text.lstrip()[:1] in {"[", "{"}:
@@ -98,15 +96,10 @@ def classes_from_text(text: str, source: str) -> list[Label]:
 
 
 def classes_from_json(value: object, source: str) -> list[Label]:
-    """Convert a parsed list of classes, from JSON, YAML or Python, to labels.
+    """Convert a parsed list of classes to labels, see `classes_from_text`.
 
-    Args:
-        value: a list of names; a mapping from position to name, or to id and name, or from name to
-            position; or a mapping that has one of these as `id2label` or `label2id`.
-        source: where the value is from, for messages.
-
-    Returns:
-        see `classes_from_text`; the same errors.
+    It is a list of names; a mapping from position to name, or to id and name, or from name to
+    position; or a mapping that has one of these as `id2label` or `label2id`.
     """
     if isinstance(value, Mapping):
         nested = [value.get(key) for key in ("id2label", "label2id")]
@@ -122,8 +115,13 @@ def classes_from_json(value: object, source: str) -> list[Label]:
 
 def _structure(text: str, source: str) -> object:
     """Parse JSON or a Python literal."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        _check_unique((key for key, _ in pairs), source)
+        return dict(pairs)
+
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, source))
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         _reject(source, "it is nested too deeply")
     except ValueError as error:
@@ -139,11 +137,6 @@ def _structure(text: str, source: str) -> object:
         return ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         _reject(source, reason)
-
-
-def _unique(pairs: list[tuple[str, object]], source: str) -> dict[str, object]:
-    _check_unique([key for key, _ in pairs], source)
-    return dict(pairs)
 
 
 def _check_unique(keys: Iterable[object], source: str) -> None:

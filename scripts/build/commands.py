@@ -67,9 +67,7 @@ class ModelOptions:
         return self.model_file is not None and self.model_file.suffix in _MODEL_FILES
 
 
-def with_model_options(
-    command: Callable[..., None],
-) -> Callable[..., None]:
+def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of `ModelOptions` in place of its first parameter."""
     shared = inspect.signature(ModelOptions).parameters
     own = list(inspect.signature(command).parameters.values())[1:]

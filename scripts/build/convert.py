@@ -54,14 +54,7 @@ def convert(
 ) -> Converted:
     """Write the model with normalization inside and the handler's names of inputs and outputs.
 
-    Args:
-        model: as read.
-        card: of which the preprocessing, the number of classes and the activation count.
-        target: the file to write.
-        allow_saturated: see `scripts.build.model_file.ModelFile`.
-
-    Raises:
-        UserError: the model cannot be run, or its output cannot be used.
+    `allow_saturated` is that of `scripts.build.model_file.ModelFile`.
     """
     preprocessing = card.preprocessing
     images = sample_batch(preprocessing, _EVERY)
@@ -69,7 +62,6 @@ def convert(
         model, batch, given = _find_layout(model, preprocessing, images, target)
         found = onnx_graph.find_logits(model, given, card.classes, multilabel=card.multilabel)
         expected = given[found.name].astype(np.float64).reshape(len(images), -1)
-        classifier, channels = None, 0
         # Each try leaves out one more output: features, then the embedding.
         for head in _heads(onnx_graph.find_head(model, found)):
             _save(onnx_graph.rewrite(model, preprocessing, found, head, batch), target)
@@ -80,10 +72,9 @@ def convert(
                     raise UserError(str(error)) from error
                 continue
             if head is None or _is_right(head, found, got):
-                if head is not None:
-                    classifier = _rows(head, found) if head.features else None
-                    channels = head.weights.shape[1]
                 break
+    classifier = _rows(head, found) if head is not None and head.features else None
+    channels = 0 if head is None else head.weights.shape[1]
     _compare(model, found, got["logits"], expected)
     _check_answers(model.file, got["logits"], multilabel=card.multilabel, allowed=allow_saturated)
     notes = [
@@ -106,10 +97,8 @@ def convert(
 def _find_layout(
     model: Model, preprocessing: Preprocessing, images: NDArray[np.uint8], target: Path
 ) -> tuple[Model, int | None, Outputs]:
-    """Find the layout and the batch size that the model runs with.
-
-    Returns:
-        the model with one layout, the batch size (None for any), and its outputs.
+    """Return the model with the one layout that it runs with, the batch size (None for any), and
+    its outputs.
     """
     reasons = []
     file = target.with_name("tried.onnx")
@@ -119,18 +108,17 @@ def _find_layout(
         inputs = one.prepare(images, preprocessing)
         singles = [inputs[i : i + 1] for i in range(len(images))]
         # Batches of any size; if that fails, of exactly one image.
-        for batch in (None, 1):
+        for batch, batches in ((None, [*singles, inputs]), (1, singles)):
             _save(onnx_graph.with_batch(candidate, batch), file)
-            whole = [inputs] if batch is None else []
             try:
-                found = run_in_subprocess(file, [*singles, *whole])
+                found = run_in_subprocess(file, batches)
             except TrialError as error:
                 reasons.append(str(error).replace(file.name, model.file))
                 continue
             finally:
                 file.unlink()
             alone = _concatenate(found[: len(singles)])
-            if not whole or _agree(alone, found[-1]):
+            if batch or _agree(alone, found[-1]):
                 return candidate, batch, alone
     raise UserError(reasons[0] if reasons else f"{model.file} cannot be run.")
 
@@ -180,13 +168,13 @@ def _rows(head: Head, found: Output) -> NDArray[np.float32]:
 def _is_right(head: Head, found: Output, got: Outputs) -> bool:
     """Return whether the logits are that linear function of the features or the embedding."""
     pooled = got["embedding"]
-    if pooled.ndim != 2 or pooled.shape[1] != head.weights.shape[1]:
+    if pooled.shape[1:] != head.weights.shape[1:]:
         return False
     if head.features:
         features = got["features"]
-        if features.ndim != 4 or features.shape[2] * features.shape[3] < 2:
+        if features.ndim != 4 or features.shape[1] != pooled.shape[1]:
             return False
-        if features.shape[1] != pooled.shape[1]:
+        if features.shape[2] * features.shape[3] < 2:
             return False
         pooled = features.mean((2, 3), dtype=np.float64)
     bias = np.concatenate([[0], head.bias]) if found.single else head.bias
@@ -201,14 +189,13 @@ def _compare(
     """Compare the converted model with the file's; raise `UserError` if they differ."""
     if not np.isfinite(expected).all() or not np.isfinite(logits).all():
         raise UserError(f"{model.file} gives values for photographs that are not finite.")
-    answers = logits
+    answers, kind = logits, "logits"
     if found.activation or found.probabilities:
         is_sigmoid = found.activation == "Sigmoid" and not found.single
-        answers = sigmoid(logits) if is_sigmoid else softmax(logits)
+        answers, kind = sigmoid(logits) if is_sigmoid else softmax(logits), "probabilities"
     if found.single:
         answers = answers[:, 1:]
     difference = scaled_difference(answers, expected)
-    kind = "probabilities" if found.activation or found.probabilities else "logits"
     # Half precision rounds differently in a batch of another size, and rounds probabilities too.
     allowed = 20 * MAX_DIFFERENCE if model.half else MAX_DIFFERENCE
     check_difference(difference, model.file, len(expected), allowed, kind=kind)

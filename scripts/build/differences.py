@@ -20,11 +20,7 @@ def scaled_difference(got: Any, expected: Any) -> float:
 def check_difference(
     difference: float, original: str, images: int, allowed: float, *, kind: str
 ) -> None:
-    """Report the difference of a converted model to the original, in values of a kind (logits).
-
-    Raises:
-        UserError: it is NaN, or more than `allowed`.
-    """
+    """Report the difference of a converted model to the original, in values of a kind (logits)."""
     step(
         f"Model: largest difference to {original} over {images} images: {difference:.1e} in "
         f"{kind}; preprocessing is not part of this comparison"

@@ -23,8 +23,6 @@ from scripts.terminal import UserError, console
 # between float32 and float64 in PyTorch.
 _MAX_ROUNDINGS = 4
 
-OPSET = 20
-
 # Enough to show that the batch axis is free; more would take gigabytes with large models.
 _BATCH = 4
 _NOISE_IMAGES = 8
@@ -60,9 +58,6 @@ def write_onnx(model: nn.Module, crop: int, target: Path, architecture: str) -> 
     """Write a model as ONNX: `images`, float32 (N, 3, crop, crop), to `logits`, (N, classes).
 
     N is free. The same model gives the same bytes.
-
-    Raises:
-        UserError: the model does not take images of this size, or torch cannot export it.
     """
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
@@ -81,48 +76,47 @@ def write_onnx(model: nn.Module, crop: int, target: Path, architecture: str) -> 
         ) from error
     with Status("Exporting the model to ONNX (about 10 seconds) ...", console=console):
         try:
-            program = torch.onnx.export(
-                model,
-                (example,),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
+            proto = exported(model, example)
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(
                 f"torch cannot export {architecture} to ONNX ({first_line(error)}). Serve it with "
                 "PyTorch: engine: torch"
             ) from error
+    drop_build_notes(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    target.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def exported(model: nn.Module, example: Tensor, **options: Any) -> onnx.ModelProto:
+    """Return what torch.onnx exports, from `images` to `logits`, for any number of images."""
+    program = torch.onnx.export(
+        model,
+        (example,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+        opset_version=20,
+        dynamo=True,
+        verbose=False,
+        **options,
+    )
     assert program is not None
-    graph = program.model_proto
-    drop_build_notes(graph)
-    onnx.checker.check_model(graph, full_check=True)
-    target.write_bytes(graph.SerializeToString(deterministic=True))
+    return program.model_proto
 
 
-def drop_build_notes(graph: onnx.ModelProto) -> None:
+def drop_build_notes(proto: onnx.ModelProto) -> None:
     """Remove what inference does not need: stack traces and paths of the building machine."""
-    graph.ClearField("metadata_props")
-    graph.graph.ClearField("metadata_props")
-    graph.graph.ClearField("value_info")
-    graph.graph.ClearField("doc_string")
-    graph.ClearField("functions")
-    tensors = (*graph.graph.initializer, *graph.graph.input, *graph.graph.output)
-    for part in (*graph.graph.node, *tensors):
+    graph = proto.graph
+    proto.ClearField("metadata_props")
+    proto.ClearField("functions")
+    graph.ClearField("value_info")
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
 
 
 def compare(model: nn.Module, packed: Path, preprocessing: Preprocessing) -> None:
-    """Compare the packed model's logits with PyTorch's, in batches and one by one.
-
-    Raises:
-        UserError: one differs by more than `MAX_DIFFERENCE`, or by more than PyTorch's own rounding
-            explains.
-    """
+    """Compare the packed model's logits with PyTorch's, in batches and one by one."""
     with Status("Comparing the exported model with PyTorch ...", console=console):
         shape = (_NOISE_IMAGES, 3, preprocessing.crop, preprocessing.crop)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -130,8 +124,12 @@ def compare(model: nn.Module, packed: Path, preprocessing: Preprocessing) -> Non
         expected = _logits(model, images, preprocessing)
         session = onnxruntime.InferenceSession(str(packed), providers=["CPUExecutionProvider"])
         free = not isinstance(session.get_inputs()[0].shape[0], int)
-        sizes = (_BATCH, 1) if free else (1,)
-        differences = [_difference(session, _batches(images, size), expected) for size in sizes]
+        differences = []
+        for size in (_BATCH, 1) if free else (1,):
+            batches = _batches(images, size)
+            got = np.concatenate([session.run(["logits"], {"images": b})[0] for b in batches])
+            # A model with one output was packed with two, its own last.
+            differences.append(scaled_difference(got[:, -expected.shape[1] :], expected))
         difference = float(np.max(differences))  # NaN if any is
         rounding = 0.0
         if not difference <= MAX_DIFFERENCE:
@@ -159,30 +157,13 @@ def _batches(images: NDArray[np.uint8], size: int) -> list[NDArray[np.uint8]]:
     return [images[i : i + size] for i in range(0, len(images), size)]
 
 
-def _difference(
-    session: onnxruntime.InferenceSession,
-    batches: list[NDArray[np.uint8]],
-    expected: NDArray[np.floating],
-) -> float:
-    """Return the largest difference; a model with one output was packed with two, its own last."""
-    got = np.concatenate([session.run(["logits"], {"images": batch})[0] for batch in batches])
-    return scaled_difference(got[:, -expected.shape[1] :], expected)
-
-
 @torch.inference_mode()
 def features_node(model: nn.Module, last: nn.Module, preprocessing: Preprocessing) -> str:
     """Find the node of a module's graph whose features class activation maps are made of.
 
-    Tested with real images: the logits must be a linear function of the features' means.
-
-    Args:
-        model: in evaluation mode.
-        last: its layer that returns the logits.
-        preprocessing: of the model.
-
-    Returns:
-        the node's name, as `with_features` takes it; empty if no node is like that, or if it has
-        only one position.
+    Tested with real images: the logits must be a linear function of the features' means, which
+    `last` computes. Return the node's name, as `with_features` takes it; empty if no node is like
+    that, or if it has only one position.
     """
     if not isinstance(last, nn.Linear):
         return ""

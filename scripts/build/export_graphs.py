@@ -15,7 +15,7 @@ from torch import nn
 
 from handler.inference.torch_models import empty_model
 from scripts.build.classes import IMAGENET_CLASSES
-from scripts.build.export import OPSET, drop_build_notes
+from scripts.build.export import drop_build_notes, exported
 from scripts.build.sources.efficientnet_lite0 import TIMM_NAME
 from scripts.build.sources.graph import GRAPHS, file_of
 from scripts.store import DEFAULT_ARCHITECTURE
@@ -38,19 +38,8 @@ def export(architecture: str) -> ModelProto:
     As inputs they are left alone by the optimizer, which folds batch normalization into
     convolutions and merges tensors of the same values.
     """
-    program = torch.onnx.export(
-        module_of(architecture),
-        (torch.zeros((2, 3, _SIDE, _SIDE)),),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-        opset_version=OPSET,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
+    images = torch.zeros((2, 3, _SIDE, _SIDE))
+    proto = exported(module_of(architecture), images, optimize=False)
     weights = list(proto.graph.initializer)
     proto.graph.ClearField("initializer")
     proto.graph.input.extend(

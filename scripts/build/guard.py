@@ -35,10 +35,10 @@ class Limits:
     """What reduced precision may cost.
 
     Attributes:
-        max_loss: percentage points of top-1 and top-5 accuracy, or of a multi-label model's mean
-            average precision; counts if the images' classes are known.
-        agreement: share, 0 to 1, of the images that are not near ties that must get float32's
-            prediction; counts if the classes are not known.
+        max_loss: percentage points of accuracy or of mean average precision, if the images' classes
+            are known.
+        agreement: share, 0 to 1, of the images without near ties that must get float32's
+            prediction, if the classes are not known.
     """
 
     max_loss: float = 0.5
@@ -69,14 +69,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of accuracy.
-
-    Attributes:
-        name: "top-1 accuracy", "top-5 accuracy" or "mean average precision".
-        before: in float32, 0 to 1.
-        after: in reduced precision, 0 to 1.
-        interval: of the loss in percentage points, negative for a gain.
-    """
+    """A loss of accuracy; `before` and `after` are 0 to 1, `interval` is in percentage points."""
 
     name: str
     before: float
@@ -106,7 +99,7 @@ class Comparison:
         clear: the same among the images that are not near ties in float32.
         largest_change: of any class's probability, 0 to 1.
         losses: empty if the images' classes are not known.
-        rarest: images of the class that the fewest show, if a class's rank in them is measured.
+        rarest: images of the rarest class, if the loss is one of mean average precision.
     """
 
     answer: str
@@ -138,20 +131,17 @@ class Comparison:
                 f"is {limits.agreement:.2%}"
             )
         found = []
-        for loss in self.losses:
+        for loss in (loss for loss in self.losses if loss.points > limits.max_loss):
             images = f"{round(loss.points * self.same.whole / 100)} of {self.same.whole} images"
-            if loss.points > limits.max_loss:
-                counted = f" ({images})" if self.rarest is None else ""
-                found.append(f"{loss.name} loses {loss.points:.2f} percentage points{counted}")
+            counted = f" ({images})" if self.rarest is None else ""
+            found.append(f"{loss.name} loses {loss.points:.2f} percentage points{counted}")
         return f"{' and '.join(found)}, and the limit is {limits.max_loss:g}" if found else ""
 
     def doubt(self, limits: Limits) -> str:
         """Return why the images do not show that the limits hold; empty if they do."""
         if self.losses:
-            count, claim = (
-                self.same.whole,
-                f"less than {limits.max_loss:g} percentage points are lost",
-            )
+            count = self.same.whole
+            claim = f"less than {limits.max_loss:g} percentage points are lost"
             shown = all(loss.interval[1] <= limits.max_loss for loss in self.losses)
             enough = (n for n in _COUNTS if paired_interval(0, 0, n)[1] <= limits.max_loss)
         else:
@@ -173,10 +163,8 @@ class Comparison:
 
 
 def margins(exact: Probabilities, thresholds: Probabilities | None = None) -> Probabilities:
-    """Return float32 (N,): how far each image's prediction is from another one.
-
-    That is the difference of the two best classes or, of multi-label models, the least distance of
-    a class from its threshold. For the arguments see `compare`.
+    """Return float32 (N,): the difference of the two best classes or, of multi-label models, the
+    smallest distance of a class from its threshold. For the arguments see `compare`.
     """
     best = np.sort(exact, axis=1)
     result: Probabilities = best[:, -1] - best[:, -2]
@@ -198,8 +186,8 @@ def compare(
     """Compare two models' answers to the same images.
 
     Args:
-        exact: float32 (N, classes), float32's probabilities.
-        reduced: the same of the reduced precision.
+        exact: float32 (N, classes), the probabilities in float32.
+        reduced: the same in reduced precision.
         truth: bool (N, classes), what each image shows, if known; some image shows a class.
         thresholds: float32 (classes,), of multi-label models.
     """

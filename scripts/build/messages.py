@@ -7,11 +7,7 @@ from scripts.terminal import UserError, printable
 
 
 def read_bytes(path: Path, what: str, limit: int | None = None) -> bytes:
-    """Return the content of a file, which messages call `what`, as in "list of classes".
-
-    Raises:
-        UserError: it cannot be read, or is larger than `limit` bytes.
-    """
+    """Return the content of a file, which messages call `what`, as in "list of classes"."""
     try:
         with path.open("rb") as file:
             content = file.read(-1 if limit is None else limit + 1)

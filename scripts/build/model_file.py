@@ -41,62 +41,60 @@ def _located(path: Path, info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", ""), path.expanduser())
 
 
-def _is_there(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"there is no {path}")
-    return path
+def _file(path: str | Path, info: ValidationInfo) -> Path:
+    found = _located(Path(path), info)
+    if not found.exists():
+        raise ValueError(f"there is no {found}")
+    return found
 
 
-def _is_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"{path} must be a folder of images")
-    return path
+def _folder(path: Path, info: ValidationInfo) -> Path:
+    found = _located(path, info)
+    if not found.is_dir():
+        raise ValueError(f"{found} must be a folder of images")
+    return found
 
 
-File = Annotated[Path, AfterValidator(_located), AfterValidator(_is_there)]
-Folder = Annotated[Path, AfterValidator(_located), AfterValidator(_is_folder)]
+File = Annotated[Path, AfterValidator(_file)]
+Folder = Annotated[Path, AfterValidator(_folder)]
 
 
-def _weights(value: object, info: ValidationInfo) -> str:
+def _weights(value: object, info: ValidationInfo) -> str | None:
     """Return an address, "random", or the absolute or relative path of a file that is there."""
+    if value is None or value == RANDOM or re.match("https?://", str(value)):
+        return value if value is None else str(value)
     if not isinstance(value, (str, Path)):
         raise ValueError(f"must be a file, an address or random, got {value!r}")
-    if value == RANDOM or re.match("https?://", str(value)):
-        return str(value)
-    return str(_is_there(_located(Path(value), info)))
+    return str(_file(value, info))
 
 
 def _classes(value: object, info: ValidationInfo) -> Any:
     """Return a list of classes as it is written, or the path of a file of them."""
-    return _is_there(_located(Path(value), info)) if isinstance(value, (str, Path)) else value
+    return _file(value, info) if isinstance(value, (str, Path)) else value
 
 
 def _thresholds(value: object, info: ValidationInfo) -> Any:
-    if value is None:
-        return None
+    if isinstance(value, (str, Path)):
+        return _file(value, info)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value <= 1:
             raise ValueError(f"must be from 0 to 1, got {value}")
         return float(value)
-    if isinstance(value, (str, Path)):
-        return _is_there(_located(Path(value), info))
-    if not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, Mapping):
         raise ValueError("must be a number, a mapping of class to number, or a file")
-    return dict(value)
+    return value
 
 
 class Precision(BaseModel):
     """The type that the model computes in, and limits of its cost.
 
     Attributes:
-        type: float32, bf16 or int8.
         calibration: folder of images that int8 is calibrated on.
         evaluation: folder of images that the cost is measured on; for int8 the default is a part
             of `calibration`.
         max_loss: of top-1 and top-5 accuracy or of mean average precision, in percentage points,
             for images in folders named like the classes or listed in a file of labels.
-        agreement: share of images, 0 to 1, whose top-1 prediction must not change, for other
-            images.
+        agreement: share of other images, 0 to 1, whose top-1 prediction must not change.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -168,9 +166,7 @@ class ModelFile(BaseModel):
     name: str = ""
     model: File | None = None
     arch: str | None = None
-    weights: Annotated[
-        str | None, BeforeValidator(lambda v, i: v if v is None else _weights(v, i))
-    ] = None
+    weights: Annotated[str | None, BeforeValidator(_weights)] = None
     weights_key: str | None = None
     revision: str | None = None
     classes: Annotated[Any, BeforeValidator(_classes, json_schema_input_type=str | list[str])] = (
@@ -265,15 +261,10 @@ class ModelFile(BaseModel):
 
 
 def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
-    """Read and validate a model file.
+    """Read and validate a model file; raise `UserError` with the line, the key and what is allowed.
 
-    Args:
-        path: YAML, of which JSON is a part.
-        overrides: from the command line: values that replace the file's, by key; paths are relative
-            to the current folder, and `preprocessing` replaces single keys.
-
-    Raises:
-        UserError: with the line, the key and what is allowed.
+    `overrides`, from the command line, replace the file's values by key. Their paths are relative
+    to the current folder, and `preprocessing` replaces single keys.
     """
     data = read_bytes(path, "model file", MAX_BYTES)
     try:
@@ -300,11 +291,7 @@ def read(path: Path, overrides: Mapping[str, Any] | None = None) -> ModelFile:
 
 
 def from_options(**options: Any) -> ModelFile:
-    """Return the model file for values by key, of which None stands for the default.
-
-    Raises:
-        UserError: with the key and what is allowed.
-    """
+    """Return the model file for values by key, of which None stands for the default."""
     try:
         return ModelFile.model_validate({k: v for k, v in options.items() if v is not None})
     except ValidationError as error:
@@ -323,9 +310,10 @@ def _message(error: ValidationError, path: Path | None = None, tree: Any = None)
 
 def _sentence(one: Mapping[str, Any], keys: list[str]) -> str:
     if one["type"] == "extra_forbidden":
-        owners: dict[str, type[BaseModel]]
-        owners = {"preprocessing": PreprocessingOptions, "precision": Precision}
-        fields = list((owners[keys[0]] if len(keys) > 1 else ModelFile).model_fields)
+        owner: type[BaseModel] = ModelFile
+        if len(keys) > 1:
+            owner = Precision if keys[0] == "precision" else PreprocessingOptions
+        fields = list(owner.model_fields)
         near = get_close_matches(keys[-1], fields, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"{keys[-1]!r} is no key here.{hint} Allowed are: {', '.join(fields)}."
@@ -357,7 +345,7 @@ def _check_repeated(node: yaml.MappingNode, path: Path) -> None:
 
 
 def schema() -> str:
-    """Return the JSON schema, for editors that check YAML as it is written."""
+    """Return the JSON schema, for editors."""
     return json.dumps(ModelFile.model_json_schema(), indent=2) + "\n"
 
 

@@ -1,7 +1,6 @@
 """Find the logits and the last layer of an ONNX model, and rewrite its graph for the engine."""
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from handler.settings import Preprocessing
-from scripts.build.onnx_model import CHANNELS, Input, Model, all_graphs, cast_type
+from scripts.build.onnx_model import CHANNELS, Input, Model, cast_type, parts
 from scripts.terminal import UserError
 
 # Begins the names of all that is added, so that they differ from the file's own names.
@@ -73,22 +72,10 @@ class Output:
 def find_logits(
     model: Model, given: Mapping[str, NDArray[np.generic]], classes: int, *, multilabel: bool
 ) -> Output:
-    """Find the logits.
-
-    Args:
-        model: as read.
-        given: each output of the model for some images, (N, ...).
-        classes: how many are named.
-        multilabel: whether an image can have several labels.
-
-    Raises:
-        UserError: no output or several have a number per class, or it ends in the other activation
-            or in an unknown one.
-    """
+    """Find the logits, given each output of the model for some images, (N, ...)."""
     sizes = {name: [1, *values.shape[1:]] for name, values in given.items()}
-    wanted = {classes}
-    if classes == 2 and not multilabel:
-        wanted.add(1)  # one value, as of binary classifiers
+    # One value, as of binary classifiers.
+    wanted = {1, 2} if classes == 2 and not multilabel else {classes}
     fitting = [n for n, s in sizes.items() if len(s) > 1 and int(np.prod(s)) in wanted]
     if len(fitting) != 1:
         shown = ", ".join(f"{n} {' x '.join(map(str, s))}" for n, s in list(sizes.items())[:5])
@@ -209,25 +196,17 @@ def rewrite(
     head: Head | None,
     batch: int | None,
 ) -> ModelProto:
-    """Put normalization into the graph, and give inputs and outputs the engine's names.
-
-    Args:
-        model: as read, with one layout.
-        preprocessing: of which crop, mean and std count.
-        found: its logits.
-        head: its last layer, if its input is to be an output.
-        batch: see `with_batch`.
+    """Put normalization into the graph of a model with one layout, and name inputs and outputs.
 
     Returns:
         a graph from `images`, uint8 (N, 3, crop, crop), to `logits`, float32 (N, classes), and
         with a head to `embedding`, float32 (N, channels), and, if it has features, to `features`,
-        float32 (N, channels, height, width).
+        float32 (N, channels, height, width). For `batch` see `with_batch`.
     """
     proto = with_batch(model, batch)
     _rename_reserved(proto)
     graph = proto.graph
-    taken = dataclasses.replace(model.input, name=_renamed(model.input.name))
-    before = _input_nodes(taken, preprocessing, graph)
+    before = _input_nodes(model.input, preprocessing, graph)
     after = _output_nodes(found, graph)
     outputs = ["logits"]
     if head is not None:
@@ -235,9 +214,8 @@ def rewrite(
         after.append(_node("Identity", [_renamed(head.pooled)], "embedding"))
     if head is not None and head.features:
         outputs.append("features")
-        operator, order = (
-            ("Transpose", {"perm": [0, 3, 1, 2]}) if head.channels_last else ("Identity", {})
-        )
+        order = {"perm": [0, 3, 1, 2]} if head.channels_last else {}
+        operator = "Transpose" if order else "Identity"
         after.append(_node(operator, [_renamed(head.features)], "features", **order))
     constants = {tensor.name for tensor in graph.initializer}
     crop = preprocessing.crop
@@ -258,14 +236,14 @@ def rewrite(
     return proto
 
 
+def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+    name = f"{_PREFIX}{output.removeprefix(_PREFIX)}"
+    return helper.make_node(operator, inputs, [output], name, **attributes)
+
+
 @dataclass
 class _Chain:
-    """Nodes of which each takes the output of the one before.
-
-    Attributes:
-        graph: gets the constants that the nodes take.
-        tensor: the output of the last node.
-    """
+    """Nodes that each take the output of the one before, and constants of the graph."""
 
     graph: GraphProto
     tensor: str
@@ -281,11 +259,6 @@ class _Chain:
 
     def finish(self, output: str) -> list[NodeProto]:
         return [*self.nodes, _node("Identity", [self.tensor], output)]
-
-
-def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
-    name = f"{_PREFIX}{output.removeprefix(_PREFIX)}"
-    return helper.make_node(operator, inputs, [output], name, **attributes)
 
 
 def _input_nodes(taken: Input, preprocessing: Preprocessing, graph: GraphProto) -> list[NodeProto]:
@@ -304,7 +277,7 @@ def _input_nodes(taken: Input, preprocessing: Preprocessing, graph: GraphProto) 
         nodes.add("Cast", "half", to=TensorProto.FLOAT16)
     if taken.layouts == ("NHWC",):
         nodes.add("Transpose", "turned", perm=[0, 2, 3, 1])
-    return nodes.finish(taken.name)
+    return nodes.finish(_renamed(taken.name))
 
 
 def _output_nodes(found: Output, graph: GraphProto) -> list[NodeProto]:
@@ -328,7 +301,7 @@ def _renamed(name: str) -> str:
 
 
 def _rename_reserved(proto: ModelProto) -> None:
-    for graph in (proto.graph, *all_graphs(proto.graph.node)):
+    for graph in parts(GraphProto, proto.graph):
         for node in graph.node:
             for names in (node.input, node.output):
                 names[:] = [_renamed(name) for name in names]

@@ -5,16 +5,17 @@ no external weights, and no operators but ONNX's own, of which none runs code or
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, inliner
+from onnx import ModelProto, NodeProto, TensorProto, inliner
 
 from handler.settings import Preprocessing
 from scripts.build.messages import first_line, listed, read_bytes
@@ -44,12 +45,14 @@ _TYPES = {
 }
 
 
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class Input:
     """The input of a model.
 
     Attributes:
-        name: of the graph's input.
         dtype: float32, float16 or uint8.
         layouts: "NCHW", "NHWC", or both if its shape fits both.
         side: of the square image, in pixels; None for any.
@@ -63,12 +66,7 @@ class Input:
     def prepare(
         self, images: NDArray[np.uint8], preprocessing: Preprocessing
     ) -> NDArray[np.generic]:
-        """Return images as the model takes them.
-
-        Args:
-            images: uint8 (N, 3, crop, crop).
-            preprocessing: of which channels, mean and std count.
-        """
+        """Return decoded images, uint8 (N, 3, crop, crop), as the model takes them."""
         mean, std = (
             np.array(v, np.float32).reshape(CHANNELS, 1, 1)
             for v in (preprocessing.mean, preprocessing.std)
@@ -86,7 +84,6 @@ class Model:
     Attributes:
         file: its name, for messages.
         proto: its content; functions are inlined.
-        input: its only input.
         producers: the node that makes each tensor.
         constants: tensors with fixed values, by name.
     """
@@ -108,7 +105,7 @@ class Model:
     @property
     def half(self) -> bool:
         """Return whether some of it computes in half precision."""
-        casts = {cast_type(node) for node in _all_nodes(self.proto.graph.node)}
+        casts = {cast_type(node) for node in parts(NodeProto, self.proto.graph)}
         return self.input.dtype == "float16" or TensorProto.FLOAT16 in casts
 
     @property
@@ -156,42 +153,22 @@ def read(path: Path) -> Model:
     return Model(path.name, proto, _input(proto, path))
 
 
-def all_graphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
-    """Find the graphs within nodes, such as the branches of an If, at any depth."""
-    waiting = list(nodes)
+def parts(kind: type[_T], *messages: Any) -> Iterator[_T]:
+    """Find all nodes, graphs or tensors in messages, such as in the branches of an If."""
+    waiting = list(messages)
     while waiting:
-        for attribute in waiting.pop().attribute:
-            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield graph
-                waiting.extend(graph.node)
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
-    """Return nodes and those of the graphs within them."""
-    nodes = list(nodes)
-    return [*nodes, *chain.from_iterable(graph.node for graph in all_graphs(nodes))]
-
-
-def _top_nodes(proto: ModelProto) -> Iterator[NodeProto]:
-    """Return the nodes of the graph and of its functions, without those of graphs within."""
-    return chain(proto.graph.node, *(function.node for function in proto.functions))
-
-
-def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    for graph in (proto.graph, *all_graphs(_top_nodes(proto))):
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-    for node in _all_nodes(_top_nodes(proto)):
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
+        message = waiting.pop()
+        if isinstance(message, kind):
+            yield message
+        # A tensor holds no further ones, and to list its fields would copy its values.
+        for field_, value in () if isinstance(message, TensorProto) else message.ListFields():
+            if field_.message_type is not None:
+                waiting.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def _check_external(proto: ModelProto, path: Path) -> None:
     """Reject weights in other files."""
-    for tensor in _tensors(proto):
+    for tensor in parts(TensorProto, proto.graph, *proto.functions):
         if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
             location = next((e.value for e in tensor.external_data if e.key == "location"), "?")
             raise UserError(
@@ -204,7 +181,8 @@ def _check_external(proto: ModelProto, path: Path) -> None:
 def _check_operators(proto: ModelProto, path: Path) -> None:
     """Reject quantized models, and operators that are neither ONNX's nor the file's functions."""
     functions = {(function.domain, function.name) for function in proto.functions}
-    used = {(node.domain, node.op_type) for node in _all_nodes(_top_nodes(proto))} - functions
+    nodes = parts(NodeProto, proto.graph, *proto.functions)
+    used = {(node.domain, node.op_type) for node in nodes} - functions
     quantized = sorted(name for _, name in used if _QUANTIZED.search(name))
     if quantized:
         raise UserError(
@@ -235,11 +213,9 @@ def _check_functions(proto: ModelProto, path: Path) -> None:
     bodies: dict[tuple[str, ...], list[NodeProto]] = {}
     for function in proto.functions:
         body = bodies.setdefault((function.domain, function.name, function.overload), [])
-        body.extend(_all_nodes(function.node))
-    calls = {
-        name: {_called(node) for node in body} & bodies.keys() for name, body in bodies.items()
-    }
-    own = _all_nodes(proto.graph.node)
+        body.extend(parts(NodeProto, function))
+    calls = {name: bodies.keys() & map(_called, body) for name, body in bodies.items()}
+    own = list(parts(NodeProto, proto.graph))
     calling = [node for node in chain(own, *bodies.values()) if _called(node) in bodies]
     passed = [a for node in calling for a in node.attribute]
     passed += [a for function in proto.functions for a in function.attribute_proto]
@@ -285,9 +261,8 @@ def _input(proto: ModelProto, path: Path) -> Input:
     (value,) = inputs
     kind = value.type.tensor_type
     if kind.elem_type not in _TYPES:
-        number = kind.elem_type
-        is_type = number in TensorProto.DataType.values()
-        name = TensorProto.DataType.Name(number) if is_type else f"a type that is none ({number})"
+        types = {number: name for name, number in TensorProto.DataType.items()}
+        name = types.get(kind.elem_type, f"a type that is none ({kind.elem_type})")
         raise UserError(f"{path} takes {name}. It must take {', '.join(_TYPES.values())}.")
     # Some exporters write -1 for a size that is not fixed; protobuf's default is 0.
     sizes = [d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,7 @@ class TrialError(Exception):
 
 
 def run_in_subprocess(model: Path, batches: Sequence[NDArray[np.generic]]) -> list[Outputs]:
-    """Run a model on some batches.
-
-    Args:
-        model: an ONNX file with one input.
-        batches: values for that input.
-
-    Returns:
-        the model's outputs by name, per batch.
+    """Return the outputs by name of an ONNX file with one input, per batch.
 
     Raises:
         TrialError: it cannot be loaded or run, or exceeds a limit.
@@ -74,28 +68,21 @@ def _reason(done: "subprocess.CompletedProcess[str]") -> str:
 @cache
 def newest_opset() -> int:
     """Return the newest version of ONNX's operators that ONNX Runtime supports."""
-    from onnx import TensorProto, defs, helper  # the subprocess does without
+    from onnx import defs, parser  # the subprocess does without
 
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    graph = "g (float[1] x) => (float[1] y) { y = Identity(x) }"
     for opset in range(defs.onnx_opset_version(), 1, -1):
-        imports = [helper.make_opsetid("", opset)]
-        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
-        try:
+        model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]> {graph}')
+        with suppress(Exception):  # its own kinds
             onnxruntime.InferenceSession(model.SerializeToString(), providers=_CPU)
-        except Exception:  # its own kinds
-            continue
-        return opset
+            return opset
     raise TrialError("ONNX Runtime loads no model at all.")
 
 
 def _run(model: str, folder: Path) -> None:
     """Write the outputs and print their names; runs in the subprocess."""
-    for limit, value in (
-        (resource.RLIMIT_AS, MAX_ADDRESS_SPACE_BYTES),
-        (resource.RLIMIT_CPU, MAX_SECONDS),
-    ):
-        resource.setrlimit(limit, (value, value))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS,) * 2)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=_CPU)

@@ -8,16 +8,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.build.class_index import as_json
+from scripts.build.convert import Converted
 from scripts.terminal import UserError
 
 BUILD = Path("build")
@@ -34,27 +33,6 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _CREATED_ON = "01/01/1980 00:00:00"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """All that an archive holds in addition to the handler.
-
-    Attributes:
-        card: the model card.
-        name: of the archive and of the model that it becomes.
-        labels: a class for each position of the logits.
-        model_file: as the engine reads it.
-        classifier: float32 (classes, channels), for class activation maps; None without any.
-        others: more files.
-    """
-
-    card: ModelCard
-    name: str
-    labels: Sequence[Label]
-    model_file: Path
-    classifier: NDArray[np.float32] | None = None
-    others: Sequence[Path] = ()
-
-
 def handler_files() -> list[Path]:
     """Return all that the handler needs at run time, in a fixed order."""
     return sorted(
@@ -64,60 +42,65 @@ def handler_files() -> list[Path]:
     )
 
 
-def pack(contents: Contents, archive: Path) -> None:
-    """Run `torch-model-archiver`, and zip its result so that the same files give the same bytes."""
-    card, model_file = contents.card, contents.model_file
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        work = Path(folder)
-        extra = work / "extra"
-        extra.mkdir()
-        (extra / MODEL_CARD).write_text(card.to_json())
-        if contents.classifier is not None:
-            np.save(extra / CLASSIFIER, contents.classifier, allow_pickle=False)
-        (extra / CLASS_INDEX).write_text(as_json(contents.labels), "utf-8")
-        for path in contents.others:
-            shutil.copy(path, extra)
-        for path in handler_files():
-            if path == AT_START:
-                shutil.copy(path, extra)
-            elif path.suffix in {".py", ".html"} and path != ENTRY:
-                (extra / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, extra / path)
-        packed_model = work / f"model{model_file.suffix}"
-        shutil.copy(model_file, packed_model)
-        (work / "tmp").mkdir()
+def pack(
+    card: ModelCard,
+    name: str,
+    labels: Sequence[Label],
+    model: Converted,
+    extra: Path,
+    archive: Path,
+) -> None:
+    """Run `torch-model-archiver`, and zip its result so that the same files give the same bytes.
+
+    Args:
+        card: the model card.
+        name: of the model.
+        labels: a class per position of the logits.
+        model: as the engine reads it; the file is called model.onnx or model.pth.
+        extra: a folder of further files for the archive; those of the handler are added to it.
+        archive: the file to write.
+    """
+    (extra / MODEL_CARD).write_text(card.to_json())
+    (extra / CLASS_INDEX).write_text(as_json(labels), "utf-8")
+    if model.classifier is not None:
+        np.save(extra / CLASSIFIER, model.classifier, allow_pickle=False)
+    for path in handler_files():
+        if path.suffix in {".py", ".html"} and path != ENTRY:
+            target = extra / (path.name if path == AT_START else path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    with tempfile.TemporaryDirectory(dir=extra.parent) as work:
         _run_archiver(
             [
-                *("--model-name", contents.name),
+                *("--model-name", name),
                 *("--version", VERSION if card.trained else f"{VERSION}-untrained"),
                 *("--handler", str(ENTRY)),
-                *("--serialized-file", str(packed_model)),
+                *("--serialized-file", str(model.file)),
                 *("--config-file", str(MODEL_CONFIG)),
                 *("--extra-files", str(extra)),
-                *("--export-path", str(work)),
+                *("--export-path", work),
                 *("--archive-format", "no-archive"),
-            ],
-            work / "tmp",
+            ]
         )
-        laid_out = work / contents.name
-        manifest = json.loads((laid_out / MANIFEST).read_text())
-        manifest["createdOn"] = _CREATED_ON
-        (laid_out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        manifest = Path(work, name, MANIFEST)
+        content = json.loads(manifest.read_text()) | {"createdOn": _CREATED_ON}
+        manifest.write_text(json.dumps(content, indent=2) + "\n")
         # Two builds may write the same archive: each writes a file of its own, and then renames it.
         with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".") as unfinished:
-            _zip(laid_out, Path(unfinished, archive.name))
+            _zip(Path(work, name), Path(unfinished, archive.name))
             Path(unfinished, archive.name).replace(archive)
 
 
-def _run_archiver(arguments: list[str], temporary: Path) -> None:
-    """Run the archiver in a TMPDIR of its own: it clears a folder there that others may use."""
-    result = subprocess.run(
-        [sys.executable, "-m", "model_archiver.model_packaging", *arguments],
-        env={**os.environ, "TMPDIR": str(temporary.resolve())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _run_archiver(arguments: list[str]) -> None:
+    # It clears a folder in TMPDIR that others may use.
+    with tempfile.TemporaryDirectory(dir=BUILD.resolve()) as temporary:
+        result = subprocess.run(
+            [sys.executable, "-m", "model_archiver.model_packaging", *arguments],
+            env={**os.environ, "TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if result.returncode != 0:
         raise UserError(f"torch-model-archiver failed: {result.stderr.strip()[-1000:]}")
 

@@ -39,16 +39,14 @@ _MAPPINGS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dic
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _TENSOR_TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter"}
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 class RejectedError(Exception):
     """A file cannot be used; the text is a clause that begins with "it"."""
+
+
+_CUT_OFF = "it is cut off, or claims more weights than it holds"
+_TOO_MANY = "it has too many objects"
 
 
 class Name(str):
@@ -73,12 +71,9 @@ class Object:
 
 @dataclass(eq=False)
 class Storage:
-    """The memory of tensors; `dtype` is None for types that are not read.
+    """The memory of tensors: `count` values of a NumPy type, or of "bfloat16".
 
-    Attributes:
-        dtype: NumPy's name of it, or "bfloat16".
-        count: number of values.
-        values: once the file's bytes have been read.
+    `dtype` is None for types that are not read.
     """
 
     dtype: str | None
@@ -86,8 +81,7 @@ class Storage:
     values: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
-        if not _is_size(self.count):
-            raise ValueError("a size is no number, negative or too large")
+        _check_sizes(self.count)
 
     @property
     def width(self) -> int:
@@ -95,9 +89,9 @@ class Storage:
         return 2 if self.dtype == "bfloat16" else np.dtype(self.dtype or "u1").itemsize
 
     def fill(self, content: bytes) -> None:
-        """Take the values from their bytes; raise `RejectedError` if there are too few."""
+        """Parse the values; raise `RejectedError` if there are too few."""
         if self.dtype is not None and len(content) != self.count * self.width:
-            raise RejectedError("it is cut off, or claims more weights than it holds")
+            raise RejectedError(_CUT_OFF)
         if self.dtype == "bfloat16":
             bits = np.frombuffer(content, "<u2").astype(np.uint32) << 16
             self.values = bits.view(np.float32)
@@ -115,11 +109,9 @@ class Tensor:
     steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        numbers = (self.offset, *self.sizes, *self.steps)
-        if any(not _is_size(number) for number in numbers):
-            raise ValueError("a size is no number, negative or too large")
+        _check_sizes(self.offset, *self.sizes, *self.steps)
         if len(self.sizes) != len(self.steps):
-            raise ValueError("a tensor with as many steps as dimensions was expected")
+            raise ValueError("a tensor must have as many steps as dimensions")
 
     def array(self) -> NDArray[Any]:
         """Return a view of the storage; raise `RejectedError` if it claims more than there is."""
@@ -127,7 +119,7 @@ class Tensor:
         last = sum((n - 1) * s for n, s in zip(self.sizes, self.steps, strict=True))
         count = math.prod(self.sizes)
         if count > len(values) or (count and self.offset + last >= len(values)):
-            raise RejectedError("it is cut off, or claims more weights than it holds")
+            raise RejectedError(_CUT_OFF)
         if not count:
             return np.zeros(self.sizes, values.dtype)
         steps = [step * values.itemsize for step in self.steps]
@@ -136,15 +128,19 @@ class Tensor:
         )
 
 
-def read(stream: io.BytesIO, storage: Callable[[tuple[Any, ...]], Storage] | None = None) -> Any:
+def _check_sizes(*numbers: object) -> None:
+    if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
+        raise ValueError("a size is no number, negative or too large")
+
+
+Storages = Callable[[tuple[Any, ...]], Storage]
+
+
+def read(stream: io.BytesIO, storage: Storages | None = None) -> Any:
     """Return the object that a pickle describes, and leave the stream at its end.
 
-    Args:
-        stream: at the beginning of the pickle.
-        storage: returns the storage for a persistent id; None if there are none.
-
-    Raises:
-        Exception: of any kind, for a file that is damaged or hostile.
+    A damaged or hostile file raises an exception of any kind. `storage` returns the storage for a
+    persistent id.
     """
     machine = _Machine(storage)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -152,165 +148,148 @@ def read(stream: io.BytesIO, storage: Callable[[tuple[Any, ...]], Storage] | Non
             return machine.stack.pop()
         if count > MAX_INSTRUCTIONS:
             break
-        machine.step(opcode.name, argument)
-    raise RejectedError("it has too many objects")
+        _INSTRUCTIONS[opcode.name](machine, argument)
+    raise RejectedError(_TOO_MANY)
 
 
+@dataclass
 class _Machine:
     """The stack, the marks in it, and the numbered objects of a pickle."""
 
-    def __init__(self, storage: Callable[[tuple[Any, ...]], Storage] | None) -> None:
-        self.storage = storage
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
+    storage: Storages | None
+    stack: list[Any] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+    copied: int = 0
 
-    def step(self, name: str, argument: Any) -> None:
-        """Run one instruction; raise `ValueError` for one that PyTorch does not write."""
-        stack = self.stack
-        if name in _LITERALS:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}:
-            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
-        elif name in {"GET", "BINGET", "LONG_BINGET"}:
-            stack.append(self.memo[argument])
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name in {"TUPLE1", "TUPLE2", "TUPLE3"}:
-            self.replace(int(name[-1]), tuple)
-        elif name not in {"PROTO", "FRAME"}:
-            getattr(self, f"_{name.lower()}")(argument)
-
-    def replace(self, count: int, function: Callable[[list[Any]], Any]) -> None:
-        """Replace the last `count` objects by one that is made of them."""
-        items = self.stack[-count:]
-        if len(items) < count:
+    def take(self, count: int | None) -> list[Any]:
+        """Remove and return the last `count` objects, or those after the last mark."""
+        start = self.marks.pop() if count is None else len(self.stack) - count
+        if start < 0:
             raise ValueError("the stack is empty")
-        self.stack[-count:] = [function(items)]
-
-    def marked(self) -> list[Any]:
-        """Take the objects after the last mark."""
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
+        items = self.stack[start:]
+        del self.stack[start:]
         return items
 
-    def _pop(self, _: None) -> None:
-        self.stack.pop()
+    def put(self, number: int | None) -> None:
+        self.memo[len(self.memo) if number is None else number] = self.stack[-1]
 
-    def _empty_dict(self, _: None) -> None:
-        self.stack.append(Dict())
-
-    def _empty_list(self, _: None) -> None:
-        self.stack.append([])
-
-    def _empty_set(self, _: None) -> None:
-        self.stack.append(Object("set"))
-
-    def _tuple(self, _: None) -> None:
-        self.stack.append(tuple(self.marked()))
-
-    def _list(self, _: None) -> None:
-        self.stack.append(self.marked())
-
-    def _frozenset(self, _: None) -> None:
-        self.marked()
-        self.stack.append(Object("frozenset"))
-
-    def _dict(self, _: None) -> None:
-        self.stack.append(_set(Dict(), self.marked()))
-
-    def _setitems(self, _: None) -> None:
-        items = self.marked()
-        _set(self.stack[-1], items)
-
-    def _setitem(self, _: None) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _set(self.stack[-1], [key, value])
-
-    def _additems(self, _: None) -> None:
-        self.marked()
-
-    def _appends(self, _: None) -> None:
-        items = self.marked()
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
-
-    def _append(self, _: None) -> None:
-        item = self.stack.pop()
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].append(item)
-
-    def _global(self, argument: str) -> None:
-        self.stack.append(Name(argument.replace(" ", ".")))
-
-    def _stack_global(self, _: None) -> None:
-        self.replace(2, lambda parts: Name(f"{parts[0]:s}.{parts[1]:s}"))
-
-    def _reduce(self, _: None) -> None:
+    def reduce(self) -> None:
+        function, arguments = self.take(2)
         # Python 2 passes all pairs of an OrderedDict; a hostile file may do so again and again.
-        for argument in self.stack[-1]:
-            self.copied += len(argument) if isinstance(argument, list) else 0
+        self.copied += sum(len(part) for part in arguments if isinstance(part, list))
         if self.copied > MAX_INSTRUCTIONS:
-            raise RejectedError("it has too many objects")
-        self.replace(2, lambda parts: _call(parts[0], parts[1]))
+            raise RejectedError(_TOO_MANY)
+        self.stack.append(_call(function, arguments))
 
-    def _newobj(self, _: None) -> None:
-        self.replace(2, lambda parts: _call(parts[0], ()))
-
-    def _newobj_ex(self, _: None) -> None:
-        self.replace(3, lambda parts: _call(parts[0], ()))
-
-    def _build(self, _: None) -> None:
+    def build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, Object):
             made.state = state
         elif isinstance(made, Dict) and isinstance(state, Dict):
             made.metadata = state.get("_metadata")
 
-    def _binpersid(self, _: None) -> None:
+    def persistent_id(self) -> None:
         if self.storage is None:
             raise ValueError("a pickle without storages refers to one")
         self.stack.append(self.storage(self.stack.pop()))
 
 
-def _set(mapping: object, items: list[Any]) -> object:
-    """Add keys and values that follow one another; keys of other types belong to no weights."""
-    if isinstance(mapping, Dict):
+def _add(target: object, items: list[Any]) -> object:
+    """Extend a list, or a mapping by keys and values that follow one another.
+
+    Keys of other types than str and int belong to no weights and are skipped: hashing nested tuples
+    may take forever, or overflow the stack.
+    """
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, Dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, (str, int)):
-                mapping[key] = value
-    return mapping
+                target[key] = value
+    return target
 
 
-def _is_tensor_type(value: object) -> bool:
-    # Only names are hashed: of nested tuples that may take forever, or overflow the stack.
-    return isinstance(value, Name) and value in _TENSOR_TYPES
-
-
-def _is_size(number: object) -> bool:
-    return type(number) is int and 0 <= number < MAX_NUMBER
-
-
-def _call(function: object, arguments: tuple[Any, ...]) -> object:
+def _call(function: object, arguments: tuple[Any, ...] = ()) -> object:
     """Return what a call of a function of PyTorch's returns, or else an inert object."""
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
         raise ValueError("a call of what is no function")
     if function in _MAPPINGS:
         pairs = arguments[0] if arguments and isinstance(arguments[0], list) else ()
-        return _set(Dict(), [part for pair in pairs for part in pair[:2]])
+        return _add(Dict(), [part for pair in pairs for part in pair[:2]])
     if function in _PARAMETERS:
         return arguments[0]
-    if function == "torch._tensor._rebuild_from_type_v2" and _is_tensor_type(arguments[1]):
-        return _call(arguments[0], arguments[2])
+    if function == "torch._tensor._rebuild_from_type_v2":
+        kind = arguments[1]
+        if isinstance(kind, Name) and kind in _TENSOR_TYPES:
+            return _call(arguments[0], arguments[2])
     if function in _TENSORS:
         storage, offset, sizes, steps = arguments[:4]
         if isinstance(storage, Storage) and len(sizes) <= MAX_DIMENSIONS:
             return Tensor(storage, offset, tuple(sizes), tuple(steps[: len(sizes)]))
     return Object(function)
+
+
+_Instruction = Callable[[_Machine, Any], object]
+
+
+def _push(make: Callable[[Any], object]) -> _Instruction:
+    """Push what is made of the instruction's argument."""
+    return lambda machine, argument: machine.stack.append(make(argument))
+
+
+def _replace(count: int | None, make: Callable[[list[Any]], object]) -> _Instruction:
+    """Replace the last objects by one that is made of them; for None those after the mark."""
+    return lambda machine, _: machine.stack.append(make(machine.take(count)))
+
+
+def _extend(count: int | None) -> _Instruction:
+    """Add the last objects to the one before them."""
+
+    def run(machine: _Machine, _: object) -> None:
+        items = machine.take(count)
+        _add(machine.stack[-1], items)
+
+    return run
+
+
+_LITERALS = (
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8"
+)
+# Those that PyTorch writes; all others are a KeyError.
+_INSTRUCTIONS: dict[str, _Instruction] = {
+    **dict.fromkeys(_LITERALS.split(), _push(lambda literal: literal)),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), lambda m, key: m.put(key)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, key: m.stack.append(m.memo[key])),
+    **dict.fromkeys(("APPENDS", "ADDITEMS", "SETITEMS"), _extend(None)),
+    "NONE": _push(lambda _: None),
+    "NEWTRUE": _push(lambda _: True),
+    "NEWFALSE": _push(lambda _: False),
+    "EMPTY_TUPLE": _push(lambda _: ()),
+    "EMPTY_LIST": _push(lambda _: []),
+    "EMPTY_DICT": _push(lambda _: Dict()),
+    "EMPTY_SET": _push(lambda _: Object("set")),
+    "GLOBAL": _push(lambda name: Name(name.replace(" ", "."))),
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
+    "POP": lambda machine, _: machine.stack.pop(),
+    "TUPLE": _replace(None, tuple),
+    "TUPLE1": _replace(1, tuple),
+    "TUPLE2": _replace(2, tuple),
+    "TUPLE3": _replace(3, tuple),
+    "LIST": _replace(None, list),
+    "DICT": _replace(None, lambda items: _add(Dict(), items)),
+    "FROZENSET": _replace(None, lambda _: Object("frozenset")),
+    "STACK_GLOBAL": _replace(2, lambda parts: Name(f"{parts[0]:s}.{parts[1]:s}")),
+    "NEWOBJ": _replace(2, lambda parts: _call(parts[0])),
+    "NEWOBJ_EX": _replace(3, lambda parts: _call(parts[0])),
+    "APPEND": _extend(1),
+    "SETITEM": _extend(2),
+    "REDUCE": lambda machine, _: machine.reduce(),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.persistent_id(),
+}
 
 
 def state_of(value: object) -> Mapping[Any, Any] | None:

@@ -24,13 +24,12 @@ from scripts import samples
 from scripts.build import packing, preprocessing, reduced_precision, thresholds
 from scripts.build.classes import (
     IMAGENET_CLASSES,
-    classes_from_json,
+    given_classes,
     imagenet_classes,
-    read_classes,
 )
 from scripts.build.convert import Converted, convert
 from scripts.build.model_file import ModelFile
-from scripts.build.packing import BUILD, Contents, pack
+from scripts.build.packing import BUILD, pack
 from scripts.build.reduced_precision import add_reduced_precision
 from scripts.build.sources import open_source
 from scripts.build.sources.source import Source
@@ -57,12 +56,9 @@ def build(
 
     Args:
         spec: the model file.
-        model_store: the folder to put it into.
+        model_store: the folder of the archive.
         source: the model itself; None to read what `spec` names.
         trained_model: with random weights, the name of a trained model that is served as well.
-
-    Returns:
-        the archive.
     """
     archive = model_store / f"{spec.name}.mar"
     inputs = _inputs_digest(spec, source, trained_model)
@@ -70,7 +66,7 @@ def build(
     if packed is not None and packed.inputs_sha256 == inputs:
         step(f"Archive: {archive} is up to date")
         return archive
-    given = _given_labels(spec)
+    given = given_classes(spec.classes)
     source = source or open_source(spec)
     labels = _labels(spec, source, given)
     card = ModelCard(
@@ -102,8 +98,7 @@ def build(
         if source.notice:
             (extra / WEIGHTS_NOTICE).write_text(source.notice, "utf-8")
         with Status("Packing the archive ...", console=console):
-            others = sorted(extra.iterdir())
-            pack(Contents(card, spec.name, labels, model.file, model.classifier, others), archive)
+            pack(card, spec.name, labels, model, extra, archive)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -126,11 +121,11 @@ def _model(
 
 def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -> Converted:
     """Return the converted model from the last build of this name, or convert it and keep it."""
-    facts = [
+    facts = (
         (source.architecture, source.sha256, card.classes, card.multilabel, spec.allow_saturated),
         dataclasses.asdict(card.preprocessing),
         _build_digest(spec),
-    ]
+    )
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     kept, made = BUILD / f"converted-{spec.name}-{key}", folder / "converted"
     file, classifier, channels = made / "model.onnx", made / "classifier.npy", made / "channels"
@@ -159,15 +154,6 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
     with contextlib.suppress(OSError):  # another build of this name was first
         shutil.copytree(made, folder / "kept", copy_function=os.link).rename(kept)
     return found
-
-
-def _given_labels(spec: ModelFile) -> list[Label] | None:
-    """Return the classes that the user names."""
-    if spec.classes is None:
-        return None
-    if isinstance(spec.classes, Path):
-        return read_classes(spec.classes)
-    return classes_from_json(spec.classes, "classes of the model file")
 
 
 def _labels(spec: ModelFile, source: Source, given: Sequence[Label] | None) -> Sequence[Label]:
@@ -204,16 +190,13 @@ def _summary(
         engine = f"OpenVINO (CPU, {card.precision})"
     names = [label.class_name for label in labels]
     shown = names if len(names) <= _MAX_SHOWN_CLASSES else [*names[:2], "...", names[-1]]
-    low, high = min(card.thresholds, default=0), max(card.thresholds, default=0)
-    between = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    multilabel = f"; multi-label (sigmoid), thresholds {between}" if card.multilabel else ""
-    return [
-        f"{source.architecture} on {engine}, from {source.file}",
-        preprocessing.summary(card.preprocessing),
-        f"{len(names)} classes, in the order of the model's outputs: "
-        + ", ".join(shown)
-        + multilabel,
-    ]
+    classes = f"{len(names)} classes, in the order of the model's outputs: {', '.join(shown)}"
+    if card.multilabel:
+        limits = dict.fromkeys((min(card.thresholds), max(card.thresholds)))
+        between = " to ".join(f"{limit:g}" for limit in limits)
+        classes += f"; multi-label (sigmoid), thresholds {between}"
+    first = f"{source.architecture} on {engine}, from {source.file}"
+    return [first, preprocessing.summary(card.preprocessing), classes]
 
 
 def resolved(spec: ModelFile, used: Preprocessing) -> ModelFile:
@@ -234,10 +217,8 @@ def _inputs_digest(spec: ModelFile, source: Source | None, trained_model: str) -
     images = reduced_precision.digest(spec.precision) if spec.precision.type != "float32" else ""
     for key in ("model", "weights", "classes", "thresholds"):
         value = getattr(spec, key)
-        if key == "weights" and value and Path(value).is_file():
-            value = Path(value)
-        if isinstance(value, Path):
-            values[key] = value.name
+        if isinstance(value, Path) or (key == "weights" and value and Path(value).is_file()):
+            values[key] = Path(value).name
     values.pop("precision")
     inputs = [
         values,

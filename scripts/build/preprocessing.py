@@ -84,17 +84,13 @@ def resolve(
     fixed: Mapping[str, Any],
     model: str,
 ) -> Preprocessing:
-    """Return the preprocessing of a model.
+    """Return the preprocessing of a model from the user's options and fields of `Preprocessing`.
 
     Args:
         options: the user's overrides.
-        defaults: fields of `Preprocessing` from the model's own files or the architecture; some
-            may be missing.
-        fixed: fields that the model allows no other value for.
+        defaults: from the model's own files or the architecture; some may be missing.
+        fixed: those that the model allows no other value for.
         model: its name, for errors.
-
-    Raises:
-        UserError: a value is missing, cannot be changed, or does not fit the others.
     """
     overrides = options.values()
     for key in overrides.keys() & fixed.keys():
@@ -104,9 +100,8 @@ def resolve(
                 "out."
             )
     values = {**defaults, **fixed, **overrides}
-    squared = overrides.get("fit") in {"squash", "pad"}
-    if squared and "resize" not in overrides and "crop" in values:
-        values["resize"] = values["crop"]
+    if overrides.get("fit") in {"squash", "pad"} and "crop" in values:
+        values["resize"] = overrides.get("resize", values["crop"])
     missing = [key for key in ("resize", "crop", "mean", "std") if key not in values]
     if missing:
         raise UserError(
@@ -123,12 +118,10 @@ def resolve(
 def summary(preprocessing: Preprocessing) -> str:
     """Return one line to compare with the training's preprocessing."""
     side = {"crop": "shorter side", "squash": "both sides", "pad": "longer side"}[preprocessing.fit]
-    crop, order = preprocessing.crop, preprocessing.channels
-    mean, std = (
-        ", ".join(f"{number:g}" for number in values)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    crop = preprocessing.crop
+    mean = ", ".join(f"{number:g}" for number in preprocessing.mean)
+    std = ", ".join(f"{number:g}" for number in preprocessing.std)
     return (
         f"{side} to {preprocessing.resize} pixels ({preprocessing.interpolation}), center "
-        f"{crop} x {crop}, {order.upper()}, mean {mean}, std {std}"
+        f"{crop} x {crop}, {preprocessing.channels.upper()}, mean {mean}, std {std}"
     )

@@ -50,13 +50,10 @@ def quantize(
     target: Path,
     kept: Collection[str] = (),
 ) -> None:
-    """Write an int8 model.
+    """Write an int8 model of a float32 one in ONNX, calibrated on images, uint8 (3, crop, crop).
 
-    Args:
-        model_file: the float32 model, as ONNX.
-        images: to calibrate on, each uint8 (3, crop, crop).
-        target: OpenVINO's `.xml`; a `.bin` is written beside it.
-        kept: names of layers that stay in float32, as `costliest` returns them.
+    `target` is OpenVINO's `.xml`; a `.bin` is written as well. The layers named in `kept` stay in
+    float32.
     """
     result = nncf.quantize(
         _read(model_file),
@@ -77,23 +74,18 @@ def costliest(
 ) -> list[Layer]:
     """Return the layers by the noise that each adds to that of its input, most first.
 
-    Args:
-        model_file: the float32 model, as ONNX.
-        quantized: the same in int8, with all layers quantized.
-        images: each uint8 (3, crop, crop).
+    `quantized` is the model of `model_file` with all layers quantized.
     """
     exact, lower = _read(model_file), openvino.Core().read_model(quantized)
     layers = _layers(exact)
     names = [op.get_friendly_name() for op in layers]
     runs = [_probe(model, names) for model in (exact, lower)]
-    noise = np.zeros((len(images[:_RANKING_IMAGES]), len(layers), 2))
-    for row, image in zip(noise, images, strict=False):
-        for index, (wanted, got) in enumerate(
-            zip(*(run(image[None]) for run in runs), strict=True)
-        ):
+    noise = []  # per image and layer, of its input and its output
+    for image in images[:_RANKING_IMAGES]:
+        for wanted, got in zip(*(run(image[None]) for run in runs), strict=True):
             scale = max(float(np.mean(wanted**2)), np.finfo(np.float32).tiny)
-            row[index // 2, index % 2] = np.mean((got - wanted) ** 2) / scale
-    added = (noise[..., 1] - noise[..., 0]).mean(axis=0)
+            noise.append(np.mean((got - wanted) ** 2) / scale)
+    added = np.diff(np.reshape(noise, (-1, len(layers), 2)).astype(float)).mean(axis=(0, 2))
     found = map(Layer, names, map(_weights_name, layers), added.tolist())
     return sorted(found, key=lambda layer: -layer.noise)
 
@@ -133,9 +125,4 @@ def _probe(model: Any, layers: Sequence[str]) -> Any:
         watched += [source, by_name[name].output(0)]
     probed = openvino.Model(watched, model.get_parameters(), "probed")
     compiled = openvino.Core().compile_model(probed, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-
-    def run(image: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        found = compiled([image])
-        return [found[index] for index in range(len(watched))]
-
-    return run
+    return lambda image: list(compiled([image]).values())

@@ -69,19 +69,7 @@ def add_reduced_precision(
     labels: Sequence[Label],
     folder: Path,
 ) -> None:
-    """Write all that an archive of reduced precision has in addition to the float32 model.
-
-    Args:
-        wanted: bf16 or int8.
-        model_file: the float32 model, as ONNX.
-        card: of the archive.
-        labels: the model's classes, by position.
-        folder: to write the files to.
-
-    Raises:
-        UserError: the cost exceeds the limits or cannot be judged, the weights are not trained, or
-            images or packages are missing.
-    """
+    """Write to `folder` what an archive has in addition to its float32 model, an ONNX file."""
     if not card.trained:
         raise UserError(
             f"{wanted.type} needs trained weights. Predictions of random weights are near ties, so "
@@ -103,10 +91,8 @@ def add_reduced_precision(
     with tempfile.TemporaryDirectory() as temporary:
         cpus = joblib.cpu_count()
         cores = Cores(cpus, cpus, Path(temporary) / "busy")
-        exact = _logits(
-            OnnxEngine(model_file, cores),
-            list(_decoded(list(decoded), card.preprocessing).values()),
-        )
+        as_float32_does = list(_decoded(list(decoded), card.preprocessing).values())
+        exact = _logits(OnnxEngine(model_file, cores), as_float32_does)
         expected = probabilities(exact)
         if truth is None:
             _check_clear(wanted, near_ties(expected, limits), multilabel=card.multilabel)

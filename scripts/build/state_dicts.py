@@ -71,10 +71,8 @@ class Template:
     """The names and shapes that an architecture expects.
 
     Attributes:
-        architecture: for messages, as ARCH has it, or the name of a Python class.
-        shapes: of the parameters and buffers of a model with so many classes.
-        last: the name of the last layer, as in "fc"; empty if the code fixes the number of
-            classes, so that `shapes(0)` is right.
+        shapes: of the parameters and buffers, by the number of classes.
+        last: the last layer, as in "fc"; empty if the code fixes the number of classes.
         optional: whether a name may be missing or left out, such as an auxiliary classifier's.
         rename: old names to present ones, whatever prefix they have.
     """
@@ -96,12 +94,11 @@ class Fitted:
     """The tensors below a prefix of a state dict, as weights of an architecture.
 
     Attributes:
-        key: of the state dict, with the prefix of its names, as WEIGHTS_KEY has them.
+        key: of the state dict, with the prefix, as WEIGHTS_KEY has them.
         state_dict: all of the architecture's names.
         classes: outputs of the last layer; 0 if the code fixes them, or no last layer was found.
-        problems: differing shapes and missing names; empty if the weights are complete.
+        problems: differing shapes and missing names.
         source: the whole state dict.
-        prefix: of the names in it, as in "module."; or empty.
         last: the last layer's name below the prefix.
         notes: sentences to print.
     """
@@ -134,16 +131,8 @@ class Fitted:
 def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = None) -> Fitted:
     """Take the weights of an architecture from a file, with as many classes as they have.
 
-    Averaged weights (EMA, SWA) are preferred to raw ones.
-
-    Args:
-        checkpoint: what the file holds.
-        template: what the architecture expects.
-        weights_key: the state dict to take, by its key or by the prefix of its names.
-
-    Raises:
-        UserError: the file is for another architecture, has further layers, is ambiguous, or holds
-            values that are not finite.
+    Averaged weights (EMA, SWA) are preferred to raw ones, unless `weights_key` is the key of
+    another state dict, or the prefix of its names.
     """
     file, states = checkpoint.file, checkpoint.states
     template = replace(template, shapes=functools.cache(template.shapes))
@@ -233,7 +222,7 @@ def _compare(
 ) -> tuple[StateDict, int, tuple[str, ...]]:
     """Return the tensors by the architecture's names, the number of classes, and the problems."""
     few = template.few
-    weight, bias = (f"{template.last}.{part}" for part in ("weight", "bias"))
+    weight, bias = f"{template.last}.weight", f"{template.last}.bias"
     names = {name: name for name in few} | {weight: f"{last}.weight", bias: f"{last}.bias"}
     tensors = StateDict((n, below[names[n]]) for n in few if names[n] in below)
     shape = tensors[weight].shape if weight in tensors else ()
@@ -304,9 +293,8 @@ def _left_out(
 ) -> tuple[list[str], list[str]]:
     """Return the tensors that the architecture does not have: harmless ones, and all others.
 
-    Those of complete or averaged copies of the model are neither. Harmless are counters and,
-    outside the model, what only losses use. A loss's tensor with two dimensions may compute:
-    ArcFace's, for example, is the last layer.
+    Copies of the model are neither. Harmless are counters and, outside the model, what only losses
+    use. A loss's tensor with two dimensions may compute: ArcFace's is the last layer.
     """
     modules = {name.partition(".")[0] for name in template.few}
     copies = [f for f in found if f.source is taken.source and f.is_copy]
@@ -356,14 +344,11 @@ def _notes(
 def _hint(state: StateDict, tensors: Tensors, template: Template) -> str:
     """Return what to do with weights that do not fit.
 
-    Args:
-        state: the weights.
-        tensors: those of them that have names of the architecture, if they are most.
-        template: what the architecture expects.
+    `tensors` are those of them that have names of the architecture, if they are most.
     """
     for name, tensor in tensors.items():
         # An image has 3 channels, and a convolution's weights 4 dimensions.
-        if len(tensor.shape) == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:
+        if tensor.ndim == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:
             return (
                 f"It takes images of {tensor.shape[1]} channel(s). Here they have 3: red, green "
                 "and blue, also gray ones. Train with those, as Grayscale(num_output_channels=3) "

@@ -20,14 +20,8 @@ def resolve(
 ) -> tuple[float, ...]:
     """Return the threshold of each class, by position.
 
-    Args:
-        given: a number for all classes, a mapping of class to number, or a JSON file of that; None
-            for one half.
-        labels: the classes.
-
-    Raises:
-        UserError: the file cannot be read, a class is unknown or lacks one, or a value is no number
-            from 0 to 1.
+    `given` is a number for all classes, a mapping of class to number, or a JSON file of that; None
+    is one half.
     """
     if given is None or isinstance(given, float):
         return (EVEN if given is None else given,) * len(labels)

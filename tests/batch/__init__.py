@@ -1,1 +1,1 @@
-"""Many pictures on Ray; needs `make setup-batch`."""
+"""Batch classification on Ray; needs `make setup-batch`."""

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine: real `ray start` processes."""
+"""A Ray cluster on this machine: several `ray start` processes."""
 
 import contextlib
 import os
@@ -14,23 +14,23 @@ from tests.batch.command import wait_for
 
 
 class Cluster:
-    """A head, and more nodes when added; only this machine's loopback has their addresses.
+    """A head and more nodes, on addresses of this machine's loopback.
 
-    Each node has a CPU, and reports a GPU whether there is one or not.
+    Each node has one CPU and reports one GPU, which need not exist.
 
     Attributes:
         address: of the head.
-        environment: what a program needs to be let in.
+        environment: variables that a program needs to connect.
         nodes: their processes, the head's first.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Starts the head; `folder` is for Ray's files and has a short name."""
+        """Start the head; `folder` is for Ray's files and has a short path."""
         self.environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # By itself Ray gives way to all other work.
+            # Ray's default is the lowest priority.
             "RAY_worker_niceness": "0",
         }
         self._folder = folder
@@ -42,11 +42,11 @@ class Cluster:
         self._start("--head", f"--port={port}", f"--temp-dir={folder}", dashboard)
 
     def add(self) -> None:
-        """Starts one more node."""
+        """Start one more node."""
         self._start(f"--address={self.address}")
 
     def kill(self, node: psutil.Popen) -> None:
-        """Kills a node with all that runs on it, as a power cut would."""
+        """Kill a node and all its processes, as a power failure would."""
         self.nodes.remove(node)
         processes = [node, *node.children(recursive=True)]
         for process in processes:
@@ -60,7 +60,7 @@ class Cluster:
         return [child for child in children if name in _title(child)]
 
     def close(self) -> None:
-        """Kills all nodes, the head last."""
+        """Kill all nodes, the head last."""
         for node in reversed(self.nodes):
             self.kill(node)
 

@@ -1,4 +1,4 @@
-"""`python -m batch` as a person runs it, and the rows that it wrote."""
+"""`python -m batch` in a process, and the rows that it wrote."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ from scripts.serve.running import ServerState
 
 Row = dict[str, Any]
 
-# Of a job of a few hundred images, Ray's start included, on a busy machine.
+# Seconds of a job of a few hundred images with Ray's start, on a busy machine.
 _TIMEOUT = 240
 
 
 def begin(
     *args: str | Path, environment: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[str]":
-    """Starts the command; it and what it starts are a process group of their own."""
+    """Start the command in its own process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "batch", *map(str, args)],
         stdout=subprocess.PIPE,
@@ -35,7 +35,7 @@ def begin(
 
 
 def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
-    """Waits for its exit; returns what it printed."""
+    """Wait for its exit; return its output."""
     try:
         printed, _ = process.communicate(timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -46,19 +46,19 @@ def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
 
 
 def wait_for(ready: Callable[[], bool]) -> None:
-    """Waits until it is so, as long as a job may take."""
+    """Wait until the function returns true, as long as a job may take."""
     assert wait_until(ready, _TIMEOUT), f"it did not happen within {_TIMEOUT} s"
 
 
 def classify(
     *args: str | Path, status: int = 0, environment: Mapping[str, str] | None = None
 ) -> str:
-    """Runs it; returns what it printed."""
+    """Run the command; return its output."""
     return ended(begin(*args, environment=environment), status)
 
 
 def part_files(output: Path) -> list[Path]:
-    """Return the parts that have results."""
+    """Return the result files."""
     return sorted(output.glob("part-*.parquet"))
 
 
@@ -68,7 +68,7 @@ def rows(output: Path) -> list[Row]:
 
 
 def differs(row: Row, session: requests.Session, server: ServerState, topk: int = 5) -> bool:
-    """Return whether a row is something else than the server's answer for the same bytes."""
+    """Return whether a row differs from the server's response to the same bytes."""
     headers = {"Content-Type": "application/octet-stream"}
     content = Path(row["path"]).read_bytes()
     response = session.post(server.predictions_url, data=content, headers=headers, timeout=60)

@@ -1,4 +1,4 @@
-"""What the tests of batch classification share: small archives, their server, a Ray cluster, S3."""
+"""Small archives, their server, a Ray cluster, and S3 storage."""
 
 import subprocess
 import tempfile
@@ -33,19 +33,19 @@ def _build(folder: Path, name: str, **choices: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a single-label model."""
+    """A single-label model."""
     return _build(tmp_path_factory.mktemp("model_store"), "small")
 
 
 @pytest.fixture(scope="session")
 def multilabel_archive(small_archive: Path) -> Path:
-    """Of the same model, as a multi-label one."""
+    """The same model as a multi-label one."""
     return _build(small_archive.parent, "several", activation="sigmoid")
 
 
 @pytest.fixture(scope="session")
 def torch_archive(small_archive: Path) -> Path:
-    """Of the same model for PyTorch, which uses GPUs; without one it takes the CPU."""
+    """The same model for PyTorch, which uses a GPU if there is one."""
     return _build(small_archive.parent, "torch", engine="torch")
 
 
@@ -53,7 +53,7 @@ def torch_archive(small_archive: Path) -> Path:
 def server(
     small_archive: Path, multilabel_archive: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
-    """A server of the single-label and of the multi-label archive."""
+    """A server of the single-label and the multi-label archive."""
     folder = tmp_path_factory.mktemp("run")
     running = start(small_archive, free_ports(), 1, folder, extra_archives=[multilabel_archive])
     yield running
@@ -63,7 +63,7 @@ def server(
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A head and a node."""
-    # The names of Ray's sockets may have 107 bytes, which pytest's folders leave too few of.
+    # Paths of Ray's sockets are limited to 107 bytes, too few for pytest's folders.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         ray = Cluster(Path(folder, "ray"))
         try:
@@ -75,7 +75,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """480 small images in one folder, no two alike."""
+    """480 different small images in one folder."""
     folder = tmp_path_factory.mktemp("images")
     photograph = Image.open(CAT).convert("RGB")
     files = [folder / f"{number:04}.jpg" for number in range(480)]
@@ -88,12 +88,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Turns a key into an address in the empty bucket `images` of an S3 server, Moto's."""
+    """Return a function from a key to its address in the empty bucket `images` of Moto's S3."""
     python = environment(tmp_path / "moto", Path("requirements/moto.lock").absolute())
     (port,) = unused_ports(1)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-    # Without it clients look for credentials at the address of a cloud's machine.
+    # Otherwise clients query the metadata service of AWS for credentials.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
     def created() -> bool:

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing twice: nodes, actors and the program itself die in the middle of a job."""
+"""One row per image, although the program, actors and a node are killed during a job."""
 
 import json
 import os
@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.archives import repack
 from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.settings import MODEL_CARD, ModelCard
 from tests.batch.cluster import Cluster
 from tests.batch.command import begin, classify, ended, part_files, rows, wait_for
 
-# Actors of the class that loads the model.
+# The actors that load the model.
 ACTOR = "MapWorker(MapBatches(Model))"
-# More than Ray restarts an actor, or retries a task, when it is given a limit.
+# More than Ray's usual limit of restarts and retries.
 _KILLED_ACTORS = 4
 
 
@@ -28,7 +29,7 @@ def _each_once(output: Path, folder: Path) -> None:
     assert counted == Counter(str(path) for path in folder.iterdir())
 
 
-def test_program_actors_and_a_node_die_and_each_image_has_one_row(
+def test_each_image_has_one_row_although_program_actors_and_a_node_are_killed(
     cluster: Cluster, small_archive: Path, images: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "results"
@@ -38,7 +39,7 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
     wait_for(lambda: len(part_files(output)) > 3 or job.poll() is not None)
     os.killpg(job.pid, signal.SIGKILL)
     ended(job, -signal.SIGKILL)
-    # What its tasks still write is whole, and theirs to write.
+    # Its tasks may still write complete parts.
     wait_for(lambda: not cluster.workers(ACTOR))
     written = {file: file.stat().st_mtime_ns for file in part_files(output)}
     assert 3 < len(written) < len(images) // 8
@@ -50,7 +51,7 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
             before = len(part_files(output))
             actor.kill()
             killed.add(actor.pid)
-            # It must not only die, but work in between.
+            # The next actor must work before it is killed.
             wait_for(lambda: len(part_files(output)) > before or job.poll() is not None)  # noqa: B023
     assert job.poll() is None, f"the job was done after {len(killed)} actors"
     cluster.kill(cluster.nodes[1])
@@ -64,7 +65,7 @@ def test_program_actors_and_a_node_die_and_each_image_has_one_row(
     assert "topk None there, 3 here" in classify(*command, "--topk", "3", status=1)
 
 
-# Appended to the archive's own code: no image is known that crashes Pillow.
+# Appended to the archive's decoder, since no known image crashes Pillow.
 _CRASH = b"""
 _sound = decode_here
 
@@ -78,15 +79,14 @@ def decode_here(data, *rest):
 
 
 def _broken(small_archive: Path, archive: Path) -> Path:
-    """Write an archive whose decoder crashes, and whose int8 model cannot be checked."""
-    with zipfile.ZipFile(small_archive) as sound, zipfile.ZipFile(archive, "w") as packed:
-        for name in sound.namelist():
-            content = sound.read(name) + (_CRASH if name == "handler/decoding/pillow.py" else b"")
-            if name == MODEL_CARD:
-                card = replace(ModelCard.from_json(content), precision="int8")
-                content = card.to_json().encode()
-            packed.writestr(name, content)
-        # What to check the model with, and no model.
+    """Write an archive whose decoder crashes, and whose int8 model is missing."""
+
+    def change(name: str, content: bytes) -> bytes:
+        if name == MODEL_CARD:
+            return replace(ModelCard.from_json(content), precision="int8").to_json().encode()
+        return content + (_CRASH if name == "handler/decoding/pillow.py" else b"")
+
+    with zipfile.ZipFile(repack(small_archive, archive, change), "a") as packed:
         for name in (CHECK_IMAGES, CHECK_LABELS):
             with packed.open(name, "w") as file:
                 np.save(file, np.zeros(1))
@@ -111,7 +111,7 @@ def test_an_image_that_crashes_its_decoder_and_a_precision_that_fails_are_report
     assert crashed["path"] == str(folder / "crash.jpg")
     assert crashed["error_type"] == "DamagedImage"
     assert "it crashed the program that decodes it" in crashed["error_message"]
-    # The precision is of the rows and of the report.
+    # Rows and report have the precision that was used.
     assert {row["precision"] for row in found} == {"float32"}
     assert "21 images are answered in float32, not the archive's precision: " in printed
     assert sum(json.loads((output / "_report.json").read_text())["fallbacks"].values()) == 21

@@ -1,4 +1,4 @@
-"""Rows are the served answers, whatever the images come in, and wherever they are stored."""
+"""Rows equal the server's responses, for files, lists, Parquet and object storage."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ _CHOICES = ("--embedding", "--topk", "2")
 
 @dataclass(frozen=True)
 class Result:
-    """What a job printed and wrote."""
+    """The output and the rows of a job."""
 
     printed: str
     rows: list[Row]
@@ -40,8 +40,8 @@ def _run(cluster: Cluster, archive: Path, *args: str | Path, output: Path) -> Re
 
 
 @pytest.fixture(scope="module")
-def refused() -> dict[str, bytes]:
-    """An image for each type of error, by that type."""
+def rejected() -> dict[str, bytes]:
+    """An image per error type."""
     return {"EmptyImage": b""} | {hostile.type: hostile.data for hostile in corpus.hostile()}
 
 
@@ -50,12 +50,12 @@ def listed(
     cluster: Cluster,
     small_archive: Path,
     images: list[Path],
-    refused: dict[str, bytes],
+    rejected: dict[str, bytes],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Result:
-    """Of a list of 20 photographs, some of the corpus, and one that is missing."""
+    """The rows of a list: 20 photographs, images of the corpus, and a missing file."""
     folder = tmp_path_factory.mktemp("list")
-    some = [*refused.values(), *(valid.data for valid in islice(corpus.valid(), 0, None, 8))]
+    some = [*rejected.values(), *(valid.data for valid in islice(corpus.valid(), 0, None, 8))]
     files = [folder / f"{number:03}.jpg" for number in range(len(some))]
     for file, data in zip(files, some, strict=True):
         file.write_bytes(data)
@@ -64,14 +64,14 @@ def listed(
     return _run(cluster, small_archive, folder / "list.txt", *_CHOICES, output=folder / "results")
 
 
-def test_every_row_is_the_servers_answer_for_the_same_bytes(
-    listed: Result, refused: dict[str, bytes], server: ServerState, small_archive: Path
+def test_every_row_equals_the_servers_response(
+    listed: Result, rejected: dict[str, bytes], server: ServerState, small_archive: Path
 ) -> None:
     *found, missing = listed.rows
     with requests.Session() as session:
         assert not [row for row in found if differs(row, session, server, topk=2)]
     errors = Counter(row["error_type"] for row in found if row["error_type"])
-    assert errors == Counter(list(refused))
+    assert errors == Counter(list(rejected))
     sound = [row for row in found if not row["error_type"]]
     assert all(len(row["labels"]) == 2 and len(row["embedding"]) == 512 for row in sound)
     assert missing["error_type"] == "Unreadable"
@@ -113,12 +113,12 @@ def test_nodes_with_one_cpu_and_one_gpu_decode_and_classify(
     assert "20 read, 20 classified, 0 rejected" in printed
 
 
-def test_multilabel_rows_of_object_storage_are_the_servers_answers(
+def test_multi_label_rows_of_object_storage_equal_the_servers_responses(
     bucket: Callable[[str], str], multilabel_archive: Path, images: list[Path], server: ServerState
 ) -> None:
     storage, _ = fs.FileSystem.from_uri(bucket(""))
     for number, path in enumerate(images[:20]):
-        # What an address would have to quote.
+        # Characters that a URL has to quote.
         with storage.open_output_stream(f"images/in/{number:02} ü%+?#.jpg") as stream:
             stream.write(path.read_bytes())
     command = (bucket("in"), "--output", bucket("out"), "--archive", multilabel_archive)
@@ -133,18 +133,18 @@ def test_multilabel_rows_of_object_storage_are_the_servers_answers(
     assert any(row["passing"] for row in found)
 
 
-def test_only_this_machine_reaches_ray_and_ctrl_c_leaves_none_of_it(
+def test_ray_listens_on_loopback_only_and_ctrl_c_leaves_no_process(
     small_archive: Path, images: list[Path], tmp_path: Path
 ) -> None:
     output, temporary = tmp_path / "results", tmp_path / "t"
     temporary.mkdir()
-    # A name that leaves Ray's sockets enough bytes.
+    # A short path: those of Ray's sockets are limited to 107 bytes.
     short = f"/proc/{os.getpid()}/fd/{os.open(temporary, os.O_RDONLY)}"
     options = ("--output", output, "--archive", small_archive)
     job = begin(images[0].parent, *options, environment={"TMPDIR": short})
     wait_for(lambda: bool(part_files(output)) or job.poll() is not None)
     processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    # Whoever reaches Ray can run programs.
+    # Whoever can connect to Ray can run programs.
     addresses = {address.removeprefix("::ffff:") for address in _addresses(processes)}
     assert addresses
     assert not [one for one in addresses if not one.startswith("127.") and one != "::1"]
@@ -177,7 +177,7 @@ def _addresses(processes: list[psutil.Process]) -> Iterator[str]:
         ),
     ],
 )
-def test_what_a_person_can_fix_is_an_error_message(
+def test_a_mistake_is_an_error_message(
     small_archive: Path, images: list[Path], tmp_path: Path, arguments: str, message: str
 ) -> None:
     filled = arguments.format(images=images[0].parent, archive=small_archive).split()

@@ -1,1 +1,1 @@
-"""The page in a real Chromium, against a real TorchServe."""
+"""Tests of the web UI in Chromium, against a running TorchServe."""

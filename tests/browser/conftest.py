@@ -1,4 +1,4 @@
-"""A real Chromium, and pages of it whose console is watched."""
+"""Fixtures: Chromium, and pages whose console messages are checked."""
 
 import os
 import shutil
@@ -10,25 +10,25 @@ from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwri
 
 from scripts.serve.running import ServerState
 
-# Milliseconds; the usual 5 s are little beside other tests.
+# Milliseconds; the default of 5 s is too short while other tests run.
 expect.set_options(timeout=30_000)
 
-# Debian's name, then those of others.
+# Debian's name first.
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 _ARGUMENTS = (
     "--disable-gpu",
-    # Nothing but the page is to use the network.
+    # Only the page itself may use the network.
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # A webcam, which shows a moving pattern.
+    # A fake webcam with a moving pattern.
     "--use-fake-device-for-media-stream",
 )
 
 
 class Console:
-    """What a page writes to the browser's console, and scripts that fail."""
+    """Console errors and warnings of a page, and its uncaught exceptions."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []
@@ -47,7 +47,7 @@ class Console:
         page.on("pageerror", lambda error: self._problems.append(str(error)))
 
     def expect(self, text: str, *, optional: bool = False) -> None:
-        """Chromium itself writes a line for each answer that is an error; some depend on timing."""
+        """Allow a message, and require it unless optional; Chromium logs each error response."""
         self._expected.append(text)
         if optional:
             self._optional.append(text)
@@ -60,7 +60,7 @@ class Console:
         assert missing == []
 
 
-# Not for the session: while Playwright runs, nobody else can run an event loop in this thread.
+# Not session-scoped: while Playwright runs, no other event loop can run in this thread.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -84,9 +84,9 @@ def launch(kind: BrowserType) -> Browser | None:
     return kind.launch(executable_path=path, args=[*_ARGUMENTS, *root])
 
 
-def _chromium(playwrights_own: BrowserType) -> str | None:
-    if Path(playwrights_own.executable_path).exists():
-        return playwrights_own.executable_path
+def _chromium(kind: BrowserType) -> str | None:
+    if Path(kind.executable_path).exists():
+        return kind.executable_path
     return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
@@ -97,7 +97,7 @@ def console() -> Console:
 
 @pytest.fixture
 def open_page(browser: Browser, console: Console) -> Iterator[Callable[..., Page]]:
-    """Opens a URL in a browser window of its own, with `Browser.new_context`'s options."""
+    """Open a URL in a new browser context, with options of `Browser.new_context`."""
     contexts = []
 
     def open_url(url: str, **options: object) -> Page:
@@ -119,5 +119,5 @@ def open_page(browser: Browser, console: Console) -> Iterator[Callable[..., Page
 
 @pytest.fixture
 def page(open_page: Callable[..., Page], running: ServerState) -> Page:
-    """The page, as TorchServe itself serves it."""
+    """The web UI, served by TorchServe."""
     return open_page(running.predictions_url)

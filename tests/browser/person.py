@@ -1,4 +1,4 @@
-"""What a person does with the page, and what the server says without one."""
+"""User actions on the web UI, and the responses to expect."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from scripts.serve.running import ServerState
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-# As high and wide enough to hit with a finger: Apple's guidelines, and WCAG 2.5.5.
-FINGER = 44
+# CSS pixels in both directions: Apple's guidelines, and WCAG 2.5.5.
+MIN_TARGET = 44
 NOTES = b"These are notes. " * 30
 
 
-def ask(running: ServerState, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
-    """Return what the server answers without a browser."""
+def predict(running: ServerState, content: bytes = CAT_BYTES, **fields: str) -> dict[str, Any]:
+    """Return the server's response to a request without a browser."""
     return _post(running.predictions_url, content, fields)
 
 
 def explain(running: ServerState, **fields: str) -> dict[str, Any]:
-    """Return the numbers of the cat's heat map."""
+    """Return the explanation of the cat image."""
     return _post(
         running.predictions_url.replace("/predictions/", "/explanations/"), CAT_BYTES, fields
     )
@@ -40,34 +40,34 @@ def _post(url: str, content: bytes, fields: dict[str, str]) -> dict[str, Any]:
 
 
 def choose(page: Page, *files: Path | FilePayload) -> None:
-    """As with the button for it."""
+    """Choose files with the file input."""
     page.set_input_files("#choose", list(files))  # type: ignore[arg-type]
 
 
 def payload(name: str, content: bytes = CAT_BYTES, kind: str = "image/png") -> FilePayload:
-    """A file that is on no disk."""
+    """Return a file in memory."""
     return {"name": name, "mimeType": kind, "buffer": content}
 
 
-def copy_of(path: Path) -> FilePayload:
-    """The same picture in memory; the driver mixes no files of both kinds."""
+def payload_of(path: Path) -> FilePayload:
+    """Return the image in memory; Playwright cannot mix paths and payloads."""
     return payload(path.name, path.read_bytes())
 
 
 def answered(page: Page) -> Locator:
-    """The answered pictures' certainties."""
+    """Return the probabilities of all images with a response."""
     return page.locator(".sure:not(:empty)")
 
 
-def hold(page: Page) -> list[Route]:
-    """Keep all requests for predictions from going on by themselves; return them as they come."""
+def hold_requests(page: Page) -> list[Route]:
+    """Hold all prediction requests; return the list to which they are added."""
     held: list[Route] = []
     page.route("**/predictions/**", lambda route: held.append(route))  # noqa: PLW0108
     return held
 
 
 def save(page: Page, button: str, folder: Path) -> Path:
-    """Return the file that this button downloads."""
+    """Download the file of this button and return its path."""
     with page.expect_download() as download:
         page.get_by_role("button", name=button).click()
     path = folder / download.value.suggested_filename
@@ -75,32 +75,32 @@ def save(page: Page, button: str, folder: Path) -> Path:
     return path
 
 
-def in_words(label: str) -> str:
-    """As the page writes a class name."""
+def display_name(label: str) -> str:
+    """Return a class name as the web UI writes it."""
     return label.replace("_", " ")
 
 
 def percent(probability: float) -> str:
-    """As the page writes it: no more digits than mean something."""
+    """Return a probability as the web UI writes it."""
     if 0 < probability < 0.01:
         return "<1%"
     return ">99%" if 0.99 < probability < 1 else f"{probability:.0%}"
 
 
-def expect_the_cats_answer(page: Page, running: ServerState) -> None:
-    """Of the picture that is open."""
-    predictions = ask(running)["predictions"]
+def expect_cat_predictions(page: Page, running: ServerState) -> None:
+    """Check the predictions of the open image."""
+    predictions = predict(running)["predictions"]
     opened = page.locator(".result.open")
-    expect(opened.locator(".toggle")).to_have_text(in_words(predictions[0]["label"]))
-    names = [in_words(row["label"]) for row in predictions]
+    expect(opened.locator(".toggle")).to_have_text(display_name(predictions[0]["label"]))
+    names = [display_name(row["label"]) for row in predictions]
     expect(opened.locator(".guess .name")).to_have_text(names)
     percentages = [percent(row["probability"]) for row in predictions]
     expect(opened.locator(".guess .percent")).to_have_text(percentages)
     expect(opened.locator(".sure")).to_have_text(percentages[0])
 
 
-def everything(page: Page) -> None:
-    """Each state that a picture can be in, on one page."""
+def show_every_state(page: Page) -> None:
+    """Show a result in each state: failed, collapsed, and open with a heat map."""
     choose(page, payload("notes.txt", NOTES, "text/plain"))
     expect(page.locator(".failed")).to_have_count(1)
     choose(page, PHOTOGRAPHS[5])

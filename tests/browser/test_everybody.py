@@ -1,4 +1,4 @@
-"""For everybody: any eyes, fingers, screen, settings; and as little to fear as can be."""
+"""Accessibility: colors, phones, motion, screen readers, and pages without JavaScript."""
 
 import re
 from collections.abc import Callable
@@ -10,23 +10,30 @@ from benchmarks.known import PHOTOGRAPHS
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
 from tests.browser.conftest import Console
-from tests.browser.person import FINGER, PHONE, answered, choose, everything, hold
+from tests.browser.person import (
+    MIN_TARGET,
+    PHONE,
+    answered,
+    choose,
+    hold_requests,
+    show_every_state,
+)
 
 Open = Callable[..., Page]
 
-# Of a graphic beside what is next to it: WCAG 1.4.11.
-CONTRAST = 3
+# Of a graphic and the adjacent color: WCAG 1.4.11.
+MIN_CONTRAST = 3
 
 
 def background(element: Locator) -> str:
-    colour: str = element.evaluate("element => getComputedStyle(element).backgroundColor")
-    return colour
+    color: str = element.evaluate("element => getComputedStyle(element).backgroundColor")
+    return color
 
 
-def luminance(colour: str) -> float:
-    """Of `rgb(...)`, as WCAG has it, 0 to 1."""
-    shares = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+def luminance(color: str) -> float:
+    """Return WCAG's relative luminance, 0 to 1, of `rgb(...)`."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -37,7 +44,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("forced", ["none", "active"])
-def test_light_and_dark_follow_the_system_and_bars_stand_out_from_their_background(
+def test_colors_follow_the_system_scheme_and_bars_have_enough_contrast(
     open_page: Open, running: ServerState, scheme: str, forced: str
 ) -> None:
     page = open_page(running.predictions_url, color_scheme=scheme, forced_colors=forced)
@@ -46,36 +53,34 @@ def test_light_and_dark_follow_the_system_and_bars_stand_out_from_their_backgrou
     choose(page, CAT)
     expect(answered(page)).to_have_count(1)
     bar, track = page.locator(".guess .bar").first, page.locator(".guess .track").first
-    assert contrast(background(bar), background(track)) >= CONTRAST
+    assert contrast(background(bar), background(track)) >= MIN_CONTRAST
 
 
 @pytest.mark.parametrize("width", [280, 390])
-def test_nothing_is_wider_than_a_phone_or_too_small_for_a_finger(
+def test_content_fits_a_phone_and_touch_targets_are_large_enough(
     open_page: Open, running: ServerState, console: Console, width: int
 ) -> None:
     phone = {**PHONE, "viewport": {"width": width, "height": 844}}
     page = open_page(running.predictions_url, **phone)
     expect(page.locator(".choice.touch")).to_be_visible()
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
-    everything(page)
+    show_every_state(page)
     console.expect("status of 400")
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
-    pressed = page.locator(
+    targets = page.locator(
         "button:visible:not(.toggle), a.button:visible, .choice:visible, select:visible, "
         "summary:visible, input[type=range]:visible, input[type=search], .head:visible"
     )
-    assert pressed.count() > 20
-    for element in pressed.all():
+    assert targets.count() > 20
+    for element in targets.all():
         box = element.bounding_box()
         assert box is not None
         text = element.evaluate("element => element.outerHTML.slice(0, 80)")
-        assert (box["width"] >= FINGER, box["height"] >= FINGER) == (True, True), (text, box)
+        assert min(box["width"], box["height"]) >= MIN_TARGET, (text, box)
         assert box["x"] + box["width"] <= width, (text, box)
 
 
-def test_on_a_phone_the_answer_comes_to_where_one_looks(
-    open_page: Open, running: ServerState
-) -> None:
+def test_a_new_result_scrolls_into_view_on_a_phone(open_page: Open, running: ServerState) -> None:
     page = open_page(running.predictions_url, **PHONE)
     drop = page.locator(".drop").bounding_box()
     choose(page, CAT)
@@ -87,7 +92,7 @@ def test_on_a_phone_the_answer_comes_to_where_one_looks(
         "drop => [drop.offsetTop, drop.offsetHeight, drop.offsetWidth]"
     )
     assert box == pytest.approx([drop["y"], drop["height"], drop["width"]], abs=1)
-    # The next image is within reach, and the bar for it covers no prediction.
+    # The bar with the buttons for the next image covers no prediction.
     bar, last = (page.locator(part).bounding_box() for part in ("#next", ".guess >> nth=-1"))
     assert bar is not None
     assert last is not None
@@ -100,11 +105,11 @@ def test_on_a_phone_the_answer_comes_to_where_one_looks(
     expect(page.locator("#next")).not_to_be_visible()
 
 
-@pytest.mark.parametrize(("wish", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
-def test_the_way_there_respects_who_wants_no_motion(
-    open_page: Open, running: ServerState, wish: str, behavior: str
+@pytest.mark.parametrize(("motion", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
+def test_scrolling_respects_reduced_motion(
+    open_page: Open, running: ServerState, motion: str, behavior: str
 ) -> None:
-    page = open_page(running.predictions_url, reduced_motion=wish, **PHONE)
+    page = open_page(running.predictions_url, reduced_motion=motion, **PHONE)
     page.evaluate(
         """() => {
             window.scrolls = [];
@@ -116,9 +121,9 @@ def test_the_way_there_respects_who_wants_no_motion(
     assert set(page.evaluate("() => window.scrolls")) == {behavior}
 
 
-def test_who_scrolls_away_is_left_alone(open_page: Open, running: ServerState) -> None:
+def test_scrolling_away_cancels_the_auto_scroll(open_page: Open, running: ServerState) -> None:
     page = open_page(running.predictions_url, **PHONE)
-    held = hold(page)
+    held = hold_requests(page)
     choose(page, CAT)
     while not held:
         page.wait_for_timeout(20)
@@ -131,15 +136,15 @@ def test_who_scrolls_away_is_left_alone(open_page: Open, running: ServerState) -
     assert page.evaluate("() => scrollY") == 0
 
 
-def test_a_screen_reader_is_told_once_for_all(page: Page) -> None:
+def test_screen_readers_get_one_announcement_for_all_images(page: Page) -> None:
     page.evaluate(
         """() => {
-            window.said = [];
+            window.announced = [];
             const observer = new MutationObserver(changes => {
                 for (const { target } of changes) {
                     const element = target.closest ? target : target.parentElement;
                     const live = element.closest("[role=status], [role=alert], [aria-live]");
-                    if (live?.textContent) window.said.push(live.textContent);
+                    if (live?.textContent) window.announced.push(live.textContent);
                 }
             });
             const all = { subtree: true, childList: true, characterData: true };
@@ -149,25 +154,23 @@ def test_a_screen_reader_is_told_once_for_all(page: Page) -> None:
     choose(page, *PHOTOGRAPHS[:6])
     expect(answered(page)).to_have_count(6)
     page.wait_for_timeout(200)
-    assert page.evaluate("() => window.said") == ["6 images are done. 6 answered."]
+    assert page.evaluate("() => window.announced") == ["6 images are done. 6 answered."]
     choose(page, CAT)
     expect(answered(page)).to_have_count(7)
     page.locator("#threshold").fill("0.4")
-    said = page.evaluate("() => window.said")[1:]
-    assert len(said) == 1
-    assert re.fullmatch(r"chelsea\.png: .+, \d+%", said[0])
+    announced = page.evaluate("() => window.announced")[1:]
+    assert len(announced) == 1
+    assert re.fullmatch(r"chelsea\.png: .+, \d+%", announced[0])
 
 
-def test_without_javascript_the_notice_comes_first_and_nothing_else_pretends_to_work(
-    open_page: Open, running: ServerState
-) -> None:
+def test_without_javascript_only_a_notice_is_shown(open_page: Open, running: ServerState) -> None:
     page = open_page(running.predictions_url, java_script_enabled=False)
     assert page.locator("main").inner_text().startswith("This page needs JavaScript")
     for part in (".drop", ".samples", ".controls", ".more", ".empty"):
         expect(page.locator(part)).not_to_be_visible()
 
 
-def test_untrained_weights_are_told_before_the_first_answer_and_on_each(page: Page) -> None:
+def test_untrained_weights_are_reported_before_the_first_result_and_on_each(page: Page) -> None:
     expect(page.get_by_role("note")).to_contain_text("Untrained random weights")
     expect(page.get_by_role("note")).to_be_in_viewport(ratio=1)
     choose(page, *PHOTOGRAPHS[:3])

@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from scripts.serve.running import ServerState
-from tests.browser.person import FINGER, PHONE, answered, ask, choose, save
+from tests.browser.person import MIN_TARGET, PHONE, answered, choose, predict, save
 from tests.conftest import Shapes
 
 Open = Callable[..., Page]
@@ -20,27 +20,27 @@ LABELS = 3
 
 @pytest.fixture(scope="module")
 def image(shapes: Shapes, shapes_server: ServerState) -> Path:
-    """One that gets three labels."""
+    """An image with three labels."""
     paths = sorted((shapes.folder / "test").glob("*.png"))
-    return next(p for p in paths if len(ask(shapes_server, p.read_bytes())["labels"]) == LABELS)
+    return next(p for p in paths if len(predict(shapes_server, p.read_bytes())["labels"]) == LABELS)
 
 
 @pytest.fixture(scope="module")
 def answer(image: Path, shapes_server: ServerState) -> dict[str, Any]:
-    return ask(shapes_server, image.read_bytes(), topk="6")
+    return predict(shapes_server, image.read_bytes(), topk="6")
 
 
 def names(rows: list[dict[str, Any]]) -> list[str]:
     return [row["label"] for row in rows]
 
 
-def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
+def test_labels_above_their_thresholds_are_marked_and_have_heat_maps(
     open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any]
 ) -> None:
     page = open_page(shapes_server.predictions_url)
     expect(page.locator(".model").first).to_contain_text("shapes")
     expect(page.locator("#facts")).to_contain_text("6 labels")
-    # Cats, coffee and rockets mean nothing to this model.
+    # The model has no class for the sample images.
     expect(page.locator("#samples")).not_to_be_visible()
     choose(page, image)
     labels = names(answer["labels"])
@@ -52,7 +52,7 @@ def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
         page.locator(".guess.passes").nth(number).click()
         expect(page.locator(".why")).to_contain_text(f"“{name}”")
         expect(page.locator(".seen canvas")).to_be_visible()
-    # However few guesses are wanted, no label is left out.
+    # Top-k does not hide labels.
     page.select_option("#topk", "1")
     expect(page.locator(".guess.passes .name")).to_have_text(passing)
     below = [row for row in answer["predictions"] if row not in answer["labels"]]
@@ -60,7 +60,7 @@ def test_all_labels_that_pass_are_named_and_marked_and_have_heat_maps(
     expect(page.locator(".guess.below .name")).to_have_text(names(below))
 
 
-def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_back(
+def test_one_threshold_overrides_the_classes_own_until_they_are_restored(
     open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any]
 ) -> None:
     page = open_page(shapes_server.predictions_url)
@@ -81,7 +81,7 @@ def test_a_threshold_for_all_classes_takes_the_place_of_their_own_and_gives_it_b
     expect(page.locator(".toggle")).to_have_text(", ".join(names(answer["labels"])))
 
 
-def test_saved_results_have_all_labels(
+def test_saved_results_contain_all_labels(
     open_page: Open, shapes_server: ServerState, image: Path, answer: dict[str, Any], tmp_path: Path
 ) -> None:
     page = open_page(shapes_server.predictions_url)
@@ -95,7 +95,7 @@ def test_saved_results_have_all_labels(
     assert [row["labels"] for row in saved] == [answer["labels"]] * 2
 
 
-def test_axe_finds_no_accessibility_violation(
+def test_the_multi_label_controls_are_accessible_on_a_phone(
     open_page: Open, shapes_server: ServerState, image: Path
 ) -> None:
     page = open_page(shapes_server.predictions_url, bypass_csp=True, color_scheme="dark", **PHONE)
@@ -106,5 +106,5 @@ def test_axe_finds_no_accessibility_violation(
     assert results.violations_count == 0, results.generate_report()
     row = page.locator("#own-thresholds").bounding_box()
     assert row is not None
-    assert row["height"] >= FINGER
+    assert row["height"] >= MIN_TARGET
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0

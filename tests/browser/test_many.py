@@ -1,4 +1,4 @@
-"""Many images: sent side by side, shown as a list, taken away as a file."""
+"""Several images: concurrent requests, the list of results, and the saved files."""
 
 import csv
 import json
@@ -14,12 +14,12 @@ from tests.browser.conftest import Console
 from tests.browser.person import (
     NOTES,
     answered,
-    ask,
     choose,
-    copy_of,
-    hold,
-    in_words,
+    display_name,
+    hold_requests,
     payload,
+    payload_of,
+    predict,
     save,
 )
 
@@ -32,8 +32,8 @@ def names(page: Page) -> list[str]:
     return page.locator(".file").all_text_contents()
 
 
-def test_several_images_are_sent_one_by_one_and_four_at_once(page: Page) -> None:
-    held = hold(page)
+def test_each_image_is_one_request_and_four_are_in_flight(page: Page) -> None:
+    held = hold_requests(page)
     choose(page, *TEN)
     expect(page.locator(".result")).to_have_count(10)
     for done in range(10):
@@ -46,15 +46,15 @@ def test_several_images_are_sent_one_by_one_and_four_at_once(page: Page) -> None
         held.pop(0).continue_()
         expect(answered(page)).to_have_count(done + 1)
     expect(page.locator("#all-progress")).not_to_be_visible()
-    assert names(page) == [picture.name for picture in TEN]
+    assert names(page) == [path.name for path in TEN]
 
 
-def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page) -> None:
+def test_several_images_are_a_collapsed_list_with_the_newest_first(page: Page) -> None:
     choose(page, TEN[0])
     expect(page.locator(".body:visible")).to_have_count(1)
     choose(page, *TEN[1:4])
     expect(answered(page)).to_have_count(4)
-    assert names(page) == [picture.name for picture in (*TEN[1:4], TEN[0])]
+    assert names(page) == [path.name for path in (*TEN[1:4], TEN[0])]
     expect(page.locator("#summary")).to_have_text("4 images. 4 answered.")
     expect(page.locator(".body:visible")).to_have_count(0)
     toggle = page.locator(".toggle").nth(2)
@@ -67,13 +67,13 @@ def test_many_images_are_a_list_that_opens_and_the_latest_come_first(page: Page)
     expect(page.locator(".body:visible")).to_have_count(0)
 
 
-def test_one_image_or_all_can_be_removed_and_what_is_removed_is_not_sent(page: Page) -> None:
+def test_removed_images_are_not_sent(page: Page) -> None:
     choose(page, *TEN[:3])
     page.get_by_role("button", name=f"Remove {TEN[1].name}").click()
     expect(page.locator("#summary")).to_contain_text("2 images")
     assert names(page) == [TEN[0].name, TEN[2].name]
     expect(answered(page)).to_have_count(2)
-    held = hold(page)
+    held = hold_requests(page)
     choose(page, *TEN)
     while len(held) < 4:
         page.wait_for_timeout(20)
@@ -87,7 +87,7 @@ def test_one_image_or_all_can_be_removed_and_what_is_removed_is_not_sent(page: P
     expect(answered(page)).to_have_count(1)
 
 
-def test_the_results_can_be_saved_as_they_are_shown(
+def test_saved_results_match_the_displayed_results(
     page: Page, running: ServerState, console: Console, tmp_path: Path
 ) -> None:
     formula, notes = '=HYPERLINK("x").png', "notes, mine.txt"
@@ -95,7 +95,7 @@ def test_the_results_can_be_saved_as_they_are_shown(
         page,
         payload(formula, TEN[0].read_bytes()),
         payload(notes, NOTES, "text/plain"),
-        copy_of(TEN[1]),
+        payload_of(TEN[1]),
     )
     page.locator("#threshold").fill("0.05")
     page.get_by_label("Predictions shown").select_option("3")
@@ -104,14 +104,14 @@ def test_the_results_can_be_saved_as_they_are_shown(
     console.expect("status of 400")
 
     def expected(name: str, path: Path) -> dict[str, Any]:
-        body = ask(running, path.read_bytes(), topk="3", threshold="0.05")
+        body = predict(running, path.read_bytes(), topk="3", threshold="0.05")
         best = {key: body["predictions"][0][key] for key in ("label", "class_id", "probability")}
-        same = {key: body[key] for key in ("recognized", "predictions", "warning")}
-        return {"picture": name, **best, **same}
+        rest = {key: body[key] for key in ("recognized", "predictions", "warning")}
+        return {"picture": name, **best, **rest}
 
     rows = [
         expected(formula, TEN[0]),
-        {"picture": notes, "error": ask(running, NOTES)["message"]},
+        {"picture": notes, "error": predict(running, NOTES)["message"]},
         expected(TEN[1].name, TEN[1]),
     ]
     assert json.loads(save(page, "Save JSON", tmp_path).read_text("utf-8")) == rows
@@ -126,23 +126,26 @@ def test_the_results_can_be_saved_as_they_are_shown(
         assert written["recognized"] == str(row.get("recognized", "")).lower()
 
 
-def test_images_can_be_grouped_by_class_and_sorted_and_are_saved_as_shown(
+def test_results_can_be_grouped_and_sorted_and_are_saved_in_that_order(
     page: Page, running: ServerState, tmp_path: Path
 ) -> None:
-    best = {path: ask(running, path.read_bytes())["predictions"][0] for path in TEN}
+    best = {path: predict(running, path.read_bytes())["predictions"][0] for path in TEN}
     by_label = {row["label"]: path for path, row in best.items()}
-    # The class of two images is the one that the model is least sure of.
+    # The class with two images is the one with the lowest probability.
     pair, *singles = sorted(by_label.values(), key=lambda path: best[path]["probability"])
     assert singles
     two = [payload("10.png", pair.read_bytes()), payload("9.png", pair.read_bytes())]
-    choose(page, *map(copy_of, singles), *two)
+    choose(page, *map(payload_of, singles), *two)
     expect(answered(page)).to_have_count(len(singles) + 2)
     sure = {path.name: best[path]["probability"] for path in singles}
     sure |= {"9.png": best[pair]["probability"], "10.png": best[pair]["probability"]}
     page.locator("#threshold").fill("0")
     page.get_by_label("Order").select_option("Grouped by class")
-    ones = sorted((in_words(best[path]["label"]) for path in singles), key=str.lower)
-    headings = [f"{in_words(best[pair]['label'])}2 images", *(f"{name}1 image" for name in ones)]
+    ones = sorted((display_name(best[path]["label"]) for path in singles), key=str.lower)
+    headings = [
+        f"{display_name(best[pair]['label'])}2 images",
+        *(f"{name}1 image" for name in ones),
+    ]
     expect(page.locator(".group")).to_have_text(headings)
     page.get_by_label("Order").select_option("Least sure first")
     expect(page.locator(".group")).to_have_count(0)
@@ -156,7 +159,7 @@ def test_images_can_be_grouped_by_class_and_sorted_and_are_saved_as_shown(
     expect(page.locator(".group")).to_have_text([f"Not recognized{len(sure)} images"])
 
 
-def test_no_more_than_500_images_are_taken(page: Page, console: Console) -> None:
+def test_at_most_500_images_are_accepted(page: Page, console: Console) -> None:
     page.route("**/predictions/**", lambda _: None)
     choose(page, *[payload(f"{i}.png", b"x") for i in range(502)])
     expect(page.locator(".result")).to_have_count(500)

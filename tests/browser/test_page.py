@@ -1,4 +1,4 @@
-"""What a person can do with the page and one image."""
+"""The web UI with one image: adding it, options, code examples, heat maps and files."""
 
 import base64
 import io
@@ -24,13 +24,13 @@ from tests.browser.person import (
     NOTES,
     TIMEOUT,
     answered,
-    ask,
     choose,
-    expect_the_cats_answer,
-    in_words,
+    display_name,
+    expect_cat_predictions,
     payload,
+    predict,
 )
-from tests.pictures import encode
+from tests.images import encode
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +38,11 @@ Open = Callable[..., Page]
 CAT_BASE64 = base64.b64encode(CAT_BYTES).decode()
 
 
-# --- Ways in ---
+# --- Adding images ---
 
 
 def drop(page: Page, data: dict[str, str], *files: tuple[str, bytes]) -> None:
-    """Drop text of some types, and files."""
+    """Drop text by MIME type, and files."""
     transfer = page.evaluate_handle(
         """({ data, files }) => {
             const transfer = new DataTransfer();
@@ -76,12 +76,12 @@ def drop_file(page: Page) -> None:
 
 
 def drop_from_another_page(page: Page) -> None:
-    """With the address of the image, which is not used."""
+    """Drop an image with its URL, which is ignored."""
     drop(page, {"text/uri-list": "https://example.org/cat.png"}, ("cat.png", CAT_BYTES))
 
 
 def paste_image(page: Page) -> None:
-    """From the real clipboard, which holds an image as PNG."""
+    """Paste an image from the clipboard."""
     page.evaluate(
         """async text => {
             const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -100,28 +100,28 @@ def paste_data_url(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    "send", [photograph, drop_file, drop_from_another_page, paste_image, paste_data_url]
+    "add", [photograph, drop_file, drop_from_another_page, paste_image, paste_data_url]
 )
-def test_an_image_is_answered_whichever_way_it_comes(
-    page: Page, running: ServerState, send: Callable[[Page], None]
+def test_every_way_to_add_an_image_returns_predictions(
+    page: Page, running: ServerState, add: Callable[[Page], None]
 ) -> None:
-    send(page)
-    expect_the_cats_answer(page, running)
+    add(page)
+    expect_cat_predictions(page, running)
     expect(page.locator("#notice")).to_contain_text("up to 20 MB each")
 
 
-def test_somebody_without_an_image_can_try_a_sample(page: Page, running: ServerState) -> None:
+def test_a_sample_image_can_be_classified(page: Page, running: ServerState) -> None:
     assert page.locator(".samples button:visible").count() == 3
     sample = page.get_by_role("button", name="coffee")
     source = sample.locator("img").get_attribute("src") or ""
     sample.click()
-    best = ask(running, base64.b64decode(source.partition(",")[2]))["predictions"]
-    expect(page.locator(".guess .name")).to_have_text([in_words(row["label"]) for row in best])
+    best = predict(running, base64.b64decode(source.partition(",")[2]))["predictions"]
+    expect(page.locator(".guess .name")).to_have_text([display_name(row["label"]) for row in best])
     expect(page.locator(".about")).to_contain_text("coffee.webp")
     assert page.locator(".photo img").evaluate("image => image.naturalWidth") == 384
 
 
-def test_a_webcam_takes_a_photo_if_the_person_allows_it(page: Page) -> None:
+def test_a_webcam_photo_is_classified_once_permission_is_granted(page: Page) -> None:
     webcam = page.get_by_role("button", name="Webcam")
     webcam.click()
     expect(page.locator("#notice")).to_contain_text("does not allow this page to use the webcam")
@@ -136,7 +136,7 @@ def test_a_webcam_takes_a_photo_if_the_person_allows_it(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         ({"text/plain": "a cat"}, "That was text and no image. Drop or paste image files"),
         ({"text/uri-list": "https://example.org/cat.png"}, "That was a link"),
@@ -144,19 +144,19 @@ def test_a_webcam_takes_a_photo_if_the_person_allows_it(page: Page) -> None:
         ({}, "That was no image."),
     ],
 )
-def test_a_drop_without_an_image_gets_a_message_where_it_is_seen(
-    page: Page, data: dict[str, str], words: str
+def test_a_drop_without_an_image_shows_a_visible_message(
+    page: Page, data: dict[str, str], message: str
 ) -> None:
     height = page.locator(".drop").bounding_box()
     drop(page, data)
-    expect(page.locator("#notice")).to_contain_text(words)
+    expect(page.locator("#notice")).to_contain_text(message)
     expect(page.locator("#notice")).to_be_in_viewport()
-    expect(page.locator("#announcer")).to_contain_text(words)
+    expect(page.locator("#announcer")).to_contain_text(message)
     expect(page.locator(".result")).to_have_count(0)
     assert page.locator(".drop").bounding_box() == height
 
 
-def test_an_image_that_the_browser_cannot_show_is_shown_by_the_server(
+def test_the_server_renders_an_image_that_the_browser_cannot_decode(
     page: Page, running: ServerState
 ) -> None:
     with Image.open(CAT) as cat:
@@ -169,8 +169,8 @@ def test_an_image_that_the_browser_cannot_show_is_shown_by_the_server(
     expect(page.locator(".placeholder")).not_to_be_visible()
     size = "image => [image.naturalWidth, image.naturalHeight]"
     assert page.locator(".photo img").evaluate(size) == [451, 300]
-    best = ask(running, heic.getvalue())["predictions"][0]["label"]
-    expect(page.locator(".why")).to_contain_text(f"\u201c{in_words(best)}\u201d")
+    best = predict(running, heic.getvalue())["predictions"][0]["label"]
+    expect(page.locator(".why")).to_contain_text(f"\u201c{display_name(best)}\u201d")
     page.locator(".guess").first.click()
     expect(page.locator(".placeholder")).to_have_text("IMG_1.HEIC cannot be shown by this browser")
     page.locator(".guess").nth(1).click()
@@ -181,9 +181,7 @@ def test_an_image_that_the_browser_cannot_show_is_shown_by_the_server(
 
 
 @pytest.mark.parametrize("way", ["back", "reload"])
-def test_controls_and_results_agree_when_the_browser_restores_the_controls(
-    page: Page, way: str
-) -> None:
+def test_results_match_the_controls_that_the_browser_restores(page: Page, way: str) -> None:
     page.locator("#threshold").fill("0.5")
     page.get_by_label("Predictions shown").select_option("3")
     if way == "back":
@@ -195,16 +193,16 @@ def test_controls_and_results_agree_when_the_browser_restores_the_controls(
     expect(answered(page)).to_have_count(1)
     threshold = float(page.locator("#threshold").input_value())
     expect(page.locator("#threshold-shown")).to_have_text(f"{threshold:.0%} sure")
-    guesses = int(page.get_by_label("Predictions shown").input_value())
-    expect(page.locator(".guess")).to_have_count(guesses)
+    topk = int(page.get_by_label("Predictions shown").input_value())
+    expect(page.locator(".guess")).to_have_count(topk)
     recognized = page.locator(".toggle").text_content() != "Not recognized"
     assert recognized == (threshold < 0.12)
     if way == "back":
-        # Otherwise the browser has restored nothing, and this has shown nothing.
-        assert (threshold, guesses) == (0.5, 3)
+        # The browser did restore the controls.
+        assert (threshold, topk) == (0.5, 3)
 
 
-# --- Programs ---
+# --- Code examples ---
 
 HARMLESS = ("cat.png", "two words.png", "\u732b \u00fcber.png", "@cat.png", "~", "a&b=c%20.png")
 HOSTILE = (
@@ -225,12 +223,12 @@ def run(command: list[str], folder: Path) -> str:
     return subprocess.check_output(command, cwd=folder, text=True)
 
 
-def test_the_copied_command_works_in_a_shell(
+def test_the_copied_curl_command_works_for_any_file_name(
     page: Page, running: ServerState, tmp_path: Path
 ) -> None:
     page.locator("#threshold").fill("0.5")
     page.get_by_label("Predictions shown").select_option("3")
-    expected = ask(running, topk="3", threshold="0.5")
+    expected = predict(running, topk="3", threshold="0.5")
     for name in (*HARMLESS, *HOSTILE):
         (tmp_path / name).write_bytes(CAT_BYTES)
         choose(page, payload(name))
@@ -241,7 +239,7 @@ def test_the_copied_command_works_in_a_shell(
         assert command == page.locator(".curl:visible pre").text_content()
         assert json.loads(run(["sh", "-c", command], tmp_path)) == expected, name
     assert {path.name for path in tmp_path.iterdir()} == {*HARMLESS, *HOSTILE}
-    # A name that could control a terminal is not copied.
+    # A name with control characters is not copied.
     choose(page, payload("a\x1b[201~\ntouch pwned\n.png"))
     page.locator(".curl:visible summary").click()
     command = page.locator(".curl:visible pre").text_content() or ""
@@ -250,21 +248,19 @@ def test_the_copied_command_works_in_a_shell(
     assert "pwned" not in shlex.split(command)
 
 
-def test_the_examples_for_programs_run_as_they_stand(
-    page: Page, running: ServerState, tmp_path: Path
-) -> None:
+def test_the_code_examples_run_unchanged(page: Page, running: ServerState, tmp_path: Path) -> None:
     page.get_by_label("Predictions shown").select_option("3")
     page.get_by_text("Use it from a program").click()
     with Image.open(CAT) as cat:
         jpeg = encode(cat.convert("RGB"), "JPEG")
     (tmp_path / "cat.jpg").write_bytes(jpeg)
-    best = ask(running, jpeg, topk="3")["predictions"]
+    best = predict(running, jpeg, topk="3")["predictions"]
     texts = (page.locator(f"#programs {tag}").all_text_contents() for tag in ("h3", "pre"))
     codes = dict(zip(*texts, strict=True))
     assert json.loads(run(["sh", "-c", codes["curl"]], tmp_path))["predictions"] == best
     printed = run([sys.executable, "-c", codes["Python"]], tmp_path)
     assert [line.split(" ", 1)[1] for line in printed.splitlines()] == [r["label"] for r in best]
-    given = page.evaluate(
+    predictions = page.evaluate(
         f"""async text => {{
             const image = new Blob([Uint8Array.from(atob(text), c => c.charCodeAt(0))]);
             {codes["JavaScript"]}
@@ -272,7 +268,7 @@ def test_the_examples_for_programs_run_as_they_stand(
         }}""",
         base64.b64encode(jpeg).decode(),
     )
-    assert given == best
+    assert predictions == best
     page.get_by_role("button", name="Copy Python").click()
     expect(page.locator(".copied pre")).to_have_text(codes["Python"])
     expect(page.locator("#announcer")).to_have_text("Copied.")
@@ -282,7 +278,7 @@ def test_the_examples_for_programs_run_as_they_stand(
 # --- The model ---
 
 
-def test_the_page_names_the_model_and_finds_its_classes(page: Page, running: ServerState) -> None:
+def test_the_model_is_shown_and_its_classes_searched(page: Page, running: ServerState) -> None:
     headers = requests.get(
         running.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT
     ).headers
@@ -290,30 +286,30 @@ def test_the_page_names_the_model_and_finds_its_classes(page: Page, running: Ser
     expect(page.locator("#model")).to_have_text("densenet121")
     version = headers["X-Model-Version"]
     expect(page.locator("#facts")).to_have_text(f"· 1,000 classes · version {version} · float32")
-    # TorchServe's own port lists no models and describes no API.
+    # TorchServe's own port has no list of models and no API description.
     for part in ("#others", "#api"):
         expect(page.locator(part)).to_have_attribute("hidden", "")
     page.get_by_text("All 1,000 classes").click()
     rows = json.loads(Path("handler/index_to_name.json").read_text()).values()
-    expect(page.locator("#class-list li")).to_have_text([in_words(name) for _, name in rows])
+    expect(page.locator("#class-list li")).to_have_text([display_name(name) for _, name in rows])
     page.get_by_label("Find a class").focus()
-    paste_text(page, "Egyptian_C")  # where one types, it is no attempt at an image
+    paste_text(page, "Egyptian_C")  # text is allowed in the search field
     expect(page.locator("#notice")).to_contain_text("up to 20 MB each")
     expect(page.locator("#class-list li:visible")).to_have_text(["Egyptian cat"])
     expect(page.locator("#found")).to_have_text("1 found")
 
 
-def test_the_page_works_at_the_servers_other_addresses_and_not_at_its_root(
+def test_the_web_ui_works_on_all_model_paths_but_not_at_the_root(
     open_page: Open, running: ServerState
 ) -> None:
     origin = running.predictions_url.partition("/predictions")[0]
     for path in ("/invocations", "/explanations/densenet121"):
         page = open_page(origin + path)
         choose(page, CAT)
-        expect_the_cats_answer(page, running)
+        expect_cat_predictions(page, running)
         page.locator(".guess").first.click()
         expect(page.locator(".seen canvas")).to_be_visible()
-    # TorchServe's frontend answers this itself; the README names the address to open instead.
+    # TorchServe's frontend handles `/` itself; the README has the URL to open instead.
     root = requests.get(f"{origin}/", headers={"Accept": "text/html"}, timeout=TIMEOUT)
     assert root.status_code == 405
 
@@ -321,14 +317,14 @@ def test_the_page_works_at_the_servers_other_addresses_and_not_at_its_root(
 # --- Heat maps ---
 
 
-def test_a_frame_shows_what_the_model_sees_before_a_heat_map_is_opened(page: Page) -> None:
+def test_a_frame_marks_the_models_input_before_a_heat_map_is_opened(page: Page) -> None:
     choose(page, CAT)
     expect(page.get_by_text("The model sees only what is inside the frame.")).to_be_visible()
-    place = "seen => [seen.offsetLeft, seen.offsetTop, seen.offsetWidth, seen.offsetHeight]"
-    before = page.locator(".seen").evaluate(place)
+    position = "seen => [seen.offsetLeft, seen.offsetTop, seen.offsetWidth, seen.offsetHeight]"
+    before = page.locator(".seen").evaluate(position)
     page.locator(".guess").first.click()
     expect(page.locator(".seen canvas")).to_be_visible()
-    assert page.locator(".seen").evaluate(place) == pytest.approx(before, abs=1)
+    assert page.locator(".seen").evaluate(position) == pytest.approx(before, abs=1)
 
 
 def expect_no_heat_map(page: Page) -> None:
@@ -338,26 +334,26 @@ def expect_no_heat_map(page: Page) -> None:
     expect(page.locator(".photo img")).to_have_css("filter", "none")
 
 
-def test_a_heat_map_can_be_faded_stays_with_its_guess_and_goes_with_it(page: Page) -> None:
+def test_a_heat_map_has_an_opacity_control_and_is_removed_with_its_prediction(page: Page) -> None:
     choose(page, CAT)
-    guess = page.locator(".guess").nth(2)
-    guess.click()
+    prediction = page.locator(".guess").nth(2)
+    prediction.click()
     expect(page.locator(".legend")).to_be_visible()
     page.get_by_label("Opacity of the colors").fill("0.25")
     expect(page.locator(".seen canvas")).to_have_css("opacity", "0.25")
     page.locator("#threshold").fill("0.9")
     page.get_by_label("Predictions shown").select_option("3")
     expect(page.locator(".seen canvas")).to_be_visible()
-    expect(guess).to_have_attribute("aria-pressed", "true")
-    guess.click()
+    expect(prediction).to_have_attribute("aria-pressed", "true")
+    prediction.click()
     expect_no_heat_map(page)
-    guess.click()
+    prediction.click()
     expect(page.locator(".seen canvas")).to_be_visible()
     page.get_by_label("Predictions shown").select_option("1")
     expect_no_heat_map(page)
 
 
-def test_a_heat_map_that_comes_after_it_was_taken_off_stays_off(page: Page) -> None:
+def test_a_late_heat_map_response_is_ignored(page: Page) -> None:
     choose(page, CAT)
     expect(page.locator(".guess")).to_have_count(5)
     page.route("**/explanations/**", lambda route: route.continue_())
@@ -371,23 +367,23 @@ def test_a_heat_map_that_comes_after_it_was_taken_off_stays_off(page: Page) -> N
 # --- Files ---
 
 
-def test_a_large_photo_is_sent_as_it_is_and_one_above_the_limit_is_not(
+def test_a_large_photo_is_sent_unchanged_and_one_above_the_limit_is_rejected(
     page: Page, running: ServerState, tmp_path: Path
 ) -> None:
-    """No smaller copy that a browser makes is the same image to the model."""
+    """Resizing in the browser would change the predictions."""
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), dtype=np.uint8)
     photo = encode(Image.fromarray(noise))
     assert 15_000_000 < len(photo) < MAX_REQUEST_BYTES
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.method))
+    methods: list[str] = []
+    page.on("request", lambda request: methods.append(request.method))
     choose(page, payload("noise.png", photo))
-    names = [in_words(row["label"]) for row in ask(running, photo)["predictions"]]
+    names = [display_name(row["label"]) for row in predict(running, photo)["predictions"]]
     expect(page.locator(".guess .name")).to_have_text(names)
     large = tmp_path / "large.jpg"
     large.write_bytes(bytes(MAX_REQUEST_BYTES))
     choose(page, large)
     expect(page.locator(".message:visible")).to_contain_text("larger than the 20 MB")
-    assert asked.count("POST") == 1
+    assert methods.count("POST") == 1
 
 
 def test_a_file_that_changed_after_it_was_chosen_is_reported(page: Page, tmp_path: Path) -> None:
@@ -402,14 +398,14 @@ def test_a_file_that_changed_after_it_was_chosen_is_reported(page: Page, tmp_pat
 
 
 def drop_from_disk(page: Page, path: Path) -> None:
-    """As from a file manager: what is dropped is really there, so that it can be walked."""
+    """Drop a path as from a file manager, so the web UI can read the folder."""
     devtools = page.context.new_cdp_session(page)
     data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
         devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
 
 
-def test_the_images_in_a_dropped_folder_are_taken(page: Page, tmp_path: Path) -> None:
+def test_the_images_in_a_dropped_folder_are_classified(page: Page, tmp_path: Path) -> None:
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "notes.txt").write_bytes(NOTES)
     drop_from_disk(page, tmp_path / "papers")

@@ -1,4 +1,4 @@
-"""A server that is away, busy, or wants to know who asks; behind a gateway's own paths."""
+"""Error responses, outages, retries, sign-in, slow networks and hostile names."""
 
 import json
 import re
@@ -23,79 +23,80 @@ from tests.browser.person import (
     TIMEOUT,
     answered,
     choose,
-    copy_of,
-    expect_the_cats_answer,
+    expect_cat_predictions,
     payload,
+    payload_of,
 )
 
 Open = Callable[..., Page]
 
 
 class Gateway(ThreadingHTTPServer):
-    """Has the page at `/` of a path of its own, and can be told to be in trouble.
+    """Serves the web UI on paths of its own, and can simulate failures.
 
     Attributes:
-        refusal: the status of every answer to a picture; 0 for a broken connection, None for none.
-        retry_after: beside it.
-        poison: breaks the connection for bodies that hold this, and for no others.
-        signed_in: who is, as the header says; somebody is once the page was opened again.
-        times: when pictures came, in seconds.
+        failure: the status of all responses to images; 0 breaks the connection, None forwards the
+            request.
+        retry_after: the Retry-After header of these responses, in seconds.
+        poison: breaks the connection of requests that contain it.
+        signed_in: the X-Signed-In header; set when the page is loaded after a 401.
+        times: when images arrived, in seconds.
     """
 
-    refusal: int | None = None
+    failure: int | None = None
     retry_after: int | None = None
     poison: bytes | None = None
     signed_in: str | None = None
 
     def __init__(self, predictions_url: str) -> None:
-        super().__init__((HOST, 0), Answer)
+        super().__init__((HOST, 0), GatewayHandler)
         self.predictions_url = predictions_url
         self.url = f"http://{HOST}:{self.server_port}"
         self.times: list[float] = []
 
 
-class Answer(BaseHTTPRequestHandler):
+class GatewayHandler(BaseHTTPRequestHandler):
     server: Gateway
 
     def do_HEAD(self) -> None:
         if self.path.endswith("/docs"):
-            self.answer(200, {}, b"")
+            self.respond(200, {}, b"")
         else:
-            self.relay("HEAD", self.server.predictions_url)
+            self.forward("HEAD", self.server.predictions_url)
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             models = {"models": ["densenet121", "pets", "pets"]}
-            self.answer(200, {"Content-Type": "application/json"}, json.dumps(models).encode())
+            self.respond(200, {"Content-Type": "application/json"}, json.dumps(models).encode())
             return
-        if self.server.refusal == 401:
-            # The browser asks for name and key, and loads the page again with them.
-            self.server.signed_in, self.server.refusal = "ada", None
-        self.relay("GET", self.server.predictions_url)
+        if self.server.failure == 401:
+            # The browser prompts for credentials and loads the page with them.
+            self.server.signed_in, self.server.failure = "ada", None
+        self.forward("GET", self.server.predictions_url)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         server = self.server
         server.times.append(time.monotonic())
-        if server.refusal == 0 or (server.poison is not None and server.poison in body):
+        if server.failure == 0 or (server.poison is not None and server.poison in body):
             self.close_connection = True
-        elif server.refusal is not None:
+        elif server.failure is not None:
             wait = server.retry_after
-            self.answer(server.refusal, {} if wait is None else {"Retry-After": str(wait)}, b"")
+            self.respond(server.failure, {} if wait is None else {"Retry-After": str(wait)}, b"")
         else:
             folder = {"predict": "/predictions/", "explain": "/explanations/"}[
                 self.path.rsplit("/", 1)[1]
             ]
-            self.relay("POST", server.predictions_url.replace("/predictions/", folder), body)
+            self.forward("POST", server.predictions_url.replace("/predictions/", folder), body)
 
-    def relay(self, method: str, url: str, body: bytes = b"") -> None:
+    def forward(self, method: str, url: str, body: bytes = b"") -> None:
         headers = {name: self.headers.get(name, "") for name in ("Accept", "Content-Type")}
-        answer = requests.request(method, url, data=body, headers=headers, timeout=TIMEOUT)
+        response = requests.request(method, url, data=body, headers=headers, timeout=TIMEOUT)
         names = ("Content-Type", "Content-Security-Policy")
-        headers = {name: answer.headers[name] for name in names if name in answer.headers}
-        self.answer(answer.status_code, headers, answer.content)
+        headers = {name: response.headers[name] for name in names if name in response.headers}
+        self.respond(response.status_code, headers, response.content)
 
-    def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def respond(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response(status)
         if self.server.signed_in:
             headers = {**headers, "X-Signed-In": self.server.signed_in}
@@ -105,7 +106,7 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep the test's output clean."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -124,12 +125,12 @@ def page(open_page: Open, gateway: Gateway) -> Page:
 
 
 @pytest.mark.parametrize("path", ["/", "/see/what/?a=b#c"])
-def test_the_page_works_at_a_gateways_own_paths(
+def test_the_web_ui_works_on_a_gateways_own_paths(
     open_page: Open, running: ServerState, gateway: Gateway, path: str
 ) -> None:
     page = open_page(gateway.url + path)
     choose(page, CAT)
-    expect_the_cats_answer(page, running)
+    expect_cat_predictions(page, running)
     page.locator(".guess").first.click()
     expect(page.locator(".seen canvas")).to_be_visible()
     page.locator(".curl summary").click()
@@ -139,7 +140,7 @@ def test_the_page_works_at_a_gateways_own_paths(
     expect(page.locator("#api a")).to_have_attribute("href", f"{gateway.url}{folder}docs")
 
 
-def test_a_container_offers_its_other_models_and_its_api_description(
+def test_a_container_links_its_other_models_and_its_api_description(
     open_page: Open, gateway: Gateway
 ) -> None:
     page = open_page(f"{gateway.url}/predictions/densenet121")
@@ -152,11 +153,11 @@ def test_a_container_offers_its_other_models_and_its_api_description(
     )
 
 
-# --- What is wrong with one image ---
+# --- Failures of one image ---
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "message"),
     [
         (403, "You may not ask this server"),
         (404, "answered with status 404"),
@@ -164,27 +165,29 @@ def test_a_container_offers_its_other_models_and_its_api_description(
         (500, "failed on this image"),
     ],
 )
-def test_an_error_of_another_server_is_put_in_plain_words(
-    page: Page, gateway: Gateway, console: Console, status: int, words: str
+def test_an_error_status_without_a_body_shows_a_plain_message(
+    page: Page, gateway: Gateway, console: Console, status: int, message: str
 ) -> None:
-    gateway.refusal = status
+    gateway.failure = status
     choose(page, CAT)
-    expect(page.locator(".message")).to_contain_text(words)
+    expect(page.locator(".message")).to_contain_text(message)
     expect(page.locator("#trouble")).not_to_be_visible()
     expect(page.locator(".again")).to_be_visible(visible=status == 500)
     if status == 500:
-        gateway.refusal = None
+        gateway.failure = None
         page.get_by_role("button", name="Try again").click()
         expect(answered(page)).to_have_count(1)
         expect(page.locator(".message")).not_to_be_visible()
     console.expect(f"status of {status}")
 
 
-def test_an_image_that_the_server_never_answers_does_not_hold_up_the_others(
+def test_an_image_that_always_fails_does_not_block_the_others(
     page: Page, gateway: Gateway, console: Console
 ) -> None:
     gateway.poison = b"never to be answered"
-    choose(page, payload("poison.png", CAT_BYTES + gateway.poison), *map(copy_of, PHOTOGRAPHS[:3]))
+    choose(
+        page, payload("poison.png", CAT_BYTES + gateway.poison), *map(payload_of, PHOTOGRAPHS[:3])
+    )
     expect(answered(page)).to_have_count(3)
     expect(page.locator(".failed .message")).to_have_text(
         "The server answers others, but not this image.", timeout=15_000
@@ -193,66 +196,65 @@ def test_an_image_that_the_server_never_answers_does_not_hold_up_the_others(
     console.expect("net::ERR_")
 
 
-# --- What is wrong with the server ---
+# --- Outages ---
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "message"),
     [
         (0, "The server cannot be reached."),
         (429, "The server has too much to do."),
         (502, "The server is busy or just starting."),
-        (504, "The server is busy or just starting."),
     ],
 )
-def test_an_outage_is_one_notice_and_the_images_are_sent_when_it_is_over(
-    page: Page, gateway: Gateway, console: Console, status: int, words: str
+def test_an_outage_shows_one_notice_and_the_images_are_retried(
+    page: Page, gateway: Gateway, console: Console, status: int, message: str
 ) -> None:
-    gateway.refusal = status
+    gateway.failure = status
     choose(page, *PHOTOGRAPHS[:6])
-    expect(page.locator("#trouble-what")).to_have_text(words)
+    expect(page.locator("#trouble-what")).to_have_text(message)
     expect(page.locator("#trouble-when")).to_contain_text("Your 6 images wait here; next try in")
     page.wait_for_timeout(1_500)
     expect(page.locator(".failed")).to_have_count(0)
-    expect(page.locator("text=" + words)).to_have_count(2)  # and in the announcer
-    gateway.refusal = None
+    expect(page.locator("text=" + message)).to_have_count(2)  # and in the announcer
+    gateway.failure = None
     expect(answered(page)).to_have_count(6)
     expect(page.locator("#trouble")).not_to_be_visible()
     console.expect("net::ERR_" if status == 0 else f"status of {status}")
 
 
-def test_a_server_in_trouble_is_asked_less_and_less_and_the_notice_goes_with_the_last_image(
+def test_retries_back_off_one_at_a_time_until_the_images_are_removed(
     page: Page, gateway: Gateway, console: Console
 ) -> None:
-    gateway.refusal = 503
+    gateway.failure = 503
     choose(page, *PHOTOGRAPHS[:6])
     while len(gateway.times) < 6:
         page.wait_for_timeout(100)
-    # Four were on their way; the others came one at a time, after 1 and 2 seconds.
+    # Four were in flight; the retries came one at a time, after 1 and 2 seconds.
     began = gateway.times[0]
-    for came, least in zip(gateway.times[4:6], (1, 3), strict=True):
-        assert came - began >= least
+    for arrived, delay in zip(gateway.times[4:6], (1, 3), strict=True):
+        assert arrived - began >= delay
     page.get_by_role("button", name="Clear all").click()
     expect(page.locator("#trouble")).not_to_be_visible()
     console.expect("status of 503")
 
 
-def test_the_servers_own_pause_is_kept_and_nobody_has_to_wait_for_it(
+def test_retry_after_is_respected_until_the_user_retries(
     page: Page, gateway: Gateway, console: Console, tmp_path: Path
 ) -> None:
     photo = tmp_path / "gone.png"
     photo.write_bytes(CAT_BYTES)
-    gateway.refusal, gateway.retry_after = 503, 200
+    gateway.failure, gateway.retry_after = 503, 200
     choose(page, CAT, PHOTOGRAPHS[0], photo)
     expect(page.locator("#trouble-when")).to_have_text(
         re.compile(r"Your 3 images wait here; next try in (200|19\d)\u00a0s\.")
     )
     photo.unlink()
     page.get_by_role("button", name="Remove chelsea.png").click()
-    gateway.refusal = None
-    asked = len(gateway.times)
+    gateway.failure = None
+    sent = len(gateway.times)
     page.wait_for_timeout(1_500)
-    assert len(gateway.times) == asked
+    assert len(gateway.times) == sent
     page.get_by_role("button", name="Try now").click()
     expect(answered(page)).to_have_count(1)
     expect(page.locator(".message:visible")).to_contain_text("moved, changed or deleted")
@@ -261,23 +263,23 @@ def test_the_servers_own_pause_is_kept_and_nobody_has_to_wait_for_it(
     console.expect("net::ERR_FILE_NOT_FOUND", optional=True)
 
 
-# --- Who asks ---
+# --- Sign-in ---
 
 
-def test_somebody_who_must_sign_in_is_led_there_and_keeps_the_images(
+def test_images_are_kept_during_sign_in_and_sent_afterwards(
     page: Page, gateway: Gateway, console: Console
 ) -> None:
     expect(page.locator("#account")).not_to_be_visible()
-    gateway.refusal = 401
+    gateway.failure = 401
     choose(page, *PHOTOGRAPHS[:6])
     expect(page.locator("#trouble-what")).to_have_text("Sign in to go on.")
     page.wait_for_timeout(1_500)
-    assert len(gateway.times) == 4  # nobody is asked again before somebody signed in
+    assert len(gateway.times) == 4  # no retries before sign-in
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Sign in").click()
     expect(opened.value).to_have_url(f"{gateway.url}/")
     opened.value.close()
-    # The event of a window to which a person comes back; the driver's windows never lose focus.
+    # Headless windows never lose focus, so the event is simulated.
     page.evaluate("() => dispatchEvent(new Event('focus'))")
     expect(answered(page)).to_have_count(6)
     expect(page.locator("#account")).to_contain_text("Signed in as ada")
@@ -290,10 +292,10 @@ def test_somebody_who_must_sign_in_is_led_there_and_keeps_the_images(
     console.expect("status of 401")
 
 
-# --- A slow network, hostile names ---
+# --- Slow networks and hostile names ---
 
 
-def test_a_slow_network_shows_how_much_is_sent(page: Page) -> None:
+def test_a_slow_upload_shows_its_progress(page: Page) -> None:
     network = page.context.new_cdp_session(page)
     conditions = {"offline": False, "latency": 50, "downloadThroughput": -1}
     network.send("Network.emulateNetworkConditions", {**conditions, "uploadThroughput": 100_000})
@@ -308,7 +310,7 @@ def test_a_slow_network_shows_how_much_is_sent(page: Page) -> None:
 MARKUP = "<img src=x onerror=\"document.title='pwned'\"></script><script>document.title='pwned'//'>"
 
 
-def test_names_of_classes_and_files_cannot_become_markup(
+def test_class_and_file_names_are_never_interpreted_as_markup(
     open_page: Open, archive: Path, tmp_path: Path
 ) -> None:
     hostile = tmp_path / "store" / archive.name

@@ -1,1 +1,1 @@
-"""The image, built and run; needs docker or podman."""
+"""The container image, built and run; needs docker or podman."""

@@ -1,4 +1,4 @@
-"""The image of the tests' archive, built once for all tests here."""
+"""The container image with the tests' model archive, built once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from scripts.container.image import build_image
 from scripts.terminal import UserError
 from tests.containers.running import Container, container
 
-# Seconds; where no image can be pulled, some machines say so late.
+# Seconds; without a registry some machines fail late.
 _PULL = 60.0
 _USUAL_BASE = "python:3.11.14-slim-bookworm"
 
 
 @pytest.fixture(scope="session")
 def found_engine() -> Engine:
-    """What builds images: docker or podman, as it is."""
+    """The installed docker or podman."""
     engine = find_engine()
     if engine is None:
         pytest.skip("NOT RUN: no docker or podman (on Debian: apt install podman)")
@@ -28,29 +28,27 @@ def found_engine() -> Engine:
 
 @pytest.fixture(scope="session")
 def base(found_engine: Engine) -> str:
-    """The usual base where it is here; else one of Debian's packages."""
+    """The usual base image, or one made of Debian's packages."""
     if found_engine.has_image(_USUAL_BASE):
         return _USUAL_BASE
     try:
         return debian_base(found_engine)
     except UserError as error:
-        if (
-            found_engine.run_unchecked("pull", "--quiet", _USUAL_BASE, timeout=_PULL).returncode
-            == 0
-        ):
+        pulled = found_engine.run_unchecked("pull", "--quiet", _USUAL_BASE, timeout=_PULL)
+        if pulled.returncode == 0:
             return _USUAL_BASE
         pytest.skip(f"NOT RUN: no base for the image: {error}")
 
 
 @pytest.fixture(scope="session")
 def engine(found_engine: Engine, base: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The same, so that it runs containers here."""
+    """Docker or podman with a runtime that can run containers here."""
     return with_working_runtime(found_engine, base, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="session")
 def image(engine: Engine, base: str, archive: Path) -> Iterator[str]:
-    """The name of the image of the tests' archive (random weights), built anew."""
+    """The name of a new image with the tests' archive (random weights)."""
     tag = f"localhost/densenet-test:{uuid4().hex[:12]}"
     build_image(engine, [archive], tag, base)
     yield tag
@@ -59,7 +57,7 @@ def image(engine: Engine, base: str, archive: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def served(engine: Engine, image: str) -> Iterator[Container]:
-    """A container that all tests here may ask, and none may end."""
+    """A container that the tests share."""
     with container(engine, image) as running:
         yield running
-        assert running.runs(), f"the container ended during the tests:\n{running.logs()}"
+        assert running.runs(), f"the container exited during the tests:\n{running.logs()}"

@@ -1,8 +1,8 @@
-"""The Deployment's pods on podman, with the gateway's container in front of them.
+"""The Deployment's pods on podman, behind the gateway's container.
 
 `podman kube play` runs the Deployment of `deploy/kubernetes`; kustomize removes what podman does
 not support. The tests start and stop pods, as a control plane would. Pods and gateway have their
-own network, and clients connect to a port of this machine's loopback.
+own network, and clients connect to a port on loopback.
 """
 
 import json
@@ -23,10 +23,10 @@ from scripts.serve.management import wait_until
 from scripts.serve.running import unused_ports
 from scripts.terminal import UserError
 
-# Resolves to the addresses of all pods, like the headless Service in Kubernetes.
+# Resolves to the addresses of all pods, as the headless Service in Kubernetes.
 NODES = "densenet-nodes"
 _OVERLAY = Path("deploy/kubernetes/overlays/cpu")
-# As in deploy/kubernetes/overlays/gateway: keepalive notices within 9 s that a network is gone.
+# As in deploy/kubernetes/overlays/gateway: keepalive notices a lost network within 9 s.
 SYSCTLS = {"time": 5, "intvl": 2, "probes": 2}
 # Seconds: grace periods as in deploy/kubernetes, and for a start on a busy machine.
 _STOP_SECONDS = 45
@@ -54,7 +54,7 @@ class Pods:
     Attributes:
         engine: podman.
         folder: for manifests.
-        label: part of all names, so that several groups can run at once.
+        label: part of all names, so that several groups can run concurrently.
         url: of the gateway.
         pods: the running ones, oldest first.
     """
@@ -112,7 +112,7 @@ class Pods:
             raise UserError(f"{pod.name} is not ready after {_PATIENCE:.0f} s: {logs}")
 
     def ready(self, pod: Pod) -> bool:
-        """Whether the readiness probe passes."""
+        """Return whether the readiness probe passes."""
         address = self.address(pod)
         if not address:
             return False

@@ -1,31 +1,30 @@
-"""What the tests of several platforms share: containers, and a model that platforms mount."""
+"""Containers, and a model archive that platforms mount."""
 
 import json
-import zipfile
 from pathlib import Path
 
+from benchmarks.archives import repack
 from benchmarks.containerized import FENCED, READY_TIMEOUT, Answer, Container, container
 
 __all__ = ["FENCED", "READY_TIMEOUT", "Answer", "Container", "container"]
-# Before each class's name in the mounted archive, so that its answers can be told.
+# Prefix of the labels in the mounted archive, to recognize its responses.
 OTHER = "other_"
 
 
 def other_archive(archive: Path, path: Path) -> Path:
-    """Write the same model with other names of its classes."""
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            if name == "index_to_name.json":
-                classes = json.loads(content).items()
-                renamed = {i: [id_, OTHER + label] for i, (id_, label) in classes}
-                content = json.dumps(renamed).encode()
-            new.writestr(name, content)
-    return path
+    """Write a copy of the archive with other labels."""
+
+    def change(name: str, content: bytes) -> bytes:
+        if name != "index_to_name.json":
+            return content
+        classes = json.loads(content).items()
+        return json.dumps({i: [id_, OTHER + label] for i, (id_, label) in classes}).encode()
+
+    return repack(archive, path, change)
 
 
 def readable(folder: Path) -> Path:
-    """Let the image's user read what a test made for itself."""
+    """Let the image's user read a test's files."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return folder

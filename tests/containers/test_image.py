@@ -1,4 +1,4 @@
-"""The image as built and as run: with few rights, queried, limited, flooded, and terminated."""
+"""The image as built and as run: without privileges, with little memory, overloaded, stopped."""
 
 import json
 from collections import Counter
@@ -8,9 +8,16 @@ from uuid import uuid4
 
 import pytest
 
-from benchmarks.containerized import FENCED, READY_TIMEOUT, Container, container, in_hand, status_on
+from benchmarks.containerized import (
+    FENCED,
+    READY_TIMEOUT,
+    Container,
+    container,
+    in_flight,
+    status_on,
+)
+from benchmarks.images import costly
 from benchmarks.known import CAT_LABELS
-from benchmarks.pictures import costly
 from scripts.container.engine import Engine
 from scripts.container.image import build_image
 from scripts.samples import CAT
@@ -22,7 +29,7 @@ IN_FLIGHT = 16
 UPLOAD_BYTES = 19_000_000
 
 
-def test_the_image_says_what_it_is(engine: Engine, image: str) -> None:
+def test_the_image_has_labels_a_user_and_a_health_check(engine: Engine, image: str) -> None:
     found = engine.inspect("image", image)
     config = found["Config"]
     prefix = "org.opencontainers.image."
@@ -31,16 +38,16 @@ def test_the_image_says_what_it_is(engine: Engine, image: str) -> None:
     assert len(labels["revision"]) == 40 or labels["revision"] == "unknown"
     assert not labels["created"].startswith("1970")
     assert config["User"] == "10001:10001"
-    # docker and podman keep it in different places.
+    # docker and podman store it in different places.
     health = found.get("HealthCheck") or config.get("Healthcheck") or found["Healthcheck"]
     assert health["Test"][0] == "CMD"
 
 
-def test_nothing_of_the_machine_that_built_it_is_in_it(engine: Engine, image: str) -> None:
+def test_the_image_contains_no_settings_of_the_build_machine(engine: Engine, image: str) -> None:
     history = engine.run("history", "--no-trunc", image).stdout
     variables = engine.inspect("image", image)["Config"]["Env"]
     assert not [text for text in (history, *variables) if "PIP_" in text or "index-url" in text]
-    # podman leaves an empty file where a secret was.
+    # podman leaves an empty file in place of a secret.
     places = "/etc/pip.conf /run/ca.crt ~root/.config/pip ~root/.cache"
     look = f"find {places} -type f -size +0 2>/dev/null; true"
     shell = ("--entrypoint=sh", "--user=0", image, "-c", look)
@@ -56,7 +63,7 @@ def test_the_image_lists_its_packages(served: Container) -> None:
     assert listed.items() >= {package["name"]: package["version"] for package in packages}.items()
 
 
-def test_a_container_with_few_rights_answers(served: Container) -> None:
+def test_a_container_without_privileges_classifies(served: Container) -> None:
     answer = served.ask(PREDICT, CAT.read_bytes())
     assert answer.status == 200
     assert len(answer.json()["predictions"]) == 5
@@ -68,7 +75,7 @@ def test_a_container_with_few_rights_answers(served: Container) -> None:
     served.execute("python", "-m", "deploy.container.ready")
 
 
-def test_the_image_of_the_packaged_model_answers_rightly_and_carries_its_license(
+def test_the_image_of_the_packaged_model_classifies_and_has_its_license(
     engine: Engine, base: str, lite0_archive: Path
 ) -> None:
     tag = f"localhost/densenet-test:{uuid4().hex[:12]}"
@@ -81,14 +88,14 @@ def test_the_image_of_the_packaged_model_answers_rightly_and_carries_its_license
     engine.run_unchecked("image", "rm", "--force", tag)
 
 
-def test_nobody_outside_reaches_the_management_api_or_grpc(served: Container) -> None:
+def test_the_management_api_and_grpc_are_unreachable_from_outside(served: Container) -> None:
     listening = served.execute("cat", "/proc/net/tcp", "/proc/net/tcp6")
     sockets = [line.split() for line in listening.splitlines() if line.split()[3:4] == ["0A"]]
     addresses = [socket[1].rsplit(":", 1) for socket in sockets]
     assert {int(port, 16) for host, port in addresses if not host.strip("0")} == {8080, 8082}
 
 
-def test_nginx_corrects_what_torchserve_answers_wrongly(served: Container) -> None:
+def test_nginx_corrects_torchserves_responses(served: Container) -> None:
     as_curl = {"Content-Type": "application/x-www-form-urlencoded"}
     assert served.ask(PREDICT, CAT.read_bytes(), as_curl).status == 200
     too_large = served.ask(PREDICT, bytes(21 << 20))
@@ -101,7 +108,7 @@ def test_orphans_are_reaped(served: Container) -> None:
     assert wait_until(lambda: served.engine.run_unchecked(*look).returncode == 1, 30)
 
 
-def test_a_small_container_stands_a_flood_and_answers_what_is_in_flight_when_it_terminates(
+def test_a_small_container_survives_overload_and_drains_on_sigterm(
     engine: Engine, image: str
 ) -> None:
     little = ("--cpus=1", "--memory=2g", "--memory-swap=2g")
@@ -117,8 +124,8 @@ def test_a_small_container_stands_a_flood_and_answers_what_is_in_flight_when_it_
         assert small.runs()
         assert not small.state()["OOMKilled"]
 
-        with in_hand(small, PREDICT, body, IN_FLIGHT) as connections:
-            # Some are with TorchServe by then, of some nginx has no more than the head.
+        with in_flight(small, PREDICT, body, IN_FLIGHT) as connections:
+            # TorchServe has some requests; of the others nginx has only the head.
             for connection in connections[: IN_FLIGHT // 2]:
                 connection.sendall(body)
             small.signal("TERM")
@@ -137,7 +144,7 @@ def _status(running: Container, body: bytes) -> int | str:
         return repr(error)
 
 
-def test_it_terminates_while_it_starts(engine: Engine, image: str) -> None:
+def test_it_stops_during_its_start(engine: Engine, image: str) -> None:
     with container(engine, image, until=None) as starting:
         assert wait_until(lambda: "worker(s) each" in starting.logs(), READY_TIMEOUT)
         starting.signal("TERM")

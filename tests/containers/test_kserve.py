@@ -1,4 +1,4 @@
-"""The image as a KServe runtime: a mounted model store, every endpoint, KServe's own clients."""
+"""The image as a KServe runtime: mounted model store, endpoints, clients of KServe and Triton."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ CLIENTS = Path("tests/clients")
 MOUNT = "/mnt/models"
 GRPC_PORT = 9000
 MANAGEMENT = "http://127.0.0.1:8081/models/cats"
-# As in KServe's documents, with more rights than the image gives.
+# As in KServe's documentation, with more permissions than the image grants.
 CONFIG = """\
 inference_address=http://0.0.0.0:8085
 management_address=http://0.0.0.0:8085
@@ -39,7 +39,7 @@ model_snapshot={"name": "startup.cfg", "modelCount": 1, "models": {"cats": {"1.0
 
 @pytest.fixture(scope="module")
 def store(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `storageUri` leads to: KServe's layout, with another archive than the image's."""
+    """The folder of `storageUri` in KServe's layout, with another archive than the image's."""
     root = tmp_path_factory.mktemp("models")
     for folder in ("config", "model-store"):
         (root / folder).mkdir()
@@ -57,7 +57,7 @@ def pod(engine: Engine, image: str, store: Path) -> Iterator[Container]:
         options=(*FENCED, f"--volume={store}:{MOUNT}:ro"),
         environment={
             "GRPC": "on",
-            # What people set for KServe's own runtime must not replace the image's rules.
+            # Settings for KServe's own runtime must not override the image's.
             "TS_CONFIG_FILE": f"{MOUNT}/config/config.properties",
             "TS_SERVICE_ENVELOPE": "kserve",
         },
@@ -68,12 +68,12 @@ def pod(engine: Engine, image: str, store: Path) -> Iterator[Container]:
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with KServe's and Triton's own clients."""
+    """A Python with the clients of KServe and Triton."""
     lock = Path("requirements/clients.lock").absolute()
     return environment(tmp_path_factory.mktemp("clients"), lock)
 
 
-def test_the_mounted_model_serves_and_the_mounted_configuration_gives_no_rights(
+def test_the_mounted_model_is_served_and_the_mounted_configuration_grants_nothing(
     pod: Container,
 ) -> None:
     assert pod.ask("/v1/models").json() == {"models": ["cats"]}
@@ -94,7 +94,7 @@ def test_the_mounted_model_serves_and_the_mounted_configuration_gives_no_rights(
     assert "enable_model_api=false" in registered
 
 
-def test_every_endpoint_that_no_client_below_calls(pod: Container) -> None:
+def test_endpoints_that_the_clients_do_not_call(pod: Container) -> None:
     def answer(path: str, body: Any = None, status: int = 200) -> Any:
         data = None if body is None else json.dumps(body).encode()
         found = pod.ask(path, data, {"Content-Type": "application/json"})
@@ -120,7 +120,7 @@ def test_every_endpoint_that_no_client_below_calls(pod: Container) -> None:
 
 
 @pytest.mark.parametrize("client", ["kserve", "triton"])
-def test_its_own_clients(pod: Container, clients: Path, client: str) -> None:
+def test_the_clients_of_kserve_and_triton(pod: Container, clients: Path, client: str) -> None:
     addresses = [f"127.0.0.1:{pod.ports[port]}" for port in (8080, GRPC_PORT)]
     command: list[str | Path] = [clients, CLIENTS / "ask.py", client, *addresses, "cats", CAT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,7 +140,7 @@ def test_its_own_clients(pod: Container, clients: Path, client: str) -> None:
             assert found[name] == value, name
 
 
-# What each call returns; the name of a field stands for what the best prediction has there.
+# The result of each call; the name of a field stands for its value in the top-1 prediction.
 _UNKNOWN = {"unknown model": "There is nothing here"}
 _ERROR = {"error": "The bytes are not an image"}
 _READY: dict[str, Any] = {"live": True, "ready": True, "model ready": True}
@@ -164,7 +164,7 @@ _BOTH = {
     **_ERROR,
     **_UNKNOWN,
 }
-# Over gRPC an unknown model is an error of the call's own.
+# Over gRPC an unknown model is an error of the call.
 _NOT_FOUND = (
     "InferenceServerException: [StatusCode.NOT_FOUND] There is nothing here. Send images to "
     "/predict."
@@ -175,19 +175,19 @@ _TRITON: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_message_over_grpc_is_bounded_as_a_body_is(pod: Container) -> None:
+def test_a_grpc_message_is_limited_like_a_body(pod: Container) -> None:
     request = messages.ModelInferRequest(model_name="cats")
     request.inputs.add(name="images", datatype="BYTES", shape=[1])
     call = "/inference.GRPCInferenceService/ModelInfer"
     with grpc.insecure_channel(f"127.0.0.1:{pod.ports[GRPC_PORT]}") as channel:
         infer: Any = channel.unary_unary(call, lambda message: message.SerializeToString())
         for size, status in (
-            # nginx's bound, which counts the JSON too, and that of a message.
+            # nginx's limit, which includes the JSON, and gRPC's limit of a message.
             (20 << 20, grpc.StatusCode.INVALID_ARGUMENT),
             (22 << 20, grpc.StatusCode.RESOURCE_EXHAUSTED),
         ):
             request.raw_input_contents[:] = [bytes(size)]
-            with pytest.raises(grpc.RpcError) as refused:
+            with pytest.raises(grpc.RpcError) as rejected:
                 infer(request, timeout=60)
-            assert refused.value.code() is status
+            assert rejected.value.code() is status
     assert pod.ready()

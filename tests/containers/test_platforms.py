@@ -20,14 +20,14 @@ from tests.containers.running import (
 )
 
 JSON = {"Content-Type": "application/json"}
-# SageMaker's, and KServe's, which are there too.
+# Of SageMaker and of KServe.
 HEALTH = ("/ping", "/v2/health/ready", "/v1/models/densenet121", "/v2/models/densenet121/ready")
 
 
-def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
+def test_sagemakers_container_is_healthy_only_while_a_worker_is_ready(
     engine: Engine, image: str, archive: Path, tmp_path: Path
 ) -> None:
-    """As SageMaker does: `serve`, root, nothing read-only, `model.tar.gz` unpacked."""
+    """As on SageMaker: `serve`, root, a writable root, `model.tar.gz` unpacked."""
     folder = tmp_path / "model"
     with zipfile.ZipFile(other_archive(archive, tmp_path / "pets.mar")) as content:
         content.extractall(folder)
@@ -40,14 +40,14 @@ def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
             return 200 in seen
 
         assert wait_until(ready, READY_TIMEOUT), running.logs()
-        # nginx answers long before a worker can; before that its port may not be open yet.
+        # nginx responds before a worker is ready; None while its port is closed.
         assert seen - {None} == {503, 200}
         assert all(running.status(path) == 200 for path in HEALTH)
         assert running.execute("id", "-u").strip() == "0"
         _check_contract(running)
 
         def unhealthy_without_workers() -> bool:
-            running.execute("python", "-c", _END_WORKERS)  # TorchServe starts others at once
+            running.execute("python", "-c", _KILL_WORKERS)  # TorchServe replaces them
             return all(running.status(path) == 503 for path in HEALTH)
 
         assert wait_until(unhealthy_without_workers, 60), running.logs()
@@ -57,7 +57,7 @@ def test_sagemaker_sees_it_healthy_only_while_a_worker_is_ready(
         assert "TorchServe exited by itself" in running.logs()
 
 
-_END_WORKERS = """
+_KILL_WORKERS = """
 import psutil
 for process in psutil.process_iter():
     if any(part.endswith("model_service_worker.py") for part in process.cmdline()):
@@ -66,7 +66,7 @@ for process in psutil.process_iter():
 
 
 def _check_contract(running: Container) -> None:
-    """Sends what SageMaker sends; the mounted model answers."""
+    """Send SageMaker's requests; the mounted model must respond."""
     photo = CAT.read_bytes()
     encoded = base64.b64encode(photo).decode()
     raw = ("image/jpeg", "application/x-image", "application/octet-stream", "")
@@ -78,11 +78,11 @@ def _check_contract(running: Container) -> None:
     instances = json.dumps({"instances": [{"b64": encoded}]}).encode()
     answer = running.ask("/invocations", instances, JSON)
     assert answer.json()["predictions"][0]["success"]
-    refused = running.ask("/invocations", b"no image", {"Content-Type": "image/jpeg"})
-    assert (refused.status, refused.json()["type"]) == (400, "NotAnImage")
+    rejected = running.ask("/invocations", b"no image", {"Content-Type": "image/jpeg"})
+    assert (rejected.status, rejected.json()["type"]) == (400, "NotAnImage")
 
 
-def test_vertex_ai_chooses_port_and_addresses(engine: Engine, image: str) -> None:
+def test_vertex_ai_chooses_port_and_paths(engine: Engine, image: str) -> None:
     port, health = 7080, "/v1/endpoints/12/deployedModels/34"
     variables = {
         "AIP_HTTP_PORT": str(port),
@@ -110,5 +110,5 @@ def test_vertex_ai_chooses_port_and_addresses(engine: Engine, image: str) -> Non
             assert answer.status == 200, answer.body
             predictions = answer.json()["predictions"]
             assert [len(one["predictions"]) for one in predictions] == [1, 1]
-        refused = predict([{"data": "bm8gcGljdHVyZQ=="}])
-        assert (refused.status, refused.json()["type"]) == (400, "NotAnImage")
+        rejected = predict([{"data": "bm8gaW1hZ2U="}])
+        assert (rejected.status, rejected.json()["type"]) == (400, "NotAnImage")

@@ -1,4 +1,4 @@
-"""Two pods of the Deployment behind the gateway: no request fails when a pod does."""
+"""Two pods of the Deployment behind the gateway: no request fails if a pod does."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ from tests.deploy.manifests import KUBERNETES, manifests, template
 from tests.deploy.prometheus import MONITORING, Query, prometheus
 from tests.gateway.cluster import TIMEOUT, clients
 
-# Seconds: the first test waits until two images are built.
+# The first test builds two images.
 pytestmark = pytest.mark.timeout(900)
 _PROGRAMS = {"kubectl": "kubernetes-client", "nsenter": "util-linux", "ip": "iproute2"}
 
@@ -56,7 +56,7 @@ def pods(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_request_fails_when_a_container_does(
+def test_no_request_fails_if_a_container_does(
     pods: Pods, fault: str, second: str, note: list[str]
 ) -> None:
     for pod in pods.pods:
@@ -76,7 +76,7 @@ def test_no_request_fails_when_a_container_does(
     note.append(f"{fault}: {answered} requests, {tally.failed} failed, {len(unusual)} retried")
 
 
-def test_a_gateway_that_stops_answers_what_is_in_flight(pods: Pods) -> None:
+def test_a_stopping_gateway_completes_the_requests_in_flight(pods: Pods) -> None:
     photograph = CAT.read_bytes()
 
     def predict(_: int) -> int:
@@ -94,9 +94,9 @@ def test_a_gateway_that_stops_answers_what_is_in_flight(pods: Pods) -> None:
 
 @pytest.fixture(scope="module")
 def query(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
-    """Queries a Prometheus that scrapes the pods by the cluster's own configuration.
+    """Query a Prometheus that scrapes the pods with the cluster's configuration.
 
-    The labels that the Kubernetes API would give each pod are written into it.
+    It gets each pod's labels from the configuration instead of the Kubernetes API.
     """
     if shutil.which("prometheus") is None:
         pytest.skip("NOT RUN: Prometheus is missing (on Debian: apt install prometheus)")
@@ -123,9 +123,9 @@ def _names(rows: list[dict[str, Any]]) -> set[str]:
     return {row["metric"].get("pod", "") for row in rows}
 
 
-def test_the_alerts_and_the_autoscaler_get_the_names_of_the_pods(query: Query, pods: Pods) -> None:
+def test_alerts_and_autoscaler_metrics_have_the_names_of_the_pods(query: Query, pods: Pods) -> None:
     names = {pod.name for pod in pods.pods}
-    # The expression of DenseNetDown, but for the comparison.
+    # The expression of DenseNetDown without its comparison.
     assert wait_until(lambda: _names(query('up{job="densenet"} == 1')) == names, 60)
     (row, *_) = query('up{job="densenet"}')
     assert row["metric"]["namespace"] == "default"
@@ -139,7 +139,7 @@ def test_the_alerts_and_the_autoscaler_get_the_names_of_the_pods(query: Query, p
     assert rule["name"]["as"] == scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
     metric = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'namespace="default"')
     metric = metric.replace("<<.GroupBy>>", "pod")
-    # How the adapter finds the metric, what it computes, and the alert.
+    # The adapter's series and metric queries, and the alert.
     queries = (rule["seriesQuery"], metric, slow)
     with clients(pods, 8):
         found = wait_until(lambda: all(_names(query(text)) == names for text in queries), 90)

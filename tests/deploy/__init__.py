@@ -1,1 +1,1 @@
-"""Manifests, images and monitoring. Checks of schemas must also find a deliberate mistake."""
+"""Manifests, Dockerfiles, systemd units and monitoring."""

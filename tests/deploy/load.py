@@ -1,4 +1,4 @@
-"""Clients that send requests until standard input is closed; then one line of JSON per request."""
+"""Send requests until standard input is closed; then print one line of JSON per request."""
 
 import json
 import sys
@@ -17,12 +17,12 @@ _PAUSE = 0.2
 
 @dataclass(frozen=True)
 class Request:
-    """What a client saw of one request.
+    """One request of a client.
 
     Attributes:
         begin, end: in seconds since the epoch.
-        outcome: the status; `refused` for a connection, or the name of another error.
-        retry_after: the header of the answer.
+        outcome: the status, `refused` for a refused connection, or the name of another error.
+        retry_after: the response's Retry-After.
     """
 
     begin: float
@@ -32,7 +32,7 @@ class Request:
 
 
 def main(url: str, key: str, count: int) -> None:
-    """Run `count` clients, each of which sends the next request after the last answer."""
+    """Run `count` clients, each of which sends its next request after a response."""
     done = threading.Event()
     found: list[Request] = []
     image = CAT.read_bytes()

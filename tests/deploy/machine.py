@@ -1,4 +1,4 @@
-"""A machine to install the service on: a container of Debian's packages that boots systemd."""
+"""A machine with the installed service: a Debian container that boots systemd."""
 
 import hashlib
 import json
@@ -24,19 +24,19 @@ from tests.deploy.load import TIMEOUT, Request
 from tests.workspace import project_files
 
 PROJECT = "/opt/densenet"
-# python3 brings the libraries that another Python needs; nginx is the gateway.
+# python3 has the libraries that another Python needs.
 _PACKAGES = ("systemd", "systemd-sysv", "dbus", "procps", "openssl", "python3", "nginx")
 _PYTHON = "/opt/python"
 CLIENTS = 8
 _KEY = "0123456789abcdef0123456789abcdef"
 _URL = "https://127.0.0.1/predict"
-# What systemd needs as the first process, which makes namespaces for its units.
+# systemd is the first process and creates namespaces for its units.
 _SYSTEMD = (
     *("--systemd", "false", "--env", "container=podman", "--stop-signal", "SIGRTMIN+3"),
     *("--tmpfs", "/run", "--cgroupns", "private", "--cap-add", "ALL"),
     *("--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"),
 )
-# Version 2 of cgroups, as on a machine: IPAddressDeny needs it. Some kernels mount both.
+# IPAddressDeny needs cgroup version 2. Some kernels mount both versions.
 _INIT = """\
 umount --recursive /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec /sbin/init
 """
@@ -61,8 +61,8 @@ class Machine:
 
     Attributes:
         engine: what runs it.
-        name: of the container and of its network namespace, which outlives a reboot.
-        project: the folder that is `/opt/densenet` in it.
+        name: of the container and its network namespace, which survives a reboot.
+        project: the folder that is mounted at `/opt/densenet`.
     """
 
     engine: Engine
@@ -84,22 +84,18 @@ class Machine:
         ), self.engine.run_unchecked("logs", self.name).stdout
 
     def reboot(self) -> None:
-        """Shut down in order, then boot; what a container cannot do by itself is done here."""
+        """Shut down with systemd, then start the container, which cannot restart itself."""
         self.engine.run_unchecked("exec", self.name, "systemctl", "reboot")
         self.engine.run("wait", self.name)
         self.start()
 
     def wait_until_ready(self) -> None:
-        """Wait until a worker behind the gateway answers.
-
-        Raises:
-            AssertionError: none did, with the journal.
-        """
+        """Wait until a worker is ready; raise `AssertionError` with the journal if none is."""
         if not wait_until(lambda: "ready" in self.get("https://127.0.0.1/readyz"), _BOOT_TIMEOUT):
             raise AssertionError(self.shell("journalctl --no-pager -n 60 -u 'densenet*'"))
 
     def get(self, url: str) -> str:
-        """Return the body of an answer of 200; otherwise nothing."""
+        """Return the body of a response with status 200, otherwise ""."""
         ask = [*self._inside, "curl", "--silent", "--insecure", "--fail", url]
         return subprocess.run(ask, capture_output=True, text=True, check=False).stdout
 
@@ -109,7 +105,7 @@ class Machine:
 
     @contextmanager
     def clients(self) -> Iterator[list[Request]]:
-        """Keep clients sending requests; the list is filled at the end."""
+        """Keep clients sending requests; their list is filled when they stop."""
         found: list[Request] = []
         certificate = self.project / ".run/gateway/certificate.pem"
         command = [*self._inside, sys.executable, "-m", "tests.deploy.load", _URL, _KEY]
@@ -127,12 +123,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What clients saw of an event.
+    """The requests around an event.
 
     Attributes:
-        requests: how many they sent.
-        failed: how many of each status or error other than 200.
-        without_retry_after: answers of 502 and 503 without that header.
+        requests: number of requests.
+        failed: number of requests by status or error other than 200.
+        without_retry_after: number of responses 502 and 503 without Retry-After.
         recovered: seconds from the event to the first 200 after the last failure; 0 for none.
         slowest: seconds of the slowest request.
     """
@@ -145,7 +141,7 @@ class Outcome:
 
 
 def outcome_of(found: list[Request], event: float) -> Outcome:
-    """Summarize what clients saw of an event at this time."""
+    """Summarize the requests around an event at this time."""
     failed = [request for request in found if request.outcome != "200"]
     last = max((request.begin for request in failed), default=0.0)
     after = [one.end for one in found if one.outcome == "200" and one.begin > last]
@@ -166,7 +162,7 @@ def kill(pattern: str) -> Callable[[Machine], None]:
 
 
 def upgrade(machine: Machine) -> None:
-    """Serve another archive, and after that the first one again."""
+    """Upgrade to another archive, then roll back."""
     command = f"{PROJECT}/deploy/systemd/gateway"
     new = f"{PROJECT}/new/efficientnet_lite0.mar"
     printed = machine.shell(
@@ -191,7 +187,7 @@ def measure(machine: Machine, event: str, after: float = 20.0) -> Outcome:
     Args:
         machine: one that is ready.
         event: a key of `EVENTS`.
-        after: seconds for which clients go on.
+        after: seconds for which clients continue.
     """
     with machine.clients() as found:
         time.sleep(_BEFORE)
@@ -205,7 +201,7 @@ def measure(machine: Machine, event: str, after: float = 20.0) -> Outcome:
 
 @contextmanager
 def machine(engine: Engine, archive: Path, folder: Path) -> Iterator[Machine]:
-    """Boot a machine on which the service was installed as docs/deploy/one-machine.md has it.
+    """Boot a machine with the service installed as in docs/deploy/one-machine.md.
 
     Args:
         engine: podman, with a runtime that works.
@@ -242,7 +238,7 @@ def _copy_project(project: Path, archive: Path) -> None:
     shutil.copy(archive, project / "model_store" / archive.name)
     (project / "new").mkdir()
     other_archive(archive, project / "new" / archive.name)
-    # An environment with the packages of this one, and a Python that the service's user can read.
+    # A virtual environment with this one's packages and a Python that the service's user can read.
     bin_folder = project / ".venv/bin"
     bin_folder.mkdir(parents=True)
     (project / ".venv/lib").mkdir()
@@ -253,7 +249,7 @@ def _copy_project(project: Path, archive: Path) -> None:
 
 
 def _install(machine: Machine) -> None:
-    # The Python of this environment may be linked with a library beside it.
+    # This environment's Python may be linked with a library in its own folder.
     machine.shell(f"echo {_PYTHON}/lib >/etc/ld.so.conf.d/python.conf; ldconfig")
     machine.shell("systemctl disable --now nginx")
     machine.shell(f"{PROJECT}/deploy/systemd/install")
@@ -266,11 +262,7 @@ def _install(machine: Machine) -> None:
 
 
 def systemd_image(engine: Engine) -> str:
-    """Return the name of an image that boots systemd; made if it is missing.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """Return the name of an image that boots systemd; build it with mmdebstrap if it is missing."""
     digest = hashlib.sha256(" ".join((SUITE, *_PACKAGES)).encode()).hexdigest()[:12]
     name = f"localhost/densenet-systemd:{digest}"
     if engine.has_image(name):

@@ -1,4 +1,4 @@
-"""The manifests as kubectl and kustomize give them to a cluster, and their published schemas."""
+"""The manifests as kubectl and kustomize render them, and their published schemas."""
 
 import json
 import shutil
@@ -37,12 +37,12 @@ def _text(path: Path) -> str:
 
 
 def manifests(path: Path) -> list[Manifest]:
-    """Return the manifests of a file, or of a folder of kustomize's."""
+    """Return the manifests of a file or of a folder for kustomize."""
     return list(yaml.safe_load_all(_text(path)))
 
 
 def overlay(name: str) -> dict[tuple[str, str], Manifest]:
-    """Return what an overlay gives a cluster, by kind and name."""
+    """Return the manifests of an overlay by kind and name."""
     objects = manifests(KUBERNETES / "overlays" / name)
     found = {(m["kind"], m["metadata"]["name"]): m for m in objects}
     assert len(found) == len(objects)
@@ -50,7 +50,7 @@ def overlay(name: str) -> dict[tuple[str, str], Manifest]:
 
 
 def template(overlay_name: str = "cpu", deployment: str = "densenet") -> Manifest:
-    """Return the template of a Deployment's pods."""
+    """Return the pod template of a Deployment."""
     found: Manifest = overlay(overlay_name)["Deployment", deployment]["spec"]["template"]
     return found
 

@@ -1,4 +1,4 @@
-"""A Prometheus that runs the alert rules of `deploy/monitoring`."""
+"""Prometheus with the alert rules of `deploy/monitoring`."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,10 +18,7 @@ Query = Callable[[str], list[dict[str, Any]]]
 
 @contextmanager
 def prometheus(config: dict[str, Any], folder: Path) -> Iterator[Query]:
-    """Run Prometheus with this configuration; yield a function that evaluates a query.
-
-    The function returns the rows of the result; none while Prometheus starts.
-    """
+    """Run Prometheus; yield a function that returns the rows of a query, none during the start."""
     rules = {"rule_files": [str((MONITORING / "alerts.yaml").resolve())]}
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config | rules))
     (port,) = unused_ports(1)

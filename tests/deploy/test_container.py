@@ -1,4 +1,4 @@
-"""The container images without building them: Dockerfiles, pinned packages, what starts in them."""
+"""The container images without building them: Dockerfiles, pinned packages, entry point."""
 
 import os
 import re
@@ -27,7 +27,7 @@ STAGES = {
     "server": (CONTAINER, -1),
     "gateway": (GATEWAY, -1),
 }
-# Prints the help of a command; packages that are not among the arguments cannot be imported.
+# Prints the help of a command; only packages among the arguments can be imported.
 _HELP = """
 import re, runpy, sys
 from importlib.metadata import packages_distributions
@@ -51,13 +51,13 @@ runpy.run_module("scripts", run_name="__main__")
 
 
 @pytest.mark.parametrize("folder", [CONTAINER, GATEWAY], ids=str)
-def test_hadolint_finds_nothing_in_the_dockerfile(folder: Path) -> None:
+def test_hadolint_accepts_the_dockerfile(folder: Path) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     subprocess.run([hadolint, "--no-color", folder / "Dockerfile"], check=True)
 
 
 def _copies(stage: str) -> list[tuple[str, str]]:
-    """Return source and target of everything that a stage copies from the repository."""
+    """Return the source and target of each file that a stage copies from the repository."""
     lines = re.findall(r"^COPY --chmod=755 (.+) (\S+)$", stage, re.MULTILINE)
     return [(source.rstrip("/"), target) for line, target in lines for source in line.split()]
 
@@ -69,10 +69,10 @@ def _stage(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_an_image_has_an_ordinary_user_and_files_that_exist(name: str) -> None:
+def test_an_image_has_an_unprivileged_user_and_existing_files(name: str) -> None:
     final = _stage(name)
     assert final.startswith("${BASE} AS ray\n") == (name == "ray")
-    # A clone made with umask 077 has files that this user could not read.
+    # After a clone with umask 077 this user could not read the files.
     assert not re.search(r"^COPY (?!--from|--chmod=755)", final, re.MULTILINE)
     users = re.findall(r"^USER (\S+)", final, re.MULTILINE)
     assert users == ["10001:10001"]
@@ -87,7 +87,7 @@ def test_an_image_has_an_ordinary_user_and_files_that_exist(name: str) -> None:
         assert any(source == k or source.startswith(f"{k}/") for k in kept), source
 
 
-def test_the_gateways_image_has_what_its_command_imports(tmp_path: Path) -> None:
+def test_the_gateways_image_has_the_imports_of_its_command(tmp_path: Path) -> None:
     for source, target in _copies(_stage("gateway")):
         if Path(source).is_dir():
             shutil.copytree(source, tmp_path / target)
@@ -102,11 +102,11 @@ def test_the_gateways_image_has_what_its_command_imports(tmp_path: Path) -> None
     assert "--upstreams" in done.stdout
 
 
-def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
+def test_the_images_have_the_pinned_packages_of_the_run_group() -> None:
     def pins(path: Path) -> set[str]:
         return set(re.findall(r"^([a-z0-9.-]+==[^ ]+)", path.read_text(), re.MULTILINE))
 
-    # The tests' group has what the image's gRPC needs and no other part of the project does.
+    # The tests' group has the packages that only the image's gRPC needs.
     folder = Path("requirements")
     known = pins(folder / "run.lock") | pins(folder / "tests.lock")
     known_to_ray = known | pins(folder / "batch.lock")
@@ -118,7 +118,7 @@ def test_every_package_of_the_images_is_pinned_as_for_running() -> None:
         assert len(wanted) > 5
         assert wanted <= {pin.split("==")[0] for pin in image}
         names = {pin.split("==")[0] for pin in others}
-        # Only Ray's head needs packages that nothing else here does.
+        # Only Ray's head needs packages of its own.
         assert {pin for pin in image if pin.split("==")[0] in names} <= others
         assert others is known_to_ray or image <= others
 
@@ -138,7 +138,7 @@ LIMITS = Limits(
 )
 
 
-def test_the_containers_torchserve_differs_from_the_repositorys_only_where_it_must() -> None:
+def test_the_containers_torchserve_properties_differ_only_where_needed() -> None:
     base = dict(
         re.findall(r"^([^#=\n]+)=(.*)$", Path("config.properties").read_text(), re.MULTILINE)
     )
@@ -165,8 +165,8 @@ def test_nginx_listens_on_ipv6_only_if_the_machine_has_it(monkeypatch: pytest.Mo
         assert re.findall(r"^ *listen (.*);$", config, re.MULTILINE) == ["0.0.0.0:9090", *ipv6]
 
 
-def test_the_container_stops_within_every_platforms_grace_period() -> None:
-    """That of Kubernetes is compared in test_manifests."""
+def test_the_container_stops_within_each_platforms_grace_period() -> None:
+    """Kubernetes' grace period is compared in test_manifests.py."""
     (compose,) = manifests(Path("deploy/compose/compose.yaml"))
     composed = int(compose["services"]["densenet"]["stop_grace_period"].removesuffix("s"))
     (documented,) = re.findall(
@@ -204,17 +204,17 @@ def test_a_container_that_cannot_serve_exits_with_an_error_message(
 
 
 def _child(script: str, ready: Path) -> "subprocess.Popen[bytes]":
-    """Start a stand-in for a process of the container, and wait until its traps are set."""
+    """Start a stub of one of the container's processes, and wait until its traps are set."""
     command = ["sh", "-c", script.format(ready=ready)]
     child = subprocess.Popen(command, start_new_session=True)
     assert wait_until(ready.exists, 10)
     return child
 
 
-def test_the_phases_of_the_drain_share_one_time_limit_and_leave_no_process(
+def test_the_drain_has_one_time_limit_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with an nginx and a gRPC server whose clients never finish, and a Java that hangs."""
+    """Clients of nginx and of the gRPC server never finish, and Java hangs."""
     monkeypatch.setattr(ready, "FILE", tmp_path / "ready")
     monkeypatch.setattr(entry, "STOP_SECONDS", 4)
     monkeypatch.setattr(entry, "_DRAIN_SECONDS", 1)
@@ -253,13 +253,12 @@ def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def test_it_is_ready_if_a_worker_is_and_not_without(running: ServerState) -> None:
-    assert ready.why_not_ready(running.ports.management) is None
+def test_it_is_not_ready_without_the_management_api(running: ServerState) -> None:
     assert ready.why_not_ready(running.ports.metrics) is not None
 
 
-def test_the_readiness_program_needs_the_file_only(tmp_path: Path) -> None:
-    """Kubernetes may set MANAGEMENT_PORT, for a Service with that name."""
+def test_the_readiness_program_checks_the_file_only(tmp_path: Path) -> None:
+    """Kubernetes sets MANAGEMENT_PORT if there is a Service with that name."""
     links = {"TMPDIR": str(tmp_path), "MANAGEMENT_PORT": "tcp://10.0.0.1:8081"}
     command = [sys.executable, "-m", "deploy.container.ready"]
     (tmp_path / "densenet").mkdir()
@@ -269,8 +268,8 @@ def test_the_readiness_program_needs_the_file_only(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_process_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TorchServe may go on reporting a crashed worker as ready."""
-    # A zombie, this test, and an id that no process has.
+    """TorchServe may report a crashed worker as ready."""
+    # A zombie, this process, and an unused process id.
     with subprocess.Popen(["true"]) as ended:
         pids = (ended.pid, os.getpid(), 2**22 + 1)
         workers = [{"workers": [{"pid": pid, "status": "READY"} for pid in pids]}]

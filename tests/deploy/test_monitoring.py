@@ -1,4 +1,4 @@
-"""The metrics, the dashboard and the alert rules, in a real Prometheus that scrapes TorchServe."""
+"""Metrics, dashboard and alert rules, in a real Prometheus that scrapes TorchServe."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def _prometheus() -> None:
 
 @pytest.fixture(scope="module")
 def query(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
-    """Queries a Prometheus that scrapes the shared server every half second."""
+    """Query a Prometheus that scrapes the shared server every half second."""
     (config,) = manifests(MONITORING / "prometheus.yaml")
     config["global"]["scrape_interval"] = "500ms"
     (scrape,) = config["scrape_configs"]
@@ -39,7 +39,7 @@ def _predict(running: ServerState, file: bytes, **options: str) -> None:
     requests.post(running.predictions_url, files={"file": file}, data=options, timeout=60)
 
 
-def test_prometheus_counts_what_clients_sent(query: Query, running: ServerState) -> None:
+def test_prometheus_counts_images_by_outcome(query: Query, running: ServerState) -> None:
     def counts() -> list[float]:
         found = []
         for outcome, error in (

@@ -1,4 +1,4 @@
-"""The systemd units: what systemd says of them, and a machine that boots with them."""
+"""The systemd units: checked by systemd-analyze, and on a machine that boots with them."""
 
 import os
 import re
@@ -20,21 +20,22 @@ from tests.deploy.machine import CLIENTS, Machine, machine, measure, systemd_ima
 
 SYSTEMD = Path("deploy/systemd").absolute()
 UNITS = ("densenet", "densenet-gateway")
-# Of 10; systemd calls up to 4.9 medium. Measured: 1.3 and 1.6.
+# Of 10; systemd calls values up to 4.9 medium. Measured: 1.3 and 1.6.
 MAX_EXPOSURE = 2.0
-# Seconds, for a machine with other work; docs/deploy/one-machine.md has the measured ones.
+# Seconds, on a busy machine; docs/operate/failures.md has measurements.
 MAX_RECOVERY = 60.0
-# A connection that broke after it was made: one request of each client at most.
+# A broken connection: at most one request per client.
 LOST = "ConnectionError"
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    """A folder with the system units as the install script writes them for this project."""
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the system units that the install script writes."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("NOT RUN: no systemd-analyze (on Debian: apt install systemd)")
-    _install(tmp_path)
-    return tmp_path / "etc/systemd/system"
+    root = tmp_path_factory.mktemp("installed")
+    _install(root)
+    return root / "etc/systemd/system"
 
 
 def _install(folder: Path, *arguments: str) -> None:
@@ -57,19 +58,22 @@ def _analyze(*arguments: str | Path, runtime: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_systemd_finds_nothing_wrong_with_a_system_unit(installed: Path, unit: str) -> None:
-    assert _analyze("verify", "--man=no", installed / f"{unit}.service") == ""
+def test_a_system_unit_is_valid_and_confined(installed: Path, unit: str) -> None:
+    file = installed / f"{unit}.service"
+    assert _analyze("verify", "--man=no", file) == ""
+    threshold = f"--threshold={MAX_EXPOSURE * 10:.0f}"
+    report = _analyze("security", "--no-pager", "--offline=yes", threshold, file)
+    assert "Overall exposure level" in report
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("unit", UNITS)
-def test_systemd_finds_nothing_wrong_with_a_user_unit(tmp_path: Path, unit: str) -> None:
+def test_systemd_verifies_a_user_unit(tmp_path: Path, unit: str) -> None:
     _install(tmp_path, "--user")
     file = tmp_path / "config/systemd/user" / f"{unit}.service"
     assert _analyze("--user", "verify", "--man=no", file, runtime=tmp_path) == ""
     text = file.read_text()
     assert "WantedBy=default.target" in text
-    # What a user's manager cannot do.
     root_only = r"^(User|Group|\w*Capabilit\w+|Protect\w+|Private\w+|IPAddress\w+)="
     assert not re.search(root_only, text, re.MULTILINE)
 
@@ -87,16 +91,7 @@ def test_the_projects_path_may_have_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_unit_is_confined(installed: Path, unit: str) -> None:
-    said = _analyze(
-        *("security", "--no-pager", "--offline=yes", f"--threshold={MAX_EXPOSURE * 10:.0f}"),
-        installed / f"{unit}.service",
-    )
-    assert "Overall exposure level" in said
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_every_path_and_command_of_a_unit_exists(installed: Path, unit: str) -> None:
+def test_every_command_and_option_of_a_unit_exists(installed: Path, unit: str) -> None:
     text = (installed / f"{unit}.service").read_text()
     (folder,) = re.findall(r"^WorkingDirectory=(.+)", text, re.MULTILINE)
     assert Path(folder) == Path.cwd()
@@ -111,7 +106,7 @@ def test_every_path_and_command_of_a_unit_exists(installed: Path, unit: str) -> 
     assert any("--foreground" in command for command in commands)
 
 
-def test_the_options_of_the_example_exist() -> None:
+def test_the_options_of_the_example_environment_exist() -> None:
     example = (SYSTEMD / "environment").read_text()
     names = re.findall(r"^#?DENSENET_(\w+)=", example, re.MULTILINE)
     assert len(names) > 5
@@ -156,7 +151,7 @@ _NEEDED = {"mmdebstrap": "mmdebstrap", "ip": "iproute2", "curl": "curl"}
 
 @pytest.fixture(scope="module")
 def booted(lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine on which the service was installed, and started at boot."""
+    """A machine with the installed service."""
     found = find_engine()
     if found is None or found.program != "podman" or os.geteuid() != 0:
         pytest.skip("NOT RUN: systemd is booted by podman as root (on Debian: apt install podman)")
@@ -186,7 +181,7 @@ def booted(lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ("reboot", {"refused", LOST}),
     ],
 )
-def test_a_machine_recovers_by_itself(
+def test_a_machine_recovers_from_each_event(
     booted: Machine, event: str, allowed: set[str], note: list[str]
 ) -> None:
     booted.wait_until_ready()
@@ -202,13 +197,13 @@ def test_a_machine_recovers_by_itself(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_requests_are_in_the_journal_of_the_gateway(booted: Machine) -> None:
+def test_the_journal_has_the_gateways_requests(booted: Machine) -> None:
     booted.wait_until_ready()
     journal = booted.shell("journalctl --no-pager --output cat --unit densenet-gateway")
     assert '"path":"/readyz"' in journal
 
 
-# As certbot leaves it: only root can read it.
+# certbot's folder, which only root can read.
 _LIVE = "/etc/letsencrypt/live/images.example.com"
 _ISSUE = f"""
 umask 077; mkdir -p {_LIVE}; cd {_LIVE}
@@ -230,9 +225,9 @@ _CHALLENGE = "/.well-known/acme-challenge"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_machine_serves_the_certificate_that_certbot_got_last(booted: Machine) -> None:
+def test_a_machine_serves_certbots_latest_certificate(booted: Machine) -> None:
     booted.wait_until_ready()
-    # What certbot --webroot writes is served over plain HTTP.
+    # The files of certbot --webroot are served over plain HTTP.
     booted.shell(f"cd /var/lib/densenet/acme; mkdir -p .{_CHALLENGE}; echo proof >.{_CHALLENGE}/x")
     assert booted.get(f"http://127.0.0.1{_CHALLENGE}/x") == "proof\n"
     first = booted.shell(_ISSUE)

@@ -1,1 +1,1 @@
-"""What the documents say."""
+"""The documentation."""

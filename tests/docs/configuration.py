@@ -1,6 +1,6 @@
-"""Writes the tables of docs/reference/configuration.md from the typed options and settings.
+"""The tables of docs/reference/configuration.md, from the options and settings of the code.
 
-`python -m tests.docs.configuration` writes the page; a test compares it.
+`python -m tests.docs.configuration` writes the page, which a test compares.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from handler.settings import Settings
 from scripts import __main__ as cli
 
 PAGE = Path("docs/reference/configuration.md")
-# What stands above it is written by hand.
+# The text above it is written by hand.
 MARKER = "<!-- Below: python -m tests.docs.configuration -->\n"
 
 
 def generated() -> str:
-    """Return what stands below the marker."""
+    """Return the text below the marker."""
     commands: dict[tuple[str, str, str], list[str]] = {}
     for command, program in _commands():
         for row in _options(program):

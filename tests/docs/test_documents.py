@@ -1,10 +1,9 @@
-"""The documents: their commands and programs, with what they print, and their links.
+"""The documentation: commands and programs with their output, links, and facts of the code.
 
-Commands and programs run as a reader would run them, in a copy of the project, against the server
-that the copy's `make run` started: on ports of its own, so that those of the text stand for them.
-In a `console` block a line that begins with `$` is a command, and what follows is what it prints;
-in a `python` block the comments at its end are. `...` stands for what varies, and white space
-counts once.
+Commands and programs run in a copy of the project, against the server of the copy's `make run`. It
+has its own ports, which replace those of the text. In a `console` block a line that begins with `$`
+is a command, followed by its output; a `python` block ends with its output in comments. `...`
+matches any text, and white space any white space.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ README = Path("README.md")
 # The README comes first: it starts the server.
 CONTENTS = Path("docs/README.md")
 PAGES = [README, *sorted(Path("docs").rglob("*.md"))]
-# Of the README, so that a reader reaches its end.
+# Of the README.
 MAX_LINES = 150
 NAVIGATION = Path("docs/site/mkdocs.yml")
 TIMEOUT = 280  # seconds
@@ -43,20 +42,20 @@ PRODUCT = {"scripts", "handler", "client", "batch", "deploy"}
 # Messages that are not this project's.
 OF_OTHERS = {"No space left on device", "ErrorDataDecoderException", "RepeatedPart", "NotAnImage"}
 
-# The beginnings of commands that are not run, and why.
+# Beginnings of commands that are not run, and the reason.
 NOT_RUN = {
-    "git clone": "it is what the reader has",
-    "make test": "it is what runs this",
+    "git clone": "the copy replaces it",
+    "make test": "it runs this test",
     "make bench": "it takes ten minutes",
 }
 
-# What the text calls these, beside TorchServe's ports.
+# The gateway's ports in the text.
 GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443}
 
-# Where nobody answers: `make run` serves the model whose weights are a package, as for the text.
+# An unreachable address, so that `make run` serves the model whose weights are a package.
 _NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"
 
-# curl shows its progress where it does not write to a terminal.
+# curl reports its progress unless it writes to a terminal.
 _AS_ON_A_TERMINAL = 'curl() { command curl --silent "$@"; }; '
 
 OUTPUT = doctest.OutputChecker()
@@ -68,7 +67,7 @@ class Workspace:
 
     Attributes:
         folder: the copy.
-        server: the variable of `make run` for each port of the text, and what stands for it here.
+        server: by variable of `make run`, the port in the text and the port here.
         gateway: the same for `make gateway`.
     """
 
@@ -78,23 +77,23 @@ class Workspace:
 
     @property
     def ports(self) -> dict[int, int]:
-        """Those of the text, and what stands for each here."""
+        """Return the port here for each port in the text."""
         return dict([*self.server.values(), *self.gateway.values()])
 
     def serve(self) -> None:
-        """Does what each page takes for granted, `make run`, unless it has been done."""
+        """Run `make run`, which each page presupposes, unless it has been done."""
         if not (self.folder / ".run/cat.png").exists():
             status, printed = self.run("make run")
             assert status == 0, printed
 
     def run(self, command: str) -> tuple[int, str]:
-        """Run a command of the text; return its status and output, in the text's own terms."""
+        """Run a command of the text; return its status, and its output with the text's ports."""
         return self._run(
             ["bash", "-c", _AS_ON_A_TERMINAL + self._with_variables(self.here(command))]
         )
 
     def run_python(self, code: str) -> tuple[int, str]:
-        """The same for a program."""
+        """Run a program of the text in the same way."""
         return self._run([".venv/bin/python", "-c", self.here(code)])
 
     def _run(self, command: list[str]) -> tuple[int, str]:
@@ -112,9 +111,9 @@ class Workspace:
         return found.returncode, self.there(found.stdout)
 
     def _with_variables(self, command: str) -> str:
-        """Has make use these ports, and fetch no weights, as on the machine of the text."""
+        """Make `make` use these ports and download no weights."""
 
-        def told(match: re.Match[str]) -> str:
+        def replaced(match: re.Match[str]) -> str:
             chosen = self.gateway if match[1] == "gateway" else self.server
             weights = f" WEIGHTS={_NO_WEIGHTS}" if match[1] == "run" else ""
             return (
@@ -123,14 +122,14 @@ class Workspace:
                 + weights
             )
 
-        return re.sub(r"\bmake (run|start|gateway)\b(?!-)", told, command)
+        return re.sub(r"\bmake (run|start|gateway)\b(?!-)", replaced, command)
 
     def here(self, text: str) -> str:
-        """The text with this workspace's ports for its own."""
+        """Return the text with this workspace's ports."""
         return _replaced(text, self.ports)
 
     def there(self, text: str) -> str:
-        """The text with the documented ports for this workspace's."""
+        """Return the text with the documented ports."""
         return _replaced(text, {mine: documented for documented, mine in self.ports.items()})
 
 
@@ -140,11 +139,11 @@ def _replaced(text: str, ports: dict[int, int]) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """The project as git has it, with this environment's packages."""
+    """A copy of the project with this environment's packages."""
     folder = tmp_path_factory.mktemp("project")
     copy_project(folder)
     (folder / "build").mkdir()
-    for export in Path("build").glob("*.onnx"):  # exporting takes half of what the README does
+    for export in Path("build").glob("*.onnx"):  # the export takes half of the README's time
         (folder / "build" / export.name).symlink_to(export.absolute())
     documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
     server = {
@@ -166,7 +165,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     [README, *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES[1:])],
     ids=str,
 )
-def test_a_page_says_what_its_commands_print(
+def test_the_commands_of_a_page_print_its_output(
     page: Path, workspace: Workspace, note: list[str]
 ) -> None:
     if page != README:
@@ -188,12 +187,12 @@ def _evaluate(example: Example) -> None:
 
 
 def _run_console(example: Example) -> str | None:
-    """Return what is wrong with a block, if anything."""
+    """Return the first difference in a block, if any."""
     for command, expected in _commands(str(example.parsed)):
         reason = next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
         if reason is not None:
             example.namespace["left"].append(f"{command}: {reason}")
-        elif wrong := _wrong(example, command, expected, Workspace.run):
+        elif wrong := _check(example, command, expected, Workspace.run):
             return wrong
     return None
 
@@ -203,29 +202,29 @@ def _run_python(example: Example) -> str | None:
     expected = re.search(r"(?:^# .*\n?)*\Z", code, re.MULTILINE)
     assert expected is not None
     printed = re.sub("^# ", "", expected[0], flags=re.MULTILINE)
-    return _wrong(example, code, printed, Workspace.run_python)
+    return _check(example, code, printed, Workspace.run_python)
 
 
-def _wrong(
+def _check(
     example: Example, text: str, expected: str, run: Callable[[Workspace, str], tuple[int, str]]
 ) -> str | None:
     status, printed = run(example.namespace["workspace"], text)
     difference = _difference(expected, printed)
-    # A command that shows how something fails prints so.
+    # A command may show an error message.
     if difference is not None or (status != 0 and "Error" not in expected):
-        return f"{text}\nended with status {status}; {difference or printed}"
+        return f"{text}\nexited with status {status}; {difference or printed}"
     example.namespace["ran"].append(text)
     return None
 
 
 def _commands(block: str) -> Iterator[tuple[str, str]]:
-    """Each command of a block, with what the block says that it prints."""
+    """Yield each command of a block with its documented output."""
     for match in re.finditer(r"^\$ ((?:.*\\\n)*.*)\n?((?:(?!\$ ).*\n?)*)", block, re.MULTILINE):
         yield match[1], match[2]
 
 
 def _difference(expected: str, printed: str) -> str | None:
-    """What a reader would see instead; None where the text is right, or says nothing."""
+    """Return the difference in the output; None if there is none or no output is documented."""
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     if not expected.strip() or OUTPUT.check_output(expected, printed, flags):
         return None
@@ -240,18 +239,18 @@ _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 _ELSEWHERE = re.compile(r"[a-z]+:")
 
 
-def test_links_lead_to_files_and_headings_that_are_there() -> None:
+def test_links_lead_to_existing_files_and_headings() -> None:
     dead = [
         f"{page}: {link}"
         for page in project_files()
         if page.suffix == ".md"
         for link in _LINK.findall(_prose(page))
-        if not _ELSEWHERE.match(link) and not _leads_somewhere(link, page)
+        if not _ELSEWHERE.match(link) and not _exists(link, page)
     ]
     assert not dead
 
 
-def _leads_somewhere(link: str, page: Path) -> bool:
+def _exists(link: str, page: Path) -> bool:
     name, _, anchor = link.partition("#")
     target = page.parent / name if name else page
     return target.exists() and (not anchor or anchor in _anchors(target))
@@ -262,12 +261,12 @@ def _prose(page: Path) -> str:
 
 
 def _anchors(page: Path) -> set[str]:
-    """What GitHub calls a page's headings; none of them stands there twice."""
+    """Return GitHub's anchors of a page's headings, which are unique on each page."""
     headings: list[str] = _HEADING.findall(_prose(page))
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_is_short_and_the_contents_and_the_site_name_every_page() -> None:
+def test_the_readme_is_short_and_contents_and_navigation_have_every_page() -> None:
     readme = README.read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= MAX_LINES
     assert f"({CONTENTS})" in readme
@@ -279,7 +278,7 @@ def test_the_readme_is_short_and_the_contents_and_the_site_name_every_page() -> 
 
 
 @pytest.mark.slow
-def test_the_site_builds_with_strict_links_and_is_searched_from_the_disk() -> None:
+def test_the_site_builds_with_strict_links_and_can_be_searched_offline() -> None:
     made = subprocess.run(["make", "docs"], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
     failed: list[str] = []
@@ -299,7 +298,7 @@ def test_the_site_builds_with_strict_links_and_is_searched_from_the_disk() -> No
     assert not failed
 
 
-# --- What stands in two places ---
+# --- Facts that are in the code too ---
 
 
 def test_the_configuration_page_has_the_options_and_settings_of_the_code() -> None:
@@ -307,7 +306,7 @@ def test_the_configuration_page_has_the_options_and_settings_of_the_code() -> No
     assert written == configuration.generated(), "run: python -m tests.docs.configuration"
 
 
-def test_each_error_type_has_a_row() -> None:
+def test_each_error_type_is_documented() -> None:
     page = Path("docs/reference/errors.md").read_text(encoding="utf-8")
     types = {getattr(c, "type", None) for c in vars(errors).values() if isinstance(c, type)} - {
         None
@@ -316,7 +315,7 @@ def test_each_error_type_has_a_row() -> None:
     assert not {name for name in types if f"| `{name}` |" not in page}
 
 
-def test_each_alert_has_a_runbook_and_no_other() -> None:
+def test_each_alert_has_a_runbook() -> None:
     rules = Path("deploy/monitoring/alerts.yaml").read_text(encoding="utf-8")
     alerts = re.findall(r"alert: (\w+)", rules)
     page = Path("docs/operate/monitoring.md").read_text(encoding="utf-8")
@@ -330,7 +329,7 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
     symptoms = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
     assert len(symptoms) > MIN_SYMPTOMS
     files = [f for f in project_files() if f.suffix == ".py" and f.parts[0] in PRODUCT]
-    # One text, without the seams of strings that take several lines.
+    # Join string literals that take several lines.
     code = re.sub(r'"\s*f?"', "", "".join(f.read_text(encoding="utf-8") for f in files))
     quoted = [q for symptom in symptoms for q in re.findall(r"`((?:Error: )?[A-Z].*?)`", symptom)]
     missing = [

@@ -1,1 +1,1 @@
-"""The gateway before real nodes; needs nginx, and Prometheus for the metrics."""
+"""The gateway in front of a real TorchServe; needs nginx."""

@@ -20,21 +20,21 @@ TIMEOUT = 60
 
 
 def free_options(**options: Any) -> Options:
-    """Return options of a gateway with ports that nobody uses yet, and limits no test reaches."""
+    """Return options of a gateway with free ports and high limits."""
     http, https = unused_ports(2)
     usual = {"rate": 1000, "burst": 1000, "connections": 1000, "model": "densenet121"}
     return Options(**{**usual, "http_port": http, "https_port": https, **options})
 
 
 def in_front_of(running: ServerState, **options: Any) -> Options:
-    """Return options of a gateway in front of this server."""
+    """Return options of a gateway in front of a server."""
     upstreams = f"127.0.0.1:{running.ports.inference}"
     return free_options(upstreams=upstreams, model=running.model, **options)
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """A gateway that is running, and a client of it."""
+    """A running gateway and a client of it."""
 
     options: Options
     folder: Path
@@ -45,7 +45,7 @@ class Gateway:
         return f"http://127.0.0.1:{self.options.http_port}"
 
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        """Send a request over plain HTTP, and follow no redirect."""
+        """Send a request over plain HTTP without following redirects."""
         options = {"allow_redirects": False, **options}
         return requests.request(method, self.url + path, timeout=TIMEOUT, **options)
 
@@ -57,33 +57,31 @@ class Gateway:
 
 @contextmanager
 def gateway(options: Options, folder: Path) -> Iterator[Gateway]:
-    """Run a gateway, which must survive its tests."""
+    """Run a gateway; fail if nginx exits during the tests."""
     check(options)
     nginx.start(options, folder)
     try:
         yield Gateway(options, folder)
     finally:
         survived = nginx.stop(folder)
-    assert survived, f"nginx ended during the tests; see {folder}"
+    assert survived, f"nginx exited during the tests; see {folder}"
 
 
 class HasUrl(Protocol):
-    """What clients must know of a gateway."""
+    """A server with an address."""
 
     @property
-    def url(self) -> str:
-        """Return the address of plain HTTP."""
-        ...
+    def url(self) -> str: ...
 
 
 @dataclass
 class Tally:
-    """What clients saw, and how long it took them.
+    """The responses that clients got.
 
     Attributes:
-        outcomes: how often each status, or kind of lost connection, was seen.
-        seconds: of each request that was answered 200.
-        examples: an answer of each other status, for people to read.
+        outcomes: number of responses by status, or by type of connection error.
+        seconds: duration of each request with status 200.
+        examples: the text of a response by other status.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -92,15 +90,15 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Return how many requests were not answered 200."""
+        """Return the number of requests without status 200."""
         return self.outcomes.total() - self.outcomes["200"]
 
 
 @contextmanager
 def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -> Iterator[Tally]:
-    """Keep so many clients sending requests, each the next one after the last answer.
+    """Keep clients sending requests, each the next one after a response.
 
-    Half of them connect for each request, as the tutorials' do; half keep their connection.
+    Half of them connect for each request, as the tutorials' clients do; half keep a connection.
     """
     tally = Tally()
     done = threading.Event()
@@ -139,7 +137,7 @@ def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -
 
 
 def wait_for(ready: Callable[[], object]) -> None:
-    """Wait until the function returns true, for a minute."""
+    """Wait up to a minute until the function returns true."""
     deadline = time.monotonic() + 60
     while not ready():
         assert time.monotonic() < deadline, "it did not happen within a minute"

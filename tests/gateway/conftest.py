@@ -20,7 +20,7 @@ def _nginx() -> None:
 
 @pytest.fixture(scope="session")
 def client(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway without keys, in a folder whose path has a space."""
+    """A gateway without API keys, in a folder whose path has a space."""
     folder = tmp_path_factory.mktemp("gateway") / "a folder" / "gateway"
     with gateway(in_front_of(running), folder) as started:
         yield started
@@ -34,6 +34,15 @@ def write_keys(folder: Path, keys: dict[str, str]) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def keyed(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway that requires API keys and has high limits."""
+    folder = tmp_path_factory.mktemp("keyed")
+    options = in_front_of(running, keys=str(write_keys(folder, KEYS)))
+    with gateway(options, folder / "gateway") as started:
+        yield started
+
+
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     return write_keys(tmp_path, KEYS)
@@ -41,7 +50,7 @@ def keys(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def guarded(running: ServerState, keys: Path, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway that requires keys and has narrow limits."""
+    """A gateway that requires API keys and has low limits."""
     options = in_front_of(running, keys=str(keys), rate=1, burst=4, connections=2)
     with gateway(options, tmp_path / "guarded" / "gateway") as started:
         yield started

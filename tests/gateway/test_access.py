@@ -1,4 +1,4 @@
-"""Who gets in: API keys, basic authentication, limits, TLS."""
+"""API keys, basic authentication, rate limits and TLS."""
 
 import json
 import subprocess
@@ -32,21 +32,21 @@ from tests.gateway.test_gateway import error
         {"Authorization": f"bEARER   {KEYS['bob']}"},
     ],
 )
-def test_a_key_gets_in_however_it_is_sent(guarded: Gateway, headers: dict[str, str]) -> None:
-    assert guarded.predict(**headers).status_code == 200
+def test_a_key_is_accepted_in_each_header(keyed: Gateway, headers: dict[str, str]) -> None:
+    assert keyed.predict(**headers).status_code == 200
 
 
 @pytest.mark.parametrize("scheme", ["Basic", "basic  "])
-def test_a_person_signs_in_with_name_and_key(guarded: Gateway, scheme: str) -> None:
+def test_basic_authentication_takes_name_and_key(keyed: Gateway, scheme: str) -> None:
     browser = {"Accept": "text/html"}
-    page = guarded.ask("GET", "/", auth=("alice", KEYS["alice"]), headers=browser)
+    page = keyed.ask("GET", "/", auth=("alice", KEYS["alice"]), headers=browser)
     assert page.status_code == 200
     assert page.headers["x-signed-in"] == "alice"
     sent = str(page.request.headers["Authorization"]).split()[1]
-    assert guarded.predict(Authorization=f"{scheme} {sent}").status_code == 200
+    assert keyed.predict(Authorization=f"{scheme} {sent}").status_code == 200
 
 
-def test_the_web_ui_classifies_for_a_person_who_signed_in(guarded: Gateway) -> None:
+def test_the_web_ui_classifies_after_signing_in(guarded: Gateway) -> None:
     with sync_playwright() as playwright:
         browser = launch(playwright.chromium)
         if browser is None:
@@ -74,24 +74,26 @@ def test_the_web_ui_classifies_for_a_person_who_signed_in(guarded: Gateway) -> N
         {"X-API-Key": KEYS["alice"].upper()},
         {"X-API-Key": f"{KEYS['alice']}x"},
         {"Authorization": f"Basic {KEYS['alice']}"},
-        # A right name and key do not excuse a wrong key beside them.
+        # A valid name and key do not make up for an invalid X-API-Key.
         {"X-API-Key": "wrong", "Authorization": f"Basic {Key('alice', KEYS['alice']).basic}"},
     ],
 )
-def test_without_a_right_key_nobody_gets_in(guarded: Gateway, headers: dict[str, str]) -> None:
-    answer = guarded.predict(**headers)
+def test_an_invalid_key_is_rejected(keyed: Gateway, headers: dict[str, str]) -> None:
+    answer = keyed.predict(**headers)
     assert error(answer) == (401, "Unauthorized")
     assert answer.headers["www-authenticate"].startswith("Basic realm=")
-    assert guarded.ask("GET", "/healthz").status_code == 200
-    assert guarded.ask("GET", "/readyz").status_code == 200
+    assert keyed.ask("GET", "/healthz").status_code == 200
+    assert keyed.ask("GET", "/readyz").status_code == 200
 
 
 @pytest.mark.parametrize("auth", [("bob", KEYS["alice"]), ("alice", "wrong"), ("", "")])
-def test_a_wrong_name_or_key_does_not_sign_in(guarded: Gateway, auth: tuple[str, str]) -> None:
-    assert guarded.ask("GET", "/", auth=auth).status_code == 401
+def test_basic_authentication_with_another_name_or_key_is_rejected(
+    keyed: Gateway, auth: tuple[str, str]
+) -> None:
+    assert keyed.ask("GET", "/", auth=auth).status_code == 401
 
 
-def test_over_the_limit_one_client_gets_429_and_another_is_served(guarded: Gateway) -> None:
+def test_a_client_over_its_limit_gets_429_and_another_is_served(guarded: Gateway) -> None:
     answers = [guarded.predict(KEYS["alice"]) for _ in range(12)]
     rejected = [answer for answer in answers if answer.status_code == 429]
     assert rejected
@@ -100,18 +102,18 @@ def test_over_the_limit_one_client_gets_429_and_another_is_served(guarded: Gatew
     assert guarded.predict(KEYS["bob"]).status_code == 200
 
 
-def test_a_flood_of_rejected_requests_leaves_few_lines_in_the_logs(guarded: Gateway) -> None:
+def test_few_of_many_rejected_requests_are_logged(guarded: Gateway) -> None:
     guarded.predict(KEYS["bob"])
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: guarded.predict(KEYS["alice"]).status_code, range(1000)))
-    assert answers.count(429) > 800
+        answers = list(pool.map(lambda _: guarded.predict(KEYS["alice"]).status_code, range(400)))
+    assert answers.count(429) > 300
     log = guarded.folder / "access.log"
     wait_for(lambda: log.read_text().count('"status":200') == answers.count(200) + 1)
-    assert log.read_text().count('"status":429') < 50
+    assert log.read_text().count('"status":429') < 20
     assert (guarded.folder / "error.log").read_text() == ""
 
 
-def test_a_reload_puts_a_long_log_aside(guarded: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reload_rotates_a_long_log(guarded: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     log, older = guarded.folder / "access.log", guarded.folder / "access.log.1"
     for _ in range(2):
         guarded.predict(KEYS["bob"])
@@ -126,14 +128,16 @@ def test_a_reload_puts_a_long_log_aside(guarded: Gateway, monkeypatch: pytest.Mo
     wait_for(lambda: "/predict" in log.read_text())
 
 
-def test_wrong_keys_are_limited_and_right_ones_from_there_are_not(guarded: Gateway) -> None:
+def test_invalid_keys_are_limited_and_valid_ones_of_the_same_address_are_not(
+    guarded: Gateway,
+) -> None:
     statuses = Counter(guarded.predict("wrong-key-0123456789").status_code for _ in range(60))
     assert statuses.keys() == {401, 429}
     assert statuses[429] >= 30, statuses
     assert guarded.predict(KEYS["alice"]).status_code == 200
 
 
-def test_a_reload_changes_the_keys_and_a_mistake_in_the_file_changes_nothing(
+def test_a_reload_applies_changed_keys_unless_the_file_is_malformed(
     guarded: Gateway, keys: Path
 ) -> None:
     keys.write_text("alice alices key\n")
@@ -160,7 +164,7 @@ def _by_https(client: Gateway, key: str = "") -> requests.Response:
     )
 
 
-def test_https_serves_with_the_certificate_and_http2(client: Gateway) -> None:
+def test_https_has_the_certificate_hsts_and_http2(client: Gateway) -> None:
     answer = _by_https(client)
     assert answer.json()["success"] is True
     assert "max-age" in answer.headers["strict-transport-security"]
@@ -188,8 +192,8 @@ CIPHERS = {
 }
 
 
-def test_a_tls_scan_finds_no_weakness(client: Gateway, tmp_path: Path) -> None:
-    """Mozilla's intermediate profile, and every known attack that sslyze tries."""
+def test_tls_scan_finds_no_weakness(client: Gateway, tmp_path: Path) -> None:
+    """Mozilla's intermediate profile, and the attacks that sslyze tries."""
     scans = _scan(client.options.https_port, tmp_path / "sslyze.json")
     for protocol in ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1"):
         assert _accepted(scans, protocol) == set()
@@ -209,7 +213,7 @@ def _scan(port: int, report: Path) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, "-m", "sslyze", "--json_out", report, f"127.0.0.1:{port}"],
         capture_output=True,
-        check=False,  # its own verdict is about the certificate too, which is self-signed
+        check=False,  # it also rejects the self-signed certificate
     )
     (result,) = json.loads(report.read_text())["server_scan_results"]
     return {name: scan["result"] for name, scan in result["scan_result"].items()}
@@ -220,10 +224,10 @@ def _accepted(scans: dict[str, Any], protocol: str) -> set[str]:
     return {suite["cipher_suite"]["name"] for suite in accepted}
 
 
-def test_beyond_loopback_keys_do_not_travel_in_the_clear(
+def test_beyond_loopback_plain_http_is_redirected_to_https(
     running: ServerState, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On loopback, as all tests; only the options take it for an address of the network."""
+    """It listens on loopback, which the patched options treat as a public address."""
     monkeypatch.setattr(Options, "is_loopback", False)
     acme = tmp_path / "acme" / ".well-known" / "acme-challenge"
     acme.mkdir(parents=True)
@@ -237,6 +241,6 @@ def test_beyond_loopback_keys_do_not_travel_in_the_clear(
         location = f"https://127.0.0.1:{public.options.https_port}/predict"
         assert plain.headers["location"] == location
         assert _by_https(public, KEYS["alice"]).json()["success"] is True
-        # certbot and health checks come over plain HTTP.
+        # certbot and health checks use plain HTTP.
         assert public.ask("GET", "/.well-known/acme-challenge/token").text == "proof"
         assert public.ask("GET", "/healthz").status_code == 200

@@ -1,4 +1,4 @@
-"""Requests that nobody waits for are not computed: late ones, and those of disconnected clients."""
+"""Late requests, and those of disconnected clients, are not computed."""
 
 import re
 import socket
@@ -19,13 +19,13 @@ from tests.gateway.cluster import Gateway, gateway, in_front_of, wait_for
 
 @pytest.fixture
 def local(running: ServerState, run_dir: Path) -> Iterator[Gateway]:
-    """A gateway in the folder in which the server's workers look for its list."""
+    """A gateway in the folder in which the workers look for its list of cancelled requests."""
     with gateway(in_front_of(running), run_dir / "gateway") as started:
         yield started
 
 
 @pytest.fixture
-def halted(running: ServerState) -> Iterator[list[psutil.Process]]:
+def suspended(running: ServerState) -> Iterator[list[psutil.Process]]:
     workers = [psutil.Process(each["pid"]) for each in model_status(running)["workers"]]
     for worker in workers:
         worker.suspend()
@@ -40,8 +40,8 @@ def timeouts(running: ServerState) -> float:
     return sum(map(float, re.findall(pattern, text, re.MULTILINE)))
 
 
-def test_a_request_that_waited_beyond_its_time_limit_is_rejected(
-    local: Gateway, running: ServerState, halted: list[psutil.Process]
+def test_a_request_beyond_its_time_limit_is_rejected(
+    local: Gateway, running: ServerState, suspended: list[psutil.Process]
 ) -> None:
     before = timeouts(running)
     headers = {"X-Request-Timeout": "0.5"}
@@ -49,7 +49,7 @@ def test_a_request_that_waited_beyond_its_time_limit_is_rejected(
         asked = client.submit(local.ask, "POST", "/predict", data=CAT.read_bytes(), headers=headers)
         time.sleep(1.5)
         assert not asked.done()
-        for worker in halted:
+        for worker in suspended:
             worker.resume()
         answer = asked.result()
     assert (answer.status_code, answer.json()["type"]) == (504, "Timeout")
@@ -58,20 +58,20 @@ def test_a_request_that_waited_beyond_its_time_limit_is_rejected(
 
 
 def test_the_request_of_a_client_that_disconnected_is_not_computed(
-    local: Gateway, running: ServerState, halted: list[psutil.Process], run_dir: Path
+    local: Gateway, running: ServerState, suspended: list[psutil.Process], run_dir: Path
 ) -> None:
     before, log = timeouts(running), run_dir / "gateway" / "cancelled.log"
     image = CAT.read_bytes()
     port = local.options.http_port
     with ThreadPoolExecutor(4) as clients:
-        # What each worker has taken already is not in the queue.
-        others = [clients.submit(local.ask, "POST", "/predict", data=image) for _ in halted]
+        # The workers have taken these out of the queue.
+        others = [clients.submit(local.ask, "POST", "/predict", data=image) for _ in suspended]
         with socket.create_connection(("127.0.0.1", port)) as client:
             head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
             client.sendall(head.encode() + image)
             time.sleep(0.5)  # until TorchServe has it
         wait_for(lambda: log.exists() and bool(log.read_text()))
-        for worker in halted:
+        for worker in suspended:
             worker.resume()
         assert all(other.result().ok for other in others)
     wait_for(lambda: timeouts(running) == before + 1)

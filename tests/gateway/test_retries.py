@@ -1,6 +1,6 @@
-"""Which failures of an upstream are retried, on which upstream, and what clients see otherwise.
+"""Which failures of an upstream are retried, on which upstream, and which error clients get.
 
-The upstreams are small servers of the test's own, which fail as TorchServe does.
+The upstreams are stubs that fail as TorchServe does.
 """
 
 import socket
@@ -14,30 +14,37 @@ from pathlib import Path
 
 import pytest
 
+from scripts.gateway import options
 from scripts.serve.running import unused_ports
 from tests.gateway.cluster import Gateway, free_options, gateway
 from tests.gateway.test_gateway import error
 
+# Seconds; shorter than the shortest TIMEOUT, and longer than nginx retries after a timeout.
+_TIMEOUT = 6
 LENGTH = "Inference-Header-Content-Length"
 FORM = {"files": {"file": b"image"}}
 
 
 class Upstream(ThreadingHTTPServer):
-    """Answers each request with the next status; 200 when none is left.
+    """A stub that responds with the next status; 200 when none is left.
 
     Attributes:
-        statuses: of the next requests; 0 closes the connection, 1 answers after 12 s.
-        model: whether an answer names the model, as the handler's do and the frontend's do not.
-        requests: the paths of the requests that came, with the sizes of their bodies.
+        statuses: of the next responses; 0 closes the connection, 1 responds after the timeout.
+        model: whether responses name the model, as the handler's do and the frontend's do not.
+        requests: the paths of all requests with the sizes of their bodies.
     """
 
     daemon_threads = True
-    model = False
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Answer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the statuses and requests of an earlier test."""
         self.statuses: list[int] = []
         self.requests: list[tuple[str, int]] = []
+        self.model = False
 
     @property
     def address(self) -> str:
@@ -55,7 +62,7 @@ class _Answer(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if status == 1:
-            time.sleep(12)
+            time.sleep(_TIMEOUT + 2)
         self.send_response(200 if status == 1 else status)
         if self.server.model:
             self.send_header("X-Model-Name", "densenet121")
@@ -79,32 +86,45 @@ def upstream(port: int = 0) -> Iterator[Upstream]:
             thread.join()
 
 
-@pytest.fixture
-def first() -> Iterator[Upstream]:
-    with upstream() as server:
-        yield server
+@pytest.fixture(scope="module")
+def upstreams() -> Iterator[tuple[Upstream, Upstream]]:
+    with upstream() as first, upstream() as second:
+        yield first, second
 
 
 @pytest.fixture
-def second() -> Iterator[Upstream]:
-    with upstream() as server:
-        yield server
+def first(upstreams: tuple[Upstream, Upstream]) -> Upstream:
+    upstreams[0].reset()
+    return upstreams[0]
 
 
 @pytest.fixture
-def one(first: Upstream, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway in front of a single upstream."""
-    with gateway(
-        free_options(upstreams=first.address, timeout=10), tmp_path / "gateway"
-    ) as started:
+def second(upstreams: tuple[Upstream, Upstream]) -> Upstream:
+    upstreams[1].reset()
+    return upstreams[1]
+
+
+@pytest.fixture(scope="module")
+def one(
+    upstreams: tuple[Upstream, Upstream], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway in front of the first upstream."""
+    folder = tmp_path_factory.mktemp("one") / "gateway"
+    with gateway(free_options(upstreams=upstreams[0].address), folder) as started:
         yield started
 
 
-@pytest.fixture
-def two(first: Upstream, second: Upstream, tmp_path: Path) -> Iterator[Gateway]:
-    upstreams = f"{first.address} {second.address}"
-    with gateway(free_options(upstreams=upstreams, timeout=10), tmp_path / "gateway") as started:
-        yield started
+@pytest.fixture(scope="module")
+def two(
+    upstreams: tuple[Upstream, Upstream], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway in front of both upstreams, with a short timeout."""
+    folder = tmp_path_factory.mktemp("two") / "gateway"
+    addresses = " ".join(each.address for each in upstreams)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(options._MIN, "timeout", _TIMEOUT)
+        with gateway(free_options(upstreams=addresses, timeout=_TIMEOUT), folder) as started:
+            yield started
 
 
 @pytest.mark.parametrize("status", [0, 500, 502, 507])
@@ -118,7 +138,7 @@ def test_a_transient_failure_of_the_only_upstream_is_retried(
     assert first.requests == [("/predictions/densenet121", 300_000)] * 2
 
 
-def test_a_full_queue_gets_a_body_only_once(one: Gateway, first: Upstream) -> None:
+def test_a_request_is_sent_to_a_full_queue_only_once(one: Gateway, first: Upstream) -> None:
     first.statuses = [503, 200]
     answer = one.ask("POST", "/predict", data=b"image")
     assert error(answer) == (503, "ServiceUnavailable")
@@ -147,7 +167,7 @@ def test_a_full_queue_sends_a_request_to_another_upstream(
         ([0, 0, 200], (503, "ServiceUnavailable")),
     ],
 )
-def test_a_request_that_may_crash_workers_runs_twice_at_most(
+def test_a_request_that_may_crash_workers_is_retried_once(
     one: Gateway,
     first: Upstream,
     statuses: list[int],
@@ -162,7 +182,7 @@ def test_a_request_that_may_crash_workers_runs_twice_at_most(
     assert len(first.requests) == 2
 
 
-def test_two_upstreams_do_not_make_it_run_more_often(
+def test_with_two_upstreams_it_is_retried_once_too(
     two: Gateway, first: Upstream, second: Upstream
 ) -> None:
     for server in (first, second):
@@ -172,7 +192,7 @@ def test_two_upstreams_do_not_make_it_run_more_often(
 
 
 @pytest.mark.parametrize("status", [400, 413, 415, 422])
-def test_what_the_client_did_wrong_is_neither_retried_nor_changed(
+def test_a_clients_mistake_is_neither_retried_nor_changed(
     one: Gateway, first: Upstream, status: int
 ) -> None:
     first.statuses = [status]
@@ -188,9 +208,7 @@ def test_a_timeout_is_not_retried(two: Gateway, first: Upstream, second: Upstrea
 
 
 @pytest.mark.slow
-def test_an_upload_may_pause_for_longer_than_a_phone_changes_its_network(
-    one: Gateway, first: Upstream
-) -> None:
+def test_an_upload_may_pause_while_a_phone_changes_networks(one: Gateway, first: Upstream) -> None:
     with socket.create_connection(("127.0.0.1", one.options.http_port)) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n")
         client.sendall(bytes(100_000))
@@ -205,31 +223,34 @@ def test_a_form_that_the_frontend_cannot_parse_is_the_clients_mistake(
 ) -> None:
     first.statuses = [500, 500]
     assert error(one.ask("POST", "/predict", **FORM)) == (400, "BadRequest")
-    # The handler's own failure, with a sound form, is not.
+    # With X-Model-Name it is the handler's own failure.
     first.statuses, first.model = [500, 500], True
     assert error(one.ask("POST", "/predict", **FORM)) == (500, "InternalError")
 
 
-def test_an_upstream_that_stops_costs_no_request_and_comes_back(
-    two: Gateway, first: Upstream, second: Upstream
+def test_an_upstream_that_stops_fails_no_request_and_is_used_again(
+    second: Upstream, tmp_path: Path
 ) -> None:
     def answers() -> set[str]:
         with ThreadPoolExecutor(4) as pool:
-            asked = pool.map(lambda _: two.ask("POST", "/predict", data=b"image"), range(20))
+            asked = pool.map(lambda _: both.ask("POST", "/predict", data=b"image"), range(20))
         return {answer.text for answer in asked}
 
-    assert answers() == {first.address, second.address}
-    first.shutdown()
-    first.server_close()
-    assert answers() == {second.address}
-    with upstream(first.server_port) as again:
-        assert answers() == {again.address, second.address}
+    (port,) = unused_ports(1)
+    first = f"127.0.0.1:{port}"
+    chosen = free_options(upstreams=f"{first} {second.address}")
+    with gateway(chosen, tmp_path / "gateway") as both:
+        with upstream(port):
+            assert answers() == {first, second.address}
+        assert answers() == {second.address}
+        with upstream(port):
+            assert answers() == {first, second.address}
 
 
 def test_without_any_upstream_clients_get_503_at_once(tmp_path: Path) -> None:
     (port,) = unused_ports(1)
-    options = free_options(upstreams=f"127.0.0.1:{port}")
-    with gateway(options, tmp_path / "gateway") as started:
+    upstreams = f"127.0.0.1:{port}"
+    with gateway(free_options(upstreams=upstreams), tmp_path / "gateway") as started:
         began = time.monotonic()
         answer = started.ask("POST", "/predict", data=b"image")
         assert error(answer) == (503, "ServiceUnavailable")
@@ -241,11 +262,10 @@ def test_without_any_upstream_clients_get_503_at_once(tmp_path: Path) -> None:
 def test_a_name_is_resolved_by_nginx_and_an_unknown_one_is_503(
     first: Upstream, tmp_path: Path
 ) -> None:
-    with gateway(
-        free_options(upstreams="no-such-name.invalid:8080"), tmp_path / "gateway"
-    ) as started:
+    unknown = free_options(upstreams="no-such-name.invalid:8080")
+    with gateway(unknown, tmp_path / "gateway") as started:
         answer = started.ask("POST", "/predict", data=b"image")
         assert error(answer) == (503, "ServiceUnavailable")
-    options = free_options(upstreams=f"localhost:{first.server_port}")
-    with gateway(options, tmp_path / "other") as started:
+    known = free_options(upstreams=f"localhost:{first.server_port}")
+    with gateway(known, tmp_path / "other") as started:
         assert started.ask("POST", "/predict", data=b"image").text == first.address

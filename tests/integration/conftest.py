@@ -1,4 +1,4 @@
-"""The shared server, looked at and changed more closely."""
+"""The workers of the shared server, and the stubs of its gRPC client."""
 
 import importlib
 import subprocess
@@ -16,13 +16,13 @@ from scripts.serve.running import ServerState
 
 @pytest.fixture
 def worker_pids(running: ServerState) -> Callable[[], set[int]]:
-    """Asks which processes serve; a worker that was replaced has another."""
+    """A function that returns the process ids of the workers."""
     return lambda: {worker["pid"] for worker in model_status(running)["workers"]}
 
 
 @pytest.fixture
 def one_worker(running: ServerState) -> Iterator[psutil.Process]:
-    """The server with a single worker for the time of a test."""
+    """The only worker: the server is scaled down for one test."""
     scale(running, 1)
     yield psutil.Process(model_status(running)["workers"][0]["pid"])
     scale(running, 2)
@@ -30,7 +30,7 @@ def one_worker(running: ServerState) -> Iterator[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The gRPC client's modules, generated as a user generates them."""
+    """The gRPC modules, generated as a user generates them."""
     folder = tmp_path_factory.mktemp("grpc")
     proto = Path(__file__).with_name("inference.proto")
     subprocess.run(

@@ -34,14 +34,14 @@ def post(url: str, content: bytes | None = None, **more: Any) -> tuple[int, str,
 def in_one_batch(
     running: ServerState, log: Path, worker: psutil.Process, calls: list[Callable[[], Any]]
 ) -> list[Any]:
-    """Run calls of clients so that they meet in one batch, and return what each returned.
+    """Run concurrent calls that end up in one batch; return their results.
 
-    TorchServe sends less than it has if the machine halts it as it takes requests off the queue, so
-    this is done again until it was one batch.
+    TorchServe may start a batch before the queue is complete, so this retries until all calls were
+    in one batch.
     """
     for _ in range(10):
         with ThreadPoolExecutor(len(calls) + 1) as clients:
-            # While the worker is halted with one request in hand, the others queue up behind it.
+            # While the worker is suspended with one request in flight, the others queue up.
             worker.suspend()
             first = clients.submit(requests.put, running.predictions_url, CAT.read_bytes())
             time.sleep(1)
@@ -55,11 +55,11 @@ def in_one_batch(
         size = size_of_next_batch(log, first.result().headers["x-request-id"], len(calls))
         if size == len(calls):
             return answers
-    raise AssertionError(f"they never met in one batch; the last one had {size}")
+    raise AssertionError(f"never all in one batch; the last batch had {size}")
 
 
 def size_of_next_batch(log: Path, request: str, requests_after: int) -> int:
-    """Return how many requests the batch after a request had, once the log has all of them."""
+    """Return the size of the batch after a request, once the log has all requests of it."""
     sizes: list[int] = []
 
     def logged() -> bool:
@@ -72,7 +72,7 @@ def size_of_next_batch(log: Path, request: str, requests_after: int) -> int:
     return sizes[0]
 
 
-def test_requests_of_all_kinds_in_one_batch_get_the_answers_that_they_get_alone(
+def test_requests_of_all_kinds_in_one_batch_get_the_same_responses_as_alone(
     running: ServerState,
     run_dir: Path,
     one_worker: psutil.Process,
@@ -108,7 +108,7 @@ def test_requests_of_all_kinds_in_one_batch_get_the_answers_that_they_get_alone(
 
 
 def assert_nearly_equal(first: Any, second: Any) -> None:
-    """ONNX Runtime rounds a batch otherwise than single images."""
+    """Compare with a tolerance: ONNX Runtime rounds batches and single images differently."""
     match first:
         case dict():
             assert first.keys() == second.keys()

@@ -1,4 +1,4 @@
-"""Samples of the bodies that `unit/test_corpus` and `unit/test_costs` have, through the server."""
+"""A few bodies of `unit/test_corpus` and `unit/test_costs`, sent to a real server."""
 
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from handler.settings import ADDED_BYTES, Preprocessing
 from scripts.serve.running import ServerState
 from scripts.store import read_card
 from tests import corpus, costs
-from tests.pictures import encode
+from tests.images import encode
 
 TIMEOUT = 120
 VALID = (
@@ -34,7 +34,7 @@ VALID = (
     "AVIF",
     "HEIF orientation 6",
 )
-# Of each way to reject an image one, and bodies that are hostile as JSON, or as nothing at all.
+# One image per error type, hostile JSON, and an empty body.
 HOSTILE = [
     *{attack.type: attack for attack in corpus.hostile()}.values(),
     *(
@@ -55,7 +55,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def reference(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The archive's model, asked directly."""
+    """The engine of the archive's model, without a server."""
     card = read_card(archive)
     assert card is not None
     folder = tmp_path_factory.mktemp("reference")
@@ -83,7 +83,7 @@ def test_images_of_all_formats_are_classified_as_pillow_sees_them(
         predictions = answer.json()["predictions"]
         order = [p["class_index"] for p in predictions]
         assert order == np.argsort(-expected, kind="stable")[:5].tolist(), name
-        # A large JPEG is decoded at half its size: within 3 levels, so nearly the same answer.
+        # A large JPEG is decoded at half its size, which changes pixels by up to 3 levels.
         assert [p["probability"] for p in predictions] == pytest.approx(
             expected[order].tolist(), abs=0.005 if "4000" in name else 1e-6
         )
@@ -107,7 +107,7 @@ def test_a_body_over_the_limit_is_rejected_by_the_frontend(running: ServerState)
 
 @contextmanager
 def peaks(pids: set[int]) -> Iterator[dict[int, int]]:
-    """The most memory of each worker together with its decoder process, in bytes, sampled."""
+    """Sample the peak memory of each worker and its decoder process, in bytes."""
     most = dict.fromkeys(pids, 0)
     done = Event()
 
@@ -135,6 +135,9 @@ def test_the_costliest_images_at_once_fail_no_ordinary_request(
     makers = costs.kinds()
     bodies = [makers[name]() for name in costs.WORST]
     ordinary = encode(corpus.photograph(), "JPEG")
+    # A worker that has not run a full batch yet grows by the memory of one.
+    with ThreadPoolExecutor(28) as clients:
+        list(clients.map(lambda _: post(running, ordinary), range(80)))
     before = worker_pids()
     usual = {pid: psutil.Process(pid).memory_info().rss for pid in before}
     with peaks(before) as most, ThreadPoolExecutor(28) as clients:

@@ -1,4 +1,4 @@
-"""The client and its command against a real server; unit/test_classify.py has the rest."""
+"""The client and `make classify` with a real server; the rest is in unit/test_classify.py."""
 
 import io
 import json
@@ -24,7 +24,7 @@ COUNT = 300
 
 
 def image(number: int) -> bytes:
-    """A small JPEG that is like no other."""
+    """Return a small JPEG, a different one for each number."""
     colors = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(colors).resize((96, 96)).save(encoded, "JPEG")
@@ -32,8 +32,8 @@ def image(number: int) -> bytes:
 
 
 @pytest.mark.usefixtures("running")
-def test_make_classify_takes_any_name_of_a_file(run_dir: Path, tmp_path: Path) -> None:
-    """In a folder with the project's commands, where the shared server seems to run."""
+def test_make_classify_accepts_any_file_name(run_dir: Path, tmp_path: Path) -> None:
+    """In a folder that looks like a clone of the project whose server runs."""
     make = shutil.which("make")
     assert make is not None
     for name in ("Makefile", "scripts", "handler", ".venv", "config.properties"):
@@ -63,7 +63,7 @@ def test_make_classify_takes_any_name_of_a_file(run_dir: Path, tmp_path: Path) -
 @pytest.fixture
 def own_server(archive: Path, tmp_path: Path) -> Iterator[ServerState]:
     yield start(archive, free_ports(), workers=2, run_dir=tmp_path / "run")
-    now = find_running(tmp_path / "run")  # the test starts another one in its place
+    now = find_running(tmp_path / "run")  # the test replaces it
     assert now is not None
     stop(now, tmp_path / "run")
 
@@ -116,5 +116,5 @@ def test_hundreds_of_images_survive_a_restart_of_the_server(
         operator.join()
     assert Counter(row.image for row in rows) == Counter(map(str, files))
     assert all(isinstance(row.answer, Classification) for row in rows)
-    assert set(succeeded.values()) == {1}, "an image was sent again that had its answer"
-    assert asked.total() > COUNT, "the restart was not noticed: this test shows nothing"
+    assert set(succeeded.values()) == {1}, "an image was sent again after its response"
+    assert asked.total() > COUNT, "no request was in flight during the restart"

@@ -1,4 +1,4 @@
-"""The evaluation of a served model, on images whose scores are known beforehand."""
+"""The evaluation of a served model, on images with known scores."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from scripts.evaluation.single_label import evaluate_folders, report_folders
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
 from scripts.terminal import UserError
-from tests.pictures import encode, photographs
+from tests.images import encode, photographs
 from tests.unit.test_images import TUTORIAL
 
 COUNT, WRONG_BUT_NEAR, WRONG = 40, 6, 4
@@ -21,7 +21,7 @@ COUNT, WRONG_BUT_NEAR, WRONG = 40, 6, 4
 def folders(
     running: ServerState, densenet: TorchvisionSource, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """30 images in the folder of PyTorch's best class, 6 in its second, 4 in its tenth."""
+    """Put 30 images into the folder of PyTorch's top-1 class, 6 of its second, 4 of its tenth."""
     place = tmp_path_factory.mktemp("by-class")
     labels = _labels(running)
     model = densenet.module
@@ -31,7 +31,7 @@ def folders(
             order = model(TUTORIAL(rgb)[None])[0].argsort(descending=True)
         rank = 9 if number < WRONG else 1 if number < WRONG + WRONG_BUT_NEAR else 0
         class_id, name = labels[int(order[rank])]
-        # By id, or by name in other words, as people call their folders.
+        # Folders are named by id, or by the label in upper case with spaces.
         folder = place / (class_id if number % 2 else name.replace("_", " ").upper())
         if _is_ambiguous(name, labels):
             folder = place / class_id
@@ -50,7 +50,7 @@ def _is_ambiguous(name: str, labels: dict[int, tuple[str, str]]) -> bool:
     return sum(other == name for _, other in labels.values()) > 1
 
 
-def test_scores_are_the_known_ones_and_a_rejected_image_is_not_counted_but_named(
+def test_scores_are_the_known_ones_and_a_rejected_image_is_named_and_not_counted(
     running: ServerState, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = next(folders.iterdir()) / "broken.jpg"

@@ -1,4 +1,4 @@
-"""What goes wrong in production: workers that die or hang, a full queue, a flood, bad clients."""
+"""Failures in production: killed workers, a full queue, large uploads, disconnecting clients."""
 
 import os
 import threading
@@ -15,16 +15,16 @@ from scripts.samples import CAT
 from scripts.serve.management import PIXEL, model_status, ready_workers, scale
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import wait_for
-from tests.pictures import encode
+from tests.images import encode
 from tests.served import frontend_memory, outcome, post
 from tests.stress import chaos, fuzz
 
 CAT_BYTES = CAT.read_bytes()
-# 80 uploads of 5 MB, on the heap and in buffers, with copies, and what Java needs itself.
+# 80 uploads of 5 MB on the heap and in buffers, copies of them, and Java itself.
 MAX_FRONTEND_BYTES = 3_500_000_000
 
 
-def test_a_killed_worker_costs_no_right_answer_and_comes_back(
+def test_a_killed_worker_fails_at_most_its_batch_and_is_replaced(
     running: ServerState, worker_pids: Callable[[], set[int]]
 ) -> None:
     before = worker_pids()
@@ -33,31 +33,31 @@ def test_a_killed_worker_costs_no_right_answer_and_comes_back(
         wait_for(lambda: sum(future.done() for future in waiting) > 10)
         psutil.Process(min(before)).kill()
         answers = [future.result() for future in waiting]
-    assert all(answer.status_code == 200 or chaos.may_ask_again(answer) for answer in answers)
+    assert all(answer.status_code == 200 or chaos.is_retryable(answer) for answer in answers)
     assert sum(answer.status_code == 200 for answer in answers) >= 80 - 16
     wait_for(lambda: ready_workers(running) == 2)
     assert min(before) not in worker_pids()
 
 
-def test_a_full_queue_is_answered_503_at_once_and_loses_nobody(
+def test_a_full_queue_returns_503_at_once_and_loses_no_request(
     running: ServerState, one_worker: psutil.Process
 ) -> None:
-    """More requests than the queue holds, while the worker is halted."""
+    """Send more requests than the queue holds while the worker is suspended."""
     queue = model_status(running)["jobQueueStatus"]["remainingCapacity"]
     one_worker.suspend()
     with ThreadPoolExecutor(queue + 36) as clients:
         waiting = [clients.submit(post, running, PIXEL) for _ in range(queue + 36)]
         wait_for(lambda: model_status(running)["jobQueueStatus"]["remainingCapacity"] == 0)
         wait_for(lambda: sum(future.done() for future in waiting) >= 36 - 8)
-        refused = {future.result().status_code for future in waiting if future.done()}
+        rejected = {future.result().status_code for future in waiting if future.done()}
         one_worker.resume()
         statuses = Counter(future.result().status_code for future in waiting)
-    assert refused == {503}
+    assert rejected == {503}
     assert set(statuses) == {200, 503}
     assert statuses[200] >= queue
 
 
-def test_a_client_that_goes_away_costs_the_others_nothing(running: ServerState) -> None:
+def test_bad_and_disconnecting_clients_do_not_affect_others(running: ServerState) -> None:
     clients = chaos.Chaos(running, seed=3)
     clients.run(seconds=6)
     assert clients.wrong == []
@@ -67,11 +67,11 @@ def test_a_client_that_goes_away_costs_the_others_nothing(running: ServerState) 
     assert post(running, CAT_BYTES).status_code == 200
 
 
-def test_the_memory_of_large_uploads_is_used_again_and_comes_back(
+def test_the_memory_of_large_uploads_is_reused_and_freed(
     running: ServerState, worker_pids: Callable[[], set[int]]
 ) -> None:
     before, image = worker_pids(), encode(Image.effect_noise((2000, 1500), 80))
-    data = image + bytes(5_000_000 - len(image))  # decoders ignore what follows an image
+    data = image + bytes(5_000_000 - len(image))  # decoders ignore trailing bytes
     for uploads, at_once, limit in ((300, 8, 1_000_000_000), (80, 80, MAX_FRONTEND_BYTES)):
         with ThreadPoolExecutor(at_once) as clients:
             statuses = Counter(clients.map(lambda _: outcome(running, data), range(uploads)))
@@ -82,27 +82,27 @@ def test_the_memory_of_large_uploads_is_used_again_and_comes_back(
     wait_for(lambda: frontend_memory(running, collected=False) < 400_000_000)
 
 
-def test_event_loops_of_connections_have_the_lowest_priority_and_workers_the_usual_one(
+def test_event_loops_have_the_lowest_priority_and_workers_the_usual_one(
     running: ServerState, worker_pids: Callable[[], set[int]]
 ) -> None:
     threads = Path(f"/proc/{running.pid}/task").glob("*")
     names = {int(thread.name): (thread / "comm").read_text() for thread in threads}
     loops = [thread for thread, name in names.items() if name.startswith("epollEventLoop")]
-    # Those of connections to workers start when a worker does, and may have the usual one.
+    # Loops of connections to workers start with the worker and may have the usual priority.
     assert 19 in {os.getpriority(os.PRIO_PROCESS, thread) for thread in loops}
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     assert all(os.getpriority(os.PRIO_PROCESS, worker) == usual for worker in worker_pids())
 
 
-def test_corrupted_images_do_no_harm(running: ServerState) -> None:
-    """The short form of `make fuzz`."""
+def test_corrupted_images_crash_no_worker(running: ServerState) -> None:
+    """A short `make fuzz`."""
     fuzz.fuzz_images(500, seed=2)
     fuzz.fuzz_server(running, 200, seed=2)
 
 
 def test_scaling_under_load_loses_no_request_of_a_client_that_retries(running: ServerState) -> None:
-    """TorchServe sometimes drops the batch that a worker holds when it is scaled away, and returns
-    500 "Worker died." for it. A retry is safe, since a classification changes nothing.
+    """TorchServe sometimes drops the batch of a worker that it scales down, and returns
+    500 "Worker died." for it. A retry is safe, since a classification has no side effects.
     """
     answered: Counter[str] = Counter()
     finished = threading.Event()

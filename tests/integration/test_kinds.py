@@ -1,4 +1,4 @@
-"""Kinds of models that people bring, side by side: each answers as what it was made of does."""
+"""Models of several sources in one server: each predicts what its own library does."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -27,29 +27,31 @@ from classification_client.command import classify
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
+from scripts.serve.management import management_session, ready_workers, scale
 from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
+from tests.images import encode, photographs
 from tests.onnx_files import Made
 from tests.onnx_files import model as onnx_model
-from tests.pictures import encode, photographs
 from tests.timm_transforms import timm_transform
 
 TIMEOUT = 60
 IMAGES = 20
 CLASSES = ("cat", "dog", "bird", "fish", "horse")
+PETS = ("<b>cat</b>", "chien", "鳥")
 
-# What a kind's own library makes of an RGB image: probabilities, float32 (classes,), and what its
-# last layer takes, float32 (channels,).
+# Returns probabilities, float32 (classes,), and the last layer's input, float32 (channels,), of an
+# RGB image, computed by a model's own library.
 Expected = Callable[[Image.Image], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One model.
+    """A model of one source.
 
     Attributes:
-        archive: as built from files that the test made.
-        expected: its own library's answers.
+        archive: the model archive.
+        expected: predictions of its own library.
         explained: whether it has class activation maps.
     """
 
@@ -71,7 +73,7 @@ def pytorch(model: nn.Module, last: nn.Module, transform: Callable[[Image.Image]
 
 
 def spread(model: nn.Module, transform: Callable[[Image.Image], Any]) -> None:
-    """Gives random weights answers that differ: the last layer is scaled on the images."""
+    """Scale the last layer of random weights so that predictions differ between images."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     given = [transform(image.convert("RGB")) for _, image in images()[::2]]
     with torch.inference_mode():
@@ -83,7 +85,7 @@ def spread(model: nn.Module, transform: Callable[[Image.Image], Any]) -> None:
 
 @cache
 def images() -> list[tuple[str, Image.Image]]:
-    """Photographs and parts of them, none so large that decoding takes the time of the test."""
+    """Return small photographs and crops with their names."""
     small = ((title, image) for title, image in photographs() if max(image.size) <= 700)
     return list(islice(small, IMAGES))
 
@@ -105,11 +107,11 @@ class Pets(nn.Module):
 
 
 def of_python(folder: Path) -> Kind:
-    """A head of one's own, in code of one's own."""
+    """Build a model from Python code with a custom head."""
     (folder / "pets.py").write_text(CODE)
     torch.manual_seed(3)
     made: dict[str, Any] = {}
-    exec(CODE, made)  # the code above
+    exec(CODE, made)
     model = made["Pets"]().eval()
     transform = get_model_weights("resnet18").DEFAULT.transforms()
     spread(model, transform)
@@ -125,12 +127,12 @@ def of_python(folder: Path) -> Kind:
 
 
 def of_onnx(folder: Path) -> Kind:
-    """A file that no PyTorch wrote, channels last and with a softmax, as TensorFlow's are."""
+    """Build an ONNX file as TensorFlow exports it: channels last, with a softmax."""
     made = Made(shape=("N", 64, 64, 3), nhwc=True, end=("Softmax",))
     file = folder / "from-elsewhere.onnx"
     file.write_bytes(onnx_model(made).SerializeToString())
-    said = {"resize": 72, "crop": 64, "mean": 0.5, "std": 0.25}
-    spec = from_options(model=file, classes=folder / "classes.txt", preprocessing=said)
+    preprocessing = {"resize": 72, "crop": 64, "mean": 0.5, "std": 0.25}
+    spec = from_options(model=file, classes=folder / "classes.txt", preprocessing=preprocessing)
     transform = ImageClassification(
         crop_size=64, resize_size=72, mean=(0.5,) * 3, std=(0.25,) * 3, antialias=True
     )
@@ -149,7 +151,7 @@ def of_onnx(folder: Path) -> Kind:
 
 
 def of_timm(folder: Path) -> Kind:
-    """The whole image, padded, and not what the model's configuration says of that."""
+    """Build a timm model that gets the whole image, padded, unlike its configuration."""
     torch.manual_seed(3)
     model = timm.create_model("test_resnet", num_classes=len(CLASSES)).eval()
     transform = timm_transform("test_resnet.r160_in1k", crop_mode="border", crop_pct=1.0)
@@ -181,8 +183,15 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
 def server(
     kinds: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
-    run_dir = tmp_path_factory.mktemp("run")
+    """A server of all kinds, and of `pets`: the PyTorch engine, no activation maps, own classes."""
     first, *others = (kind.archive for kind in kinds.values())
+    classes = first.parent / "pets.txt"
+    classes.write_text("\n".join(PETS), "utf-8")
+    pets = from_options(
+        name="pets", arch="squeezenet1_1", weights="random", classes=classes, engine="torch"
+    )
+    others.append(build(pets, first.parent))
+    run_dir = tmp_path_factory.mktemp("run")
     running = start(first, free_ports(), 1, run_dir, extra_archives=others)
     yield running
     stop(running, run_dir)
@@ -192,10 +201,10 @@ NAMES = ["python", "from-elsewhere", "from-timm"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_answers_as_its_own_library(
+def test_predictions_and_embeddings_equal_its_own_librarys(
     name: str, server: ServerState, kinds: dict[str, Kind], note: list[str]
 ) -> None:
-    """Top-5 predictions, embeddings, and the same by the Open Inference Protocol."""
+    """Also the embedding over the Open Inference Protocol."""
     url = server.serving(name).predictions_url
     worst, labels = [0.0, 0.0], set()
     for title, image in images():
@@ -228,7 +237,7 @@ def test_it_answers_as_its_own_library(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_maps_are_where_the_head_is_linear(
+def test_a_model_with_a_linear_head_has_activation_maps(
     name: str, server: ServerState, kinds: dict[str, Kind]
 ) -> None:
     url = server.serving(name).predictions_url.replace("predictions", "explanations")
@@ -241,7 +250,7 @@ def test_maps_are_where_the_head_is_linear(
         assert (answer.status_code, answer.json()["type"]) == (404, "NoExplanation")
 
 
-def test_the_command_writes_embeddings(
+def test_classify_writes_embeddings(
     server: ServerState, kinds: dict[str, Kind], tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
@@ -255,3 +264,58 @@ def test_the_command_writes_embeddings(
     for row, (_, image) in zip(rows, images(), strict=False):
         expected = kinds["from-timm"].expected(image.convert("RGB"))[1]
         assert np.abs(row["embedding"] - expected).max() < 1e-4
+
+
+def ask(url: str, **options: Any) -> requests.Response:
+    return requests.post(url, **options or {"data": CAT.read_bytes()}, timeout=TIMEOUT)
+
+
+def description(running: ServerState) -> dict[str, Any]:
+    url, query = running.model_url, {"customized": "true"}
+    found: dict[str, Any] = management_session().get(url, params=query, timeout=TIMEOUT).json()[0]
+    return found["customizedMetadata"]  # type: ignore[no-any-return]
+
+
+def test_a_model_with_custom_classes_and_no_maps_describes_itself_and_predicts(
+    server: ServerState,
+) -> None:
+    pets = server.serving("pets")
+    described = description(pets)
+    assert (described["architecture"], described["explains"]) == ("squeezenet1_1", False)
+    assert described["classes"] == len(PETS)
+    body = ask(pets.predictions_url).json()
+    assert sorted(row["label"] for row in body["predictions"]) == sorted(PETS)
+    assert body["class_id"] == body["class_name"] == body["predictions"][0]["label"]
+    rejected = ask(pets.predictions_url.replace("predictions", "explanations"))
+    assert (rejected.status_code, rejected.json()["type"]) == (404, "NoExplanation")
+    assert "squeezenet1_1 has no class activation map" in rejected.json()["message"]
+    page = requests.get(pets.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT)
+    assert '"explains": false' in page.text
+
+
+def test_an_archive_for_pytorch_rejects_only_requests_for_embeddings(server: ServerState) -> None:
+    pets, image = server.serving("pets"), CAT.read_bytes()
+    assert description(pets)["engine"].startswith("PyTorch")
+    data = [base64.b64encode(image).decode()]
+    tensor = {"name": "i", "shape": [1], "datatype": "BYTES", "data": data}
+    kserve = {"inputs": [tensor], "outputs": [{"name": "embedding"}]}
+    by_form = ask(pets.predictions_url, files={"file": image}, data={"embedding": "true"})
+    by_tensor = ask(pets.predictions_url, json=kserve)
+    assert by_form.status_code == by_tensor.status_code == 404
+    assert by_form.json()["type"] == "NoEmbedding"
+    for message in (by_form.json()["message"], by_tensor.json()["error"]):
+        assert "gives no embeddings: it was built for PyTorch (engine: torch)" in message
+    assert ask(pets.predictions_url).status_code == 200
+
+
+def test_each_model_is_scaled_separately(server: ServerState) -> None:
+    other = server.serving("from-timm")
+    scale(other, 2)
+    assert ready_workers(other) == 2
+    assert ready_workers(server.serving("pets")) == 1
+    scale(other, 1)
+
+
+def test_an_unknown_model_is_not_found(server: ServerState) -> None:
+    url = server.serving("pets").predictions_url
+    assert ask(url.replace("pets", "nobody")).status_code == 404

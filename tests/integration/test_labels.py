@@ -1,19 +1,19 @@
-"""Multi-label models, from training to serving: the example of the shapes in a short form.
+"""Multi-label models from training to serving: `make shapes` with little training.
 
-The example itself compares the served probabilities with PyTorch's.
+The example compares the served probabilities with PyTorch's.
 """
 
 import csv
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.archives import repack
 from classification_client import Client, RequestOptions
-from examples.shapes.pictures import LABELS_FILE, NAMES
+from examples.shapes.drawing import LABELS_FILE, NAMES
 from handler.settings import MODEL_CARD
 from scripts.evaluate import main as evaluate
 from scripts.evaluation.multilabel import evaluate_labels
@@ -27,7 +27,7 @@ from tests.conftest import Shapes
 
 
 def _thresholds(shapes: Shapes) -> list[float]:
-    """One per class, as the evaluation chose them, in float32's precision."""
+    """Return the thresholds that the evaluation chose, one per class, rounded to float32."""
     chosen = json.loads((shapes.folder / "validation-report" / "thresholds.json").read_text())
     return np.array([chosen[name] for name in NAMES], np.float32).tolist()  # type: ignore[no-any-return]
 
@@ -51,7 +51,7 @@ def test_the_thresholds_that_the_evaluation_chose_decide_the_labels(
             found = {p.label: p.probability for p in answer.predictions}
             labels = {label.label for label in answer.labels or ()}
             for name, threshold in zip(NAMES, thresholds, strict=True):
-                # Answers are rounded, so that nothing is asserted of a tie.
+                # Probabilities are rounded, so skip ties.
                 if abs(found[name] - threshold) > 1e-4:
                     assert (name in labels) is (found[name] >= threshold)
             counts.add(len(labels))
@@ -61,13 +61,13 @@ def test_the_thresholds_that_the_evaluation_chose_decide_the_labels(
 # --- Evaluation ---
 
 
-def test_make_evaluate_finds_the_list_and_writes_thresholds_by_precision(
+def test_evaluate_finds_labels_csv_and_writes_thresholds_for_a_precision(
     shapes: Shapes, shapes_server: ServerState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, report = str(shapes.folder / "test"), tmp_path / "report"
     evaluate(images, shapes_server.predictions_url, output=report, min_precision=0.8)
     printed = capsys.readouterr().out
-    served = re.findall(r"precision served +(0\.\d{4})", shapes.said)[-1]
+    served = re.findall(r"precision served +(0\.\d{4})", shapes.output)[-1]
     text = (report / "report.md").read_text()
     assert "| images | 400 |\n| not counted | 0 |\n| classes | 6 |\n" in text
     assert f"| mean average precision | {served} |" in text
@@ -80,7 +80,7 @@ def test_make_evaluate_finds_the_list_and_writes_thresholds_by_precision(
             assert reached or f"{row['class']} reaches a precision of" in printed
 
 
-def test_images_without_a_list_of_labels_are_rejected(
+def test_a_multi_label_evaluation_without_labels_csv_is_rejected(
     shapes: Shapes, shapes_server: ServerState, tmp_path: Path
 ) -> None:
     (tmp_path / "star").mkdir()
@@ -91,7 +91,7 @@ def test_images_without_a_list_of_labels_are_rejected(
         evaluate(str(tmp_path), shapes_server.predictions_url, output=tmp_path / "report")
 
 
-def test_a_list_with_an_unknown_class_is_rejected(
+def test_labels_csv_with_an_unknown_class_is_rejected(
     shapes: Shapes, shapes_server: ServerState, tmp_path: Path
 ) -> None:
     labels, url = tmp_path / LABELS_FILE, shapes_server.predictions_url
@@ -101,7 +101,9 @@ def test_a_list_with_an_unknown_class_is_rejected(
         evaluate_labels(shapes.folder / "test", labels, url, RequestOptions(), 2)
 
 
-def test_a_list_is_rejected_for_a_single_label_model(running: ServerState, tmp_path: Path) -> None:
+def test_labels_csv_is_rejected_for_a_single_label_model(
+    running: ServerState, tmp_path: Path
+) -> None:
     labels = tmp_path / LABELS_FILE
     (tmp_path / "1.png").write_bytes(CAT.read_bytes())
     labels.write_text("1.png,tabby\n")
@@ -118,15 +120,14 @@ def test_an_upgrade_compares_all_labels(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Thresholds alone are changed, so that each image's most probable class stays."""
-    strict = tmp_path / shapes.archive.name
-    with zipfile.ZipFile(shapes.archive) as before, zipfile.ZipFile(strict, "w") as after:
-        for entry in before.infolist():
-            content = before.read(entry)
-            if entry.filename == MODEL_CARD:
-                card = json.loads(content) | {"thresholds": [1.0] * len(NAMES)}
-                content = json.dumps(card).encode()
-            after.writestr(entry, content)
+    """Only thresholds change, so each image keeps its top-1 class."""
+
+    def change(name: str, content: bytes) -> bytes:
+        if name != MODEL_CARD:
+            return content
+        return json.dumps(json.loads(content) | {"thresholds": [1.0] * len(NAMES)}).encode()
+
+    strict = repack(shapes.archive, tmp_path / shapes.archive.name, change)
     server = start(strict, free_ports(), 1, tmp_path / "run")
     try:
 
@@ -138,7 +139,6 @@ def test_an_upgrade_compares_all_labels(
         assert same in check(shapes_server, shapes_server)
         with pytest.raises(UserError, match=r"of the sample images keep their label, and 90% are"):
             check(server, shapes_server)
-        # All images may get the same labels; the operator is warned.
         assert "All sample images get the same label" in check(server, shapes_server, agreement=0)
         assert same in check(server, server)
     finally:

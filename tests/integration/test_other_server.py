@@ -1,4 +1,4 @@
-"""The pipeline behind LitServe, see examples/other_server.py, compared with TorchServe."""
+"""examples/other_server.py, the pipeline behind LitServe, compared with TorchServe."""
 
 import subprocess
 import sys
@@ -45,6 +45,6 @@ def test_every_request_gets_the_response_that_torchserve_gives(
         {"json": {"instances": [{"b64": "%"}]}},
         {"json": {"image": "AAAA", "topk": 0}},
     ):
-        mine = requests.post(url, timeout=60, **content)
-        torchserves = requests.post(running.predictions_url, timeout=60, **content)
-        assert (mine.status_code, mine.json()) == (torchserves.status_code, torchserves.json())
+        ours = requests.post(url, timeout=60, **content)
+        torchserve = requests.post(running.predictions_url, timeout=60, **content)
+        assert (ours.status_code, ours.json()) == (torchserve.status_code, torchserve.json())

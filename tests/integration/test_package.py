@@ -1,4 +1,4 @@
-"""The client as other people install it: a wheel in an environment without this project."""
+"""The client's wheel in an environment without this project."""
 
 import ast
 import os
@@ -19,9 +19,9 @@ PACKAGE = Path("client/classification_client")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel; what it needs comes from the tests' own.
+    """Return the `bin` of an environment with the wheel and the dependencies of the tests' own.
 
-    Without a network, and without anything that uv would have from before.
+    uv works offline, with an empty cache.
     """
     place = tmp_path_factory.mktemp("elsewhere")
     own = place / "venv"
@@ -39,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return own / "bin"
 
 
-def test_it_stands_alone_and_classifies(
+def test_the_wheel_needs_nothing_of_this_project_and_classifies(
     installed: Path, running: ServerState, tmp_path: Path
 ) -> None:
     def run(*command: str | Path) -> list[str]:
@@ -64,7 +64,7 @@ print(*{name.partition(".")[0] for name in sys.modules})
     assert [line[:3] for line in run("classify", CAT, "--topk", "2")] == ["1. ", "2. "]
 
 
-def test_it_requires_all_that_it_imports_and_little_else(installed: Path) -> None:
+def test_the_wheel_declares_what_it_imports(installed: Path) -> None:
     site = [str(path) for path in installed.parent.glob("lib/python*/site-packages")]
     (package,) = Distribution.discover(name="classification-client", path=site)
     required = package.requires or []

@@ -1,4 +1,4 @@
-"""Archives of each precision, of a model trained for the purpose, in a real TorchServe."""
+"""Archives of each precision in a real TorchServe, with a model trained here."""
 
 import re
 import zipfile
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
+from benchmarks.archives import repack
 from examples.digits.train import NAMES, Split
 from examples.digits.train import load as load_digits
 from handler.inference.cores import Cores
@@ -24,25 +25,25 @@ from handler.inference.openvino_engine import OpenVinoEngine
 from handler.inference.precision import MODEL_FILES
 from scripts.build.model_file import ModelFile, from_options
 from scripts.build.pipeline import build
+from scripts.serve.management import management_session
 from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import read_card
 from scripts.terminal import UserError
 
-# Training and calibration are the first test's.
+# The first test trains and calibrates.
 pytestmark = pytest.mark.timeout(600)
 
 TIMEOUT = 60
 EPOCHS = 3
-# A ResNet-18 has features of 2 x 2 at this side, so that it can be explained.
+# A ResNet-18 has features of 2 x 2 at this size, enough for activation maps.
 SIDE = 64
-# Percentage points of 360 images that a precision may lose; digits are not what is tested here.
+# Percentage points of accuracy that a precision may lose.
 MAX_LOSS = 3.0
-# The largest change of a probability from float32's that is allowed for.
+# The largest allowed change of a probability from float32's.
 CHANGES = {"float32": 1e-5, "bf16": 0.25, "int8": 0.5}
-# The least cosine of an embedding and float32's. Rounding to bfloat16's 8 bits changes a number by
-# 0.4 % at most, to int8 by half a step of 255; much of what all channels and layers add of that
-# cancels.
+# The least cosine similarity of an embedding and float32's. Rounding to bfloat16's 8 bits changes a
+# number by 0.4 % at most, to int8 by half a step of 255; much of it cancels.
 MIN_COSINE = {"float32": 1 - 1e-6, "bf16": 0.999, "int8": 0.98}
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -50,7 +51,7 @@ PRECISIONS = tuple(name for name in CHANGES if name != "bf16" or HAS_BF16)
 
 
 def _write(split: Split, folder: Path) -> None:
-    for number, (image, digit) in enumerate(zip(split.pictures, split.digits, strict=True)):
+    for number, (image, digit) in enumerate(zip(split.images, split.digits, strict=True)):
         path = folder / NAMES[digit] / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.resize((SIDE, SIDE), Image.Resampling.BILINEAR).convert("RGB").save(path)
@@ -79,7 +80,7 @@ def _train(folder: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained weights, and images: `train` to calibrate on, `test` held out."""
+    """Trained weights, and images in `train` (for calibration) and `test` (held out)."""
     folder = tmp_path_factory.mktemp("precision")
     seen, held_out = load_digits()
     _write(seen, folder / "train")
@@ -119,15 +120,17 @@ def server(archives: dict[str, Path], folder: Path) -> Iterator[ServerState]:
 
 
 def _description(running: ServerState) -> dict[str, Any]:
-    (model,) = requests.get(
-        running.model_url, params={"customized": "true"}, timeout=TIMEOUT
-    ).json()
+    (model,) = (
+        management_session()
+        .get(running.model_url, params={"customized": "true"}, timeout=TIMEOUT)
+        .json()
+    )
     found: dict[str, Any] = model["customizedMetadata"]
     return found
 
 
 @pytest.mark.parametrize("precision", CHANGES)
-def test_each_answer_names_the_precision_it_was_computed_in(
+def test_each_response_names_its_precision(
     precision: str, server: ServerState, folder: Path
 ) -> None:
     if precision not in PRECISIONS:
@@ -166,18 +169,15 @@ def _engine(archive: Path, folder: Path) -> Engine:
 
 
 def _cosines(some: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 (N, N): of each with each."""
+    """Return all cosine similarities, float32 (N, N)."""
     some, others = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in (some, others))
     found: NDArray[np.float32] = some @ others.T
     return found
 
 
-def test_probabilities_maps_and_embeddings_of_each_precision_are_near_float32s(
+def test_probabilities_maps_and_embeddings_of_each_precision_are_close_to_float32(
     archives: dict[str, Path], folder: Path, tmp_path: Path, note: list[str]
 ) -> None:
-    """The largest change of a probability, and of a map as a part of its range; the least cosine
-    of an embedding, which is nearest to float32's of the same image.
-    """
     files = [path for name in NAMES for path in sorted((folder / "test" / name).iterdir())[:5]]
     images = _pixels(files)
     classifier = torch.load(folder / "weights.pth", weights_only=True)["fc.weight"].numpy()
@@ -202,35 +202,35 @@ def test_probabilities_maps_and_embeddings_of_each_precision_are_near_float32s(
         assert embeddings.shape == (len(images), 512)
         assert cosines.diagonal().min() >= MIN_COSINE[precision]
         assert cosines.argmax(axis=1).tolist() == list(range(len(images)))
-    # Or else the limits would be met by embeddings of anything.
+    # Embeddings of different digits are below the limits, so the limits mean something.
     digit = np.arange(len(images)) // 5
     others = _cosines(exact_embeddings, exact_embeddings)[digit[:, None] != digit]
     assert others.max() < min(MIN_COSINE.values())
 
 
 def _saturated(archive: Path, target: Path, *, required: bool = False) -> Path:
-    """The archive with every int8 weight as far from zero as there is."""
+    """Write a copy of the archive with every int8 weight at its maximum or minimum."""
     model = MODEL_FILES["int8"]
-    with zipfile.ZipFile(archive) as before, zipfile.ZipFile(target, "w") as after:
-        weights = re.findall(
-            r'<data element_type="i8" .*?offset="(\d+)" size="(\d+)"', before.read(model).decode()
-        )
-        assert weights
-        for entry in before.infolist():
-            content = before.read(entry)
-            if entry.filename == Path(model).with_suffix(".bin").name:
-                values = np.frombuffer(content, np.int8).copy()
-                for offset, size in weights:
-                    part = values[int(offset) : int(offset) + int(size)]
-                    part[:] = np.where(part < 0, -127, 127)
-                content = values.tobytes()
-            if entry.filename == "model-config.yaml" and required:
-                content = content.replace(b"require_precision: false", b"require_precision: true")
-            after.writestr(entry, content)
-    return target
+    with zipfile.ZipFile(archive) as content:
+        graph = content.read(model).decode()
+    weights = re.findall(r'<data element_type="i8" .*?offset="(\d+)" size="(\d+)"', graph)
+    assert weights
+
+    def change(name: str, content: bytes) -> bytes:
+        if name == Path(model).with_suffix(".bin").name:
+            values = np.frombuffer(content, np.int8).copy()
+            for offset, size in weights:
+                part = values[int(offset) : int(offset) + int(size)]
+                part[:] = np.where(part < 0, -127, 127)
+            return values.tobytes()
+        if name == "model-config.yaml" and required:
+            return content.replace(b"require_precision: false", b"require_precision: true")
+        return content
+
+    return repack(archive, target, change)
 
 
-def test_a_worker_serves_float32_if_int8_answers_otherwise_there_and_reports_it(
+def test_a_worker_falls_back_to_float32_if_int8_predicts_other_labels_and_reports_it(
     archives: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
     archive = _saturated(archives["int8"], tmp_path / "int8.mar")
@@ -251,7 +251,7 @@ def test_a_worker_serves_float32_if_int8_answers_otherwise_there_and_reports_it(
     assert f"Serving float32 instead of int8: {described['fallback']}" in log
 
 
-def test_a_worker_stops_if_int8_answers_otherwise_there_and_is_required(
+def test_a_worker_exits_if_required_int8_predicts_other_labels(
     archives: dict[str, Path], tmp_path: Path
 ) -> None:
     archive = _saturated(archives["int8"], tmp_path / "int8.mar", required=True)

@@ -1,7 +1,5 @@
-"""The server's answers are the tutorials'; their programs run in docs/, of the README."""
+"""The server's predictions are those of the PyTorch tutorials."""
 
-import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +13,16 @@ from handler.settings import Preprocessing
 from scripts.build.sources.graph import random_source
 from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
+from scripts.serve.management import management_session
 from scripts.serve.running import ServerState
-from tests.pictures import encode, generated, photographs
+from tests.images import encode, generated, photographs
 from tests.unit.test_images import TUTORIAL, is_very_long
 
 TIMEOUT = 60
 
 
-def test_curl_uploads_a_file_as_the_body_and_as_a_form(running: ServerState) -> None:
-    answers = [
-        subprocess.run(
-            ["curl", "--silent", "--fail", *arguments, running.predictions_url],
-            capture_output=True,
-            check=True,
-        ).stdout
-        for arguments in (
-            ["-T", str(CAT)],
-            ["-F", f"file=@{CAT}"],
-            ["-X", "POST", "-F", f"image=@{CAT}"],
-        )
-    ]
-    assert answers[0] == answers[1] == answers[2]
-    assert json.loads(answers[0])["success"] is True
-
-
-def test_served_answers_equal_plain_pytorch(
-    running: ServerState, densenet: TorchvisionSource
-) -> None:
-    """One at a time, so that no batch rounds otherwise. The unit tests compare many more images."""
+def test_predictions_equal_plain_pytorch(running: ServerState, densenet: TorchvisionSource) -> None:
+    """One image at a time, since batches round differently. Unit tests compare more images."""
     images = [
         (name, image) for name, image in (*photographs(), *generated()) if not is_very_long(image)
     ][::12]
@@ -65,37 +45,27 @@ def test_served_answers_equal_plain_pytorch(
 
 @torch.inference_mode()
 def _expected(model: nn.Module, image: Image.Image) -> NDArray[np.float32]:
-    """Probabilities of all classes, in plain PyTorch."""
+    """Return the probabilities of all classes, computed with PyTorch alone."""
     logits = model(TUTORIAL(image.convert("RGB")).unsqueeze(0))
     found: NDArray[np.float32] = logits.softmax(1)[0].numpy()
     return found
 
 
 def _is_tie(expected: np.ndarray, order: list[int], best_first: list[int]) -> bool:
-    """Two classes closer than float32's sums in another order can tell apart."""
+    """Return whether the order differs only in classes that are equal within float32 rounding."""
     return bool(np.abs(expected[order] - expected[best_first]).max() < 1e-7)
 
 
-def test_topk_and_threshold_are_form_fields(running: ServerState) -> None:
-    body = requests.post(
-        running.predictions_url,
-        files={"file": CAT.read_bytes()},
-        data={"topk": "3", "threshold": "0.999"},
-        timeout=TIMEOUT,
-    ).json()
-    assert len(body["predictions"]) == 3
-    assert (body["recognized"], body["class_id"], body["class_name"]) == (False, None, None)
-    assert body["success"] is True
-
-
-def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
+def test_untrained_weights_cause_a_warning_and_the_model_describes_itself(
     running: ServerState,
 ) -> None:
     for body in (CAT.read_bytes(), b"no image"):
         response = requests.post(running.predictions_url, data=body, timeout=TIMEOUT)
         assert "untrained" in response.json()["warning"]
         assert response.headers["x-model-weights"] == "untrained"
-    described = requests.get(running.model_url, params={"customized": "true"}, timeout=TIMEOUT)
+    described = management_session().get(
+        running.model_url, params={"customized": "true"}, timeout=TIMEOUT
+    )
     (model,) = described.json()
     assert model["modelVersion"] == "1.0-untrained"
     metadata = model["customizedMetadata"]
@@ -104,12 +74,13 @@ def test_untrained_weights_cannot_be_missed_and_the_model_describes_itself(
     assert metadata["weights_sha256"] == random_source("densenet121").sha256
     assert metadata["trained"] is False
     assert metadata["classes"] == 1000
+    assert metadata["explains"] is True
     assert metadata["engine"].startswith("ONNX Runtime")
     assert metadata["preprocessing"]["crop"] == Preprocessing().crop
 
 
 def test_the_worker_imports_neither_torch_nor_torchvision(running: ServerState) -> None:
-    """They would cost each worker 450 and 160 MB that ONNX Runtime has no use for."""
+    """They would take 450 and 160 MB per worker, and ONNX Runtime does not need them."""
     process = running.process()
     assert process is not None
     workers = [p for p in process.children() if "model_service_worker" in " ".join(p.cmdline())]

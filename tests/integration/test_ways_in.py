@@ -1,4 +1,4 @@
-"""Every way in that the README names, against the real server."""
+"""Every documented way to send an image, to a real server."""
 
 import base64
 import io
@@ -23,11 +23,11 @@ from benchmarks.known import PHOTOGRAPHS
 from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.samples import CAT
 from scripts.serve import commands, management
-from scripts.serve.management import ready_workers, scale, wait_until
+from scripts.serve.management import management_session, ready_workers, scale, wait_until
 from scripts.serve.running import HOST, ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.terminal import UserError
-from tests.pictures import encode
+from tests.images import encode
 
 TIMEOUT = 60
 CAT_BYTES = CAT.read_bytes()
@@ -52,13 +52,13 @@ def host(running: ServerState) -> str:
 
 @pytest.fixture(scope="module")
 def expected(running: ServerState) -> dict[str, Any]:
-    """The cat's answer."""
+    """The response to the cat image."""
     body: dict[str, Any] = post(running.predictions_url, files={"file": CAT_BYTES})
     assert body["success"] is True
     return body
 
 
-def test_a_body_of_any_content_type_and_a_chunked_one(
+def test_a_body_may_have_any_content_type_and_be_chunked(
     running: ServerState, expected: dict[str, Any]
 ) -> None:
     for content_type in ("image/png", "image/jpeg", "text/plain", "nonsense", None):
@@ -71,7 +71,7 @@ def test_a_body_of_any_content_type_and_a_chunked_one(
     assert post(running.predictions_url, data=pieces) == expected
 
 
-def test_a_query_may_hold_the_options(host: str, expected: dict[str, Any]) -> None:
+def test_options_may_be_in_the_query(host: str, expected: dict[str, Any]) -> None:
     answer = post(
         f"{host}/densenet121/predict",
         params={"topk": "3", "threshold": "0.99", "unknown": "x"},
@@ -80,18 +80,20 @@ def test_a_query_may_hold_the_options(host: str, expected: dict[str, Any]) -> No
     )
     assert answer["predictions"] == expected["predictions"][:3]
     assert answer["recognized"] is False
+    url, headers = f"{host}/densenet121/predict?treshold=0.5", {"Content-Type": "image/png"}
+    assert post(url, data=CAT_BYTES, headers=headers)["type"] == "InvalidOption"
 
 
 def test_json_with_base64(running: ServerState, expected: dict[str, Any]) -> None:
     document = json.dumps({"image": CAT_BASE64, "topk": 3})
-    # The second is what a browser's fetch sends with a string.
+    # The second is what a browser's `fetch` sends with a string.
     for announced in ("application/json; charset=utf-8", "text/plain;charset=UTF-8", "x/y"):
         headers = {"Content-Type": announced}
         answer = post(running.predictions_url, data=document, headers=headers)
         assert answer["predictions"] == expected["predictions"][:3]
 
 
-def test_hugging_faces_client_gets_labels_and_scores(
+def test_hugging_faces_client_gets_labels_scores_and_errors(
     host: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     url = f"{host}/predictions/densenet121/1.0-untrained/huggingface"
@@ -109,7 +111,7 @@ def test_hugging_faces_client_gets_labels_and_scores(
 
 
 def test_kserve_in_binary(host: str, expected: dict[str, Any]) -> None:
-    """What KServe sends as JSON see tests/gateway/test_gateway.py."""
+    """KServe's JSON is tested in tests/gateway/test_gateway.py."""
     images = (CAT_BYTES, FLOWER_BYTES)
     data = b"".join(struct.pack("<I", len(image)) + image for image in images)
     sized = {"shape": [2], "parameters": {"binary_data_size": len(data)}}
@@ -138,7 +140,9 @@ def test_kserve_in_binary(host: str, expected: dict[str, Any]) -> None:
     assert first == pytest.approx(expected["probability"], abs=1e-6)
 
 
-def test_five_images_of_which_two_are_bad(running: ServerState, expected: dict[str, Any]) -> None:
+def test_two_corrupt_images_of_five_do_not_fail_the_others(
+    running: ServerState, expected: dict[str, Any]
+) -> None:
     files = {
         "1": ("cat.png", CAT_BYTES, "image/png"),
         "2": ("cut.png", CAT_BYTES[:5000], "image/png"),
@@ -156,10 +160,10 @@ def test_five_images_of_which_two_are_bad(running: ServerState, expected: dict[s
 
 
 @pytest.mark.parametrize("client", ["curl", "requests", "httpx"])
-def test_only_parts_of_one_name_are_taken_for_lost_ones(
+def test_only_repeated_part_names_are_rejected(
     running: ServerState, client: str, tmp_path: Path
 ) -> None:
-    """Above 1.4 kB for a form of one file, as the README says."""
+    """Repeated parts of files above 1.4 kB are noticed, as documented."""
 
     def send(*files: tuple[str, tuple[str, bytes]]) -> Any:
         """Send a form as a client's own code writes it."""
@@ -184,7 +188,7 @@ def test_only_parts_of_one_name_are_taken_for_lost_ones(
 
 
 @pytest.mark.parametrize("name", ["explain", "describe", "Accept"])
-def test_a_file_named_as_a_header_is_an_image(
+def test_a_form_field_named_like_a_header_is_an_image(
     running: ServerState, expected: dict[str, Any], name: str
 ) -> None:
     files = {name: ("cat.png", CAT_BYTES, "image/png")}
@@ -215,25 +219,24 @@ def test_a_mistake_with_curl_is_explained(
     assert message in answer["message"]
 
 
-def test_a_misspelled_option_in_the_query_is_rejected(host: str) -> None:
-    url, headers = f"{host}/densenet121/predict?treshold=0.5", {"Content-Type": "image/png"}
-    assert post(url, data=CAT_BYTES, headers=headers)["type"] == "InvalidOption"
-
-
-def test_a_client_of_predictions_gets_no_description(running: ServerState, host: str) -> None:
+def test_clients_of_predictions_cannot_get_the_model_description(
+    running: ServerState, host: str
+) -> None:
     for path in ("predictions/densenet121", "densenet121/predict", "v1/models/densenet121:predict"):
         for content_type in (None, "application/x-www-form-urlencoded", "multipart/form-data; x"):
             headers = {"describe": "True", "Content-Type": content_type}
             answer = requests.post(f"{host}/{path}", headers=headers, timeout=TIMEOUT)
             assert "weights_sha256" not in answer.text
-    described = requests.get(running.model_url, params={"customized": "true"}, timeout=TIMEOUT)
+    described = management_session().get(
+        running.model_url, params={"customized": "true"}, timeout=TIMEOUT
+    )
     assert "weights_sha256" in described.json()[0]["customizedMetadata"]
 
 
-def test_an_answer_above_the_frontends_limit_is_rejected(
+def test_a_response_above_the_frontends_limit_is_replaced_by_413(
     running: ServerState, one_worker: psutil.Process
 ) -> None:
-    """It would end the worker: names of parts come back with the results."""
+    """It would crash the worker. Part names are repeated in the results."""
     files = {letter * 3_500_000: ("x.png", CAT_BYTES, "image/png") for letter in "ab"}
     answer = requests.post(running.predictions_url, files=files, timeout=TIMEOUT)
     assert (answer.status_code, answer.json()["type"]) == (413, "AnswerTooLarge")
@@ -241,7 +244,7 @@ def test_an_answer_above_the_frontends_limit_is_rejected(
     assert post(running.predictions_url, data=CAT_BYTES)["success"]
 
 
-def test_a_browser_gets_the_web_ui_wherever_it_may_look(host: str) -> None:
+def test_a_browser_gets_the_web_ui_on_each_path(host: str) -> None:
     accept = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
     for path in ("predictions/densenet121", "explanations/densenet121", "densenet121/predict?a=b"):
         answer = requests.get(f"{host}/{path}", headers={"Accept": accept}, timeout=TIMEOUT)
@@ -256,7 +259,7 @@ def test_a_browser_gets_the_web_ui_wherever_it_may_look(host: str) -> None:
 # --- Explanations ---
 
 
-def test_curl_gets_a_heat_map_of_the_best_class(host: str, expected: dict[str, Any]) -> None:
+def test_curl_gets_a_heat_map_of_the_top_1_class(host: str, expected: dict[str, Any]) -> None:
     best = expected["predictions"][0]
     answer = requests.post(f"{host}/explanations/densenet121", data=CAT_BYTES, timeout=TIMEOUT)
     assert answer.headers["content-type"] == "image/png"
@@ -265,17 +268,17 @@ def test_curl_gets_a_heat_map_of_the_best_class(host: str, expected: dict[str, A
     assert answer.headers["x-class-name"] == best["label"]
     assert float(answer.headers["x-probability"]) == pytest.approx(best["probability"], abs=1e-5)
     assert answer.headers["x-model-weights"] == "untrained"
-    with Image.open(io.BytesIO(answer.content)) as picture, Image.open(CAT) as cat:
-        assert picture.size == cat.size
-        pixels, original = np.asarray(picture.convert("RGB")), np.asarray(cat.convert("L"))
-    # Left of what the model saw there is the photo, gray and dimmed.
+    with Image.open(io.BytesIO(answer.content)) as image, Image.open(CAT) as cat:
+        assert image.size == cat.size
+        pixels, original = np.asarray(image.convert("RGB")), np.asarray(cat.convert("L"))
+    # Left of the crop there is the photo, gray and dimmed.
     assert np.abs(pixels[:, :80] - original[:, :80, None] * 0.4).max() <= 1
 
 
-def test_maps_and_biases_make_up_the_probabilities(
+def test_activation_maps_sum_to_the_logits(
     host: str, densenet: TorchvisionSource, expected: dict[str, Any]
 ) -> None:
-    """The sum of a class's map and its bias is its logit, and the difference of two logits is the
+    """The sum of a class's map and its bias is its logit. The difference of two logits is the
     logarithm of the ratio of their probabilities.
     """
 
@@ -307,7 +310,7 @@ def test_maps_and_biases_make_up_the_probabilities(
 
 @pytest.fixture(scope="module")
 def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerState]:
-    """A server that was asked for gRPC; the tests end its workers."""
+    """A server with gRPC, whose workers the test crashes."""
     folder = tmp_path_factory.mktemp("grpc")
     running = start(archive, free_ports(), 1, folder, grpc=True)
     yield running
@@ -315,14 +318,14 @@ def grpc_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.mark.slow
-def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_ready(
+def test_grpc_predicts_and_a_worker_that_a_stream_crashed_is_not_counted_as_ready(
     grpc_server: ServerState,
     expected: dict[str, Any],
     stubs: tuple[Any, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Streams are why gRPC is off by default."""
+    """Streams crash workers, so gRPC is off by default."""
     messages, services = stubs
 
     def request(content: bytes, **more: Any) -> Any:
@@ -333,15 +336,15 @@ def test_grpc_predictions_and_a_worker_that_a_stream_ended_is_not_counted_as_rea
         client = services.InferenceAPIsServiceStub(channel)
         answer = json.loads(client.Predictions(request(CAT_BYTES), timeout=TIMEOUT).prediction)
         assert answer["predictions"] == expected["predictions"][:2]
-        # TorchServe has no status for it: over gRPC the body tells.
-        refusal = json.loads(client.Predictions(request(b"text"), timeout=TIMEOUT).prediction)
-        assert (refusal["success"], refusal["code"]) == (False, 400)
+        # TorchServe has no gRPC status for errors; the body has the status.
+        rejected = json.loads(client.Predictions(request(b"text"), timeout=TIMEOUT).prediction)
+        assert (rejected["success"], rejected["code"]) == (False, 400)
         stream = iter([request(CAT_BYTES, sequence_id="1")])
         with pytest.raises(grpc.RpcError):
             list(client.StreamPredictions2(stream, timeout=TIMEOUT))
     assert wait_until(lambda: ready_workers(grpc_server) == 0, TIMEOUT)
     (worker,) = management.model_status(grpc_server)["workers"]
-    assert worker["status"] == "READY", "this is what TorchServe says of it"
+    assert worker["status"] == "READY", "TorchServe reports the crashed worker as ready"
 
     monkeypatch.setattr(commands, "require_running", lambda: grpc_server)
     assert commands.status_command() == 1

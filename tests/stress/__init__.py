@@ -1,1 +1,1 @@
-"""Long searches for failures; a short form of each is a test."""
+"""`make fuzz` and `make chaos`; tests/integration/test_faults.py runs both briefly."""

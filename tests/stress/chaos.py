@@ -1,9 +1,8 @@
-"""Everything at once: `make chaos`.
+"""`make chaos`: sixteen clients send good and bad requests while workers are killed.
 
-Sixteen clients, of whose requests seven in ten are good; the others are bad bodies, disconnections,
-slow uploads and oversize bodies. Every half minute a worker is killed. Every good request must be
-answered rightly or with a status that says to ask again, and afterwards the server must answer,
-with as much memory as before.
+Seven of ten requests are good; the others are bad bodies, disconnections, slow uploads and oversize
+bodies. Every half minute a worker is killed. Every good request must get the right response or a
+status that allows a retry, and the server must not use more memory afterwards.
 """
 
 import random
@@ -28,19 +27,19 @@ from tests.served import frontend_memory, post, served, worker_memory, worker_pi
 
 CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0
-# Memory after against before, of the frontend and of a worker.
+# Of the memory of the frontend and of a worker.
 MAX_GROWTH = 0.10
 OVERSIZE_BYTES = 25_000_000
-# What TorchServe answers for the requests that a dying worker held, and when the queue is full.
-ASK_AGAIN = {503: "queue is full", 507: "worker died"}
+# TorchServe's statuses for the batch of a crashed worker, and for a full queue.
+RETRYABLE = {503, 507}
 
 
 class Chaos:
     """Sixteen clients against one server.
 
     Attributes:
-        outcomes: (kind of request, what came of it) to how often.
-        wrong: descriptions of good requests that were answered wrongly.
+        outcomes: number of requests by kind and outcome.
+        wrong: descriptions of wrong responses.
     """
 
     def __init__(self, running: ServerState, seed: int) -> None:
@@ -60,14 +59,14 @@ class Chaos:
         return predictions
 
     def run(self, seconds: float) -> None:
-        """Send requests for so many seconds, and kill workers meanwhile."""
+        """Send requests for some seconds while workers are killed."""
         self._stopping.clear()
         with ThreadPoolExecutor(CLIENTS) as clients:
             working = [clients.submit(self._client, number) for number in range(CLIENTS)]
             deadline = time.monotonic() + seconds
             while (left := deadline - time.monotonic()) > 0:
                 time.sleep(min(SECONDS_BETWEEN_KILLS, left))
-                if deadline - time.monotonic() > 5:  # late enough for a worker to come back
+                if deadline - time.monotonic() > 5:  # time for a worker to be replaced
                     psutil.Process(worker_pids(self._running)[0]).kill()
                     self._count("kill", "worker killed")
             self._stopping.set()
@@ -96,7 +95,7 @@ class Chaos:
         self._judge("bad body", answer, expected=400 <= answer.status_code < 500)
 
     def _judge(self, kind: str, answer: requests.Response, *, expected: bool) -> None:
-        fine = expected or may_ask_again(answer)
+        fine = expected or is_retryable(answer)
         self._count(kind, f"{answer.status_code}{'' if fine else ', WRONG'}")
         if not fine:
             self.wrong.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
@@ -112,7 +111,7 @@ class Chaos:
 
     def _disconnect(self, chance: random.Random) -> None:
         data = chance.choice(self._good)
-        # Half of them go before all is sent, half before the answer is there.
+        # Half of them disconnect during the upload, half before the response.
         sent = len(data) // 2 if chance.random() < 0.5 else len(data)
         with self._connect(len(data)) as connection:
             connection.sendall(data[:sent])
@@ -135,17 +134,15 @@ class Chaos:
         self._count("oversize body", status)
 
 
-def may_ask_again(answer: requests.Response) -> bool:
-    """Whether an answer says that the same request may succeed when it is sent again."""
+def is_retryable(answer: requests.Response) -> bool:
+    """Return whether a retry may succeed."""
     died = answer.status_code == 500 and answer.json().get("message") == "Worker died."
-    return died or answer.status_code in ASK_AGAIN
+    return died or answer.status_code in RETRYABLE
 
 
 def _settled_memory(running: ServerState) -> dict[str, float]:
-    """Return the bytes of each process, once both workers are back and have done usual work."""
-    assert wait_until(lambda: ready_workers(running) == 2, 60), (
-        "the killed worker did not come back"
-    )
+    """Return the bytes of each process, after both workers have classified images again."""
+    assert wait_until(lambda: ready_workers(running) == 2, 60), "the killed worker was not replaced"
     usual = PHOTOGRAPHS[0].read_bytes()
     with ThreadPoolExecutor(CLIENTS) as clients:
         answers = list(clients.map(lambda _: post(running, usual), range(8 * CLIENTS)))
@@ -177,8 +174,8 @@ def main(
         if growth > MAX_GROWTH:
             raise UserError(f"Memory of the {name} grew.")
     if chaos.wrong:
-        raise UserError(f"Wrong answers: {chaos.wrong[:3]}")
-    step("Chaos: every good request was answered rightly or may be sent again")
+        raise UserError(f"Wrong responses: {chaos.wrong[:3]}")
+    step("Chaos: every good request got the right response or may be retried")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Corrupted images, by the thousand: `make fuzz`.
+"""`make fuzz`: thousands of corrupted images.
 
-First through the image stage in this process: no exception but our own, none far over the limit of
-time, no memory kept. Then through a real server: no 5xx, and the same workers before and after.
+The image stage may raise only `ClientError`, must keep its time limit, and must not leak memory. A
+real server must return no 5xx and keep its workers.
 """
 
 import gc
@@ -25,17 +25,17 @@ from tests import corpus
 from tests.served import served, worker_pids
 
 MAX_PIXELS = 64_000_000
-# Of CPU; decoding may take 1.3 in all, and a busy machine takes longer to count.
+# CPU seconds; decoding may take 1.3, and measuring is inexact on a busy machine.
 MAX_SECONDS = 10.0
-# Of the whole process, after the first tenth of the images.
+# Of the process's memory after the first tenth of the images.
 MAX_GROWTH = 0.05
 
-# Numbers that lengths, sizes and offsets do badly with.
+# Bad lengths, sizes and offsets.
 _BAD_NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
 def corrupted(images: list[bytes], chance: random.Random) -> bytes:
-    """One image with a few things wrong with it, such as a part of another."""
+    """Return an image with a few faults, such as a part of another image."""
     data = bytearray(chance.choice(images))
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
         position, length = chance.randrange(len(data)), chance.randrange(1, 200)
@@ -59,13 +59,10 @@ def corrupted(images: list[bytes], chance: random.Random) -> bytes:
 
 
 def fuzz_images(count: int, seed: int) -> Counter[str]:
-    """Puts `count` corrupted images through the image stage.
-
-    Returns:
-        how often each outcome was seen: `decoded`, or the type of the error.
+    """Decode corrupted images; return the number of each outcome, `decoded` or an error's type.
 
     Raises:
-        AssertionError: another error than a `ClientError`, far too much time, or memory grew.
+        AssertionError: another error than `ClientError`, too much time, or memory grew.
     """
     images, chance = _seeds(), random.Random(seed)
     outcomes: Counter[str] = Counter()
@@ -76,8 +73,8 @@ def fuzz_images(count: int, seed: int) -> Counter[str]:
         try:
             decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
             outcomes["decoded"] += 1
-        except ClientError as refusal:
-            outcomes[refusal.type] += 1
+        except ClientError as error:
+            outcomes[error.type] += 1
         except Exception as error:
             raise AssertionError(f"image {number} of seed {seed}") from error
         seconds = cpu_seconds() - started
@@ -100,10 +97,10 @@ def _memory() -> int:
 
 
 def fuzz_server(running: ServerState, count: int, seed: int) -> Counter[str]:
-    """Sends `count` corrupted images to a server, as bodies and as forms in turn.
+    """Send corrupted images to a server, as bodies and as forms in turn.
 
     Raises:
-        AssertionError: an answer was a 5xx, or another process serves afterwards.
+        AssertionError: a response was a 5xx, or a worker was replaced.
     """
     images, chance = _seeds(), random.Random(seed)
     workers = worker_pids(running)
@@ -130,7 +127,7 @@ def main(
     ] = 1_000,
     seed: Annotated[int, typer.Option(help="Which images.")] = 1,
 ) -> None:
-    """Fuzzes the image stage and a real server with corrupted images."""
+    """Send corrupted images to the image stage and to a real server."""
     try:
         console.print(dict(fuzz_images(images, seed)))
         with served() as running:

@@ -39,7 +39,7 @@ class Answers(BaseHTTPRequestHandler):
         if act == LOST:
             return
         if act == SLOW:
-            time.sleep(1)
+            time.sleep(0.4)
         answer = DIED if act == "died" else ANSWER
         status = 500 if act == "died" else act
         self.send_response(status if isinstance(status, int) else 200)
@@ -55,7 +55,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Does what `acts` says, one for each request, then answers; `requests` has their headers."""
+    """Performs one of `acts` per request, then answers; `requests` has their headers."""
 
     block_on_close = False
 
@@ -81,26 +81,27 @@ def client(server: Server, options: RequestOptions | None = None) -> Client:
     return Client(f"http://127.0.0.1:{server.server_port}/predictions/cats", options)
 
 
-def test_a_transient_error_is_retried(server: Server) -> None:
-    server.acts = [503, LOST, 429, HALF, SLOW, 507, "died"]
-    with client(server, RequestOptions(timeout=0.5)) as sender:
+@pytest.mark.parametrize("act", [503, LOST, 429, HALF, SLOW, 507, "died"])
+def test_a_transient_error_is_retried(act: int | str, server: Server) -> None:
+    server.acts = [act, 503]
+    with client(server, RequestOptions(timeout=0.2)) as sender:
         assert sender.classify(b"image").label == "cat"
-    assert len(server.requests) == 8
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("status", [302, 404, 413, 500])
 def test_a_permanent_error_is_not_retried(status: int, server: Server) -> None:
     server.acts = [status]
-    with client(server) as sender, pytest.raises(RefusedError) as refused:
+    with client(server) as sender, pytest.raises(RefusedError) as error:
         sender.classify(b"image")
-    assert (refused.value.code, len(server.requests)) == (status, 1)
+    assert (error.value.code, len(server.requests)) == (status, 1)
 
 
 def test_a_refused_connection_is_retried_until_the_server_is_back() -> None:
     (port,) = unused_ports(1)
 
     def serve() -> None:
-        time.sleep(0.5)
+        time.sleep(0.1)
         with Server(port) as server:
             server.handle_request()
 
@@ -109,63 +110,50 @@ def test_a_refused_connection_is_retried_until_the_server_is_back() -> None:
         assert sender.classify(b"image").label == "cat"
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("1", 1), ("0", 0), ("soon", 0)])
-def test_retry_after_is_honored(header: str, seconds: int, server: Server) -> None:
-    server.acts, server.retry_after = [503], header
+def test_retry_after_is_honored_within_the_patience(server: Server) -> None:
+    server.acts, server.retry_after = [503], "1"
     began = time.monotonic()
     with client(server) as sender:
         sender.classify(b"image")
-    assert seconds <= time.monotonic() - began < seconds + 0.9
-    assert len(server.requests) == 2
+        assert time.monotonic() - began >= 1
+        server.acts, server.retry_after = [503], "3600"
+        with pytest.raises(UnavailableError, match="status 503"):
+            sender.classify(b"image")
+    assert len(server.requests) == 3
 
 
-def test_a_retry_after_beyond_the_patience_is_not_waited_for(server: Server) -> None:
-    server.acts, server.retry_after = [503], "3600"
-    with client(server) as sender, pytest.raises(UnavailableError, match="status 503"):
-        sender.classify(b"image")
-    assert len(server.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
+def test_a_wrong_address_fails_at_once(server: Server) -> None:
+    for address, reason in (
         ("http://no-such-host.invalid/x", "resolve|not known|resolution"),
-        ("https://127.0.0.1:{}/x", "SSL|TLS|EOF"),
-    ],
-)
-def test_a_wrong_address_fails_at_once(address: str, reason: str, server: Server) -> None:
-    began = time.monotonic()
-    with (
-        Client(address.format(server.server_port)) as sender,
-        pytest.raises(UnavailableError, match=reason),
+        (f"https://127.0.0.1:{server.server_port}/x", "SSL|TLS|EOF"),
     ):
-        sender.classify(b"image")
-    assert time.monotonic() - began < 10  # of a patience of 120
+        began = time.monotonic()
+        with Client(address) as sender, pytest.raises(UnavailableError, match=reason):
+            sender.classify(b"image")
+        assert time.monotonic() - began < 10  # of a patience of 120
 
 
-PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+@pytest.fixture
+def proxied(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server is also every proxy of the environment."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for spelling in (name, name.upper()):
+            monkeypatch.setenv(spelling, f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    return server
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "[::1]"])
-def test_loopback_is_reached_without_a_proxy(
-    host: str, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in PROXIES:
-        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+def test_loopback_is_reached_without_a_proxy(host: str, proxied: Server) -> None:
     sender = Client(f"http://{host}:{unused_ports(1)[0]}/x", RequestOptions(patience=0))
     with sender, pytest.raises(UnavailableError, match="refused"):
         sender.classify(b"image")
-    assert not server.requests
+    assert not proxied.requests
 
 
-def test_another_host_is_reached_through_the_proxy(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+@pytest.mark.usefixtures("proxied")
+def test_another_host_is_reached_through_the_proxy() -> None:
     with Client("http://no-such-host.invalid/predictions/cats") as sender:
         assert sender.classify(b"image").label == "cat"
 
@@ -174,27 +162,24 @@ def test_another_host_is_reached_through_the_proxy(
     ("act", "reason"),
     [(503, "status 503"), (SLOW, "timed out"), (LOST, "Remote end closed connection")],
 )
-def test_without_patience_there_is_one_attempt_and_its_own_reason(
+def test_without_patience_there_is_one_attempt_and_its_reason_is_reported(
     act: int | str, reason: str, server: Server
 ) -> None:
     server.acts = [act]
-    sender = client(server, RequestOptions(patience=0, timeout=0.5))
-    try:
-        int("an error that the caller is handling")
-    except ValueError:
-        with sender, pytest.raises(UnavailableError, match=reason):
-            sender.classify(b"image")
+    sender = client(server, RequestOptions(patience=0, timeout=0.2))
+    with sender, pytest.raises(UnavailableError, match=reason):
+        sender.classify(b"image")
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("key", ["two\nlines", "\u2603"])
-def test_a_key_that_cannot_be_sent_is_an_error(key: str, server: Server) -> None:
-    with client(server, RequestOptions(key=key)) as sender, pytest.raises(UnavailableError):
-        sender.classify(b"image")
+def test_a_key_that_cannot_be_sent_is_an_error(server: Server) -> None:
+    for key in ("two\nlines", "\u2603"):
+        with client(server, RequestOptions(key=key)) as sender, pytest.raises(UnavailableError):
+            sender.classify(b"image")
     assert not server.requests
 
 
-def test_a_token_is_not_replaced_by_what_the_user_has_for_other_servers(
+def test_netrc_does_not_replace_the_token(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("default login me password secret\n")
@@ -206,7 +191,7 @@ def test_a_token_is_not_replaced_by_what_the_user_has_for_other_servers(
     assert server.requests[0]["X-API-Key"] == "mine"
 
 
-def test_the_first_label_is_the_answer_though_another_class_is_more_probable() -> None:
+def test_the_top_label_of_a_multilabel_answer_precedes_a_more_probable_class() -> None:
     assert Classification.from_answer(BODY).labels is None
     several = Classification.from_answer({**BODY, "labels": [SEVERAL]})
     assert (several.label, several.best.class_id) == ("dog", "n2")
@@ -215,42 +200,34 @@ def test_the_first_label_is_the_answer_though_another_class_is_more_probable() -
 
 
 @pytest.mark.parametrize(
-    "body",
+    "change",
     [
-        {"up": 1},
-        {"predictions": [], "recognized": True},
-        {"predictions": [{**PREDICTION, "probability": "high"}], "recognized": True},
-        {**BODY, "labels": "dog"},
-        {**BODY, "labels": [{"label": "dog"}]},
-        {**BODY, "embedding": ["a"]},
+        {"predictions": []},
+        {"predictions": [{**PREDICTION, "probability": "high"}]},
+        {"labels": [{"label": "dog"}]},
+        {"embedding": ["a"]},
     ],
 )
-def test_anything_else_is_no_answer(body: dict[str, object]) -> None:
+def test_a_malformed_answer_is_an_error(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not an answer"):
-        Classification.from_answer(body)
+        Classification.from_answer({**BODY, **change})
 
 
-@pytest.mark.parametrize(
-    "address", ["foo", "127.0.0.1:8080/a", "http://", "ftp://host/x", "http://a:b"]
-)
-def test_what_is_no_address_is_rejected(address: str) -> None:
-    with pytest.raises(ValueError, match="such as http://127"):
-        check_address(address)
+def test_an_incomplete_address_is_rejected() -> None:
+    for address in ("foo", "127.0.0.1:8080/a", "http://", "ftp://host/x", "http://a:b"):
+        with pytest.raises(ValueError, match="such as http://127"):
+            check_address(address)
 
 
-def test_an_empty_image_is_not_sent(server: Server) -> None:
-    with client(server) as sender, pytest.raises(RefusedError, match="The image is empty"):
-        sender.classify(b"")
-    assert not server.requests
-
-
-def test_the_server_decides_how_large_an_image_may_be(server: Server) -> None:
+def test_the_server_decides_how_large_an_image_may_be_and_no_empty_one_is_sent(
+    server: Server,
+) -> None:
     with client(server) as sender:
+        with pytest.raises(RefusedError, match="The image is empty"):
+            sender.classify(b"")
+        assert not server.requests
         assert sender.classify(bytes(21_000_000)).label == "cat"
-    server.acts = [LOST]
-    with client(server) as sender, pytest.raises(RefusedError, match="20 MB unless") as refused:
-        sender.classify(bytes(21_000_000))
-    assert (refused.value.code, len(server.requests)) == (413, 2)
-    sender = Client(f"http://127.0.0.1:{unused_ports(1)[0]}/", RequestOptions(patience=0))
-    with sender, pytest.raises(UnavailableError, match="refused"):
-        sender.classify(bytes(21_000_000))
+        server.acts = [LOST]
+        with pytest.raises(RefusedError, match="20 MB unless") as error:
+            sender.classify(bytes(21_000_000))
+    assert (error.value.code, len(server.requests)) == (413, 2)

@@ -13,7 +13,7 @@ from handler.errors import ClientError
 from handler.settings import Preprocessing
 from tests import corpus
 from tests.corpus import Hostile, Valid
-from tests.pictures import encode
+from tests.images import encode
 
 PREPROCESSING = Preprocessing()
 MAX_PIXELS = 64_000_000

@@ -19,10 +19,10 @@ from handler.errors import ClientError
 from handler.settings import DECODING_BYTES, MAX_REQUEST_BYTES, Preprocessing
 from tests import costs
 from tests.corpus import photograph
-from tests.pictures import encode
+from tests.images import encode
 
 KINDS = costs.kinds()
-# Of CPU, in the worker and its decoder process, which has a timer of 1.3 s.
+# CPU time of the worker and its decoder process, which has a timer of 1.3 s.
 MAX_SECONDS = 2.0
 # What may be decoded in the worker, and two copies of the body; with the decoder process, which has
 # a limit of its own, less than 400 MB.
@@ -36,7 +36,7 @@ def test_no_body_costs_more_than_the_limits(name: str) -> None:
     decode(encode(photograph(), "GIF"), Preprocessing(), PixelBudget(64_000_000))
     started = sum(psutil.Process(decode_module._decoder_process.pid).cpu_times()[:2])
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = costs.kilobytes("VmRSS:")
     seconds = time.process_time() + cpu_of_children()
     with suppress(ClientError):  # any other error is the server's own

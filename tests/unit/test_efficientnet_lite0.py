@@ -7,18 +7,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
 from scripts import run
-from scripts.build import pipeline
+from scripts.build import architectures, pipeline
 from scripts.build.checkpoints import DigestError, read_checkpoint
 from scripts.build.model_file import ModelFile, from_options
 from scripts.build.sources import efficientnet_lite0 as lite0
 from scripts.build.sources import graph
-from scripts.build.sources import torchvision as torchvision_source
 from scripts.build.sources.source import HostUnreachableError
 from scripts.terminal import UserError
 
@@ -109,7 +109,7 @@ def test_an_http_error_of_the_official_host_is_a_reason_to_fall_back_but_not_of_
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as host:  # answers 501
         threading.Thread(target=host.serve_forever).start()
         url = f"http://127.0.0.1:{host.server_port}/squeezenet1_1-b8a52dc0.pth"
-        monkeypatch.setattr(torchvision_source, "official_url", lambda _: url)
+        monkeypatch.setattr(architectures, "official_weights", lambda _: SimpleNamespace(url=url))
         spec = from_options(arch="squeezenet1_1")
         names = [path.stem for path in run._build(spec)]
         assert names == ["efficientnet_lite0", "squeezenet1_1"]

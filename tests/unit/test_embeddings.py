@@ -2,19 +2,16 @@
 
 import json
 from array import array
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pyarrow import parquet
 
-from classification_client import Classification, embeddings
+from classification_client import embeddings
 from classification_client.errors import UserError
 from examples.duplicates.__main__ import pairs
 from handler.errors import BadRequest
-from handler.inference.engines import Extra
-from handler.protocols import parse
 from handler.protocols.kserve_v2 import KServeV2, OutputTensor, parse_outputs
 from handler.request import Options, Request, RequestImage
 from handler.results import embedding_to_json
@@ -26,22 +23,6 @@ VECTORS = np.array(VECTORS_SENT, np.float32)
 NAMES = ["a.png", "ä/鳥.png", "odd�.png"]
 
 
-def request(**fields: object) -> Request:
-    return Request("1", {"file": b"x", **fields}, {}, OPTIONS)
-
-
-OPTIONS = Options(topk=5, threshold=0.1)
-
-
-@pytest.mark.parametrize(
-    ("value", "wanted"), [(b"true", True), (b"1", True), (b"False", False), (b"0", False)]
-)
-def test_the_option_is_read(*, value: bytes, wanted: bool) -> None:
-    asked = request(embedding=value)
-    parse(asked, parts.archive(embedding=3))
-    assert (asked.extra is Extra.EMBEDDING) is wanted
-
-
 def test_embeddings_have_the_digits_of_float32() -> None:
     values = np.array([0.1, 1 / 3, 1e-30, 16777217, -0.0], np.float32)
     assert np.array_equal(np.array(embedding_to_json(values), np.float32), values)
@@ -49,7 +30,7 @@ def test_embeddings_have_the_digits_of_float32() -> None:
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_embeddings_are_a_tensor_only_if_asked_for(*, binary: bool) -> None:
+def test_embeddings_are_a_tensor_only_on_request(*, binary: bool) -> None:
     assert "embedding" not in [o.name for o in parse_outputs({}, explained=False)]
     wanted = {"outputs": [{"name": "embedding", "parameters": {"binary_data": binary}}]}
     (output,) = parse_outputs(wanted, explained=False)
@@ -59,24 +40,15 @@ def test_embeddings_are_a_tensor_only_if_asked_for(*, binary: bool) -> None:
     vector = np.array([0.25, -1, 3], np.float32)
     protocol = KServeV2()
     protocol.outputs = [output]
-    images = [
-        RequestImage("1", n, result={}, extra_output=v) for n, v in {"a": vector, "b": None}.items()
-    ]
-    response = protocol.format(replace(request(), images=images), parts.archive())
+    images = [RequestImage("1", "a", result={}, extra_output=v) for v in (vector, None)]
+    request = Request("1", {}, {}, Options(topk=5, threshold=0.1), images=images)
+    response = protocol.format(request, parts.archive())
     length = int(response.headers.get("Inference-Header-Content-Length", len(response.body)))
     data = response.body[length:]
     (tensor,) = json.loads(response.body[:length])["outputs"]
     assert (tensor["datatype"], tensor["shape"]) == ("FP32", [2, 3])
     found = np.frombuffer(data, "<f4") if binary else np.array(tensor["data"])
     assert found.tolist() == [0.25, -1, 3, 0, 0, 0]
-
-
-def test_the_client_reads_embeddings() -> None:
-    row = {"label": "a", "probability": 1.0, "class_id": "a", "class_index": 0}
-    body = {"predictions": [row], "recognized": True}
-    assert Classification.from_answer(body).embedding is None
-    found = Classification.from_answer({**body, "embedding": [0.5, 2]}).embedding
-    assert found == array("f", [0.5, 2])
 
 
 def test_numpy_and_parquet_read_the_files(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Pictures that are no squares: cropped, squashed or padded, as timm's own transforms do."""
+"""Images that are not square: cropped, squashed or padded, as timm's own transforms do."""
 
 import io
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from handler.decoding.decode import decode
 from handler.errors import ArchiveError
 from handler.inference import explain
 from handler.settings import Preprocessing
-from tests.pictures import encode, generated, photographs
+from tests.images import encode, generated, photographs
 
 TIMMS = {"crop": "center", "squash": "squash", "pad": "border"}
 BUDGET = 10**8
@@ -29,7 +28,7 @@ IMAGES = [
 
 @pytest.mark.parametrize(("percent", "interpolation"), [(1.0, "bilinear"), (0.875, "bicubic")])
 @pytest.mark.parametrize("fit", TIMMS)
-def test_each_is_as_in_timm(fit: str, percent: float, interpolation: str) -> None:
+def test_pixels_equal_timms_transform(fit: str, percent: float, interpolation: str) -> None:
     resize = int(96 / percent)
     preprocessing = Preprocessing(resize, 96, interpolation=interpolation, fit=fit)
     theirs = transforms_imagenet_eval(
@@ -47,15 +46,15 @@ def test_each_is_as_in_timm(fit: str, percent: float, interpolation: str) -> Non
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad"])
-def test_the_longest_pictures_cost_no_more_than_others(fit: str) -> None:
+def test_the_longest_images_give_an_input_of_the_usual_size(fit: str) -> None:
     strip = encode(Image.new("RGB", (60_000, 1), (255, 0, 0)))
     pixels = decode(strip, Preprocessing(224, 224, fit=fit), PixelBudget(BUDGET)).pixels
     assert pixels.shape == (3, 224, 224)
     assert pixels[0].max() == 255
 
 
-def test_a_map_of_a_padded_picture_leaves_the_border_out() -> None:
-    """The model sees a square; of a wide picture's map the middle rows are its own."""
+def test_a_heat_map_of_a_padded_image_has_no_border() -> None:
+    """The model's input is a square; only the middle rows of the map are the image's."""
     preprocessing = Preprocessing(96, 96, fit="pad")
     wide = encode(Image.new("RGB", (400, 200), (200, 200, 200)))
     photo = decode(wide, preprocessing, PixelBudget(BUDGET), preview_side=1024)
@@ -68,13 +67,8 @@ def test_a_map_of_a_padded_picture_leaves_the_border_out() -> None:
     assert np.ptp(shown[60:], axis=(0, 1)).max() <= 2, "nothing below the border is warm"
 
 
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"fit": "stretch"}, "fit must be crop, squash, pad, got 'stretch'"),
-        ({"fit": "squash", "resize": 100}, "crop 224 is larger than resize 100"),
-    ],
-)
-def test_what_cannot_be_is_refused(said: dict[str, Any], message: str) -> None:
-    with pytest.raises(ArchiveError, match=message):
-        Preprocessing(**said)
+def test_an_invalid_fit_is_rejected() -> None:
+    with pytest.raises(ArchiveError, match="fit must be crop, squash, pad, got 'stretch'"):
+        Preprocessing(fit="stretch")
+    with pytest.raises(ArchiveError, match="crop 224 is larger than resize 100"):
+        Preprocessing(fit="squash", resize=100)

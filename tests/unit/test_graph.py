@@ -20,7 +20,7 @@ from handler.settings import Preprocessing
 from scripts.build import export_graphs
 from scripts.build.convert import convert
 from scripts.build.export import write_onnx
-from scripts.build.model_file import from_options
+from scripts.build.model_file import ModelFile, from_options
 from scripts.build.onnx_model import read
 from scripts.build.packing import BUILD
 from scripts.build.pipeline import build
@@ -136,7 +136,7 @@ for name in "torch torchvision onnxscript timm scipy sklearn matplotlib skimage"
 import scripts.__main__
 scripts.__main__.program()
 import scripts.run
-from scripts.build.model_file import from_options
+from scripts.build.model_file import ModelFile, from_options
 from scripts.build.packing import BUILD
 from scripts.build.pipeline import build
 folder = Path(sys.argv[1])
@@ -164,3 +164,9 @@ def test_archives_are_built_without_pytorch_and_are_the_same_as_with_it(tmp_path
     assert card.features == "features"
     with zipfile.ZipFile(again) as content:
         assert "Apache" in content.read(WEIGHTS_NOTICE).decode()
+
+
+@pytest.mark.parametrize("architecture", ["efficientnet_lite0", "resnet18"])
+def test_random_weights_have_as_many_classes_as_a_model_file_lists(architecture: str) -> None:
+    spec = ModelFile(name="pets", arch=architecture, weights="random", classes=["cat", "dog"])
+    assert open_source(spec).outputs == 2

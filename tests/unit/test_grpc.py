@@ -16,7 +16,7 @@ GOLDEN = (
 )
 
 
-def test_messages_are_on_the_wire_as_the_protocol_has_them() -> None:
+def test_messages_are_encoded_as_in_the_published_protocol() -> None:
     request = messages.ModelInferRequest.FromString(GOLDEN)
     assert (request.model_name, request.model_version, request.id) == ("m", "1", "7")
     assert request.parameters["topk"].WhichOneof("parameter_choice") == "int64_param"
@@ -29,7 +29,7 @@ def test_messages_are_on_the_wire_as_the_protocol_has_them() -> None:
     assert request.SerializeToString() == GOLDEN
 
 
-def test_tensors_may_be_in_contents_too() -> None:
+def test_tensors_may_be_in_contents() -> None:
     """KServe's and Triton's clients send raw bytes; others of the protocol need not."""
     request = messages.ModelInferRequest(model_name="m", id="7")
     request.parameters["topk"].int64_param = 1
@@ -41,10 +41,8 @@ def test_tensors_may_be_in_contents_too() -> None:
     assert data == [b"\x01\0\0\0a\x02\0\0\0bc", b"\x01\xff"]
     assert document["id"] == "7"
     assert document["parameters"] == {"topk": 1, "binary_data_output": True}
-    assert [i["parameters"] for i in document["inputs"]] == [
-        {"binary_data_size": 11},
-        {"binary_data_size": 2},
-    ]
+    sizes = [tensor["parameters"]["binary_data_size"] for tensor in document["inputs"]]
+    assert sizes == [11, 2]
 
 
 def test_an_answer_with_binary_tensors_becomes_a_message() -> None:
@@ -59,7 +57,7 @@ def test_an_answer_with_binary_tensors_becomes_a_message() -> None:
     assert list(response.raw_output_contents) == [b"\x01\0\0\0a"]
 
 
-def test_no_server_is_not_ready_and_a_call_is_unavailable() -> None:
+def test_without_a_server_readiness_is_false_and_a_call_is_unavailable() -> None:
     (port,) = unused_ports(1)
     ready = call("ServerReady", messages.ServerReadyRequest(), port, seconds=5)
     assert ready == messages.ServerReadyResponse()
@@ -68,7 +66,7 @@ def test_no_server_is_not_ready_and_a_call_is_unavailable() -> None:
     assert failed.value.status == 503
 
 
-def test_tensors_that_hold_no_images_are_rejected() -> None:
+def test_tensors_of_other_types_or_ranges_are_rejected() -> None:
     request = messages.ModelInferRequest(model_name="m")
     request.inputs.add(name="images", datatype="FP32", shape=[1]).contents.fp32_contents.append(1)
     with pytest.raises(CallError, match="must be BYTES or UINT8"):

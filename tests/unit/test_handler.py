@@ -1,8 +1,8 @@
 """The whole handler between TorchServe's own protocol and a real engine with a tiny model.
 
 A batch goes in as TorchServe's worker reads it from the frontend, and what comes out is read as the
-frontend reads it: what is wrong with one request must be answered in its place, its neighbors must
-get what they get alone, and the stream must stay whole.
+frontend reads it: an error of one request stays in its place, the others get the responses that
+they get alone, and the stream stays complete.
 """
 
 import base64
@@ -36,7 +36,7 @@ from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX
 from handler.protocols.forms import Form
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from tests.pictures import encode
+from tests.images import encode
 
 TAG_ICC = 34675
 
@@ -117,14 +117,14 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        def refuse(constant: str) -> None:
+        def fail(constant: str) -> None:
             raise AssertionError(f"{constant} is not JSON")
 
-        return json.loads(self.body, parse_constant=refuse)
+        return json.loads(self.body, parse_constant=fail)
 
 
 def decoded(message: bytes) -> list[Answer]:
-    """Reads a batch's answers as TorchServe's `ModelResponseDecoder` does."""
+    """Read the responses to a batch as TorchServe's `ModelResponseDecoder` does."""
     stream = io.BytesIO(message)
 
     def number() -> int:
@@ -195,7 +195,7 @@ def serve(handler_and_service: tuple[DenseNetHandler, Service]) -> Serve:
 
 
 def served(service: Service, *requests: Sent) -> list[Answer]:
-    """What a batch of requests is answered."""
+    """Return the responses to a batch of requests."""
     batch = [request.encoded(index) for index, request in enumerate(requests)]
     answers = decoded(bytes(service.predict(batch)))
     assert len(answers) == len(requests)
@@ -222,13 +222,13 @@ def tensor(more: dict[str, object] | None = None, **values: object) -> Sent:
     return as_json({"inputs": [{"datatype": "BYTES", "data": [B64], **values}], **(more or {})})
 
 
-EXPLAINED = Sent(raw(RED).parts, (("explain", "True"), ("Accept", "application/json")))
+EXPLAINED = raw(RED, explain="True", Accept="application/json")
 GOOD = [*map(raw, IMAGES), EXPLAINED]
 
 
 @pytest.fixture(scope="module")
 def alone(serve: Serve) -> list[Any]:
-    """What each of the good requests is answered alone."""
+    """Return the response that each of the good requests gets alone."""
     answers = [serve(request)[0] for request in GOOD]
     assert {answer.status for answer in answers} == {200}
     bodies = [answer.json for answer in answers]
@@ -238,7 +238,7 @@ def alone(serve: Serve) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def between(serve: Serve, alone: list[Any]) -> Callable[[Sent], Answer]:
-    """Sends a request between good ones, which must get their own answers; its place moves."""
+    """Send a request between good ones, which must get their own responses; its place moves."""
     places = itertools.cycle(range(len(GOOD) + 1))
 
     def between(request: Sent) -> Answer:
@@ -251,17 +251,12 @@ def between(serve: Serve, alone: list[Any]) -> Callable[[Sent], Answer]:
     return between
 
 
-# --- What one request raises stays in its place ---
+# --- Error isolation ---
 
 
-def nested(depth: int) -> list[Any]:
-    deep: list[Any] = []
-    for _ in range(depth):
-        deep = [deep]
-    return deep
-
-
-DEEP = nested(987)
+DEEP: list[Any] = []
+for _ in range(987):
+    DEEP = [DEEP]
 HOSTILE = [
     # Half a character, which is no text.
     (400, as_json("\ud800")),
@@ -282,9 +277,8 @@ HOSTILE = [
     (400, tensor(datatype=[])),
     (422, as_json({"image": B64, "topk": 10**4000})),
     (422, as_json({"image": B64, "topk": float("nan"), "threshold": float("inf")})),
-    (200, Sent(raw(RED).parts, (("Content-Length", "9" * 5000),))),
-    (200, Sent(raw(RED).parts, (("Content-Length", "\u0663"),))),
-    (200, Sent(raw(RED).parts, (("X-Request-Id", "\u732b\n"),))),
+    *((200, raw(RED, **{"Content-Length": length})) for length in ("9" * 5000, "\u0663")),
+    (200, raw(RED, **{"X-Request-Id": "\u732b\n"})),
     (200, Sent((("file", "application/json", {"a": 1}), ("other", "x/y", b"x")))),
     # No image, a damaged one, and an empty one.
     *((400, raw(content)) for content in (b"text", RED[:40], b"")),
@@ -294,7 +288,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("status", "request_"), HOSTILE)
-def test_a_hostile_request_is_answered_in_its_place(
+def test_a_hostile_request_changes_no_other_response(
     between: Callable[[Sent], Answer], status: int, request_: Sent
 ) -> None:
     answer = between(request_)
@@ -303,13 +297,13 @@ def test_a_hostile_request_is_answered_in_its_place(
 
 
 @pytest.mark.parametrize("profile", ["a text", 7, b"no profile", b"x" * 100_000])
-def test_an_odd_color_profile_disturbs_no_other_image(
+def test_a_malformed_color_profile_changes_no_other_response(
     between: Callable[[Sent], Answer], profile: object
 ) -> None:
     tags = ImageFileDirectory_v2()
     tags[TAG_ICC] = profile
     content = encode(Image.new("RGB", (10, 12)), "TIFF", tiffinfo=tags)
-    answer = between(Sent(raw(content).parts, (("explain", "True"),)))
+    answer = between(raw(content, explain="True"))
     assert (answer.content_type == "image/png") is (answer.status == 200)
 
 
@@ -324,7 +318,7 @@ def test_an_odd_color_profile_disturbs_no_other_image(
         (results, "check_response_size", MemoryError),
     ],
 )
-def test_a_fault_in_any_stage_is_one_requests_500(  # fixtures
+def test_an_exception_in_any_stage_is_a_500_of_one_request(  # fixtures
     serve: Serve,
     alone: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -371,7 +365,7 @@ def test_no_batch_of_the_engine_is_larger_than_max_batch(
 
 
 @pytest.mark.parametrize("logit", [None, np.nan, np.inf, -np.inf])
-def test_an_image_that_the_engine_fails_on_is_lost_alone(
+def test_an_image_that_the_engine_fails_on_fails_alone(
     serve: Serve,
     handler: DenseNetHandler,
     alone: list[Any],
@@ -418,15 +412,12 @@ def test_the_web_ui_needs_neither_decoder_nor_model(
     assert serve(page, page) == [first, second]
 
 
-def test_what_cannot_be_counted_is_answered_all_the_same(
-    serve: Serve, handler: DenseNetHandler, alone: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(handler.metrics, "_count", None)
-    assert [answer.json for answer in serve(*GOOD)] == alone
-
-
-def test_the_log_of_requests_has_the_outcomes_of_the_answers(
-    serve: Serve, caplog: pytest.LogCaptureFixture
+def test_the_request_log_has_each_status_and_outcome_and_may_fail(
+    serve: Serve,
+    handler: DenseNetHandler,
+    alone: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "densenet.requests")
     low = Sent((("file", "image/png", RED), ("threshold", "", b"1")))
@@ -441,38 +432,35 @@ def test_the_log_of_requests_has_the_outcomes_of_the_answers(
         (422, ["InvalidOption"]),
         (200, ["recognized", "BadRequest"]),
     ]
+    monkeypatch.setattr(handler.metrics, "_count", None)
+    assert [answer.json for answer in serve(*GOOD)] == alone
 
 
-# --- The largest answer ---
+# --- The largest response ---
+
+
+LONG_NAME = "x" * 4_000_000
 
 
 @pytest.mark.parametrize(
-    "document",
+    "request_",
     [
-        {"instances": [B64] * 16, "topk": 100_000},  # 7 MB
-        {"inputs": [{"datatype": "BYTES", "data": [B64] * 16}], "topk": 100_000},
+        as_json({"instances": [B64] * 16, "topk": 100_000}),  # 7 MB
+        as_json({"inputs": [{"datatype": "BYTES", "data": [B64] * 16}], "topk": 100_000}),
         # KServe's `result` is JSON within JSON, which makes it larger.
-        {"inputs": [{"datatype": "BYTES", "data": [B64] * 14}], "topk": 5_000},
+        as_json({"inputs": [{"datatype": "BYTES", "data": [B64] * 14}], "topk": 5_000}),
+        Sent(((LONG_NAME, "x/y", RED), (f"{LONG_NAME}2", "x/y", RED))),
     ],
+    ids=["KServe V1", "KServe V2", "JSON within JSON", "long names"],
 )
-def test_no_answer_above_the_frontends_limit_is_sent(
-    between: Callable[[Sent], Answer], document: object
+def test_no_response_above_the_frontends_limit_is_sent(
+    between: Callable[[Sent], Answer], request_: Sent
 ) -> None:
-    answer = between(as_json(document))
-    assert (answer.status, answer.json["type"]) == (413, "AnswerTooLarge")
-    assert "smaller topk" in answer.json["message"]
-
-
-def test_a_large_answer_below_the_limit_is_sent(between: Callable[[Sent], Answer]) -> None:
-    fits = between(as_json({"instances": [B64] * 10, "topk": 5_000}))
-    assert len(fits.json["predictions"][9]["predictions"]) == 5_000
-
-
-def test_a_long_name_does_not_make_an_answer_too_large(between: Callable[[Sent], Answer]) -> None:
-    name = "x" * 4_000_000
-    answer = between(Sent(((name, "x/y", RED), (f"{name}2", "x/y", RED))))
+    answer = between(request_)
     assert (answer.status, answer.json["type"]) == (413, "AnswerTooLarge")
     assert len(answer.body) < 1_000
+    fits = between(as_json({"instances": [B64] * 10, "topk": 5_000}))
+    assert len(fits.json["predictions"][9]["predictions"]) == 5_000
 
 
 # --- Anything at all ---
@@ -522,7 +510,7 @@ anything = st.builds(
 
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(request=anything)
-def test_whatever_is_sent_stays_in_its_place(
+def test_no_request_whatsoever_changes_another_response(
     between: Callable[[Sent], Answer], request: Sent
 ) -> None:
     answer = between(request)

@@ -28,7 +28,7 @@ from scripts.build.pipeline import build
 from scripts.build.sources.huggingface import CONFIG, PREPROCESSOR, WEIGHTS, open_source
 from scripts.store import read_card
 from scripts.terminal import UserError
-from tests.pictures import encode, photographs
+from tests.images import encode, photographs
 
 CLASSES = {0: "cat", 1: "dog", 2: "crane", 3: "tench, Tinca tinca", 4: "none"}
 PHOTOGRAPHS = 20

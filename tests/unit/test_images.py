@@ -17,7 +17,6 @@ from torchvision import transforms
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode, run_all
 from handler.errors import (
-    ClientError,
     DamagedImage,
     EmptyImage,
     NotAnImage,
@@ -28,7 +27,7 @@ from handler.request import RequestImage, run_isolated
 from handler.settings import Preprocessing
 from scripts.build.export import Normalized
 from scripts.samples import CAT
-from tests.pictures import encode, generated, large_jpegs, photographs
+from tests.images import encode, generated, large_jpegs, photographs
 
 PREPROCESSING = Preprocessing()
 MAX_PIXELS = 64_000_000
@@ -52,35 +51,38 @@ def normalized(pixels: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def quickly(image: Image.Image) -> bytes:
-    return encode(image, compress_level=1)
+    return encode(image, compress_level=0)
 
 
 def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None:
-    compared = {"exact": 0, "long": 0}
-    worst = {"exact": 0.0, "long": 0.0}
-    for _, image in (*photographs(), *generated()):
-        mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels)
-        kind = "long" if is_very_long(image) else "exact"
-        difference = (mine - TUTORIAL(image.convert("RGB"))).abs()
-        compared[kind] += 1
-        worst[kind] = max(worst[kind], float((difference * STD).max()) * 255)
+    """The tutorial would make more than 4 million pixels of a very long image."""
+    images = [image for _, image in (*photographs(), *generated())]
+    exact = [image for image in images if not is_very_long(image)]
+    long = [image for image in images if is_very_long(image)][::5]
+    assert len(exact) >= 200
+    worst, worst_long = (max(map(difference, some)) for some in (exact, long))
     note.append(
-        f"preprocessing: {compared['exact']} images against the tutorial's transform, worst "
-        f"difference {worst['exact']:.1f} of 255 levels; {compared['long']} more than 61 times "
-        f"as long as wide, worst {worst['long']:.2f}"
+        f"preprocessing: {len(exact)} images against the tutorial's transform, worst difference "
+        f"{worst:.1f} of 255 levels; {len(long)} more than 61 times as long as wide, worst "
+        f"{worst_long:.2f}"
     )
-    assert compared["exact"] >= 200
-    assert worst["exact"] == 0
-    assert worst["long"] <= 1.01  # a level, and float32's rounding of it
+    assert worst == 0
+    assert worst_long <= 1.01  # a level, and float32's rounding of it
+
+
+def difference(image: Image.Image) -> float:
+    """Return the largest difference from the tutorial's transform, in levels of 255."""
+    mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels)
+    return float(((mine - TUTORIAL(image.convert("RGB"))).abs() * STD).max()) * 255
 
 
 def is_very_long(image: Image.Image) -> bool:
-    """The tutorial would make more than 4 million pixels of it; see `resize_and_crop`."""
+    """See `resize_and_crop`."""
     return 255**2 * max(image.size) / min(image.size) > 4_000_000
 
 
 @pytest.mark.parametrize("size", [(451, 300), (1500, 1000)])
-def test_of_a_jpeg_without_its_end_the_model_must_see_what_the_whole_one_shows(
+def test_a_truncated_jpeg_gives_the_pixels_of_the_whole_one_or_is_rejected(
     size: tuple[int, int],
 ) -> None:
     """Its end marker may be missing, and a cut-off scan is rejected if that can be seen."""
@@ -100,41 +102,33 @@ def test_of_a_jpeg_without_its_end_the_model_must_see_what_the_whole_one_shows(
                     )
                     assert np.array_equal(decoded.pixels, expected)
         rejected = 0
-        for missing in (3, 10, 100, 1_000, *range(len(whole) // 20, len(whole), len(whole) // 20)):
+        for missing in (3, 10, 100, 1_000, *range(len(whole) // 10, len(whole), len(whole) // 10)):
             try:
                 decoded = decode(whole[:-missing], PREPROCESSING, PixelBudget(MAX_PIXELS))
             except DamagedImage:
                 rejected += 1
             else:
                 assert np.array_equal(decoded.pixels, expected), missing
-        assert rejected >= 19
+        assert rejected >= 9
 
 
-@pytest.mark.parametrize("size", [(1, 100), (100, 1), (2, 1500), (3000, 10), (4, 2000)])
+@pytest.mark.parametrize("size", [(1, 100), (100, 1), (2, 1500), (3000, 10)])
 def test_very_long_images_stay_within_two_levels_of_the_tutorial(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    mine = decode(encode(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels.astype(int)
-    geometry = transforms.Compose(TUTORIAL.transforms[:2])
-    theirs = np.asarray(geometry(image)).transpose(2, 0, 1).astype(int)
-    assert np.abs(mine - theirs).max() <= 2
+    assert difference(Image.fromarray(noise)) <= 2.01
 
 
-@pytest.mark.parametrize(
-    ("data", "error", "words"),
-    [
+def test_a_file_of_another_format_is_rejected_with_its_name() -> None:
+    accepted = "Accepted are: JPEG"
+    for data, error, message in (
         (b"", EmptyImage, "no bytes"),
-        (b"hello" * 100, NotAnImage, "not an image. Accepted are: JPEG"),
-        (b"%PDF-1.7 ...", UnsupportedFormat, "a PDF file. Accepted are: JPEG"),
+        (b"hello" * 100, NotAnImage, f"not an image. {accepted}"),
+        (b"%PDF-1.7 ...", UnsupportedFormat, f"a PDF file. {accepted}"),
         # Pillow could read it.
-        (encode(Image.new("RGB", (10, 10)), "PPM"), UnsupportedFormat, "has an unsupported format"),
-    ],
-)
-def test_what_is_no_accepted_image_is_named(
-    data: bytes, error: type[ClientError], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        (encode(Image.new("L", (9, 9)), "PPM"), UnsupportedFormat, "has an unsupported format"),
+    ):
+        with pytest.raises(error, match=message):
+            decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
@@ -143,50 +137,42 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
         decode(header_only, PREPROCESSING, PixelBudget(1_000_000))
 
 
-def test_the_images_of_a_request_share_their_pixels() -> None:
-    budget = PixelBudget(150_000)  # the cat has 135,300
-    decode(CAT.read_bytes(), PREPROCESSING, budget)
-    with pytest.raises(
-        TooLarge, match="451 x 300 pixels; the images of a request may have 150,000"
-    ):
-        decode(CAT.read_bytes(), PREPROCESSING, budget)
-
-
-@pytest.mark.slow
-def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str]) -> None:
-    worst, least_psnr, count = 0, float("inf"), 0
-    for jpeg in large_jpegs():
-        reduced, exact = (
-            decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).pixels.astype(int)
-            for flag in (True, False)
-        )
-        assert not np.array_equal(reduced, exact), "this image was not reduced"
-        difference = np.abs(reduced - exact)
-        count += 1
-        worst = max(worst, int(difference.max()))
-        least_psnr = min(least_psnr, 10 * np.log10(255**2 / (difference**2).mean()))
-    note.append(
-        f"large JPEGs at reduced size: {count} against whole decoding, worst difference {worst} "
-        f"of 255 levels, least PSNR {least_psnr:.1f} dB"
-    )
-    assert count >= 20
-    assert worst <= 3
-    assert least_psnr >= 50
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_large_turned_jpeg_is_cut_where_the_whole_one_is(orientation: int) -> None:
-    """Its sides are no multiples of 8: the smaller copy has more than the image at two edges."""
-    with Image.open(CAT) as cat:
-        large = cat.convert("RGB").resize((2557, 3001))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    jpeg = encode(large, "JPEG", quality=92, exif=exif)
+def reduced_and_exact(jpeg: bytes) -> list[NDArray[np.int_]]:
+    """Decode a large JPEG at reduced size and whole."""
     reduced, exact = (
         decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).pixels.astype(int)
         for flag in (True, False)
     )
-    assert not np.array_equal(reduced, exact)
+    assert not np.array_equal(reduced, exact), "this image was not reduced"
+    return [reduced, exact]
+
+
+@pytest.mark.slow
+def test_large_jpegs_decoded_at_reduced_size_stay_within_3_levels(note: list[str]) -> None:
+    worst, min_psnr, count = 0, float("inf"), 0
+    for jpeg in large_jpegs():
+        reduced, exact = reduced_and_exact(jpeg)
+        levels = np.abs(reduced - exact)
+        count += 1
+        worst = max(worst, int(levels.max()))
+        min_psnr = min(min_psnr, 10 * np.log10(255**2 / (levels**2).mean()))
+    note.append(
+        f"large JPEGs at reduced size: {count} against whole decoding, worst difference {worst} "
+        f"of 255 levels, least PSNR {min_psnr:.1f} dB"
+    )
+    assert count >= 20
+    assert worst <= 3
+    assert min_psnr >= 50
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_rotated_jpeg_is_cropped_as_the_whole_one_is(orientation: int) -> None:
+    """Its sides are no multiples of 8: the smaller copy has more than the image at two edges."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with Image.open(CAT) as cat:
+        large = cat.convert("RGB").resize((2557, 3001))
+    reduced, exact = reduced_and_exact(encode(large, "JPEG", quality=92, exif=exif))
     assert np.abs(reduced - exact).max() <= 3
 
 
@@ -202,7 +188,7 @@ def decode_in_threads(files: Sequence[bytes], budget: PixelBudget, threads: int)
     return [image.decoded.pixels if image.decoded else type(image.error) for image in images]
 
 
-def test_images_decoded_in_threads_are_those_decoded_one_by_one() -> None:
+def test_images_decoded_in_threads_equal_those_decoded_one_by_one() -> None:
     good = [quickly(image) for _, image in islice(photographs(), 12)]
     files, budget = [*good, b"", b"hello" * 100], PixelBudget(10 * MAX_PIXELS)
     in_threads, one_by_one = (decode_in_threads(files, budget, threads) for threads in (4, 1))
@@ -211,7 +197,7 @@ def test_images_decoded_in_threads_are_those_decoded_one_by_one() -> None:
     assert in_threads[12:] == [EmptyImage, NotAnImage]
 
 
-def test_threads_share_one_budget() -> None:
+def test_the_images_of_a_request_share_their_pixels_in_all_threads() -> None:
     with Image.open(CAT) as cat:
         budget = PixelBudget(cat.width * cat.height * 3)
     found = decode_in_threads([CAT.read_bytes()] * 8, budget, 4)

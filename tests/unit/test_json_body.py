@@ -1,4 +1,4 @@
-"""JSON within bounds of memory, and bodies whose memory goes back."""
+"""JSON bodies of bounded memory."""
 
 import base64
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from handler.errors import BadRequest
 from handler.protocols.json_body import parse_json
 from handler.request import Options, Request
 
@@ -43,7 +42,7 @@ print((kilobytes("VmHWM:") - before) * 1024)
     ],
 )
 @pytest.mark.slow
-def test_no_json_body_takes_more_memory_than_a_worker_has_left(body: str) -> None:
+def test_no_json_body_needs_more_memory_than_a_worker_has(body: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, body],
         capture_output=True,
@@ -62,12 +61,7 @@ def parse(content: bytes) -> object:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
-def test_what_images_need_is_read(encoding: str) -> None:
+def test_json_of_16_images_is_read_in_each_encoding(encoding: str) -> None:
     image = base64.b64encode(bytes(1000)).decode()
     document = {"instances": [{"b64": image, "name": "\u732b"}] * 16, "topk": 3}
     assert parse(json.dumps(document, ensure_ascii=False).encode(encoding)) == document
-
-
-def test_a_body_of_too_many_parts_is_rejected() -> None:
-    with pytest.raises(BadRequest, match="more than 100,000 lists, objects and values"):
-        parse(b"[" + b"1," * 200_000 + b"1]")

@@ -24,7 +24,7 @@ from scripts.build.differences import MAX_DIFFERENCE
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.store import read_card
-from tests.pictures import encode, photographs
+from tests.images import encode, photographs
 
 CLASSES = 5
 PHOTOGRAPHS = 20

@@ -25,20 +25,15 @@ NAMES = ["class_id", "class_name", "probability", "recognized", "result"]
 
 
 def read(
-    document: Mapping[str, Any],
-    tail: bytes | None = None,
-    length: str | None = None,
-    *,
-    explain: bool = False,
+    document: Mapping[str, Any], tail: bytes | None = None, length: str = "", explain: bool = False
 ) -> Request:
-    """A request as it arrives: JSON, or JSON and the tensors' data behind it."""
+    """Parse a request as it arrives: JSON, or JSON and the tensors' data after it."""
     body = json.dumps(document).encode()
-    headers = {"explain": str(explain), "Content-Type": "application/json"}
-    if tail is not None:
-        headers = {
-            "explain": str(explain),
-            "inference-header-content-length": str(len(body)) if length is None else length,
-        }
+    headers = {"explain": str(explain)}
+    if tail is None:
+        headers["Content-Type"] = "application/json"
+    else:
+        headers["inference-header-content-length"] = length or str(len(body))
     request = Request("id", {"body": bytearray(body + (tail or b""))}, headers, OPTIONS)
     protocols.parse(request, ARCHIVE)
     return request
@@ -76,11 +71,10 @@ BAD_SHAPES: list[object] = [[2], [0], ["1"], [True], [1.0], [-2], {}, [1] * 9]
         ({"shape": [1, 2], "data": [ONE, ONE]}, 2),
         ({"shape": [-1], "data": [ONE, ONE]}, 2),
         ({"data": [ONE]}, 1),
-        # KServe's own example for TorchServe.
-        ({"shape": -1, "data": ONE}, 1),
+        ({"shape": -1, "data": ONE}, 1),  # KServe's own example for TorchServe
     ],
 )
-def test_bytes_in_json(values: dict[str, Any], images: int) -> None:
+def test_each_element_of_a_bytes_tensor_is_an_image(values: dict[str, Any], images: int) -> None:
     assert contents(read({"inputs": [tensor(**values)]})) == [b"1"] * images
 
 
@@ -95,7 +89,7 @@ def test_bytes_in_json(values: dict[str, Any], images: int) -> None:
         ({"data": [1, 2]}, [b"\1\2"]),
     ],
 )
-def test_octets_of_files_in_json_and_in_binary(
+def test_each_row_of_a_uint8_tensor_is_an_image_in_json_and_binary(
     values: dict[str, Any], expected: list[bytes]
 ) -> None:
     assert contents(read({"inputs": [tensor("UINT8", **values)]})) == expected
@@ -136,11 +130,13 @@ def test_binary_data_that_contradict_the_json_are_rejected(
         read(document, tail)
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "999999", "\u0663", "9" * 5000, "0", "5"])
-def test_a_wrong_length_of_the_json_is_rejected(length: str) -> None:
-    message = "not valid JSON" if length in {"0", "5"} else "Inference-Header-Content-Length must"
-    with pytest.raises(BadRequest, match=message):
-        read({"inputs": []}, b"", length)
+def test_a_wrong_length_of_the_json_is_rejected() -> None:
+    for length in ("-1", "x", "999999", "\u0663", "9" * 5000):
+        with pytest.raises(BadRequest, match="Inference-Header-Content-Length must"):
+            read({"inputs": []}, b"", length)
+    for length in ("0", "5"):
+        with pytest.raises(BadRequest, match="not valid JSON"):
+            read({"inputs": []}, b"", length)
 
 
 @pytest.mark.parametrize(
@@ -161,30 +157,23 @@ def test_a_wrong_length_of_the_json_is_rejected(length: str) -> None:
         (tensor(data=[ONE]) | {"name": "x" * 201}, "may have 200 characters"),
     ],
 )
-def test_a_tensor_of_another_kind_is_rejected(values: dict[str, Any], message: str) -> None:
+def test_a_malformed_tensor_is_rejected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         read({"inputs": [values]})
 
 
-# What follows the fifth is not parsed: 20 MB hold millions of empty elements.
-MANY = binary(*[b""] * 5) + b"\xff"
-
-
-@pytest.mark.parametrize(
-    ("document", "tail"),
-    [
+def test_more_images_than_allowed_are_rejected_in_every_kind_of_tensor() -> None:
+    # What follows the fifth is not parsed: 20 MB hold millions of empty elements.
+    many = binary(*[b""] * 5) + b"\xff"
+    for document, tail in (
         ({"inputs": [tensor(data=[ONE] * 5)]}, None),
         ({"inputs": [tensor(data=[ONE] * 3), tensor(data=[ONE] * 2)]}, None),
         ({"inputs": [tensor(data=[ONE])] * 5}, None),
         ({"inputs": [tensor("UINT8", shape=[5, 1], data=[1] * 5)]}, None),
-        (sized(len(MANY)), MANY),
-    ],
-)
-def test_more_images_than_allowed_are_rejected_in_every_kind_of_tensor(
-    document: dict[str, Any], tail: bytes | None
-) -> None:
-    with pytest.raises(TooManyImages):
-        read(document, tail)
+        (sized(len(many)), many),
+    ):
+        with pytest.raises(TooManyImages):
+            read(document, tail)
 
 
 # --- Outputs and ids ---
@@ -195,29 +184,31 @@ IN_BINARY = {"name": "class_id", "parameters": {"binary_data": True}}
 
 
 @pytest.mark.parametrize(
-    ("document", "explain", "outputs"),
+    ("document", "outputs"),
     [
-        *(({}, False, ALL), ({"outputs": []}, False, ALL)),
-        ({}, True, [output for output in ALL if output.name != "recognized"]),
+        ({"outputs": []}, ALL),
         (
             {"outputs": [{"name": "result"}, IN_BINARY]},
-            False,
             [OutputTensor("result"), OutputTensor("class_id", binary=True)],
         ),
-        (EVERYTHING, False, [OutputTensor(name, binary=True) for name in NAMES]),
-        (
-            EVERYTHING | {"outputs": [{"name": "result"}]},
-            False,
-            [OutputTensor("result", binary=True)],
-        ),
+        (EVERYTHING, [OutputTensor(name, binary=True) for name in NAMES]),
+        (EVERYTHING | {"outputs": [{"name": "result"}]}, [OutputTensor("result", binary=True)]),
     ],
 )
-def test_the_outputs_asked_for_come_in_their_order_or_all(
-    *, document: dict[str, Any], explain: bool, outputs: list[OutputTensor]
+def test_requested_outputs_come_in_their_order_and_all_by_default(
+    document: dict[str, Any], outputs: list[OutputTensor]
 ) -> None:
-    request = read({"inputs": [tensor(data=[ONE])], **document}, explain=explain)
+    request = read({"inputs": [tensor(data=[ONE])], **document})
     assert isinstance(request.protocol, KServeV2)
     assert request.protocol.outputs == outputs
+
+
+def test_an_explanation_has_no_output_recognized() -> None:
+    request = read({"inputs": [tensor(data=[ONE])]}, explain=True)
+    assert isinstance(request.protocol, KServeV2)
+    assert request.protocol.outputs == [one for one in ALL if one.name != "recognized"]
+    with pytest.raises(BadRequest, match="class_id, class_name, probability, result are"):
+        read({"inputs": [tensor(data=[ONE])], "outputs": [{"name": "recognized"}]}, explain=True)
 
 
 @pytest.mark.parametrize(
@@ -230,15 +221,9 @@ def test_the_outputs_asked_for_come_in_their_order_or_all(
         [{"name": "result", "parameters": {"shared_memory_region": "x"}}],
     ],
 )
-def test_outputs_that_cannot_be_had_are_rejected(asked: object) -> None:
+def test_unknown_outputs_are_rejected(asked: object) -> None:
     with pytest.raises(BadRequest, match=r"output|binary_data"):
         read({"inputs": [tensor(data=[ONE])], "outputs": asked})
-
-
-def test_an_explanation_has_no_recognized() -> None:
-    asked = {"inputs": [tensor(data=[ONE])], "outputs": [{"name": "recognized"}]}
-    with pytest.raises(BadRequest, match="class_id, class_name, probability, result are"):
-        read(asked, explain=True)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +236,7 @@ def test_an_id_comes_back_as_text(given: object, echoed: str | None) -> None:
 
 
 @pytest.mark.parametrize("given", ["x" * 201, 10**200, True, 1.5, [1], {}])
-def test_an_id_that_cannot_come_back_is_rejected(given: object) -> None:
+def test_an_id_that_cannot_be_returned_is_rejected(given: object) -> None:
     with pytest.raises(BadRequest, match='"id" must be'):
         read({"id": given, "inputs": [tensor(data=[ONE])]})
 
@@ -275,7 +260,7 @@ tensors = st.fixed_dictionaries(
 
 
 @given(inputs=st.lists(tensors | anything, max_size=3), tail=st.none() | st.binary(max_size=30))
-def test_whatever_tensors_arrive_are_read_or_rejected(
+def test_any_tensor_is_read_or_rejected_as_the_clients_mistake(
     inputs: list[object], tail: bytes | None
 ) -> None:
     try:

@@ -1,5 +1,6 @@
 """Workers, threads, requests and memory within the container's limits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_workers_follow_cpus_and_then_memory(container: pytest.MonkeyPatch) -> N
     assert _within(8 * GIB, container).workers == 4
 
 
-def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_too_small_is_rejected(container: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"1\.07 GB, does not hold 1 worker\(s\).*Raise the limit"
     ):
@@ -60,8 +61,24 @@ def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
         plan_resources(WORKER_BYTES, workers=2)
 
 
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """Return a function that writes a cgroup's memory limit and usage, in a folder of this one."""
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+
+    def write(limit: str, usage: str, cached: str) -> None:
+        name, number = limit.split()
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(f"{number}\n")
+        (tmp_path / usage).write_text("100\n")
+        (tmp_path / name).with_name("memory.stat").write_text(f"cache 500\n{cached} 30\n")
+
+    return write
+
+
 @pytest.mark.parametrize(
-    ("limit", "usage", "files", "found"),
+    ("limit", "usage", "cached", "found"),
     [
         ("memory.max 2147483648", "memory.current", "inactive_file", (2 * GIB, 70)),
         ("memory.max max", "memory.current", "inactive_file", None),
@@ -77,44 +94,30 @@ def test_what_does_not_fit_is_rejected(container: pytest.MonkeyPatch) -> None:
 def test_both_versions_of_cgroups_are_read(
     limit: str,
     usage: str,
-    files: str,
+    cached: str,
     found: object,
+    cgroups: Callable[[str, str, str], None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name, number = limit.split()
-    (tmp_path / "memory").mkdir()
-    (tmp_path / name).write_text(f"{number}\n")
-    (tmp_path / usage).write_text("100\n")
-    (tmp_path / name).with_name("memory.stat").write_text(f"cache 500\n{files} 30\n")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    cgroups(limit, usage, cached)
     # As a container of a host without cgroup namespaces sees it: a path that is not mounted.
-    own = tmp_path / "own"
-    own.write_text("4:memory:/docker/0123\n0::/docker/0123\n")
-    monkeypatch.setattr(machine, "_OWN_CGROUPS", own)
+    (tmp_path / "own").write_text("4:memory:/docker/0123\n0::/docker/0123\n")
     assert machine._container_memory() == found
 
 
 @pytest.mark.parametrize("outer", ["max", "1073741824"])
 def test_the_limit_of_a_systemd_service_counts(
-    outer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outer: str, cgroups: Callable[[str, str, str], None], tmp_path: Path
 ) -> None:
     for folder, limit in (("system.slice", outer), ("system.slice/densenet.service", "2147483648")):
-        cgroup = tmp_path / folder
-        cgroup.mkdir()
-        (cgroup / "memory.max").write_text(f"{limit}\n")
-        (cgroup / "memory.current").write_text("100\n")
-        (cgroup / "memory.stat").write_text("inactive_file 30\n")
-    own = tmp_path / "own"
-    own.write_text("0::/system.slice/densenet.service\n")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(machine, "_OWN_CGROUPS", own)
+        cgroups(f"{folder}/memory.max {limit}", f"{folder}/memory.current", "inactive_file")
+    (tmp_path / "own").write_text("0::/system.slice/densenet.service\n")
     assert machine._container_memory() == (2 * GIB if outer == "max" else GIB, 70)
-    own.write_text("0::/\n")
+    (tmp_path / "own").write_text("0::/\n")
     assert machine._container_memory() is None
 
 
-def test_a_limit_above_the_machine_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_container_memory", lambda: (1 << 62, 0))
-    monkeypatch.setattr(machine, "_available", lambda: 4 * GIB)
+def test_a_limit_above_the_machines_memory_is_ignored(container: pytest.MonkeyPatch) -> None:
+    container.setattr(machine, "_container_memory", lambda: (1 << 62, 0))
+    container.setattr(machine, "_available", lambda: 4 * GIB)
     assert machine.memory_limit() == 3 * GIB

@@ -1,4 +1,4 @@
-"""Multi-label models: from the logits to the predict, and through the whole handler."""
+"""Multi-label models: from the logits to the labels, and through the whole handler."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from handler import results
 from handler.archive import Archive
 from handler.errors import AnswerTooLarge, ArchiveError, BadRequest
-from handler.inference.activation import labels_above, sigmoid, top_label
+from handler.inference.activation import sigmoid
 from handler.inference.explain import CLASSIFIER
 from handler.inference.precision import count_mismatches, predict
 from handler.labels import Label
@@ -25,6 +26,7 @@ from handler.settings import MODEL_CARD, ModelCard, Settings
 from tests.unit.test_handler import (
     B64,
     CLASSES,
+    EXPLAINED,
     RED,
     Sent,
     Serve,
@@ -60,14 +62,7 @@ def test_sigmoid_is_pytorchs_and_survives_large_logits() -> None:
     np.testing.assert_allclose(found, torch.from_numpy(logits).sigmoid(), rtol=1e-6, atol=1e-38)
 
 
-def test_each_class_passes_by_its_own_threshold() -> None:
-    assert labels_above(PROBABILITIES, THRESHOLDS).tolist() == [2, 0]
-    assert labels_above(PROBABILITIES, 0.2).tolist() == [1, 2, 3]
-    assert top_label(PROBABILITIES, THRESHOLDS) == 2
-    assert top_label(PROBABILITIES, 0.9) == 1
-
-
-def test_all_that_pass_are_labels_however_few_predictions_are_asked_for() -> None:
+def test_topk_does_not_limit_the_labels() -> None:
     def row(index: int, probability: float) -> dict[str, object]:
         named = {"label": f"name_{index}", "class_id": f"n{index}", "class_index": index}
         return {**named, "probability": probability}
@@ -84,18 +79,12 @@ def test_all_that_pass_are_labels_however_few_predictions_are_asked_for() -> Non
         "labels": [row(2, 0.55), row(0, 0.1)],
         "predictions": [row(1, 0.6)],
     }
+    none = results.multilabel_classification(PROBABILITIES, LABELS, Options(2, threshold=0.9))
+    assert (none["recognized"], none["labels"]) == (False, [])
+    assert (none["class_id"], none["class_name"], none["probability"]) == (None, None, 0.6)
 
 
-def test_if_no_class_passes_nothing_is_recognized() -> None:
-    result = results.multilabel_classification(
-        PROBABILITIES, LABELS, Options(topk=2, threshold=0.9)
-    )
-    assert (result["recognized"], result["labels"]) == (False, [])
-    assert (result["class_id"], result["class_name"], result["probability"]) == (None, None, 0.6)
-    assert [row["class_index"] for row in result["predictions"]] == [1, 2]
-
-
-def test_labels_that_cannot_be_sent_are_rejected_before_they_are_made() -> None:
+def test_labels_that_cannot_fit_are_rejected_before_they_are_made() -> None:
     many = np.ones(100_000, np.float32)
     request = Request("id", {}, {}, Options(topk=1, threshold=0.5))
     request.images = [RequestImage("id", "a", probabilities=many)]
@@ -105,24 +94,20 @@ def test_labels_that_cannot_be_sent_are_rejected_before_they_are_made() -> None:
         results.check_result_count(request, 100_000, multilabel=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_card_that_contradicts_itself_stops_the_worker() -> None:
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"activation": "tanh"}, "activation must be softmax, sigmoid, got 'tanh'"),
         ({"thresholds": (0.5,)}, "activation sigmoid thresholds must be 4 numbers from 0 to 1"),
         ({"thresholds": (0.5, 0.5, 0.5, 1.5)}, "must be 4 numbers from 0 to 1"),
         ({"thresholds": (0.5, 0.5, 0.5, "1")}, "must be 4 numbers from 0 to 1"),
         ({"activation": "softmax"}, "activation softmax thresholds must be 0 numbers"),
-    ],
-)
-def test_a_card_that_contradicts_itself_stops_the_worker(
-    change: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ArchiveError, match=message):
-        dataclasses.replace(CARD, **change)  # type: ignore[arg-type]
+    ]
+    for change, message in changes:
+        with pytest.raises(ArchiveError, match=message):
+            dataclasses.replace(CARD, **change)
 
 
-def test_only_a_model_of_several_labels_has_a_tensor_of_them() -> None:
+def test_only_a_multilabel_model_has_a_tensor_of_labels() -> None:
     asked = {"outputs": [{"name": "labels"}]}
     (tensor,) = parse_outputs(asked, explained=False, multilabel=True)
     assert tensor.name == "labels"
@@ -134,19 +119,15 @@ def test_only_a_model_of_several_labels_has_a_tensor_of_them() -> None:
             parse_outputs(asked, explained=explained, multilabel=multilabel)
 
 
-@pytest.mark.parametrize(
-    ("thresholds", "told"), [((0.5, 0.5, 0.5, 0.5), 0.5), ((0.5, 0.5, 0.5, 0.4), None)]
-)
-def test_the_page_knows_one_threshold_or_that_each_class_has_its_own(
-    thresholds: tuple[float, ...], told: float | None
-) -> None:
-    card = dataclasses.replace(CARD, thresholds=thresholds)
-    archive = Archive(Path("model.onnx"), card, LABELS, Settings(), "tiny", "1.0")
-    page = settings_in(load_page(PAGE, archive).body)
-    assert (page["multilabel"], page["threshold"]) == (True, told)
+def test_the_web_ui_has_the_threshold_if_all_classes_share_it() -> None:
+    for least, shown in ((0.5, 0.5), (0.4, None)):
+        card = dataclasses.replace(CARD, thresholds=(0.5, 0.5, 0.5, least))
+        archive = Archive(Path("model.onnx"), card, LABELS, Settings(), "tiny", "1.0")
+        page = settings_in(load_page(PAGE, archive).body)
+        assert (page["multilabel"], page["threshold"]) == (True, shown)
 
 
-def test_in_reduced_precision_all_labels_count_and_not_the_first_one_alone() -> None:
+def test_reduced_precision_must_keep_all_labels() -> None:
     exact = np.array([[0, 1, 0.1, 0], [3, 0, 0, 0]], np.float32)
     reduced = exact.copy()
     reduced[0, 2] = -0.1  # its first label stays
@@ -187,7 +168,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def test_every_way_of_asking_gets_the_labels(serve: Serve, expected: dict[int, float]) -> None:
+def test_every_protocol_returns_the_labels_of_the_models_formula(
+    serve: Serve, expected: dict[int, float]
+) -> None:
     tensor = {"name": "t", "shape": [1], "datatype": "BYTES", "data": [B64]}
     plain, v1, v2 = serve(
         raw(RED),
@@ -208,34 +191,21 @@ def test_every_way_of_asking_gets_the_labels(serve: Serve, expected: dict[int, f
 
 
 def test_a_threshold_of_the_request_overrides_each_classs_own(serve: Serve) -> None:
-    none, all_ = serve(
-        as_json({"image": B64, "threshold": 1}), as_json({"image": B64, "threshold": 0})
+    none, all_, too_many, described = serve(
+        as_json({"image": B64, "threshold": 1}),
+        as_json({"image": B64, "threshold": 0}),
+        as_json({"instances": [{"b64": B64}] * 16, "threshold": 0, "topk": 1}),
+        Sent((), (("describe", "True"),)),
     )
     assert (none.json["recognized"], none.json["labels"]) == (False, [])
     assert len(all_.json["labels"]) == CLASSES
+    assert (too_many.status, too_many.json["type"]) == (413, "AnswerTooLarge")
+    assert described.json["activation"] == "sigmoid"
+    assert described.json["thresholds"][7] == 1e-6
 
 
-def test_too_many_labels_for_an_answer_are_rejected(serve: Serve) -> None:
-    refused, fine = serve(
-        as_json({"instances": [{"b64": B64}] * 16, "threshold": 0, "topk": 1}), raw(RED)
-    )
-    assert (refused.status, refused.json["type"]) == (413, "AnswerTooLarge")
-    assert fine.status == 200
-
-
-def test_the_first_label_is_what_is_explained(serve: Serve, expected: dict[int, float]) -> None:
-    headers = (("explain", "True"), ("Accept", "application/json"))
-    explained, other = serve(
-        Sent(raw(RED).parts, headers), as_json({"image": B64, "class_index": 12}, explain=True)
-    )
+def test_the_top_label_is_explained_by_default(serve: Serve, expected: dict[int, float]) -> None:
+    (explained,) = serve(EXPLAINED)
     first = next(iter(expected))
     assert explained.json["class_index"] == first
     assert explained.json["probability"] == pytest.approx(expected[first], abs=1e-6)
-    assert other.status == 200
-
-
-def test_the_description_has_activation_and_thresholds(serve: Serve) -> None:
-    (described,) = serve(Sent((), (("describe", "True"),)))
-    assert described.json["activation"] == "sigmoid"
-    assert described.json["thresholds"][7] == 1e-6
-    assert described.json["preprocessing"]["crop"] == 8

@@ -19,7 +19,7 @@ def test_a_file_is_read_up_to_the_limit(tmp_path: Path) -> None:
     assert (content, status.st_size) == (b"ima", 5)
 
 
-def test_an_input_error_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_error_is_transient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(b"image")
 
     def fail(*_: object, **__: object) -> None:
@@ -31,7 +31,7 @@ def test_an_input_error_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty"])
-def test_a_file_whose_folder_is_away_may_come_back(folder: str, tmp_path: Path) -> None:
+def test_a_missing_or_empty_folder_is_a_transient_error(folder: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()  # as a drive that is not mounted leaves it
     (tmp_path / "link.jpg").symlink_to(tmp_path / folder / "a.jpg")
     for file in (tmp_path / folder / "a.jpg", tmp_path / "link.jpg"):
@@ -39,7 +39,7 @@ def test_a_file_whose_folder_is_away_may_come_back(folder: str, tmp_path: Path) 
             read(file, LIMIT)
 
 
-def test_what_is_no_file_is_a_permanent_error(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_regular_file_is_a_permanent_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")

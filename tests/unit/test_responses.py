@@ -1,7 +1,6 @@
 """Results and errors as clients read them."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from handler import results
 from handler.archive import Archive
@@ -63,15 +61,11 @@ def test_below_the_threshold_nothing_is_recognized_but_predictions_are_listed() 
     assert result["success"] is True
 
 
-@pytest.mark.parametrize(
-    ("probabilities", "order"),
-    [(PROBABILITIES, [1, 3, 0, 2]), (np.full(4, 0.25, np.float32), [0, 1, 2, 3])],
-)
-def test_predictions_are_all_classes_at_most_and_equal_ones_in_the_models_order(
-    probabilities: NDArray[np.float32], order: list[int]
-) -> None:
-    result = results.classification(probabilities, LABELS, Options(topk=100, threshold=0))
-    assert [row["class_index"] for row in result["predictions"]] == order
+def test_equal_predictions_are_in_the_models_order() -> None:
+    everything = Options(topk=100, threshold=0)
+    for probabilities, order in ((PROBABILITIES, [1, 3, 0, 2]), (np.full(4, 0.25), [0, 1, 2, 3])):
+        result = results.classification(probabilities.astype(np.float32), LABELS, everything)
+        assert [row["class_index"] for row in result["predictions"]] == order
 
 
 def test_softmax_survives_large_logits() -> None:
@@ -133,15 +127,15 @@ def test_several_images_are_listed_by_name_and_fail_alone() -> None:
     assert answer.status == 200
 
 
-def test_kserve_v1_lists_predictions_or_explanations() -> None:
+def test_kserve_v1_and_hugging_face_list_predictions_or_explanations() -> None:
     both = request([GOOD, FAILED], KServeV1)
     assert collected(both) == {"predictions": [GOOD, BAD]}
-    assert collected(request([GOOD], KServeV1)) == {"predictions": [GOOD]}
     asked = request([explanation()], KServeV1, purpose=Purpose.EXPLAIN)
     assert collected(asked) == {"explanations": [explanation()]}
+    assert collected(request([GOOD], HuggingFace)) == [{"label": "name_1", "score": 0.6}]
 
 
-def test_kserve_v2_gives_the_tensors_asked_for_of_one_length() -> None:
+def test_kserve_v2_returns_the_requested_tensors_of_one_length() -> None:
     body = collected(request([GOOD, FAILED], KServeV2))
     outputs = {tensor["name"]: tensor for tensor in body.pop("outputs")}
     assert body == {"id": "42", "model_name": "m", "model_version": "1"}
@@ -156,7 +150,7 @@ def test_kserve_v2_gives_the_tensors_asked_for_of_one_length() -> None:
     assert [tensor["name"] for tensor in body["outputs"]] == ["result", "class_id"]
 
 
-def test_kserve_v2_answers_in_binary_if_asked() -> None:
+def test_kserve_v2_returns_binary_tensors_on_request() -> None:
     outputs = [OutputTensor(name, binary=name != "result") for name in ALL]
     asked = request([GOOD, FAILED], KServeV2, outputs=outputs)
     answer = format_response(asked)
@@ -177,7 +171,7 @@ def explanation() -> Body:
     return results.explanation(photo, activation, LABELS[1], class_index=1, probability=0.6)
 
 
-def test_an_explanation_has_the_map_and_the_part_of_the_image_that_the_model_saw() -> None:
+def test_an_explanation_has_the_map_and_the_crop_of_the_model() -> None:
     assert explanation() == {
         "success": True,
         "class_id": "n1",
@@ -190,7 +184,7 @@ def test_an_explanation_has_the_map_and_the_part_of_the_image_that_the_model_saw
     }
 
 
-def test_a_heat_maps_headers_are_ascii_without_line_ends_whatever_the_class_name() -> None:
+def test_a_class_name_cannot_inject_headers_of_a_heat_map() -> None:
     result = {
         "class_id": "n\r\nX: y",
         "class_name": "\u732b \"'",
@@ -203,51 +197,40 @@ def test_a_heat_maps_headers_are_ascii_without_line_ends_whatever_the_class_name
     assert headers["X-Probability"] == "0.6000000"
 
 
-def test_hugging_face_gets_labels_and_scores() -> None:
-    expected = [{"label": "name_1", "score": 0.6}]
-    assert collected(request([GOOD], HuggingFace)) == expected
-
-
-def test_what_is_not_json_is_never_sent() -> None:
+def test_nan_is_never_sent() -> None:
     with pytest.raises(ValueError, match="JSON"):
         json_response({"probability": float("nan")})
 
 
-# --- The largest answer ---
+# --- The largest response ---
 
 
-def test_the_largest_answer_is_what_the_frontend_takes() -> None:
-    text = Path("config.properties").read_text()
-    (configured,) = re.findall(r"^max_response_size=(\d+)$", text, re.MULTILINE)
-    assert int(configured) == results.MAX_RESPONSE_BYTES
-
-
-def test_a_larger_answer_is_rejected_with_what_to_ask_for() -> None:
+def test_a_larger_response_is_rejected_with_advice() -> None:
     fits = Response(200, bytes(results.MAX_RESPONSE_BYTES), "text/plain")
     results.check_response_size(fits)
     with pytest.raises(AnswerTooLarge, match=r"6,553,501 bytes; at most 6,553,500.*smaller topk"):
         results.check_response_size(replace(fits, body=fits.body + b"1"))
 
 
-def test_what_cannot_fit_is_rejected_before_it_is_made() -> None:
+def test_results_that_cannot_fit_are_rejected_before_they_are_made() -> None:
     images: list[Body | RequestError] = [GOOD] * 8
-    too_many = request(images, options=Options(topk=100_000, threshold=0))
+    many = request(images, options=Options(topk=100_000, threshold=0))
     with pytest.raises(AnswerTooLarge, match="more than"):
-        results.check_result_count(too_many, 20_000, multilabel=False)
-    results.check_result_count(too_many, 1_000, multilabel=False)
+        results.check_result_count(many, 20_000, multilabel=False)
+    results.check_result_count(many, 1_000, multilabel=False)
     few = request(images, options=Options(topk=10, threshold=0))
     results.check_result_count(few, 20_000, multilabel=False)
 
 
 def test_no_prediction_is_shorter_than_assumed() -> None:
-    (prediction,) = results.classification(
-        np.array([1], np.float32), [Label("", "")], Options(topk=1, threshold=0)
-    )["predictions"]
-    text = json.dumps(prediction, separators=(",", ":")) + ","
+    result = results.classification(np.ones(1, np.float32), [Label("", "")], Options(1, 0))
+    text = json.dumps(result["predictions"][0], separators=(",", ":")) + ","
     assert len(text) == results._MIN_PREDICTION_BYTES
 
 
-def test_workers_get_the_limit_that_counts(tmp_path: Path) -> None:
+def test_workers_have_the_limit_of_the_frontends_configuration(tmp_path: Path) -> None:
+    limit = server._read_number("max_response_size", Path("config.properties"))
+    assert int(limit) == results.MAX_RESPONSE_BYTES
     config = tmp_path / "config.properties"
     config.write_text("max_response_size=6553500\n# max_response_size=7\nmax_response_size=1000\n")
     assert server._read_number("max_response_size", config) == "1000"

@@ -1,4 +1,4 @@
-"""Every kind of pixels is read exactly or rejected by its name, against plain arithmetic."""
+"""Every kind of pixels is read exactly or rejected by its name, compared with plain arithmetic."""
 
 import io
 import itertools
@@ -16,15 +16,15 @@ from handler.decoding.formats import probe
 from handler.errors import DamagedImage, UnsupportedFormat
 from handler.settings import Preprocessing
 from tests import corpus, kinds
+from tests.images import encode
 from tests.kinds import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR
-from tests.pictures import encode
 
 PHOTOGRAPH = np.asarray(corpus.photograph())
 MAX_PIXELS = 64_000_000
 
 
 def shown(data: bytes) -> NDArray[np.uint8]:
-    """What the decoder process makes of a file: uint8 (height, width, 3)."""
+    """Return the pixels that the decoder process reads: uint8 (height, width, 3)."""
     header = probe(data)
     task = pillow.Task(
         Preprocessing(8, 8),
@@ -41,26 +41,16 @@ def shown(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(preview)
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        pytest.param(data, expected, id=name)
-        for name, data, expected in kinds.read(PHOTOGRAPH[:120, :160])
-    ],
-)
-def test_a_kind_that_is_read_shows_what_arithmetic_says(
-    data: bytes, expected: NDArray[np.uint8]
-) -> None:
+READABLE = {name: one for name, *one in kinds.read(PHOTOGRAPH[:120, :160])}
+REJECTED = {name: one for name, *one in (*kinds.unread(PHOTOGRAPH[:24, :32]), *kinds.NAMED)}
+
+
+@pytest.mark.parametrize(("data", "expected"), READABLE.values(), ids=READABLE)
+def test_a_supported_kind_is_read_exactly(data: bytes, expected: NDArray[np.uint8]) -> None:
     assert np.array_equal(shown(data), expected)
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        pytest.param(data, words, id=name)
-        for name, data, words in (*kinds.unread(PHOTOGRAPH[:24, :32]), *kinds.NAMED)
-    ],
-)
+@pytest.mark.parametrize(("data", "words"), REJECTED.values(), ids=REJECTED)
 def test_any_other_kind_is_rejected_by_its_name(data: bytes, words: str) -> None:
     with pytest.raises(UnsupportedFormat, match=words):
         decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
@@ -98,7 +88,7 @@ def expected_of(
 
 @pytest.mark.parametrize("photometric", COLORS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
-def test_no_tiff_is_read_otherwise_than_its_tags_say(bits: int, photometric: int) -> None:
+def test_a_tiff_is_read_exactly_as_its_tags_say_or_rejected(bits: int, photometric: int) -> None:
     """All combinations of tags: what is not read exactly is rejected as unsupported, and nothing
     that is sound is called damaged.
     """
@@ -152,17 +142,13 @@ READ = {
 }
 
 
-@pytest.mark.parametrize(
-    ("mode", "compression"),
-    [
-        *itertools.product(
-            ["RGB"], ["tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd"]
-        ),
-        *itertools.product(["1"], ["tiff_ccitt", "group3", "group4"]),
-    ],
-)
-def test_each_compression_that_is_read_is_in_pillows_libtiff(mode: str, compression: str) -> None:
-    page = Image.fromarray(PHOTOGRAPH).convert(mode)
+COLOR = ("tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "lzma", "zstd")
+BILEVEL = ("tiff_ccitt", "group3", "group4")
+
+
+@pytest.mark.parametrize("compression", [*COLOR, *BILEVEL])
+def test_each_accepted_tiff_compression_is_in_pillows_libtiff(compression: str) -> None:
+    page = Image.fromarray(PHOTOGRAPH).convert("RGB" if compression in COLOR else "1")
     data = encode(page, "TIFF", compression=compression)
     assert np.array_equal(shown(data), np.asarray(page.convert("RGB")))
 
@@ -179,7 +165,7 @@ def test_each_compression_that_is_read_is_in_pillows_libtiff(mode: str, compress
         b"\xff\xd8" + b"\xff" * 100,
     ],
 )
-def test_a_header_without_sense_is_damage_not_a_kind(data: bytes) -> None:
+def test_a_malformed_header_is_reported_as_damage(data: bytes) -> None:
     with pytest.raises(DamagedImage):
         decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
 
@@ -188,7 +174,7 @@ def test_a_header_without_sense_is_damage_not_a_kind(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_each_clear_level_of_a_grey_png_is_white_and_no_other(bits: int) -> None:
+def test_only_the_transparent_level_of_a_gray_png_is_white(bits: int) -> None:
     for level in sorted({0, 1, 2**bits // 2, 2**bits - 2, 2**bits - 1}):
         samples = RANDOM.integers(0, 2**bits, (H, W, 1))
         samples[0, :3, 0] = level, level ^ 1, level ^ (2**bits >> 1)
@@ -198,31 +184,28 @@ def test_each_clear_level_of_a_grey_png_is_white_and_no_other(bits: int) -> None
 
 
 def test_arithmetic_coding_changes_no_pixel() -> None:
+    """Nor does a repeated quantization table, which ends Pillow's first block within the scan."""
     with Image.open(io.BytesIO(kinds.HUFFMAN_JPEG)) as image:
         expected = np.asarray(image)
     assert expected.std() > 20
     assert len(kinds.ARITHMETIC_JPEGS) == 2
     for data in kinds.ARITHMETIC_JPEGS:
-        assert np.array_equal(shown(data), expected)
-
-
-def test_an_arithmetic_coded_jpeg_may_be_longer_than_pillows_block() -> None:
-    """A quantization table, repeated, moves the end of the block into the scan."""
-    with Image.open(io.BytesIO(kinds.HUFFMAN_JPEG)) as image:
-        expected = np.asarray(image)
-    for data in kinds.ARITHMETIC_JPEGS:
         table = b"\0" + b"\x01" * 64  # the file's own table 0 follows, and counts
         count = (65_536 - len(data) // 2) // len(table)
         padded = data[:2] + kinds.segment(0xDB, table * count) + data[2:]
         assert len(data) < 65_536 < len(padded)
-        assert np.array_equal(shown(padded), expected)
+        for each in (data, padded):
+            assert np.array_equal(shown(each), expected)
 
 
-# --- What goes on with the pixels ---
+# --- Color profiles ---
 
 
-def test_no_profile_nor_text_goes_on_with_the_pixels() -> None:
-    """They would be written into an explanation's PNG, whose size they then decide."""
+def test_no_color_profile_changes_the_pixels_or_stays_with_them() -> None:
+    """The tutorial's transform knows no profiles, and an explanation's PNG would contain them."""
+    xyz = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    data = encode(Image.fromarray(PHOTOGRAPH), icc_profile=xyz)
+    assert np.array_equal(shown(data), PHOTOGRAPH)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(3_000_000)
     rgb = Image.fromarray(PHOTOGRAPH)
     modes = (("TIFF", "RGB"), ("TIFF", "CMYK"), ("JPEG", "CMYK"), ("WEBP", "RGBA"))
@@ -232,10 +215,3 @@ def test_no_profile_nor_text_goes_on_with_the_pixels() -> None:
         photo = decode(data, Preprocessing(), PixelBudget(MAX_PIXELS), preview_side=1024)
         assert photo.preview is not None
         assert photo.preview.info == {}
-
-
-def test_pixels_are_those_of_the_file_whatever_its_profile() -> None:
-    """The tutorial's transform knows no profiles, and a model was trained without."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    data = encode(Image.fromarray(PHOTOGRAPH), icc_profile=profile)
-    assert np.array_equal(shown(data), PHOTOGRAPH)

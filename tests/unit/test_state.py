@@ -18,7 +18,7 @@ from tests.killing import killed_at_each_line
 OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000}
 
 
-def test_a_step_of_the_clock_changes_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_recognized_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """When somebody sets the clock, the kernel's time of boot moves by as much."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         when = start_time(process.pid)
@@ -47,7 +47,7 @@ def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -
         assert process_by_arguments(*words) is None, "a process that exited and was not waited for"
 
 
-def test_a_file_is_whole_wherever_its_writer_is_killed(tmp_path: Path) -> None:
+def test_a_state_file_is_complete_wherever_its_writer_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_state(path, OLD)
     program = f"""
@@ -71,35 +71,28 @@ def state_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(".run/server.json")
 
 
-UNREADABLE = {
-    "cut off": b'{"pid": 12, "star',
-    "of another version": b'{"pid": 12, "created": 1.5}',
-    "no object": b"[1]",
-    "no text": b"\xff\xfe\x00",
-}
-
-
-@pytest.mark.parametrize("content", [*UNREADABLE.values(), None], ids=[*UNREADABLE, "a folder"])
-def test_what_cannot_be_read_is_reported_and_kept(content: bytes | None, state_file: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b'{"pid": 12, "star', b'{"pid": 12, "created": 1.5}', b"[1]", b"\xff\xfe\x00", None],
+    ids=["cut off", "of another version", "no object", "not text", "a folder"],
+)
+def test_an_unreadable_state_file_is_reported_and_kept(
+    content: bytes | None, state_file: Path
+) -> None:
     if content is None:
         state_file.mkdir()
     else:
         state_file.write_bytes(content)
-    for look in (
-        find_running,
-        require_running,
-        commands.status_command,
-        lambda: commands.scale_command(1),
-        commands.stop_command,
-        commands.start_command,
-        run.main,
+    for command in (
+        *(find_running, require_running, commands.status_command, commands.stop_command),
+        *(lambda: commands.scale_command(1), commands.start_command, run.main),
     ):
         with pytest.raises(UserError, match=r"server\.json"):
-            look()
+            command()
         assert state_file.exists()
 
 
-def test_stop_clears_what_a_dead_server_left(
+def test_stop_deletes_the_files_of_a_crashed_server(
     state_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     temporary = tmp_path / "torchserve-1"

@@ -26,7 +26,7 @@ from scripts.build.preprocessing import PreprocessingOptions, resolve
 from scripts.build.sources.source import TorchSource
 from scripts.build.sources.timm import _config, _preprocessing, open_source
 from scripts.terminal import UserError
-from tests.pictures import encode, photographs
+from tests.images import encode, photographs
 from tests.timm_transforms import timm_transform
 
 ARCHITECTURE = REPOSITORY = "timm/test_resnet.r160_in1k"

@@ -1,4 +1,4 @@
-"""`make` itself: its variables are options of the program behind, and the documents know them."""
+"""Each variable of `make` is an option of its command, and the documents use no others."""
 
 import os
 import re
@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import typer
 
 from batch.command import main as classify_batch
@@ -58,6 +57,9 @@ def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> Non
     done = make("run", *arguments, NAME="machine", PORT="80")
     given = {line for line in done.stdout.splitlines() if line.startswith("--")}
     assert given == {f"--weights={weights}", "--grpc"}
+    index = 'http://me:it\'s"secret" @127.0.0.1/cpu'
+    done = make("setup", f"TORCH_INDEX={index}", "PYTHON=printenv TORCH_INDEX; :")
+    assert done.stdout == f"{index}\n"
 
 
 def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
@@ -81,7 +83,7 @@ def test_every_variable_that_a_document_sets_is_one_of_its_command() -> None:
         assert name in allowed, f"{document}: make {command} {name}"
 
 
-def test_help_lists_every_command_on_one_screen() -> None:
+def test_help_lists_every_command_on_one_screen_and_its_options() -> None:
     done = make()
     assert done.stderr == ""
     for command in re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split():
@@ -89,10 +91,6 @@ def test_help_lists_every_command_on_one_screen() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 100
-
-
-@pytest.mark.parametrize("command", ["run", "classify"])
-def test_help_of_a_command_shows_its_options(command: str) -> None:
-    shown = make(f"help-{command}", COLUMNS="160").stdout
-    for name in options_of(command):
+    shown = make("help-run", COLUMNS="160").stdout
+    for name in options_of("run"):
         assert f"--{name.lower().replace('_', '-')}" in shown, name

@@ -1,4 +1,4 @@
-"""Finding the reason in the logs of a worker that exited."""
+"""Finding the root cause in the log of a worker that exited."""
 
 from pathlib import Path
 
@@ -24,8 +24,6 @@ RuntimeError: this is a consequence
 ARCHIVE = """\
 Failed to load model densenet121, exception model.onnx: cannot be loaded: Protobuf parsing failed.
 Traceback (most recent call last):
-onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf: [ONNXRuntimeError] : 7
-Traceback (most recent call last):
 handler.errors.ArchiveError: model.onnx: cannot be loaded: Protobuf parsing failed.
 Backend worker process died.
 RuntimeError: 500 - Unknown exception
@@ -50,7 +48,7 @@ RuntimeError: 507 - System out of memory
         ("python: error while loading shared libraries: libpython3.11.so.1.0: missing", "python: "),
     ],
 )
-def test_the_first_cause_is_found(printed: str, reason: str) -> None:
+def test_the_root_cause_is_found(printed: str, reason: str) -> None:
     lines = printed.splitlines()
     for logged in (lines, [PREFIX + line for line in lines]):
         found = root_cause(logged)
@@ -74,15 +72,14 @@ def test_a_healthy_start_has_no_cause() -> None:
 
 
 def test_a_missing_gpu_is_not_why_the_frontend_exited(tmp_path: Path) -> None:
-    (tmp_path / "server.log").write_text(
-        "2026-11-21 [ERROR] main SystemInfo - nvidia-smi not available or failed: Cannot run "
-        'program "nvidia-smi": error=2, No such file\n'
+    log = tmp_path / "server.log"
+    log.write_text(
+        "2026-11-21 [ERROR] main SystemInfo - nvidia-smi not available or failed: Cannot run\n"
         "2026-11-21 [ERROR] main ModelServer - Failed to bind: Address already in use\n"
         "\tat java.base/sun.nio.ch.Net.bind0(Native Method)\n"
     )
     message = frontend_error(tmp_path)
     assert "Address already in use" in message
     assert "nvidia-smi" not in message
-    assert str(tmp_path) in message
-    (tmp_path / "server.log").write_text("")
+    log.write_text("")
     assert frontend_error(tmp_path) == f"See the logs in {tmp_path}."

@@ -16,18 +16,26 @@ def open_source(spec: ModelFile) -> Source:
         from scripts.build.sources import graph
 
         return graph.open_source(spec)
-    if spec.model is not None and spec.model.suffix == ".onnx":
-        from scripts.build.sources import onnx_file
+    if spec.is_timm:
+        require("pytorch", "timm", why=f"timm makes {spec.arch}")
+        from scripts.build.sources import timm
 
-        return onnx_file.open_source(spec.model)
+        return timm.open_source(spec)
     if spec.model is None:
-        return _of_architecture(spec)
+        engine = " for engine: torch" if spec.engine == "torch" else ""
+        require("pytorch", why=f"torchvision makes {spec.arch}{engine}")
+        from scripts.build.sources import torchvision
+
+        return torchvision.open_source(spec)
     if spec.is_python:
         require("pytorch", why=f"{spec.model.name} is a PyTorch module")
         from scripts.build.sources import python_file
 
-        assert spec.weights is not None
-        return python_file.open_source(spec.model, Path(spec.weights), spec.weights_key)
+        return python_file.open_source(spec.model, Path(spec.weights or ""), spec.weights_key)
+    if spec.model.suffix == ".onnx":
+        from scripts.build.sources import onnx_file
+
+        return onnx_file.open_source(spec.model)
     if spec.model.is_dir():
         require("pytorch", "huggingface", why=f"{spec.model} is a model of transformers")
         from scripts.build.sources import huggingface
@@ -38,16 +46,3 @@ def open_source(spec: ModelFile) -> Source:
         "folder with config.json, preprocessor_config.json and model.safetensors. A file of "
         "weights goes with its architecture: ARCH=resnet50 WEIGHTS=file"
     )
-
-
-def _of_architecture(spec: ModelFile) -> Source:
-    if spec.is_timm:
-        require("pytorch", "timm", why=f"timm makes {spec.arch}")
-        from scripts.build.sources import timm
-
-        return timm.open_source(spec)
-    engine = " for engine: torch" if spec.engine == "torch" else ""
-    require("pytorch", why=f"torchvision makes {spec.arch}{engine}")
-    from scripts.build.sources import torchvision
-
-    return torchvision.open_source(spec)

@@ -23,7 +23,6 @@ NETWORK_TIMEOUT = 30.0
 
 _HUB = "https://huggingface.co"
 _REVISION = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 # In names such as densenet121-a639ec97.pth.
 _DIGITS = re.compile(r"-([a-f0-9]{8,64})\.")
 
@@ -33,23 +32,16 @@ def local_file(weights: str) -> Path:
     return fetch(weights) if re.match("https?://", weights) else Path(weights)
 
 
-def cached_file(url: str) -> Path:
-    """Return the path that `fetch` downloads to, as torch.hub has it."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
-    return home / "hub" / "checkpoints" / Path(urlsplit(url).path).name
-
-
 def fetch(url: str) -> Path:
     """Download a file of weights into PyTorch's cache, unless a sound copy is there.
 
-    Args:
-        url: its last part must be `NAME-DIGITS.pth`, the digits beginning the file's SHA-256.
-
-    Returns:
-        the verified file. A file that fails verification is removed, never returned.
+    The name must be like `NAME-DIGITS.pth`, the digits beginning the file's SHA-256. A file that
+    fails this verification is removed, never returned.
     """
-    target = cached_file(url)
+    # As torch.hub has it.
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser()
+    target = home / "hub" / "checkpoints" / Path(urlsplit(url).path).name
     match = _DIGITS.search(target.name)
     if match is None:
         raise UserError(
@@ -88,15 +80,18 @@ def fetch(url: str) -> Path:
 def _download(url: str, target: Path) -> None:
     """Write what the host sends to a file; raise `DownloadError` or, for the file, `OSError`."""
     try:
-        with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as response:
-            size = int(response.headers.get("Content-Length", 0))
-            with (
-                target.open("wb") as file,
-                progress.wrap_file(
-                    response, size, description="Fetching", console=console, transient=True
-                ) as shown,
-            ):
-                shutil.copyfileobj(shown, file)
+        with (
+            urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT) as response,
+            target.open("wb") as file,
+            progress.wrap_file(
+                response,
+                int(response.headers.get("Content-Length", 0)),
+                description="Fetching",
+                console=console,
+                transient=True,
+            ) as shown,
+        ):
+            shutil.copyfileobj(shown, file)
     except urllib.error.HTTPError as error:
         raise DownloadError(
             f"The weights' host answered {error.code} {error.reason} for {url}. Check the address, "
@@ -117,12 +112,8 @@ def _download(url: str, target: Path) -> None:
 def fetch_from_hub(repository: str, revision: str | None) -> Path:
     """Download `model.safetensors` of a repository on the Hugging Face hub into the hub's cache.
 
-    Args:
-        repository: as in "timm/resnet50.a1_in1k".
-        revision: a whole commit, which never changes; 40 digits.
-
-    Returns:
-        the file, whose SHA-256 is the one that the hub keeps for it.
+    Its SHA-256 is the one that the hub keeps for it. The revision must be a whole commit, which
+    never changes.
     """
     from huggingface_hub import errors, hf_hub_download  # of timm's group
 
@@ -152,7 +143,7 @@ def fetch_from_hub(repository: str, revision: str | None) -> Path:
     # The cache names a large file by the SHA-256 that the hub keeps of it.
     blob = path.resolve()
     digest = sha256(blob)
-    if not _SHA256.fullmatch(blob.name) or digest != blob.name:
+    if digest != blob.name:
         blob.unlink()
         raise DownloadError(
             f"What arrived is not the expected file: its SHA-256 is {digest[:8]}..., the hub keeps "

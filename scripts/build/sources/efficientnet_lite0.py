@@ -44,11 +44,7 @@ _OTHER_BLOCKS = _table(
 
 
 def packaged() -> tuple[Checkpoint, str]:
-    """Return the packaged weights in timm's naming, and the text that must accompany them.
-
-    Raises:
-        UserError: the package cannot be installed, or its file is damaged.
-    """
+    """Return the packaged weights in timm's naming, and the text that their license demands."""
     require("lite0", why="the weights of EfficientNet-Lite0 are a package")
     try:
         package = distribution(PACKAGE)
@@ -67,15 +63,17 @@ def packaged() -> tuple[Checkpoint, str]:
             f"if it is damaged again, so is the cache: .venv/bin/uv cache clean {PACKAGE}"
         ) from error
     state = StateDict((timm_key(key), values) for key, values in checkpoint.states[""].items())
-    return replace(checkpoint, states={"": state}), _notice(package)
+    notice = (
+        "The weights in this model archive are those of EfficientNet-Lite0 from the Python package "
+        f"{PACKAGE} {package.version} ({Path(FILE).name}, SHA-256 {SHA256}).\n"
+        "Changes: converted to ONNX, with normalization inside the graph; other precisions than "
+        f"float32 were made from that.\n\n{package.read_text('LICENSE')}"
+    )
+    return replace(checkpoint, states={"": state}), notice
 
 
 def timm_key(key: str) -> str:
-    """Return timm's name of a tensor of the package's file, as in `blocks.1.0.conv_pw.weight`.
-
-    Raises:
-        KeyError: the file has no such tensor.
-    """
+    """Return timm's name of a tensor of the package's file, as in `blocks.1.0.conv_pw.weight`."""
     block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", key)
     if block is None:
         layer, _, parameter = key.partition(".")
@@ -84,16 +82,6 @@ def timm_key(key: str) -> str:
     layers = _OTHER_BLOCKS if number else _FIRST_BLOCK
     stage, position = _POSITIONS[number]
     return f"blocks.{stage}.{position}.{layers[block[2]]}.{block[3]}"
-
-
-def _notice(package: Distribution) -> str:
-    """Return the text that Apache-2.0 demands with a copy of the weights."""
-    return (
-        "The weights in this model archive are those of EfficientNet-Lite0 from the Python package "
-        f"{PACKAGE} {package.version} ({Path(FILE).name}, SHA-256 {SHA256}).\n"
-        "Changes: converted to ONNX, with normalization inside the graph; other precisions than "
-        f"float32 were made from that.\n\n{package.read_text('LICENSE')}"
-    )
 
 
 def _uninstall(package: Distribution) -> None:

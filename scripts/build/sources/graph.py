@@ -20,7 +20,7 @@ from onnx import ModelProto, numpy_helper
 from handler.settings import Preprocessing
 from scripts.build import onnx_model
 from scripts.build.checkpoints import read_checkpoint
-from scripts.build.classes import IMAGENET_CLASSES, read_classes
+from scripts.build.classes import IMAGENET_CLASSES, given_classes
 from scripts.build.model_file import RANDOM, ModelFile
 from scripts.build.sources import efficientnet_lite0
 from scripts.build.sources.download import local_file
@@ -89,16 +89,11 @@ class GraphSource(Source):
 
 
 def open_source(spec: ModelFile) -> GraphSource:
-    """Return the architecture with its published weights, a file's or random ones.
-
-    Raises:
-        UserError: the file is damaged or does not fit; `HostUnreachableError` if only the network
-            is missing.
-    """
+    """Return the architecture with its published weights, a file's or random ones."""
     architecture = spec.arch or ""
     graph = GRAPHS[architecture]
     if spec.weights == RANDOM:
-        classes = len(read_classes(spec.classes)) if spec.classes else IMAGENET_CLASSES
+        classes = len(given_classes(spec.classes) or range(IMAGENET_CLASSES))
         return random_source(architecture, classes)
     notice = ""
     if spec.weights or graph.weights:
@@ -170,18 +165,23 @@ def random_source(architecture: str, classes: int = IMAGENET_CLASSES) -> GraphSo
         weights[name] = np.asarray(values, np.float32)
     preprocessing = GRAPHS[architecture].preprocessing
     _spread_logits(architecture, weights, preprocessing)
-    digest = hashlib.sha256()
-    for name, values in weights.items():
-        digest.update(name.encode() + values.tobytes())
     return GraphSource(
         architecture=architecture,
         file=RANDOM_FILE,
-        sha256=digest.hexdigest(),
+        sha256=digest(weights),
         outputs=classes,
         preprocessing=asdict(preprocessing),
         trained=False,
         weights=weights,
     )
+
+
+def digest(weights: Weights) -> str:
+    """Return the SHA-256 of weights' names and values."""
+    found = hashlib.sha256()
+    for name, values in weights.items():
+        found.update(name.encode() + values.tobytes())
+    return found.hexdigest()
 
 
 def _spread_logits(

@@ -48,12 +48,7 @@ class Logits(nn.Module):
 
 
 def open_source(folder: Path) -> TorchSource:
-    """Read config.json, preprocessor_config.json and model.safetensors.
-
-    Raises:
-        UserError: a file is missing or damaged, names code, does not fit the others, or describes
-            what cannot be served.
-    """
+    """Read config.json, preprocessor_config.json and model.safetensors."""
     raw = {name: _read(folder, name) for name in (CONFIG, PREPROCESSOR, WEIGHTS)}
     values, _ = (_parse(raw[name], folder / name) for name in (CONFIG, PREPROCESSOR))
     with _offline():
@@ -73,25 +68,22 @@ def open_source(folder: Path) -> TorchSource:
 
 
 def _read(folder: Path, name: str) -> bytes:
-    if not (folder / name).exists():
-        raise UserError(f"{folder} has no {name}. {_advice(folder, name)}")
-    return read_bytes(folder / name, "file")
-
-
-def _advice(folder: Path, name: str) -> str:
+    if (folder / name).exists():
+        return read_bytes(folder / name, "file")
     others = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_WEIGHTS)
+    saved = "image_processor" if name == PREPROCESSOR else "model"
+    advice = f"Save it with transformers: {saved}.save_pretrained(folder)"
     if name == WEIGHTS and (folder / _SHARDS).exists():
-        return (
+        advice = (
             "Its weights are in several files. Save them as one: "
             "model.save_pretrained(folder, max_shard_size='100GB')"
         )
-    if name == WEIGHTS and others:
-        return (
+    elif name == WEIGHTS and others:
+        advice = (
             f"Weights in {others[0]} are not loaded, since such files can hold code. Save the "
             "model as safetensors where you trust it: model.save_pretrained(folder)"
         )
-    saved = "image_processor" if name == PREPROCESSOR else "model"
-    return f"Save it with transformers: {saved}.save_pretrained(folder)"
+    raise UserError(f"{folder} has no {name}. {advice}")
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
@@ -168,9 +160,7 @@ def _processor(config: Any, path: Path) -> Any:
 
 
 def _classifier(config: Any, weights: bytes, path: Path) -> nn.Module:
-    """Return the model; reject weights that do not fit, which transformers replaces by random ones
-    with a warning.
-    """
+    """Return the model; reject weights that do not fit: transformers would draw random ones."""
     try:
         state_dict = safetensors.torch.load(weights)
     except Exception as error:  # its own errors, and torch's for unknown types

@@ -12,6 +12,7 @@ from handler.decoding.transform import resize_and_crop
 from handler.errors import ArchiveError
 from handler.settings import Preprocessing
 from scripts.build.differences import MAX_DIFFERENCE, scaled_difference
+from scripts.build.onnx_model import Input
 from scripts.samples import sample_photographs
 from scripts.terminal import UserError
 
@@ -25,12 +26,7 @@ _CONVNEXT_SQUASHES_FROM = 384
 def preprocessing_of(processor: Any, file: str) -> dict[str, Any]:
     """Return the fields of the `Preprocessing` that does what an image processor does.
 
-    Args:
-        processor: of transformers' "pil" backend.
-        file: its configuration, for errors.
-
-    Raises:
-        UserError: it does what cannot be represented.
+    The processor is of transformers' "pil" backend; messages name `file`, its configuration.
     """
     values = {
         **_geometry(processor, file),
@@ -118,9 +114,8 @@ def _normalization(processor: Any, file: str) -> dict[str, tuple[float, ...]]:
         offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
     if not factor > 0:
         raise UserError(f"{file}: rescale_factor must be above 0, got {factor}.")
-    normalizes = bool(processor.do_normalize)
-    shifts = means if normalizes else (0.0,) * 3
-    times = int(normalizes) + bool(getattr(processor, "include_top", False))
+    shifts = means if processor.do_normalize else (0.0,) * 3
+    times = bool(processor.do_normalize) + bool(getattr(processor, "include_top", False))
     scale = 255 * factor
     return {
         "mean": tuple((shift + offset) / scale for shift in shifts),
@@ -136,14 +131,13 @@ def _triple(value: Any) -> tuple[float, ...]:
 
 def _difference(processor: Any, preprocessing: Preprocessing) -> float:
     """Return the largest difference over three views of a photograph, two of them not square."""
-    mean, std = (np.array(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    normalized = Input("", "float32", ("NCHW",), None)
     differences = []
     for content in islice(sample_photographs(), 3, 6):
         image = Image.open(BytesIO(content)).convert("RGB")
         expected = np.asarray(processor(image)["pixel_values"][0])
         pixels = np.asarray(resize_and_crop(image, preprocessing)).transpose(2, 0, 1)
-        pixels = pixels[::-1] if preprocessing.channels == "bgr" else pixels
-        got = (pixels / 255 - mean) / std
+        got = normalized.prepare(pixels[None], preprocessing)[0]
         if got.shape != expected.shape:
             return float("inf")
         differences.append(scaled_difference(got, expected))

@@ -20,11 +20,7 @@ from scripts.terminal import UserError
 
 
 def open_source(path: Path, weights: Path, weights_key: str | None) -> TorchSource:
-    """Run the file, make its one class, and load the weights.
-
-    Raises:
-        UserError: the file cannot be run, has none or several classes, or the weights do not fit.
-    """
+    """Run the file, make its one class, and load the weights."""
     kind = _only_class(_imported(path), path)
     try:
         module: nn.Module = kind().eval()

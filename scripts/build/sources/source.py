@@ -27,7 +27,6 @@ class Source:
     """A model of any origin.
 
     Attributes:
-        architecture: as the model card and messages call it.
         file: name of the file that the weights came from.
         sha256: of that file.
         outputs: number of values of the model's output; None if only a run shows it.
@@ -49,11 +48,9 @@ class Source:
     notice: str = ""
 
     def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
-        """Return the model as ONNX, from its own normalized input to its output.
+        """Return the model as ONNX, from its own normalized input, of `crop` pixels, to its output.
 
-        Args:
-            preprocessing: of which `crop` counts.
-            folder: for temporary files.
+        Temporary files go into `folder`.
         """
         raise NotImplementedError
 
@@ -76,11 +73,9 @@ class OnnxSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchSource(Source):
-    """A PyTorch module.
+    """A PyTorch module from normalized float32 (N, 3, crop, crop) to float32 (N, outputs).
 
-    Attributes:
-        module: in evaluation mode, on the CPU; from normalized float32 (N, 3, crop, crop) to
-            float32 (N, outputs).
+    It is in evaluation mode, on the CPU.
     """
 
     module: "nn.Module"

@@ -12,7 +12,7 @@ import timm as library
 import timm.data
 import torch
 
-from scripts.build.checkpoints import Checkpoint, read_checkpoint
+from scripts.build.checkpoints import read_checkpoint
 from scripts.build.model_file import TIMM, ModelFile
 from scripts.build.sources.download import fetch_from_hub
 from scripts.build.sources.source import TorchSource
@@ -26,31 +26,16 @@ _FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 def open_source(spec: ModelFile) -> TorchSource:
     """Return timm's model with the user's weights, or with those of the hub."""
     architecture = spec.arch or ""
+    name, config = architecture.removeprefix(TIMM), _config(architecture)
     if spec.weights:
         path = Path(spec.weights)
+    elif config.hf_hub_id:
+        path = fetch_from_hub(config.hf_hub_id, spec.revision)
     else:
-        repository = _config(architecture).hf_hub_id
-        if not repository:
-            raise UserError(
-                f"timm keeps no weights of {architecture} on the hub. Give a file: WEIGHTS=path"
-            )
-        path = fetch_from_hub(repository, spec.revision)
-    return load(architecture, read_checkpoint(path), spec.weights_key)
-
-
-def load(architecture: str, checkpoint: Checkpoint, weights_key: str | None = None) -> TorchSource:
-    """Put weights into timm's model, with as many classes as they have.
-
-    Args:
-        architecture: as in "timm/resnet50.a1_in1k".
-        checkpoint: in timm's naming.
-        weights_key: which of its state dicts.
-
-    Raises:
-        UserError: timm has no such model, or the weights do not fit it.
-    """
-    name = architecture.removeprefix(TIMM)
-    config = _config(architecture)
+        raise UserError(
+            f"timm keeps no weights of {architecture} on the hub. Give a file: WEIGHTS=path"
+        )
+    checkpoint = read_checkpoint(path)
     layers = [config.classifier] if isinstance(config.classifier, str) else config.classifier
     if not layers:
         raise UserError(f"{architecture} has no layer of classes.")
@@ -60,9 +45,7 @@ def load(architecture: str, checkpoint: Checkpoint, weights_key: str | None = No
             model = library.create_model(name, pretrained=False, num_classes=classes)
         return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
-    fitted = fit(
-        checkpoint, Template(architecture=architecture, shapes=shapes, last=layers[0]), weights_key
-    )
+    fitted = fit(checkpoint, Template(architecture, shapes, layers[0]), spec.weights_key)
     module = library.create_model(name, pretrained=False, num_classes=fitted.classes).eval()
     load_into(module, fitted)
     return TorchSource(
@@ -95,9 +78,6 @@ def _config(architecture: str) -> Any:
     config = library.get_pretrained_cfg(name) if library.is_model(name) else None
     if config is None:
         known = [*library.list_models(), *library.list_pretrained()]
-        alike = get_close_matches(name, known, n=8)
-        raise UserError(
-            f"timm has no model {name!r}."
-            + (f" Alike are: {', '.join(TIMM + other for other in alike)}." if alike else "")
-        )
+        alike = ", ".join(TIMM + other for other in get_close_matches(name, known, n=8))
+        raise UserError(f"timm has no model {name!r}." + (f" Alike are: {alike}." if alike else ""))
     return config

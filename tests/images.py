@@ -1,4 +1,4 @@
-"""Pictures for the tests, real and generated; none is downloaded."""
+"""Images for the tests, real and generated; none is downloaded."""
 
 import io
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from PIL import Image
 
 from benchmarks.known import PHOTOGRAPHS
 
-# Sides that meet each rounding in resizing and cropping; the largest picture is 2000 x 1500.
+# Sides for each case of rounding in resizing and cropping; the largest image is 2000 x 1500.
 _SIDES = (1, 2, 3, 7, 33, 100, 223, 224, 225, 254, 255, 256, 300, 511, 640, 1500, 2000)
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """Real photographs: whole, turned, halved and cut, RGB and greyscale."""
+    """Yield real photographs, RGB and grayscale: whole, rotated, halved and cropped."""
     for path in PHOTOGRAPHS:
         with Image.open(path) as image:
             image.load()
@@ -25,13 +25,13 @@ def photographs() -> Iterator[tuple[str, Image.Image]]:
 
 
 def generated() -> Iterator[tuple[str, Image.Image]]:
-    """Noise and gradients of every size from 1x1 to 2000x1500, portrait and landscape."""
+    """Yield noise of sizes from 1x1 to 2000x1500, portrait and landscape."""
     random = np.random.default_rng(7)
     for i, width in enumerate(_SIDES):
         for j, height in enumerate(_SIDES):
             if width * height > 2000 * 1500:
                 continue
-            # The tutorial would make 390 MB of a 1x2000 picture, so few of those.
+            # The tutorial would resize a 1x2000 image to 390 MB, so only one of that kind.
             if max(width, height) > 300 * min(width, height) and (width, height) != (1, 511):
                 continue
             noise = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -39,12 +39,12 @@ def generated() -> Iterator[tuple[str, Image.Image]]:
             yield f"{mode} {width}x{height}", Image.fromarray(noise).convert(mode)
 
 
-# Of phones and cameras, and sides that are no multiples of 8.
+# Sizes of phones and cameras, and sides that are no multiples of 8.
 _LARGE = ((4000, 3000), (2600, 3601), (2551, 2553))
 
 
 def large_jpegs() -> Iterator[bytes]:
-    """Each photo in one of the sizes, 6 to 12 megapixels, with noise as a camera's sensor has."""
+    """Yield each photograph as a JPEG of 6 to 12 megapixels with a camera's noise."""
     random = np.random.default_rng(5)
     for number, path in enumerate(PHOTOGRAPHS):
         width, height = _LARGE[number % len(_LARGE)]
@@ -56,7 +56,7 @@ def large_jpegs() -> Iterator[bytes]:
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    """The picture as a file's bytes."""
+    """Return the bytes of the image's file."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()

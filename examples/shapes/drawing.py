@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 64
-MOST_SHAPES = 3
+MAX_SHAPES = 3
 LABELS_FILE = "labels.csv"
 
-# Pixels, before turning.
+# Pixels.
 _RADII = (10, 15)
-# So often is a place looked for where nothing is yet.
+# Attempts to find a free place.
 _TRIES = 30
-# Of each colour, from and to: shapes are brighter than the ground.
-_GROUND, _SHAPE = (0, 90), (110, 256)
-# Drawn so many times as large, for smooth edges.
+# Ranges of the colors: shapes are brighter than the background.
+_BACKGROUND, _SHAPE = (0, 90), (110, 256)
+# Oversampling, for smooth edges.
 _SCALE = 3
 
 _Point = tuple[float, float]
@@ -65,7 +65,7 @@ def _cross(turned: float) -> list[list[_Point]]:
     return [bar(turned), bar(turned + math.pi / 2)]
 
 
-# Each gives outlines of about radius 1, turned by an angle.
+# Each returns outlines of about radius 1, rotated by an angle.
 _OUTLINES: dict[str, Callable[[float], list[list[_Point]]]] = {
     "circle": _circle,
     "cross": _cross,
@@ -82,11 +82,11 @@ class Drawn:
     """Images and the shapes on each.
 
     Attributes:
-        pictures: the images, RGB, SIDE x SIDE.
+        images: RGB, SIDE x SIDE.
         labels: bool (N, classes), in the order of `NAMES`.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     labels: np.ndarray
 
 
@@ -94,30 +94,30 @@ def draw(count: int, seed: int) -> Drawn:
     """Draw `count` images; the same seed gives the same ones."""
     random = np.random.default_rng(seed)
     labels = np.zeros((count, len(NAMES)), bool)
-    pictures = []
+    images = []
     for row in labels:
-        shapes = random.choice(len(NAMES), random.integers(0, MOST_SHAPES + 1), replace=False)
+        shapes = random.choice(len(NAMES), random.integers(0, MAX_SHAPES + 1), replace=False)
         row[shapes] = True
-        pictures.append(_picture(shapes, random))
-    return Drawn(pictures, labels)
+        images.append(_draw_one(shapes, random))
+    return Drawn(images, labels)
 
 
-def _picture(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
-    ground = random.integers(*_GROUND, 3)
-    large = Image.new("RGB", (SIDE * _SCALE,) * 2, tuple(int(value) for value in ground))
+def _draw_one(shapes: np.ndarray, random: np.random.Generator) -> Image.Image:
+    background = random.integers(*_BACKGROUND, 3)
+    large = Image.new("RGB", (SIDE * _SCALE,) * 2, tuple(int(value) for value in background))
     pencil = ImageDraw.Draw(large)
     places: list[tuple[float, float, float]] = []
     for shape in shapes:
         radius = random.uniform(*_RADII)
         place = _free_place(radius, places, random)
         places.append((*place, radius))
-        colour = random.integers(*_SHAPE, 3)
+        color = random.integers(*_SHAPE, 3)
         for outline in _OUTLINES[NAMES[shape]](random.uniform(0, 2 * math.pi)):
             corners = [
                 ((place[0] + radius * x) * _SCALE, (place[1] + radius * y) * _SCALE)
                 for x, y in outline
             ]
-            pencil.polygon(corners, fill=tuple(int(value) for value in colour))
+            pencil.polygon(corners, fill=tuple(int(value) for value in color))
     small = np.asarray(large.resize((SIDE, SIDE), Image.Resampling.BOX), np.float64)
     noisy = small + random.normal(0, 6, small.shape)
     return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
@@ -134,18 +134,14 @@ def _free_place(
     return x, y
 
 
-def write(drawn: Drawn, folder: Path) -> list[Path]:
-    """Write PNG files and their `labels.csv`; return the files, in order.
-
-    Each line of `labels.csv` has an image and a column per label.
-    """
+def write(drawn: Drawn, folder: Path) -> None:
+    """Write PNG files and `labels.csv`, a line per image with a column per label."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{number:04}.png" for number in range(len(drawn.pictures))]
-    for picture, file in zip(drawn.pictures, files, strict=True):
-        picture.save(file)
+    files = [folder / f"{number:04}.png" for number in range(len(drawn.images))]
+    for image, file in zip(drawn.images, files, strict=True):
+        image.save(file)
     with (folder / LABELS_FILE).open("w", encoding="utf-8", newline="") as list_file:
         lines = csv.writer(list_file)
-        lines.writerow(("picture", "labels"))
+        lines.writerow(("image", "labels"))
         for file, row in zip(files, drawn.labels, strict=True):
             lines.writerow((file.name, *(NAMES[index] for index in np.flatnonzero(row))))
-    return files
