@@ -24,7 +24,8 @@ UNITS = ("densenet", "densenet-gateway")
 MAX_EXPOSURE = 2.0
 # Seconds, on a busy machine; docs/operate/failures.md has measurements.
 MAX_RECOVERY = 60.0
-# A broken connection: at most one request per client.
+# A broken connection: of a client at most the request in flight, and the one with which it connects
+# again while the last of nginx's processes exit.
 LOST = "ConnectionError"
 
 
@@ -188,7 +189,7 @@ def test_a_machine_recovers_from_each_event(
     found = measure(booted, event)
     note.append(f"systemd, {event}: {found}")
     assert set(found.failed) <= allowed
-    assert found.failed[LOST] <= CLIENTS
+    assert found.failed[LOST] <= 2 * CLIENTS
     assert found.without_retry_after == 0
     assert found.slowest < TIMEOUT
     assert found.recovered < MAX_RECOVERY

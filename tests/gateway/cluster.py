@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from scripts.gateway import nginx
 from scripts.gateway.options import Options, check
@@ -99,13 +101,17 @@ def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -
     """Keep clients sending requests, each the next one after a response.
 
     Half of them connect for each request, as the tutorials' clients do; half keep a connection.
+    Those send a request again, once, if the connection breaks: nginx closes idle connections when it
+    reloads, and may do so at the moment of the next request (RFC 9112, 9.3.1).
     """
+    reconnect = HTTPAdapter(max_retries=Retry(total=None, connect=0, read=1, allowed_methods=None))
     tally = Tally()
     done = threading.Event()
     photograph = CAT.read_bytes()
 
     def work(number: int) -> None:
         session = requests.Session()
+        session.mount("http://", reconnect)
         while not done.is_set():
             sender = session if number % 2 else requests
             started = time.monotonic()

@@ -36,7 +36,7 @@ def test_make_classify_accepts_any_file_name(run_dir: Path, tmp_path: Path) -> N
     """In a folder that looks like a clone of the project whose server runs."""
     make = shutil.which("make")
     assert make is not None
-    for name in ("Makefile", "scripts", "handler", ".venv", "config.properties"):
+    for name in ("Makefile", "scripts", "handler", "client", ".venv", "config.properties"):
         (tmp_path / name).symlink_to(Path(name).absolute())
     (tmp_path / ".run").symlink_to(run_dir)
     strange = 'it\'s a "cat" of $(HOME) for $5.jpg'
