@@ -94,8 +94,8 @@ def explain_known(error: Any) -> None:
 
 
 def fail(sentence: str, status: int = 1) -> NoReturn:
-    """Exit with a message."""
-    errors.print(f"[bold red]Error:[/] {safe(sentence)}")
+    """Exit with a message, as one paragraph: another program's error may have several lines."""
+    errors.print(f"[bold red]Error:[/] {safe(' '.join(sentence.splitlines()))}")
     sys.exit(status)
 
 

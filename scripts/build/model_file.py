@@ -316,6 +316,8 @@ def _sentence(one: Mapping[str, Any], keys: list[str]) -> str:
         fields = list(owner.model_fields)
         near = get_close_matches(keys[-1], fields, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
+        if keys == ["threshold"]:
+            hint = " With softmax the confidence threshold is in handler/model-config.yaml."
         return f"{keys[-1]!r} is no key here.{hint} Allowed are: {', '.join(fields)}."
     message = str(one["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     got = f", got {one['input']!r:.60}" if message.startswith("must be") else ""

@@ -43,7 +43,9 @@ Grpc = Annotated[bool, typer.Option(help="Open gRPC too, whose streams stop work
 
 
 def start_command(
-    models: Annotated[str, typer.Option(help="Names of model archives.")] = DEFAULT_ARCHITECTURE,
+    models: Annotated[
+        str, typer.Option(help="Names of model archives, separated by spaces.")
+    ] = DEFAULT_ARCHITECTURE,
     workers: Workers = None,
     model_store: Annotated[Path, typer.Option(help="Folder with the archive.")] = MODEL_STORE,
     port: int = Ports.inference,

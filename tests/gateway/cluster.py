@@ -101,8 +101,8 @@ def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -
     """Keep clients sending requests, each the next one after a response.
 
     Half of them connect for each request, as the tutorials' clients do; half keep a connection.
-    Those send a request again, once, if the connection breaks: nginx closes idle connections when it
-    reloads, and may do so at the moment of the next request (RFC 9112, 9.3.1).
+    Those send a request again, once, if the connection breaks: a reload of nginx closes idle
+    connections, perhaps at the moment of the next request (RFC 9112, 9.3.1).
     """
     reconnect = HTTPAdapter(max_retries=Retry(total=None, connect=0, read=1, allowed_methods=None))
     tally = Tally()
