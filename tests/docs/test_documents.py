@@ -6,7 +6,6 @@ is a command, followed by its output; a `python` block ends with its output in c
 matches any text, and white space any white space.
 """
 
-import dataclasses
 import doctest
 import os
 import re
@@ -145,7 +144,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     (folder / "build").mkdir()
     for export in Path("build").glob("*.onnx"):  # the export takes half of the README's time
         (folder / "build" / export.name).symlink_to(export.absolute())
-    documented, mine = dataclasses.asdict(Ports()), dataclasses.asdict(free_ports())
+    documented, mine = Ports().used(grpc=True), free_ports().used(grpc=True)
     server = {
         "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
         for use in documented
