@@ -26,7 +26,7 @@ OUTPUTS = {
 _ONLY_MULTILABEL = {"labels"}
 _UPLOAD = ("POST", "PUT")
 # Paths in nginx's template; the first two are health checks.
-_TEMPLATE_PATHS = ("/ping", "/live", "/error", "/openapi.json", "/docs")
+_TEMPLATE_PATHS = ("/ping", "/live", "/error", "/sized", "/chunked", "/openapi.json", "/docs")
 # Characters that need no quotes in nginx.conf.
 _PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
 

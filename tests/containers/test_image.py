@@ -98,6 +98,11 @@ def test_the_management_api_and_grpc_are_unreachable_from_outside(served: Contai
 def test_nginx_corrects_torchserves_responses(served: Container) -> None:
     as_curl = {"Content-Type": "application/x-www-form-urlencoded"}
     assert served.ask(PREDICT, CAT.read_bytes(), as_curl).status == 200
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    malformed = served.ask(
+        PREDICT, b'--x\r\nContent-Disposition: form-data; name=""\r\n\r\nabc', form
+    )
+    assert (malformed.status, malformed.json()["type"]) == (400, "BadRequest")
     too_large = served.ask(PREDICT, bytes(21 << 20))
     assert (too_large.status, too_large.json()["type"]) == (413, "TooLarge")
 
