@@ -86,7 +86,7 @@ def test_a_multi_label_evaluation_without_labels_csv_is_rejected(
     (tmp_path / "star").mkdir()
     image = next((shapes.folder / "test").glob("*.png"))
     (tmp_path / "star" / "1.png").write_bytes(image.read_bytes())
-    message = rf"\(activation: sigmoid\), and folders cannot.* {tmp_path}/labels.csv, .*LABELS=file"
+    message = rf"\(activation: sigmoid\), and an image in a.* {tmp_path}/labels.csv, .*LABELS=file"
     with pytest.raises(UserError, match=message):
         evaluate(str(tmp_path), shapes_server.predictions_url, output=tmp_path / "report")
 
