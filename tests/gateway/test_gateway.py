@@ -154,6 +154,30 @@ def test_an_oversize_body_is_rejected_before_a_worker_sees_it(client: Gateway) -
     assert "x-model-name" not in answer.headers
 
 
+@pytest.mark.parametrize("version", ["1.1", "2"])
+@pytest.mark.parametrize("length", ["declared", "unknown"])
+def test_an_oversize_upload_over_https_gets_413(
+    client: Gateway, tmp_path: Path, version: str, length: str
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(21 << 20))
+    body = {"declared": large, "unknown": "-"}[length]
+    with large.open() as stdin:
+        shown = subprocess.check_output(
+            [
+                *("curl", "--silent", f"--http{version}", "--upload-file", body),
+                *("--cacert", client.folder / "certificate.pem"),
+                *("--write-out", "%{http_code} %{http_version} %{content_type}"),
+                f"https://127.0.0.1:{client.options.https_port}/predict",
+            ],
+            stdin=stdin,
+            text=True,
+        )
+    document, described = shown.rsplit("\n", 1)
+    assert json.loads(document)["type"] == "TooLarge"
+    assert described == f"413 {version} application/json"
+
+
 def test_a_request_id_is_in_the_response_and_all_logs(client: Gateway, run_dir: Path) -> None:
     given = client.predict(**{"X-Request-Id": "order-4711-abc"})
     assert given.headers["x-request-id"] == "order-4711-abc"
