@@ -153,6 +153,7 @@ class ModelFile(BaseModel):
         classes: a file, or the list itself, in the order of the model's outputs.
         preprocessing: a preset's name, or keys of `PreprocessingOptions`.
         activation: softmax (one class of all) or sigmoid (multi-label).
+        threshold: for softmax, the confidence threshold; by default that of model-config.yaml.
         thresholds: for sigmoid, the confidence threshold: a number, a mapping of class to number,
             or a JSON file of that.
         engine: onnx (CPU; OpenVINO for bf16 and int8) or torch (GPU; torchvision's only).
@@ -174,6 +175,7 @@ class ModelFile(BaseModel):
     )
     preprocessing: Annotated[PreprocessingOptions, _by_name("preset")] = PreprocessingOptions()
     activation: Literal["softmax", "sigmoid"] = "softmax"
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     thresholds: Annotated[
         Any,
         BeforeValidator(_thresholds, json_schema_input_type=float | str | dict[str, float]),
@@ -214,9 +216,11 @@ class ModelFile(BaseModel):
             )
         if self.revision is not None and (not self.is_timm or self.weights is not None):
             raise ValueError("revision is for arch: timm/NAME without weights")
-        if self.thresholds is not None and not self.multilabel:
+        wrong = "threshold" if self.multilabel else "thresholds"
+        if getattr(self, wrong) is not None:
             raise ValueError(
-                "thresholds are for activation: sigmoid; softmax has handler/model-config.yaml"
+                f"{wrong} does not fit activation: {self.activation} (softmax has threshold, sigmoid "
+                "has thresholds)"
             )
         return self
 
@@ -303,7 +307,9 @@ def _message(error: ValidationError, path: Path | None = None, tree: Any = None)
     sentences = []
     for one in error.errors()[:3]:
         keys = [str(key) for key in one["loc"]]
-        where = f"{path}, line {_line(tree, keys)}: " if path else ""
+        # An error of several keys begins with the name of one.
+        named = keys or one["msg"].removeprefix("Value error, ").split()[:1]
+        where = f"{path}, line {_line(tree, named)}: " if path else ""
         sentences.append(where + _sentence(one, keys))
     return " ".join(dict.fromkeys(sentences))
 
@@ -316,8 +322,6 @@ def _sentence(one: Mapping[str, Any], keys: list[str]) -> str:
         fields = list(owner.model_fields)
         near = get_close_matches(keys[-1], fields, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        if keys == ["threshold"]:
-            hint = " With softmax the confidence threshold is in handler/model-config.yaml."
         return f"{keys[-1]!r} is no key here.{hint} Allowed are: {', '.join(fields)}."
     message = str(one["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     got = f", got {one['input']!r:.60}" if message.startswith("must be") else ""

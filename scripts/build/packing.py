@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label
@@ -49,6 +50,7 @@ def pack(
     model: Converted,
     extra: Path,
     archive: Path,
+    threshold: float | None = None,
 ) -> None:
     """Run `torch-model-archiver`, and zip its result so that the same files give the same bytes.
 
@@ -59,6 +61,7 @@ def pack(
         model: as the engine reads it; the file is called model.onnx or model.pth.
         extra: a folder of further files for the archive; those of the handler are added to it.
         archive: the file to write.
+        threshold: of this model; None for that of `MODEL_CONFIG`.
     """
     (extra / MODEL_CARD).write_text(card.to_json())
     (extra / CLASS_INDEX).write_text(as_json(labels), "utf-8")
@@ -69,6 +72,12 @@ def pack(
             target = extra / (path.name if path == AT_START else path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+    config = MODEL_CONFIG
+    if threshold is not None:
+        values = yaml.safe_load(config.read_text())
+        values["handler"]["threshold"] = threshold
+        config = extra.parent / MODEL_CONFIG.name
+        config.write_text(yaml.safe_dump(values, sort_keys=False))
     with tempfile.TemporaryDirectory(dir=extra.parent) as work:
         _run_archiver(
             [
@@ -76,7 +85,7 @@ def pack(
                 *("--version", VERSION if card.trained else f"{VERSION}-untrained"),
                 *("--handler", str(ENTRY)),
                 *("--serialized-file", str(model.file)),
-                *("--config-file", str(MODEL_CONFIG)),
+                *("--config-file", str(config)),
                 *("--extra-files", str(extra)),
                 *("--export-path", work),
                 *("--archive-format", "no-archive"),

@@ -98,7 +98,7 @@ def build(
         if source.notice:
             (extra / WEIGHTS_NOTICE).write_text(source.notice, "utf-8")
         with Status("Packing the archive ...", console=console):
-            pack(card, spec.name, labels, model, extra, archive)
+            pack(card, spec.name, labels, model, extra, archive, spec.threshold)
     step(f"Archive: wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB")
     return archive
 
@@ -195,6 +195,8 @@ def _summary(
         limits = dict.fromkeys((min(card.thresholds), max(card.thresholds)))
         between = " to ".join(f"{limit:g}" for limit in limits)
         classes += f"; multi-label (sigmoid), thresholds {between}"
+    elif spec.threshold is not None:
+        classes += f"; threshold {spec.threshold:g}"
     first = f"{source.architecture} on {engine}, from {source.file}"
     return [first, preprocessing.summary(card.preprocessing), classes]
 

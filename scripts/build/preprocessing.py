@@ -118,10 +118,11 @@ def resolve(
 def summary(preprocessing: Preprocessing) -> str:
     """Return one line to compare with the training's preprocessing."""
     side = {"crop": "shorter side", "squash": "both sides", "pad": "longer side"}[preprocessing.fit]
-    crop = preprocessing.crop
+    crop = f", center {preprocessing.crop} x {preprocessing.crop}"
     mean = ", ".join(f"{number:g}" for number in preprocessing.mean)
     std = ", ".join(f"{number:g}" for number in preprocessing.std)
     return (
-        f"{side} to {preprocessing.resize} pixels ({preprocessing.interpolation}), center "
-        f"{crop} x {crop}, {preprocessing.channels.upper()}, mean {mean}, std {std}"
+        f"{side} to {preprocessing.resize} pixels ({preprocessing.interpolation})"
+        f"{crop if preprocessing.fit == 'crop' else ''}, {preprocessing.channels.upper()}, "
+        f"mean {mean}, std {std}"
     )

@@ -94,11 +94,14 @@ def _show(options: Options) -> None:
         console.print(f"Images       {options.url}/predict")
         console.print(f"Web UI       {options.url}/")
         console.print(f"HTTPS        {options.https_url}/")
-    else:  # plain HTTP is redirected
+        console.print(f"API          {options.url}/docs")
+        console.print(f"Ready        {options.url.removesuffix(options.prefix)}/readyz")
+    else:  # plain HTTP is redirected, except health checks
         url = f"https://YOUR-HOST:{options.https_port}{options.prefix}"
         console.print(f"Images       {url}/predict")
         console.print(f"Web UI       {url}/")
-    console.print(f"Ready        {options.url.removesuffix(options.prefix)}/readyz")
+        console.print(f"API          {url}/docs")
+        console.print(f"Ready        http://YOUR-HOST:{options.http_port}/readyz")
 
 
 def reload_command(folder: Path = GATEWAY_DIR) -> None:

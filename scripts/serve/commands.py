@@ -131,7 +131,9 @@ def status_command() -> int:
         )
     packages = ("torchserve", "onnxruntime", "pillow")  # every server has these
     console.print("Versions: " + ", ".join(f"{name} {version(name)}" for name in packages))
-    console.print(f"Frontend: pid {running.pid}, {running.predictions_url}")
+    console.print(f"Frontend: pid {running.pid}")
+    for name in running.models:
+        console.print(f"Predictions: {running.serving(name).predictions_url}")
     untrained = [model["modelName"] for model in models if "untrained" in model["modelVersion"]]
     if untrained:
         warn(f"UNTRAINED random weights, whose answers mean nothing: {', '.join(untrained)}.")

@@ -98,7 +98,12 @@ def test_a_file_that_is_printed_means_the_same(folder: Path) -> None:
         ("arch: r\nweights_key: ema", "weights_key is for weights"),
         ("arch: r\nrevision: abc", "revision is for arch: timm/NAME without weights"),
         ("arch: r\nactivation: tanh", "line 2: activation: must be 'softmax' or 'sigmoid', got"),
-        ("arch: r\nthresholds: 0.5", "thresholds are for activation: sigmoid"),
+        ("arch: r\nthresholds: 0.5", "line 2: thresholds does not fit activation: soft"),
+        (
+            "activation: sigmoid\narch: r\nthreshold: 0",
+            "line 3: threshold does not fit activation: s",
+        ),
+        ("arch: r\nthreshold: 1.5", "line 2: threshold: must be less than or equal to 1, got 1.5"),
         (
             "arch: r\nactivation: sigmoid\nthresholds: 1.5",
             "line 3: thresholds: must be from 0 to 1",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchvision.models import densenet121
 
@@ -21,7 +22,7 @@ from handler.errors import ArchiveError
 from handler.inference.cores import Cores
 from handler.inference.engines import load_engine
 from handler.labels import CLASS_INDEX
-from handler.settings import ModelCard, Preprocessing
+from handler.settings import ModelCard, Preprocessing, Settings
 from scripts.build.commands import main as make_archive
 from scripts.build.convert import convert
 from scripts.build.differences import MAX_DIFFERENCE
@@ -125,6 +126,19 @@ def test_the_archive_holds_the_handler_and_nothing_of_this_machine(small_archive
     assert str(Path.home()).encode() + b"/" not in everything
     assert manifest["model"]["modelVersion"] == "1.0-untrained"
     assert classes == json.loads(Path("handler/index_to_name.json").read_text())
+
+
+def test_a_models_own_threshold_is_packed(
+    small: TorchSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = build(SPEC.replace(threshold=0.3), tmp_path, small)
+    assert "; threshold 0.3" in capsys.readouterr().out
+    with zipfile.ZipFile(archive) as content:
+        packed = Settings.from_model_config(yaml.safe_load(content.read("model-config.yaml")))
+    usual = Settings.from_model_config(
+        yaml.safe_load(Path("handler/model-config.yaml").read_text())
+    )
+    assert packed == dataclasses.replace(usual, threshold=0.3)
 
 
 def test_two_builds_and_two_exports_are_byte_identical(
