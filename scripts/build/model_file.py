@@ -219,8 +219,8 @@ class ModelFile(BaseModel):
         wrong = "threshold" if self.multilabel else "thresholds"
         if getattr(self, wrong) is not None:
             raise ValueError(
-                f"{wrong} does not fit activation: {self.activation} (softmax has threshold, sigmoid "
-                "has thresholds)"
+                f"{wrong} does not fit activation: {self.activation} (softmax has "
+                "threshold, sigmoid has thresholds)"
             )
         return self
 

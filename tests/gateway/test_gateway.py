@@ -161,7 +161,7 @@ def test_an_oversize_upload_over_https_gets_413(
 ) -> None:
     large = tmp_path / "large"
     large.write_bytes(bytes(21 << 20))
-    body = {"declared": large, "unknown": "-"}[length]
+    body = {"declared": str(large), "unknown": "-"}[length]
     with large.open() as stdin:
         shown = subprocess.check_output(
             [

@@ -165,14 +165,14 @@ def test_a_malformed_tensor_is_rejected(values: dict[str, Any], message: str) ->
 def test_more_images_than_allowed_are_rejected_in_every_kind_of_tensor() -> None:
     # What follows the fifth is not parsed: 20 MB hold millions of empty elements.
     many = binary(*[b""] * 5) + b"\xff"
-    for document, tail in (
-        ({"inputs": [tensor(data=[ONE] * 5)]}, None),
-        ({"inputs": [tensor(data=[ONE] * 3), tensor(data=[ONE] * 2)]}, None),
-        ({"inputs": [tensor(data=[ONE])] * 5}, None),
-        ({"inputs": [tensor("UINT8", shape=[5, 1], data=[1] * 5)]}, None),
-        (sized(len(many)), many),
+    for document, tail, message in (
+        ({"inputs": [tensor(data=[ONE] * 5)]}, None, "tensor holds more than 4"),
+        ({"inputs": [tensor(data=[ONE] * 3), tensor(data=[ONE] * 2)]}, None, "holds 5 images"),
+        ({"inputs": [tensor(data=[ONE])] * 5}, None, "holds 5 images"),
+        ({"inputs": [tensor("UINT8", shape=[5, 1], data=[1] * 5)]}, None, "tensor holds more"),
+        (sized(len(many)), many, "tensor holds more"),
     ):
-        with pytest.raises(TooManyImages):
+        with pytest.raises(TooManyImages, match=message):
             read(document, tail)
 
 

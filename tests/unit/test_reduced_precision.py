@@ -1,12 +1,17 @@
 """Options of reduced precision, and which images are used for what."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from handler.errors import ArchiveError
+from handler.inference.cores import Cores
+from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS, load_with_fallback
 from handler.labels import Label
 from handler.settings import ModelCard
 from scripts.build import reduced_precision
@@ -105,3 +110,20 @@ def test_another_image_or_limit_makes_another_archive(images: Path) -> None:
     assert digest(Precision(type="int8", calibration=images, max_loss=1)) != before
     (images / "n2" / "3.png").unlink()
     assert digest(wanted) != before
+
+
+def test_a_precision_with_other_labels_on_this_processor_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is a stub, since `make test` has no OpenVINO; see `test_precision.py`."""
+    engine = SimpleNamespace(run=lambda _: SimpleNamespace(logits=np.eye(3)[[0, 1, 2, 0]]))
+    stub = SimpleNamespace(OpenVinoEngine=lambda *_: engine)
+    monkeypatch.setitem(sys.modules, "handler.inference.openvino_engine", stub)
+    card = dataclasses.replace(CARD, precision="int8")
+    arguments = (tmp_path / "model.onnx", card, Cores(1, 1, tmp_path / "busy"))
+    np.save(tmp_path / CHECK_IMAGES, np.zeros((4, 3, 8, 8), np.uint8))
+    np.save(tmp_path / CHECK_LABELS, np.array([0, 1, 2, 1]))
+    assert load_with_fallback(*arguments, gpu=None, required=True) == (engine, "")
+    np.save(tmp_path / CHECK_LABELS, np.array([0, 1, 1, 1]))
+    with pytest.raises(ArchiveError, match="2 of 4 images get another top-1 label"):
+        load_with_fallback(*arguments, gpu=None, required=True)
