@@ -15,7 +15,7 @@ dashed = $(shell printf %s '$(1)' | tr A-Z_ a-z-)
 option = $(if $(filter on,$(value $(1))),--$(call dashed,$(1)),$(if $(filter off,$(value $(1))),--no-$(call dashed,$(1)),--$(call dashed,$(1))=$(call quoted,$(1))))
 options = $(foreach name,$(given),$(call option,$(name)))
 
-.PHONY: help run status scale stop classify classify-batch evaluate digits shapes archive start image gateway gateway-reload gateway-stop upgrade rollback test test-slow test-all fuzz chaos bench setup docs lint format lock lock-check clean
+.PHONY: help run status scale stop classify classify-batch evaluate digits shapes archive start image gateway gateway-reload gateway-stop upgrade rollback test test-light test-slow test-all fuzz chaos bench setup docs lint format lock lock-check clean
 
 help: ## list the commands; help-run shows the variables of make run, and so on
 	@awk -F ':[^#]*## ' '/^##@/ { print "\n" substr($$0, 5) } \
@@ -88,6 +88,10 @@ test: setup-tests ## test against a real TorchServe, and in a browser, about 8 m
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
 	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
 
+test-light: setup-light ## the tests of make test that need no PyTorch: .venv has 1.4 GB
+	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
+	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
+
 test-slow: setup-all ## run the rest: chaos, costs, training, containers, Ray, all documents
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m slow
 	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m slow $(TEST_OPTIONS)
@@ -117,7 +121,8 @@ setup: ## make .venv; setup-all, -batch, -benchmarks, -huggingface, ...
 groups-all := pytorch evaluation tests docs precision batch timm lite0 huggingface
 groups-benchmarks := $(groups-all) benchmarks
 groups-examples := pytorch evaluation
-groups-tests := tests timm lite0 huggingface
+groups-light := tests lite0
+groups-tests := pytorch tests timm lite0 huggingface
 setup-%:
 	@$(PYTHON) scripts/bootstrap.py run $(or $(groups-$*),$*)
 
@@ -153,7 +158,7 @@ RUNNING := requirements/run.in client/pyproject.toml
 before-huggingface := pytorch
 before-precision := evaluation
 before-timm := pytorch
-before-tests := pytorch evaluation
+before-tests := evaluation
 before-benchmarks := pytorch evaluation
 lock: setup ## pin all packages again, from requirements/*.in and the client's needs
 	@$(PIN) $(RUNNING) $(groups-all:%=requirements/%.in) -o .venv/pins.txt >/dev/null

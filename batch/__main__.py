@@ -1,7 +1,5 @@
 """Run the command with `python -m batch`."""
 
-from batch import cluster  # noqa: F401, I001  # sets variables before Ray is imported
-
 from batch.command import main
 from scripts.terminal import command
 

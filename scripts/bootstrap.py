@@ -20,7 +20,7 @@ PYTHON, UV = VENV / "bin" / "python", VENV / "bin" / "uv"
 LOCKS = Path("requirements")  # the groups are declared in pyproject.toml
 CLIENT = Path("client")  # part of the run group, installed from its folder
 NEEDS = {"huggingface": ["pytorch"], "timm": ["pytorch"], "precision": ["evaluation"]}
-NEEDS["tests"] = NEEDS["benchmarks"] = ["pytorch", "evaluation"]
+NEEDS.update(tests=["evaluation"], benchmarks=["pytorch", "evaluation"])
 
 # File with the PyTorch build that .venv has: LOCKED, CPU, or the URL of a package index.
 TORCH_BUILD = VENV / "torch"

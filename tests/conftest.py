@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
-from scripts.build.sources.torchvision import TorchvisionSource, random_source
 from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import PACKAGED_ARCHITECTURE
+
+if TYPE_CHECKING:
+    from scripts.build.sources.torchvision import TorchvisionSource
 
 # Variables of `make test` must not reach the commands that tests start.
 for _name in list(os.environ):
@@ -80,6 +82,10 @@ _SLOW = (
 )
 
 
+# Packages of `make test` that `make test-light` lacks.
+_NOT_LIGHT = {"torch", "torchvision", "timm", "transformers"}
+
+
 def _is_slow(path: Path) -> bool:
     folder = Path(__file__).parent
     return path.is_relative_to(folder) and path.relative_to(folder).as_posix().startswith(_SLOW)
@@ -88,6 +94,21 @@ def _is_slow(path: Path) -> bool:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import slow modules in `make test`: their packages may be missing."""
     return True if config.option.markexpr == "not slow" and _is_slow(collection_path) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip modules whose packages `make test-light` does not install."""
+    report = yield
+    failure = report.call.excinfo if report.call else None
+    cause = failure.value.__cause__ if failure else None
+    missing = cause.name or "" if isinstance(cause, ModuleNotFoundError) else ""
+    if missing.split(".")[0] in _NOT_LIGHT:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, "modules that import PyTorch: make test")
+    return report
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -163,8 +184,10 @@ def note() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def densenet() -> TorchvisionSource:
+def densenet() -> "TorchvisionSource":
     """DenseNet-121 with random weights, whose predictions differ between images."""
+    from scripts.build.sources.torchvision import random_source  # imports PyTorch
+
     return random_source("densenet121")
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from handler.labels import CLASS_INDEX, Label
+from handler.labels import Label
 from scripts.build import classes
-from scripts.build.class_index import TARGET, as_json, class_index
 from scripts.build.classes import (
     classes_from_json,
     classes_from_text,
@@ -173,8 +172,3 @@ def test_imagenet_has_1000_classes_and_in_tensorflow_one_for_the_background(
     assert imagenet_classes(1000)[285] == ("n02124075", "Egyptian_cat")
     assert imagenet_classes(1001)[:2] == [("background",) * 2, ("n01440764", "tench")]
     assert len({label.class_id for label in imagenet_classes(1001)}) == 1001
-
-
-def test_the_class_index_of_imagenet_is_what_the_script_makes() -> None:
-    assert TARGET.name == CLASS_INDEX
-    assert TARGET.read_text("utf-8") == as_json(class_index())

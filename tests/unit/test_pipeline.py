@@ -237,6 +237,8 @@ def test_untrained_weights_are_neither_packed_nor_served_by_default(
         make_archive(weights="http://127.0.0.1:9/densenet121-a639ec97.pth", model_store=tmp_path)
     with pytest.raises(UserError, match="needs trained weights"):
         make_archive(weights="random")
+    # If the check is broken, the test fails and leaves no server running.
+    monkeypatch.setattr("scripts.serve.commands.start", None)
     with pytest.raises(UserError, match=r"holds untrained random weights.*WEIGHTS=path"):
         start_command("tiny", model_store=small_archive.parent)
 

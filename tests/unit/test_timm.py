@@ -17,8 +17,10 @@ from torch import nn
 
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
+from handler.labels import CLASS_INDEX
 from handler.settings import Preprocessing
 from scripts.build.architectures import check_architecture
+from scripts.build.class_index import TARGET, as_json, class_index
 from scripts.build.export import Normalized
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
@@ -185,3 +187,8 @@ def test_preprocessing_is_that_of_the_weights(name: str) -> None:
         pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8)).pixels
         mine = normalize(torch.from_numpy(pixels)[None])[0]
         assert np.allclose(mine, theirs(rgb), atol=1e-6), title
+
+
+def test_the_class_index_of_imagenet_is_what_the_script_makes() -> None:
+    assert TARGET.name == CLASS_INDEX
+    assert TARGET.read_text("utf-8") == as_json(class_index())
