@@ -41,7 +41,7 @@ stop: setup ## stop the server
 classify: setup ## classify images: make classify IMAGE=cat.jpg, or IMAGES=folder OUTPUT=all.csv
 	@$(SCRIPTS) classify $(options)
 
-classify-batch: setup-batch ## millions of images, with Ray: make classify-batch IMAGES=folder OUTPUT=folder
+classify-batch: setup-batch ## folders of any size, with Ray: make classify-batch IMAGES=folder OUTPUT=folder
 	@$(VENV_PYTHON) -m batch $(options)
 
 evaluate: setup ## evaluate a served model: make evaluate IMAGES=folder-by-class
