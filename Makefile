@@ -3,6 +3,8 @@
 # A misspelled variable is therefore an error.
 
 PYTHON ?= python3
+# Python uses the packages of .venv, whatever the environment says.
+unexport PYTHONHOME PYTHONPATH PYTHONPLATLIBDIR PYTHONSAFEPATH
 VENV_PYTHON := .venv/bin/python
 SCRIPTS := $(VENV_PYTHON) -m scripts
 

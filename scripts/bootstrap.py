@@ -28,7 +28,7 @@ LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 # Settings of pip and uv that must not affect .venv; those of indexes and certificates are kept.
 _OTHERS = r"USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|NO_BUILD|\w*(BINARY|CONSTRAINT|PYTHON)"
-FOREIGN = rf"PYTHON|(PIP|UV)_({_OTHERS})"
+FOREIGN = rf"PYTHON|(PIP|UV)_({_OTHERS}|DRY_RUN|EXCLUDE_NEWER)"
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target="]
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 

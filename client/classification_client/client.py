@@ -171,7 +171,9 @@ def check_address(url: str) -> str:
     """Return the address if it is a valid URL; raise `ValueError` with a message otherwise."""
     with suppress(ValueError):  # the base class of the errors of requests
         requests.Request("POST", url).prepare()
-        if urlsplit(url).scheme in {"http", "https"}:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        if parts.scheme in {"http", "https"}:
             return url
     like = "http://127.0.0.1:8080/predictions/densenet121"
     raise ValueError(f"{url!r} must be a whole address, such as {like}.")

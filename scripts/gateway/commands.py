@@ -29,7 +29,9 @@ def start_command(
     certificate: Annotated[str, typer.Option(help="PEM file.")] = "",
     certificate_key: Annotated[str, typer.Option(help="PEM file.")] = "",
     acme: Annotated[str, typer.Option(help="Folder of certbot --webroot.")] = "",
-    rate: Annotated[int, typer.Option(help="Rate limit: requests per second of a client.")] = Options.rate,
+    rate: Annotated[
+        int, typer.Option(help="Rate limit: requests per second of a client.")
+    ] = Options.rate,
     burst: Annotated[int, typer.Option(help="Requests accepted above the rate.")] = Options.burst,
     connections: Annotated[
         int, typer.Option(help="Concurrent requests of a client.")

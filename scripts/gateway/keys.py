@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from scripts.terminal import UserError
 
@@ -37,7 +38,7 @@ def read_keys(path: Path) -> list[Key]:
         # Kubernetes mounts a Secret as a file of root that the container's group can read.
         mounted = status.st_uid == 0 != os.geteuid()
         if status.st_mode & (0o007 if mounted else 0o077):
-            raise UserError(f"{path} can be read by others. Run: chmod 600 {path}")
+            raise UserError(f"{path} can be read by others. Run: chmod 600 {quote(str(path))}")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"The keys {path} cannot be read: {reason}.") from error

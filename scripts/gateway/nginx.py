@@ -55,6 +55,10 @@ def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
 
 def prepare(options: Options, folder: Path) -> None:
     """Prepare the folder of a gateway that is about to start."""
+    if wrong := set('"$\\') & set(str(folder.resolve())):
+        raise UserError(
+            f"nginx cannot use a folder with {wrong.pop()} in its path: {folder.resolve()}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nginx.pid").unlink(missing_ok=True)
     _rotate_logs(folder)

@@ -27,6 +27,7 @@ from tests.gateway.test_gateway import error
 @pytest.mark.parametrize(
     "headers",
     [
+        {"X-API-Key": f"{KEYS['bob']} "},
         {"X-API-Key": KEYS["bob"]},
         {"Authorization": f"Bearer {KEYS['bob']}"},
         {"Authorization": f"bEARER   {KEYS['bob']}"},

@@ -77,6 +77,12 @@ def test_json_options_in_the_query_and_gzip_reach_the_handler(client: Gateway) -
     assert explained.json()["class_name"] == "tabby"
 
 
+def test_a_query_is_passed_on_whole_or_rejected(client: Gateway) -> None:
+    for length in (6900, 7100, 15_000):
+        answer = client.ask("POST", f"/predict?thresold={'x' * length}", data=CAT.read_bytes())
+        assert error(answer) == ((422, "InvalidOption") if length < 7000 else (414, "TooLarge"))
+
+
 def test_kserves_paths_reach_the_handler(client: Gateway) -> None:
     image = base64.b64encode(CAT.read_bytes()).decode()
     tensor = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [image]}

@@ -214,7 +214,14 @@ def test_a_malformed_answer_is_an_error(change: dict[str, object]) -> None:
 
 
 def test_an_incomplete_address_is_rejected() -> None:
-    for address in ("foo", "127.0.0.1:8080/a", "http://", "ftp://host/x", "http://a:b"):
+    for address in (
+        "foo",
+        "127.0.0.1:8080/a",
+        "http://",
+        "ftp://host/x",
+        "http://a:b",
+        "http://a..b/",
+    ):
         with pytest.raises(ValueError, match="such as http://127"):
             check_address(address)
 

@@ -50,6 +50,12 @@ def test_a_misspelled_variable_is_an_error() -> None:
     assert "--workers" in done.stderr
 
 
+def test_variables_of_another_python_do_not_matter() -> None:
+    foreign = {"PYTHONHOME": "/nowhere", "PYTHONPATH": "tests", "PYTHONPLATLIBDIR": "no"}
+    done = make("scale", "WORKER=2", PYTHONSAFEPATH="1", **foreign)
+    assert "No such option: --worker" in done.stderr
+
+
 def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> None:
     """A shell or a Windows next to it sets NAME and HOST, a hosting platform PORT."""
     weights = """it's "my" $(file); echo.pth"""

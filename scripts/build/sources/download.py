@@ -1,6 +1,6 @@
 """Download weights: torchvision's to PyTorch's own cache, and timm's from the Hugging Face hub.
 
-The checksum: a file is used only if its SHA-256 is the one in its name, or the one that the hub keeps.
+A file is used only if its checksum (SHA-256) is the one in its name, or the one that the hub keeps.
 """
 
 import os
