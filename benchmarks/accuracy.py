@@ -26,7 +26,7 @@ from handler.inference.openvino_engine import OpenVinoEngine
 from handler.inference.precision import MODEL_FILES
 from handler.labels import CLASS_INDEX, load_class_index
 from handler.settings import PRECISIONS, Preprocessing
-from scripts.build.guard import Limits, compare
+from scripts.build.guard import NEAR_TIE_MARGIN, Limits, compare
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.store import PACKAGED_ARCHITECTURE, read_card
@@ -36,8 +36,6 @@ from scripts.terminal import step
 _CROPS = 300
 _CROP_SHARES = (0.6, 1.0)
 _SEED = 5
-# Between the two highest probabilities.
-_NEAR_TIE = 0.05
 _MAX_PIXELS = 10**8
 
 
@@ -78,7 +76,7 @@ def main() -> None:
         f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. int8 "
         f"is calibrated on {_CROPS} random crops of one half. The first three columns are of "
         f"{_CROPS} crops of the other half, compared with float32, with 95 % intervals; then the "
-        "guard's default decision. The last two columns are of whole photographs: "
+        "guard's default decision, which does not count near ties. The last two columns are of whole photographs: "
         f"{len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and foolbox's "
         f"{len(IMAGENET)} of ImageNet's validation set with their labels.",
         table(headings, (_row(name, crops, photographs, imagenet) for name in PRECISIONS)),
@@ -164,8 +162,8 @@ def _margins(crops: Mapping[str, NDArray[np.float32]]) -> str:
             f"{differ.sum()} of {len(exact)} crops in {precision} (the widest margin between "
             f"float32's two best is {widest:.3f} there)"
         )
-    tied = (margins < _NEAR_TIE).mean()
+    tied = (margins < NEAR_TIE_MARGIN).mean()
     return (
         f"Top-1 differs on {' and '.join(parts)}. Of all crops {tied:.0%} have a margin below "
-        f"{_NEAR_TIE} in float32: parts of photographs often show no class clearly."
+        f"{NEAR_TIE_MARGIN} in float32: parts of photographs often show no class clearly."
     )
