@@ -37,7 +37,7 @@ def test_a_chosen_image_is_displayed_with_its_predictions(page: Page, running: S
     expect_cat_predictions(page, running)
     assert image.evaluate("image => image.naturalWidth") == 451
     expect(page.locator(".about")).to_have_text(
-        re.compile(r"^chelsea\.png, 241 kB, answered in \d+\.\d\d s$")
+        re.compile(r"^chelsea\.png, 241\u00a0kB, answered\u00a0in\u00a0\d+\.\d\d\u00a0s$")
     )
     widths = page.locator(".guess .bar").evaluate_all("bars => bars.map(bar => bar.style.width)")
     probabilities = [row["probability"] for row in predict(running)["predictions"]]
