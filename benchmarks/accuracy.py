@@ -76,8 +76,8 @@ def main() -> None:
         f"{len(paths)} photographs of scikit-image, scikit-learn and foolbox in two halves. int8 "
         f"is calibrated on {_CROPS} random crops of one half. The first three columns are of "
         f"{_CROPS} crops of the other half, compared with float32, with 95 % intervals; then the "
-        "guard's default decision, which does not count near ties. The last two columns are of whole "
-        "photographs: "
+        "guard's default decision, which does not count near ties. The last two columns are of "
+        "whole photographs: "
         f"{len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and foolbox's "
         f"{len(IMAGENET)} of ImageNet's validation set with their labels.",
         table(headings, (_row(name, crops, photographs, imagenet) for name in PRECISIONS)),
