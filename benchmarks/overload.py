@@ -18,7 +18,7 @@ from matplotlib import pyplot
 from benchmarks.compare import IMAGES, prepare
 from benchmarks.load import Body, Load, closed_loop, require_wrk
 from benchmarks.report import RESULTS, table, write_section
-from benchmarks.servers import OURS, Server, behind_gateway, serve
+from benchmarks.servers import OURS, behind_gateway, serve
 from benchmarks.timing import wait_until_idle
 from scripts.serve.running import HOST
 from scripts.terminal import step
@@ -28,8 +28,6 @@ _SERVERS = (OURS, "mosec", "LitServe")
 _CLIENTS = (1, 16, 64, 128, 256, 512, 2000)
 _SECONDS = 20
 _WARM_UP_SECONDS = 6
-# Time for 512 abandoned requests.
-_SETTLE_SECONDS = 20
 # Open loop: twice the capacity for half a minute; the client's timeout.
 _OVERLOAD = 2.0
 _OVERLOAD_SECONDS = 30
@@ -66,7 +64,7 @@ def _write_curve(work: Path, image: bytes, servers: Sequence[str], clients: Sequ
             closed_loop(running.url, body, 16, _WARM_UP_SECONDS)
             found[name] = {}
             for count in clients:
-                _settle(name, running)
+                wait_until_idle(name, running.cpu_seconds)
                 found[name][count] = closed_loop(running.url, body, count, _SECONDS)
         step(f"{name}: " + ", ".join(f"{n}: {load.rate:.1f}/s" for n, load in found[name].items()))
     rows = [
@@ -84,14 +82,6 @@ def _write_curve(work: Path, image: bytes, servers: Sequence[str], clients: Sequ
         table(headings, rows),
     )
     _plot(found)
-
-
-def _settle(name: str, running: Server) -> None:
-    """Wait until abandoned requests of earlier clients have been processed."""
-    if name == "LitServe":  # whose idle processes poll their queues
-        time.sleep(_SETTLE_SECONDS)
-    else:
-        wait_until_idle(name, running.cpu_seconds)
 
 
 def _plot(found: dict[str, dict[int, Load]]) -> None:
