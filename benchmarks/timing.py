@@ -20,7 +20,6 @@ _WARM_UP = 2
 _IDLE_SHARE, _IDLE_TIMEOUT, _IDLE_SECONDS = 0.2, 90.0, 0.5
 # Time for 512 abandoned requests.
 _SETTLE_SECONDS = 20.0
-_IDLE_SECONDS = 0.2, 90.0, 0.5
 
 
 @dataclass(frozen=True)
