@@ -87,10 +87,9 @@ rollback: setup ## serve the archive that the last upgrade replaced
 # Unit tests run in parallel; the others share servers, ports and a browser.
 UNIT := tests/unit --numprocesses logical --maxprocesses 4
 test: setup-tests ## test against a real TorchServe, and in a browser, about 8 minutes
-	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
-	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
-
 test-light: setup-light ## the tests of make test that need no PyTorch: .venv has 1.4 GB
+
+test test-light:
 	@$(VENV_PYTHON) -m pytest $(UNIT) -m "not slow"
 	@$(VENV_PYTHON) -m pytest --ignore=tests/unit -m "not slow" --require-integration $(TEST_OPTIONS)
 
