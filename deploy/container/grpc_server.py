@@ -7,11 +7,8 @@ workers.
 """
 
 import json
-import signal
 import struct
-import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
@@ -27,6 +24,7 @@ from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.template import has_ipv6
 
 SERVICE = "inference.GRPCInferenceService"
+CALLS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer")
 # Concurrent calls. Each holds a message, which takes twice 20 MB while it is read.
 _MAX_CALLS = 16
 # Maximum size of names, shapes and parameters in a message.
@@ -43,14 +41,6 @@ _STATUSES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
     507: grpc.StatusCode.UNAVAILABLE,
 }
-# The calls other than ModelInfer, with the path whose JSON has the fields of the response.
-_PATHS: dict[str, Callable[[Any], str]] = {
-    "ServerLive": lambda _: "/v2/health/live",
-    "ServerReady": lambda _: "/v2/health/ready",
-    "ModelReady": lambda request: f"{_model_path(request.name, request.version)}/ready",
-    "ServerMetadata": lambda _: "/v2",
-    "ModelMetadata": lambda request: _model_path(request.name, request.version),
-}
 
 
 class CallError(Exception):
@@ -61,28 +51,70 @@ class CallError(Exception):
         self.status = status
 
 
+def start(http_port: int, port: int) -> grpc.Server:
+    """Serve on `port`, on all addresses; `http_port` is nginx's."""
+    handlers = {name: _handler(name, http_port) for name in CALLS}
+    server = grpc.server(
+        ThreadPoolExecutor(_MAX_CALLS),
+        [grpc.method_handlers_generic_handler(SERVICE, handlers)],
+        options=[
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _MAX_OTHER_BYTES),
+            ("grpc.so_reuseport", 0),
+        ],
+        maximum_concurrent_rpcs=_MAX_CALLS,
+    )
+    server.add_insecure_port(f"{'[::]' if has_ipv6() else '0.0.0.0'}:{port}")
+    server.start()
+    return server
+
+
+def _handler(name: str, http_port: int) -> "grpc.RpcMethodHandler[Any, Any]":
+    def answer(message: Message, context: grpc.ServicerContext) -> Message:
+        left = context.time_remaining()
+        try:
+            return call(name, message, http_port, min(_MAX_SECONDS, left or _MAX_SECONDS))
+        except CallError as error:
+            code = _STATUSES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
+            context.abort(code, str(error))
+
+    return grpc.unary_unary_rpc_method_handler(
+        answer,
+        request_deserializer=getattr(messages, f"{name}Request").FromString,
+        response_serializer=lambda message: message.SerializeToString(),
+    )
+
+
 def call(name: str, request: Any, port: int, seconds: float) -> Message:
     """Send a call to nginx as a request, and return the response.
 
     Raises:
         CallError: the request is invalid, or there was no response within `seconds`.
     """
-    if name == "ModelInfer":
-        return _infer(request, port, seconds)
-    response = getattr(messages, f"{name}Response")()
+    match name:
+        case "ModelInfer":
+            path = f"{_model_path(request.model_name, request.model_version)}/infer"
+            return from_http(*_send_request(port, path, seconds, to_http(request)))
+        case "ModelReady":
+            path = f"{_model_path(request.name, request.version)}/ready"
+        case "ModelMetadata":
+            path = _model_path(request.name, request.version)
+        case "ServerMetadata":
+            path = "/v2"
+        case _:
+            path = f"/v2/health/{name.removeprefix('Server').lower()}"
+    response: Message = getattr(messages, f"{name}Response")()
     try:
-        document = json.loads(_send_request(port, _PATHS[name](request), seconds)[0])
+        content, _ = _send_request(port, path, seconds)
     except CallError as error:
         if error.status == HTTPStatus.SERVICE_UNAVAILABLE and name.endswith(("Live", "Ready")):
             return response  # its field is false
         raise
-    return ParseDict(document, response, ignore_unknown_fields=True)
+    return ParseDict(json.loads(content), response, ignore_unknown_fields=True)
 
 
-def _infer(request: Any, port: int, seconds: float) -> Message:
-    document, tensors = to_http(request)
-    path = f"{_model_path(request.model_name, request.model_version)}/infer"
-    return from_http(*_send_request(port, path, seconds, [json.dumps(document).encode(), *tensors]))
+def _model_path(name: str, version: str) -> str:
+    path = f"/v2/models/{quote(name, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}" if version else path
 
 
 def _send_request(
@@ -120,15 +152,7 @@ def _send_request(
     return content, None if length is None else int(length)
 
 
-def _model_path(name: str, version: str) -> str:
-    path = f"/v2/models/{quote(name, safe='')}"
-    return f"{path}/versions/{quote(version, safe='')}" if version else path
-
-
-# --- Tensors ---
-
-
-def to_http(request: Any) -> tuple[dict[str, Any], list[bytes]]:
+def to_http(request: Any) -> list[bytes]:
     """Return a `ModelInferRequest` as the protocol's JSON, and the tensors that follow it.
 
     Raises:
@@ -152,7 +176,7 @@ def to_http(request: Any) -> tuple[dict[str, Any], list[bytes]]:
         ],
         "outputs": [{"name": o.name, "parameters": _parameters(o)} for o in request.outputs],
     }
-    return document, tensors
+    return [json.dumps(document).encode(), *tensors]
 
 
 def _content(tensor: Any) -> bytes:
@@ -171,9 +195,11 @@ def _content(tensor: Any) -> bytes:
 
 def _parameters(of: Any) -> dict[str, Any]:
     return {
-        name: getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
-        for name, parameter in of.parameters.items()
-        if not name.startswith("binary_data")  # set above
+        parameter.key: getattr(
+            parameter.value, parameter.value.WhichOneof("parameter_choice") or "string_param"
+        )
+        for parameter in of.parameters
+        if not parameter.key.startswith("binary_data")  # set above
     }
 
 
@@ -187,50 +213,3 @@ def from_http(body: bytes, length: int | None) -> Message:
         response.raw_output_contents.append(body[start:end])
         start = end
     return ParseDict(document, response, ignore_unknown_fields=True)
-
-
-# --- The server ---
-
-
-def _handler(name: str, port: int) -> "grpc.RpcMethodHandler[Any, Any]":
-    def answer(message: Message, context: grpc.ServicerContext) -> Message:
-        left = context.time_remaining()
-        try:
-            return call(name, message, port, min(_MAX_SECONDS, left or _MAX_SECONDS))
-        except CallError as error:
-            code = _STATUSES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
-            context.abort(code, str(error))
-
-    return grpc.unary_unary_rpc_method_handler(
-        answer,
-        request_deserializer=getattr(messages, f"{name}Request").FromString,
-        response_serializer=lambda message: message.SerializeToString(),
-    )
-
-
-def main() -> None:
-    """Serve until SIGTERM, then drain; the sender of SIGTERM enforces a time limit.
-
-    The command line consists of nginx's port and the port to listen on.
-    """
-    http_port, port = map(int, sys.argv[1:])
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    handlers = {name: _handler(name, http_port) for name in (*_PATHS, "ModelInfer")}
-    server = grpc.server(
-        ThreadPoolExecutor(_MAX_CALLS),
-        [grpc.method_handlers_generic_handler(SERVICE, handlers)],
-        options=[
-            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + _MAX_OTHER_BYTES),
-            ("grpc.so_reuseport", 0),
-        ],
-        maximum_concurrent_rpcs=_MAX_CALLS,
-    )
-    server.add_insecure_port(f"{'[::]' if has_ipv6() else '0.0.0.0'}:{port}")
-    server.start()
-    stop.wait()
-    server.stop(_MAX_SECONDS).wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from deploy.container.serving import ConfigError
 from handler.settings import MAX_REQUEST_BYTES
-from scripts.serve.machine import memory_limit, plan_workers
+from scripts.serve.machine import FrontendPlan, Plan, memory_limit, plan_workers
 
-_MIB = 1 << 20
 # Java's memory outside its heap and buffers, nginx, and this program.
 _OVERHEAD_BYTES = 350_000_000
 # `batchSize` in the archive: requests that TorchServe sends to a worker at once.
@@ -33,28 +32,14 @@ class Limits:
     """The container's processes, threads, concurrent requests and memory.
 
     Attributes:
-        workers: processes per model.
-        threads: CPU threads per worker.
-        max_threads: CPU threads that a worker may use while the others are idle.
-        requests: maximum number of concurrent requests.
+        plan: workers and threads.
+        frontend: Java's memory; `queue` is the maximum number of concurrent requests.
         large: maximum number of those with 1 MB or more, or of unknown length.
-        heap_bytes: size of Java's heap.
-        direct_bytes: size of Java's buffers outside the heap.
     """
 
-    workers: int
-    threads: int
-    max_threads: int
-    requests: int
+    plan: Plan
+    frontend: FrontendPlan
     large: int
-    heap_bytes: int
-    direct_bytes: int
-
-    @property
-    def vmargs(self) -> str:
-        """Return Java's arguments."""
-        heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
-        return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
 
 
 def plan_resources(worker_bytes: int, models: int = 1, workers: int | None = None) -> Limits:
@@ -70,43 +55,34 @@ def plan_resources(worker_bytes: int, models: int = 1, workers: int | None = Non
     """
     memory = memory_limit()
 
-    def java_bytes(count: int, large: int, queue: int) -> tuple[int, int]:
-        """Return bytes of heap and buffers for a number of large requests and all small ones."""
+    def frontend(count: int, queue: int, large: int) -> FrontendPlan:
+        """Return the memory for a number of large requests and for all small ones."""
         in_workers = models * count * _BATCH
         small, copied = models * queue + in_workers, (_COPIES - 1) * in_workers
         bodies = large + (_COPIES - 1) * min(large, in_workers)
-        heap = bodies * MAX_REQUEST_BYTES + (small + copied) * _SMALL_BYTES
-        return heap, large * MAX_REQUEST_BYTES + small * _SMALL_BYTES
+        return FrontendPlan(
+            queue=small + large,
+            heap_bytes=bodies * MAX_REQUEST_BYTES + (small + copied) * _SMALL_BYTES,
+            direct_bytes=large * MAX_REQUEST_BYTES + small * _SMALL_BYTES,
+        )
 
-    def total_bytes(count: int, large: int, queue: int) -> int:
-        java = sum(java_bytes(count, large, queue))
-        return _OVERHEAD_BYTES + count * models * worker_bytes + java
-
-    def min_bytes(count: int, queue: int = _QUEUES[-1]) -> int:
-        return total_bytes(count, _MIN_LARGE * count * models, queue)
+    def needed(count: int, queue: int = _QUEUES[-1], large: int = 0) -> int:
+        java = frontend(count, queue, large or _MIN_LARGE * count * models)
+        workers_bytes = count * models * worker_bytes
+        return _OVERHEAD_BYTES + workers_bytes + java.heap_bytes + java.direct_bytes
 
     count = plan_workers(workers, models, worker_bytes).workers
-    while count > 1 and not workers and min_bytes(count) > memory:
+    while count > 1 and not workers and needed(count) > memory:
         count -= 1
-    if min_bytes(count) > memory:
+    if needed(count) > memory:
         of = f"{models} models with " if models > 1 else ""
         raise ConfigError(
             f"The container's memory, {memory / 1e9:.2f} GB, does not hold {of}{count} "
-            f"worker(s): that takes {min_bytes(count) / 1e9:.2f} GB. "
+            f"worker(s): that takes {needed(count) / 1e9:.2f} GB. "
             + ("Lower WORKERS, or raise the limit." if count > 1 else "Raise the limit.")
         )
-    plan = plan_workers(count, models, worker_bytes)
-    queue = next(each for each in _QUEUES if min_bytes(count, each) <= memory)
+    queue = next(each for each in _QUEUES if needed(count, each) <= memory)
     large = _MAX_LARGE
-    while total_bytes(count, large, queue) > memory:
+    while needed(count, queue, large) > memory:
         large -= 1
-    heap, direct = java_bytes(count, large, queue)
-    return Limits(
-        workers=count,
-        threads=plan.threads,
-        max_threads=plan.max_threads,
-        requests=models * (queue + count * _BATCH) + large,
-        large=large,
-        heap_bytes=heap,
-        direct_bytes=direct,
-    )
+    return Limits(plan_workers(count, models, worker_bytes), frontend(count, queue, large), large)

@@ -6,7 +6,7 @@ file. It passes images to TorchServe.
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.container.serving import ConfigError, Model
@@ -25,8 +25,9 @@ OUTPUTS = {
 }
 _ONLY_MULTILABEL = {"labels"}
 _UPLOAD = ("POST", "PUT")
-# Paths in nginx's template; the first two are health checks.
-_TEMPLATE_PATHS = ("/ping", "/live", "/error", "/sized", "/chunked", "/openapi.json", "/docs")
+# Paths in nginx's template: health checks, and others.
+_HEALTH_PATHS = ("/ping", "/live")
+_OTHER_PATHS = ("/error", "/sized", "/chunked", "/openapi.json", "/docs")
 # Characters that need no quotes in nginx.conf.
 _PATH = re.compile(r"/[A-Za-z0-9_.~:@/-]{0,500}")
 
@@ -42,6 +43,7 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
         ConfigError: one of these paths is invalid or already has another use.
     """
     names = {"models": [model.name for model in models]}
+    default = f"/predictions/{models[0].name}"
     found = [
         _constant("/", {"status": "alive"}),
         _constant("/v1/models", names),
@@ -51,18 +53,31 @@ def list_routes(models: Sequence[Model], environment: Mapping[str, str]) -> list
         _constant("/v2/models", names),
         _upload("/invocations"),
         # The gateway's path, which appears in error messages.
-        _upload("/predict", f"/predictions/{models[0].name}"),
+        _upload("/predict", default),
     ]
     for model in models:
         found += _model_routes(model)
-    health = [route.path for route in found if route.needs_ready]
-    if path := _new_path("AIP_HEALTH_ROUTE", environment, (*_TEMPLATE_PATHS[:2], *health), found):
-        found.append(_readiness(path))
-    uploads = [route.path for route in found if route.answer is None]
-    if path := _new_path("AIP_PREDICT_ROUTE", environment, uploads, found):
-        found.append(_upload(path, f"/predictions/{models[0].name}"))
     # Two versions of a model share paths.
-    return list({route.path: route for route in found}.values())
+    routes = {route.path: route for route in found}
+    for variable, template_paths, route in (
+        ("AIP_HEALTH_ROUTE", _HEALTH_PATHS, _readiness(environment.get("AIP_HEALTH_ROUTE", ""))),
+        ("AIP_PREDICT_ROUTE", (), _upload(environment.get("AIP_PREDICT_ROUTE", ""), default)),
+    ):
+        path, same = route.path, routes.get(route.path)
+        if not path or path in template_paths or (same and _same_use(same, route)):
+            continue
+        if not _PATH.fullmatch(path):
+            raise ConfigError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
+        if same or path in (*_HEALTH_PATHS, *_OTHER_PATHS):
+            raise ConfigError(
+                f"{variable} is {path}, which has another use here. Choose another path."
+            )
+        routes[path] = route
+    return list(routes.values())
+
+
+def _same_use(one: Route, other: Route) -> bool:
+    return (one.answer is None, one.needs_ready) == (other.answer is None, other.needs_ready)
 
 
 def _model_routes(model: Model) -> list[Route]:
@@ -97,23 +112,6 @@ def metadata(model: Model) -> dict[str, Any]:
     )
     about = {"name": model.name, "versions": [model.version], "platform": "torchserve"}
     return {**about, "inputs": inputs, "outputs": outputs}
-
-
-def _new_path(
-    variable: str,
-    environment: Mapping[str, str],
-    same: Collection[str],
-    taken: Sequence[Route],
-) -> str:
-    """Return the path in a variable; "" if it is not set, or a path with the same use exists."""
-    path = environment.get(variable, "")
-    if not path or path in same:
-        return ""
-    if not _PATH.fullmatch(path):
-        raise ConfigError(f"{variable} must be a path such as /health, got {path[:200]!r}.")
-    if path in _TEMPLATE_PATHS or any(path == route.path for route in taken):
-        raise ConfigError(f"{variable} is {path}, which has another use here. Choose another path.")
-    return path
 
 
 def _constant(path: str, body: Mapping[str, Any]) -> Route:

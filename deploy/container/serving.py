@@ -12,7 +12,7 @@ and names models; its other keys are ignored.
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,19 +78,8 @@ class Serving:
     workers: int | None = None
 
 
-def read_serving(
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    kserve: Path = KSERVE,
-    sagemaker: Path = SAGEMAKER,
-) -> Serving:
-    """Return the container's configuration.
-
-    Args:
-        arguments: the arguments of the container's command.
-        environment: the container's environment variables.
-        kserve: the folder at which KServe mounts `storageUri`.
-        sagemaker: the folder into which SageMaker unpacks `model.tar.gz`.
+def read_serving(arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
+    """Return the configuration from the container's command, its variables and mounted folders.
 
     Raises:
         ConfigError: an argument, a variable or a mounted file is invalid, or there is no archive.
@@ -99,24 +88,20 @@ def read_serving(
     if arguments and not on_sagemaker:
         raise ConfigError(f"The image takes no argument, and got: {' '.join(arguments)}.")
     port, grpc_port = _ports(environment)
+    workers = _number(environment, "WORKERS", _MAX_WORKERS)
     try:
-        if kserve.exists():
-            models = _kserve_models(kserve)
+        if KSERVE.exists():
+            models = _kserve_models()
         elif uri := environment.get("AIP_STORAGE_URI"):
             models = [_single_model(Path(uri.removeprefix("file://")))]
         # SageMaker creates an empty folder for a model without data.
-        elif on_sagemaker and sagemaker.is_dir() and any(sagemaker.iterdir()):
-            models = [_single_model(sagemaker)]
+        elif on_sagemaker and SAGEMAKER.is_dir() and any(SAGEMAKER.iterdir()):
+            models = [_single_model(SAGEMAKER)]
         else:
             models = [_model(path) for path in _archives(MODEL_STORE)]
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    return Serving(
-        models=tuple(models),
-        port=port,
-        grpc_port=grpc_port,
-        workers=_number(environment, "WORKERS", _MAX_WORKERS),
-    )
+    return Serving(tuple(models), port, grpc_port, workers)
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -133,21 +118,20 @@ def _ports(environment: Mapping[str, str]) -> tuple[int, int | None]:
     grpc = environment.get("GRPC", "off")
     if grpc not in {"on", "off"}:
         raise ConfigError(f"GRPC must be on or off, got {grpc[:100]!r}.")
-    grpc_port = None
-    if grpc == "on":
-        grpc_port = _number(environment, "GRPC_PORT", _MAX_PORT) or _GRPC_PORT
     name = "AIP_HTTP_PORT" if "AIP_HTTP_PORT" in environment else "PORT"
     port = _number(environment, name, _MAX_PORT) or Serving.port
-    for variable, number, taken in (
-        ("GRPC_PORT", grpc_port, OWN_PORTS),
-        (name, port, (*OWN_PORTS, *([grpc_port] if grpc_port else []))),
-    ):
+    ports = {name: port}
+    if grpc == "on":
+        ports = {"GRPC_PORT": _number(environment, "GRPC_PORT", _MAX_PORT) or _GRPC_PORT, **ports}
+    taken = [*OWN_PORTS]
+    for variable, number in ports.items():
         if number in taken:
-            listed = ", ".join(map(str, taken))
             raise ConfigError(
-                f"{variable} must not be {number}: the container itself uses the ports {listed}."
+                f"{variable} must not be {number}: the container itself uses the ports "
+                f"{', '.join(map(str, taken))}."
             )
-    return port, grpc_port
+        taken.append(number)
+    return port, ports.get("GRPC_PORT")
 
 
 def _number(environment: Mapping[str, str], name: str, maximum: int) -> int | None:
@@ -162,40 +146,34 @@ def _number(environment: Mapping[str, str], name: str, maximum: int) -> int | No
 # --- Mounted folders ---
 
 
-def _kserve_models(root: Path) -> list[Model]:
-    store, config = root / "model-store", root / "config" / "config.properties"
+def _kserve_models() -> list[Model]:
+    store, config = KSERVE / "model-store", KSERVE / "config" / "config.properties"
     if not store.is_dir():
         raise ConfigError(
-            f"{root} has no folder model-store: KServe's layout for TorchServe is "
+            f"{KSERVE} has no folder model-store: KServe's layout for TorchServe is "
             "config/config.properties and model-store/NAME.mar."
         )
     properties = read_properties(config) if config.exists() else {}
     if ignored := [key for key in properties if key not in _USED_KEYS]:
         print(f"==> {config} only chooses models; ignored: {', '.join(ignored)}.")
+    chosen: list[tuple[str | None, object]]
     if snapshot := properties.get("model_snapshot"):
-        found = [
-            _model(store / _valid_name(mar), name) for name, mar in _snapshot(config, snapshot)
-        ]
-        if not found:
+        try:
+            models = json.loads(snapshot)["models"].items()
+            chosen = [(name, one["marName"]) for name, all_ in models for one in all_.values()]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f'{config}: model_snapshot must be JSON such as {{"models": {{"pets": {{"1.0": '
+                '{"marName": "pets.mar"}}}}.'
+            ) from error
+        if not chosen:
             raise ConfigError(f"{config}: model_snapshot names no model.")
-        return found
-    wanted = properties.get("load_models", "all")
-    if wanted.lower() in {"", "all", "none"}:
+    elif (wanted := properties.get("load_models", "all")).lower() in {"", "all", "none"}:
         return [_model(path) for path in _archives(store)]
-    entries = (entry.strip().rpartition("=") for entry in wanted.split(","))
-    return [_model(store / _valid_name(mar), name or None) for name, _, mar in entries]
-
-
-def _snapshot(config: Path, snapshot: str) -> Iterable[tuple[str, object]]:
-    """Return the names and archives of the models in a TorchServe snapshot."""
-    try:
-        models = json.loads(snapshot)["models"].items()
-        return [(name, of["marName"]) for name, all_ in models for of in all_.values()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{config}: model_snapshot must be JSON such as {{"models": {{"pets": {{"1.0": '
-            '{"marName": "pets.mar"}}}}.'
-        ) from error
+    else:
+        entries = (entry.strip().rpartition("=") for entry in wanted.split(","))
+        chosen = [(name or None, mar) for name, _, mar in entries]
+    return [_model(store / _valid_name(mar), name) for name, mar in chosen]
 
 
 def _single_model(folder: Path) -> Model:

@@ -19,12 +19,13 @@ GOLDEN = (
 def test_messages_are_encoded_as_in_the_published_protocol() -> None:
     request = messages.ModelInferRequest.FromString(GOLDEN)
     assert (request.model_name, request.model_version, request.id) == ("m", "1", "7")
-    assert request.parameters["topk"].WhichOneof("parameter_choice") == "int64_param"
+    (topk,) = request.parameters
+    assert (topk.key, topk.value.WhichOneof("parameter_choice")) == ("topk", "int64_param")
     (tensor,) = request.inputs
     assert (tensor.datatype, list(tensor.shape)) == ("BYTES", [2])
     assert list(tensor.contents.bytes_contents) == [b"a", b"bc"]
     assert list(tensor.contents.uint_contents) == [1, 255]
-    assert request.outputs[0].parameters["deep"].bool_param
+    assert request.outputs[0].parameters[0].value.bool_param
     assert list(request.raw_input_contents) == [b"r"]
     assert request.SerializeToString() == GOLDEN
 
@@ -32,13 +33,14 @@ def test_messages_are_encoded_as_in_the_published_protocol() -> None:
 def test_tensors_may_be_in_contents() -> None:
     """KServe's and Triton's clients send raw bytes; others of the protocol need not."""
     request = messages.ModelInferRequest(model_name="m", id="7")
-    request.parameters["topk"].int64_param = 1
+    request.parameters.add(key="topk").value.int64_param = 1
     texts = request.inputs.add(name="images", datatype="BYTES", shape=[2])
     texts.contents.bytes_contents.extend([b"a", b"bc"])
     octets = request.inputs.add(name="more", datatype="UINT8", shape=[2])
     octets.contents.uint_contents.extend([1, 255])
-    document, data = to_http(request)
+    text, *data = to_http(request)
     assert data == [b"\x01\0\0\0a\x02\0\0\0bc", b"\x01\xff"]
+    document = json.loads(text)
     assert document["id"] == "7"
     assert document["parameters"] == {"topk": 1, "binary_data_output": True}
     sizes = [tensor["parameters"]["binary_data_size"] for tensor in document["inputs"]]

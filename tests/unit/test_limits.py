@@ -10,7 +10,7 @@ from deploy.container.limits import Limits, plan_resources
 from deploy.container.serving import ConfigError
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.serve import machine
-from scripts.serve.machine import WORKER_BYTES
+from scripts.serve.machine import WORKER_BYTES, Plan
 
 GIB = 1 << 30
 
@@ -37,18 +37,19 @@ def test_all_processes_together_stay_within_the_limit(
     except ConfigError:
         assert gibibytes * GIB < models * 2 * GIB
         return
-    java = found.heap_bytes + found.direct_bytes
-    assert java + found.workers * models * WORKER_BYTES + 300_000_000 < gibibytes * GIB
-    assert found.direct_bytes >= found.large * MAX_REQUEST_BYTES
-    assert found.heap_bytes > found.large * MAX_REQUEST_BYTES
-    assert found.requests > found.large >= 4
+    workers, frontend = found.plan.workers, found.frontend
+    java = frontend.heap_bytes + frontend.direct_bytes
+    assert java + workers * models * WORKER_BYTES + 300_000_000 < gibibytes * GIB
+    assert frontend.direct_bytes >= found.large * MAX_REQUEST_BYTES
+    assert frontend.heap_bytes > found.large * MAX_REQUEST_BYTES
+    assert frontend.queue > found.large >= 4
 
 
 def test_workers_follow_cpus_and_then_memory(container: pytest.MonkeyPatch) -> None:
-    assert _within(8 * GIB, container).workers == 2
-    assert (_within(2 * GIB, container).workers, _within(2 * GIB, container).threads) == (1, 2)
+    assert _within(8 * GIB, container).plan == Plan(workers=2, threads=1, max_threads=2)
+    assert _within(2 * GIB, container).plan == Plan(workers=1, threads=2, max_threads=2)
     container.setattr("joblib.cpu_count", lambda: 4)
-    assert _within(8 * GIB, container).workers == 4
+    assert _within(8 * GIB, container).plan.workers == 4
 
 
 def test_a_limit_that_is_too_small_is_rejected(container: pytest.MonkeyPatch) -> None:

@@ -3,20 +3,18 @@
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deploy.container import routes
+from deploy.container import routes, serving
 from deploy.container.routes import list_routes
 from deploy.container.serving import ConfigError, Model, Serving, read_serving
 from handler.protocols import kserve_v2
 from handler.settings import MODEL_CARD, ModelCard
 from scripts.serve.machine import WORKER_BYTES
 
-NOWHERE = Path("/nowhere")
 SNAPSHOT = '{"models": {"cats": {"1.0": {"marName": "pets.mar", "minWorkers": 1}}}}'
 
 
@@ -30,21 +28,20 @@ def _archive(path: Path, name: str = "densenet121", version: str = "1.0") -> Pat
 
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The image's own model store."""
-    store = tmp_path / "own"
-    _archive(store / "densenet121.mar")
-    monkeypatch.setattr("deploy.container.serving.MODEL_STORE", store)
-    return store
+    """The image's own model store; the platforms' folders are in `tmp_path` too."""
+    for name in ("MODEL_STORE", "KSERVE", "SAGEMAKER"):
+        monkeypatch.setattr(serving, name, tmp_path / name)
+    _archive(serving.MODEL_STORE / "densenet121.mar")
+    return serving.MODEL_STORE
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> Path:
+def layout() -> Path:
     """KServe's, with two archives and a configuration that asks for more than it gets."""
-    root = tmp_path / "models"
-    _archive(root / "model-store" / "pets.mar", version="2.0")
-    _archive(root / "model-store" / "flowers.mar")
-    _configure(root, "inference_address=http://0.0.0.0:8085", "enable_model_api=true")
-    return root
+    _archive(serving.KSERVE / "model-store" / "pets.mar", version="2.0")
+    _archive(serving.KSERVE / "model-store" / "flowers.mar")
+    _configure(serving.KSERVE, "inference_address=http://0.0.0.0:8085", "enable_model_api=true")
+    return serving.KSERVE
 
 
 def _configure(root: Path, *lines: str) -> None:
@@ -52,44 +49,28 @@ def _configure(root: Path, *lines: str) -> None:
     (root / "config" / "config.properties").write_text("# comment\n" + "\n".join(lines) + "\n")
 
 
-def _on_kserve(root: Path) -> Serving:
-    return read_serving([], {}, root, NOWHERE)
+def _names(found: Serving) -> tuple[str, ...]:
+    return tuple(model.name for model in found.models)
 
 
-def _on_sagemaker(folder: Path) -> Serving:
-    return read_serving(["serve"], {}, NOWHERE, folder)
-
-
-def _with(variables: Mapping[str, str]) -> Serving:
-    return read_serving([], variables, NOWHERE, NOWHERE)
-
-
-def _names(serving: Serving) -> tuple[str, ...]:
-    return tuple(model.name for model in serving.models)
-
-
-def test_the_container_images_own_archive_is_served_by_default(own: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for serving in (
-        _on_kserve(NOWHERE),
-        _on_sagemaker(tmp_path / "empty"),
-        _with({"AIP_STORAGE_URI": ""}),
-    ):
-        assert [model.archive for model in serving.models] == [own / "densenet121.mar"]
-        assert (_names(serving), serving.port, serving.workers) == (("densenet121",), 8080, None)
+def test_the_container_images_own_archive_is_served_by_default(own: Path) -> None:
+    serving.SAGEMAKER.mkdir()
+    for found in (read_serving(["serve"], {}), read_serving([], {"AIP_STORAGE_URI": ""})):
+        assert [model.archive for model in found.models] == [own / "densenet121.mar"]
+        assert (_names(found), found.port, found.workers) == (("densenet121",), 8080, None)
     _archive(own / "a.mar")
-    assert _names(_with({"WORKERS": "3", "PORT": ""})) == ("a", "densenet121")
+    assert _names(read_serving([], {"WORKERS": "3", "PORT": ""})) == ("a", "densenet121")
 
 
 def test_a_mounted_kserve_configuration_chooses_models_and_nothing_else(
     layout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serving = _on_kserve(layout)
-    assert _names(serving) == ("flowers", "pets")
-    assert {model.archive.parent for model in serving.models} == {layout / "model-store"}
+    found = read_serving([], {})
+    assert _names(found) == ("flowers", "pets")
+    assert {model.archive.parent for model in found.models} == {layout / "model-store"}
     assert "ignored: inference_address, enable_model_api" in capsys.readouterr().out
     shutil.rmtree(layout / "config")
-    assert _names(_on_kserve(layout)) == ("flowers", "pets")
+    assert _names(read_serving([], {})) == ("flowers", "pets")
 
 
 def test_kserves_configuration_chooses_and_names_models(layout: Path) -> None:
@@ -100,7 +81,7 @@ def test_kserves_configuration_chooses_and_names_models(layout: Path) -> None:
         (f"model_snapshot={SNAPSHOT}", ("cats",)),
     ):
         _configure(layout, line)
-        assert _names(_on_kserve(layout)) == models
+        assert _names(read_serving([], {})) == models
 
 
 def test_a_broken_configuration_or_layout_is_rejected(layout: Path) -> None:
@@ -115,36 +96,36 @@ def test_a_broken_configuration_or_layout_is_rejected(layout: Path) -> None:
     ):
         _configure(layout, line)
         with pytest.raises(ConfigError, match=message):
-            _on_kserve(layout)
+            read_serving([], {})
     _configure(layout)
     store = layout / "model-store"
     (store / "pets.mar").write_bytes(b"half an archive")
     with pytest.raises(ConfigError, match=r"pets\.mar is no model archive, or is cut off"):
-        _on_kserve(layout)
+        read_serving([], {})
     for archive in store.iterdir():
         archive.unlink()
     with pytest.raises(ConfigError, match="There is no archive"):
-        _on_kserve(layout)
+        read_serving([], {})
     store.rmdir()
     with pytest.raises(ConfigError, match="has no folder model-store: KServe's layout"):
-        _on_kserve(layout)
+        read_serving([], {})
 
 
-def test_sagemaker_serves_an_archive_or_the_content_of_one(tmp_path: Path) -> None:
-    folder = tmp_path / "ml" / "model"
+def test_sagemaker_serves_an_archive_or_the_content_of_one() -> None:
+    folder = serving.SAGEMAKER
     archive = _archive(folder / "pets.mar")
-    assert _names(_on_sagemaker(folder)) == ("pets",)
+    assert _names(read_serving(["serve"], {})) == ("pets",)
     with zipfile.ZipFile(archive) as content:
         content.extractall(folder)
-    (model,) = _on_sagemaker(folder).models
+    (model,) = read_serving(["serve"], {}).models
     assert (model.name, model.archive) == ("densenet121", folder)
     # Without the argument the image does not look there.
-    (model,) = read_serving([], {}, NOWHERE, folder).models
+    (model,) = read_serving([], {}).models
     assert model.archive != folder
     (folder / "MAR-INF/MANIFEST.json").unlink()
     _archive(folder / "flowers.mar")
     with pytest.raises(ConfigError, match=r"holds flowers.mar, pets.mar: .* one archive only"):
-        _on_sagemaker(folder)
+        read_serving(["serve"], {})
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
@@ -153,11 +134,12 @@ def test_workers_memory_and_labels_follow_the_archives_model_card(
 ) -> None:
     base = ModelCard("pets", 3, True, "a test", "0", "0")
     card = replace(base, precision="int8", activation="sigmoid", thresholds=(0.5, 0.5, 0.5))
-    archive = _archive(tmp_path / "pets.mar")
+    archive = _archive(tmp_path / "packed/pets.mar")
     with zipfile.ZipFile(archive, "a") as content:
         content.writestr(MODEL_CARD, card.to_json())
         content.extractall(tmp_path / "unpacked")
-    (model,) = _on_sagemaker(tmp_path / "unpacked" if unpacked else tmp_path).models
+    folder = tmp_path / ("unpacked" if unpacked else "packed")
+    (model,) = read_serving([], {"AIP_STORAGE_URI": str(folder)}).models
     assert model.multilabel
     assert model.worker_bytes > WORKER_BYTES
     assert "labels" in [tensor["name"] for tensor in routes.metadata(model)["outputs"]]
@@ -165,10 +147,9 @@ def test_workers_memory_and_labels_follow_the_archives_model_card(
 
 def test_vertex_ai_chooses_port_and_folder(tmp_path: Path) -> None:
     _archive(tmp_path / "pets.mar")
-    serving = _with(
-        {"AIP_HTTP_PORT": "9090", "PORT": "80", "AIP_STORAGE_URI": f"file://{tmp_path}"}
-    )
-    assert (serving.port, _names(serving)) == (9090, ("pets",))
+    variables = {"AIP_HTTP_PORT": "9090", "PORT": "80", "AIP_STORAGE_URI": f"file://{tmp_path}"}
+    found = read_serving([], variables)
+    assert (found.port, _names(found)) == (9090, ("pets",))
 
 
 def test_an_unusable_variable_or_argument_is_rejected() -> None:
@@ -183,17 +164,18 @@ def test_an_unusable_variable_or_argument_is_rejected() -> None:
         ("GRPC", "yes", "GRPC must be on or off"),
     ):
         with pytest.raises(ConfigError, match=message):
-            _with({"GRPC": "on", name: value})
+            read_serving([], {"GRPC": "on", name: value})
     with pytest.raises(ConfigError, match="takes no argument, and got: train"):
-        read_serving(["train"], {}, NOWHERE, NOWHERE)
+        read_serving(["train"], {})
 
 
 def test_kubernetes_service_links_are_no_ports() -> None:
     """They are set for Services with the name `grpc`, or none at all."""
     links = dict.fromkeys(("GRPC_PORT", "MANAGEMENT_PORT", "PORT"), "tcp://10.0.0.1:9000")
-    serving = _with({"GRPC": "on", **links})
-    assert (serving.port, serving.grpc_port) == (8080, 9000)
-    assert _with({"GRPC": "off", "PORT": "9000", "GRPC_PORT": "8082"}).grpc_port is None
+    found = read_serving([], {"GRPC": "on", **links})
+    assert (found.port, found.grpc_port) == (8080, 9000)
+    off = {"GRPC": "off", "PORT": "9000", "GRPC_PORT": "8082"}
+    assert read_serving([], off).grpc_port is None
 
 
 # --- Paths ---

@@ -1,23 +1,14 @@
-"""Check readiness: each model has a ready worker, and no SIGTERM was received.
+"""Check readiness: each model has a worker that is ready and runs.
 
 TorchServe's own /ping is Healthy while no worker is ready. Its management API still reports a
 worker as READY after it crashed, so the worker's process is checked too.
-
-As a command, for probes that run a program, this module exits with 0 if the container is ready.
-Other probes use /ping. It imports only the standard library.
 """
 
 import json
-import os
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-# The folder for all files that the container writes.
-FOLDER = Path(os.environ.get("TMPDIR", "/tmp")) / "densenet"
-# Exists while the container is ready.
-FILE = FOLDER / "ready"
 _SECONDS = 3.0
 
 
@@ -52,7 +43,3 @@ def _is_worker(pid: int) -> bool:
         return b"model_service_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-
-
-if __name__ == "__main__":
-    sys.exit(0 if FILE.exists() else "not ready")
