@@ -1,92 +1,63 @@
 """Create `kserve.json`, the schema of KServe's resources, from its published Python package.
 
-    pip download --no-deps kserve==0.21.0
-    python deploy/schemas/extract.py kserve-0.21.0-py3-none-any.whl
+    uv run --no-project --with kserve==0.21.0 deploy/schemas/extract.py
 
 The package is generated from the same Go types as KServe's custom resource definitions and contains
-the name and type of each property. It is parsed and not imported, since its dependencies conflict
-with this project's. `kubernetes-validate` checks Kubernetes' own types.
+the name and type of each property. `kubernetes-validate` checks Kubernetes' own types.
 """
 
-import ast
+import inspect
 import json
 import re
-import sys
-import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_ROOTS = ("V1beta1InferenceService", "V1alpha1ServingRuntime")
+from kserve import models
+
 _PLAIN = {"str": "string", "int": "integer", "bool": "boolean", "float": "number"}
 
 
 def main() -> None:
     """Write the schema to this file's folder."""
-    wheel = Path(sys.argv[1])
-    with zipfile.ZipFile(wheel) as package:
-        sources = [
-            package.read(name).decode()
-            for name in package.namelist()
-            if re.fullmatch(r"kserve/models/v1(alpha|beta)1_\w+\.py", name)
-        ]
-    classes = {
-        node.name: node
-        for source in sources
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef)
-    }
     definitions: dict[str, Any] = {}
-    waiting = list(_ROOTS)
+    waiting = ["V1beta1InferenceService", "V1alpha1ServingRuntime"]
     while waiting:
         name = waiting.pop()
         if name not in definitions:
-            definitions[name] = _schema(classes[name], waiting, classes)
+            model = getattr(models, name)
+            definitions[name] = _schema(model)
+            types = re.findall(r"\w+", " ".join(model.openapi_types.values()))
+            waiting.extend(found for found in types if hasattr(models, found))
+    wheel = f"kserve-{version('kserve')}-py3-none-any.whl"
     text = {
-        "source": f"{wheel.name}, Apache-2.0, The KServe Authors",
+        "source": f"{wheel}, Apache-2.0, The KServe Authors",
         "definitions": dict(sorted(definitions.items())),
     }
     target = Path(__file__).parent / "kserve.json"
     target.write_text(json.dumps(text, indent=1) + "\n")
 
 
-def _schema(
-    model: ast.ClassDef, waiting: list[str], classes: dict[str, ast.ClassDef]
-) -> dict[str, Any]:
-    types, names = _mapping(model, "openapi_types"), _mapping(model, "attribute_map")
-    properties = {}
-    for attribute, type_name in types.items():
-        waiting.extend(found for found in re.findall(r"\w+", type_name) if found in classes)
-        properties[names[attribute]] = _property(type_name, classes)
+def _schema(model: Any) -> dict[str, Any]:
+    names = model.attribute_map
+    # The setters of required properties reject None.
+    required = set(re.findall(r"and (\w+) is None", inspect.getsource(model))) & names.keys()
     return {
         "type": "object",
-        "properties": properties,
-        "required": [names[attribute] for attribute in _required(model)],
+        "properties": {names[key]: _property(kind) for key, kind in model.openapi_types.items()},
+        "required": [names[key] for key in sorted(required)],
         "additionalProperties": False,
     }
 
 
-def _mapping(model: ast.ClassDef, name: str) -> dict[str, str]:
-    for node in model.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            values: dict[str, str] = ast.literal_eval(node.value)
-            return values
-    raise ValueError(f"{model.name} has no {name}")
-
-
-def _required(model: ast.ClassDef) -> list[str]:
-    """Return the required properties, for which the setters reject None."""
-    refused = set(re.findall(r"and (\w+) is None", ast.unparse(model)))
-    return sorted(refused & _mapping(model, "openapi_types").keys())
-
-
-def _property(type_name: str, classes: dict[str, ast.ClassDef]) -> dict[str, Any]:
-    if match := re.fullmatch(r"list\[(.+)\]", type_name):
-        return {"type": "array", "items": _property(match[1], classes)}
-    if match := re.fullmatch(r"dict\(str, (.+)\)", type_name):
-        return {"type": "object", "additionalProperties": _property(match[1], classes)}
-    if type_name in classes:
-        return {"$ref": f"#/definitions/{type_name}"}
-    return {"type": _PLAIN[type_name]} if type_name in _PLAIN else {"x-kubernetes": type_name}
+def _property(kind: str) -> dict[str, Any]:
+    if match := re.fullmatch(r"list\[(.+)\]", kind):
+        return {"type": "array", "items": _property(match[1])}
+    if match := re.fullmatch(r"dict\(str, (.+)\)", kind):
+        return {"type": "object", "additionalProperties": _property(match[1])}
+    if hasattr(models, kind):
+        return {"$ref": f"#/definitions/{kind}"}
+    return {"type": _PLAIN[kind]} if kind in _PLAIN else {"x-kubernetes": kind}
 
 
 if __name__ == "__main__":
