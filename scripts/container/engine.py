@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from scripts.terminal import UserError
 
 # Timeout of fast commands, in seconds.
 _TIMEOUT = 60.0
+_CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 # For machines on which podman's default runtime cannot create a container, because they mount both
 # cgroup versions or are containers that cannot raise their own limits.
@@ -41,12 +42,7 @@ class Engine:
     def run(
         self, *arguments: str, timeout: float | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run the engine; capture its output as text unless `options` override that.
-
-        Raises:
-            UserError: it failed; the message contains its output.
-            subprocess.TimeoutExpired: it took longer than `timeout` seconds.
-        """
+        """Run the engine like `run_unchecked`; raise `UserError` with its output if it fails."""
         result = self.run_unchecked(*arguments, timeout=timeout, **options)
         if result.returncode != 0:
             output = (result.stderr or result.stdout or "").strip()[-2000:]
@@ -56,17 +52,19 @@ class Engine:
     def run_unchecked(
         self, *arguments: str, timeout: float | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run the engine like `run`, but do not raise if it fails."""
-        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        """Run the engine; capture its output as text unless `options` override that.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+        """
         return subprocess.run(
             [self.program, *arguments],
             env={**os.environ, **self.environment},
-            stdin=settings.pop("stdin", subprocess.DEVNULL),
             text=True,
             errors="replace",
             timeout=timeout,
             check=False,
-            **settings,
+            **{"stdin": subprocess.DEVNULL, **_CAPTURED, **options},
         )
 
     def inspect(self, kind: str, name: str) -> Any:
@@ -81,20 +79,14 @@ class Engine:
 
 def find_engine() -> Engine | None:
     """Return docker if its daemon responds, else podman; None if neither is installed."""
-    if (
-        shutil.which("docker")
-        and Engine("docker").run_unchecked("info", timeout=_TIMEOUT).returncode == 0
-    ):
-        return Engine("docker")
+    docker = Engine("docker")
+    if shutil.which("docker") and docker.run_unchecked("info", timeout=_TIMEOUT).returncode == 0:
+        return docker
     return Engine("podman") if shutil.which("podman") else None
 
 
 def require_engine() -> Engine:
-    """Return docker or podman.
-
-    Raises:
-        UserError: neither works.
-    """
+    """Return docker or podman; raise `UserError` if neither works."""
     engine = find_engine()
     if engine is None:
         raise UserError("Neither docker nor podman works here. Install one of them.")
@@ -109,7 +101,7 @@ def with_working_runtime(engine: Engine, image: str, folder: Path) -> Engine:
     Raises:
         UserError: no runtime works; the message contains the engine's output.
     """
-    trial: Sequence[str] = ("run", "--rm", "--entrypoint", "true", image)
+    trial = ("run", "--rm", "--entrypoint", "true", image)
     first = engine.run_unchecked(*trial, timeout=_TIMEOUT)
     if first.returncode == 0:
         return engine

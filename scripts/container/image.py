@@ -1,6 +1,5 @@
 """`make image`: build the container image of model archives, or of a Ray cluster's nodes."""
 
-import configparser
 import os
 import re
 import shutil
@@ -8,8 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from scripts.container.base import build_options, debian_base
+from scripts.container.base import debian_base
 from scripts.container.engine import Engine, require_engine
 from scripts.serve.preflight import check_archives
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, WEIGHTS_NOTICE, read_card
@@ -26,11 +24,12 @@ from scripts.terminal import UserError, step
 NAME = "densenet-torchserve"
 VERSION = "2.0.0"
 RAY_NAME = "densenet-batch"
-# Lock files of the packages; the last two are for archives that need them.
-_LOCK = "requirements/container.lock"
 _RAY_LOCK = "requirements/ray.lock"
-_TORCH_LOCK = "requirements/pytorch.lock"
-_PRECISION_LOCK = "requirements/precision.lock"
+
+
+# A chroot, because podman's default runtime may not work here; Docker's format, because OCI's has
+# no HEALTHCHECK; no intermediate layers.
+_PODMAN = ("--isolation=chroot", "--format=docker", "--layers=false")
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,7 @@ class Recipe:
 
     dockerfile: Path = Path("deploy/container/Dockerfile")
     target: str | None = None
-    lock: str = _LOCK
-
-
-SERVER = Recipe()
-# A node of a Ray cluster.
-RAY = Recipe(target="ray", lock=_RAY_LOCK)
+    lock: str = "requirements/container.lock"
 
 
 def build_image(
@@ -58,9 +52,11 @@ def build_image(
     archives: Sequence[Path],
     tag: str,
     base: str | None = None,
-    recipe: Recipe = SERVER,
+    recipe: Recipe = Recipe(),
 ) -> str:
     """Build a container image of model archives.
+
+    The build uses this machine's network, for package indexes that only this machine can reach.
 
     Args:
         engine: docker or podman.
@@ -76,24 +72,21 @@ def build_image(
         UserError: the build failed; the message contains the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="image-") as name:
-        folder = Path(name)
-        context = folder / "context"
+        context = Path(name, "context")
         _copy_context(context, archives)
         locks = " ".join(_locks(archives, recipe.lock))
-        options = [f"--build-arg=LOCKS={locks}", *_labels(base)]
+        options = [f"--build-arg=LOCKS={locks}", *_labels(base), *_pip_secrets(Path(name))]
         if base is not None:
             options.append(f"--build-arg=BASE={base}")
         if recipe.target is not None:
             options.append(f"--target={recipe.target}")
-        with _pip_secrets(folder) as secrets:
-            result = engine.run_unchecked(
-                "build",
-                *build_options(engine),
-                *secrets,
-                *options,
-                *("-f", str(recipe.dockerfile), "-t", tag, str(context)),
-                stderr=subprocess.STDOUT,
-            )
+        if engine.program == "podman":
+            options += _PODMAN
+        result = engine.run_unchecked(
+            *("build", "--network=host", *options),
+            *("-f", str(recipe.dockerfile), "-t", tag, str(context)),
+            stderr=subprocess.STDOUT,
+        )
         if result.returncode != 0:
             raise UserError(f"The image could not be built. {result.stdout.strip()[-3000:]}")
     return str(engine.inspect("image", tag)["Id"])
@@ -151,42 +144,38 @@ def _locks(archives: Sequence[Path], first: str) -> list[str]:
     for archive in archives:
         card = read_card(archive)
         if card is not None and card.precision != "float32":
-            locks.append(_PRECISION_LOCK)
+            locks.append("requirements/precision.lock")
         with zipfile.ZipFile(archive) as content:
             if any(name.endswith(".pth") for name in content.namelist()):
-                locks.append(_TORCH_LOCK)
+                locks.append("requirements/pytorch.lock")
     return list(dict.fromkeys(locks))
 
 
-@contextmanager
-def _pip_secrets(folder: Path) -> Iterator[list[str]]:
-    """Yield the options that pass this machine's pip index and certificates to the build only."""
+def _pip_secrets(folder: Path) -> list[str]:
+    """Return the options that pass this machine's pip index and certificates to the build only."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"],
         capture_output=True,
         text=True,
         check=False,
     ).stdout
-    config = configparser.ConfigParser(interpolation=None)
-    config["global"] = {}
+    settings = {}
     for line in listed.splitlines():
         key, _, value = line.partition("=")
-        config["global"][key.rpartition(".")[2].lower()] = value.strip("'\"")
-    certificates = config["global"].get("cert")
-    options = []
-    if certificates and os.access(certificates, os.R_OK):
-        config["global"]["cert"] = "/run/ca.crt"
-        options.append(f"--secret=id=ca,src={certificates}")
-    # These are local folders, which the build cannot read.
-    config.remove_option("global", "find-links")
-    extra = config["global"].get("extra-index-url", "").split()
-    config["global"]["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))
+        settings[key.rpartition(".")[2].lower()] = value.strip("'\"")
     path = folder / "pip.conf"
+    options = [f"--secret=id=pip,src={path}"]
+    certificates = settings.get("cert")
+    if certificates and os.access(certificates, os.R_OK):
+        settings["cert"] = "/run/ca.crt"
+        options.append(f"--secret=id=ca,src={certificates}")
+    # The build cannot read local folders.
+    settings.pop("find-links", None)
+    extra = settings.get("extra-index-url", "").split()
+    settings["extra-index-url"] = " ".join(e for e in extra if not e.startswith("file:"))
     path.touch(mode=0o600)
-    with path.open("w") as file:
-        config.write(file)
-    yield [*options, f"--secret=id=pip,src={path}"]
-    path.unlink()
+    path.write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in settings.items()))
+    return options
 
 
 def image_size(engine: Engine, tag: str) -> int:
@@ -207,9 +196,10 @@ def main(
 ) -> None:
     """Build the container image of model archives with trained weights; print its size and id."""
     if target is None:
-        recipe, models, tag = SERVER, models or DEFAULT_ARCHITECTURE, tag or f"{NAME}:{VERSION}"
+        recipe, models, tag = Recipe(), models or DEFAULT_ARCHITECTURE, tag or f"{NAME}:{VERSION}"
     else:
-        recipe, models, tag = RAY, models or "", tag or ray_tag()
+        # A node of a Ray cluster.
+        recipe, models, tag = Recipe(target="ray", lock=_RAY_LOCK), models or "", tag or ray_tag()
     archives = [MODEL_STORE / f"{name}.mar" for name in models.replace(",", " ").split()]
     check_archives(archives)
     for archive in archives:
