@@ -1,4 +1,4 @@
-"""The container image with the tests' model archive, built once."""
+"""The container image with a model archive, built once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,39 +18,35 @@ _USUAL_BASE = "python:3.11.14-slim-bookworm"
 
 
 @pytest.fixture(scope="session")
-def found_engine() -> Engine:
-    """The installed docker or podman."""
+def base() -> str:
+    """The usual base image, or one made of Debian's packages."""
     engine = find_engine()
     if engine is None:
         pytest.skip("NOT RUN: no docker or podman (on Debian: apt install podman)")
-    return engine
-
-
-@pytest.fixture(scope="session")
-def base(found_engine: Engine) -> str:
-    """The usual base image, or one made of Debian's packages."""
-    if found_engine.has_image(_USUAL_BASE):
+    if engine.has_image(_USUAL_BASE):
         return _USUAL_BASE
     try:
-        return debian_base(found_engine)
+        return debian_base(engine)
     except UserError as error:
-        pulled = found_engine.run_unchecked("pull", "--quiet", _USUAL_BASE, timeout=_PULL)
+        pulled = engine.run_unchecked("pull", "--quiet", _USUAL_BASE, timeout=_PULL)
         if pulled.returncode == 0:
             return _USUAL_BASE
         pytest.skip(f"NOT RUN: no base for the image: {error}")
 
 
 @pytest.fixture(scope="session")
-def engine(found_engine: Engine, base: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def engine(base: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Docker or podman with a runtime that can run containers here."""
-    return with_working_runtime(found_engine, base, tmp_path_factory.mktemp("engine"))
+    found = find_engine()
+    assert found is not None
+    return with_working_runtime(found, base, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="session")
-def image(engine: Engine, base: str, archive: Path) -> Iterator[str]:
-    """The name of a new image with the tests' archive (random weights)."""
+def image(engine: Engine, base: str, lite0_archive: Path) -> Iterator[str]:
+    """The name of a new image with the archive of EfficientNet-Lite0."""
     tag = f"localhost/densenet-test:{uuid4().hex[:12]}"
-    build_image(engine, [archive], tag, base)
+    build_image(engine, [lite0_archive], tag, base)
     yield tag
     engine.run_unchecked("image", "rm", "--force", tag)
 

@@ -1,4 +1,4 @@
-"""Containers, and a model archive that platforms mount."""
+"""Containers, and an archive of DenseNet-121 that platforms mount."""
 
 import json
 from pathlib import Path

@@ -6,10 +6,11 @@ import pytest
 import requests
 
 from scripts.gateway import openapi
+from scripts.store import PACKAGED_ARCHITECTURE
 from tests.containers.running import Container
 from tests.generated_requests import check_operation, operations
 
-DESCRIPTION = openapi.describe("container", ["densenet121"])
+DESCRIPTION = openapi.describe("container", [PACKAGED_ARCHITECTURE])
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from deploy.container.open_inference import messages
 from scripts.container.engine import Engine
 from scripts.samples import CAT
+from scripts.store import PACKAGED_ARCHITECTURE
 from tests.containers.running import FENCED, OTHER, Container, container, other_archive, readable
 from tests.environments import environment
 
@@ -83,7 +84,7 @@ def test_the_mounted_model_is_served_and_the_mounted_configuration_grants_nothin
     answer = pod.ask("/predictions/cats", photo)
     assert answer.status == 200
     assert answer.json()["predictions"][0]["label"].startswith(OTHER)
-    assert pod.ask("/predictions/densenet121", photo).status == 404
+    assert pod.ask(f"/predictions/{PACKAGED_ARCHITECTURE}", photo).status == 404
     # The mounted address would show the management API.
     assert pod.ask("/models").status != 200
     script = f"import urllib.request as r; print(r.urlopen('{MANAGEMENT}').read().decode())"
@@ -94,7 +95,7 @@ def test_the_mounted_model_is_served_and_the_mounted_configuration_grants_nothin
     assert "enable_model_api=false" in registered
 
 
-def test_endpoints_that_the_clients_do_not_call(pod: Container) -> None:
+def test_a_models_paths_with_and_without_its_version_are_equal(pod: Container) -> None:
     def answer(path: str, body: Any = None, status: int = 200) -> Any:
         data = None if body is None else json.dumps(body).encode()
         found = pod.ask(path, data, {"Content-Type": "application/json"})
@@ -103,54 +104,23 @@ def test_endpoints_that_the_clients_do_not_call(pod: Container) -> None:
 
     encoded = base64.b64encode(CAT.read_bytes()).decode()
     tensor = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [encoded]}
-    assert answer("/") == {"status": "alive"}
-    assert answer("/v2")["extensions"] == ["binary_tensor_data"]
-    assert answer("/v2/models") == {"models": ["cats"]}
     metadata = answer("/v2/models/cats")
-    (version,) = metadata["versions"]
-    for path in ("/v2/models/cats", f"/v2/models/cats/versions/{version}"):
+    kinds = [(output["name"], output["datatype"]) for output in metadata["outputs"]]
+    for path in ("/v2/models/cats", f"/v2/models/cats/versions/{metadata['versions'][0]}"):
         assert answer(path) == metadata
         assert answer(f"{path}/ready") == {"name": "cats", "ready": True}
         outputs = answer(f"{path}/infer", {"inputs": [tensor]})["outputs"]
-        kinds = [(output["name"], output["datatype"]) for output in outputs]
-        assert kinds == [(output["name"], output["datatype"]) for output in metadata["outputs"]]
+        assert [(output["name"], output["datatype"]) for output in outputs] == kinds
         assert answer(f"{path}/explain", {"inputs": [tensor]})["model_name"] == "cats"
     for path in ("/v1/models/dogs", "/v2/models/dogs/ready", "/v2/models/cats/versions/9/infer"):
         assert answer(path, status=404)["type"] == "NotFound"
 
 
-@pytest.mark.parametrize("client", ["kserve", "triton"])
-def test_the_clients_of_kserve_and_triton(pod: Container, clients: Path, client: str) -> None:
-    addresses = [f"127.0.0.1:{pod.ports[port]}" for port in (8080, GRPC_PORT)]
-    command: list[str | Path] = [clients, CLIENTS / "ask.py", client, *addresses, "cats", CAT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    best = pod.ask("/predictions/cats", CAT.read_bytes()).json()["predictions"][0]
-    calls = _KSERVE if client == "kserve" else _TRITON
-    expected = {f"{way}{call}": value for way, of in calls.items() for call, value in of.items()}
-    assert found.keys() == expected.keys()
-    for name, wanted in expected.items():
-        value = best.get(wanted, wanted) if isinstance(wanted, str) else wanted
-        if "error" in name or name.endswith("unknown model"):
-            assert value in found[name], name
-        elif isinstance(value, float):
-            assert found[name] == pytest.approx(value, abs=1e-6), name
-        else:
-            assert found[name] == value, name
-
-
 # The result of each call; the name of a field stands for its value in the top-1 prediction.
+_READY: dict[str, Any] = {"live": True, "ready": True, "model ready": True}
 _UNKNOWN = {"unknown model": "There is nothing here"}
 _ERROR = {"error": "The bytes are not an image"}
-_READY: dict[str, Any] = {"live": True, "ready": True, "model ready": True}
 _INFER = {"infer": "class_id", "id": "42"}
-_EXPLAINED = {"predict": "class_id", "explain": "class_id"}
-_KSERVE: dict[str, dict[str, Any]] = {
-    "v1 ": {"live": True, "model ready": True, **_UNKNOWN, **_EXPLAINED, **_ERROR},
-    "v2 ": {**_READY, "unknown model ready": False, **_INFER},
-    "grpc ": {**_READY, **_INFER, **_UNKNOWN, **_ERROR},
-}
 _BOTH = {
     **_READY,
     "unknown model ready": "no error, but False",
@@ -164,15 +134,41 @@ _BOTH = {
     **_ERROR,
     **_UNKNOWN,
 }
+_KSERVE = {
+    "v1 ": {"live": True, "model ready": True, "predict": "class_id", "explain": "class_id"}
+    | _UNKNOWN
+    | _ERROR,
+    "v2 ": {**_READY, "unknown model ready": False, **_INFER},
+    "grpc ": {**_READY, **_INFER, **_UNKNOWN, **_ERROR},
+}
 # Over gRPC an unknown model is an error of the call.
 _NOT_FOUND = (
     "InferenceServerException: [StatusCode.NOT_FOUND] There is nothing here. Send images to "
     "/predict."
 )
-_TRITON: dict[str, dict[str, Any]] = {
-    "": _BOTH,
-    "grpc ": {**_BOTH, "unknown model ready": _NOT_FOUND},
-}
+_TRITON = {"": _BOTH, "grpc ": {**_BOTH, "unknown model ready": _NOT_FOUND}}
+
+
+@pytest.mark.parametrize(("client", "calls"), [("kserve", _KSERVE), ("triton", _TRITON)])
+def test_the_clients_of_kserve_and_triton(
+    pod: Container, clients: Path, client: str, calls: dict[str, dict[str, Any]]
+) -> None:
+    addresses = [f"127.0.0.1:{pod.ports[port]}" for port in (8080, GRPC_PORT)]
+    command: list[str | Path] = [clients, CLIENTS / "ask.py", client, *addresses, "cats", CAT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    best = pod.ask("/predictions/cats", CAT.read_bytes()).json()["predictions"][0]
+    expected = {f"{way}{call}": value for way, of in calls.items() for call, value in of.items()}
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        value = best.get(wanted, wanted) if isinstance(wanted, str) else wanted
+        if "error" in name or name.endswith("unknown model"):
+            assert value in found[name], name
+        elif isinstance(value, float):
+            assert found[name] == pytest.approx(value, abs=1e-6), name
+        else:
+            assert found[name] == value, name
 
 
 def test_a_grpc_message_is_limited_like_a_body(pod: Container) -> None:

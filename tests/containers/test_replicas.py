@@ -50,7 +50,7 @@ def pods(
             pytest.skip(f"NOT RUN: {program} is missing (on Debian: apt install {package})")
     gateway = f"{image}-gateway"
     build_image(engine, [], gateway, base, Recipe(Path("deploy/gateway/Dockerfile")))
-    with replicas(engine, image, gateway, tmp_path_factory.mktemp("pods"), "test") as running:
+    with replicas(engine, image, gateway, tmp_path_factory.mktemp("pods")) as running:
         yield running
     engine.run_unchecked("image", "rm", "--force", gateway)
 
@@ -59,7 +59,7 @@ def pods(
 def test_no_request_fails_if_a_container_does(
     pods: Pods, fault: str, second: str, note: list[str]
 ) -> None:
-    for pod in pods.pods:
+    for pod in pods.running:
         pods.wait_until_ready(pod)
     before = len(pods.logged())
     with clients(pods, 8) as tally:
@@ -110,8 +110,8 @@ def query(pods: Pods, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quer
     for key, value in deployed["metadata"]["labels"].items():
         common[f"pod_label_{re.sub('[^a-zA-Z0-9]', '_', key)}"] = value
     scrape["static_configs"] = []
-    for pod, port in itertools.product(pods.pods, container["ports"]):
-        own = {"pod_name": pod.name, "pod_container_port_name": port["name"]}
+    for pod, port in itertools.product(pods.running, container["ports"]):
+        own = {"pod_name": pod, "pod_container_port_name": port["name"]}
         labels = {f"__meta_kubernetes_{key}": value for key, value in (common | own).items()}
         target = f"{pods.address(pod)}:{port['containerPort']}"
         scrape["static_configs"].append({"targets": [target], "labels": labels})
@@ -124,7 +124,7 @@ def _names(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def test_alerts_and_autoscaler_metrics_have_the_names_of_the_pods(query: Query, pods: Pods) -> None:
-    names = {pod.name for pod in pods.pods}
+    names = set(pods.running)
     # The expression of DenseNetDown without its comparison.
     assert wait_until(lambda: _names(query('up{job="densenet"} == 1')) == names, 60)
     (row, *_) = query('up{job="densenet"}')

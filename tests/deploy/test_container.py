@@ -150,7 +150,6 @@ def test_the_drain_has_a_time_limit_and_then_java_stops_and_no_process_is_left(
 
 def test_a_worker_without_a_process_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """TorchServe may report a crashed worker as ready."""
-    assert "refused" in str(readiness.why_not_ready(1))
     # A zombie, this process, and an unused process id.
     with subprocess.Popen(["true"]) as ended:
         pids = (ended.pid, os.getpid(), 2**22 + 1)

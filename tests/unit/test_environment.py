@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from deploy.container import ready
+from deploy.container import readiness
 from scripts.serve import environment, preflight
 from scripts.serve.environment import make_temporary_folder, server_environment, write_properties
 
@@ -138,5 +138,5 @@ def test_the_containers_readiness_probe_uses_no_proxy(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name, raising=False)
     connect = MagicMock(side_effect=ConnectionRefusedError("refused"))
     monkeypatch.setattr(socket, "create_connection", connect)
-    assert "refused" in str(ready.why_not_ready(10))
+    assert "refused" in str(readiness.why_not_ready(10))
     assert [call.args[0] for call in connect.call_args_list] == [("127.0.0.1", 10)]

@@ -1,11 +1,16 @@
 """The container's gRPC: messages, and their way to HTTP and back."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import Any
 
+import grpc
 import pytest
 
-from deploy.container.grpc_server import CallError, call, from_http, to_http
+from deploy.container.grpc_server import SERVICE, CallError, call, from_http, start, to_http
 from deploy.container.open_inference import messages
 from scripts.serve.running import unused_ports
 
@@ -80,3 +85,31 @@ def test_tensors_of_other_types_or_ranges_are_rejected() -> None:
     request.raw_input_contents.extend([b"a", b"b"])
     with pytest.raises(CallError, match="1 inputs have 2 raw_input_contents"):
         to_http(request)
+
+
+class _Slow(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        time.sleep(1)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"live": true}')
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_call_in_flight_is_answered_before_the_server_stops() -> None:
+    (port,) = unused_ports(1)
+    with (
+        HTTPServer(("127.0.0.1", 0), _Slow) as nginx,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ThreadPoolExecutor() as pool,
+    ):
+        Thread(target=nginx.handle_request).start()
+        server = start(nginx.server_port, port)
+        live: Any = channel.unary_unary(f"/{SERVICE}/ServerLive", lambda message: b"")
+        answer = pool.submit(live, messages.ServerLiveRequest(), timeout=10, wait_for_ready=True)
+        time.sleep(0.5)
+        assert not answer.done()
+        server.stop(10).wait()
+        assert messages.ServerLiveResponse.FromString(answer.result(timeout=5)).live
