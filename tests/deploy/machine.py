@@ -118,20 +118,15 @@ class Machine:
             # This thread enters the machine's network.
             with open(f"/run/netns/{self.name}") as namespace:  # noqa: PTH123
                 assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
-            session = requests.Session()
-            session.headers["X-API-Key"] = _KEY
-            session.verify = str(self.certificate)
-            while not done.is_set():
-                begin, retry_after = time.monotonic(), False
-                try:
-                    answer = session.post("https://127.0.0.1/predict", image, timeout=TIMEOUT)
-                    outcome, retry_after = str(answer.status_code), "Retry-After" in answer.headers
-                except requests.RequestException as error:
-                    refused = "Connection refused" in str(error)
-                    outcome = "refused" if refused else type(error).__name__
-                found.append(Request(begin, time.monotonic(), outcome, retry_after))
-                if outcome != "200":
-                    done.wait(0.2)
+            with requests.Session() as session:
+                session.trust_env = False  # REQUESTS_CA_BUNDLE would override `verify`
+                session.verify = str(self.certificate)
+                session.headers["X-API-Key"] = _KEY
+                while not done.is_set():
+                    request = _request(session, image)
+                    found.append(request)
+                    if request.outcome != "200":
+                        done.wait(0.2)
 
         threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
         for thread in threads:
@@ -142,6 +137,17 @@ class Machine:
             done.set()
             for thread in threads:
                 thread.join()
+
+
+def _request(session: requests.Session, image: bytes) -> Request:
+    begin, retry_after = time.monotonic(), False
+    try:
+        answer = session.post("https://127.0.0.1/predict", image, timeout=TIMEOUT)
+        outcome, retry_after = str(answer.status_code), "Retry-After" in answer.headers
+    except requests.RequestException as error:
+        refused = "Connection refused" in str(error)
+        outcome = "refused" if refused else type(error).__name__
+    return Request(begin, time.monotonic(), outcome, retry_after)
 
 
 def kill(pattern: str) -> Callable[[Machine], object]:
