@@ -102,8 +102,9 @@ class Machine:
         self.start()
 
     def wait_until_ready(self) -> None:
-        """Wait until a worker is ready; raise `AssertionError` with the journal if none is."""
-        look = "curl --silent --insecure --fail https://127.0.0.1/readyz || true"
+        """Wait until units and a worker are ready; otherwise raise an error with the journal."""
+        active = "systemctl is-active --quiet densenet densenet-gateway"
+        look = f"{active} && curl --silent --insecure --fail https://127.0.0.1/readyz || true"
         if not wait_until(lambda: "ready" in self.shell(look), _BOOT_TIMEOUT):
             raise AssertionError(self.shell("journalctl --no-pager -n 60 -u 'densenet*'"))
 
