@@ -21,10 +21,10 @@ import typer
 
 from benchmarks.report import RESULTS, write_section
 from benchmarks.timing import cpu_seconds
-from scripts.build.architectures import architectures
 from scripts.build.model_file import TIMM, from_options
 from scripts.build.packing import BUILD
 from scripts.build.pipeline import build
+from scripts.build.sources.torchvision import architectures
 from scripts.terminal import console, step
 
 # One architecture per family.

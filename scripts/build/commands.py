@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scripts.build import model_file as model_files
-from scripts.build.model_file import RANDOM, ModelFile
+from scripts.build.model_file import RANDOM, ModelFile, from_options, read
 from scripts.build.pipeline import build, resolved
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step
@@ -45,21 +44,21 @@ class ModelOptions:
 
     def spec(self) -> ModelFile:
         """Return the model file for the options."""
-        keys = ("arch", "weights", "weights_key", "classes", "name", "activation")
-        values = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
         if self.images is not None and self.precision not in {"bf16", "int8"}:
             raise UserError("IMAGES is for PRECISION=int8 or PRECISION=bf16.")
+        values = {key: value for key, value in vars(self).items() if value is not None}
+        values.pop("model_file", None)
         if self.precision is not None:
             use = "calibration" if self.precision == "int8" else "evaluation"
-            images = {use: self.images} if self.images else {}
+            images = {use: values.pop("images")} if self.images else {}
             values["precision"] = {"type": self.precision, **images}
         if self.channels is not None:
-            values["preprocessing"] = {"channels": self.channels}
+            values["preprocessing"] = {"channels": values.pop("channels")}
         if self.model_file is None:
-            return model_files.from_options(**{"arch": DEFAULT_ARCHITECTURE, **values})
+            return from_options(**{"arch": DEFAULT_ARCHITECTURE, **values})
         if self.is_model_file:
-            return model_files.read(self.model_file.expanduser(), values)
-        return model_files.from_options(model=self.model_file.expanduser(), **values)
+            return read(self.model_file.expanduser(), values)
+        return from_options(model=self.model_file.expanduser(), **values)
 
     @property
     def is_model_file(self) -> bool:

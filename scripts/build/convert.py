@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.status import Status
 
 from handler.inference.activation import sigmoid, softmax
+from handler.inference.explain import CLASSIFIER
 from handler.settings import ModelCard, Preprocessing
 from scripts.build import onnx_graph
 from scripts.build.differences import MAX_DIFFERENCE, check_difference, scaled_difference
@@ -39,14 +40,18 @@ class Converted:
 
     Attributes:
         file: ONNX, from `images`, uint8 (N, 3, crop, crop), to `logits`, float32 (N, classes).
-        classifier: float32 (classes, channels), the last layer's weights that class activation maps
-            are made with; None if the model has none.
         channels: of the output `embedding`; 0 if the model has none.
     """
 
     file: Path
-    classifier: NDArray[np.float32] | None
-    channels: int
+    channels: int = 0
+
+    @property
+    def classifier(self) -> Path:
+        """Return the file of the last layer's weights, float32 (classes, channels), that class
+        activation maps are made with; it exists if the model has some.
+        """
+        return self.file.with_name(CLASSIFIER)
 
 
 def convert(
@@ -73,8 +78,9 @@ def convert(
                 continue
             if head is None or _is_right(head, found, got):
                 break
-    classifier = _rows(head, found) if head is not None and head.features else None
-    channels = 0 if head is None else head.weights.shape[1]
+    converted = Converted(target, 0 if head is None else head.weights.shape[1])
+    if head is not None and head.features:
+        np.save(converted.classifier, _rows(head, found), allow_pickle=False)
     _compare(model, found, got["logits"], expected)
     _check_answers(model.file, got["logits"], multilabel=card.multilabel, allowed=allow_saturated)
     notes = [
@@ -82,8 +88,8 @@ def convert(
         f"batches of {'any size' if batch is None else batch}",
         *([f"without its {found.activation.lower()}"] if found.activation else []),
         *(["with the logarithm of its probabilities"] if found.probabilities else []),
-        "heat maps" if classifier is not None else "no heat maps",
-        f"embeddings of {channels} channels" if channels else "no embeddings",
+        "heat maps" if head is not None and head.features else "no heat maps",
+        f"embeddings of {converted.channels} channels" if converted.channels else "no embeddings",
     ]
     step(f"Model: {', '.join(notes)}")
     if batch is not None:
@@ -91,7 +97,7 @@ def convert(
             "The model takes one image at a time, so requests are never batched. Export it with a "
             'free batch axis: dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
-    return Converted(target, classifier, channels)
+    return converted
 
 
 def _find_layout(

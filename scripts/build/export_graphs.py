@@ -25,7 +25,7 @@ _SIDE = 224
 
 
 def module_of(architecture: str) -> nn.Module:
-    """Return the PyTorch module of a graph, with 1000 classes, in evaluation mode."""
+    """Return the PyTorch module of a graph, with 1000 classes."""
     if architecture == DEFAULT_ARCHITECTURE:
         return empty_model(architecture, IMAGENET_CLASSES)  # type: ignore[no-any-return]
     module: nn.Module = timm.create_model(TIMM_NAME, pretrained=False)

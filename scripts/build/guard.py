@@ -35,8 +35,8 @@ class Limits:
     """What reduced precision may cost.
 
     Attributes:
-        max_loss: percentage points of accuracy or of mean average precision, if the images' classes
-            are known.
+        max_loss: percentage points of top-1 and top-5 accuracy or of mean average precision, if the
+            images' classes are known.
         agreement: share, 0 to 1, of the images without near ties that must get float32's
             prediction, if the classes are not known.
     """
@@ -164,7 +164,7 @@ class Comparison:
 
 def margins(exact: Probabilities, thresholds: Probabilities | None = None) -> Probabilities:
     """Return float32 (N,): the difference of the two best classes or, of multi-label models, the
-    smallest distance of a class from its threshold. For the arguments see `compare`.
+    smallest distance of a class from its threshold.
     """
     best = np.sort(exact, axis=1)
     result: Probabilities = best[:, -1] - best[:, -2]

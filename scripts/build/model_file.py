@@ -37,19 +37,15 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MAX_BYTES = 1_000_000
 
 
-def _located(path: Path, info: ValidationInfo) -> Path:
-    return Path((info.context or {}).get("folder", ""), path.expanduser())
-
-
 def _file(path: str | Path, info: ValidationInfo) -> Path:
-    found = _located(Path(path), info)
+    found = Path((info.context or {}).get("folder", ""), Path(path).expanduser())
     if not found.exists():
         raise ValueError(f"there is no {found}")
     return found
 
 
 def _folder(path: Path, info: ValidationInfo) -> Path:
-    found = _located(path, info)
+    found = _file(path, info)
     if not found.is_dir():
         raise ValueError(f"{found} must be a folder of images")
     return found
@@ -86,15 +82,12 @@ def _thresholds(value: object, info: ValidationInfo) -> Any:
 
 
 class Precision(BaseModel):
-    """The type that the model computes in, and limits of its cost.
+    """The type that the model computes in, and limits of its cost, as in `Limits`.
 
     Attributes:
         calibration: folder of images that int8 is calibrated on.
         evaluation: folder of images that the cost is measured on; for int8 the default is a part
             of `calibration`.
-        max_loss: of top-1 and top-5 accuracy or of mean average precision, in percentage points,
-            for images in folders named like the classes or listed in a file of labels.
-        agreement: share of other images, 0 to 1, whose top-1 prediction must not change.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -138,28 +131,9 @@ def _by_name(key: str) -> BeforeValidator:
 
 
 class ModelFile(BaseModel):
-    """The description of a model archive.
+    """The description of a model archive; docs/reference/model-file.md has the meaning of each key.
 
-    Attributes:
-        name: of the model archive, and of the model in URLs.
-        model: an ONNX file, a folder in Hugging Face's form, or a Python file with one nn.Module
-            class (then with `weights`).
-        arch: instead of `model`: one of torchvision's classifiers, efficientnet_lite0, or
-            timm/NAME.
-        weights: a file; the address of torchvision's on a mirror; "random" (`make run` only,
-            to try the service). Default: the published weights of `arch`.
-        weights_key: which state dict of a checkpoint, if it holds several.
-        revision: the commit of the weights on the Hugging Face hub, for timm/NAME alone.
-        classes: a file, or the list itself, in the order of the model's outputs.
-        preprocessing: a preset's name, or keys of `PreprocessingOptions`.
-        activation: softmax (one class of all) or sigmoid (multi-label).
-        threshold: for softmax, the confidence threshold; by default that of model-config.yaml.
-        thresholds: for sigmoid, the confidence threshold: a number, a mapping of class to number,
-            or a JSON file of that.
-        engine: onnx (CPU; OpenVINO for bf16 and int8) or torch (GPU; torchvision's only).
-        precision: a type, or keys of `Precision`.
-        allow_saturated: pack a model although it answers the same class with certainty to all
-            sample images.
+    `classes` and `thresholds` are a path, or the content itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, title="Model file")
@@ -350,10 +324,5 @@ def _check_repeated(node: yaml.MappingNode, path: Path) -> None:
             _check_repeated(value, path)
 
 
-def schema() -> str:
-    """Return the JSON schema, for editors."""
-    return json.dumps(ModelFile.model_json_schema(), indent=2) + "\n"
-
-
 if __name__ == "__main__":
-    print(schema(), end="")
+    print(json.dumps(ModelFile.model_json_schema(), indent=2))

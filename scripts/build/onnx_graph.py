@@ -147,15 +147,13 @@ def find_head(model: Model, found: Output) -> Head | None:
         bias, node = constants[0].reshape(-1), model.producers.get(_source(model, sides[0]))
     if node is None or node.op_type not in {"Gemm", "MatMul"}:
         return None
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if (attributes.get("alpha", 1), attributes.get("beta", 1)) != (1, 1):
-        return None
     weights = _constant(model, node.input[1])
+    if weights is None or weights.ndim != 2:
+        return None
     if len(node.input) > 2 and node.input[2]:  # Gemm's own bias
         bias = _constant(model, node.input[2])
-    if weights is None or weights.ndim != 2 or attributes.get("transA"):
-        return None
-    weights = weights if attributes.get("transB") else weights.T
+    # A factor or a transposed input shows in the numbers, which `convert` compares.
+    weights = weights if any(a.name == "transB" and a.i for a in node.attribute) else weights.T
     if bias is None or bias.size != len(weights):
         bias = np.zeros(len(weights), np.float32)
     pool = model.producers.get(_source(model, node.input[0]))

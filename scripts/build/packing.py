@@ -7,16 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
 
-from handler.inference.explain import CLASSIFIER
 from handler.labels import CLASS_INDEX, Label
 from handler.settings import MODEL_CARD, ModelCard
-from scripts.build.class_index import as_json
 from scripts.build.convert import Converted
 from scripts.terminal import UserError
 
@@ -64,9 +61,9 @@ def pack(
         threshold: of this model; None for that of `MODEL_CONFIG`.
     """
     (extra / MODEL_CARD).write_text(card.to_json())
-    (extra / CLASS_INDEX).write_text(as_json(labels), "utf-8")
-    if model.classifier is not None:
-        np.save(extra / CLASSIFIER, model.classifier, allow_pickle=False)
+    (extra / CLASS_INDEX).write_text(class_index(labels), "utf-8")
+    if model.classifier.exists():
+        shutil.copy(model.classifier, extra)
     for path in handler_files():
         if path.suffix in {".py", ".html"} and path != ENTRY:
             target = extra / (path.name if path == AT_START else path)
@@ -98,6 +95,12 @@ def pack(
         with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".") as unfinished:
             _zip(Path(work, name), Path(unfinished, archive.name))
             Path(unfinished, archive.name).replace(archive)
+
+
+def class_index(labels: Iterable[Label]) -> str:
+    """Return the text of `CLASS_INDEX`: one class per line, so that a change can be read."""
+    rows = [f'  "{index}": {json.dumps(label)}' for index, label in enumerate(labels)]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
 def _run_archiver(arguments: list[str]) -> None:

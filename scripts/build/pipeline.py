@@ -15,18 +15,13 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 from rich.status import Status
 
 from handler.labels import Label
 from handler.settings import ModelCard, Preprocessing
 from scripts import samples
 from scripts.build import packing, preprocessing, reduced_precision, thresholds
-from scripts.build.classes import (
-    IMAGENET_CLASSES,
-    given_classes,
-    imagenet_classes,
-)
+from scripts.build.classes import IMAGENET_CLASSES, given_classes, imagenet_classes
 from scripts.build.convert import Converted, convert
 from scripts.build.model_file import ModelFile
 from scripts.build.packing import BUILD, pack
@@ -56,7 +51,7 @@ def build(
 
     Args:
         spec: the model file.
-        model_store: the folder of the archive.
+        model_store: for the archive.
         source: the model itself; None to read what `spec` names.
         trained_model: with random weights, the name of a trained model that is served as well.
     """
@@ -91,7 +86,13 @@ def build(
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         extra = Path(folder, "extra")
         extra.mkdir()
-        card, model = _model(spec, source, card, Path(folder))
+        if spec.engine == "torch":
+            model = Converted(Path(folder, "model.pth"))
+            features = source.for_pytorch(card.preprocessing, model)
+        else:
+            model = _converted(spec, source, card, Path(folder))
+            features = "features" if model.classifier.exists() else ""
+        card = dataclasses.replace(card, features=features, embedding=model.channels)
         if spec.precision.type != "float32":
             require("precision", why=f"OpenVINO makes {spec.precision.type} and runs it")
             add_reduced_precision(spec.precision, model.file, card, labels, extra)
@@ -103,22 +104,6 @@ def build(
     return archive
 
 
-def _model(
-    spec: ModelFile, source: Source, card: ModelCard, folder: Path
-) -> tuple[ModelCard, Converted]:
-    """Return the model in the engine's form, and the card with its outputs."""
-    if spec.engine == "torch":
-        from scripts.build.sources.torchvision import TorchvisionSource  # torch
-
-        assert isinstance(source, TorchvisionSource)
-        file = folder / "model.pth"
-        features, classifier = source.for_pytorch(card.preprocessing, file)
-        return dataclasses.replace(card, features=features), Converted(file, classifier, 0)
-    model = _converted(spec, source, card, folder)
-    features = "features" if model.classifier is not None else ""
-    return dataclasses.replace(card, features=features, embedding=model.channels), model
-
-
 def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -> Converted:
     """Return the converted model from the last build of this name, or convert it and keep it."""
     facts = (
@@ -128,7 +113,7 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
     )
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     kept, made = BUILD / f"converted-{spec.name}-{key}", folder / "converted"
-    file, classifier, channels = made / "model.onnx", made / "classifier.npy", made / "channels"
+    file, channels = made / "model.onnx", made / "channels"
     try:
         # Links, since another build of this name may remove the kept files at the same time.
         shutil.copytree(kept, made, copy_function=os.link)
@@ -137,8 +122,7 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
         made.mkdir()
     else:
         step(f"Model: using the checked conversion {kept}")
-        rows = np.load(classifier, allow_pickle=False) if classifier.exists() else None
-        return Converted(file, rows, int(channels.read_text()))
+        return Converted(file, int(channels.read_text()))
     found = convert(
         source.to_onnx(card.preprocessing, folder),
         card,
@@ -146,8 +130,6 @@ def _converted(spec: ModelFile, source: Source, card: ModelCard, folder: Path) -
         allow_saturated=spec.allow_saturated or not source.trained,
     )
     source.check(file, card.preprocessing)
-    if found.classifier is not None:
-        np.save(classifier, found.classifier, allow_pickle=False)
     channels.write_text(str(found.channels))
     for other in BUILD.glob(f"converted-{spec.name}-*"):
         shutil.rmtree(other, ignore_errors=True)

@@ -4,7 +4,6 @@ Nothing that computes is left out: tensors that the architecture does not have a
 unless they are a loss's, a counter, or another copy of the model.
 """
 
-import functools
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,22 +70,30 @@ class Template:
     """The names and shapes that an architecture expects.
 
     Attributes:
-        shapes: of the parameters and buffers, by the number of classes.
-        last: the last layer, as in "fc"; empty if the code fixes the number of classes.
-        optional: whether a name may be missing or left out, such as an auxiliary classifier's.
+        shapes: of the parameters and buffers, for any number of classes.
+        heads: the layers whose first dimension is the number of classes, as in "fc", first the one
+            that computes the logits; empty if the code fixes the number of classes.
+        optional: prefixes of names that may be missing or left out, such as auxiliary classifiers'.
         rename: old names to present ones, whatever prefix they have.
     """
 
     architecture: str
-    shapes: Callable[[int], Mapping[str, Shape]]
-    last: str
-    optional: Callable[[str], bool] = lambda _: False
+    shapes: Mapping[str, Shape]
+    heads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     rename: Callable[[str], str] = lambda name: name
 
     @property
-    def few(self) -> Mapping[str, Shape]:
-        """Return the shapes for two classes, or for the number that the code fixes."""
-        return self.shapes(2 if self.last else 0)
+    def last(self) -> str:
+        """Return the layer that computes the logits; empty if there are no heads."""
+        return next(iter(self.heads), "")
+
+    def of_classes(self, classes: int) -> dict[str, Shape]:
+        """Return the shapes for a number of classes; for 0 as they are."""
+        resized = {
+            f"{head}.{kind}" for head in self.heads if classes for kind in ("weight", "bias")
+        }
+        return {n: (classes, *s[1:]) if n in resized else s for n, s in self.shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Fitted:
         problems: differing shapes and missing names.
         source: the whole state dict.
         last: the last layer's name below the prefix.
-        notes: sentences to print.
+        notes: the printed sentences.
     """
 
     key: str
@@ -122,20 +129,15 @@ class Fitted:
         """Return whether this is a whole model, or an averaged one without its buffers."""
         return self.averaged or not self.problems
 
-    def print_notes(self) -> None:
-        """Print what was chosen and left out."""
-        for note in self.notes:
-            step(f"Weights: {note}")
-
 
 def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = None) -> Fitted:
-    """Take the weights of an architecture from a file, with as many classes as they have.
+    """Take the weights of an architecture from a file, with as many classes as they have, and print
+    what was chosen and left out.
 
     Averaged weights (EMA, SWA) are preferred to raw ones, unless `weights_key` is the key of
     another state dict, or the prefix of its names.
     """
     file, states = checkpoint.file, checkpoint.states
-    template = replace(template, shapes=functools.cache(template.shapes))
     found = [f for key, state in states.items() for f in _candidates(key, state, template)]
     candidates = found if weights_key is None else _with_key(checkpoint, found, weights_key)
     misfit = f"{file} does not fit {template.architecture}"
@@ -166,14 +168,16 @@ def fit(checkpoint: Checkpoint, template: Template, weights_key: str | None = No
     for name, tensor in taken.state_dict.items():
         if not np.isfinite(tensor).all():
             raise UserError(f"{file}: {name} holds values that are not finite.")
-    return replace(taken, notes=tuple(_notes(taken, candidates, harmless, template)))
+    notes = tuple(_notes(taken, candidates, harmless, template))
+    for note in notes:
+        step(f"Weights: {note}")
+    return replace(taken, notes=notes)
 
 
 def load_into(module: "nn.Module", fitted: Fitted) -> "nn.Module":
-    """Load weights into a PyTorch module of their architecture, and print the notes on them."""
+    """Load weights into a PyTorch module of their architecture."""
     import torch
 
-    fitted.print_notes()
     tensors = OrderedDict(
         (name, torch.from_numpy(np.array(tensor))) for name, tensor in fitted.state_dict.items()
     )
@@ -200,9 +204,9 @@ def _candidates(key: str, source: StateDict, template: Template) -> Iterator[Fit
         name[:start]
         for name in present
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-        if name[start:] in template.few
+        if name[start:] in template.shapes
     )
-    required = sum(not name.endswith(".num_batches_tracked") for name in template.few)
+    required = sum(not name.endswith(".num_batches_tracked") for name in template.shapes)
     for prefix, count in starts.most_common(MAX_PREFIXES):
         if count >= MIN_SHARE * required:
             label = f"{key}.{prefix}".strip(".") or "."
@@ -221,19 +225,19 @@ def _compare(
     below: Tensors, last: str, template: Template
 ) -> tuple[StateDict, int, tuple[str, ...]]:
     """Return the tensors by the architecture's names, the number of classes, and the problems."""
-    few = template.few
     weight, bias = f"{template.last}.weight", f"{template.last}.bias"
-    names = {name: name for name in few} | {weight: f"{last}.weight", bias: f"{last}.bias"}
-    tensors = StateDict((n, below[names[n]]) for n in few if names[n] in below)
+    moved = {weight: f"{last}.weight", bias: f"{last}.bias"}
+    found = ((name, below.get(moved.get(name, name))) for name in template.shapes)
+    tensors = StateDict((name, tensor) for name, tensor in found if tensor is not None)
     shape = tensors[weight].shape if weight in tensors else ()
-    classes = shape[0] if shape and shape[1:] == few[weight][1:] else 0
-    expected = template.shapes(classes) if classes else few
+    classes = shape[0] if shape and shape[1:] == template.shapes[weight][1:] else 0
+    expected = template.of_classes(classes)
     for name in (name for name in expected if name not in tensors):
         if name.endswith(".num_batches_tracked"):  # not in files of PyTorch 0.4 and before
             tensors[name] = np.zeros((), np.int64)
         elif name == bias and weight in tensors:
             tensors[name] = np.zeros(expected[name], np.float32)
-    lacking = [n for n in expected if n not in tensors and not template.optional(n)]
+    lacking = [n for n in expected if n not in tensors and not n.startswith(template.optional)]
     problems = [
         f"{name} has the shape {list(tensor.shape)} instead of {list(expected[name])}"
         for name, tensor in tensors.items()
@@ -250,7 +254,7 @@ def _last_layer(names: Iterable[str], template: Template) -> str:
     It may be in an nn.Sequential there, or in the place of one that holds only the last layer.
     """
     parent, _, own = template.last.rpartition(".")
-    layers = {name.rpartition(".")[0] for name in template.few if name.startswith(f"{parent}.")}
+    layers = {name.rpartition(".")[0] for name in template.shapes if name.startswith(f"{parent}.")}
     is_plain = layers == {template.last} and (own.isdecimal() or parent in _PLAIN_HEADS)
     for module in (template.last, parent) if is_plain else (template.last,):
         inside = [n for n in names if n.startswith(f"{module}.") and not _COUNTER.search(n)]
@@ -296,7 +300,7 @@ def _left_out(
     Copies of the model are neither. Harmless are counters and, outside the model, what only losses
     use. A loss's tensor with two dimensions may compute: ArcFace's is the last layer.
     """
-    modules = {name.partition(".")[0] for name in template.few}
+    modules = {name.partition(".")[0] for name in template.shapes}
     copies = [f for f in found if f.source is taken.source and f.is_copy]
     used = {id(tensor) for copy in (taken, *copies) for tensor in copy.state_dict.values()}
     prefixes = tuple(f.prefix for f in copies if f.prefix and not taken.prefix.startswith(f.prefix))
@@ -305,7 +309,8 @@ def _left_out(
         name = template.rename(old)
         below = name.startswith(taken.prefix)
         inner = name.removeprefix(taken.prefix)
-        if id(tensor) in used or name.startswith(prefixes) or (below and template.optional(inner)):
+        optional = below and inner.startswith(template.optional)
+        if id(tensor) in used or name.startswith(prefixes) or optional:
             continue
         inside = below and inner.partition(".")[0] in modules
         counts = _COUNTER.search(name) or not (inside or np.issubdtype(tensor.dtype, np.floating))
@@ -348,7 +353,7 @@ def _hint(state: StateDict, tensors: Tensors, template: Template) -> str:
     """
     for name, tensor in tensors.items():
         # An image has 3 channels, and a convolution's weights 4 dimensions.
-        if tensor.ndim == 4 and template.few[name][1:2] == (3,) != tensor.shape[1:2]:
+        if tensor.ndim == 4 and template.shapes[name][1:2] == (3,) != tensor.shape[1:2]:
             return (
                 f"It takes images of {tensor.shape[1]} channel(s). Here they have 3: red, green "
                 "and blue, also gray ones. Train with those, as Grayscale(num_output_channels=3) "
@@ -359,15 +364,15 @@ def _hint(state: StateDict, tensors: Tensors, template: Template) -> str:
         if any(re.search(pattern, name) for name in state) and not (is_timm and "timm/" in text):
             return text
     try:
-        from scripts.build import architectures
+        from scripts.build.sources import torchvision
     except ImportError:  # without PyTorch, no other architecture can be tried
         return _EXPORT
     size = sum(t.size for name, t in state.items() if ".running_" not in name)
-    for name in architectures.architectures():
-        difference = abs(size - architectures.official_weights(name).meta["num_params"])
+    for name in torchvision.architectures():
+        difference = abs(size - torchvision.official_weights(name).meta["num_params"])
         if name == template.architecture or difference > MAX_LAST_LAYER_PARAMETERS:
             continue
-        other = architectures.template(name)
+        other = torchvision.template(name)
         for candidate in _candidates("", state, other):
             if not candidate.problems and not _left_out(candidate, [candidate], other)[1]:
                 return f"Its layers are those of {name}: ARCH={name}"

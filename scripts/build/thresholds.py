@@ -27,8 +27,13 @@ def resolve(
         return (EVEN if given is None else given,) * len(labels)
     source, content = "thresholds", given
     if isinstance(given, Path):
-        source, content = str(given), _read(given)
-    assert isinstance(content, Mapping)
+        source, data = str(given), read_bytes(given, "thresholds")
+        try:
+            content = json.loads(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"The thresholds {given} cannot be read: {error}.") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"The thresholds {source} must hold {_FORM}.")
     positions = match(list(content), labels, f"as {source} has it", "Use its id")
     found: dict[int, float] = {}
     for name, value in content.items():
@@ -43,14 +48,3 @@ def resolve(
     if missing:
         raise UserError(f"{source} has no threshold for {listed(missing)}. It must hold {_FORM}.")
     return tuple(found[index] for index in range(len(labels)))
-
-
-def _read(path: Path) -> Mapping[str, object]:
-    data = read_bytes(path, "thresholds")
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"The thresholds {path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"The thresholds {path} must hold {_FORM}.")
-    return content

@@ -1,4 +1,4 @@
-"""Any of torchvision's classifiers: its own preprocessing, and explanations if it can have them."""
+"""Architectures of torchvision and timm: their preprocessing, and explanations if possible."""
 
 import numpy as np
 import pytest
@@ -10,17 +10,19 @@ from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
 from handler.inference.torch_models import empty_model, with_features
 from handler.settings import Preprocessing
-from scripts.build.architectures import (
-    architectures,
-    check_architecture,
-    class_layer,
-    last_layer,
-    official_preprocessing,
-)
 from scripts.build.export import Normalized, features_node
+from scripts.build.model_file import from_options
+from scripts.build.sources import timm
+from scripts.build.sources.torchvision import (
+    architectures,
+    class_layer,
+    official_preprocessing,
+    open_source,
+)
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
 from tests.images import encode, photographs
+from tests.timm_transforms import timm_transform
 
 SMALL = Preprocessing(128, 128)
 
@@ -39,30 +41,32 @@ def test_the_preprocessing_of_every_architecture_is_understood() -> None:
     assert found["densenet169"].resize == 256
 
 
-@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "vit_b_16", "inception_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        "efficientnet_b0",
+        "vit_b_16",
+        "inception_v3",
+        "timm/densenet121.ra_in1k",
+        "timm/resnet50.a1_in1k",
+        "timm/test_vit.r160_in1k",
+        "timm/mixer_b16_224.goog_in21k",
+    ],
+)
 def test_preprocessing_is_that_of_the_weights(name: str) -> None:
-    preprocessing = official_preprocessing(name)
-    theirs = get_model_weights(name).DEFAULT.transforms()
+    if name.startswith("timm/"):
+        values = timm._preprocessing(timm._config(name))
+        preprocessing, theirs = Preprocessing(**values), timm_transform(name.removeprefix("timm/"))
+    else:
+        preprocessing = official_preprocessing(name)
+        theirs = get_model_weights(name).DEFAULT.transforms()
     normalize = Normalized(torch.nn.Identity(), preprocessing)
-    for title, image in list(photographs())[:20:3]:
+    for title, image in list(photographs())[::13]:
         rgb = image.convert("RGB")
         pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8)).pixels
         mine = normalize(torch.from_numpy(pixels)[None])[0]
         assert torch.allclose(mine, theirs(rgb), atol=1e-6), title
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("densenet121", "classifier"),
-        ("vit_b_16", "heads.head"),
-        ("squeezenet1_1", "classifier.1"),
-        ("mobilenet_v3_small", "classifier.3"),
-        ("inception_v3", "fc"),
-    ],
-)
-def test_the_layer_that_depends_on_the_classes_is_found(name: str, layer: str) -> None:
-    assert class_layer(name) == layer
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_features_are_found_if_logits_are_linear_in_them(
 ) -> None:
     torch.manual_seed(0)
     model = empty_model(name, 10)
-    last = last_layer(model, name)
+    last = model.get_submodule(class_layer(name))
     node = features_node(model, last, SMALL)
     assert bool(node) is linear
     if linear:
@@ -100,4 +104,4 @@ def test_features_are_found_if_logits_are_linear_in_them(
 
 def test_a_name_that_torchvision_does_not_have_gets_similar_ones() -> None:
     with pytest.raises(UserError, match=r"no classifier 'resnet51'. ARCH can be: .*resnet50"):
-        check_architecture("resnet51")
+        open_source(from_options(arch="resnet51"))

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +20,8 @@ from handler.inference.activation import softmax
 from handler.inference.cores import Cores
 from handler.inference.engines import Extra, load_engine
 from handler.labels import CLASS_INDEX
-from handler.settings import ModelCard, Preprocessing
+from handler.settings import Preprocessing
 from scripts import samples
-from scripts.build.commands import ModelOptions
 from scripts.build.convert import convert
 from scripts.build.model_file import from_options
 from scripts.build.onnx_model import read
@@ -32,6 +29,7 @@ from scripts.build.pipeline import build
 from scripts.store import read_card
 from scripts.terminal import UserError
 from tests.onnx_files import CLASSES, Made, model, quantized, with_data_elsewhere, with_operator
+from tests.unit.parts import archive
 
 SAID = {"resize": 72, "crop": 64, "mean": 0.5, "std": 0.25}
 sample_images = cache(samples.sample_batch)
@@ -77,18 +75,17 @@ def converted(
     mean, std = (0.0, 1.0) if normalizes else (0.5, 0.25)
     preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3, channels=channels)
     target = folder / "converted.onnx"
-    activation, thresholds = ("sigmoid", (0.5,) * classes) if multilabel else ("softmax", ())
-    card = ModelCard(
-        "mine", classes, True, "", "", "", preprocessing,
-        activation=activation, thresholds=thresholds,
-    )  # fmt: skip
+    outputs = {"activation": "sigmoid", "thresholds": (0.5,) * classes} if multilabel else {}
+    card = archive(classes=classes, preprocessing=preprocessing, **outputs).card
     made = convert(read(file), card, target)
-    outputs = {value.name for value in onnx.load(target).graph.output}
-    assert made.channels == (16 if "embedding" in outputs else 0)
+    names = {value.name for value in onnx.load(target).graph.output}
+    assert made.channels == (16 if "embedding" in names else 0)
     engine = load_engine(target, card, Cores(1, 1, folder / "busy"))
     images = sample_images(preprocessing, 3)
-    features = None if made.classifier is None else engine.run(images, Extra.FEATURES)[1]
-    return Converted(images, engine.run(images).logits, made.classifier, features)
+    classifier = features = None
+    if made.classifier.exists():
+        classifier, features = np.load(made.classifier), engine.run(images, Extra.FEATURES)[1]
+    return Converted(images, engine.run(images).logits, classifier, features)
 
 
 def plain(proto: ModelProto, images: np.ndarray[Any, Any], made: Made) -> np.ndarray[Any, Any]:
@@ -214,16 +211,6 @@ def test_outputs_of_a_linear_layer_are_logits_even_if_they_are_from_0_to_1(tmp_p
 def test_functions_are_resolved(tmp_path: Path) -> None:
     found = converted(with_functions(4), tmp_path)
     assert np.abs(found.logits - plain(model(), found.images, Made())).max() < 1e-4
-
-
-def test_an_archive_is_built_again_only_if_something_changed_and_then_with_the_same_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = packed(model(), tmp_path).read_bytes()
-    packed(model(), tmp_path)
-    assert "up to date" in capsys.readouterr().out
-    (tmp_path / "mine.mar").unlink()
-    assert packed(model(), tmp_path).read_bytes() == first
 
 
 def in_a_branch() -> ModelProto:
@@ -355,26 +342,27 @@ def test_probabilities_of_one_label_are_rejected_for_a_multi_label_model(
         packed(model(Made(end=end)), tmp_path, activation="sigmoid")
 
 
+NO_ONNX = "no ONNX file|no valid ONNX model"
+
+
 @pytest.mark.parametrize(
-    ("size", "message"),
+    ("content", "size", "message"),
     [
-        (0, "no ONNX file|no valid ONNX model"),
-        (2000, "no ONNX file|no valid ONNX model"),
-        (3_000_000_000, "has 3.0 GB. One file of ONNX holds 2 GB at most"),
+        (b"", 0, NO_ONNX),
+        (b"not a model", 11, NO_ONNX),
+        (model().SerializeToString(), 2000, NO_ONNX),
+        (b"", 3_000_000_000, "has 3.0 GB. One file of ONNX holds 2 GB at most"),
     ],
+    ids=["empty", "something else", "cut off", "too large"],
 )
-def test_a_file_of_the_wrong_size_is_rejected(size: int, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_or_too_large_is_rejected(
+    content: bytes, size: int, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "mine.onnx"
-    file.write_bytes(model().SerializeToString())
+    file.write_bytes(content)
     os.truncate(file, size)
     with pytest.raises(UserError, match=message):
         read(file)
-
-
-def test_a_file_of_something_else_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "mine.onnx").write_bytes(b"not a model")
-    with pytest.raises(UserError, match=r"no ONNX file|no valid ONNX model"):
-        read(tmp_path / "mine.onnx")
 
 
 UNUSABLE = "preprocessing of mine.onnx: "
@@ -453,29 +441,3 @@ def test_a_model_of_one_image_at_a_time_is_packed_with_a_warning(
 ) -> None:
     packed(model(Made(shape=(1, 3, 64, 64), fixed=True)), tmp_path)
     assert "requests are never batched" in capsys.readouterr().out
-
-
-def test_the_command_does_without_pytorch(tmp_path: Path) -> None:
-    (tmp_path / "mine.onnx").write_bytes(model().SerializeToString())
-    (tmp_path / "mine.yaml").write_text(
-        "model: mine.onnx\nclasses: [a, b, c, d, e]\n"
-        "preprocessing: {resize: 72, crop: 64, mean: 0.5, std: 0.25}\n"
-    )
-    program = (
-        "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-        "import runpy; runpy.run_module('scripts', run_name='__main__')"
-    )
-    options = (f"--model-file={tmp_path / 'mine.yaml'}", f"--model-store={tmp_path}")
-    result = subprocess.run(
-        [sys.executable, "-c", program, "archive", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (tmp_path / "mine.mar").exists(), result.stderr
-
-
-def test_an_architecture_is_rejected_for_a_whole_model(tmp_path: Path) -> None:
-    (tmp_path / "mine.onnx").touch()
-    with pytest.raises(UserError, match="set one of model and arch"):
-        ModelOptions(model_file=tmp_path / "mine.onnx", arch="resnet18").spec()

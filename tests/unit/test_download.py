@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from handler.settings import Preprocessing
-from scripts.build.architectures import official_weights
 from scripts.build.export import Normalized
 from scripts.build.model_file import from_options
 from scripts.build.sources import download, open_source
 from scripts.build.sources.download import fetch
 from scripts.build.sources.graph import GRAPHS, GraphSource
 from scripts.build.sources.source import HostUnreachableError
-from scripts.build.sources.torchvision import TorchvisionSource, random_source
+from scripts.build.sources.torchvision import (
+    TorchvisionSource,
+    official_weights,
+    random_source,
+)
 from scripts.samples import sample_batch
 from scripts.terminal import UserError
 from tests.published import publish

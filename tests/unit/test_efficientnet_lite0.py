@@ -1,7 +1,5 @@
 """EfficientNet-Lite0: the weights of a package are verified, named as timm does, and licensed."""
 
-import hashlib
-import pickle
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,14 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import timm
-import torch
 
 from scripts import run
-from scripts.build import architectures, pipeline
-from scripts.build.checkpoints import DigestError, read_checkpoint
+from scripts.build import pipeline
 from scripts.build.model_file import ModelFile, from_options
 from scripts.build.sources import efficientnet_lite0 as lite0
-from scripts.build.sources import graph
+from scripts.build.sources import graph, torchvision
 from scripts.build.sources.source import HostUnreachableError
 from scripts.terminal import UserError
 
@@ -68,28 +64,12 @@ def test_damaged_weights_are_rejected_and_the_package_is_removed(own_copy: Path)
     assert not (site.parent / "installed-lite0").exists()
 
 
-def test_a_file_with_another_hash_is_not_even_parsed(tmp_path: Path) -> None:
-    hostile = tmp_path / "weights.pth"
-    hostile.write_bytes(pickle.dumps({"weight": torch.ones(1)}))
-    digest = hashlib.sha256(b"another file").hexdigest()
-    with pytest.raises(DigestError, match="It was not loaded"):
-        read_checkpoint(hostile, digest)
-
-
 def test_without_the_package_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lite0, "PACKAGE", "no-such-package-as-this")
     with pytest.raises(UserError, match="make setup-lite0"):
         graph.open_source(SPEC)
-
-
-def test_custom_weights_of_the_architecture_are_accepted(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    fine_tuned = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=3)
-    torch.save(fine_tuned.state_dict(), tmp_path / "pets.pth")
-    model = graph.open_source(SPEC.replace(weights=tmp_path / "pets.pth"))
-    assert (model.outputs, model.architecture, model.notice) == (3, "efficientnet_lite0", "")
 
 
 def test_an_http_error_of_the_official_host_is_a_reason_to_fall_back_but_not_of_another(
@@ -109,7 +89,7 @@ def test_an_http_error_of_the_official_host_is_a_reason_to_fall_back_but_not_of_
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as host:  # answers 501
         threading.Thread(target=host.serve_forever).start()
         url = f"http://127.0.0.1:{host.server_port}/squeezenet1_1-b8a52dc0.pth"
-        monkeypatch.setattr(architectures, "official_weights", lambda _: SimpleNamespace(url=url))
+        monkeypatch.setattr(torchvision, "official_weights", lambda _: SimpleNamespace(url=url))
         spec = from_options(arch="squeezenet1_1")
         names = [path.stem for path in run._build(spec)]
         assert names == ["efficientnet_lite0", "squeezenet1_1"]

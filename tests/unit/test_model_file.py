@@ -1,6 +1,5 @@
 """Model files: what they say, what is wrong with them by line and key, and what variables mean."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 
 from handler.settings import Preprocessing
 from scripts.build.commands import ModelOptions
-from scripts.build.model_file import ModelFile, from_options, read, schema
+from scripts.build.model_file import ModelFile, from_options, read
 from scripts.build.pipeline import resolved
 from scripts.build.preprocessing import PreprocessingOptions, resolve
 from scripts.terminal import UserError
@@ -190,8 +189,3 @@ def test_variables_replace_single_keys_of_a_model_file(
     assert spec.model is not None
     assert (spec.name, spec.model.name, spec.classes) == ("dogs", "pets.onnx", Path("other.txt"))
     assert (spec.preprocessing.channels, spec.preprocessing.fit) == ("rgb", "squash")
-
-
-def test_the_schema_for_editors_names_every_key() -> None:
-    keys = json.loads(schema())["properties"].keys()
-    assert keys == ModelFile.model_fields.keys()

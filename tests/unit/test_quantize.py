@@ -17,11 +17,12 @@ from handler.inference.onnx_engine import OnnxEngine
 from handler.inference.openvino_engine import OpenVinoEngine
 from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS
 from handler.labels import Label
-from handler.settings import ModelCard, Preprocessing
+from handler.settings import Preprocessing
 from scripts.build.model_file import Precision
 from scripts.build.quantize import costliest, quantize
 from scripts.build.reduced_precision import add_reduced_precision, digest
 from scripts.terminal import UserError
+from tests.unit.parts import archive
 
 SIDE = 16
 CHANNELS = (3, 16, 16, 16)
@@ -104,17 +105,8 @@ def test_the_same_images_give_the_same_bytes(
 # --- Multi-label models ---
 
 LABELS = [Label(f"n{number}", f"name {number}") for number in range(CHANNELS[-1])]
-CARD = ModelCard(
-    "small",
-    len(LABELS),
-    trained=True,
-    weights_file="",
-    weights_sha256="",
-    inputs_sha256="",
-    preprocessing=Preprocessing(SIDE, SIDE),
-    activation="sigmoid",
-    thresholds=(0.5,) * len(LABELS),
-)
+SOFTMAX_CARD = archive(LABELS, preprocessing=Preprocessing(SIDE, SIDE)).card
+CARD = dataclasses.replace(SOFTMAX_CARD, activation="sigmoid", thresholds=(0.5,) * len(LABELS))
 
 
 @pytest.fixture
@@ -123,9 +115,8 @@ def known(model: Path, tmp_path: Path) -> Path:
     random = np.random.default_rng(2)
     colors = random.integers(0, 256, (80, 1, 1, 3))
     pixels = (colors + random.integers(-9, 10, (80, SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
-    logits = (
-        OnnxEngine(model, Cores(1, 1, tmp_path / "busy")).run(pixels.transpose(0, 3, 1, 2)).logits
-    )
+    engine = OnnxEngine(model, Cores(1, 1, tmp_path / "busy"))
+    logits = engine.run(pixels.transpose(0, 3, 1, 2)).logits
     _spread(model, logits)
     folder = tmp_path / "known"
     folder.mkdir()
@@ -180,24 +171,16 @@ def test_int8_that_ranks_images_otherwise_is_rejected(
     dark.mkdir()
     for number, pixels in enumerate(np.random.default_rng(3).integers(0, 9, (9, SIDE, SIDE, 3))):
         Image.fromarray(pixels.astype(np.uint8)).save(dark / f"{number}.png")
+    wanted = Precision(type="int8", calibration=dark, evaluation=known)
     with pytest.raises(
         UserError,
         match=r"int8 costs too much, and no archive was written: mean average precision loses \S+ "
         r"percentage points, and the limit is 0.5. Most noise is added by block.conv.* Calibrate "
         "on more images .*, or change max_loss under precision in the model file",
     ):
-        add_reduced_precision(
-            Precision(type="int8", calibration=dark, evaluation=known),
-            model,
-            CARD,
-            LABELS,
-            tmp_path,
-        )
+        add_reduced_precision(wanted, model, CARD, LABELS, tmp_path)
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "9 images are few to calibrate on" in printed
-
-
-SOFTMAX_CARD = dataclasses.replace(CARD, activation="softmax", thresholds=())
 
 
 @pytest.mark.parametrize("in_folders", [True, False])

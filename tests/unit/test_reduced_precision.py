@@ -13,18 +13,16 @@ from handler.errors import ArchiveError
 from handler.inference.cores import Cores
 from handler.inference.precision import CHECK_IMAGES, CHECK_LABELS, load_with_fallback
 from handler.labels import Label
-from handler.settings import ModelCard
 from scripts.build import reduced_precision
 from scripts.build.guard import compare
 from scripts.build.model_file import Precision
 from scripts.build.reduced_precision import add_reduced_precision, digest, split
 from scripts.terminal import UserError
+from tests.unit.parts import archive
 
 LABELS = [Label("n1", "tabby_cat"), Label("n2", "dog"), Label("n3", "container ship")]
 HERE = Path(__file__).parent
-CARD = ModelCard(
-    "densenet121", 3, trained=True, weights_file="", weights_sha256="", inputs_sha256=""
-)
+CARD = archive(LABELS).card
 
 
 @pytest.fixture

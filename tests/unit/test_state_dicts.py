@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from scripts.build import architectures, state_dicts
+from scripts.build import state_dicts
 from scripts.build.checkpoints import Checkpoint, StateDict, read_checkpoint
+from scripts.build.sources import torchvision
 from scripts.build.state_dicts import Fitted, Template, fit, load_into
 from scripts.terminal import UserError
 
@@ -32,12 +32,8 @@ class Net(nn.Module):
         self.fc = nn.Linear(8, classes)
 
 
-@cache
-def shapes(classes: int) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in Net(classes or CLASSES).state_dict().items()}
-
-
-NET = Template("net18", shapes, "fc")
+SHAPES = {name: tensor.shape for name, tensor in Net(CLASSES).state_dict().items()}
+NET = Template("net18", SHAPES | {"fc.weight": (2, 8), "fc.bias": (2,)}, ("fc",))
 torch.manual_seed(2)
 RAW = Net(CLASSES).state_dict()
 AVERAGED = Net(CLASSES).state_dict()
@@ -238,7 +234,7 @@ def test_weights_that_do_not_fit_are_rejected_with_the_reason_and_what_to_do(
 
 
 def test_code_that_fixes_the_number_of_classes_needs_no_last_layer(fitted: Fit) -> None:
-    python_class = Template("MyNet", shapes, "")
+    python_class = Template("MyNet", SHAPES)
     result = fitted(below("module."), python_class)
     assert same(result.state_dict, RAW)
     with pytest.raises(UserError, match=r"MyNet: .*fc\.weight has the shape \[5, 8\] instead of"):
@@ -252,7 +248,7 @@ def test_chexnets_published_layout_fits_densenet121(fitted: Fit) -> None:
     published = {n: t for n, t in old.items() if not n.endswith("num_batches_tracked")}
     result = fitted(
         {"state_dict": below("module.densenet121.", published), "best_loss": 0.1},
-        architectures.template("densenet121"),
+        torchvision.template("densenet121"),
     )
     assert result.classes == 14
     assert same(result.state_dict, state)
@@ -271,7 +267,7 @@ def test_chexnets_published_layout_fits_densenet121(fitted: Fit) -> None:
 def test_usual_replacements_of_torchvisions_heads_and_its_old_names_fit(
     architecture: str, old: str, new: str
 ) -> None:
-    template = architectures.template(architecture)
+    template = torchvision.template(architecture)
     auxiliary = {"init_weights": False} if architecture == "googlenet" else {}
     with torch.device("meta"):
         model = get_model(architecture, num_classes=CLASSES, **auxiliary)
@@ -279,12 +275,12 @@ def test_usual_replacements_of_torchvisions_heads_and_its_old_names_fit(
     state = StateDict((re.sub(old, new, name), values) for name, values in zeros.items())
     checkpoint = Checkpoint("mine.pth", "", {"": state})
     result = fit(checkpoint, template)
-    assert result.state_dict.keys() == template.shapes(CLASSES).keys()
+    assert result.state_dict.keys() == template.shapes.keys()
 
 
 def test_the_right_architecture_of_torchvision_is_suggested(fitted: Fit) -> None:
     squeezenet = below("module.", get_model("squeezenet1_1", num_classes=CLASSES).state_dict())
-    for template in (NET, architectures.template("squeezenet1_0")):
+    for template in (NET, torchvision.template("squeezenet1_0")):
         with pytest.raises(UserError, match=r"layers are those of squeezenet1_1: ARCH=squeezenet1"):
             fitted(squeezenet, template)
 

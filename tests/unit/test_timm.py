@@ -4,32 +4,26 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-from handler.decoding.budget import PixelBudget
-from handler.decoding.decode import decode
-from handler.labels import CLASS_INDEX
+from handler.labels import CLASS_INDEX, Label
 from handler.settings import Preprocessing
-from scripts.build.architectures import check_architecture
-from scripts.build.class_index import TARGET, as_json, class_index
-from scripts.build.export import Normalized
 from scripts.build.model_file import from_options
+from scripts.build.packing import class_index
 from scripts.build.pipeline import build
 from scripts.build.preprocessing import PreprocessingOptions, resolve
 from scripts.build.sources.source import TorchSource
 from scripts.build.sources.timm import _config, _preprocessing, open_source
 from scripts.terminal import UserError
-from tests.images import encode, photographs
-from tests.timm_transforms import timm_transform
 
 ARCHITECTURE = REPOSITORY = "timm/test_resnet.r160_in1k"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -171,24 +165,13 @@ def test_a_crop_larger_than_the_image_is_rejected_unless_overridden() -> None:
 def test_similar_names_are_suggested_for_an_unknown_one() -> None:
     with pytest.raises(UserError, match=r"no model 'resnet51'. Alike are: .*timm/resnet5"):
         open_source(from_options(arch="timm/resnet51", revision=REVISION))
-    with pytest.raises(UserError, match=r"no classifier 'resnet51'"):
-        check_architecture("resnet51")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["densenet121.ra_in1k", "resnet50.a1_in1k", "test_vit.r160_in1k", "mixer_b16_224.goog_in21k"],
-)
-def test_preprocessing_is_that_of_the_weights(name: str) -> None:
-    preprocessing, theirs = preprocessing_of(name), timm_transform(name)
-    normalize = Normalized(nn.Identity(), preprocessing)
-    for title, image in list(photographs())[::17]:
-        rgb = image.convert("RGB")
-        pixels = decode(encode(rgb), preprocessing, PixelBudget(10**8)).pixels
-        mine = normalize(torch.from_numpy(pixels)[None])[0]
-        assert np.allclose(mine, theirs(rgb), atol=1e-6), title
-
-
-def test_the_class_index_of_imagenet_is_what_the_script_makes() -> None:
-    assert TARGET.name == CLASS_INDEX
-    assert TARGET.read_text("utf-8") == as_json(class_index())
+def test_the_class_index_of_imagenet_has_the_tutorials_ids_and_names() -> None:
+    """The name is the first lemma of the class's WordNet synset, with underscores for spaces."""
+    info = files("timm") / "data" / "_info"
+    synsets = (info / "imagenet_synsets.txt").read_text("utf-8").split()
+    lines = (info / "imagenet_synset_to_lemma.txt").read_text("utf-8").splitlines()
+    lemmas = dict(line.split("\t", 1) for line in lines)
+    labels = [Label(s, lemmas[s].split(",")[0].strip().replace(" ", "_")) for s in synsets]
+    assert Path("handler", CLASS_INDEX).read_text("utf-8") == class_index(labels)

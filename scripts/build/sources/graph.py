@@ -4,7 +4,6 @@ repository, and weights that are filled into it.
 `scripts.build.export_graphs` makes the graphs.
 """
 
-import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -95,14 +94,11 @@ def open_source(spec: ModelFile) -> GraphSource:
     if spec.weights == RANDOM:
         classes = len(given_classes(spec.classes) or range(IMAGENET_CLASSES))
         return random_source(architecture, classes)
-    notice = ""
     if spec.weights or graph.weights:
-        path = local_file(spec.weights or graph.weights)
-        checkpoint = read_checkpoint(path)
+        checkpoint, notice = read_checkpoint(local_file(spec.weights or graph.weights)), ""
     else:
         checkpoint, notice = efficientnet_lite0.packaged()
     fitted = fit(checkpoint, template(architecture), spec.weights_key)
-    fitted.print_notes()
     return GraphSource(
         architecture=architecture,
         file=checkpoint.file,
@@ -116,21 +112,14 @@ def open_source(spec: ModelFile) -> GraphSource:
 
 def template(architecture: str) -> Template:
     """Return the names and shapes of an architecture's weights."""
-    # The old names are torchvision's; no name of timm's is like them.
-    shapes = functools.partial(_shapes, architecture)
-    return Template(architecture, shapes, _LAST_LAYER, rename=present_name)
-
-
-@functools.cache
-def _shapes(architecture: str, classes: int) -> dict[str, Shape]:
-    found = {}
+    shapes: dict[str, Shape] = {}
     for value in onnx.load(file_of(architecture)).graph.input[1:]:
-        shape = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
-        layer = value.name.rpartition(".")[0]
-        found[value.name] = (classes, *shape[1:]) if layer == _LAST_LAYER else shape
-        if value.name.endswith(".running_var"):
-            found[f"{layer}.num_batches_tracked"] = ()  # in the files, but computes nothing
-    return found
+        shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+        layer, _, kind = value.name.rpartition(".")
+        if kind == "running_var":
+            shapes[f"{layer}.num_batches_tracked"] = ()  # in the files, but computes nothing
+    # The old names are torchvision's; no name of timm's is like them.
+    return Template(architecture, shapes, (_LAST_LAYER,), rename=present_name)
 
 
 def _filled(architecture: str, weights: Weights, crop: int) -> ModelProto:
@@ -157,7 +146,7 @@ def random_source(architecture: str, classes: int = IMAGENET_CLASSES) -> GraphSo
     """
     random = np.random.default_rng(_SEED)
     weights: dict[str, NDArray[Any]] = {}
-    for name, shape in _shapes(architecture, classes).items():
+    for name, shape in template(architecture).of_classes(classes).items():
         low, high = (-0.5, 0.5) if name.endswith(("bias", "mean")) else (0.5, 1.5)
         values = random.uniform(low, high, shape)
         if len(shape) > 1:

@@ -108,20 +108,14 @@ def _parse(content: bytes, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep transformers from the network, and from printing."""
-    logging = transformers.utils.logging
-    online, level = constants.HF_HUB_OFFLINE, logging.get_verbosity()
-    had_bars = logging.is_progress_bar_enabled()
-    constants.HF_HUB_OFFLINE = True
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    """Keep transformers from the network, and from then on from printing."""
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = online
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
+        constants.HF_HUB_OFFLINE = before
 
 
 def _config(values: Mapping[str, Any], path: Path) -> Any:

@@ -28,10 +28,14 @@ def preprocessing_of(processor: Any, file: str) -> dict[str, Any]:
 
     The processor is of transformers' "pil" backend; messages name `file`, its configuration.
     """
+    resample = 2 if processor.resample is None else int(processor.resample)
+    if resample not in _INTERPOLATIONS:
+        allowed = ", ".join(f"{number} ({name})" for number, name in _INTERPOLATIONS.items())
+        raise UserError(f"{file}: resample {resample} cannot be represented. It must be {allowed}.")
     values = {
         **_geometry(processor, file),
         **_normalization(processor, file),
-        "interpolation": _interpolation(processor, file),
+        "interpolation": _INTERPOLATIONS[resample],
         "crop_rounding": "down",
     }
     if getattr(processor, "do_flip_channel_order", False):  # MobileViT
@@ -92,14 +96,6 @@ def _square(sides: Mapping[str, int], key: str, file: str) -> int:
     if sides.keys() != {"height", "width"} or sides["height"] != sides["width"]:
         raise UserError(f"{file}: {key} {sides} is not square, as images must be here.")
     return sides["height"]
-
-
-def _interpolation(processor: Any, file: str) -> str:
-    number = 2 if processor.resample is None else int(processor.resample)
-    if number not in _INTERPOLATIONS:
-        allowed = ", ".join(f"{number} ({name})" for number, name in _INTERPOLATIONS.items())
-        raise UserError(f"{file}: resample {number} cannot be represented. It must be {allowed}.")
-    return _INTERPOLATIONS[number]
 
 
 def _normalization(processor: Any, file: str) -> dict[str, tuple[float, ...]]:

@@ -6,14 +6,14 @@ from typing import Any
 
 from scripts.build import onnx_model
 from scripts.build.classes import classes_from_text
-from scripts.build.sources.source import OnnxSource
+from scripts.build.sources.source import Source
 from scripts.store import sha256
 
 # The keys under which exporters keep class names: Ultralytics' is the first.
 _CLASS_KEYS = ("names", "classes", "labels")
 
 
-def open_source(path: Path) -> OnnxSource:
+def open_source(path: Path) -> Source:
     """Read the file with its metadata: the classes and the size of the input."""
     model = onnx_model.read(path)
     metadata = {entry.key: entry.value for entry in model.proto.metadata_props}
@@ -25,7 +25,7 @@ def open_source(path: Path) -> OnnxSource:
     if model.input.dtype == "uint8":
         # The model itself normalizes images.
         fixed |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return OnnxSource(
+    return Source(
         architecture=path.name,
         file=path.name,
         sha256=sha256(path),

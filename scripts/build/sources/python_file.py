@@ -31,8 +31,7 @@ def open_source(path: Path, weights: Path, weights_key: str | None) -> TorchSour
         ) from error
     shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
     checkpoint = read_checkpoint(weights)
-    template = Template(architecture=kind.__name__, shapes=lambda _: shapes, last="")
-    load_into(module, fit(checkpoint, template, weights_key))
+    load_into(module, fit(checkpoint, Template(kind.__name__, shapes), weights_key))
     code = hashlib.sha256(f"{sha256(path)}{checkpoint.sha256}".encode()).hexdigest()
     return TorchSource(architecture=kind.__name__, file=checkpoint.file, sha256=code, module=module)
 

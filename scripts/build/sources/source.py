@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from handler.labels import Label
 from handler.settings import Preprocessing
 from scripts.build import onnx_model
+from scripts.build.convert import Converted
 from scripts.terminal import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Source:
         labels: the classes that the model's own files name.
         trained: false for seeded random numbers.
         notice: text that must accompany copies of the weights.
+        model: the model, if it is ONNX already.
     """
 
     architecture: str
@@ -46,29 +48,24 @@ class Source:
     labels: Sequence[Label] | None = None
     trained: bool = True
     notice: str = ""
+    model: onnx_model.Model | None = None
 
     def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
         """Return the model as ONNX, from its own normalized input, of `crop` pixels, to its output.
 
         Temporary files go into `folder`.
         """
-        raise NotImplementedError
+        assert self.model is not None
+        return self.model
 
     def check(self, packed: Path, preprocessing: Preprocessing) -> None:
-        """Compare the packed model with the framework that it was trained with; raise `UserError`
-        if they differ. Without such a framework there is nothing to do.
+        """Compare the packed model with the framework that it was trained with, if there is one;
+        raise `UserError` if they differ.
         """
 
-
-@dataclass(frozen=True, kw_only=True)
-class OnnxSource(Source):
-    """A model that is ONNX already."""
-
-    model: onnx_model.Model
-
-    def to_onnx(self, preprocessing: Preprocessing, folder: Path) -> onnx_model.Model:
-        """See `Source.to_onnx`."""
-        return self.model
+    def for_pytorch(self, preprocessing: Preprocessing, target: Converted) -> str:
+        """Write what the PyTorch engine loads, see `TorchvisionSource`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,25 +36,21 @@ def open_source(spec: ModelFile) -> TorchSource:
             f"timm keeps no weights of {architecture} on the hub. Give a file: WEIGHTS=path"
         )
     checkpoint = read_checkpoint(path)
-    layers = [config.classifier] if isinstance(config.classifier, str) else config.classifier
-    if not layers:
+    heads = (config.classifier,) if isinstance(config.classifier, str) else config.classifier
+    if not heads:
         raise UserError(f"{architecture} has no layer of classes.")
-
-    def shapes(classes: int) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            model = library.create_model(name, pretrained=False, num_classes=classes)
-        return {key: tensor.shape for key, tensor in model.state_dict().items()}
-
-    fitted = fit(checkpoint, Template(architecture, shapes, layers[0]), spec.weights_key)
+    with torch.device("meta"):
+        model = library.create_model(name, pretrained=False, num_classes=2)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    fitted = fit(checkpoint, Template(architecture, shapes, tuple(heads)), spec.weights_key)
     module = library.create_model(name, pretrained=False, num_classes=fitted.classes).eval()
-    load_into(module, fitted)
     return TorchSource(
         architecture=architecture,
         file=checkpoint.file,
         sha256=checkpoint.sha256,
         outputs=fitted.classes,
         preprocessing=_preprocessing(config),
-        module=module,
+        module=load_into(module, fitted),
     )
 
 
