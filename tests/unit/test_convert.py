@@ -75,8 +75,9 @@ def converted(
     mean, std = (0.0, 1.0) if normalizes else (0.5, 0.25)
     preprocessing = Preprocessing(72, 64, (mean,) * 3, (std,) * 3, channels=channels)
     target = folder / "converted.onnx"
-    outputs = {"activation": "sigmoid", "thresholds": (0.5,) * classes} if multilabel else {}
-    card = archive(classes=classes, preprocessing=preprocessing, **outputs).card
+    card = archive(classes=classes, preprocessing=preprocessing).card
+    if multilabel:
+        card = replace(card, activation="sigmoid", thresholds=(0.5,) * classes)
     made = convert(read(file), card, target)
     names = {value.name for value in onnx.load(target).graph.output}
     assert made.channels == (16 if "embedding" in names else 0)
