@@ -16,11 +16,12 @@ from typing import Any
 import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from batch import pipeline, plan, storage
+from batch import parts, pipeline, plan, storage
 from batch.archive import Archive, load_handler_from, unpack
 from batch.job import Job, OtherJobError, load_existing_job
 from batch.pipeline import Actors, Tally
-from batch.storage import AddressError, TransientStorageError
+from batch.storage import AddressError
+from classification_client.errors import TransientError
 from scripts.terminal import UserError, console, step, warn
 
 # Number of the most frequent errors to print and report.
@@ -41,9 +42,11 @@ def classify(
     Raises:
         UserError: of what a user can fix.
     """
-    with _errors_as_messages(), _unpacked(archive) as (content, sha256, folder):
-        description = _describe(folder, choices)
-        requested = Job(sha256, source, column, os.getcwd(), **choices, output=_absolute(output))  # noqa: PTH109
+    with errors_as_messages():
+        content, sha256, description = _load(archive, choices)
+        place = storage.place(output)
+        absolute = place.path if place.is_local else output
+        requested = Job(sha256, source, column, os.getcwd(), **choices, output=absolute)  # noqa: PTH109
         job = load_existing_job(requested) or _begin(requested)
         missing = job.missing()
         if not missing:
@@ -51,7 +54,7 @@ def classify(
             return
         if description.warning:
             warn(description.warning)
-        with _ray(address) as root:
+        with cluster.connected(address) if address else cluster.embedded() as root:
             shared = Archive(sha256, ray.put(content), root)
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             models = Actors.of(resources, actors, len(missing), gpu=description.wants_gpu)
@@ -67,7 +70,7 @@ def classify(
 
 
 @contextlib.contextmanager
-def _errors_as_messages() -> Iterator[None]:
+def errors_as_messages() -> Iterator[None]:
     """Turn errors that a user can fix into a `UserError`."""
     try:
         yield
@@ -87,16 +90,15 @@ def _root_cause(error: BaseException) -> str:
     cause: BaseException = error
     while (below := getattr(cause, "cause", None) or cause.__cause__) is not None:
         cause = below
-    if isinstance(cause, TransientStorageError):
+    if isinstance(cause, TransientError):
         reason = f"The storage does not answer: {cause.strerror or cause}."
     else:
         reason = f"The job stopped: {type(cause).__name__}: {cause}"
     return f"{reason} The same command resumes where it stopped."
 
 
-@contextlib.contextmanager
-def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
-    """Unpack an archive and load its handler; yield its bytes, SHA-256 and folder."""
+def _load(archive: Path, choices: dict[str, Any]) -> tuple[bytes, str, Any]:
+    """Load an archive's handler; return its bytes, SHA-256 and `batch.stages.Description`."""
     try:
         content = archive.read_bytes()
     except OSError as error:
@@ -112,21 +114,12 @@ def _unpacked(archive: Path) -> Iterator[tuple[bytes, str, Path]]:
         except Exception as error:
             raise UserError(f"{archive} is no sound archive: {error}.") from error
         load_handler_from(folder)
-        yield content, sha256, folder
+        try:
+            from batch import stages  # imports the archive's handler
 
-
-def _describe(folder: Path, choices: dict[str, Any]) -> Any:
-    from batch import stages  # imports the archive's handler
-
-    try:
-        return stages.describe(folder, stages.Choices(**choices))
-    except Exception as error:  # the archive's handler has its own error classes
-        raise UserError(f"The archive: {error}") from error
-
-
-def _absolute(output: str) -> str:
-    folder = storage.place(output)
-    return folder.path if folder.is_local else output
+            return content, sha256, stages.describe(folder, stages.Choices(**choices))
+        except Exception as error:  # the archive's handler has its own error classes
+            raise UserError(f"The archive: {error}") from error
 
 
 def _begin(requested: Job) -> Job:
@@ -134,24 +127,12 @@ def _begin(requested: Job) -> Job:
     left_out: Counter[str] = Counter()
     with console.status("Listing the images ..."):
         found = plan.entries(requested.images, requested.column, left_out)
-        count, part_size = plan.write(found, requested.plan)
+        count, part_size = parts.write(found, requested.plan_address)
     if left_out:
         step("Left out: " + ", ".join(f"{count} {what}" for what, count in left_out.most_common(5)))
     job = replace(requested, pictures=count, part_size=part_size)
     job.begin()
     return job
-
-
-@contextlib.contextmanager
-def _ray(address: str | None) -> Iterator[str | None]:
-    """Connect to Ray; yield the folder to unpack archives in, None for the default."""
-    if address is None:
-        step("Starting Ray on this machine")
-        with cluster.embedded() as root:
-            yield root
-    else:
-        with cluster.connected(address):
-            yield None
 
 
 def _show_progress(tallies: Iterator[Tally], job: Job, missing: Sequence[int]) -> Tally:

@@ -19,6 +19,10 @@ import ray
 import ray.data
 from ray._private import ray_constants
 
+import batch
+import classification_client
+from scripts.terminal import step
+
 # Timeout for connecting to a cluster's head, and for Ray's processes to exit.
 _SECONDS = 10
 # Paths of Unix sockets are limited to 107 bytes, of which Ray uses 76.
@@ -30,7 +34,7 @@ for name in ("ray", "ray.data"):
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect to a cluster for the duration of the context, and send this package to its nodes.
+    """Connect to a cluster for the duration of the context, and send this code to its nodes.
 
     Args:
         address: the cluster head's address, such as 10.0.0.1:6379, or "auto" on one of its nodes.
@@ -39,11 +43,13 @@ def connected(address: str) -> Iterator[None]:
         ConnectionError: nothing listens at the address.
     """
     _check_reachable(address)
-    package = str(Path(__file__).parent)
+    packages = [
+        str(Path(str(package.__file__)).parent) for package in (batch, classification_client)
+    ]
     with _stderr_discarded():
         ray.init(
             address,
-            runtime_env={"py_modules": [package]},
+            runtime_env={"py_modules": packages},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -71,6 +77,7 @@ def embedded() -> Iterator[str]:
     Yields:
         a folder to unpack archives in.
     """
+    step("Starting Ray on this machine")
     # By default, Ray uses an external address of this machine and listens on all interfaces.
     ray_constants.ENABLE_RAY_CLUSTER = False
     folder = tempfile.mkdtemp(prefix="ray-", dir=_plain(tempfile.gettempdir()))

@@ -59,11 +59,6 @@ class Job:
         return storage.place(self.output)
 
     @property
-    def plan(self) -> Place:
-        """Return the folder of the plan."""
-        return storage.place(self.plan_address)
-
-    @property
     def plan_address(self) -> str:
         """Return the address of the folder of the plan."""
         base, question, query = self.output.partition("?")
@@ -89,13 +84,16 @@ class Job:
         """Return the number of images of a part."""
         return min(self.part_size, self.pictures - number * self.part_size)
 
-    def write_report(self, report: dict[str, Any]) -> None:
-        """Write a report to the folder of the results."""
-        storage.write(self.folder / _REPORT, _as_json(report))
-
     def begin(self) -> None:
         """Write `_job.json`, which marks the plan as complete."""
-        storage.write(self.folder / _JOB, _as_json(asdict(self)))
+        self._write_json(_JOB, asdict(self))
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write a report to the folder of the results."""
+        self._write_json(_REPORT, report)
+
+    def _write_json(self, name: str, values: dict[str, Any]) -> None:
+        storage.write(self.folder / name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def load_existing_job(requested: Job) -> Job | None:
@@ -107,8 +105,7 @@ def load_existing_job(requested: Job) -> Job | None:
     Raises:
         OtherJobError: the folder contains another job's results, or other files.
     """
-    folder = requested.folder
-    existing = storage.names(folder) - {_PLAN}
+    existing = storage.names(requested.folder) - {_PLAN}
     if _JOB not in existing:
         if existing:
             raise OtherJobError(
@@ -116,16 +113,15 @@ def load_existing_job(requested: Job) -> Job | None:
                 "command's. Name an empty folder, or one that is not there."
             )
         return None
-    stored = json.loads(storage.read(folder / _JOB, parts.MAX_FILE_BYTES))
+    stored = json.loads(storage.read(requested.folder / _JOB, parts.MAX_FILE_BYTES))
     # Version 1 stored no version.
     found = Job(**{"version": 1} | stored)
+    here = _identity(requested)
     differences = [
-        f"{name} {getattr(found, field)!r} there, {getattr(requested, field)!r} here"
-        for field, name in _NAMES.items()
-        if getattr(found, field) != getattr(requested, field)
+        f"{name} {there!r} there, {here[name]!r} here"
+        for name, there in _identity(found).items()
+        if there != here[name]
     ]
-    if _source(found) != _source(requested):
-        differences.append(f"images {_source(found)!r} there, {_source(requested)!r} here")
     if differences:
         raise OtherJobError(
             f"{requested.output} has the results of another job: {'; '.join(differences)}. "
@@ -134,23 +130,18 @@ def load_existing_job(requested: Job) -> Job | None:
     return found
 
 
-# Fields that must be equal to resume a job, and their names in messages.
-_NAMES = {
-    "archive_sha256": "archive",
-    "column": "column",
-    "topk": "topk",
-    "threshold": "threshold",
-    "embedding": "embedding",
-    "version": "version of the columns",
-}
-
-
-def _source(job: Job) -> str:
-    """Return the address of the images, independent of the current folder."""
-    if storage.place(job.images).is_local:
-        return os.path.normpath(os.path.join(job.base, job.images))  # noqa: PTH118  # text
-    return job.images.partition("?")[0]
-
-
-def _as_json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()
+def _identity(job: Job) -> dict[str, Any]:
+    """Return what must be equal to resume a job, by name."""
+    if storage.place(job.images).is_local:  # independent of the current folder
+        images = os.path.normpath(os.path.join(job.base, job.images))  # noqa: PTH118  # text
+    else:
+        images = job.images.partition("?")[0]
+    return {
+        "archive": job.archive_sha256,
+        "column": job.column,
+        "topk": job.topk,
+        "threshold": job.threshold,
+        "embedding": job.embedding,
+        "version of the columns": job.version,
+        "images": images,
+    }

@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
@@ -21,13 +21,13 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from pyarrow import compute
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from batch import parts, schema, storage
 from batch.archive import Archive
 from batch.job import Job
+from classification_client.errors import TransientError
 
 # Shares of a CPU. Each CPU runs one actor and one decoding task; the operating system gives more
 # time to the one with more work.
@@ -98,32 +98,19 @@ class Actors:
     ) -> "Actors":
         """Return one actor per GPU if the model uses GPUs, else one per CPU; at most one per part.
 
-        Args:
-            resources: the cluster's resources, as Ray reports them.
-            wanted: overrides the number of actors.
-            parts: number of parts to run.
-            gpu: whether the model uses GPUs if there are any.
+        `resources` are the cluster's, as Ray reports them; `wanted` overrides the number of actors.
         """
         cpus = max(1, int(resources.get("CPU", 1)))
         gpus = int(resources.get("GPU", 0)) if gpu else 0
         count = min(wanted or gpus or cpus, parts)
         each = cpus / count
-        if gpus == 0:
-            own = _ACTOR_CPUS * min(1, each)
-            return cls(count, on_gpus=False, cpus=own, task_cpus=_TASK_CPUS)
-        own = _GPU_ACTOR_CPUS * min(1, each)
+        own = (_GPU_ACTOR_CPUS if gpus else _ACTOR_CPUS) * min(1, each)
         # A node with as many CPUs as GPUs must have room for a task in addition to its actors.
-        return cls(count, on_gpus=True, cpus=own, task_cpus=min(1, each - own))
+        return cls(count, gpus > 0, own, min(1, each - own) if gpus else _TASK_CPUS)
 
 
 def run(job: Job, archive: Archive, numbers: list[int], actors: Actors) -> Iterator[Tally]:
-    """Run parts of a job; yield each part's counts when it is done.
-
-    Args:
-        job: the job.
-        archive: the archive, available to all nodes.
-        numbers: the parts to run.
-        actors: the processes that load the model.
+    """Run the parts `numbers` of a job; yield each part's counts when it is done.
 
     Raises:
         ray.exceptions.RayError: a part failed; the reason is the error's cause.
@@ -185,7 +172,7 @@ def _run_parts(
 
 
 def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
-    """Decode a part's images to the model's input.
+    """Decode a part's images to the model's input, a table of `schema.decoded`.
 
     Args:
         number: a table of one row, with the part's number.
@@ -193,52 +180,48 @@ def decode(number: Any, *, job: Job, archive: Archive, isolated: bool) -> Any:
         archive: the archive.
         isolated: decode in a separate decoder process, which an image may crash.
 
-    Returns:
-        a table of `schema.decoded`.
-
     Raises:
-        TransientStorageError: reading failed with a transient error for all images.
+        TransientError: reading failed with a transient error for all images.
     """
     (part,) = number.column(schema.PART).to_pylist()
-    stages = archive.stages()
-    decoder = _decoder(archive)
-    rows = parts.part(job.plan_address, part, job.part_size)
-    paths = rows.column("path").to_pylist()
-    pixels: list[bytes | None] = []
-    errors: list[tuple[str, str] | tuple[None, None]] = []
-    transient: list[OSError] = []
-    read = parts.contents(rows, job.column, job.base, job.query, stages.MAX_REQUEST_BYTES)
-    for content in read:
-        decoded: bytes | None = None
-        error: tuple[str, str] | tuple[None, None] = (None, None)
-        if isinstance(content, OSError):
-            error = (_UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
-            if isinstance(content, storage.TransientStorageError):
-                transient.append(content)
-        else:
-            try:
-                decoded = decoder.pixels(content, isolated=isolated)
-            except stages.RequestError as rejection:
-                error = (rejection.type, str(rejection))
-            except Exception as failure:  # any error is stored in the image's row
-                error = _internal(f"{type(failure).__name__}: {failure}")
-        pixels.append(decoded)
-        errors.append(error)
-    if len(transient) == len(paths):
-        raise storage.TransientStorageError(f"no image of a part can be read: {transient[0]}")
-    types, messages = zip(*errors, strict=True)
-    columns = [[part] * len(paths), paths, pixels, types, messages]
-    return pa.table(dict(zip(schema.decoded().names, columns, strict=True)), schema.decoded())
-
-
-def _internal(detail: str) -> tuple[str, str]:
-    """Return the type and message of an error for which the server would return status 500."""
-    return _INTERNAL, f"The image failed: {detail}"
+    decoder, max_bytes = _decoder(archive), archive.stages().MAX_REQUEST_BYTES
+    images = parts.part(job.plan_address, part, job.part_size)
+    contents = parts.contents(images, job.column, job.base, job.query, max_bytes)
+    rows, transient = [], []
+    for image, content in zip(images, contents, strict=True):
+        if isinstance(content, TransientError):
+            transient.append(content)
+        columns = _decode_one(content, decoder, isolated=isolated)
+        rows.append({schema.PART: part, "path": image.path} | columns)
+    if len(transient) == len(rows):
+        raise TransientError(transient[0].errno, f"no image of a part can be read: {transient[0]}")
+    return pa.Table.from_pylist(rows, schema.decoded())
 
 
 @lru_cache(maxsize=1)
 def _decoder(archive: Archive) -> Any:
     return archive.stages().Decoder(archive.folder())
+
+
+def _decode_one(content: bytes | OSError, decoder: Any, *, isolated: bool) -> dict[str, Any]:
+    """Return the column of an image's pixels, or those of its error."""
+    if isinstance(content, OSError):
+        return _error(_UNREADABLE, f"The file cannot be read: {content.strerror or content}.")
+    try:
+        return {schema.PIXELS: decoder.pixels(content, isolated=isolated)}
+    except Exception as error:  # any error is stored in the image's row
+        # The handler's errors for rejected images have a type.
+        kind = getattr(error, "type", None)
+        return _error(kind, str(error)) if kind else _internal(f"{type(error).__name__}: {error}")
+
+
+def _internal(detail: str) -> dict[str, Any]:
+    """Return the columns of an error for which the server would return status 500."""
+    return _error(_INTERNAL, f"The image failed: {detail}")
+
+
+def _error(kind: str, message: str) -> dict[str, Any]:
+    return {"error_type": kind, "error_message": message}
 
 
 class Model:
@@ -260,52 +243,46 @@ class Model:
         self._lock = Lock()
 
     def __call__(self, images: Any) -> Any:
-        """Classify a part and write its file.
+        """Classify a part, write its file, and return a table with its number and counts.
 
         Args:
             images: a table of `schema.decoded`.
 
-        Returns:
-            a table of one row: the part's number and the counts of its file.
-
         Raises:
-            TransientStorageError: all attempts to write the file failed.
+            OSError: all attempts to write the file failed.
         """
         (part,) = set(images.column(schema.PART).to_pylist())
         with self._lock:
-            results = self._results(images.drop_columns([schema.PART]))
-        storage.write_table(self._job.part_file(part), results)
-        failed = results.filter(compute.is_valid(results.column("error_type")))
+            rows = self._rows(images.drop_columns([schema.PART]))
+        storage.write_table(self._job.part_file(part), pa.Table.from_pylist(rows, self._schema))
+        failed = [row for row in rows if row["error_type"]]
         errors = Counter(
-            f"{kind}: {_NUMBER.sub('N', message)}"
-            for kind, message in zip(*_lists(failed, "error_type", "error_message"), strict=True)
+            f"{row['error_type']}: {_NUMBER.sub('N', row['error_message'])}" for row in failed
         )
         reason = self._classifier.fallback
         return pa.table(
             {
                 schema.PART: [part],
-                "classified": [len(results) - len(failed)],
+                "classified": [len(rows) - len(failed)],
                 "rejected": [len(failed)],
                 "errors": [json.dumps(errors)],
-                "fallbacks": [json.dumps({reason: len(results)} if reason else {})],
+                "fallbacks": [json.dumps({reason: len(rows)} if reason else {})],
             }
         )
 
-    def _results(self, images: Any) -> Any:
+    def _rows(self, images: Any) -> list[dict[str, Any]]:
         decoded = images.column(schema.PIXELS).drop_null()
         results = self._classifier.results([value.as_buffer() for value in decoded])
-        rows = []
-        for row in images.drop_columns([schema.PIXELS]).to_pylist():
-            columns = {} if row["error_type"] else _columns(next(results))
-            rows.append(row | columns | self._constant)
-        return pa.Table.from_pylist(rows, self._schema)
+        return [
+            row | ({} if row["error_type"] else _columns(next(results))) | self._constant
+            for row in images.drop_columns([schema.PIXELS]).to_pylist()
+        ]
 
 
 def _columns(result: Any) -> dict[str, Any]:
     """Return the columns of a result or an error of the handler."""
     if isinstance(result, Exception):
-        kind, message = _internal(getattr(result, "detail", str(result)))
-        return {"error_type": kind, "error_message": message}
+        return _internal(getattr(result, "detail", str(result)))
     predictions = result["predictions"]
     found = {
         "labels": [prediction["label"] for prediction in predictions],
@@ -318,7 +295,3 @@ def _columns(result: Any) -> dict[str, Any]:
     if "embedding" in result:
         found["embedding"] = result["embedding"]
     return found
-
-
-def _lists(table: Any, *names: str) -> Iterable[list[Any]]:
-    return (table.column(name).to_pylist() for name in names)

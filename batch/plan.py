@@ -2,16 +2,14 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs, parquet
 
 from batch import storage
-from batch.parts import MAX_FILE_BYTES, SCHEMA, SHARD, shard_name, size_for
+from batch.parts import MAX_FILE_BYTES, Entry
 from batch.storage import Place
 from classification_client.images import SUFFIXES
 
@@ -22,21 +20,12 @@ class PlanError(Exception):
     """An address contains no images, or its column or text cannot be read."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An image; the fields are the columns of `parts.SCHEMA`."""
-
-    path: str
-    file: str | None = None
-    row: int | None = None
-
-
 def entries(images: str, column: str | None, left_out: Counter[str]) -> Iterator[Entry]:
     """Yield all images of an address.
 
     Args:
-        images: a folder of images or Parquet files, a text file with one address per line, a
-            Parquet file, or a single image.
+        images: the address of a folder of images or Parquet files, a text file with one address per
+            line, a Parquet file, or a single image.
         column: the column of the Parquet files, with addresses or with the images' bytes.
         left_out: counts the files in folders that are not images, by reason.
 
@@ -153,22 +142,3 @@ def _opened(file: Place) -> Any:
         return parquet.ParquetFile(storage.opened(file))
     except pa.ArrowInvalid as error:
         raise PlanError(f"{file.path} is no Parquet file: {error}") from error
-
-
-def write(images: Iterable[Entry], folder: Place) -> tuple[int, int]:
-    """Write the shards of the plan.
-
-    Returns:
-        the number of images, and the number of images per part.
-    """
-    remaining = iter(images)
-    count = shard = size = 0
-    while chunk := list(islice(remaining, SHARD)):
-        size = size or size_for(len(chunk))
-        columns = {name: [getattr(entry, name) for entry in chunk] for name in SCHEMA.names}
-        buffer = pa.BufferOutputStream()
-        parquet.write_table(pa.table(columns, schema=SCHEMA), buffer, row_group_size=size)
-        storage.write(folder / shard_name(shard), buffer.getvalue())
-        count += len(chunk)
-        shard += 1
-    return count, size

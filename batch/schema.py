@@ -27,12 +27,7 @@ def decoded() -> Any:
 
 
 def results(*, multilabel: bool, embedding: bool) -> Any:
-    """Return the schema of a result file.
-
-    Args:
-        multilabel: whether the model is multi-label.
-        embedding: whether rows contain embeddings.
-    """
+    """Return the schema of a result file."""
     fields = [
         pa.field("path", pa.string(), nullable=False),
         # The predictions, most probable first; all three lists have the same length.

@@ -7,7 +7,7 @@ import handler  # noqa: F401, I001  # sets variables before ONNX Runtime is impo
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,14 @@ from handler.archive import Archive
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
 from handler.decoding.pillow import DecodedImage
-from handler.errors import InternalError, InvalidOption, NoEmbedding, RequestError, TooLarge
+from handler.errors import NoEmbedding, RequestError, TooLarge
 from handler.inference.allocator import keep_freed_memory
 from handler.inference.cores import Cores
 from handler.inference.engines import Extra
 from handler.pipeline import Pipeline
+from handler.protocols.options import parse_options
 from handler.request import Options, RequestImage, run_isolated
 from handler.settings import MAX_REQUEST_BYTES
-
-__all__ = [
-    "MAX_REQUEST_BYTES",
-    "Choices",
-    "Classifier",
-    "Decoder",
-    "Description",
-    "InternalError",
-    "RequestError",
-    "describe",
-]
 
 
 @dataclass(frozen=True)
@@ -89,11 +79,9 @@ class Decoder:
         keep_freed_memory()
 
     def pixels(self, content: bytes, *, isolated: bool = False) -> bytes:
-        """Return the model's input, uint8 (3, crop, crop), as bytes.
+        """Return an encoded image as the model's input, uint8 (3, crop, crop), as bytes.
 
-        Args:
-            content: the encoded image.
-            isolated: decode in a separate decoder process, which the image may crash.
+        With `isolated`, it is decoded in a separate process, which it may crash.
 
         Raises:
             RequestError: the server would reject the image.
@@ -139,12 +127,14 @@ class Classifier:
     def results(
         self, pixels: Sequence[bytes | memoryview]
     ) -> Iterator[dict[str, Any] | RequestError]:
-        """Yield the server's result for each image, see `handler.results`, or its error.
-
-        Args:
-            pixels: the model's input per image, uint8 (3, crop, crop), as `Decoder` returns it.
-        """
-        images = [self._image(i, data) for i, data in enumerate(pixels)]
+        """Yield the server's result, see `handler.results`, or error for each `Decoder.pixels`."""
+        side = self._crop
+        images = []
+        for number, data in enumerate(pixels):
+            array = np.frombuffer(data, np.uint8).reshape(3, side, side)
+            decoded = DecodedImage(array, (side, side), (0, 0, side, side))
+            extra = Extra.EMBEDDING if self._options.embedding else None
+            images.append(RequestImage(str(number), "", decoded=decoded, extra=extra))
         self._pipeline.infer(images)
         for image in images:
             run_isolated(image, lambda one: self._pipeline.fill_result(one, self._options))
@@ -152,30 +142,12 @@ class Classifier:
             assert result is not None
             yield result
 
-    def _image(self, number: int, data: bytes | memoryview) -> RequestImage:
-        crop = self._crop
-        pixels = np.frombuffer(data, np.uint8).reshape(3, crop, crop)
-        return RequestImage(
-            request_id=str(number),
-            name="",
-            decoded=DecodedImage(pixels, (crop, crop), (0, 0, crop, crop)),
-            extra=Extra.EMBEDDING if self._options.embedding else None,
-        )
-
 
 def _options(archive: Archive, choices: Choices) -> Options:
-    options = archive.options
-    if choices.topk is not None:
-        if choices.topk < 1:
-            raise InvalidOption(f"topk must be 1 or more, got {choices.topk}.")
-        options = replace(options, topk=choices.topk)
-    if choices.threshold is not None:
-        if not 0 <= choices.threshold <= 1:
-            raise InvalidOption(f"threshold must be from 0 to 1, got {choices.threshold}.")
-        options = replace(options, threshold=choices.threshold)
+    given = {name: value for name, value in asdict(choices).items() if value is not None}
     if choices.embedding and not archive.card.embedding:
         raise NoEmbedding(
             "This archive gives no embeddings: it was built for PyTorch (engine: torch), or its "
             "last layer is no linear one."
         )
-    return replace(options, embedding=choices.embedding)
+    return parse_options(given, archive.options)

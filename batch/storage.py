@@ -6,10 +6,10 @@ An address is a path, or a URI that pyarrow's file systems accept, such as `s3:/
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,21 @@ import pyarrow as pa
 import stamina
 from pyarrow import fs, parquet
 
+from classification_client import reading
+from classification_client.errors import TransientError
+
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 # Limits of the retries of one operation after transient errors.
 _MAX_ATTEMPTS = 4
 _MAX_SECONDS = 30.0
+_retried = stamina.retry(on=TransientError, attempts=_MAX_ATTEMPTS, timeout=_MAX_SECONDS)
 
-
-class TransientStorageError(OSError):
-    """Reading or writing a file failed; a retry may succeed."""
+_PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class AddressError(ValueError):
     """No file system accepts the address; `str(error)` is the reason."""
-
-
-_retried = stamina.retry(on=TransientStorageError, attempts=_MAX_ATTEMPTS, timeout=_MAX_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def place(address: str) -> Place:
 
     Raises:
         AddressError: the scheme or an option is unknown, or the bucket does not exist.
-        TransientStorageError: looking up the bucket's region failed.
+        TransientError: looking up the bucket's region failed.
     """
     base, question, query = address.partition("?")
     if _SCHEME.match(address):
@@ -84,7 +83,7 @@ def within(path: str, base: str, query: str = "") -> Place:
 
     Raises:
         AddressError: see `place`.
-        TransientStorageError: see `place`.
+        TransientError: see `place`.
     """
     if not _SCHEME.match(path):
         return Place(_local(), os.path.abspath(os.path.join(base, path)))  # noqa: PTH100, PTH118
@@ -105,64 +104,50 @@ def _local() -> Any:
 
 
 @lru_cache
-@_retried
 def _system(address: str) -> Any:
     """Return a bucket's file system; `address` contains no key, which would have to be quoted."""
     try:
-        return fs.FileSystem.from_uri(address)[0]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise AddressError(f"{address}: {error}") from error
-    except OSError as error:
         # pyarrow looks up the region of an S3 bucket over the network if the address has none.
-        if str(error).endswith("' not found"):
-            raise AddressError(f"{address}: {error}") from error
-        raise _transient(error) from error
+        return _call(fs.FileSystem.from_uri, address)[0]
+    except TransientError:
+        raise
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise AddressError(f"{address}: {error}") from error
 
 
-@_retried
 def read(file: Place, max_bytes: int) -> bytes:
     """Read a file, at most `max_bytes` + 1 bytes.
 
     Raises:
-        TransientStorageError: all attempts failed.
+        TransientError: all attempts failed.
         OSError: the error is permanent.
     """
-    return _read(file, max_bytes)
+    content: bytes = _call(_read_local if file.is_local else _read_object, file, max_bytes)
+    return content
 
 
-def _read(file: Place, max_bytes: int) -> bytes:
+def _read_local(file: Place, max_bytes: int) -> bytes:
+    return reading.read(Path(file.path), max_bytes)[0]
+
+
+def _read_object(file: Place, max_bytes: int) -> bytes:
+    with file.system.open_input_stream(file.path) as opened:
+        content: bytes = opened.read(max_bytes + 1)
+        return content
+
+
+@_retried
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of a file system; raise `TransientError` if it fails, unless permanently."""
     try:
-        if file.is_local:
-            return _read_local(Path(file.path), max_bytes)
-        with file.system.open_input_stream(file.path) as opened:
-            content: bytes = opened.read(max_bytes + 1)
-            return content
+        return function(*args)
+    except (TransientError, *_PERMANENT):
+        raise
     except OSError as error:
-        raise _classified(error, file) from error
-    except ValueError as error:  # a null byte in the name
-        raise OSError(f"no file can have this name: {error}") from error
-
-
-def _read_local(file: Path, max_bytes: int) -> bytes:
-    # Without O_NONBLOCK, opening a pipe would block until another process writes to it.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as opened:  # noqa: PTH123  # a descriptor
-        return opened.read(max_bytes + 1)
-
-
-def _classified(error: OSError, file: Place) -> OSError:
-    """Return a permanent error unchanged, and a `TransientStorageError` for any other."""
-    permanent = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, permanent) or "ACCESS_DENIED" in str(error):
-        # The mount point of an unmounted drive is an empty or missing folder.
-        if file.is_local and not _has_entries(Path(file.path).parent):
-            return TransientStorageError(error.errno, f"its folder is not there ({error.strerror})")
-        return error
-    return _transient(error)
-
-
-def _transient(error: OSError) -> TransientStorageError:
-    return TransientStorageError(error.errno, error.strerror or str(error))
+        # The texts of a key and of a bucket for which pyarrow has no error class.
+        if "ACCESS_DENIED" in str(error) or str(error).endswith("' not found"):
+            raise
+        raise TransientError(error.errno, error.strerror or str(error)) from error
 
 
 def opened(file: Place) -> Any:
@@ -171,6 +156,8 @@ def opened(file: Place) -> Any:
     Raises:
         OSError: see `read`; the returned file's methods raise the same errors.
     """
+    if file.is_local:
+        read(file, 0)  # raises an error that distinguishes a missing file from a missing drive
     return pa.PythonFile(_RetryingFile(file), mode="r")
 
 
@@ -180,8 +167,7 @@ class _RetryingFile:
     closed = False
 
     def __init__(self, file: Place) -> None:
-        self._file = file
-        self._input = _open_input(file)
+        self._input = _call(file.system.open_input_file, file.path)
         self._position = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -193,84 +179,47 @@ class _RetryingFile:
         return self._position
 
     def read(self, count: int) -> bytes:
-        content = self._read(count)
+        content: bytes = _call(self._input.read_at, count, self._position)
         self._position += len(content)
         return content
 
     def close(self) -> None:
         self._input.close()
 
-    @_retried
-    def _read(self, count: int) -> bytes:
-        try:
-            content: bytes = self._input.read_at(count, self._position)
-        except OSError as error:
-            raise _classified(error, self._file) from error
-        return content
-
-
-@_retried
-def _open_input(file: Place) -> Any:
-    try:
-        return file.system.open_input_file(file.path)
-    except OSError as error:
-        raise _classified(error, file) from error
-
-
-def _has_entries(folder: Path) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is not None
-    except OSError:
-        return False
-
 
 def write(file: Place, content: Any) -> None:
-    """Write a file atomically, replacing an existing one.
-
-    Args:
-        file: the file; a missing folder is created.
-        content: bytes, or a pyarrow buffer.
+    """Write bytes or a pyarrow buffer atomically, replacing an existing file.
 
     Raises:
-        TransientStorageError: the file cannot be written.
+        OSError: the file cannot be written.
     """
-    if file.is_local:
-        _write_local(Path(file.path), content)
-    else:
-        _write_object(file, content)
-
-
-@_retried
-def _write_object(file: Place, content: Any) -> None:
+    if not file.is_local:
+        _call(_write_object, file, content)
+        return
+    path = Path(file.path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # An object becomes visible when the stream is closed. The context manager also closes it
-        # after an exception, so there must be only one write.
-        with file.system.open_output_stream(file.path) as opened:
-            opened.write(content)
-    except OSError as error:
-        raise _transient(error) from error
-
-
-def _write_local(file: Path, content: Any) -> None:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as opened:
             opened.write(content)
             opened.flush()
             os.fsync(opened.fileno())
-        unfinished.replace(file)
-    except OSError as error:
-        raise _transient(error) from error
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def write_table(file: Place, table: Any) -> None:
-    """Write a Parquet file; see `write`."""
+def _write_object(file: Place, content: Any) -> None:
+    # An object becomes visible when the stream is closed. The context manager also closes it after
+    # an exception, so there must be only one write.
+    with file.system.open_output_stream(file.path) as opened:
+        opened.write(content)
+
+
+def write_table(file: Place, table: Any, **options: Any) -> None:
+    """Write a Parquet file; see `write` and the options of `pyarrow.parquet.write_table`."""
     buffer = pa.BufferOutputStream()
-    parquet.write_table(table, buffer, compression="zstd")
+    parquet.write_table(table, buffer, compression="zstd", **options)
     write(file, buffer.getvalue())
 
 
@@ -283,7 +232,7 @@ def names(folder: Place) -> set[str]:
 def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
     """Yield all files of a folder and its subfolders, in the order of their names.
 
-    Hidden folders and links to folders are skipped.
+    Hidden folders and links to folders, which may form a cycle, are skipped.
 
     Yields:
         each file, with None or the reason to skip it.
@@ -291,41 +240,25 @@ def files(folder: Place) -> Iterator[tuple[Place, str | None]]:
     Raises:
         OSError: a folder cannot be read.
     """
-    for name, is_folder, other in _entries(folder):
-        found = folder / name
+    if folder.is_local:
+        entries = sorted(os.scandir(folder.path), key=attrgetter("name"))
+        found = [(e.name, e.is_dir(follow_symlinks=False), _reason_to_skip(e)) for e in entries]
+    else:
+        infos = folder.system.get_file_info(fs.FileSelector(folder.path))
+        found = sorted((info.base_name, info.type == fs.FileType.Directory, None) for info in infos)
+    for name, is_folder, reason in found:
         if name.startswith("."):
-            yield found, "hidden"
-        elif is_folder:
-            yield from files(found)
+            yield folder / name, "hidden"
+        elif is_folder and reason is None:
+            yield from files(folder / name)
         else:
-            yield found, other
+            yield folder / name, reason
 
 
-def _entries(folder: Place) -> list[tuple[str, bool, str | None]]:
-    """Return a folder's children: name, whether it is a folder, and the reason to skip it."""
-    if not folder.is_local:
-        found = folder.system.get_file_info(fs.FileSelector(folder.path))
-        kinds = ((info.base_name, info.type == fs.FileType.Directory, None) for info in found)
-        return sorted(kinds, key=itemgetter(0))
-    with os.scandir(folder.path) as entries:
-        return sorted(map(_local_entry, entries), key=itemgetter(0))
-
-
-def _local_entry(entry: "os.DirEntry[str]") -> tuple[str, bool, str | None]:
-    if not _is_text(entry.name):
+def _reason_to_skip(entry: "os.DirEntry[str]") -> str | None:
+    if entry.name.encode(errors="ignore").decode() != entry.name:
         # Parquet stores text as UTF-8.
-        return entry.name, False, "whose names are no text in UTF-8"
-    if entry.is_symlink() and entry.is_dir():
-        # Links may form a cycle.
-        return entry.name, False, "link(s) to folders"
-    is_folder = entry.is_dir(follow_symlinks=False)
-    is_file = entry.is_file()
-    return entry.name, is_folder, None if is_folder or is_file else "pipe(s), or links to nothing"
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return "whose names are no text in UTF-8"
+    if entry.is_dir():
+        return "link(s) to folders" if entry.is_symlink() else None
+    return None if entry.is_file() else "pipe(s), or links to nothing"

@@ -5,16 +5,18 @@ Example:
         print(client.classify(Path("cat.jpg")).label)
 """
 
-from classification_client.answers import Classification, ModelVersion, Prediction
 from classification_client.bulk import classify_all
 from classification_client.client import Client, RequestOptions, check_address
 from classification_client.errors import (
     ClientError,
     PassingError,
     RefusedError,
+    RejectedError,
     ServiceError,
+    TransientError,
     UnavailableError,
 )
+from classification_client.responses import Classification, ModelVersion, Prediction
 from classification_client.results import Row
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "PassingError",
     "Prediction",
     "RefusedError",
+    "RejectedError",
     "RequestOptions",
     "Row",
     "ServiceError",
+    "TransientError",
     "UnavailableError",
     "check_address",
     "classify_all",

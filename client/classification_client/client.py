@@ -5,6 +5,9 @@ TLS error and a rejected request are permanent.
 """
 
 import errno
+import http.client
+import socket
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -21,14 +24,20 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader, NameResolutionError, ProtocolError
 from urllib3.util import Retry
 
-from classification_client.answers import Classification, ModelVersion
-from classification_client.errors import PassingError, RefusedError, UnavailableError
+from classification_client.errors import RejectedError, TransientError, UnavailableError
 from classification_client.reading import check_unchanged, read
+from classification_client.responses import Classification, ModelVersion
 from classification_client.retrying import tries
 
 # The server's queue is full, its worker crashed on the request, or a gateway timed out.
 _TRANSIENT_STATUSES = {408, 429, 502, 503, 504, 507}
 _LOST_WORKER = "Worker died"
+# OpenSSL's reasons if a server answers a TLS handshake with plain HTTP, and a line of nginx's error
+# page for the reverse.
+_NOT_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+_NGINX_EXPECTS_TLS = "plain HTTP request was sent to HTTPS port"
+_EXPECTS_TLS = "The port expects TLS: use https:// instead of http://."
+_PROBE_SECONDS = 2.0
 
 # The service's default limit per request, minus the form around the image. A server may close the
 # connection during a larger upload.
@@ -99,9 +108,9 @@ class Client(AbstractContextManager["Client"]):
         """Classify one image, a file or its bytes.
 
         Raises:
-            RefusedError: the server rejects the image.
+            RejectedError: the server rejects the image.
             UnavailableError: the server is unavailable until `RequestOptions.patience` has passed.
-            PassingError: reading the file failed, with retries, for the same time.
+            TransientError: reading the file failed, with retries, for the same time.
             OSError: the file cannot be read, for a permanent reason.
         """
         return self._retry(partial(self._classify, image))
@@ -110,12 +119,12 @@ class Client(AbstractContextManager["Client"]):
         """Return the model that responds; None if the server does not report it.
 
         Raises:
-            RefusedError: see `classify`.
+            RejectedError: see `classify`.
             UnavailableError: see `classify`.
         """
         try:
             return self._retry(self._post).model
-        except RefusedError as error:
+        except RejectedError as error:
             # The request has no image; the headers of the rejection name the model.
             if error.model is None and error.type not in {"MissingImage", "EmptyImage"}:
                 raise
@@ -128,9 +137,15 @@ class Client(AbstractContextManager["Client"]):
             for attempt in tries(partial(_retry_after, patience), patience):
                 with attempt:
                     return request()
-        except (requests.RequestException, _TransientError, UnicodeError) as error:
-            reason = _reason(error, handled)
-            raise UnavailableError(f"{self.url} gave no answer: {reason}") from error
+        except (requests.RequestException, _TransientStatusError, UnicodeError) as error:
+            cause = _root_cause(error, handled)
+            wrong_scheme = _wrong_scheme(self.url, cause)
+            reason = wrong_scheme or str(cause) or type(cause).__name__
+            is_response = isinstance(error, _TransientStatusError)
+            is_permanent = not is_response and (wrong_scheme or not _retry_after(patience, error))
+            raise UnavailableError(
+                f"{self.url} gave no answer: {reason}", is_permanent=bool(is_permanent)
+            ) from error
         raise AssertionError  # the last attempt returns or raises
 
     def _classify(self, image: Path | bytes) -> Classification:
@@ -139,15 +154,15 @@ class Client(AbstractContextManager["Client"]):
         content, status = read(image, _MAX_BYTES)
         try:
             return self._send(content, status.st_size)
-        except RefusedError:
+        except RejectedError:
             check_unchanged(image, status)
             raise
 
     def _send(self, content: bytes, size: int) -> Classification:
         if size > _MAX_BYTES:
-            raise RefusedError(413, "TooLarge", f"The image has {size / 1e6:.1f} MB.")
+            raise RejectedError(413, "TooLarge", f"The image has {size / 1e6:.1f} MB.")
         if not size:
-            raise RefusedError(400, "EmptyImage", "The image is empty: it has no bytes.")
+            raise RejectedError(400, "EmptyImage", "The image is empty: it has no bytes.")
         # The server does not need the file's name.
         file = ("image", content, "application/octet-stream")
         try:
@@ -160,7 +175,7 @@ class Client(AbstractContextManager["Client"]):
                 f"The image has {size / 1e6:.1f} MB, and the server closed the connection, as it "
                 "does if that is more than it accepts; 20 MB unless it is configured otherwise."
             )
-            raise RefusedError(413, "TooLarge", message) from error
+            raise RejectedError(413, "TooLarge", message) from error
 
     def _post(self, **body: Any) -> Classification:
         body |= {"timeout": self.options.timeout, "proxies": self._proxies}
@@ -186,7 +201,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _TransientError(Exception):
+class _TransientStatusError(Exception):
     """A response after which to retry, `after` seconds if it has a Retry-After header."""
 
     def __init__(self, response: requests.Response, message: str) -> None:
@@ -198,9 +213,9 @@ class _TransientError(Exception):
 
 def _retry_after(patience: float, error: Exception) -> bool | float:
     """Return whether to retry, or the seconds to wait before the retry."""
-    if isinstance(error, _TransientError):
+    if isinstance(error, _TransientStatusError):
         return error.after <= patience and (error.after or True)
-    if isinstance(error, PassingError):
+    if isinstance(error, TransientError):
         return error.errno != errno.ENOENT  # a missing folder is left to a later run
     if isinstance(error, requests.exceptions.SSLError):  # a bad certificate, or a port without TLS
         return False
@@ -211,16 +226,36 @@ def _retry_after(patience: float, error: Exception) -> bool | float:
     return isinstance(error, (requests.Timeout, requests.exceptions.ChunkedEncodingError))
 
 
-def _reason(error: BaseException, handled: BaseException | None) -> str:
-    """Return the message of the root cause, without the texts that each library adds."""
+def _root_cause(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the first error of the chain, whose message has no texts that each library adds."""
     cause: BaseException | None = error
     while cause is not None and cause is not handled:
         error, cause = cause, cause.__cause__ or cause.__context__
-    return str(error) or type(error).__name__
+    return error
+
+
+def _wrong_scheme(url: str, cause: BaseException) -> str | None:
+    """Return a message if the URL has http:// for a port with TLS, or https:// for one without."""
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        is_plain = getattr(cause, "reason", None) in _NOT_TLS
+        return (
+            "The port does not expect TLS: use http:// instead of https://." if is_plain else None
+        )
+    if not isinstance(cause, (ConnectionResetError, http.client.HTTPException)):
+        return None
+    with suppress(OSError):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
+        address = (parts.hostname or "", parts.port or 80)
+        with socket.create_connection(address, _PROBE_SECONDS) as probe:
+            context.wrap_socket(probe, server_hostname=parts.hostname).close()
+            return _EXPECTS_TLS
+    return None
 
 
 def _parse(response: requests.Response) -> Classification:
-    """Parse a response; raise `_TransientError` or `RefusedError` if it is an error."""
+    """Parse a response; raise `_TransientStatusError` or `RejectedError` if it is an error."""
     try:
         body = response.json()
     except ValueError:
@@ -228,7 +263,7 @@ def _parse(response: requests.Response) -> Classification:
     answer: Mapping[str, Any] = body if isinstance(body, dict) else {}
     message, status = str(answer.get("message", "")), response.status_code
     if status in _TRANSIENT_STATUSES or _LOST_WORKER in message:
-        raise _TransientError(response, message)
+        raise _TransientStatusError(response, message)
     name, version = (response.headers.get(f"x-model-{what}") for what in ("name", "version"))
     multilabel = response.headers.get("x-model-activation") == "sigmoid"
     model = ModelVersion(name, version, multilabel) if name and version else None
@@ -237,9 +272,11 @@ def _parse(response: requests.Response) -> Classification:
             message = f"The server answered with status {status}."
             if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
                 message = "The image is larger than the server accepts."
-        raise RefusedError(status, str(answer.get("type", "HTTPError")), message, model)
+            elif _NGINX_EXPECTS_TLS in response.text:
+                message = _EXPECTS_TLS
+        raise RejectedError(status, str(answer.get("type", "HTTPError")), message, model)
     try:
-        return Classification.from_answer(answer, model)
+        return Classification.from_response(answer, model)
     except ValueError as error:
         message = "What answers there is no image classification service."
-        raise RefusedError(status, "NotThisService", message) from error
+        raise RejectedError(status, "NotThisService", message) from error

@@ -1,7 +1,7 @@
 """The command `classify`: classify any number of images, and print or save the results."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,12 +10,18 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from classification_client import embeddings
-from classification_client.answers import Classification
 from classification_client.bulk import classify_all
 from classification_client.client import Client, RequestOptions, check_address
-from classification_client.errors import ServiceError, UserError
+from classification_client.errors import (
+    SERVER_ERROR,
+    ClientError,
+    RejectedError,
+    ServiceError,
+    UserError,
+)
 from classification_client.images import Found, find_images
 from classification_client.printing import LINES, Format, print_results
+from classification_client.responses import Classification
 from classification_client.results import Row, as_line, csv_columns, csv_line
 from classification_client.results_file import results_file
 from classification_client.terminal import errors, program, run, safe
@@ -24,7 +30,7 @@ from classification_client.terminal import errors, program, run, safe
 URL = "http://127.0.0.1:8080/predictions/densenet121"
 AT_ONCE = 8
 # Exit statuses in addition to 0 (all images were classified) and those of `terminal.run`.
-NOT_FINISHED, SOME_REFUSED = 3, 4
+NOT_FINISHED, SOME_REJECTED = 3, 4
 # Maximum number of images listed in the summary because they were not classified.
 _SHOWN_PROBLEMS = 20
 
@@ -129,7 +135,7 @@ class _Batch:
         self._closed = [(str(folder), f"cannot be read: {w}") for folder, w in found.closed.items()]
         self._earlier: dict[str, str | None] = {}
         self._rows: list[Row] = []
-        self._stopped: str | None = None
+        self._stopped: ClientError | None = None
         self._began = time.monotonic()
 
     def write_rows(self, format_: Format, output: Path | None) -> None:
@@ -141,7 +147,7 @@ class _Batch:
         try:
             model = self._client.model() if output or format_ is Format.CSV else None
         except ServiceError as error:
-            self._stopped = str(error)
+            self._stopped = error
             return
         if model:
             made_with |= {"model": model.name, "model_version": model.version}
@@ -149,13 +155,7 @@ class _Batch:
             columns = csv_columns(options.topk or 1, multilabel=bool(model and model.multilabel))
         if output:
             with results_file(output, made_with, columns) as results:
-                names = map(str, self._images)
-                self._earlier = {name: results.done[name] for name in names if name in results.done}
-                if self._earlier:
-                    errors.print(
-                        f"{len(self._earlier)} of {len(self._images)} are in {safe(output)}"
-                    )
-                self._images = [i for i in self._images if str(i) not in self._earlier]
+                self._skip(results.done, output)
                 self._classify(lambda row: results.write(row) if row.is_final else None)
             return
         print(csv_line(columns) if columns else "", end="")
@@ -181,6 +181,13 @@ class _Batch:
             embeddings.write(output, names, [vectors[name] for name in names])
             errors.print(f"{len(names)} embeddings are in {safe(output)}")
 
+    def _skip(self, done: Mapping[str, str | None], output: Path) -> None:
+        """Skip the images that the file of results holds."""
+        self._earlier = {name: done[name] for name in map(str, self._images) if name in done}
+        if self._earlier:
+            errors.print(f"{len(self._earlier)} of {len(self._images)} are in {safe(output)}")
+        self._images = [image for image in self._images if str(image) not in done]
+
     def _classify(self, take: Callable[[Row], object]) -> None:
         """Classify the images with a progress bar, and call `take` with each row."""
 
@@ -196,7 +203,7 @@ class _Batch:
                 task = progress.add_task("", total=len(self._images))
                 classify_all(self._images, self._client, self._at_once, take_and_count)
         except (ServiceError, UserError) as error:
-            self._stopped = str(error)
+            self._stopped = error
 
     def summary(self) -> int:
         """Print the counts and the images without a classification; return the exit status."""
@@ -219,7 +226,15 @@ class _Batch:
             errors.print(f"and {len(problems) - _SHOWN_PROBLEMS} more")
         if self._stopped is not None:
             errors.print(f"[bold red]Stopped:[/] {safe(self._stopped)}")
-        if self._stopped is not None or left:
+        elif not left:
+            return SOME_REJECTED if problems else 0
+        if not _is_permanent(self._stopped):
             errors.print("Run the same command again to do the rest.")
-            return NOT_FINISHED
-        return SOME_REFUSED if problems else 0
+        return NOT_FINISHED
+
+
+def _is_permanent(error: ClientError | None) -> bool:
+    """Return whether the same command would stop again; the message has the remedy."""
+    if isinstance(error, RejectedError):
+        return error.code < SERVER_ERROR
+    return isinstance(error, UserError) or getattr(error, "is_permanent", False)

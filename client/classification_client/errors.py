@@ -1,7 +1,9 @@
 """The errors of this package, all derived from `ClientError`."""
 
-from classification_client.answers import ModelVersion
+from classification_client.responses import ModelVersion
 
+# Statuses from here on are the server's errors, not the request's.
+SERVER_ERROR = 500
 # Statuses that concern the request's body, and error types that do not concern the image. The last
 # two types stand for responses without an error of this service, such as those of a proxy.
 _ABOUT_THE_BODY = {400, 413, 415}
@@ -19,7 +21,7 @@ class ServiceError(ClientError):
     """The service did not classify an image; `str(error)` is the reason."""
 
 
-class RefusedError(ServiceError):
+class RejectedError(ServiceError):
     """The server rejected the request; a retry would not help.
 
     Attributes:
@@ -42,12 +44,24 @@ class RefusedError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """The server cannot be reached, or did not respond within `RequestOptions.patience`."""
+    """The server cannot be reached, or did not respond within `RequestOptions.patience`.
+
+    Attributes:
+        is_permanent: whether a later run would fail too, as with an unknown host name.
+    """
+
+    def __init__(self, message: str, *, is_permanent: bool = False) -> None:
+        super().__init__(message)
+        self.is_permanent = is_permanent
 
 
-class PassingError(ClientError, OSError):
+class TransientError(ClientError, OSError):
     """A file cannot be read because of a transient error, such as one of a network drive."""
 
 
 class UserError(ClientError):
     """A command cannot continue; `str(error)` states the problem and the remedy for the user."""
+
+
+# Names of earlier releases.
+RefusedError, PassingError = RejectedError, TransientError

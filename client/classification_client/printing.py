@@ -5,7 +5,7 @@ from enum import Enum
 
 from rich.table import Table
 
-from classification_client.answers import Classification
+from classification_client.responses import Classification
 from classification_client.results import Row
 from classification_client.terminal import console, printable, safe
 

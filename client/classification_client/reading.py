@@ -6,7 +6,7 @@ import stat
 import time
 from pathlib import Path
 
-from classification_client.errors import PassingError
+from classification_client.errors import TransientError
 
 # Permanent errors. All others, such as an I/O error of a network drive, are transient.
 _NAMES = "EACCES EINVAL EISDIR ELOOP ENAMETOOLONG ENOENT ENOTDIR ENXIO EPERM"
@@ -19,7 +19,7 @@ def read(file: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
     """Return a file's content, at most `max_bytes` + 1 bytes, and its status before reading.
 
     Raises:
-        PassingError: the error is transient.
+        TransientError: the error is transient.
         OSError: the error is permanent.
     """
     try:
@@ -31,10 +31,12 @@ def read(file: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
         raise OSError(errno.EINVAL, "no file can have this name", str(file)) from error
     except OSError as error:
         if error.errno == errno.ENOENT and _is_unmounted(file):
-            raise PassingError(errno.ENOENT, "its folder is missing or empty", str(file)) from error
+            raise TransientError(
+                errno.ENOENT, "its folder is missing or empty", str(file)
+            ) from error
         if error.errno in _PERMANENT:
             raise
-        raise PassingError(error.errno, error.strerror, str(file)) from error
+        raise TransientError(error.errno, error.strerror, str(file)) from error
     # Reading a pipe would block, and a device may be endless.
     raise OSError(errno.EINVAL, "it is not a regular file", str(file))
 
@@ -46,9 +48,9 @@ def _is_unmounted(file: Path) -> bool:
 
 
 def check_unchanged(file: Path, since: os.stat_result) -> None:
-    """Raise `PassingError` if the file was modified after `since`: it may have been incomplete."""
+    """Raise `TransientError` if the file was modified after `since`, perhaps while it was read."""
     if abs(time.time() - since.st_mtime) < _RECENT_SECONDS:
         time.sleep(_RECHECK_SECONDS)
     now = file.stat()
     if (now.st_size, now.st_mtime_ns) != (since.st_size, since.st_mtime_ns):
-        raise PassingError(errno.EBUSY, "another program is writing to it", str(file))
+        raise TransientError(errno.EBUSY, "another program is writing to it", str(file))

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from classification_client.answers import Classification
-from classification_client.errors import PassingError, RefusedError, ServiceError
+from classification_client.errors import RejectedError, ServiceError, TransientError
+from classification_client.responses import Classification
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Row:
     def is_final(self) -> bool:
         """Return whether another run would have the same result; false after transient errors."""
         if isinstance(self.answer, ServiceError):
-            return isinstance(self.answer, RefusedError) and self.answer.is_about_the_image
-        return not isinstance(self.answer, PassingError)
+            return isinstance(self.answer, RejectedError) and self.answer.is_about_the_image
+        return not isinstance(self.answer, TransientError)
 
     @property
     def problem(self) -> str | None:

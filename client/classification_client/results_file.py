@@ -36,20 +36,16 @@ def results_file(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # the file is locked, or the drive does not support locks
             raise UserError(f"Another run uses {path} now ({error.strerror}).") from error
-        yield ResultsFile(path, file, made_with, columns)
+        yield ResultsFile(file, made_with, columns)
 
 
 class ResultsFile:
     """Rows in a file; `done` maps the name of each image in it to its error or None."""
 
     def __init__(
-        self,
-        path: Path,
-        file: io.FileIO,
-        made_with: Mapping[str, Any],
-        columns: Sequence[str] | None,
+        self, file: io.FileIO, made_with: Mapping[str, Any], columns: Sequence[str] | None
     ) -> None:
-        self._path, self._file, self._made_with, self._columns = path, file, made_with, columns
+        self._file, self._made_with, self._columns = file, made_with, columns
         file.seek(0)
         content = file.read()
         self._length = content.rfind(b"\n") + 1
@@ -62,7 +58,9 @@ class ResultsFile:
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error):
             is_ours = False
         if content and not is_ours:
-            raise UserError(f"{path} does not hold results of this command. Name another --output.")
+            raise UserError(
+                f"{file.name} does not hold results of this command. Name another --output."
+            )
         file.truncate(self._length)
 
     def write(self, row: Row) -> None:
@@ -80,15 +78,17 @@ class ResultsFile:
             with suppress(OSError):  # the next run truncates an incomplete row, too
                 self._file.truncate(self._length)
             raise UserError(
-                f"{self._path} cannot be written: {error.strerror}. It keeps what it holds."
+                f"{self._file.name} cannot be written: {error.strerror}. It keeps what it holds, "
+                "and the same command resumes."
             ) from error
         self._length += len(data)
 
     def _check(self, row: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if in_words(row) != in_words(now):
             raise UserError(
-                f"{self._path} was made with {in_words(row)}, and this would be {in_words(now)}. "
-                "Results of both would be mixed up: use the same, or name another --output."
+                f"{self._file.name} was made with {in_words(row)}, and this would be "
+                f"{in_words(now)}. Results of both would be mixed up: use the same, or name "
+                "another --output."
             )
 
 

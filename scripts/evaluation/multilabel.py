@@ -17,9 +17,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from classification_client import RequestOptions, Row
+from classification_client import RequestOptions
 from scripts.build.thresholds import EVEN
-from scripts.evaluation.answers import ALL_CLASSES, Model, classify, describe
+from scripts.evaluation.evaluation import ALL_CLASSES, Evaluation, classify, describe
 from scripts.evaluation.report import MAX_SHOWN_CLASSES, Cells, plot_label, write
 from scripts.labels_file import FORM, read_labels
 from scripts.matching import match
@@ -30,24 +30,18 @@ _THRESHOLD_DIGITS = 9
 
 
 @dataclass(frozen=True)
-class MultilabelEvaluation:
-    """The server's answers to images whose labels are known.
+class MultilabelEvaluation(Evaluation):
+    """The answers of a multi-label model.
 
     Attributes:
-        model: the model, with its classes by position.
-        images: the classified images, in the order of the rows.
         truth: bool (N, classes), the true labels.
         probabilities: float (N, classes), the predicted probabilities, 0 to 1.
         given: bool (N, classes), the predicted labels, by the model's thresholds.
-        rejected: images without a result, which are not counted.
     """
 
-    model: Model
-    images: Sequence[Path]
     truth: NDArray[np.bool_]
     probabilities: NDArray[np.float64]
     given: NDArray[np.bool_]
-    rejected: Sequence[Row]
 
     @property
     def shown(self) -> list[int]:
@@ -106,14 +100,14 @@ def evaluate_labels(
         raise UserError(
             f"{labels_file} gives no image a label, so that nothing can be measured. {FORM}"
         )
-    model = describe(list(known), url, options)
+    model = describe(known, url, options)
     if not model.multilabel:
         raise UserError(
             f"The model is single-label (softmax), and {labels_file} is for models of "
             "activation: sigmoid. Put the images into a folder for each class instead."
         )
     meant = match(names, model.labels, f"as {labels_file} has it", "Call it by id")
-    answers, rejected = classify(list(known), url, replace(options, topk=ALL_CLASSES), at_once)
+    answers, rejected = classify(known, url, replace(options, topk=ALL_CLASSES), at_once)
     shape = len(answers), len(model.labels)
     truth, given, probabilities = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape)
     for row, (image, answer) in enumerate(answers.items()):
@@ -123,7 +117,7 @@ def evaluate_labels(
             probabilities[row, prediction.class_index] = prediction.probability
     if not truth.any():
         raise UserError("None of the images that the server classified has a label.")
-    return MultilabelEvaluation(model, list(answers), truth, probabilities, given, rejected)
+    return MultilabelEvaluation(model, list(answers), rejected, truth, probabilities, given)
 
 
 def choose_thresholds(
@@ -149,8 +143,7 @@ def choose_thresholds(
             best = int((precision >= min_precision).argmax())
         else:
             best = int(precision.argmax())
-            name = evaluation.model.labels[index].class_name
-            warn(f"{name} reaches a precision of {precision[best]:.1%} at most.")
+            warn(f"{evaluation.names[index]} reaches a precision of {precision[best]:.1%} at most.")
         # Halfway between two probabilities: rounding then changes no label.
         below = candidates[best - 1] if best else 0.0
         chosen[index] = round(float(candidates[best] + below) / 2, _THRESHOLD_DIGITS)
@@ -161,32 +154,28 @@ def report_labels(
     evaluation: MultilabelEvaluation, folder: Path, min_precision: float | None = None
 ) -> None:
     """Write the report and `thresholds.json` into the folder, and print the tables."""
-    labels, shown = evaluation.model.labels, evaluation.shown
+    labels, shown, truth = evaluation.model.labels, evaluation.shown, evaluation.truth
     thresholds = choose_thresholds(evaluation, min_precision)
     by_thresholds = evaluation.probabilities >= np.array(thresholds)
     measured = [value for value in evaluation.auroc if not np.isnan(value)]
-    metrics: Cells = {
-        "images": len(evaluation.truth),
-        "not counted": len(evaluation.rejected),
-        "classes": len(shown),
-        "mean average precision": evaluation.mean_average_precision,
-        "mean AUROC": float(np.mean(measured)) if measured else "nan",
-    }
-    given = {"as served": evaluation.given, "by thresholds.json": by_thresholds}
     unseen = len(labels) - len(shown)
     write(
+        evaluation,
         folder,
-        evaluation.model,
-        metrics=metrics,
+        metrics={
+            "classes": len(shown),
+            "mean average precision": evaluation.mean_average_precision,
+            "mean AUROC": float(np.mean(measured)) if measured else "nan",
+        },
         tables={
             "Labels": [
-                {"labels": name, **scores(evaluation.truth, of)} for name, of in given.items()
+                {"labels": "as served", **scores(truth, evaluation.given)},
+                {"labels": "by thresholds.json", **scores(truth, by_thresholds)},
             ]
         },
         classes=_by_class(evaluation, thresholds),
         mistakes=_mistakes(evaluation),
         plots={"precision-recall.png": _plot(evaluation)},
-        rejected=evaluation.rejected,
         warning=f"{unseen} classes are on no image: their threshold is {EVEN}." if unseen else None,
     )
     file = folder / "thresholds.json"
@@ -202,8 +191,7 @@ def _mistakes(evaluation: MultilabelEvaluation) -> list[Cells]:
     """Return the images with wrong labels as served, those with the most errors first."""
 
     def names(of_image: NDArray[np.bool_]) -> str:
-        found = np.flatnonzero(of_image).tolist()
-        return ", ".join(evaluation.model.labels[index].class_name for index in found)
+        return ", ".join(np.array(evaluation.names)[of_image])
 
     wrong = evaluation.truth != evaluation.given
     rows = np.flatnonzero(wrong.any(axis=1)).tolist()
@@ -219,19 +207,21 @@ def _mistakes(evaluation: MultilabelEvaluation) -> list[Cells]:
 
 def _by_class(evaluation: MultilabelEvaluation, thresholds: Sequence[float]) -> dict[int, Cells]:
     measured = zip(evaluation.shown, evaluation.average_precision, evaluation.auroc, strict=True)
-    rows: dict[int, Cells] = {}
-    for index, average_precision, auroc in measured:
-        truth, threshold = evaluation.truth[:, index], thresholds[index]
-        chosen = evaluation.probabilities[:, index] >= threshold
-        rows[index] = {
-            "images": int(truth.sum()),
+    return {
+        index: {
+            "images": int(evaluation.truth[:, index].sum()),
             "average_precision": average_precision,
             "auroc": auroc,
-            **scores(truth, evaluation.given[:, index]),
-            "threshold": threshold,
-            **scores(truth, chosen, "_at_threshold"),
+            **scores(evaluation.truth[:, index], evaluation.given[:, index]),
+            "threshold": thresholds[index],
+            **scores(
+                evaluation.truth[:, index],
+                evaluation.probabilities[:, index] >= thresholds[index],
+                "_at_threshold",
+            ),
         }
-    return rows
+        for index, average_precision, auroc in measured
+    }
 
 
 def _plot(evaluation: MultilabelEvaluation) -> Figure:
@@ -239,7 +229,7 @@ def _plot(evaluation: MultilabelEvaluation) -> Figure:
     axes = figure.subplots()
     for index in evaluation.shown:
         # matplotlib omits names that begin with `_` from the legend.
-        name = plot_label(evaluation.model.labels[index].class_name).lstrip("_")
+        name = plot_label(evaluation.names[index]).lstrip("_")
         PrecisionRecallDisplay.from_predictions(
             evaluation.truth[:, index], evaluation.probabilities[:, index], name=name, ax=axes
         )

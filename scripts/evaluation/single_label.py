@@ -15,9 +15,9 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from classification_client import RequestOptions, Row
+from classification_client import RequestOptions
 from classification_client.images import Found, search
-from scripts.evaluation.answers import Model, classify, describe
+from scripts.evaluation.evaluation import Evaluation, classify, describe
 from scripts.evaluation.report import Cells, plot_label, write
 from scripts.labels_file import NAME as LABELS_FILE
 from scripts.matching import match
@@ -33,24 +33,18 @@ _MAX_NAMED_CLASSES = 50
 
 
 @dataclass(frozen=True)
-class SingleLabelEvaluation:
-    """The server's answers to images whose classes are known.
+class SingleLabelEvaluation(Evaluation):
+    """The answers of a single-label model.
 
     Attributes:
-        model: the model, with its classes by position.
-        images: the classified images, in the order of the rows.
         truth: int (N,), the true classes.
         predictions: int (N, up to 5), the predicted classes, best first.
         confidence: float (N,), the probability of the top-1 prediction, 0 to 1.
-        rejected: images without a result, which are not counted.
     """
 
-    model: Model
-    images: Sequence[Path]
     truth: NDArray[np.int64]
     predictions: NDArray[np.int64]
     confidence: NDArray[np.float64]
-    rejected: Sequence[Row]
 
     @property
     def top1(self) -> NDArray[np.int64]:
@@ -100,41 +94,38 @@ def evaluate_folders(
         warn(found.left_out)
     if not known:
         raise UserError(f"{images} must hold a folder of images for each class.")
-    model = describe(list(known), url, options)
+    model = describe(known, url, options)
     if model.multilabel:
         raise UserError(
             "The model is multi-label (activation: sigmoid), and an image in a folder "
             f"has one label only. Write a list with an image and its labels per line, {images}/"
             f"{LABELS_FILE}, or name it: LABELS=file."
         )
-    called, instead = "as a folder is called", "Call the folder by id"
-    truth = match(set(known.values()), model.labels, called, instead)
-    answers, rejected = classify(list(known), url, replace(options, topk=_TOP), at_once)
+    names = set(known.values())
+    truth = match(names, model.labels, "as a folder is called", "Call the folder by id")
+    answers, rejected = classify(known, url, replace(options, topk=_TOP), at_once)
     return SingleLabelEvaluation(
         model,
         list(answers),
+        rejected,
         np.array([truth[known[image]] for image in answers]),
         np.array([[row.class_index for row in of.predictions] for of in answers.values()]),
         np.array([of.probability for of in answers.values()]),
-        rejected,
     )
 
 
 def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
     """Write the report into the folder and print its tables."""
-    metrics: Cells = {
-        "images": len(evaluation.truth),
-        "not counted": len(evaluation.rejected),
-        "top-1 accuracy": f"{evaluation.correct.mean():.2%}",
-        "top-5 accuracy": f"{evaluation.top5_accuracy:.2%}",
-        "expected calibration error": f"{evaluation.calibration_error:.3f}",
-    }
     # A class that is neither true nor predicted for any image has no scores.
     present = np.union1d(evaluation.truth, evaluation.top1).tolist()
     write(
+        evaluation,
         folder,
-        evaluation.model,
-        metrics=metrics,
+        metrics={
+            "top-1 accuracy": f"{evaluation.correct.mean():.2%}",
+            "top-5 accuracy": f"{evaluation.top5_accuracy:.2%}",
+            "expected calibration error": f"{evaluation.calibration_error:.3f}",
+        },
         tables={
             "Confidence thresholds": _by_threshold(evaluation),
             "Most confused classes": _most_confused(evaluation),
@@ -145,7 +136,6 @@ def report_folders(evaluation: SingleLabelEvaluation, folder: Path) -> None:
             "confusion.png": _plot_confusion(evaluation, present),
             "calibration.png": _plot_calibration(evaluation),
         },
-        rejected=evaluation.rejected,
     )
 
 
@@ -161,18 +151,17 @@ def _by_threshold(evaluation: SingleLabelEvaluation) -> list[Cells]:
 
 
 def _most_confused(evaluation: SingleLabelEvaluation) -> list[Cells]:
-    names = [label.class_name for label in evaluation.model.labels]
-    pairs = zip(evaluation.truth, evaluation.top1, strict=True)
-    counts = Counter((names[truth], names[top1]) for truth, top1 in pairs if truth != top1)
+    names, wrong = evaluation.names, ~evaluation.correct
+    pairs = Counter(zip(evaluation.truth[wrong], evaluation.top1[wrong], strict=True))
     return [
-        {"true class": truth, "predicted class": predicted, "images": count}
-        for (truth, predicted), count in counts.most_common(_MAX_CONFUSED)
+        {"true class": names[truth], "predicted class": names[predicted], "images": count}
+        for (truth, predicted), count in pairs.most_common(_MAX_CONFUSED)
     ]
 
 
 def _mistakes(evaluation: SingleLabelEvaluation) -> list[Cells]:
     """Return the images whose top-1 prediction is wrong, the most confident first."""
-    names = [label.class_name for label in evaluation.model.labels]
+    names = evaluation.names
     wrong = np.flatnonzero(~evaluation.correct).tolist()
     return [
         {
@@ -204,7 +193,7 @@ def _plot_confusion(evaluation: SingleLabelEvaluation, present: Sequence[int]) -
         evaluation.truth,
         evaluation.top1,
         labels=present,
-        display_labels=[plot_label(evaluation.model.labels[index].class_name) for index in present],
+        display_labels=[plot_label(evaluation.names[index]) for index in present],
         normalize="true",
         xticks_rotation="vertical",
         cmap="Blues",

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification_client import RefusedError, ServiceError
+from classification_client import RejectedError, ServiceError
 from scripts.gateway import nginx
 from scripts.gateway.nginx import GATEWAY_DIR
 from scripts.serve.management import client_of, ready_workers, wait_until
@@ -123,7 +123,7 @@ def _labels(running: ServerState, images: Sequence[bytes]) -> list[Labels]:
     try:
         with client_of(running, patience=_CHECK_TIMEOUT) as client:
             found = [client.classify(image) for image in images]
-    except RefusedError as error:
+    except RejectedError as error:
         raise UserError(f"A sample image is rejected: {error.message[:300]}") from error
     except ServiceError as error:
         raise UserError(f"A sample image is not answered: {error}") from error

@@ -4,6 +4,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 import requests
 from PIL import Image
 
+from benchmarks.archives import repack
+from handler.settings import MODEL_CARD, ModelCard
 from scripts.build.model_file import from_options
+from scripts.build.packing import MANIFEST
 from scripts.build.pipeline import build
 from scripts.samples import CAT
 from scripts.serve.running import ServerState, free_ports, unused_ports
@@ -40,7 +44,15 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def multilabel_archive(small_archive: Path) -> Path:
     """The same model as a multi-label one."""
-    return _build(small_archive.parent, "several", activation="sigmoid")
+
+    def change(name: str, content: bytes) -> bytes:
+        if name != MODEL_CARD:
+            return content.replace(b'"small"', b'"several"') if name == MANIFEST else content
+        card = ModelCard.from_json(content)
+        thresholds = (0.5,) * card.classes
+        return replace(card, activation="sigmoid", thresholds=thresholds).to_json().encode()
+
+    return repack(small_archive, small_archive.with_name("several.mar"), change)
 
 
 @pytest.fixture(scope="session")

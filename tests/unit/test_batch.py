@@ -17,16 +17,21 @@ from unittest.mock import MagicMock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import stamina
 from pyarrow.fs import LocalFileSystem
 
 from batch import cluster, parts, plan, storage
 from batch.archive import ForeignFolderError, _root, unpack
+from batch.classify import classify, errors_as_messages
 from batch.job import Job, OtherJobError, load_existing_job
+from batch.parts import Entry
 from batch.pipeline import Actors
-from batch.plan import Entry, PlanError
-from batch.storage import AddressError, TransientStorageError
+from batch.plan import PlanError
+from batch.storage import AddressError
+from classification_client.errors import TransientError
 from handler.errors import NotAnImage
+from scripts.terminal import UserError
 
 
 def _entries(images: Path | str, column: str | None = None) -> list[Entry]:
@@ -93,19 +98,18 @@ def test_bytes_come_from_the_rows_that_a_part_has(tmp_path: Path, group: int) ->
     contents = [str(number).encode() for number in range(50)]
     for name in ("a", "b"):
         _parquet(tmp_path / f"{name}.parquet", group, image=contents)
-    folder = storage.place(str(tmp_path / "plan"))
-    count, size = plan.write(_entries(tmp_path, "image"), folder)
+    folder = str(tmp_path / "plan")
+    count, size = parts.write(_entries(tmp_path, "image"), folder)
     assert (count, size) == (100, 8)
     made: list[bytes | OSError] = []
     for number in range(13):
-        rows = parts.part(folder.path, number, size)
+        rows = parts.part(folder, number, size)
         made += parts.contents(rows, "image", "/", "", 1000)
     assert made == contents * 2
 
 
 def _contents(rows: list[dict[str, Any]]) -> list[bytes | OSError]:
-    table = pa.Table.from_pylist(rows, parts.SCHEMA)
-    return list(parts.contents(table, "image", "/", "", 1000))
+    return list(parts.contents([Entry(**row) for row in rows], "image", "/", "", 1000))
 
 
 def _rows(file: Path, numbers: range) -> list[bytes | OSError]:
@@ -123,7 +127,7 @@ def test_a_damaged_row_group_fails_its_own_rows_only(tmp_path: Path) -> None:
     assert found[:5] + found[15:] == THIRTY[5:10] + THIRTY[20:]
     for one in found[5:15]:
         assert isinstance(one, OSError)
-        assert not isinstance(one, TransientStorageError)
+        assert not isinstance(one, TransientError)
         assert str(one).startswith("row group 1 of its Parquet file is damaged: ")
     file.write_bytes(b"PAR1 and no more")
     for one in _rows(file, range(3)):
@@ -178,7 +182,7 @@ def test_reading_parquet_is_retried(
     if is_read:
         assert found == THIRTY
     else:
-        assert isinstance(found[-1], TransientStorageError)
+        assert isinstance(found[-1], TransientError)
 
 
 def test_a_place_without_images_is_an_error_message(tmp_path: Path) -> None:
@@ -198,6 +202,32 @@ def test_a_place_without_images_is_an_error_message(tmp_path: Path) -> None:
     ):
         with pytest.raises(PlanError, match=message):
             _entries(tmp_path / name, column)
+
+
+def test_a_mistake_is_an_error_message_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "no.mar").write_bytes(b"no archive")
+    options: dict[str, Any] = {"column": None, "choices": {}, "actors": None, "address": None}
+    with pytest.raises(UserError, match=r"no\.mar is no sound archive: File is not a zip file\."):
+        classify("images", str(tmp_path / "out"), tmp_path / "no.mar", **options)
+    with pytest.raises(UserError, match=r"cannot be read: No such file.*`make archive` builds it"):
+        classify("images", str(tmp_path / "out"), tmp_path / "missing.mar", **options)
+    failed = ray.exceptions.RayError("a task failed")
+    failed.__cause__ = TransientError(5, "Input/output error")
+    for mistake, message in (
+        (lambda: _entries(tmp_path / "no"), "/no: there is no such file or folder."),
+        (lambda: storage.place("s4://bucket/key"), "Unrecognized filesystem"),
+        (
+            lambda: cluster._check_reachable("127.0.0.1:9"),
+            r"No Ray cluster answers: 127\.0\.0\.1:9: \[Errno 111\]",
+        ),
+        (
+            MagicMock(side_effect=failed),
+            "The storage does not answer: Input/output error. The same command resumes",
+        ),
+        (MagicMock(side_effect=PermissionError(13, "Permission denied", "a")), "a: Permission den"),
+    ):
+        with pytest.raises(UserError, match=message), errors_as_messages():
+            mistake()
 
 
 def test_an_unsupported_address_is_an_error_message() -> None:
@@ -221,10 +251,10 @@ def test_looking_up_a_bucket_is_retried(monkeypatch: pytest.MonkeyPatch) -> None
         systems.from_uri.side_effect = [gone, gone, gone, ("system", "a")]
         assert storage.place("s3://bucket-1/key") == storage.Place("system", "bucket-1/key")
         systems.from_uri.side_effect = gone
-        with pytest.raises(TransientStorageError, match="NETWORK_CONNECTION"):
+        with pytest.raises(TransientError, match="NETWORK_CONNECTION"):
             storage.place("s3://bucket-2/key")
         (found,) = _contents([{"path": "s3://bucket-3/key"}])
-        assert isinstance(found, TransientStorageError)
+        assert isinstance(found, TransientError)
         systems.from_uri.side_effect = [OSError("Bucket 'bucket-4' not found")]
         with pytest.raises(AddressError, match="'bucket-4' not found"):
             storage.place("s3://bucket-4/key")
@@ -235,10 +265,10 @@ def test_a_missing_image_is_final_and_a_missing_drive_is_transient(tmp_path: Pat
     assert len(storage.read(storage.place(str(tmp_path / "large")), 10)) == 11, "over the limit"
     with pytest.raises(FileNotFoundError):
         storage.read(storage.place(str(tmp_path / "gone.jpg")), 10)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="it is not a regular file"):
         storage.read(storage.place(str(tmp_path)), 10)
-    with pytest.raises(TransientStorageError, match="its folder is not there"):
-        storage._read(storage.place(str(tmp_path / "drive" / "a.jpg")), 10)
+    with stamina.set_testing(True), pytest.raises(TransientError, match="its folder is missing"):
+        storage.read(storage.place(str(tmp_path / "drive" / "a.jpg")), 10)
 
 
 def test_a_folder_of_results_belongs_to_one_job(tmp_path: Path) -> None:

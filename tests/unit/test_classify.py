@@ -212,14 +212,12 @@ def test_a_folder_becomes_rows_and_a_bad_image_fails_alone(
 
 def test_a_wrong_argument_is_reported_and_nothing_is_sent(classify: Classify, folder: Path) -> None:
     classify.monkeypatch.chdir(folder)
-    Path("precious.csv").write_text("name,price\nhouse,1\n")
     for arguments, status, message in (
         ("nowhere.jpg", 1, "no such file, folder, or match"),
         ("", 1, "There is no image here. Name files, folders, or patterns in quotes."),
         ("a.jpg --output results.txt", 1, "must end in .jsonl, .csv, .npy or .parquet"),
         ("- --output results.csv", 1, "has no name to go into a file"),
         ("a.jpg --at-once 0", 2, "greater than or equal to 1"),
-        ("a.jpg --output precious.csv", 1, "does not hold results of this command"),
         ("a.jpg --url foo", 1, "'foo' must be a whole address"),
     ):
         result = classify(*arguments.split())
@@ -231,12 +229,18 @@ def test_a_wrong_address_stops_the_run_and_writes_no_result(
     classify: Classify, folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.jsonl"
-    address = f"http://127.0.0.1:{classify.service.server_port}"
-    for path, reason in (("predictions/nobody", "Model not found"), ("metrics", "no image class")):
-        result = classify(folder / "a.jpg", "--url", f"{address}/{path}", "--output", output)
-        assert result.status == 3
-        assert "Stopped: " in result.errors
-        assert reason in result.errors
+    address = f"127.0.0.1:{classify.service.server_port}"
+    for url, reason in (
+        (f"http://{address}/predictions/nobody", "Model not found"),
+        (f"http://{address}/metrics", "no image class"),
+        (f"https://{address}/predictions/cats", "use http:// instead of https://"),
+    ):
+        for more in ((), ("--output", output)):
+            result = classify(folder / "a.jpg", "--url", url, *more)
+            assert result.status == 3
+            assert "Stopped: " in result.errors
+            assert reason in result.errors
+            assert "Run the same command again" not in result.errors
     assert not output.exists()
 
 
@@ -355,21 +359,6 @@ def test_embeddings_are_written_in_the_order_of_the_images(
 
 def program(service: Service, *arguments: object) -> list[str]:
     return [sys.executable, "-c", PROGRAM, *map(str, arguments), "--url", service.url]
-
-
-def test_a_killed_run_resumes(classify: Classify, tmp_path: Path) -> None:
-    place, output = write_images(tmp_path / "images", 100), tmp_path / "results.jsonl"
-    with subprocess.Popen(program(classify.service, place, "--output", output)) as first:
-        classify.service.on_image = lambda number: first.kill() if number == 30 else None
-        assert first.wait(60) == -signal.SIGKILL
-    classify.service.on_image = lambda _: None
-    kept = output.read_text().count("\n")
-    assert 0 < kept < 100
-    second = classify(place, "--output", output)
-    assert second.status == 0
-    assert f"{kept} of 100 are in" in second.errors
-    assert f"100 classified, 0 failed, 0 left; {100 - kept} by this run" in second.errors
-    assert len(rows_in(output)) == 100
 
 
 def test_a_full_device_is_reported(service: Service, folder: Path) -> None:

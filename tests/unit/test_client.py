@@ -1,6 +1,8 @@
 """When the client retries, when it gives up, and how it reaches the server."""
 
 import json
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 from classification_client import (
     Classification,
     Client,
-    RefusedError,
+    RejectedError,
     RequestOptions,
     UnavailableError,
     check_address,
@@ -24,7 +26,10 @@ SEVERAL = {**PREDICTION, "label": "dog", "class_id": "n2", "class_index": 1}
 BODY = {"predictions": [PREDICTION], "recognized": True}
 ANSWER = json.dumps(BODY).encode()
 LOST, HALF, SLOW = "loses the connection", "half an answer", "slow"
-DIED = b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'
+ERRORS = {
+    "died": (500, b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'),
+    "400 of nginx": (400, b"<center>The plain HTTP request was sent to HTTPS port</center>"),
+}
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -40,8 +45,7 @@ class Answers(BaseHTTPRequestHandler):
             return
         if act == SLOW:
             time.sleep(0.4)
-        answer = DIED if act == "died" else ANSWER
-        status = 500 if act == "died" else act
+        status, answer = ERRORS.get(act, (act, ANSWER))
         self.send_response(status if isinstance(status, int) else 200)
         self.send_header("Location", "/elsewhere")
         if self.server.retry_after and act != 200:
@@ -92,7 +96,7 @@ def test_a_transient_error_is_retried(act: int | str, server: Server) -> None:
 @pytest.mark.parametrize("status", [302, 404, 413, 500])
 def test_a_permanent_error_is_not_retried(status: int, server: Server) -> None:
     server.acts = [status]
-    with client(server) as sender, pytest.raises(RefusedError) as error:
+    with client(server) as sender, pytest.raises(RejectedError) as error:
         sender.classify(b"image")
     assert (error.value.code, len(server.requests)) == (status, 1)
 
@@ -125,12 +129,32 @@ def test_retry_after_is_honored_within_the_patience(server: Server) -> None:
 def test_a_wrong_address_fails_at_once(server: Server) -> None:
     for address, reason in (
         ("http://no-such-host.invalid/x", "resolve|not known|resolution"),
-        (f"https://127.0.0.1:{server.server_port}/x", "SSL|TLS|EOF"),
+        (f"https://127.0.0.1:{server.server_port}/x", "does not expect TLS: use http://"),
     ):
         began = time.monotonic()
-        with Client(address) as sender, pytest.raises(UnavailableError, match=reason):
+        with Client(address) as sender, pytest.raises(UnavailableError, match=reason) as error:
             sender.classify(b"image")
+        assert error.value.is_permanent
         assert time.monotonic() - began < 10  # of a patience of 120
+
+
+def test_plain_http_for_a_port_with_tls_is_an_error_message(server: Server, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    create = f"openssl req -x509 -nodes -subj /CN=a -keyout {key} -out {certificate}"
+    subprocess.run(create.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    sender = client(server, RequestOptions(patience=0))
+    with sender, pytest.raises(UnavailableError, match="expects TLS: use https://") as error:
+        sender.classify(b"image")
+    assert error.value.is_permanent
+
+
+def test_nginx_error_page_for_plain_http_is_an_error_message(server: Server) -> None:
+    server.acts = ["400 of nginx"]
+    with client(server) as sender, pytest.raises(RejectedError, match="expects TLS: use https://"):
+        sender.classify(b"image")
 
 
 @pytest.fixture
@@ -192,10 +216,10 @@ def test_netrc_does_not_replace_the_token(
 
 
 def test_the_top_label_of_a_multilabel_answer_precedes_a_more_probable_class() -> None:
-    assert Classification.from_answer(BODY).labels is None
-    several = Classification.from_answer({**BODY, "labels": [SEVERAL]})
+    assert Classification.from_response(BODY).labels is None
+    several = Classification.from_response({**BODY, "labels": [SEVERAL]})
     assert (several.label, several.best.class_id) == ("dog", "n2")
-    none = Classification.from_answer({**BODY, "recognized": False, "labels": []})
+    none = Classification.from_response({**BODY, "recognized": False, "labels": []})
     assert (none.labels, none.label) == ((), "cat")
 
 
@@ -210,7 +234,7 @@ def test_the_top_label_of_a_multilabel_answer_precedes_a_more_probable_class() -
 )
 def test_a_malformed_answer_is_an_error(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not an answer"):
-        Classification.from_answer({**BODY, **change})
+        Classification.from_response({**BODY, **change})
 
 
 def test_an_incomplete_address_is_rejected() -> None:
@@ -230,11 +254,11 @@ def test_the_server_decides_how_large_an_image_may_be_and_no_empty_one_is_sent(
     server: Server,
 ) -> None:
     with client(server) as sender:
-        with pytest.raises(RefusedError, match="The image is empty"):
+        with pytest.raises(RejectedError, match="The image is empty"):
             sender.classify(b"")
         assert not server.requests
         assert sender.classify(bytes(21_000_000)).label == "cat"
         server.acts = [LOST]
-        with pytest.raises(RefusedError, match="20 MB unless") as error:
+        with pytest.raises(RejectedError, match="20 MB unless") as error:
             sender.classify(bytes(21_000_000))
     assert (error.value.code, len(server.requests)) == (413, 2)

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from classification_client import RequestOptions, Row
 from handler.labels import Label
 from scripts.classify import select
-from scripts.evaluation.answers import Model
+from scripts.evaluation.evaluation import Model
 from scripts.evaluation.multilabel import (
     MultilabelEvaluation,
     choose_thresholds,
@@ -43,10 +43,10 @@ NAMES = [Label("n0", "cat"), Label("n1", "$dog|[red]"), Label("n2", "_owl"), Lab
 SINGLE = SingleLabelEvaluation(
     Model(NAMES, multilabel=False, warning="The model is untrained.", name="pets 1.0"),
     images=[Path(f"{number}.png") for number in range(4)],
+    rejected=[Row("broken.jpg", OSError("cut off"))] * 12,
     truth=np.array([0, 1, 2, 2]),
     predictions=np.array([[0, 1], [1, 0], [0, 2], [0, 1]]),
     confidence=np.array([0.95, 0.95, 0.54, 0.56]),
-    rejected=[Row("broken.jpg", OSError("cut off"))] * 12,
 )
 
 
@@ -95,10 +95,10 @@ PROBABILITIES = np.array([[0.9, 0.8, 0.3], [0.7, 0.6, 0.9], [0.2, 0.4, 0.1], [0.
 MULTILABEL = MultilabelEvaluation(
     Model([Label("n0", "first"), Label("n1", "$second"), Label("n2", "[never]")], True, None),
     [Path(f"{number}.png") for number in range(4)],
+    [],
     TRUTH,
     PROBABILITIES,
     PROBABILITIES >= 0.5,
-    [],
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from classification_client import PassingError
+from classification_client import TransientError
 from classification_client.reading import check_unchanged, read
 
 LIMIT = 1000
@@ -26,7 +26,7 @@ def test_an_input_error_is_transient(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(PassingError, match="Stale file handle"):
+    with pytest.raises(TransientError, match="Stale file handle"):
         read(tmp_path / "a.jpg", LIMIT)
 
 
@@ -35,7 +35,7 @@ def test_a_missing_or_empty_folder_is_a_transient_error(folder: str, tmp_path: P
     (tmp_path / "empty").mkdir()  # as a drive that is not mounted leaves it
     (tmp_path / "link.jpg").symlink_to(tmp_path / folder / "a.jpg")
     for file in (tmp_path / folder / "a.jpg", tmp_path / "link.jpg"):
-        with pytest.raises(PassingError, match="its folder is missing or empty"):
+        with pytest.raises(TransientError, match="its folder is missing or empty"):
             read(file, LIMIT)
 
 
@@ -46,7 +46,7 @@ def test_a_path_that_is_not_a_regular_file_is_a_permanent_error(tmp_path: Path) 
     for name in ("pipe.jpg", "endless.jpg", "loop.jpg", "", "missing.jpg", "no\0name", "a" * 999):
         with pytest.raises(OSError, match=r"\[Errno \d+\]") as error:
             read(tmp_path / name, LIMIT)
-        assert not isinstance(error.value, PassingError), name
+        assert not isinstance(error.value, TransientError), name
 
 
 def test_a_file_that_was_written_to_meanwhile_is_read_again(tmp_path: Path) -> None:
@@ -56,5 +56,5 @@ def test_a_file_that_was_written_to_meanwhile_is_read_again(tmp_path: Path) -> N
     check_unchanged(file, half)
     with file.open("ab") as opened:
         opened.write(b", the rest of it")
-    with pytest.raises(PassingError, match="another program is writing to it"):
+    with pytest.raises(TransientError, match="another program is writing to it"):
         check_unchanged(file, half)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from classification_client import Classification, ModelVersion, PassingError, Prediction
-from classification_client.errors import RefusedError, UserError
+from classification_client import Classification, ModelVersion, Prediction, TransientError
+from classification_client.errors import RejectedError, UserError
 from classification_client.results import Row, as_line, csv_columns
 from classification_client.results_file import ResultsFile, results_file
 
@@ -46,7 +46,7 @@ def classified(name: str, *labels: int, model: ModelVersion = MODEL) -> Row:
     )
 
 
-REJECTED = Row("b.jpg", RefusedError(400, "NotAnImage", "This is not an image.", MODEL))
+REJECTED = Row("b.jpg", RejectedError(400, "NotAnImage", "This is not an image.", MODEL))
 
 
 def opened(
@@ -203,10 +203,10 @@ def test_a_device_or_a_file_in_use_is_rejected(path: Path, tmp_path: Path) -> No
 
 
 def test_only_permanent_results_are_kept() -> None:
-    assert not Row("a.jpg", PassingError(5, "Input/output error")).is_final
+    assert not Row("a.jpg", TransientError(5, "Input/output error")).is_final
     assert Row("a.jpg", FileNotFoundError(2, "No such file or directory")).is_final
     assert REJECTED.is_final
-    assert not Row("a.jpg", RefusedError(500, "InternalError", "failed")).is_final
+    assert not Row("a.jpg", RejectedError(500, "InternalError", "failed")).is_final
     # What another release may call an image that costs too much.
-    assert Row("a.jpg", RefusedError(413, "TooCostly", "too much work")).is_final
-    assert not Row("a.jpg", RefusedError(413, "TooManyImages", "more than 16")).is_final
+    assert Row("a.jpg", RejectedError(413, "TooCostly", "too much work")).is_final
+    assert not Row("a.jpg", RejectedError(413, "TooManyImages", "more than 16")).is_final

@@ -1,8 +1,9 @@
 """Classify the images of an evaluation on the server, with a progress bar."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from rich.progress import Progress
 from classification_client import (
     Classification,
     Client,
-    RefusedError,
+    RejectedError,
     RequestOptions,
     Row,
     ServiceError,
@@ -35,6 +36,26 @@ class Model(NamedTuple):
     name: str = ""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The server's answers to images whose classes are known.
+
+    Attributes:
+        model: the model, with its classes by position.
+        images: the classified images, in the order of the rows of the arrays.
+        rejected: images without a result, which are not counted.
+    """
+
+    model: Model
+    images: Sequence[Path]
+    rejected: Sequence[Row]
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the classes by position."""
+        return [label.class_name for label in self.model.labels]
+
+
 @contextmanager
 def _user_errors() -> Iterator[None]:
     try:
@@ -44,17 +65,17 @@ def _user_errors() -> Iterator[None]:
 
 
 @_user_errors()
-def describe(images: Sequence[Path], url: str, options: RequestOptions) -> Model:
+def describe(images: Iterable[Path], url: str, options: RequestOptions) -> Model:
     """Return the model's description from the response to the first accepted image.
 
     Raises `UserError` if the server is not available or rejects the first `_MAX_TRIES` images.
     """
     problem: Exception | None = None
     with Client(url, replace(options, topk=ALL_CLASSES)) as client:
-        for image in images[:_MAX_TRIES]:
+        for image in islice(images, _MAX_TRIES):
             try:
                 answer = client.classify(image)
-            except (OSError, RefusedError) as error:
+            except (OSError, RejectedError) as error:
                 problem = error
                 continue
             rows = sorted(answer.predictions, key=lambda row: row.class_index)
@@ -66,13 +87,13 @@ def describe(images: Sequence[Path], url: str, options: RequestOptions) -> Model
 
 @_user_errors()
 def classify(
-    images: Sequence[Path], url: str, options: RequestOptions, at_once: int
+    images: Iterable[Path], url: str, options: RequestOptions, at_once: int
 ) -> tuple[dict[Path, Classification], list[Row]]:
     """Return the images' classifications, and a row for each image without one.
 
     Raises `UserError` if the server is not available or classifies no image, or its model changes.
     """
-    rows: list[Row] = []
+    images, rows = list(images), list[Row]()
     with (
         Client(url, options, at_once) as client,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,

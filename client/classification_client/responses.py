@@ -72,7 +72,7 @@ class Classification:
         return sorted([*self.predictions, *more], key=lambda label: -label.probability)
 
     @classmethod
-    def from_answer(
+    def from_response(
         cls, body: Mapping[str, Any], model: ModelVersion | None = None
     ) -> "Classification":
         """Parse the server's response for one image; raise `ValueError` for any other body."""
