@@ -7,12 +7,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from classification_client.client import Client
-from classification_client.errors import (
-    SERVER_ERROR,
-    RejectedError,
-    TransientError,
-    UnavailableError,
-)
+from classification_client.errors import RejectedError, TransientError, UnavailableError
 from classification_client.results import Row
 
 
@@ -47,7 +42,7 @@ class _Classifier:
         try:
             row = Row(name, self._client.classify(image))
         except RejectedError as error:
-            if not error.is_about_the_image and error.code < SERVER_ERROR:
+            if error.is_permanent and not error.is_about_the_image:
                 raise
             row = Row(name, error)
         except (UnavailableError, TransientError) as error:
@@ -56,9 +51,8 @@ class _Classifier:
             # it crashes the server, or the drive cannot read it.
             others_succeed = self._last_success > (began + time.monotonic()) / 2
             if not others_succeed and getattr(error, "errno", None) != errno.ENOENT:
-                is_permanent = getattr(error, "is_permanent", False)
                 message = f"{name}: {row.problem}"
-                raise UnavailableError(message, is_permanent=is_permanent) from error
+                raise UnavailableError(message, is_permanent=error.is_permanent) from error
             return row
         except OSError as error:
             return Row(name, error)

@@ -6,7 +6,6 @@ TLS error and a rejected request are permanent.
 
 import errno
 import http.client
-import socket
 import ssl
 import sys
 from collections.abc import Callable, Mapping
@@ -140,11 +139,13 @@ class Client(AbstractContextManager["Client"]):
         except (requests.RequestException, _TransientStatusError, UnicodeError) as error:
             cause = _root_cause(error, handled)
             wrong_scheme = _wrong_scheme(self.url, cause)
-            reason = wrong_scheme or str(cause) or type(cause).__name__
+            message = (
+                f"{self.url} gave no answer: {wrong_scheme or str(cause) or type(cause).__name__}"
+            )
             is_response = isinstance(error, _TransientStatusError)
-            is_permanent = not is_response and (wrong_scheme or not _retry_after(patience, error))
+            is_permanent = not is_response and not _retry_after(patience, error)
             raise UnavailableError(
-                f"{self.url} gave no answer: {reason}", is_permanent=bool(is_permanent)
+                message, is_permanent=is_permanent or wrong_scheme is not None
             ) from error
         raise AssertionError  # the last attempt returns or raises
 
@@ -242,14 +243,10 @@ def _wrong_scheme(url: str, cause: BaseException) -> str | None:
         return (
             "The port does not expect TLS: use http:// instead of https://." if is_plain else None
         )
-    if not isinstance(cause, (ConnectionResetError, http.client.HTTPException)):
-        return None
-    with suppress(OSError):
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
-        address = (parts.hostname or "", parts.port or 80)
-        with socket.create_connection(address, _PROBE_SECONDS) as probe:
-            context.wrap_socket(probe, server_hostname=parts.hostname).close()
+    if isinstance(cause, (ConnectionResetError, http.client.HTTPException)):
+        with suppress(OSError):
+            address = (parts.hostname or "", parts.port or 80)
+            ssl.get_server_certificate(address, timeout=_PROBE_SECONDS)
             return _EXPECTS_TLS
     return None
 

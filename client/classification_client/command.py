@@ -12,13 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from classification_client import embeddings
 from classification_client.bulk import classify_all
 from classification_client.client import Client, RequestOptions, check_address
-from classification_client.errors import (
-    SERVER_ERROR,
-    ClientError,
-    RejectedError,
-    ServiceError,
-    UserError,
-)
+from classification_client.errors import ClientError, ServiceError, UserError
 from classification_client.images import Found, find_images
 from classification_client.printing import LINES, Format, print_results
 from classification_client.responses import Classification
@@ -228,13 +222,6 @@ class _Batch:
             errors.print(f"[bold red]Stopped:[/] {safe(self._stopped)}")
         elif not left:
             return SOME_REJECTED if problems else 0
-        if not _is_permanent(self._stopped):
+        if self._stopped is None or not self._stopped.is_permanent:
             errors.print("Run the same command again to do the rest.")
         return NOT_FINISHED
-
-
-def _is_permanent(error: ClientError | None) -> bool:
-    """Return whether the same command would stop again; the message has the remedy."""
-    if isinstance(error, RejectedError):
-        return error.code < SERVER_ERROR
-    return isinstance(error, UserError) or getattr(error, "is_permanent", False)

@@ -34,9 +34,10 @@ def write(path: Path, names: Sequence[str], vectors: Sequence[Sequence[float]]) 
     # File names may contain bytes that are not valid UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    save = _save_npy if path.suffix.lower() == ".npy" else _save_parquet
     try:
         with unfinished.open("wb") as file:
-            (_save_npy if path.suffix.lower() == ".npy" else _save_parquet)(file, names, vectors)
+            save(file, names, vectors)
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -3,7 +3,7 @@
 from classification_client.responses import ModelVersion
 
 # Statuses from here on are the server's errors, not the request's.
-SERVER_ERROR = 500
+_SERVER_ERROR = 500
 # Statuses that concern the request's body, and error types that do not concern the image. The last
 # two types stand for responses without an error of this service, such as those of a proxy.
 _ABOUT_THE_BODY = {400, 413, 415}
@@ -14,7 +14,13 @@ _NOT_ABOUT_THE_IMAGE = {
 
 
 class ClientError(Exception):
-    """Any error of this package."""
+    """Any error of this package.
+
+    Attributes:
+        is_permanent: whether the same request or command would fail again.
+    """
+
+    is_permanent = False
 
 
 class ServiceError(ClientError):
@@ -36,6 +42,7 @@ class RejectedError(ServiceError):
     ) -> None:
         super().__init__(message)
         self.code, self.type, self.message, self.model = code, type_, message, model
+        self.is_permanent = code < _SERVER_ERROR
 
     @property
     def is_about_the_image(self) -> bool:
@@ -44,11 +51,7 @@ class RejectedError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """The server cannot be reached, or did not respond within `RequestOptions.patience`.
-
-    Attributes:
-        is_permanent: whether a later run would fail too, as with an unknown host name.
-    """
+    """The server cannot be reached, or did not respond within `RequestOptions.patience`."""
 
     def __init__(self, message: str, *, is_permanent: bool = False) -> None:
         super().__init__(message)
@@ -61,6 +64,8 @@ class TransientError(ClientError, OSError):
 
 class UserError(ClientError):
     """A command cannot continue; `str(error)` states the problem and the remedy for the user."""
+
+    is_permanent = True
 
 
 # Names of earlier releases.

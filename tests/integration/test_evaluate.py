@@ -10,7 +10,6 @@ from scripts.build.sources.torchvision import TorchvisionSource
 from scripts.evaluation.single_label import evaluate_folders, report_folders
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
-from scripts.terminal import UserError
 from tests.images import encode, photographs
 from tests.unit.test_images import TUTORIAL
 
@@ -63,12 +62,3 @@ def test_scores_are_the_known_ones_and_a_rejected_image_is_named_and_not_counted
     report_folders(found, tmp_path)
     assert "broken.jpg" in capsys.readouterr().out
     assert "| images | 40 |\n| not counted | 1 |\n" in (tmp_path / "report.md").read_text()
-
-
-def test_a_folder_that_could_be_several_classes_is_rejected(
-    running: ServerState, tmp_path: Path
-) -> None:
-    (tmp_path / "crane").mkdir()
-    (tmp_path / "crane" / "1.png").write_bytes(encode(next(iter(photographs()))[1]))
-    with pytest.raises(UserError, match="Call the folder by id: n02012849, n03126707"):
-        evaluate_folders(tmp_path, running.predictions_url, RequestOptions(), 2)

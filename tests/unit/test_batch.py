@@ -215,7 +215,6 @@ def test_a_mistake_is_an_error_message_of_the_command(tmp_path: Path) -> None:
     failed.__cause__ = TransientError(5, "Input/output error")
     for mistake, message in (
         (lambda: _entries(tmp_path / "no"), "/no: there is no such file or folder."),
-        (lambda: storage.place("s4://bucket/key"), "Unrecognized filesystem"),
         (
             lambda: cluster._check_reachable("127.0.0.1:9"),
             r"No Ray cluster answers: 127\.0\.0\.1:9: \[Errno 111\]",

@@ -26,7 +26,7 @@ SEVERAL = {**PREDICTION, "label": "dog", "class_id": "n2", "class_index": 1}
 BODY = {"predictions": [PREDICTION], "recognized": True}
 ANSWER = json.dumps(BODY).encode()
 LOST, HALF, SLOW = "loses the connection", "half an answer", "slow"
-ERRORS = {
+ERRORS: dict[int | str, tuple[int | str, bytes]] = {
     "died": (500, b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'),
     "400 of nginx": (400, b"<center>The plain HTTP request was sent to HTTPS port</center>"),
 }
