@@ -21,10 +21,6 @@ import ray
 _DIGITS = 16
 
 
-class ForeignFolderError(RuntimeError):
-    """The folder to load code from belongs to another user, or others may write to it."""
-
-
 @dataclass(frozen=True)
 class Archive:
     """An archive that each node can load.
@@ -93,11 +89,15 @@ def load_handler_from(folder: Path) -> None:
 
 
 def _root(given: str | None) -> Path:
-    """Return the folder to unpack archives in; only this user may write to it."""
+    """Return the folder to unpack archives in.
+
+    Raises:
+        PermissionError: it belongs to another user, or others may write to it.
+    """
     root = Path(given or Path(tempfile.gettempdir(), f"classify-batch-{os.getuid()}"))
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = root.lstat()
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
     if status.st_uid != os.getuid() or not private:
-        raise ForeignFolderError(f"{root} belongs to another user, or others may write to it")
+        raise PermissionError(f"{root} belongs to another user, or others may write to it")
     return root

@@ -123,15 +123,15 @@ def _names(opened: Any, column: str, kind: Any) -> Iterator[str | None]:
     """Yield the images' names from the struct's field `path` or the column `path`, if any."""
     if pa.types.is_struct(kind):
         if kind.get_field_index("path") >= 0:
-            yield from _values(opened, f"{column}.path", nested=True)
+            yield from _values(opened, f"{column}.path")
     elif "path" in opened.schema_arrow.names:
         yield from _values(opened, "path")
 
 
-def _values(opened: Any, column: str, *, nested: bool = False) -> Iterator[Any]:
+def _values(opened: Any, column: str) -> Iterator[Any]:
     for batch in opened.iter_batches(columns=[column]):
         (values,) = batch.columns
-        if nested:
+        if pa.types.is_struct(values.type):
             (values,) = values.flatten()
         for value in values:
             yield value.as_py()

@@ -46,11 +46,15 @@ class Service(test_client.Server):
 
     def __init__(self) -> None:
         super().__init__()
-        self.RequestHandlerClass = Answers
         self.images, self.seconds, self.version = 0, 0.0, VERSION
         self.on_image: Callable[[int], object] = lambda _: None
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/cats"
         self._lock = threading.Lock()
+
+    def response(self, _: int | str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        status, answer = self.answer(path, body)
+        model = {"x-model-name": "cats", "x-model-version": self.version}
+        return status, model if path == "/predictions/cats" else {}, json.dumps(answer).encode()
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         if path != "/predictions/cats":
@@ -72,23 +76,6 @@ class Service(test_client.Server):
         if b'name="embedding"' in body and (number := re.search(rb"image (\d+)", body)):
             return 200, answer | {"embedding": [int(number[1]), 0.5]}
         return 200, answer | {"warning": WARNING}
-
-
-class Answers(test_client.Answers):
-    server: Service
-    wbufsize = -1
-
-    def do_POST(self) -> None:  # noqa: N802
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        status, answer = self.server.answer(self.path, body)
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        if self.path == "/predictions/cats":
-            self.send_header("x-model-name", "cats")
-            self.send_header("x-model-version", self.server.version)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 
 
 @pytest.fixture

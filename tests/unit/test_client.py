@@ -34,10 +34,11 @@ ERRORS: dict[int | str, tuple[int | str, bytes]] = {
 
 class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1
     server: "Server"
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.requests.append(dict(self.headers))
         act = self.server.acts.pop(0) if self.server.acts else 200
         self.close_connection = act in {LOST, HALF}
@@ -45,12 +46,11 @@ class Answers(BaseHTTPRequestHandler):
             return
         if act == SLOW:
             time.sleep(0.4)
-        status, answer = ERRORS.get(act, (act, ANSWER))
-        self.send_response(status if isinstance(status, int) else 200)
-        self.send_header("Location", "/elsewhere")
-        if self.server.retry_after and act != 200:
-            self.send_header("Retry-After", self.server.retry_after)
-        self.send_header("Content-Length", str(len(answer) * (2 if act == HALF else 1)))
+        status, headers, answer = self.server.response(act, self.path, body)
+        self.send_response(status)
+        headers["Content-Length"] = str(len(answer) * (2 if act == HALF else 1))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer)
 
@@ -68,6 +68,14 @@ class Server(ThreadingHTTPServer):
         self.acts: list[int | str] = []
         self.requests: list[dict[str, str]] = []
         self.retry_after: str | None = None
+
+    def response(self, act: int | str, _: str, __: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Return the status, the headers and the body for an act, a path and a request's body."""
+        status, answer = ERRORS.get(act, (act, ANSWER))
+        headers = {"Location": "/elsewhere"}
+        if self.retry_after and act != 200:
+            headers["Retry-After"] = self.retry_after
+        return status if isinstance(status, int) else 200, headers, answer
 
     def handle_error(self, *_: object) -> None:
         """A client that stopped waiting is no error."""
