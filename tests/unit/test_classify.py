@@ -51,7 +51,9 @@ class Service(test_client.Server):
         self.url = f"http://127.0.0.1:{self.server_port}/predictions/cats"
         self._lock = threading.Lock()
 
-    def response(self, _: int | str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def response(
+        self, _act: int | str, path: str, body: bytes, /
+    ) -> tuple[int, dict[str, str], bytes]:
         status, answer = self.answer(path, body)
         model = {"x-model-name": "cats", "x-model-version": self.version}
         return status, model if path == "/predictions/cats" else {}, json.dumps(answer).encode()

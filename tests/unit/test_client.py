@@ -69,7 +69,9 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, str]] = []
         self.retry_after: str | None = None
 
-    def response(self, act: int | str, _: str, __: bytes) -> tuple[int, dict[str, str], bytes]:
+    def response(
+        self, act: int | str, _path: str, _body: bytes, /
+    ) -> tuple[int, dict[str, str], bytes]:
         """Return the status, the headers and the body for an act, a path and a request's body."""
         status, answer = ERRORS.get(act, (act, ANSWER))
         headers = {"Location": "/elsewhere"}
