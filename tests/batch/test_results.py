@@ -207,6 +207,7 @@ def test_a_job_on_object_storage_stops_by_ctrl_c_and_resumes_with_the_servers_re
         return any("part-" in file.base_name for file in storage.get_file_info(results))
 
     wait_for(lambda: has_results() or job.poll() is not None)
+    assert job.poll() is None, job.communicate()[0]
     processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     # Whoever can connect to Ray can run programs.
     addresses = {address.removeprefix("::ffff:") for address in _addresses(processes)}
