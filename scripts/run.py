@@ -21,10 +21,10 @@ from scripts.build.sources.source import DownloadError, HostUnreachableError
 from scripts.samples import CAT
 from scripts.serve.commands import Grpc, ManagementPort, Workers
 from scripts.serve.machine import plan_workers
-from scripts.serve.management import ready_workers
-from scripts.serve.preflight import try_archive
+from scripts.serve.management import ready_per_model
+from scripts.serve.preflight import check_start, try_archive
 from scripts.serve.running import MANAGEMENT_SOCKET, RUN_DIR, Ports, ServerState, find_running
-from scripts.serve.server import METRICS_CONFIG, check_start, start, stop
+from scripts.serve.server import start, stop
 from scripts.store import PACKAGED_ARCHITECTURE, sha256
 from scripts.terminal import UserError, console, step, warn
 
@@ -131,7 +131,7 @@ def _serve(
     if running is not None:
         same_archives = list(running.models.items()) == [(a.stem, sha256(a)) for a in archives]
         same_place = running.ports.used(grpc=running.grpc) == ports.used(grpc=grpc)
-        ready = min(ready_workers(running.serving(model)) for model in running.models)
+        ready = min(ready_per_model(running))
         works = ready > 0 and running.lost_files() is None
         if same_archives and same_place and works and workers in (None, ready):
             step(f"TorchServe: already serving the same with {ready} worker(s)")
@@ -140,10 +140,10 @@ def _serve(
         if not same_archives:
             with Status("Trying the new archive ...", console=console):
                 for archive in archives:
-                    try_archive(archive, plan_workers(workers).threads, METRICS_CONFIG)
+                    try_archive(archive)
         step("TorchServe: stopping the running one, which differs or cannot go on")
         stop(running)
     running = start(archives[0], ports, workers, grpc=grpc, extra_archives=archives[1:])
-    ready = sum(ready_workers(running.serving(model)) for model in running.models)
+    ready = sum(ready_per_model(running))
     step(f"TorchServe: {ready} worker(s) ready, logs in {RUN_DIR / 'logs'}")
     return running

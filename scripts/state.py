@@ -1,9 +1,7 @@
 """State files of the processes that the commands start: one JSON file in each process's folder.
 
-A process is identified by its id and its start time, which the kernel counts from boot, so that
-changes of the clock do not affect it. If a state file is missing, `process_by_arguments` finds the
-process by its command line. Only `delete_state` removes a state file; an unreadable one is
-reported.
+If a state file is missing, `process_by_arguments` finds the process by its command line. Only
+`delete_state` removes a state file; an unreadable one is reported.
 """
 
 import json
@@ -16,36 +14,6 @@ from typing import Any
 import psutil
 
 from scripts.terminal import UserError
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Index of the start time, field 22 of /proc/PID/stat (proc(5)), among the fields that follow the
-# name, field 2, which may contain spaces.
-_START_TIME = 22 - 3
-
-
-def start_time(pid: int) -> str:
-    """Return the start time of a process as a string that is constant while the process exists.
-
-    Raises:
-        psutil.NoSuchProcess: there is no such process.
-    """
-    try:
-        boot = _BOOT_ID.read_text().strip()
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        # Other kernels than Linux store the start as wall-clock time.
-        return f"{psutil.Process(pid).create_time():.3f}"
-    return f"{boot}/{stat.rpartition(')')[2].split()[_START_TIME]}"
-
-
-def process_by_id(pid: int, started: str) -> psutil.Process | None:
-    """Return the process with this id and start time; None if it has exited."""
-    try:
-        process = psutil.Process(pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE and start_time(pid) == started
-    except psutil.NoSuchProcess:
-        return None
-    return process if alive else None
 
 
 def process_by_arguments(*arguments: str) -> psutil.Process | None:

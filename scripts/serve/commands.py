@@ -18,7 +18,6 @@ from scripts.serve.management import (
     scale,
     unresponsive_error,
 )
-from scripts.serve.preflight import check_archives
 from scripts.serve.running import (
     RESTART_HINT,
     RUN_DIR,
@@ -27,7 +26,7 @@ from scripts.serve.running import (
     delete_server_files,
     find_running,
     is_worker_alive,
-    last_server_state,
+    read_server_state,
     require_running,
 )
 from scripts.serve.server import start, stop, supervise
@@ -63,7 +62,12 @@ def start_command(
     if not archives:
         raise UserError("MODELS names no model.")
     for archive in archives:
-        _check_trained(archive)
+        card = read_card(archive)
+        if card is not None and not card.trained:
+            raise UserError(
+                f"{archive} holds untrained random weights. Build it with trained ones: make "
+                "archive, or make archive WEIGHTS=path/to/weights.pth"
+            )
     ports = Ports(port, management_port, metrics_port, grpc_inference_port, grpc_management_port)
     running = start(
         archives[0], ports, workers, grpc=grpc, extra_archives=archives[1:], supervised=foreground
@@ -73,31 +77,13 @@ def start_command(
     return supervise(running) if foreground else 0
 
 
-def _check_trained(archive: Path) -> None:
-    if not archive.is_file():
-        others = sorted(path.stem for path in archive.parent.glob("*.mar"))
-        raise UserError(
-            f"There is no model archive {archive}. Build it with make archive."
-            + (f" There are archives of: {', '.join(others)}." if others else "")
-        )
-    check_archives([archive])
-    card = read_card(archive)
-    if card is not None and not card.trained:
-        raise UserError(
-            f"{archive} holds untrained random weights. Build it with trained ones: make archive, "
-            "or make archive WEIGHTS=path/to/weights.pth"
-        )
-
-
 def stop_command() -> None:
     """Stop the server, or delete the files of one that has exited."""
-    running = find_running()
-    exited = None if running is not None else last_server_state(RUN_DIR)
-    if running is not None:
+    if (running := find_running()) is not None:
         with Status("Stopping TorchServe ...", console=console):
             stop(running)
         step("TorchServe: stopped")
-    elif exited is not None:
+    elif (exited := read_server_state(RUN_DIR)) is not None:
         delete_server_files(exited, RUN_DIR)
         step("TorchServe: had already exited; its temporary files are deleted")
     else:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,9 +39,17 @@ def server_environment(java_home: Path, folder: Path | str) -> dict[str, str]:
     }
 
 
-def write_properties(path: Path, text: str) -> None:
-    """Write a Java properties file, which is Latin-1 with escapes for other characters."""
-    encoded = text.encode("utf-16-be")
+def write_properties(path: Path, text: str, settings: Mapping[str, str]) -> None:
+    """Write a Java properties file, which is ASCII with escapes for other characters.
+
+    Args:
+        path: the file.
+        text: its first lines, as in a properties file.
+        settings: further keys and values; if a key occurs twice, the last one applies.
+    """
+    # A backslash in a properties file begins an escape.
+    lines = (key + "=" + value.replace("\\", "\\\\") for key, value in settings.items())
+    encoded = "\n".join([text, *lines, ""]).encode("utf-16-be")
     units = (int.from_bytes(encoded[at : at + 2]) for at in range(0, len(encoded), 2))
     path.write_text("".join(chr(u) if u < 128 else f"\\u{u:04x}" for u in units), "ascii")
 

@@ -46,14 +46,6 @@ _MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
-class WorkerLimit:
-    """The maximum number of workers, and the reason for it."""
-
-    workers: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """The number of workers and threads.
 
@@ -68,32 +60,12 @@ class Plan:
     max_threads: int
 
 
-@dataclass(frozen=True)
-class FrontendPlan:
-    """The queue and the memory of TorchServe's frontend.
+def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> tuple[int, str]:
+    """Return how many requests may wait per model, up to `MAX_QUEUE`, and Java's memory options.
 
-    Attributes:
-        queue: requests that may wait for a worker, per model.
-        heap_bytes: Java's heap, which can hold a full queue of requests of the maximum size.
-        direct_bytes: Java's buffers outside the heap.
-    """
-
-    queue: int
-    heap_bytes: int
-    direct_bytes: int
-
-    @property
-    def vmargs(self) -> str:
-        """Return Java's memory options."""
-        heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
-        return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
-
-
-def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> FrontendPlan:
-    """Return the plan with the longest queue, up to `MAX_QUEUE`, that fits into the free memory.
-
-    TorchServe limits the number of queued requests, not their size, so each counts as 20 MB. In the
-    gateway and the container, nginx limits the number of large ones.
+    The heap can hold full queues of requests of the maximum size: TorchServe limits the number of
+    queued requests, not their size. In the gateway and the container, nginx limits the number of
+    large ones.
 
     Args:
         plan: the workers.
@@ -104,7 +76,8 @@ def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> FrontendPla
     direct = min(max(left // 3, _MIN_DIRECT_BYTES), _MAX_DIRECT_BYTES)
     queue = (left - direct - _HEAP_BYTES) // (models * MAX_REQUEST_BYTES)
     queue = min(max(queue, _MIN_QUEUE), MAX_QUEUE)
-    return FrontendPlan(queue, _HEAP_BYTES + queue * models * MAX_REQUEST_BYTES, direct)
+    heap = _HEAP_BYTES + queue * models * MAX_REQUEST_BYTES
+    return queue, f"-Xmx{heap // _MIB}m -XX:MaxDirectMemorySize={direct // _MIB}m"
 
 
 def worker_bytes(precision: str) -> int:
@@ -136,8 +109,8 @@ def plan_workers(
 
 def max_workers(
     models: int = 1, stopping: int = 0, bytes_per_worker: int = WORKER_BYTES
-) -> WorkerLimit:
-    """Return the maximum number of workers per model.
+) -> tuple[int, str]:
+    """Return the maximum number of workers per model, and the reason for it.
 
     Args:
         models: number of models, each with as many workers.
@@ -148,15 +121,13 @@ def max_workers(
     available = _available() + stopping * bytes_per_worker
     in_memory = max(1, _workers_in_memory(available, bytes_per_worker) // models)
     if in_memory < cpus * _MAX_WORKERS_PER_CPU:
-        return WorkerLimit(
-            in_memory,
+        return in_memory, (
             f"each needs {bytes_per_worker / 1e9:.1f} GB of {_MEMORY_SHARE:.0%} of the "
-            f"{available / 1e9:.1f} GB of memory that are free",
+            f"{available / 1e9:.1f} GB of memory that are free"
         )
-    return WorkerLimit(
-        cpus * _MAX_WORKERS_PER_CPU,
+    return cpus * _MAX_WORKERS_PER_CPU, (
         f"there are {cpus} CPUs, and more than {_MAX_WORKERS_PER_CPU} workers per CPU only wait "
-        "for one another",
+        "for one another"
     )
 
 

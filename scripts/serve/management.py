@@ -13,9 +13,7 @@ from rich.status import Status
 
 from classification_client import Client, RequestOptions, ServiceError
 from classification_client.retrying import tries
-from handler.settings import MODEL_CARD, ModelCard
-from scripts.serve.machine import WORKER_BYTES, worker_bytes
-from scripts.serve.preflight import check_workers
+from scripts.serve.preflight import check_workers, max_worker_bytes
 from scripts.serve.running import RESTART_HINT, ServerState, is_worker_alive
 from scripts.terminal import UserError, console
 
@@ -76,6 +74,11 @@ def ready_workers(running: ServerState, timeout: float = HTTP_TIMEOUT) -> int:
     )
 
 
+def ready_per_model(running: ServerState) -> list[int]:
+    """Return the number of workers of each model that can respond."""
+    return [ready_workers(running.serving(model)) for model in running.models]
+
+
 def scale(running: ServerState, workers: int) -> None:
     """Set the number of workers, wait until exactly that many are ready, and send a test image.
 
@@ -86,9 +89,8 @@ def scale(running: ServerState, workers: int) -> None:
     if lost := running.lost_files():
         raise UserError(lost)
     # TorchServe unpacks model archives in this folder.
-    cards = map(ModelCard.load, Path(running.temporary).glob(f"models/*/{MODEL_CARD}"))
-    bytes_per_worker = max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
-    check_workers(workers, stopping=ready_workers(running), bytes_per_worker=bytes_per_worker)
+    each = max_worker_bytes(Path(running.temporary).glob("models/*"))
+    check_workers(workers, stopping=ready_workers(running), bytes_per_worker=each)
     try:
         response = _put_workers(running, workers)
     except requests.RequestException as error:

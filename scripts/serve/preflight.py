@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,11 +16,13 @@ from scripts.serve.environment import (
     raise_descriptor_limit,
     server_environment,
 )
-from scripts.serve.machine import WORKER_BYTES, max_workers
+from scripts.serve.machine import WORKER_BYTES, max_workers, worker_bytes
+from scripts.serve.running import HOST, Ports, ServerState, worker_processes
 from scripts.serve.worker_log import root_cause
 from scripts.store import read_card
 from scripts.terminal import UserError, warn
 
+METRICS_CONFIG = Path("deploy/torchserve/metrics.yaml")
 _MAX_PORT = 65535
 # Seconds. A worker loads its archive in about 3 s.
 _TRIAL_TIMEOUT = 120.0
@@ -42,6 +44,43 @@ ModelLoaderFactory.get_model_loader().load(
     model["modelName"], folder, model["handler"], None, 1, None, True, cache
 )
 """
+
+
+def check_start(
+    archives: Sequence[Path],
+    ports: Ports,
+    workers: int | None,
+    *,
+    grpc: bool = False,
+    instead_of: ServerState | None = None,
+) -> None:
+    """Check everything that can be checked before a start.
+
+    Args:
+        archives: the archives to serve; empty if they are not known yet.
+        ports: where to listen.
+        workers: number of workers per model.
+        grpc: whether gRPC is reachable.
+        instead_of: a server that stops before this one starts.
+
+    Raises:
+        UserError: an archive, a port, or the number of workers cannot be used.
+    """
+    warn_of_descriptors()
+    held: list[int] = []
+    stopping = 0
+    if instead_of is not None:
+        held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
+        stopping = len(worker_processes(instead_of))
+    check_ports(HOST, ports.used(grpc=grpc), held)
+    check_workers(workers, max(1, len(archives)), stopping, max_worker_bytes(archives))
+    check_archives(archives)
+
+
+def max_worker_bytes(archives: Iterable[Path]) -> int:
+    """Return the memory, in bytes, that a worker of the largest of these archives may take."""
+    cards = [card for card in map(read_card, archives) if card is not None]
+    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
 
 
 def check_ports(host: str, ports: Mapping[str, int], held: Collection[int] = ()) -> None:
@@ -116,12 +155,12 @@ def check_workers(
     Raises:
         UserError: it cannot; the message contains the maximum.
     """
-    limit = max_workers(models, stopping, bytes_per_worker)
-    if workers is not None and workers > limit.workers:
+    limit, reason = max_workers(models, stopping, bytes_per_worker)
+    if workers is not None and workers > limit:
         per_model = " for each model" if models > 1 else ""
         raise UserError(
-            f"WORKERS={workers} is more than this machine can run: at most {limit.workers}"
-            f"{per_model}, since {limit.reason}."
+            f"WORKERS={workers} is more than this machine can run: at most {limit}{per_model}, "
+            f"since {reason}."
         )
 
 
@@ -152,51 +191,46 @@ def check_archives(archives: Sequence[Path]) -> None:
         raise UserError(f"A model is named twice: {names}.")
     for archive in archives:
         if not archive.is_file():
-            raise UserError(f"There is no archive {archive}. Build it with: make archive")
-        if read_card(archive) is None or _damaged(archive):
+            others = sorted(path.stem for path in archive.parent.glob("*.mar"))
+            raise UserError(
+                f"There is no model archive {archive}. Build it with make archive."
+                + (f" There are archives of: {', '.join(others)}." if others else "")
+            )
+        if read_card(archive) is None or not _is_whole(archive):
             raise UserError(
                 f"{archive} is damaged, cut off, or no archive of this project. "
                 "Remove it and build it again: make archive"
             )
 
 
-def _damaged(archive: Path) -> bool:
+def _is_whole(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as content:
-            return content.testzip() is not None
+            return content.testzip() is None
     except Exception:  # zipfile and zlib raise many kinds of exceptions for corrupt files
-        return True
+        return False
 
 
-def try_archive(archive: Path, threads: int, metrics_config: Path) -> None:
+def try_archive(archive: Path) -> None:
     """Check that a worker can load an archive, before the running server is stopped for it.
-
-    Args:
-        archive: the model archive.
-        threads: CPU threads of the worker.
-        metrics_config: TorchServe's list of metrics.
 
     Raises:
         UserError: it cannot be loaded; the message contains the reason.
     """
-    reason = find_load_error(archive, threads, metrics_config)
+    reason = find_load_error(archive)
     if reason is not None:
         raise UserError(f"{archive} cannot be loaded: {reason.rstrip('.')}.")
 
 
-def find_load_error(archive: Path, threads: int, metrics_config: Path) -> str | None:
-    """Load an archive like a worker, in another process; return the error, None if it succeeds.
-
-    The arguments are those of `try_archive`.
-    """
+def find_load_error(archive: Path) -> str | None:
+    """Load an archive like a worker, in another process; return the error, None if it succeeds."""
     with tempfile.TemporaryDirectory(prefix="trial-") as folder:
         with zipfile.ZipFile(archive) as content:
             content.extractall(folder)
         try:
             result = subprocess.run(
-                [sys.executable, "-c", _TRIAL, folder, str(metrics_config.resolve())],
-                env=server_environment(java_home(), folder)
-                | {"PYTHONPATH": folder, "OMP_NUM_THREADS": str(threads)},
+                [sys.executable, "-c", _TRIAL, folder, str(METRICS_CONFIG.resolve())],
+                env=server_environment(java_home(), folder) | {"PYTHONPATH": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -210,10 +244,8 @@ def find_load_error(archive: Path, threads: int, metrics_config: Path) -> str | 
             return f"it was not ready after {_TRIAL_TIMEOUT:.0f} s"
     if result.returncode == 0:
         return None
-    return root_cause(result.stdout.splitlines()) or _describe_exit(result.returncode)
-
-
-def _describe_exit(status: int) -> str:
-    if status < 0:
-        return f"its process was killed by {signal.Signals(-status).name}"
-    return f"its process exited with status {status}"
+    if reason := root_cause(result.stdout.splitlines()):
+        return reason
+    if result.returncode < 0:
+        return f"its process was killed by {signal.Signals(-result.returncode).name}"
+    return f"its process exited with status {result.returncode}"

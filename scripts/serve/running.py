@@ -15,14 +15,7 @@ from urllib.parse import quote
 
 import psutil
 
-from scripts.state import (
-    delete_state,
-    process_by_arguments,
-    process_by_id,
-    read_state,
-    start_time,
-    unreadable_state,
-)
+from scripts.state import delete_state, process_by_arguments, read_state, unreadable_state
 from scripts.terminal import UserError
 
 RUN_DIR = Path(".run")
@@ -36,6 +29,8 @@ MANAGEMENT_SOCKET = "management.sock"
 _MANAGEMENT_PORT = None if sys.platform == "linux" else 8081
 # Main class of TorchServe's frontend.
 FRONTEND = "org.pytorch.serve.ModelServer"
+# Java's option for the server's temporary folder, whose name is unique: it identifies the frontend.
+_FOLDER_OPTION = "-Djava.io.tmpdir="
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,6 @@ class ServerState:
 
     Attributes:
         pid: the frontend's process id.
-        started: its start time, see `scripts.state`.
         temporary: the server's folder for sockets and unpacked model archives.
         ports: where it listens.
         models: SHA-256 of each served model archive, by model name.
@@ -92,7 +86,6 @@ class ServerState:
     """
 
     pid: int
-    started: str
     temporary: str
     ports: Ports
     models: dict[str, str]
@@ -142,7 +135,12 @@ class ServerState:
 
     def process(self) -> psutil.Process | None:
         """Return the frontend's process; None if it has exited."""
-        return process_by_id(self.pid, self.started)
+        try:
+            process = psutil.Process(self.pid)
+            # Another process may have got the id.
+            return process if _FOLDER_OPTION + self.temporary in process.cmdline() else None
+        except psutil.Error:
+            return None
 
     def lost_files(self) -> str | None:
         """Return a message if the server's temporary files were deleted; None if they exist.
@@ -163,7 +161,7 @@ def find_running(run_dir: Path = RUN_DIR) -> ServerState | None:
     Raises:
         UserError: its state file cannot be read.
     """
-    running = last_server_state(run_dir)
+    running = read_server_state(run_dir)
     if running is not None and running.process() is not None:
         return running
     process = process_by_arguments(FRONTEND, str(config_path(run_dir)))
@@ -175,12 +173,9 @@ def config_path(run_dir: Path) -> Path:
     return (run_dir / "config.properties").resolve()
 
 
-def last_server_state(run_dir: Path) -> ServerState | None:
-    """Return the state of the server that was started last, running or not; None if none was."""
-    return _read(run_dir / STATE)
-
-
-def _read(path: Path) -> ServerState | None:
+def read_server_state(folder: Path) -> ServerState | None:
+    """Return the state of the folder's last server, running or not; None if there was none."""
+    path = folder / STATE
     values = read_state(path)
     if values is None:
         return None
@@ -196,18 +191,18 @@ def _recover_state(process: psutil.Process) -> ServerState | None:
     Raises:
         UserError: there is no copy.
     """
-    option = "-Djava.io.tmpdir="
     try:
-        folders = [a.removeprefix(option) for a in process.cmdline() if a.startswith(option)]
-        state = _read(Path(folders[0]) / STATE) if folders else None
-        if state is not None:
-            return dataclasses.replace(state, pid=process.pid, started=start_time(process.pid))
+        arguments = process.cmdline()
     except psutil.Error:
         return None
-    raise UserError(
-        f"Process {process.pid} is a TorchServe of this folder whose state file is gone. Stop it "
-        f"with: kill {process.pid}"
-    )
+    folders = [a.removeprefix(_FOLDER_OPTION) for a in arguments if a.startswith(_FOLDER_OPTION)]
+    state = read_server_state(Path(folders[0])) if folders else None
+    if state is None:
+        raise UserError(
+            f"Process {process.pid} is a TorchServe of this folder whose state file is gone. Stop "
+            f"it with: kill {process.pid}"
+        )
+    return dataclasses.replace(state, pid=process.pid)
 
 
 def delete_server_files(running: ServerState, run_dir: Path) -> None:

@@ -27,25 +27,16 @@ from scripts.serve.environment import (
     server_environment,
     write_properties,
 )
-from scripts.serve.machine import (
-    WORKER_BYTES,
-    FrontendPlan,
-    Plan,
-    plan_frontend,
-    plan_workers,
-    worker_bytes,
-)
-from scripts.serve.management import ready_workers, wait_until
+from scripts.serve.machine import Plan, plan_frontend, plan_workers
+from scripts.serve.management import ready_per_model, wait_until
 from scripts.serve.preflight import (
-    check_archives,
-    check_ports,
-    check_workers,
+    METRICS_CONFIG,
+    check_start,
     find_load_error,
     java_home,
-    warn_of_descriptors,
+    max_worker_bytes,
 )
 from scripts.serve.running import (
-    FRONTEND,
     HOST,
     MANAGEMENT_SOCKET,
     RUN_DIR,
@@ -54,18 +45,18 @@ from scripts.serve.running import (
     ServerState,
     config_path,
     delete_server_files,
-    last_server_state,
+    find_running,
+    read_server_state,
     worker_processes,
 )
 from scripts.serve.upkeep import Outage, Upkeep
-from scripts.serve.worker_log import NewLines, frontend_error, root_cause, worker_died
-from scripts.state import process_by_arguments, start_time, write_state
-from scripts.store import read_card, sha256
+from scripts.serve.worker_log import frontend_error, lines_from, root_cause
+from scripts.state import write_state
+from scripts.store import sha256
 from scripts.terminal import UserError, console, warn
 
 CONFIG = Path("config.properties")
 LOG_CONFIG = Path("deploy/torchserve/log4j2.xml")
-METRICS_CONFIG = Path("deploy/torchserve/metrics.yaml")
 # TorchServe cannot disable gRPC. While gRPC is off, it listens at a multicast address, to which the
 # kernel accepts no connections, on any free port.
 _UNREACHABLE_ADDRESS = "224.0.0.1"
@@ -117,54 +108,61 @@ def start(
         UserError: a port is in use, an archive cannot be used, the machine is too small, or the
             workers do not become ready. All processes are stopped; the logs are kept.
     """
-    ports = ports or Ports()
     archives = [archive, *extra_archives]
+    ports = ports or Ports()
     check_start(archives, ports, workers, grpc=grpc)
-    plan = plan_workers(workers, len(archives), _max_worker_bytes(archives))
+    bytes_per_worker = max_worker_bytes(archives)
+    plan = plan_workers(workers, len(archives), bytes_per_worker)
+    queue, vmargs = plan_frontend(plan, len(archives), bytes_per_worker)
     if threads is not None:
         plan = dataclasses.replace(plan, threads=threads)
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    previous = last_server_state(run_dir)
+    previous = read_server_state(run_dir)
     if previous is not None and previous.process() is None:
         delete_server_files(previous, run_dir)
-    frontend = plan_frontend(plan, len(archives), _max_worker_bytes(archives))
     # Two servers must not share a temporary folder: the names of TorchServe's sockets and pid file
     # are constant.
     try:
         temporary = str(make_temporary_folder(run_dir))
     except OSError as error:
         raise UserError(str(error)) from error
-    models = {archive.stem: sha256(archive) for archive in archives}
-    pending = ServerState(
-        *(0, "", temporary, ports, models, archives[0].stem, grpc),
+    state = ServerState(
+        pid=0,  # until the frontend runs
+        temporary=temporary,
+        ports=ports,
+        models={archive.stem: sha256(archive) for archive in archives},
+        model=archive.stem,
+        grpc=grpc,
         workers=plan.workers,
         supervised=supervised,
     )
-    properties = _start_properties(archives, pending, plan, frontend, config)
-    # If a key occurs twice, the last line applies.
-    write_properties(config_path(run_dir), config.read_text("utf-8") + properties)
-    model_log = NewLines(logs / "model.log")
+    settings = _addresses(state) | {
+        "load_models": ",".join(each.name for each in archives),
+        "default_workers_per_model": str(plan.workers),
+        "metrics_config": str(METRICS_CONFIG.resolve()),
+        "job_queue_size": str(queue),
+        # If an argument occurs twice, Java uses the last one.
+        "vmargs": f"{_read_value('vmargs', config)} {vmargs}",
+    }
+    write_properties(config_path(run_dir), config.read_text("utf-8"), settings)
+    model_log = logs / "model.log"
+    log_size = model_log.stat().st_size if model_log.exists() else 0
     try:
-        write_state(Path(temporary) / STATE, dataclasses.asdict(pending))
-        running = _launch(pending, archives[0].parent, plan, run_dir, log_config)
-    except BaseException:
-        orphan = process_by_arguments(FRONTEND, str(config_path(run_dir)))
-        if orphan is not None:
-            orphan.kill()
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    try:
-        write_state(run_dir / STATE, dataclasses.asdict(running))
+        write_state(Path(temporary) / STATE, dataclasses.asdict(state))
+        state = dataclasses.replace(
+            state, pid=_launch(temporary, archive.parent, plan, run_dir, log_config)
+        )
+        write_state(run_dir / STATE, dataclasses.asdict(state))
         if ports.management is None:
-            _link(running.management_socket, run_dir / MANAGEMENT_SOCKET)
-        _wait_until_ready(running, archives, plan.workers, logs, model_log)
-        lower_event_loop_priority(running.pid)
+            _link(state.management_socket, run_dir / MANAGEMENT_SOCKET)
+        _wait_until_ready(state, archives, logs, log_size)
+        lower_event_loop_priority(state.pid)
         _copy_archives(archives, run_dir / SERVING)
     except BaseException:
-        stop(running, run_dir)
+        stop(find_running(run_dir) or state, run_dir)
         raise
-    return running
+    return state
 
 
 def lower_event_loop_priority(frontend: int) -> None:
@@ -219,9 +217,7 @@ def supervise(running: ServerState, run_dir: Path = RUN_DIR) -> int:
             stop(running, run_dir)
             return 0
         upkeep.run()
-        reason = running.lost_files() or outage.check(
-            lambda: min(ready_workers(running.serving(model)) for model in running.models) > 0
-        )
+        reason = running.lost_files() or outage.check(lambda: min(ready_per_model(running)) > 0)
         if reason:
             warn(f"{reason} TorchServe stops.")
             stop(running, run_dir)
@@ -238,72 +234,22 @@ def _notify(state: str) -> None:
         notify.send(state.encode())
 
 
-def check_start(
-    archives: Sequence[Path],
-    ports: Ports,
-    workers: int | None,
-    *,
-    grpc: bool = False,
-    instead_of: ServerState | None = None,
-) -> None:
-    """Check everything that can be checked before a start.
-
-    Args:
-        archives: the archives to serve; empty if they are not known yet.
-        ports: where to listen.
-        workers: number of workers per model.
-        grpc: whether gRPC is reachable.
-        instead_of: a server that stops before this one starts.
-
-    Raises:
-        UserError: an archive, a port, or the number of workers cannot be used.
-    """
-    warn_of_descriptors()
-    held: list[int] = []
-    stopping = 0
-    if instead_of is not None:
-        held = list(instead_of.ports.used(grpc=instead_of.grpc).values())
-        stopping = len(worker_processes(instead_of))
-    check_ports(HOST, ports.used(grpc=grpc), held)
-    check_workers(workers, max(1, len(archives)), stopping, _max_worker_bytes(archives))
-    check_archives(archives)
-
-
-def _max_worker_bytes(archives: Sequence[Path]) -> int:
-    """Return the memory, in bytes, that a worker of the largest of these archives may take."""
-    cards = [card for card in map(read_card, archives) if card is not None]
-    return max((worker_bytes(card.precision) for card in cards), default=WORKER_BYTES)
-
-
-def _start_properties(
-    archives: Sequence[Path],
-    pending: ServerState,
-    plan: Plan,
-    frontend: FrontendPlan,
-    config: Path,
-) -> str:
-    ports, grpc = pending.ports, pending.grpc
-    grpc_host = HOST if grpc else _unreachable_grpc_address()
+def _addresses(state: ServerState) -> dict[str, str]:
+    """Return where TorchServe listens, as settings of its configuration."""
+    ports = state.ports
     management = f"http://{HOST}:{ports.management}"
     if ports.management is None:
-        management = f"unix:{pending.management_socket}"
-    return (
-        "\n# --- Set at start ---\n"
-        f"inference_address=http://{HOST}:{ports.inference}\n"
-        f"management_address={management}\n"
-        f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_address={grpc_host}\n"
-        f"grpc_inference_port={ports.grpc_inference if grpc else 0}\n"
-        f"grpc_management_address={grpc_host}\n"
-        f"grpc_management_port={ports.grpc_management if grpc else 0}\n"
-        f"model_store={archives[0].parent.resolve()}\n"
-        f"load_models={','.join(archive.name for archive in archives)}\n"
-        f"default_workers_per_model={plan.workers}\n"
-        f"metrics_config={METRICS_CONFIG.resolve()}\n"
-        f"job_queue_size={frontend.queue}\n"
-        # If an argument occurs twice, Java uses the last one.
-        f"vmargs={_read_value('vmargs', config)} {frontend.vmargs}\n"
-    )
+        management = f"unix:{state.management_socket}"
+    grpc_host = HOST if state.grpc else _unreachable_grpc_address()
+    return {
+        "inference_address": f"http://{HOST}:{ports.inference}",
+        "management_address": management,
+        "metrics_address": f"http://{HOST}:{ports.metrics}",
+        "grpc_inference_address": grpc_host,
+        "grpc_inference_port": str(ports.grpc_inference if state.grpc else 0),
+        "grpc_management_address": grpc_host,
+        "grpc_management_port": str(ports.grpc_management if state.grpc else 0),
+    }
 
 
 def _unreachable_grpc_address() -> str:
@@ -334,12 +280,9 @@ def _read_value(key: str, config: Path) -> str:
     return values[-1].strip() if values else ""
 
 
-def _launch(
-    pending: ServerState, model_store: Path, plan: Plan, run_dir: Path, log_config: Path
-) -> ServerState:
-    """Start Java; return the pending state with the frontend's process."""
-    logs = run_dir / "logs"
-    temporary = pending.temporary
+def _launch(temporary: str, model_store: Path, plan: Plan, run_dir: Path, log_config: Path) -> int:
+    """Start Java; return its process id."""
+    logs, config = run_dir / "logs", config_path(run_dir)
     environment = server_environment(java_home(), temporary) | {
         "LOG_LOCATION": str(logs.resolve()),
         "METRICS_LOCATION": str(logs.resolve()),
@@ -353,15 +296,16 @@ def _launch(
         "MALLOC_ARENA_MAX": "2",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         # TorchServe does not pass these settings to workers.
-        "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config_path(run_dir)),
-        "MAX_REQUEST_BYTES": _read_number("max_request_size", config_path(run_dir)),
+        "TS_MAX_RESPONSE_SIZE": _read_number("max_response_size", config),
+        "MAX_REQUEST_BYTES": _read_number("max_request_size", config),
     }
     # Java receives this path as a URL, and the project's path may have spaces or non-ASCII letters.
     shutil.copyfile(log_config, Path(temporary) / "log4j2.xml")
     command = [
         *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-        *("--ts-config", str(config_path(run_dir))),
+        *("--ts-config", str(config)),
         *("--log-config", str(Path(temporary) / "log4j2.xml")),
+        # Not in the configuration, in which the launcher supports no escapes.
         *("--model-store", str(model_store.resolve())),
     ]
     with (logs / "console.log").open("w") as output:
@@ -378,18 +322,17 @@ def _launch(
             check=False,
         )
     try:
-        pid = int((Path(temporary) / ".model_server.pid").read_text())
-        return dataclasses.replace(pending, pid=pid, started=start_time(pid))
-    except (OSError, ValueError, psutil.NoSuchProcess) as error:
+        return int((Path(temporary) / ".model_server.pid").read_text())
+    except (OSError, ValueError) as error:
         raise UserError(
             f"TorchServe did not start (exit status {result.returncode}). {frontend_error(logs)}"
         ) from error
 
 
 def _wait_until_ready(
-    running: ServerState, archives: Sequence[Path], workers: int, logs: Path, model_log: NewLines
+    running: ServerState, archives: Sequence[Path], logs: Path, log_size: int
 ) -> None:
-    """Wait until all workers are ready.
+    """Wait until all workers are ready; `log_size` is the bytes that model.log had before.
 
     Raises:
         UserError: the frontend or a worker exited, or the timeout has passed.
@@ -402,36 +345,37 @@ def _wait_until_ready(
             if running.process() is None:
                 raise UserError(f"TorchServe exited while it started. {frontend_error(logs)}")
             now = {process.pid for process in worker_processes(running)}
-            if seen - now or worker_died(model_log.read()):
-                reason = _crash_reason(archives, model_log, oom_kills_before)
+            log = logs / "model.log"
+            if seen - now:
+                # A worker's last lines reach the log after it has exited.
+                wait_until(lambda: root_cause(lines_from(log, log_size)) is not None, _LOG_DELAY)
+                reason = root_cause(lines_from(log, log_size))
+                reason = _crash_reason(archives, reason, _oom_kills() > oom_kills_before)
                 raise UserError(
                     f"The archive cannot be loaded: {reason.rstrip('.')}. The worker's log is "
-                    f"{logs / 'model.log'}."
+                    f"{log}."
                 )
             seen.update(now)
-            ready = [ready_workers(running.serving(model)) for model in running.models]
-            wanted = workers * len(ready)
+            ready = ready_per_model(running)
+            wanted = running.workers * len(ready)
             status.update(f"Waiting for TorchServe: {sum(ready)} of {wanted} workers ready ...")
-            return min(ready) >= workers
+            return min(ready) >= running.workers
 
         if not wait_until(check, START_TIMEOUT):
             raise UserError(
-                f"No {workers} workers were ready after {START_TIMEOUT:.0f} s. "
+                f"No {running.workers} workers were ready after {START_TIMEOUT:.0f} s. "
                 f"{frontend_error(logs)}"
             )
 
 
-def _crash_reason(archives: Sequence[Path], model_log: NewLines, oom_kills_before: int) -> str:
-    wait_until(lambda: root_cause(model_log.read()) is not None, _LOG_DELAY)
-    reason = root_cause(model_log.read())
-    if _oom_kills() > oom_kills_before:
-        return reason or "the kernel killed a process because memory ran out; try WORKERS=1"
-    if reason is not None and _HANDLER_NOT_IMPORTED not in reason:
-        return reason
-    # Loading the archives again shows an error that is not in the log.
-    errors = (find_load_error(archive, 1, METRICS_CONFIG) for archive in archives)
-    found = next((error for error in errors if error is not None), reason)
-    return found or "its worker exited and logged no error, as if it was killed"
+def _crash_reason(archives: Sequence[Path], logged: str | None, killed_by_kernel: bool) -> str:
+    """Return why a worker exited, from its log or by loading the archives again."""
+    if killed_by_kernel:
+        return logged or "the kernel killed a process because memory ran out; try WORKERS=1"
+    if logged is not None and _HANDLER_NOT_IMPORTED not in logged:
+        return logged
+    errors = filter(None, map(find_load_error, archives))
+    return next(errors, logged) or "its worker exited and logged no error, as if it was killed"
 
 
 def _oom_kills() -> int:

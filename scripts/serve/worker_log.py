@@ -18,32 +18,15 @@ _ARCHIVE_ERROR = re.compile(r"\bArchiveError: (.+)$")
 # TorchServe's error that follows a cause that is already logged.
 _CONSEQUENCE = re.compile(r"^RuntimeError: \d{3} - ")
 _FATAL = re.compile(r"^(?:Fatal Python error: .*|.*: error while loading shared libraries: .*)$")
-_DIED = ("Backend worker process died", "Failed to load model", " OOM, exception")
 
 
-class NewLines:
-    """The lines appended to a log after this object was created.
-
-    Earlier starts of the server logged to the same file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[str]:
-        """Return all new lines."""
-        if not self._path.exists():
-            return []
-        with self._path.open(errors="replace") as log:
-            # A log that was rotated is read from its start.
-            log.seek(self._start if self._path.stat().st_size >= self._start else 0)
-            return log.read().splitlines()
-
-
-def worker_died(lines: Iterable[str]) -> bool:
-    """Return whether a worker logged that it crashed."""
-    return any(sign in line for line in lines for sign in _DIED)
+def lines_from(log: Path, start: int) -> list[str]:
+    """Return the lines of a log from a byte position; if it has been rotated since, all lines."""
+    if not log.exists():
+        return []
+    with log.open(errors="replace") as file:
+        file.seek(start if log.stat().st_size >= start else 0)
+        return file.read().splitlines()
 
 
 def root_cause(lines: Iterable[str]) -> str | None:

@@ -22,9 +22,9 @@ from benchmarks.archives import repack
 from scripts import run
 from scripts.serve import commands, server
 from scripts.serve.management import PIXEL, management_session, model_status
-from scripts.serve.preflight import try_archive
+from scripts.serve.preflight import METRICS_CONFIG, try_archive
 from scripts.serve.running import ServerState, find_running, free_ports
-from scripts.serve.server import METRICS_CONFIG, start, stop
+from scripts.serve.server import start, stop
 from scripts.terminal import UserError
 
 TIMEOUT = 60
@@ -88,7 +88,7 @@ def test_a_failed_start_reports_the_reason_keeps_its_logs_and_leaves_no_process(
 def test_a_server_starts_on_an_unusual_machine(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "my prüfung-分類"
+    folder = tmp_path / r"my\new prüfung-分類"
     (folder / ("a" * 90)).mkdir(parents=True)
     shutil.copy(archive, folder)
     (folder / "old.properties").write_text("inference_address=http://127.0.0.1:9")
@@ -120,11 +120,11 @@ def test_a_broken_archive_is_rejected_before_the_running_server_stops(
 ) -> None:
     broken = broken_archive(archive, tmp_path, kind)
     with pytest.raises(UserError, match=f"cannot be loaded: .*{BROKEN[kind][2]}"):
-        try_archive(broken, 1, METRICS_CONFIG)
+        try_archive(broken)
 
 
 def test_a_valid_archive_passes_the_trial(archive: Path) -> None:
-    try_archive(archive, 1, METRICS_CONFIG)
+    try_archive(archive)
 
 
 @pytest.fixture

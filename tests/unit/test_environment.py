@@ -43,10 +43,13 @@ def test_a_server_inherits_only_variables_that_cannot_break_it(
     assert found == usual | {"CUDA_VISIBLE_DEVICES": "1"}
 
 
-def test_a_properties_file_escapes_non_ascii_letters(tmp_path: Path) -> None:
-    write_properties(tmp_path / "p", "model_store=/prüfung-分類/😀\n")
-    text = (tmp_path / "p").read_bytes()
-    assert text == b"model_store=/pr\\u00fcfung-\\u5206\\u985e/\\ud83d\\ude00\n"
+def test_a_properties_file_escapes_backslashes_and_non_ascii_letters(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    write_properties(path, "# ü\na=\\\n  b", {"model_store": r"/my\new prüfung-分類/😀"})
+    assert path.read_bytes() == (
+        b"# \\u00fc\na=\\\n  b\n"
+        b"model_store=/my\\\\new pr\\u00fcfung-\\u5206\\u985e/\\ud83d\\ude00\n"
+    )
 
 
 def _folder_of(home: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

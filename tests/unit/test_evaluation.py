@@ -160,7 +160,7 @@ def test_the_report_of_a_multi_label_model_has_all_figures_and_thresholds(
 def test_the_selected_model_is_reported_if_there_are_several(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    running = ServerState(1, "", "", Ports(), models={"cats": "0", "dogs": "1"}, model="cats")
+    running = ServerState(1, "", Ports(), models={"cats": "0", "dogs": "1"}, model="cats")
     assert select(running, "dogs").model == "dogs"
     assert select(replace(running, models={"cats": "0"}), None).model == "cats"
     assert not capsys.readouterr().err

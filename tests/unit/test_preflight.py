@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 
 from handler.settings import MODEL_CARD, ModelCard
-from scripts.serve import machine, server
+from scripts.serve import machine
 from scripts.serve.machine import Plan, plan_workers
-from scripts.serve.preflight import check_archives, check_ports, check_workers
+from scripts.serve.preflight import (
+    check_archives,
+    check_ports,
+    check_workers,
+    max_worker_bytes,
+)
 from scripts.serve.running import HOST, Ports
 from scripts.terminal import UserError
 
@@ -88,7 +93,7 @@ def test_an_int8_worker_gets_more_memory(
     an_archive(tmp_path / "lower.mar", precision="int8")
     resources(16, 5 * machine.WORKER_BYTES)
     for name, workers in (("none.mar", 3), ("lower.mar", 2)):
-        needed = server._max_worker_bytes([tmp_path / name])
+        needed = max_worker_bytes([tmp_path / name])
         assert plan_workers(bytes_per_worker=needed).workers == workers
 
 
@@ -113,5 +118,5 @@ def test_a_damaged_or_repeated_archive_is_rejected(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"model\.mar is damaged, cut off, or no archive"):
             check_archives([archive])
     archive.unlink()
-    with pytest.raises(UserError, match="There is no archive"):
+    with pytest.raises(UserError, match="There is no model archive"):
         check_archives([archive])

@@ -5,32 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from scripts import run
 from scripts.serve import commands
 from scripts.serve.running import find_running, require_running
-from scripts.state import process_by_arguments, process_by_id, read_state, start_time, write_state
+from scripts.state import process_by_arguments, read_state, write_state
 from scripts.terminal import UserError
 from tests.killing import killed_at_each_line
 
 OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000}
-
-
-def test_a_process_is_recognized_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When somebody sets the clock, the kernel's time of boot moves by as much."""
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        when = start_time(process.pid)
-        by_the_clock = psutil.Process(process.pid).create_time()
-        boot_time = psutil.boot_time()
-        monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time + 3600)
-        assert abs(psutil.Process(process.pid).create_time() - by_the_clock) > 3000
-        assert process_by_id(process.pid, when) is not None
-        assert start_time(process.pid) == when
-        process.kill()
-        process.wait()
-        assert process_by_id(process.pid, when) is None
 
 
 def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -> None:
@@ -97,7 +81,8 @@ def test_stop_deletes_the_files_of_a_crashed_server(
 ) -> None:
     temporary = tmp_path / "torchserve-1"
     temporary.mkdir()
-    dead = {"pid": 2**22 + 1, "started": "boot/1", "temporary": str(temporary), "model": "m"}
+    # Another process has its id now.
+    dead = {"pid": os.getpid(), "temporary": str(temporary), "model": "m"}
     write_state(state_file, {**dead, "ports": {}, "models": {"m": "0"}})
     assert find_running() is None
     assert state_file.exists(), "reading the state deletes nothing"

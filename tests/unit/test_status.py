@@ -20,7 +20,7 @@ Status = Callable[..., int]
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerState:
     """A server whose worker is a child of this test's parent."""
     (tmp_path / STATE).touch()
-    state = ServerState(os.getppid(), "", str(tmp_path), Ports(), {"pets": ""}, "pets", workers=2)
+    state = ServerState(os.getppid(), str(tmp_path), Ports(), {"pets": ""}, "pets", workers=2)
     monkeypatch.setattr(commands, "require_running", lambda: state)
     monkeypatch.setattr(commands, "find_faults", lambda *_: [])
     monkeypatch.setattr(commands, "is_worker_alive", lambda pid, _: pid > 1)
@@ -98,7 +98,7 @@ def test_run_replaces_a_server_whose_files_are_gone(
     running: ServerState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "find_running", lambda: running)
-    monkeypatch.setattr(run, "ready_workers", lambda _: 2)
+    monkeypatch.setattr(run, "ready_per_model", lambda _: [2])
     monkeypatch.setattr(run, "sha256", lambda _: "")
     stopped: list[ServerState] = []
     for name in ("check_start", "start"):

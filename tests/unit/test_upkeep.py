@@ -103,8 +103,8 @@ def test_a_supervised_server_that_cannot_recover_exits_for_its_supervisor(
         (tmp_path / STATE).touch()
         monkeypatch.setattr(upkeep, "OUTAGE_SECONDS", 0)
         monkeypatch.setattr(upkeep, "_OUTAGE_INTERVAL", 0)
-        monkeypatch.setattr(server, "ready_workers", lambda _: 0)
-    running = ServerState(1, "", str(tmp_path), Ports(), {"pets": ""}, "pets")
+        monkeypatch.setattr(server, "ready_per_model", lambda _: [0])
+    running = ServerState(1, str(tmp_path), Ports(), {"pets": ""}, "pets")
     alive = [True]
     monkeypatch.setattr(ServerState, "process", lambda _: alive or None)
     monkeypatch.setattr(server, "Upkeep", MagicMock())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.serve.worker_log import frontend_error, root_cause, worker_died
+from scripts.serve.worker_log import frontend_error, lines_from, root_cause
 
 PREFIX = "2026-11-21T17:00:00,123 [INFO ] W-9000-densenet121_1.0-stdout MODEL_LOG - "
 
@@ -67,8 +67,15 @@ def test_a_healthy_start_has_no_cause() -> None:
     assert root_cause(["RuntimeError: 507 - System out of memory"]) is None, (
         "TorchServe's conclusion"
     )
-    assert not worker_died(lines)
-    assert worker_died(MISSING_MODULE.splitlines())
+
+
+def test_only_lines_of_this_start_are_read_also_after_a_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "model.log"
+    assert lines_from(log, 0) == []
+    log.write_text("before\nafter\n")
+    assert lines_from(log, 7) == ["after"]
+    log.write_text("new\n")
+    assert lines_from(log, 7) == ["new"]
 
 
 def test_a_missing_gpu_is_not_why_the_frontend_exited(tmp_path: Path) -> None:
