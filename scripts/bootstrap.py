@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 VENV = Path(".venv")
@@ -27,8 +28,8 @@ TORCH_BUILD = VENV / "torch"
 LOCKED, CPU = "locked", "cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 # Settings of pip and uv that must not affect .venv; those of indexes and certificates are kept.
-_OTHERS = r"USER|TARGET|PREFIX|ROOT|OVERRIDE|REQUIRE|NO_BUILD|\w*(BINARY|CONSTRAINT|PYTHON)"
-FOREIGN = rf"PYTHON|(PIP|UV)_({_OTHERS}|DRY_RUN|EXCLUDE_NEWER)"
+FOREIGN = r"USER|TARGET|PREFIX|ROOT|DRY_RUN|REQUIRE|EXCLUDE|NO_BUILD|OVERRIDE"
+FOREIGN += r"|\w*(BINARY|CONSTRAINT|PYTHON)"
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target="]
 TORCH, CUDA = "torch|torchvision", "triton|nvidia-.+|cuda-.+"
 
@@ -45,20 +46,16 @@ def main() -> None:
     groups = ["run"]
     for group in parser.parse_args().groups:
         groups += [*NEEDS.get(group, []), group]
-    installed = TORCH_BUILD.read_text() if TORCH_BUILD.exists() else ""
-    build = os.environ.get("TORCH_INDEX") or installed
-    build = LOCKED if build == CPU and has_nvidia_driver() else build
-    if "pytorch" in groups and installed not in ("", build):
+    if "pytorch" in groups and TORCH_BUILD.exists() and TORCH_BUILD.read_text() != torch_build():
         stamp_of("pytorch").write_text("another build")
     if all(is_installed(group) for group in groups):
         return
-    if not is_usable():
+    has_pip = [str(PYTHON), "-c", "import sys, pip; sys.exit(sys.version_info < (3, 10))"]
+    if not PYTHON.exists() or subprocess.call(has_pip, stderr=subprocess.DEVNULL) != 0:
         create()
-    if "PIP_INDEX_URL" in os.environ:  # uv uses pip's mirror too
-        os.environ.setdefault("UV_DEFAULT_INDEX", os.environ["PIP_INDEX_URL"])
     for group in groups:
         if not is_installed(group):
-            install(group, build)
+            install(group)
 
 
 def create() -> None:
@@ -84,16 +81,10 @@ def stamp_of(group: str) -> Path:
 
 def fingerprint(group: str) -> str:
     """Return a digest that changes when the group must be installed again."""
-    contents = [(LOCKS / f"{group}.lock").read_bytes(), os.fsencode(os.path.realpath(str(PYTHON)))]
+    contents = (LOCKS / f"{group}.lock").read_bytes() + os.fsencode(os.path.realpath(str(PYTHON)))
     if group == "run":
-        contents.append((CLIENT / "pyproject.toml").read_bytes())
-    return hashlib.sha256(b"".join(contents)).hexdigest()
-
-
-def is_usable() -> bool:
-    """Return whether .venv has pip and Python 3.10 or newer, and can run them."""
-    command = [str(PYTHON), "-c", "import sys, pip; sys.exit(sys.version_info < (3, 10))"]
-    return PYTHON.exists() and subprocess.call(command, stderr=subprocess.DEVNULL) == 0
+        contents += (CLIENT / "pyproject.toml").read_bytes()
+    return hashlib.sha256(contents).hexdigest()
 
 
 def has_nvidia_driver() -> bool:
@@ -101,18 +92,22 @@ def has_nvidia_driver() -> bool:
     return bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia/version").exists()
 
 
+def torch_build() -> str:
+    """Return the PyTorch build that .venv must have; empty if it is not chosen yet."""
+    build = os.environ.get("TORCH_INDEX") or (TORCH_BUILD.exists() and TORCH_BUILD.read_text())
+    return LOCKED if build == CPU and has_nvidia_driver() else build or ""
+
+
 def choose_torch_build() -> str:
     """Return CPU on Linux without an NVIDIA driver, if PyTorch's CPU index answers; else LOCKED."""
-    if not sys.platform.startswith("linux") or has_nvidia_driver():
-        return LOCKED
-    try:
-        urllib.request.urlopen(CPU_INDEX, timeout=3).close()
-    except OSError:
-        return LOCKED
-    return CPU
+    with suppress(OSError):
+        if sys.platform.startswith("linux") and not has_nvidia_driver():
+            urllib.request.urlopen(CPU_INDEX, timeout=3).close()
+            return CPU
+    return LOCKED
 
 
-def install(group: str, build: str) -> None:
+def install(group: str) -> None:
     """Install a group; if this is interrupted, the next run installs the rest."""
     by_hash = ["--require-hashes", "--build-constraints", str(LOCKS / "run.lock"), "-r"]
     steps = [[*by_hash, str(LOCKS / f"{group}.lock")]]
@@ -123,9 +118,8 @@ def install(group: str, build: str) -> None:
         execute(str(PYTHON), *PIP, f"--prefix={VENV.resolve()}", "--require-hashes", "-r", uv)
         steps.append(["--offline", "--editable", str(CLIENT)])
     if group == "pytorch":
-        build = build or choose_torch_build()
-        TORCH_BUILD.touch(mode=0o600)  # a URL can contain a password
-        TORCH_BUILD.write_text(build)
+        build = torch_build() or choose_torch_build()
+        write(TORCH_BUILD.name, build)
         sizes = WITH_CUDA if build == LOCKED else WITHOUT_CUDA
         if build != LOCKED:
             # Other builds have the lock's versions, but other hashes and no CUDA packages.
@@ -146,16 +140,38 @@ def write_packages(group: str, file: str, names: str, *, hashes: bool = True) ->
     """Write a lock's packages whose names match a pattern to .venv; return the path."""
     packages = re.split(r"^(?=\w)", (LOCKS / f"{group}.lock").read_text(), flags=re.MULTILINE)
     text = "".join(p for p in packages if p and re.fullmatch(names, p.split("==")[0]))
-    (VENV / file).write_text(text if hashes else re.sub(r"\\\n *--hash=\S+ *", "", text))
-    return str(VENV / file)
+    return write(file, text if hashes else re.sub(r"\\\n *--hash=\S+ *", "", text))
+
+
+def write(name: str, text: str) -> str:
+    """Write a file of .venv that only this user can read: a URL can contain a password."""
+    (VENV / name).touch(mode=0o600)
+    (VENV / name).write_text(text)
+    return str(VENV / name)
 
 
 def execute(*command: str) -> None:
     """Run a program that prints its own errors; exit if it fails."""
-    ours = {name: value for name, value in os.environ.items() if not re.match(FOREIGN, name)}
-    # PIP_USER and PIP_CONSTRAINT override the values in pip's configuration files.
-    if subprocess.call(command, env={**ours, "PIP_USER": "0", "PIP_CONSTRAINT": os.devnull}) != 0:
+    foreign = f"PYTHON|(PIP|UV)_({FOREIGN})"
+    ours = {name: value for name, value in os.environ.items() if not re.match(foreign, name)}
+    # These override the values in pip's configuration files.
+    ours.update(PIP_USER="0", PIP_DRY_RUN="0", PIP_CONSTRAINT=os.devnull)
+    if "PIP_INDEX_URL" in ours:  # uv uses pip's mirror too
+        ours.setdefault("UV_DEFAULT_INDEX", ours["PIP_INDEX_URL"])
+    if UV.exists():
+        ours["UV_CONFIG_FILE"] = write("uv.toml", uv_settings())
+    if subprocess.call(command, env=ours) != 0:
         sys.exit("Error: not installed, for the reason above. Fix it and run the command again.")
+
+
+def uv_settings() -> str:
+    """Return the user's, or else the machine's uv.toml, without settings that are FOREIGN."""
+    own = os.environ.get("XDG_CONFIG_HOME", "~/.config") + "/uv/uv.toml"
+    paths = (os.environ.get("UV_CONFIG_FILE", ""), own, "/etc/uv/uv.toml")
+    files = (Path(path).expanduser() for path in paths)
+    text = next((file.read_text() for file in files if file.is_file()), "")
+    settings = re.split(r"^(?=[\w\[])", text, flags=re.MULTILINE)
+    return "".join(s for s in settings if not re.match(FOREIGN, s.replace("-", "_").upper()))
 
 
 if __name__ == "__main__":

@@ -110,8 +110,6 @@ def test_each_group_is_installed_from_its_lock_by_hash(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://mirror")
-    # Or main() would leave it in the environment of the next tests.
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://mirror")
     (folder / "requirements/run.lock").write_text(LOCK + "b==7\n")
     assert run_bootstrap("run", "batch") == [
         f"http://mirror {PIP.format(folder / '.venv')}",
@@ -202,7 +200,7 @@ def test_the_cpu_build_is_chosen_if_its_index_answers_and_there_is_no_driver(
 def test_a_group_that_could_not_be_installed_is_installed_next_time(folder: Path) -> None:
     (folder / ".venv/fails").touch()
     with pytest.raises(SystemExit, match="not installed, for the reason above"):
-        bootstrap.install("run", "locked")
+        bootstrap.install("run")
     assert not bootstrap.is_installed("run")
 
 
@@ -215,13 +213,6 @@ def test_an_old_python_makes_no_environment_and_uses_one_that_is_there(
     (folder / ".venv/bin/python").unlink()
     with pytest.raises(SystemExit, match=r"Python 3\.10 or newer is required"):
         run_bootstrap("run")
-
-
-def test_another_python_on_the_path_does_not_reinstall_the_environment(
-    monkeypatch: pytest.MonkeyPatch, run_bootstrap: Run
-) -> None:
-    monkeypatch.setattr(sys, "version", "3.99 of another PATH")
-    assert run_bootstrap("run") == []
 
 
 FOREIGN = """
@@ -244,11 +235,28 @@ def test_setup_keeps_settings_of_indexes_and_certificates_only(
     assert {line[:-6] for line in lines if line.endswith("=given")} == set(KEPT.split())
 
 
+def test_configuration_files_of_pip_and_uv_keep_only_indexes_and_certificates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "uv").mkdir()
+    (folder / "uv/uv.toml").write_text(
+        'constraint-dependencies = [\n  "six<1",\n]\nnative-tls = true\n[[index]]\nurl = "mirror"\n'
+        '[pip]\ntarget = "elsewhere"\nindex-strategy = "first-index"\n'
+    )
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    monkeypatch.setenv("PIP_DRY_RUN", "1")
+    bootstrap.execute("sh", "-c", "echo $PIP_DRY_RUN $UV_CONFIG_FILE >.venv/used")
+    assert (folder / ".venv/used").read_text() == "0 .venv/uv.toml\n"
+    assert (folder / ".venv/uv.toml").read_text() == (
+        'native-tls = true\n[[index]]\nurl = "mirror"\n[pip]\nindex-strategy = "first-index"\n'
+    )
+
+
 def test_a_moved_project_uses_its_own_client(folder: Path) -> None:
     packages = folder / ".venv/lib/python3.10/site-packages"
     packages.mkdir(parents=True)
     (packages / "classification_client.pth").write_text("/where/it/was/client")
-    bootstrap.install("run", "")
+    bootstrap.install("run")
     client = (packages / "classification_client.pth").read_text().strip()
     assert (packages / client).resolve() == folder / "client"
 
