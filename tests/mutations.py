@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.workspace import copy_project
+
 # test_mutations.py fails on each mutation, since it checks that the original text exists.
 _UNIT = ("tests/unit", "--numprocesses=logical", "--ignore=tests/unit/test_mutations.py")
 _REST = ("--ignore=tests/unit", "--require-integration")
@@ -97,7 +99,9 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        _copy_repository(copy)
+        copy_project(copy)
+        if Path("build").exists():  # earlier exports
+            shutil.copytree("build", copy / "build")
         for number in numbers:
             mutation = MUTATIONS[number - 1]
             rows.append(_try(mutation, copy))
@@ -107,19 +111,6 @@ def main() -> int:
     noticed = sum(map(bool, rows))
     print(f"{noticed} of {len(rows)} were noticed.")
     return 0 if noticed >= _MIN_NOTICED * len(rows) / len(MUTATIONS) else 1
-
-
-def _copy_repository(target: Path) -> None:
-    """Copy the files of git, also untracked ones, and earlier exports; link the packages."""
-    command = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if Path(name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(name, target / name)
-    if Path("build").exists():
-        shutil.copytree("build", target / "build")
-    (target / ".venv").symlink_to(Path(".venv").resolve())
 
 
 def _try(mutation: Mutation, copy: Path) -> str:

@@ -1,5 +1,6 @@
-"""What is rejected before anything is started or stopped."""
+"""What is planned for a machine, and rejected before anything is started or stopped."""
 
+import re
 import socket
 import zipfile
 from collections.abc import Callable
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from handler.settings import MODEL_CARD, ModelCard
+from handler.settings import MAX_REQUEST_BYTES, MODEL_CARD, ModelCard
 from scripts.serve import machine
-from scripts.serve.machine import Plan, plan_workers
+from scripts.serve.machine import WORKER_BYTES, Plan, plan_frontend, plan_workers
 from scripts.serve.preflight import (
     check_archives,
     check_ports,
@@ -60,7 +61,7 @@ def resources(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def test_more_workers_than_fit_are_rejected_with_the_number_that_fits(
     resources: Callable[[int, int], None],
 ) -> None:
-    resources(16, 5 * machine.WORKER_BYTES)
+    resources(16, 5 * WORKER_BYTES)
     check_workers(3)
     with pytest.raises(UserError, match=r"WORKERS=4 .*at most 3, since .*GB of memory"):
         check_workers(4)
@@ -76,7 +77,7 @@ def test_more_workers_than_fit_are_rejected_with_the_number_that_fits(
 def test_the_default_number_of_workers_is_never_rejected_and_uses_all_cpus(
     resources: Callable[[int, int], None],
 ) -> None:
-    for available in (0, machine.WORKER_BYTES, 10**12):
+    for available in (0, WORKER_BYTES, 10**12):
         for cpus in (1, 2, 64):
             resources(cpus, available)
             for models in (1, 3):
@@ -91,10 +92,29 @@ def test_an_int8_worker_gets_more_memory(
     tmp_path: Path, resources: Callable[[int, int], None]
 ) -> None:
     an_archive(tmp_path / "lower.mar", precision="int8")
-    resources(16, 5 * machine.WORKER_BYTES)
+    resources(16, 5 * WORKER_BYTES)
     for name, workers in (("none.mar", 3), ("lower.mar", 2)):
         needed = max_worker_bytes([tmp_path / name])
         assert plan_workers(bytes_per_worker=needed).workers == workers
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "models", "queue"),
+    [(64, 1, 512), (18, 1, 512), (6, 1, 109), (2, 1, 16), (64, 4, 512)],
+)
+def test_the_heap_holds_the_longest_queue_that_the_memory_allows(
+    gigabytes: int, models: int, queue: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory_limit", lambda: gigabytes * 10**9)
+    planned, vmargs = plan_frontend(Plan(workers=2, threads=1, max_threads=2), models, WORKER_BYTES)
+    assert planned == queue
+    found = re.fullmatch(r"-Xmx(\d+)m -XX:MaxDirectMemorySize=(\d+)m", vmargs)
+    assert found is not None
+    heap, direct = (int(number) << 20 for number in found.groups())
+    assert heap >= models * queue * MAX_REQUEST_BYTES + 500_000_000
+    assert direct >= 256 << 20
+    if queue > 16:
+        assert heap + direct + 2 * models * WORKER_BYTES <= gigabytes * 10**9
 
 
 def an_archive(path: Path, precision: str = "float32") -> bytes:
