@@ -63,8 +63,13 @@ def make_temporary_folder(run_dir: Path) -> Path:
     Raises:
         OSError: no folder can be used; the message lists the reasons.
     """
+    temporary = (os.environ.get("TMPDIR") or "/tmp", "/var/tmp", "/tmp")
+    parents = [run_dir.resolve(), *map(Path, temporary)]
+    with suppress(RuntimeError):  # the user has no home folder
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        parents.insert(0, cache / "densenet")
     reasons = []
-    for parent in (*_cache(), run_dir.resolve(), *_temporary()):
+    for parent in parents:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix="torchserve-", dir=parent))
@@ -79,22 +84,10 @@ def make_temporary_folder(run_dir: Path) -> Path:
     raise OSError(f"No folder can hold the server's sockets: {'; '.join(reasons)}.")
 
 
-def _cache() -> list[Path]:
-    with suppress(RuntimeError):  # the user has no home folder
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return [Path(home, "densenet")]
-    return []
-
-
-def _temporary() -> list[Path]:
-    with suppress(FileNotFoundError):  # no temporary folder is writable
-        return [Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/tmp")]
-    return []
-
-
 def _why_unusable(folder: Path) -> str | None:
     """Return why a folder cannot hold TorchServe's files; None if it can."""
-    if not str(folder).isascii() or " " in str(folder):
+    # Java gets this name in a URL.
+    if not str(folder).isascii() or {" ", "\\"} & set(str(folder)):
         return "its name is not plain ASCII"
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
         return "it is mounted noexec, and Java loads a library from it"

@@ -83,12 +83,12 @@ def test_a_servers_files_are_where_no_cleaner_of_temporary_files_deletes_them(
     assert _folder_of(short_path / "file", run_dir, monkeypatch) == run_dir
 
 
-@pytest.mark.parametrize("name", ["a" * 90, "a folder", "prüfung"])
+@pytest.mark.parametrize("name", ["a" * 90, "a folder", "prüfung", "a\\folder"])
 def test_a_path_unfit_for_sockets_is_not_used(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     long = tmp_path / name
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
     assert _folder_of(long, long, monkeypatch) == Path("/var/tmp")
 
 
