@@ -6,6 +6,7 @@ Each benchmark is one module with a function `main`, whose options `--help` list
 import sys
 from importlib import import_module
 
+from benchmarks.load import require_wrk
 from scripts.terminal import command
 
 BENCHMARKS = {
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "architectures": "archives of torchvision's and timm's architectures; takes hours",
     "gpu": "the PyTorch engine on a GPU, or on the CPU if there is none",
 }
+_NEED_WRK = {"compare", "settings", "stages", "overload", "gateway"}
 
 
 def main() -> None:
@@ -32,6 +34,8 @@ def main() -> None:
         lines = [f"  {known:14} {text}" for known, text in BENCHMARKS.items()]
         print("usage: python -m benchmarks NAME [OPTIONS]", *lines, sep="\n")
         raise SystemExit(0 if name in {"--help", "-h"} else 2)
+    if name in _NEED_WRK:
+        require_wrk()
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
     command(import_module(f"benchmarks.{name}").main)
 

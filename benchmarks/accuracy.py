@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,11 @@ from handler.inference.onnx_engine import OnnxEngine
 from handler.inference.openvino_engine import OpenVinoEngine
 from handler.inference.precision import MODEL_FILES
 from handler.labels import CLASS_INDEX, load_class_index
-from handler.settings import PRECISIONS, Preprocessing
+from handler.settings import MODEL_CARD, PRECISIONS, ModelCard, Preprocessing
 from scripts.build.guard import NEAR_TIE_MARGIN, Limits, compare
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
-from scripts.store import PACKAGED_ARCHITECTURE, read_card
+from scripts.store import PACKAGED_ARCHITECTURE
 from scripts.terminal import step
 
 # Crops of each half, and their share of the photograph's shorter side.
@@ -37,6 +38,9 @@ _CROPS = 300
 _CROP_SHARES = (0.6, 1.0)
 _SEED = 5
 _MAX_PIXELS = 10**8
+
+# By kind of image and precision: probabilities (N, 1000).
+Found = dict[str, dict[str, NDArray[np.float32]]]
 
 
 def main() -> None:
@@ -46,25 +50,24 @@ def main() -> None:
         calibrate, evaluate = Path(folder, "calibrate"), Path(folder, "evaluate")
         write_crops(paths[::2], calibrate)
         write_crops(paths[1::2], evaluate)
-        crops, photographs, imagenet = {}, {}, {}
+        images = {
+            "crops": sorted(evaluate.iterdir()),
+            "photographs": [known.path for known in KNOWN],
+            "imagenet": list(IMAGENET),
+        }
+        found: Found = {kind: {} for kind in images}
         for precision in PRECISIONS:
             # The guard must not reject an archive before it is measured.
-            images = {} if precision == "float32" else {"evaluation": evaluate}
+            wanted: dict[str, Any] = {"type": precision, "agreement": 0}
+            if precision != "float32":
+                wanted["evaluation"] = evaluate
             if precision == "int8":
-                images["calibration"] = calibrate
-            wanted = {"type": precision, **images, "agreement": 0}
+                wanted["calibration"] = calibrate
             spec = from_options(name=precision, arch=PACKAGED_ARCHITECTURE, precision=wanted)
             archive = build(spec, Path(folder, "store"))
-            card = read_card(archive)
-            assert card is not None
-            with engine_of(archive, precision) as engine:
-                crops[precision] = _probabilities(
-                    engine, sorted(evaluate.iterdir()), card.preprocessing
-                )
-                photographs[precision] = _probabilities(
-                    engine, [known.path for known in KNOWN], card.preprocessing
-                )
-                imagenet[precision] = _probabilities(engine, list(IMAGENET), card.preprocessing)
+            with _engine(archive, precision) as (engine, preprocessing):
+                for kind, paths in images.items():
+                    found[kind][precision] = _probabilities(engine, paths, preprocessing)
             step(f"{PACKAGED_ARCHITECTURE}: {precision} was measured")
     headings = (
         *("precision", "top-1 as in float32", "float32's top-1 among the five best"),
@@ -80,23 +83,24 @@ def main() -> None:
         "whole photographs: "
         f"{len(KNOWN)} whose content is beyond doubt (`benchmarks/known.py`), and foolbox's "
         f"{len(IMAGENET)} of ImageNet's validation set with their labels.",
-        table(headings, (_row(name, crops, photographs, imagenet) for name in PRECISIONS)),
-        _margins(crops),
+        table(headings, (_row(name, found) for name in PRECISIONS)),
+        _margins(found["crops"]),
     )
 
 
 @contextmanager
-def engine_of(archive: Path, precision: str) -> Iterator[Engine]:
+def _engine(archive: Path, precision: str) -> Iterator[tuple[Engine, Preprocessing]]:
     """Yield the engine of an archive, without the accuracy check of a worker's start."""
     with tempfile.TemporaryDirectory() as work:
         with zipfile.ZipFile(archive) as content:
             content.extractall(work)
+        preprocessing = ModelCard.load(Path(work, MODEL_CARD)).preprocessing
         cores = Cores(CORES, CORES, Path(work) / "busy")
         file = Path(work) / MODEL_FILES[precision]
         if precision == "float32":
-            yield OnnxEngine(file, cores)
+            yield OnnxEngine(file, cores), preprocessing
         else:
-            yield OpenVinoEngine(file, precision, cores)
+            yield OpenVinoEngine(file, precision, cores), preprocessing
 
 
 def write_crops(paths: Sequence[Path], folder: Path) -> None:
@@ -122,12 +126,8 @@ def _probabilities(
     return np.concatenate([softmax(engine.run(image[None]).logits) for image in images])
 
 
-def _row(
-    precision: str,
-    crops: Mapping[str, NDArray[np.float32]],
-    photographs: Mapping[str, NDArray[np.float32]],
-    imagenet: Mapping[str, NDArray[np.float32]],
-) -> list[str]:
+def _row(precision: str, measured: Found) -> list[str]:
+    crops, photographs, imagenet = measured.values()
     # float32's predictions count as correct here.
     truth = np.eye(1000, dtype=bool)[crops["float32"].argmax(axis=1)]
     found = compare(crops["float32"], crops[precision], truth)

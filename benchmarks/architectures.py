@@ -10,7 +10,6 @@ the row says so.
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -58,38 +57,34 @@ _DIFFERENCE = re.compile(
 )
 
 
-def _of_torchvision(name: str, folder: Path) -> Path:
-    return build(from_options(arch=name, weights="random"), folder)
-
-
-def _of_timm(name: str, folder: Path) -> Path:
-    torch.manual_seed(1)
-    file = folder / "weights.safetensors"
-    model = timm.create_model(name, pretrained=False)
-    safetensors.torch.save_model(model, str(file))
-    return build(from_options(arch=TIMM + name, weights=str(file)), folder)
-
-
-def measure(name: str) -> tuple[str, float, float, str]:
-    """Build one archive; return name, CPU seconds, MB, worst difference or error."""
-    make: Callable[[str, Path], Path] = _of_timm if name.startswith(TIMM) else _of_torchvision
+def measure(name: str) -> str:
+    """Build one archive; return the table's row."""
     BUILD.mkdir(exist_ok=True)
     before = set(BUILD.glob("converted-*"))
-    size, error = 0, ""
+    size, worst = 0.0, "exported before"
     started = cpu_seconds()
     with tempfile.TemporaryDirectory() as folder, console.capture() as printed:
         try:
-            size = make(name.removeprefix(TIMM), Path(folder)).stat().st_size
-        except Exception as failed:
+            size = _build(name, Path(folder)).stat().st_size / 1e6
+        except Exception as error:
             # Any error of an exporter is a result.
-            error = f"{type(failed).__name__}: {failed}".splitlines()[0][:120]
+            worst = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     seconds = cpu_seconds() - started
     for left in set(BUILD.glob("converted-*")) - before:
         shutil.rmtree(left)
-    worst = "exported before"
-    for difference, rounding in _DIFFERENCE.findall(printed.get()):
+    for difference, rounding in _DIFFERENCE.findall(printed.get()) if size else ():
         worst = f"{difference}; rounding {rounding}" if rounding else difference
-    return name, seconds, size / 1e6, error or worst
+    return f"| {name} | {seconds:.0f} | {size:.0f} | {worst} |"
+
+
+def _build(name: str, folder: Path) -> Path:
+    if not name.startswith(TIMM):
+        return build(from_options(arch=name, weights="random"), folder)
+    torch.manual_seed(1)
+    file = folder / "weights.safetensors"
+    model = timm.create_model(name.removeprefix(TIMM), pretrained=False)
+    safetensors.torch.save_model(model, str(file))
+    return build(from_options(arch=name, weights=str(file)), folder)
 
 
 def main(
@@ -99,23 +94,13 @@ def main(
 ) -> None:
     """Write benchmarks/results/architectures.md; keep the rows of other architectures."""
     everything = [*architectures(), *(TIMM + name for name in TIMM_FAMILIES)]
+    page = RESULTS / f"{_PAGE}.md"
     for name in only or everything:
-        row = measure(name)
-        step(" ".join(map(str, row)))
-        rows = _rows() | {name: f"| {' | '.join(map(_cell, row))} |"}
+        lines = [*(page.read_text().splitlines() if page.exists() else ()), measure(name)]
+        step(lines[-1])
+        rows = {line.split()[1]: line for line in lines if line.startswith("| ")}
         kept = [rows[name] for name in everything if name in rows]
         built = sum(line.split(" | ")[2] != "0" for line in kept)
         text = f"{_HOW} {built} of {len(kept)} were built."
         head = ["| architecture | CPU s | MB | worst difference |", "|---|---|---|---|"]
         write_section(_PAGE, "Archives of many architectures", "All", text, [*head, *kept])
-
-
-def _cell(value: object) -> str:
-    return f"{value:.0f}" if isinstance(value, float) else str(value)
-
-
-def _rows() -> dict[str, str]:
-    """Return the rows that the page has, by architecture."""
-    page = RESULTS / f"{_PAGE}.md"
-    lines = page.read_text().splitlines() if page.exists() else []
-    return {line.split()[1]: line for line in lines if line.startswith("| ")}

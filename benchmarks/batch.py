@@ -5,17 +5,13 @@ the handler's stages, and keeps no results. All are whole runs, from start to ex
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
-from threading import Event, Thread
 from typing import Annotated
 
 import numpy as np
@@ -24,16 +20,17 @@ import typer
 from PIL import Image
 from pyarrow import parquet
 
+from benchmarks.archives import workspace
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import Server, ours
+from benchmarks.timing import medians
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.terminal import step
 
 SMALL, LARGE = (720, 720), (4000, 3000)
-# Different images; further files are links to them.
-_DIFFERENT = {SMALL: 500, LARGE: 30}
+_BARE_LOOP, _SERVED = "bare loop", "classify, server"
+_WATCH_SECONDS = 5
 _ACTOR = "MapWorker(MapBatches(Model))"
 
 _BARE = """
@@ -52,13 +49,10 @@ def make_images(folder: Path, size: tuple[int, int], count: int) -> Path:
     folder.mkdir(parents=True)
     photograph = Image.open(CAT).convert("RGB")
     random = np.random.default_rng(1)
-    different = min(count, _DIFFERENT[size])
-    for number in range(different):
+    for number in range(count):
         left, upper = int(random.integers(0, 150)), int(random.integers(0, 100))
         part = photograph.crop((left, upper, left + 300, upper + 200)).resize(size)
         part.save(folder / f"{number:06}.jpg", quality=85)
-    for number in range(different, count):
-        os.link(folder / f"{number % different:06}.jpg", folder / f"{number:06}.jpg")
     return folder
 
 
@@ -105,35 +99,31 @@ def compare(
 ) -> list[list[object]]:
     """Return a row with the medians of each way, measured in alternating rounds."""
     images = make_images(work / f"{size[0]}", size, count)
-    shutil.copy(images / "000000.jpg", work / "small.jpg")
-    rates: dict[str, list[float]] = defaultdict(list)
-    steady: dict[str, list[float]] = defaultdict(list)
+    actors = {f"batch, {n} actor(s)": n for n in (1, CORES)}
 
-    def measure(name: str, run: Callable[[Path], float | None]) -> None:
-        with tempfile.TemporaryDirectory(dir=work) as folder:
+    def measure(way: str) -> dict[str, float]:
+        with (
+            tempfile.TemporaryDirectory(dir=work) as folder,
+            ours(archive, work, workers=CORES) if way == _SERVED else nullcontext() as server,
+        ):
+            out, steady = Path(folder, "out"), float("nan")
             started = time.monotonic()
-            found = run(Path(folder, "out"))
-            rates[name].append(count / (time.monotonic() - started))
-            steady[name].append(float("nan") if found is None else found)
-        step(f"{size[0]}x{size[1]}, {name}: {rates[name][-1]:.1f} images/s")
+            if server is not None:
+                served(server, images, out.with_suffix(".csv"))
+            elif way == _BARE_LOOP:
+                bare(archive, images)
+            else:
+                steady = batch(archive, images, out, "--actors", str(actors[way]))
+            return {"rate": count / (time.monotonic() - started), "steady": steady}
 
-    for _ in range(rounds):
-        measure("bare loop", lambda _: bare(archive, images))
-        for actors in (1, CORES):
-            options = ("--actors", str(actors))
-            measure(
-                f"batch, {actors} actor(s)",
-                lambda out, options=options: batch(archive, images, out, *options),  # type: ignore[misc]
-            )
-        with ours(archive, work, workers=CORES) as server:
-            measure("classify, server", lambda out: served(server, images, out.with_suffix(".csv")))
-    base = median(rates["bare loop"])
+    found = medians([_BARE_LOOP, *actors, _SERVED], rounds, measure)
+    base = found[_BARE_LOOP]["rate"]
     return [
         [
-            *(f"{size[0]}x{size[1]}, {count:,}", name, median(found), median(found) / CORES),
-            *(f"{median(found) / base:.3f}", median(steady[name])),
+            *(f"{size[0]}x{size[1]}, {count:,}", way, values["rate"], values["rate"] / CORES),
+            *(f"{values['rate'] / base:.3f}", values["steady"]),
         ]
-        for name, found in rates.items()
+        for way, values in found.items()
     ]
 
 
@@ -150,20 +140,12 @@ def memory(work: Path, count: int) -> list[list[object]]:
     for number in range(1, count):
         (images / f"{number:06}.jpg").write_bytes(content)
     seen: list[dict[str, float]] = []
-    done = Event()
     program = [sys.executable, "-m", "batch", str(images), "--output", str(work / "small-out")]
     job = psutil.Popen([*program, "--archive", str(archive)], stdout=subprocess.DEVNULL)
-
-    def watch() -> None:
-        while not done.wait(5):
-            seen.append(_memory(job))
-
-    watcher = Thread(target=watch)
-    watcher.start()
-    status = job.wait()
-    done.set()
-    watcher.join()
-    assert status == 0
+    while job.poll() is None:
+        seen.append(_memory(job))
+        time.sleep(_WATCH_SECONDS)
+    assert job.returncode == 0
     # The first third has the start and the filling of buffers.
     thirds = [seen[place * len(seen) // 3 : (place + 1) * len(seen) // 3] for place in range(3)]
     return [[name, *(max(one[name] for one in third) for third in thirds)] for name in seen[0]]
@@ -197,9 +179,7 @@ def main(
     tiny: Annotated[int, typer.Option(help="Images whose memory is watched.")] = 50_000,
 ) -> None:
     """Write benchmarks/results/batch.md."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
+    with workspace() as (work, archive):
         rows = compare(archive, work, SMALL, count, rounds)
         rows += compare(archive, work, LARGE, large, rounds)
         resident = memory(work, tiny)

@@ -5,12 +5,12 @@ round starts, warms up, loads and stops every server, in another order. `--toget
 them running, to show the size of that error.
 """
 
-import json
 import tempfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ import typer
 from benchmarks.accuracy import write_crops
 from benchmarks.images import encode, noisy, photograph
 from benchmarks.known import PHOTOGRAPHS
-from benchmarks.load import Load, closed_loop, require_wrk
+from benchmarks.load import Load, closed_loop
 from benchmarks.peers.common import session
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import NAMES, OURS, Server, serve
@@ -51,23 +51,22 @@ Key = tuple[str, str]  # server, precision
 Case = tuple[str, int]  # image, clients
 
 
-@dataclass
 class Result:
     """The measurements of a server in a precision, over all rounds.
 
     Attributes:
+        settings: as the tables show them.
         loads: for each image and number of clients, one `Load` per round.
         cpu_ms: likewise, CPU time of all processes per successful answer.
-        worker_mb, all_mb: PSS of the largest worker and of all processes, after the loads.
-        first_answers: seconds.
+        rounds: memory of the largest worker and of all processes after the loads (PSS in MB), and
+            seconds to the first answer.
     """
 
-    settings: str = ""
-    loads: dict[Case, list[Load]] = field(default_factory=dict)
-    cpu_ms: dict[Case, list[float]] = field(default_factory=dict)
-    worker_mb: list[float] = field(default_factory=list)
-    all_mb: list[float] = field(default_factory=list)
-    first_answers: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.settings = ""
+        self.loads: dict[Case, list[Load]] = defaultdict(list)
+        self.cpu_ms: dict[Case, list[float]] = defaultdict(list)
+        self.rounds: list[tuple[float, float, float]] = []
 
     def middle(self, case: Case, value: str) -> float:
         """Return the median of a value of `Load`; NaN if it was not measured."""
@@ -85,7 +84,6 @@ def main(  # options of a command line
     together: Annotated[bool, typer.Option(help="Keep all servers running.")] = False,
 ) -> None:
     """Write benchmarks/results/servers.md."""
-    require_wrk()
     cases = [("720x720", count) for count in clients or (1, 16, 64, 256)]
     if not together:
         cases.append(("12 megapixels", 16))
@@ -97,34 +95,34 @@ def main(  # options of a command line
     results: dict[Key, Result] = {key: Result() for key in keys}
     bare: dict[str, list[float]] = {kind: [] for _, kind in keys}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
-        work = {kind: prepare(kind, Path(folder, kind)) for kind in bare}
-        started = {
-            key: running.enter_context(serve(key[0], work[key[1]], key[1]))
-            for key in (keys if together else ())
-        }
+        work = {kind: Path(folder, kind) for kind in bare}
+        for kind in bare:
+            prepare(kind, work[kind])
+
+        def start(key: Key) -> AbstractContextManager[Server]:
+            return serve(key[0], work[key[1]], key[1])
+
+        started = {key: running.enter_context(start(key)) for key in (keys if together else ())}
         for number, key in enumerate(alternate(keys, rounds)):
             if number % len(keys) == 0 and not together:
                 for kind, rates in bare.items():
                     rates.append(_bare(work[kind], kind))
             try:
-                if together:
-                    _measure(started[key], results[key], cases, seconds)
-                else:
-                    with serve(key[0], work[key[1]], key[1]) as one:
-                        _measure(one, results[key], cases, seconds)
+                with nullcontext(started[key]) if together else start(key) as one:
+                    _measure(one, results[key], cases, seconds)
             except RuntimeError as error:
                 warn(f"{key[0]}, {key[1]}: {error}")
                 continue
-            _log(key, results[key])
-        sizes = {name: len(make()) for name, make in IMAGES.items()}
+            last = {case: loads[-1].rate for case, loads in results[key].loads.items()}
+            step(f"{key}: {last}")
     section = "All servers running at the same time" if together else "One server at a time"
     section = ", ".join([section, *(precision or ())])
-    parts = _report(results, bare, cases, sizes, rounds, together=together)
+    parts = _report(results, bare, cases, rounds, together=together)
     write_section("servers", "Comparison with other servers", section, *parts)
 
 
 def prepare(precision: str, work: Path) -> Path:
-    """Write the archive and the peers' files, with random weights."""
+    """Write an archive with random weights, and the peers' files; return the archive."""
     work.mkdir(parents=True)
     # A reduced precision needs trained weights; this archive is temporary.
     source = replace(random_source("densenet121"), trained=True)
@@ -138,12 +136,11 @@ def prepare(precision: str, work: Path) -> Path:
         content.extractall(work)
     torch.save(source.module.state_dict(), work / "weights.pth")
     (work / "small.jpg").write_bytes(IMAGES["720x720"]())
-    return work
+    return archive
 
 
 def _measure(server: Server, result: Result, cases: Iterable[Case], seconds: int) -> None:
     result.settings = server.settings
-    result.first_answers.append(server.first_answer)
     closed_loop(server.url, server.body(IMAGES["720x720"]()), 16, _WARM_UP_SECONDS)
     wait_until_idle(server.name, server.cpu_seconds)
     for image, clients in cases:
@@ -154,24 +151,9 @@ def _measure(server: Server, result: Result, cases: Iterable[Case], seconds: int
         load = closed_loop(server.url, server.body(IMAGES[image]()), clients, duration)
         used = server.cpu_seconds() - before
         wait_until_idle(server.name, server.cpu_seconds)
-        result.loads.setdefault((image, clients), []).append(load)
-        result.cpu_ms.setdefault((image, clients), []).append(1000 * used / max(1, load.answered))
-    worker, everything = server.memory()
-    result.worker_mb.append(worker)
-    result.all_mb.append(everything)
-
-
-def _log(key: Key, result: Result) -> None:
-    """Print the last round, and write it to a file in case a later server fails."""
-    last = {
-        f"{image}, {clients}": asdict(loads[-1]) for (image, clients), loads in result.loads.items()
-    }
-    rates = ", ".join(f"{case} clients {loads['answered'] / loads['seconds']:.1f}/s"
-                      for case, loads in last.items())  # fmt: skip
-    step(f"{key[0]}, {key[1]}: {rates}")
-    Path("build").mkdir(exist_ok=True)
-    with Path("build", "compare.jsonl").open("a") as file:
-        file.write(json.dumps([*key, last]) + "\n")
+        result.loads[image, clients].append(load)
+        result.cpu_ms[image, clients].append(1000 * used / max(1, load.answered))
+    result.rounds.append((*server.memory(), server.first_answer))
 
 
 def _bare(work: Path, precision: str) -> float:
@@ -191,13 +173,12 @@ def _report(
     results: dict[Key, Result],
     bare: dict[str, list[float]],
     cases: list[Case],
-    sizes: dict[str, int],
     rounds: int,
     *,
     together: bool,
 ) -> Iterator[str | list[str]]:
     """Yield paragraphs and tables."""
-    images = ", ".join(f"{name} JPEG of {size / 1e3:,.0f} kB" for name, size in sizes.items())
+    images = ", ".join(f"{k} JPEG of {len(make()) / 1e3:,.0f} kB" for k, make in IMAGES.items())
     how = "all servers kept running" if together else "one server running at a time"
     yield (
         f"{images}; random weights, which do not change the speed. Load: wrk in a closed loop on "
@@ -220,36 +201,32 @@ def _report(
         ),
     )
     yield from _ratios(results, cases, headings)
+    headings = [
+        *("server", "precision", "image", "clients", "images/s", "lowest and highest round"),
+        *("p50 ms", "p95 ms", "p99 ms", "failed", "CPU ms per image"),
+    ]
+    yield table(headings, (_row(*one, case) for one in results.items() for case in one[1].loads))
+    headings = [
+        *("server", "precision", "settings", "largest worker MB (PSS)", "all processes MB"),
+        "first answer s",
+    ]
     yield table(
-        [
-            *("server", "precision", "image", "clients", "images/s", "lowest and highest round"),
-            *("p50 ms", "p95 ms", "p99 ms", "failed", "CPU ms per image"),
-        ],
+        headings,
         (
-            [
-                *(*key, *case, result.middle(case, "rate")),
-                f"{min(load.rate for load in loads):.1f} to {max(load.rate for load in loads):.1f}",
-                *(result.middle(case, name) for name in ("p50", "p95", "p99")),
-                *(sum(load.failed for load in loads), median(result.cpu_ms[case])),
-            ]
+            [*key, result.settings, *map(median, zip(*result.rounds, strict=True))]
             for key, result in results.items()
-            for case, loads in result.loads.items()
+            if result.rounds
         ),
     )
-    yield table(
-        [
-            *("server", "precision", "settings", "largest worker MB (PSS)", "all processes MB"),
-            "first answer s",
-        ],
-        (
-            [
-                *(*key, result.settings, median(result.worker_mb), median(result.all_mb)),
-                median(result.first_answers),
-            ]
-            for key, result in results.items()
-            if result.loads
-        ),
-    )
+
+
+def _row(key: Key, result: Result, case: Case) -> list[object]:
+    rates = [load.rate for load in result.loads[case]]
+    return [
+        *(*key, *case, median(rates), f"{min(rates):.1f} to {max(rates):.1f}"),
+        *(result.middle(case, name) for name in ("p50", "p95", "p99")),
+        *(sum(load.failed for load in result.loads[case]), median(result.cpu_ms[case])),
+    ]
 
 
 def _ratios(

@@ -4,25 +4,22 @@ The model is small, so that requests take most of the time.
 """
 
 import base64
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
-import psutil
 import requests
 import typer
 
+from benchmarks.archives import workspace
 from benchmarks.images import encode, form, noise, photograph
 from benchmarks.load import Body
 from benchmarks.report import table, write_section
 from benchmarks.servers import Server, ours
-from scripts.build.model_file import from_options
-from scripts.build.pipeline import build
 from scripts.terminal import step
 
 _CLIENTS = 8
@@ -30,33 +27,22 @@ _PARTS = 5
 _WARM_UP = 1000
 
 
-class Held(NamedTuple):
-    """Resident memory of the processes in MB, their open files and threads; temporary files."""
-
-    frontend: float
-    workers: float
-    descriptors: int
-    threads: int
-    files: int
-
-
 def main(
     requests_sent: Annotated[int, typer.Option("--requests", min=_PARTS)] = 20_000,
 ) -> None:
     """Write benchmarks/results/endurance.md."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "small.jpg").write_bytes(encode(photograph(64, 64)))
-        archive = build(from_options(arch="efficientnet_lite0"), work / "store")
-        bodies = list(_bodies())
-        statuses: Counter[int] = Counter()
-        with ours(archive, work) as server:
-            _send(server, bodies, _WARM_UP)
-            rows = [(0, *_held(server, work))]
-            for part in range(1, _PARTS + 1):
-                statuses += _send(server, bodies, requests_sent // _PARTS)
-                rows.append((part * (requests_sent // _PARTS), *_held(server, work)))
-                step(f"After {rows[-1][0]} requests: {rows[-1][1:]}")
+    bodies = list(_bodies())
+    statuses: Counter[int] = Counter()
+    with (
+        workspace(arch="efficientnet_lite0", weights=None) as (work, archive),
+        ours(archive, work) as server,
+    ):
+        _send(server, bodies, _WARM_UP)
+        rows = [(0, *_held(server, work))]
+        for part in range(1, _PARTS + 1):
+            statuses += _send(server, bodies, requests_sent // _PARTS)
+            rows.append((part * (requests_sent // _PARTS), *_held(server, work)))
+            step(f"After {rows[-1][0]} requests: {rows[-1][1:]}")
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
     headings = (
         *("requests", "frontend MB (RSS)", "workers MB (RSS)"),
@@ -109,15 +95,14 @@ def _send(server: Server, bodies: list[Body], count: int) -> Counter[int]:
         return sum(pool.map(client, range(_CLIENTS)), Counter())
 
 
-def _held(server: Server, work: Path) -> Held:
+def _held(server: Server, work: Path) -> tuple[float, float, int, int, int]:
+    """Return what the page's table has: memory, open files, threads, temporary files."""
     processes = server.processes()
-    sizes: dict[bool, float] = {True: 0.0, False: 0.0}
-    for process in processes:
-        sizes[process.name() == "java"] += process.memory_info().rss / 1e6
-    return Held(
-        sizes[True],
-        sizes[False],
-        sum(process.num_fds() for process in processes if psutil.pid_exists(process.pid)),
+    java, *workers = (process.memory_info().rss / 1e6 for process in processes)
+    return (
+        java,
+        sum(workers),
+        sum(process.num_fds() for process in processes),
         sum(process.num_threads() for process in processes),
         sum(1 for path in work.glob("run-*/**/*") if path.is_file()),
     )

@@ -5,18 +5,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import requests
 
-from benchmarks.images import encode, photograph
-from benchmarks.load import Body, closed_loop, require_wrk
+from benchmarks.archives import workspace
+from benchmarks.load import Body, closed_loop
 from benchmarks.report import table, write_section
 from benchmarks.servers import behind_gateway
-from scripts.build.model_file import from_options
-from scripts.build.pipeline import build
+from benchmarks.timing import alternate
 from scripts.serve.running import HOST
 
 _REQUESTS = 300
@@ -30,22 +27,16 @@ _SLOW_ADDRESS = "127.0.0.2"
 
 def main() -> None:
     """Write benchmarks/results/gateway.md."""
-    require_wrk()
-    image = encode(photograph(720, 720), quality=90)
-    with TemporaryDirectory() as folder:
-        spec = from_options(arch="densenet121", weights="random")
-        archive = build(spec, Path(folder, "store"))
-        with behind_gateway(archive, Path(folder, "run"), 2) as (running, options):
+    with workspace() as (work, archive):
+        image = (work / "small.jpg").read_bytes()
+        with behind_gateway(archive, work / "run", 2) as (running, options):
             direct, through = running.predictions_url, f"{options.url}/predict"
             for url in (direct, through):
                 closed_loop(url, Body(image), _CLIENTS, _SECONDS)
-            rates = []
-            for number in range(_ROUNDS):
-                order = (direct, through) if number % 2 == 0 else (through, direct)
-                rate = {
-                    url: closed_loop(url, Body(image), _CLIENTS, _SECONDS).rate for url in order
-                }
-                rates.append((rate[direct], rate[through]))
+            rates = [
+                {url: closed_loop(url, Body(image), _CLIENTS, _SECONDS).rate for url in order}
+                for order in alternate([(direct, through), (through, direct)], _ROUNDS // 2)
+            ]
             sessions = requests.Session(), requests.Session()
             pairs = [
                 (_ms(sessions[0], direct, image), _ms(sessions[1], through, image))
@@ -64,9 +55,9 @@ def main() -> None:
     text = f"One client, {_REQUESTS} requests of each kind, in turn. Repeat: `make bench-gateway`."
     write_section("gateway", title, "One client", text, table(["request", "median ms"], one))
     many = [
-        ("directly", median(before for before, _ in rates)),
-        ("through the gateway", median(after for _, after in rates)),
-        ("the ratio", f"{median(after / before for before, after in rates):.3f}"),
+        ("directly", median(rate[direct] for rate in rates)),
+        ("through the gateway", median(rate[through] for rate in rates)),
+        ("the ratio", f"{median(rate[through] / rate[direct] for rate in rates):.3f}"),
     ]
     text = f"{_CLIENTS} clients, {_ROUNDS} rounds of {_SECONDS} s of each kind, in turn."
     rows = table(["requests", "images/s"], many)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 
 from benchmarks.report import table, write_section
 from benchmarks.timing import images_per_second
@@ -47,7 +48,7 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     eager = Normalized(model, preprocessing).eval().to(device)
     views = sample_views(preprocessing, max(batches))
 
-    def run_eager(images: np.ndarray[Any, Any]) -> Any:
+    def run_eager(images: NDArray[np.uint8]) -> Any:
         with torch.inference_mode():
             return eager(torch.from_numpy(images).to(device)).cpu().numpy()
 
@@ -56,24 +57,20 @@ def main(seconds: Annotated[float, typer.Option(min=0.1)] = 2.0) -> None:
     same = float((expected.argmax(1) == mine.argmax(1)).mean())
     probability = float(np.abs(softmax(expected) - softmax(mine)).max())
     jpeg = CAT.read_bytes()
+
+    def decoded(_: int) -> NDArray[np.uint8]:
+        return decode(jpeg, preprocessing, PixelBudget(10**9)).pixels
+
+    def from_bytes(batch: int) -> Any:
+        pixels = np.stack(list(pool.map(decoded, range(batch))))
+        return softmax(engine.run(pixels).logits)
+
     rows = []
     with ThreadPoolExecutor(cores.share) as pool:
         for batch in batches:
             part = views[:batch]
-
-            def from_bytes(batch: int = batch) -> Any:
-                def one(_: int) -> Any:
-                    return decode(jpeg, preprocessing, PixelBudget(10**9)).pixels
-
-                pixels = np.stack(list(pool.map(one, range(batch))))
-                return softmax(engine.run(pixels).logits)
-
-            rates = [
-                images_per_second(partial(engine.run, part), batch, seconds),
-                images_per_second(partial(run_eager, part), batch, seconds),
-                images_per_second(from_bytes, batch, seconds),
-            ]
-            rows.append([batch, *rates])
+            ways = (partial(engine.run, part), partial(run_eager, part), partial(from_bytes, batch))
+            rows.append([batch, *(images_per_second(way, batch, seconds) for way in ways)])
             step(str(rows[-1]))
     headings = ("batch", "engine images/s", "eager float32 images/s", "files to probabilities")
     write_section(

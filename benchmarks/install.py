@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.report import table, write_section
-from scripts.serve.running import HOST, Ports, free_ports
+from scripts.serve.running import HOST, free_ports
 from scripts.terminal import step
 
 _BLOCK = 1 << 16
@@ -74,38 +74,25 @@ def main(
     rounds: Annotated[int, typer.Option(help="Runs with a full cache.")] = 3,
 ) -> None:
     """Write the section on `make run` of benchmarks/results/install.md."""
+    rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
         work, proxy = Path(folder), Proxy()
-        proxy.rate = megabits * 1e6 / 8
-        seconds, setup, clone = _first_answer(work, proxy)
-        received = proxy.received / 1e6
-        disk = _megabytes(clone / ".venv")
-        rows: list[tuple[object, ...]] = [
-            (f"empty, {megabits:.0f} Mbit/s", seconds, setup, seconds - setup, received, disk)
-        ]
-        proxy.rate = None
-        for _ in range(rounds):
-            before = proxy.received
-            seconds, setup, _ = _first_answer(work, proxy)
-            received = (proxy.received - before) / 1e6
-            rows.append(("full", seconds, setup, seconds - setup, received, disk))
-    lines = [
-        (
-            "`make run ARCH=efficientnet_lite0` in a fresh clone, from the command to the first "
-            "answer, with the caches of uv and pip empty or full. Installing is `make "
-            "setup-lite0`. Repeat: `make bench-install`."
-        ),
-        "",
-        *table(
-            ["cache", "seconds", "installing", "the rest", "received MB", ".venv MB"],
-            rows,
-        ),
-    ]
-    write_section("install", "Installing", "`make run`", lines)
+        for number in range(rounds + 1):
+            proxy.rate, proxy.received = None if number else megabits * 1e6 / 8, 0
+            cache = "full" if number else f"empty, {megabits:.0f} Mbit/s"
+            rows.append([cache, *_first_answer(work, proxy)])
+            step(f"{rows[-1]}")
+    write_section(
+        *("install", "Installing", "`make run`"),
+        "`make run ARCH=efficientnet_lite0` in a fresh clone, from the command to the first "
+        "answer, with the caches of uv and pip empty or full. Installing is `make setup-lite0`. "
+        "Repeat: `make bench-install`.",
+        table(["cache", "seconds", "installing", "the rest", "received MB", ".venv MB"], rows),
+    )
 
 
-def _first_answer(work: Path, proxy: Proxy) -> tuple[float, float, Path]:
-    """Return the seconds until the first answer, those of installing, and the clone."""
+def _first_answer(work: Path, proxy: Proxy) -> tuple[float, ...]:
+    """Return seconds in total, of installing and of the rest; MB received and of .venv."""
     clone = work / f"clone-{time.monotonic_ns()}"
     subprocess.run(["git", "clone", "--quiet", ".", clone], check=True)
     environment = os.environ | {
@@ -113,23 +100,17 @@ def _first_answer(work: Path, proxy: Proxy) -> tuple[float, float, Path]:
         "UV_CACHE_DIR": str(work / "uv"),
         "PIP_CACHE_DIR": str(work / "pip"),
     }
-    ports: Ports = free_ports()
-    began = time.monotonic()
-    _make("setup-lite0", clone=clone, environment=environment)
-    setup = time.monotonic() - began
+
+    def make(*arguments: str) -> float:
+        began = time.monotonic()
+        subprocess.run(["make", *arguments], cwd=clone, env=environment, check=True)
+        return time.monotonic() - began
+
+    ports = free_ports()
+    setup = make("setup-lite0")
     options = (f"PORT={ports.inference}", f"METRICS_PORT={ports.metrics}")
-    _make("run", "ARCH=efficientnet_lite0", *options, clone=clone, environment=environment)
-    seconds = time.monotonic() - began
-    _make("stop", clone=clone, environment=environment)
-    step(f"{seconds:.1f} s to the first answer, {setup:.1f} s of them installing")
-    return seconds, setup, clone
-
-
-def _make(*arguments: str, clone: Path, environment: dict[str, str]) -> None:
-    subprocess.run(["make", *arguments], cwd=clone, env=environment, check=True)
-
-
-def _megabytes(folder: Path) -> float:
-    """Return the space that a folder takes; hard links to a cache count in full."""
-    size = subprocess.check_output(["du", "-s", "--block-size=1", folder], text=True)
-    return int(size.split()[0]) / 1e6
+    rest = make("run", "ARCH=efficientnet_lite0", *options)
+    make("stop")
+    # Hard links to a cache count in full.
+    size = subprocess.check_output(["du", "-s", "--block-size=1", clone / ".venv"], text=True)
+    return setup + rest, setup, rest, proxy.received / 1e6, int(size.split()[0]) / 1e6

@@ -16,10 +16,11 @@ import typer
 from matplotlib import pyplot
 
 from benchmarks.compare import IMAGES, prepare
-from benchmarks.load import Body, Load, closed_loop, require_wrk
+from benchmarks.load import Body, Load, closed_loop
 from benchmarks.report import RESULTS, table, write_section
 from benchmarks.servers import OURS, behind_gateway, serve
 from benchmarks.timing import wait_until_idle
+from scripts.gateway.options import Options
 from scripts.serve.running import HOST
 from scripts.terminal import step
 
@@ -45,15 +46,15 @@ def main(
     gateway: Annotated[bool, typer.Option(help="Measure clients that give up or leave.")] = True,
 ) -> None:
     """Write benchmarks/results/overload.md and overload.png."""
-    require_wrk()
     image = IMAGES["720x720"]()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder, "work")
-        prepare("float32", work)
+        archive = prepare("float32", work)
         if curve:
             _write_curve(work, image, server or _SERVERS, clients or _CLIENTS)
         if gateway:
-            _write_gateway(next((work / "store").glob("*.mar")), image)
+            with behind_gateway(archive, Path(folder, "run")) as (_, options):
+                _write_gateway(options, image)
 
 
 def _write_curve(work: Path, image: bytes, servers: Sequence[str], clients: Sequence[int]) -> None:
@@ -98,20 +99,16 @@ def _plot(found: dict[str, dict[int, Load]]) -> None:
     figure.savefig(RESULTS / "overload.png", dpi=100)
 
 
-def _write_gateway(archive: Path, image: bytes) -> None:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        behind_gateway(archive, Path(folder, "run")) as (_, options),
-    ):
-        url = f"{options.url}/predict"
-        closed_loop(url, Body(image), 16, _WARM_UP_SECONDS)
-        capacity = closed_loop(url, Body(image), 16, _SECONDS).rate
-        target = _Target(options.http_port, image)
-        impatient = asyncio.run(target.open_loop(_OVERLOAD * capacity, _OVERLOAD_SECONDS))
-        after = asyncio.run(target.one_by_one(3.0))
-        alone = asyncio.run(target.one_by_one(10.0))
-        with_leavers = asyncio.run(target.with_leavers())
-        large = closed_loop(url, Body(image), 512, _SECONDS)
+def _write_gateway(options: Options, image: bytes) -> None:
+    url = f"{options.url}/predict"
+    closed_loop(url, Body(image), 16, _WARM_UP_SECONDS)
+    capacity = closed_loop(url, Body(image), 16, _SECONDS).rate
+    clients = _Clients(options.http_port, image)
+    impatient = asyncio.run(clients.open_loop(_OVERLOAD * capacity, _OVERLOAD_SECONDS))
+    after = asyncio.run(clients.one_by_one(3))
+    alone = asyncio.run(clients.one_by_one(10))
+    with_leavers = asyncio.run(clients.one_by_one(_LEAVERS_SECONDS, _LEAVERS))
+    large = closed_loop(url, Body(image), 512, _SECONDS)
     in_time = impatient / _OVERLOAD_SECONDS
     rows = [
         ("16 clients, images/s", capacity),
@@ -128,8 +125,8 @@ def _write_gateway(archive: Path, image: bytes) -> None:
     write_section("overload", _TITLE, "Clients that give up or leave", text, table(["", ""], rows))
 
 
-class _Target:
-    """The gateway, for clients that open a connection per request."""
+class _Clients:
+    """Clients of the gateway that open a connection per request."""
 
     def __init__(self, port: int, image: bytes) -> None:
         self._port = port
@@ -145,50 +142,43 @@ class _Target:
             await asyncio.sleep(0.005)
         return sum(await asyncio.gather(*tasks))
 
-    async def one_by_one(self, seconds: float) -> list[float]:
-        """Send one request after the other; return the seconds that each success took."""
-        started, found = time.monotonic(), []
-        while (began := time.monotonic()) < started + seconds:
-            if await self._ask(60.0):
-                found.append(time.monotonic() - began)
-        return found
+    async def one_by_one(self, seconds: float, leavers: int = 0) -> list[float]:
+        """Send one request after the other; return the seconds that each success took.
 
-    async def with_leavers(self) -> list[float]:
-        """Send requests one by one while other clients send an image and disconnect."""
+        Meanwhile `leavers` other clients per second send an image and disconnect.
+        """
 
         async def leave() -> None:
-            while True:
-                task = asyncio.create_task(self._send(60.0))
-                task.add_done_callback(lambda done: done.result()[1].close())
-                await asyncio.sleep(1 / _LEAVERS)
+            while leavers:
+                tasks.append(asyncio.create_task(self._request(60, leaves=True)))
+                await asyncio.sleep(1 / leavers)
 
+        tasks: list[asyncio.Task[bool]] = []
         leaving = asyncio.create_task(leave())
-        try:
-            return await self.one_by_one(_LEAVERS_SECONDS)
-        finally:
-            leaving.cancel()
+        started, found = time.monotonic(), []
+        while (began := time.monotonic()) < started + seconds:
+            if await self._ask(60):
+                found.append(time.monotonic() - began)
+        leaving.cancel()
+        return found
 
-    async def _send(self, patience: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _ask(self, patience: float) -> bool:
+        """Return whether the response arrived in time and was a success."""
+        try:
+            return await asyncio.wait_for(self._request(patience), patience)
+        except (OSError, asyncio.TimeoutError):
+            return False
+
+    async def _request(self, patience: float, *, leaves: bool = False) -> bool:
         reader, writer = await asyncio.open_connection(HOST, self._port)
         head = (
             f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
             f"Content-Length: {len(self._image)}\r\nX-Request-Timeout: {patience:g}\r\n"
             "Connection: close\r\n\r\n"
         )
-        writer.write(head.encode() + self._image)
-        await writer.drain()
-        return reader, writer
-
-    async def _ask(self, patience: float) -> bool:
-        """Return whether the response arrived in time and was a success."""
         try:
-            return await asyncio.wait_for(self._status(patience), patience)
-        except (OSError, asyncio.TimeoutError):
-            return False
-
-    async def _status(self, patience: float) -> bool:
-        reader, writer = await self._send(patience)
-        try:
-            return b" 200 " in await reader.readline()
+            writer.write(head.encode() + self._image)
+            await writer.drain()
+            return not leaves and b" 200 " in await reader.readline()
         finally:
             writer.close()

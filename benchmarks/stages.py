@@ -5,33 +5,27 @@ freed memory kept, exact and at reduced DCT scale; workers with and without PyTo
 """
 
 import json
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import numpy as np
 import typer
 
-from benchmarks.archives import repack
+from benchmarks.archives import repack, workspace
 from benchmarks.images import KINDS, SMALL, jpeg
-from benchmarks.load import Body, closed_loop, require_wrk
+from benchmarks.load import Body, closed_loop
 from benchmarks.report import CORES, table, write_section
 from benchmarks.servers import ours
-from benchmarks.timing import Cost, alternate, call_elsewhere, cost, medians
+from benchmarks.timing import call_elsewhere, cost, medians
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode
 from handler.inference.allocator import keep_freed_memory
 from handler.inference.cores import Cores
 from handler.inference.engines import load_engine
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
-from scripts.build.model_file import from_options
 from scripts.build.packing import AT_START
-from scripts.build.pipeline import build
-from scripts.terminal import step
 
 _MAX_PIXELS = 64_000_000
 _WARM_UP_SECONDS = 6
@@ -42,10 +36,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="In each round.")] = 20,
 ) -> None:
     """Write benchmarks/results/stages.md."""
-    require_wrk()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        archive = build(from_options(arch="densenet121", weights="random"), work / "store")
+    with workspace() as (work, archive):
         passes = _forward_passes(archive, work, rounds, repeats)
         decoding = _decoding(rounds, repeats)
         workers = list(_workers(archive, work))
@@ -55,49 +46,49 @@ def main(
         *("stages", "Stages of a request", "Stages"),
         f"Medians of {rounds} alternating rounds of {repeats} calls; CPU ms are means, the decoder "
         "process included. Repeat: `make bench-stages`.",
-        table(["forward pass of one image", "ms"], passes.items()),
-        table(["decoding and resizing in one thread", "ms", "CPU ms"], decoding),
+        _table("forward pass of one image", passes),
+        _table("decoding and resizing in one thread", decoding),
         table([of_workers, *memory], workers),
     )
 
 
-def _forward_passes(archive: Path, work: Path, rounds: int, repeats: int) -> dict[str, float]:
+def _table(heading: str, found: dict[str, dict[str, float]]) -> list[str]:
+    columns = next(iter(found.values()))
+    return table([heading, *columns], ([name, *v.values()] for name, v in found.items()))
+
+
+def _forward_passes(
+    archive: Path, work: Path, rounds: int, repeats: int
+) -> dict[str, dict[str, float]]:
     with zipfile.ZipFile(archive) as content:
         model = Path(content.extract("model.onnx", work))
         card = ModelCard.from_json(content.read(MODEL_CARD))
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), dtype=np.uint8)
+    engines = {
+        f"{n} thread(s)": load_engine(model, card, Cores(n, n, work / f"cores-{n}"))
+        for n in sorted({1, CORES})
+    }
 
-    def way(threads: int) -> Callable[[], float]:
-        engine = load_engine(model, card, Cores(threads, threads, work / f"cores-{threads}"))
-        return lambda: cost(lambda: engine.run(image).logits, repeats).seconds * 1000
+    def measure(name: str) -> dict[str, float]:
+        return {"ms": cost(lambda: engines[name].run(image).logits, repeats)["ms"]}
 
-    return medians({f"{n} thread(s)": way(n) for n in sorted({1, CORES})}, rounds)
+    return medians(list(engines), rounds, measure)
 
 
-def _decoding(rounds: int, repeats: int) -> list[tuple[str, float, float]]:
+def _decoding(rounds: int, repeats: int) -> dict[str, dict[str, float]]:
     """Measure kinds of images, and JPEGs without the worker's two optimizations."""
     ways = {kind: (kind, True, True) for kind in KINDS}
     for kind in ("JPEG, 720x720", "JPEG, 12 megapixels"):
         ways[f"{kind}, freed memory given back"] = (kind, True, False)
     ways["JPEG, 12 megapixels, exact"] = ("JPEG, 12 megapixels", False, True)
-    found: dict[str, list[Cost]] = {name: [] for name in ways}
-    for name in alternate(list(ways), rounds):
-        one = _elsewhere(*ways[name], repeats)
-        found[name].append(one)
-        step(f"{name}: {1000 * one.seconds:.1f} ms, {1000 * one.cpu_seconds:.1f} ms of CPU")
-    return [
-        (
-            *(name, 1000 * median(one.seconds for one in costs)),
-            1000 * median(one.cpu_seconds for one in costs),
-        )
-        for name, costs in found.items()
-    ]
+    return medians(list(ways), rounds, lambda name: _elsewhere(*ways[name], repeats))
 
 
-def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> Cost:
+def _elsewhere(kind: str, reduced: bool, kept: bool, repeats: int) -> dict[str, float]:
     """Measure in another process, since the allocator's settings are per process."""
-    arguments = [kind, "reduced" if reduced else "", "kept" if kept else "", str(repeats)]
-    return Cost(**json.loads(call_elsewhere("benchmarks.stages", "decoded", *arguments)))
+    arguments = (kind, "reduced" if reduced else "", "kept" if kept else "", repeats)
+    found: dict[str, float] = json.loads(call_elsewhere("benchmarks.stages", "decoded", *arguments))
+    return found
 
 
 def decoded(kind: str, reduced: str, kept: str, repeats: str) -> None:
@@ -109,7 +100,7 @@ def decoded(kind: str, reduced: str, kept: str, repeats: str) -> None:
     def work() -> None:
         decode(data, preprocessing, PixelBudget(_MAX_PIXELS), reduced=bool(reduced))
 
-    print(json.dumps(asdict(cost(work, int(repeats)))))
+    print(json.dumps(cost(work, int(repeats))))
 
 
 def _workers(archive: Path, work: Path) -> Iterator[tuple[str, float, float, float]]:
@@ -118,7 +109,6 @@ def _workers(archive: Path, work: Path) -> Iterator[tuple[str, float, float, flo
     other.parent.mkdir()
     repack(archive, other, lambda name, content: None if name == AT_START.name else content)
     small = Body(jpeg(SMALL))
-    (work / "small.jpg").write_bytes(small.data)  # for the server's first answer
     for name, which in (("unchanged", archive), ("with PyTorch imported", other)):
         with ours(which, work) as server:
             closed_loop(server.url, small, 16, _WARM_UP_SECONDS)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
@@ -22,14 +21,6 @@ _IDLE_SHARE, _IDLE_TIMEOUT, _IDLE_SECONDS = 0.2, 90.0, 0.5
 _SETTLE_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The cost of a call: seconds by the clock (median) and of CPU (mean)."""
-
-    seconds: float
-    cpu_seconds: float
-
-
 def alternate(items: Sequence[T], rounds: int) -> Iterator[T]:
     """Yield all items in each round, starting with another one."""
     for number in range(rounds):
@@ -38,17 +29,22 @@ def alternate(items: Sequence[T], rounds: int) -> Iterator[T]:
         yield from items[:begin]
 
 
-def medians(measures: Mapping[T, Callable[[], float]], rounds: int) -> dict[T, float]:
-    """Return the median of what each function returned, called in alternating rounds."""
-    found: dict[T, list[float]] = {name: [] for name in measures}
-    for name in alternate(list(measures), rounds):
-        found[name].append(measures[name]())
-        step(f"{name}: {found[name][-1]:.4g}")
-    return {name: median(values) for name, values in found.items()}
+def medians(
+    items: Sequence[T], rounds: int, measure: Callable[[T], Mapping[str, float]]
+) -> dict[T, dict[str, float]]:
+    """Return the medians of each item's values, which `measure` returns, in alternating rounds."""
+    found: dict[T, list[Mapping[str, float]]] = {item: [] for item in items}
+    for item in alternate(items, rounds):
+        found[item].append(measure(item))
+        step(f"{item}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[item][-1].items()))
+    return {
+        item: {key: median(values[key] for values in measured) for key in measured[0]}
+        for item, measured in found.items()
+    }
 
 
-def cost(work: Callable[[], object], repeats: int) -> Cost:
-    """Return the cost of a call, after two that warm up."""
+def cost(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Return a call's milliseconds by the clock (median) and of CPU (mean), after two others."""
     for _ in range(_WARM_UP):
         work()
     times = []
@@ -57,7 +53,8 @@ def cost(work: Callable[[], object], repeats: int) -> Cost:
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-    return Cost(median(times), (cpu_seconds() - before) / repeats)
+    used = (cpu_seconds() - before) / repeats
+    return {"ms": 1000 * median(times), "CPU ms": 1000 * used}
 
 
 def images_per_second(work: Callable[[], object], images: int, seconds: float) -> float:

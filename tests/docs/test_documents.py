@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import SkipTest
 
@@ -51,7 +50,6 @@ NOT_RUN = {
 # The gateway's ports in the text.
 GATEWAY_PORTS = {"HTTP_PORT": 5000, "HTTPS_PORT": 8443}
 
-# An unreachable address, so that `make run` serves the model whose weights are a package.
 _NO_WEIGHTS = "http://127.0.0.1:9/densenet121-a639ec97.pth"
 
 # curl reports its progress unless it writes to a terminal.
@@ -60,24 +58,29 @@ _AS_ON_A_TERMINAL = 'curl() { command curl --silent "$@"; }; '
 OUTPUT = doctest.OutputChecker()
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """A copy of the project in which commands run.
+    """A copy of the project in which commands run, with ports of its own."""
 
-    Attributes:
-        folder: the copy.
-        server: by variable of `make run`, the port in the text and the port here.
-        gateway: the same for `make gateway`.
-    """
-
-    folder: Path
-    server: dict[str, tuple[int, int]]
-    gateway: dict[str, tuple[int, int]]
-
-    @property
-    def ports(self) -> dict[int, int]:
-        """Return the port here for each port in the text."""
-        return dict([*self.server.values(), *self.gateway.values()])
+    def __init__(self, folder: Path) -> None:
+        """Copy the project."""
+        self.folder = folder
+        copy_project(folder)
+        (folder / "build").mkdir()
+        for export in Path("build").glob("*.onnx"):  # the export takes half of the README's time
+            (folder / "build" / export.name).symlink_to(export.absolute())
+        uses, mine = Ports().used(grpc=True), free_ports().used(grpc=True)
+        names = {use: "PORT" if use == "inference" else f"{use.upper()}_PORT" for use in uses}
+        server = {names[use]: mine[use] for use in uses}
+        gateway = dict(zip(GATEWAY_PORTS, unused_ports(len(GATEWAY_PORTS)), strict=True))
+        # Unreachable weights, so that `make run` serves the model whose weights are a package.
+        self._variables: dict[str, dict[str, object]] = {
+            "run": server | {"WEIGHTS": _NO_WEIGHTS},
+            "start": dict(server),
+            "gateway": dict(gateway),
+        }
+        # By port of the text, the port here.
+        self._ports = {uses[use]: mine[use] for use in uses}
+        self._ports |= {GATEWAY_PORTS[name]: port for name, port in gateway.items()}
 
     def serve(self) -> None:
         """Run `make run`, which each page presupposes, unless it has been done."""
@@ -87,13 +90,18 @@ class Workspace:
 
     def run(self, command: str) -> tuple[int, str]:
         """Run a command of the text; return its status, and its output with the text's ports."""
-        return self._run(
-            ["bash", "-c", _AS_ON_A_TERMINAL + self._with_variables(self.here(command))]
-        )
+
+        def with_variables(match: re.Match[str]) -> str:
+            variables = self._variables[match[1]].items()
+            return " ".join([match[0], *(f"{name}={value}" for name, value in variables)])
+
+        command = _replaced(command, self._ports)
+        command = re.sub(r"\bmake (run|start|gateway)\b(?!-)", with_variables, command)
+        return self._run(["bash", "-c", _AS_ON_A_TERMINAL + command])
 
     def run_python(self, code: str) -> tuple[int, str]:
         """Run a program of the text in the same way."""
-        return self._run([".venv/bin/python", "-c", self.here(code)])
+        return self._run([".venv/bin/python", "-c", _replaced(code, self._ports)])
 
     def _run(self, command: list[str]) -> tuple[int, str]:
         found = subprocess.run(
@@ -107,29 +115,8 @@ class Workspace:
             timeout=TIMEOUT,
             check=False,
         )
-        return found.returncode, self.there(found.stdout)
-
-    def _with_variables(self, command: str) -> str:
-        """Make `make` use these ports and download no weights."""
-
-        def replaced(match: re.Match[str]) -> str:
-            chosen = self.gateway if match[1] == "gateway" else self.server
-            weights = f" WEIGHTS={_NO_WEIGHTS}" if match[1] == "run" else ""
-            return (
-                match[0]
-                + "".join(f" {name}={mine}" for name, (_, mine) in chosen.items())
-                + weights
-            )
-
-        return re.sub(r"\bmake (run|start|gateway)\b(?!-)", replaced, command)
-
-    def here(self, text: str) -> str:
-        """Return the text with this workspace's ports."""
-        return _replaced(text, self.ports)
-
-    def there(self, text: str) -> str:
-        """Return the text with the documented ports."""
-        return _replaced(text, {mine: documented for documented, mine in self.ports.items()})
+        documented = {mine: port for port, mine in self._ports.items()}
+        return found.returncode, _replaced(found.stdout, documented)
 
 
 def _replaced(text: str, ports: dict[int, int]) -> str:
@@ -139,23 +126,10 @@ def _replaced(text: str, ports: dict[int, int]) -> str:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A copy of the project with this environment's packages."""
-    folder = tmp_path_factory.mktemp("project")
-    copy_project(folder)
-    (folder / "build").mkdir()
-    for export in Path("build").glob("*.onnx"):  # the export takes half of the README's time
-        (folder / "build" / export.name).symlink_to(export.absolute())
-    documented, mine = Ports().used(grpc=True), free_ports().used(grpc=True)
-    server = {
-        "PORT" if use == "inference" else f"{use.upper()}_PORT": (documented[use], mine[use])
-        for use in documented
-    }
-    unused = unused_ports(len(GATEWAY_PORTS))
-    gateway = {
-        name: (port, mine) for (name, port), mine in zip(GATEWAY_PORTS.items(), unused, strict=True)
-    }
-    yield Workspace(folder, server, gateway)
+    made = Workspace(tmp_path_factory.mktemp("project"))
+    yield made
     for command in ("gateway-stop", "stop"):
-        subprocess.run(["make", command], cwd=folder, capture_output=True, check=False)
+        subprocess.run(["make", command], cwd=made.folder, capture_output=True, check=False)
 
 
 @pytest.mark.timeout(600)
