@@ -226,27 +226,21 @@ KEPT = """
 
 
 def test_setup_keeps_settings_of_indexes_and_certificates_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (FOREIGN + KEPT).split():
         monkeypatch.setenv(name, "given")
-    bootstrap.execute("sh", "-c", f"printenv >{tmp_path}/variables")
-    lines = (tmp_path / "variables").read_text().splitlines()
-    assert {line[:-6] for line in lines if line.endswith("=given")} == set(KEPT.split())
-
-
-def test_configuration_files_of_pip_and_uv_keep_only_indexes_and_certificates(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
     (folder / "uv").mkdir()
     (folder / "uv/uv.toml").write_text(
         'constraint-dependencies = [\n  "six<1",\n]\nnative-tls = true\n[[index]]\nurl = "mirror"\n'
         '[pip]\ntarget = "elsewhere"\nindex-strategy = "first-index"\n'
     )
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
-    monkeypatch.setenv("PIP_DRY_RUN", "1")
-    bootstrap.execute("sh", "-c", "echo $PIP_DRY_RUN $UV_CONFIG_FILE >.venv/used")
-    assert (folder / ".venv/used").read_text() == "0 .venv/uv.toml\n"
+    bootstrap.execute("sh", "-c", "printenv >.venv/variables")
+    lines = (folder / ".venv/variables").read_text().splitlines()
+    assert {line[:-6] for line in lines if line.endswith("=given")} == set(KEPT.split())
+    # Variables override pip's configuration files.
+    assert {"PIP_DRY_RUN=0", "PIP_USER=0", "UV_CONFIG_FILE=.venv/uv.toml"} <= set(lines)
     assert (folder / ".venv/uv.toml").read_text() == (
         'native-tls = true\n[[index]]\nurl = "mirror"\n[pip]\nindex-strategy = "first-index"\n'
     )

@@ -43,17 +43,12 @@ def test_every_command_of_the_program_is_a_command_of_make() -> None:
     assert dict(called) == {name: name for name in COMMANDS}
 
 
-def test_a_misspelled_variable_is_an_error() -> None:
-    done = make("scale", "WORKER=2")
+def test_a_misspelled_variable_is_an_error_and_those_of_another_python_do_not_matter() -> None:
+    foreign = {"PYTHONHOME": "/nowhere", "PYTHONPATH": "tests", "PYTHONPLATLIBDIR": "no"}
+    done = make("scale", "WORKER=2", PYTHONSAFEPATH="1", **foreign)
     assert done.returncode == 2
     assert "No such option: --worker" in done.stderr
     assert "--workers" in done.stderr
-
-
-def test_variables_of_another_python_do_not_matter() -> None:
-    foreign = {"PYTHONHOME": "/nowhere", "PYTHONPATH": "tests", "PYTHONPLATLIBDIR": "no"}
-    done = make("scale", "WORKER=2", PYTHONSAFEPATH="1", **foreign)
-    assert "No such option: --worker" in done.stderr
 
 
 def test_only_the_command_line_counts_and_its_quotes_and_spaces_survive() -> None:
