@@ -66,8 +66,3 @@ def test_the_words_are_the_usual_ones() -> None:
 @pytest.mark.parametrize("text", ["a Picture of", "normalised", "quantisation", "the colour"])
 def test_banned_words_are_found(text: str) -> None:
     assert PATTERN.search(text)
-
-
-@pytest.mark.parametrize("text", ["rise", "otherwise", "organization", "image", "precise"])
-def test_other_words_are_not(text: str) -> None:
-    assert not PATTERN.search(text)
