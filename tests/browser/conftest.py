@@ -4,9 +4,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserType,
+    ConsoleMessage,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from scripts.serve.running import ServerState
 
@@ -32,32 +41,25 @@ class Console:
 
     def __init__(self) -> None:
         self._problems: list[str] = []
-        self._expected: list[str] = []
-        self._optional: list[str] = []
+        # Whether each allowed message is required.
+        self._expected: dict[str, bool] = {}
 
     def watch(self, page: Page) -> None:
-        page.on(
-            "console",
-            lambda message: (
-                self._problems.append(message.text)
-                if message.type in {"error", "warning"}
-                else None
-            ),
-        )
         page.on("pageerror", lambda error: self._problems.append(str(error)))
+        page.on("console", self._note)
+
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type in {"error", "warning"}:
+            self._problems.append(message.text)
 
     def expect(self, text: str, *, optional: bool = False) -> None:
         """Allow a message, and require it unless optional; Chromium logs each error response."""
-        self._expected.append(text)
-        if optional:
-            self._optional.append(text)
+        self._expected[text] = not optional
 
     def check(self) -> None:
-        surprises = [p for p in self._problems if not any(e in p for e in self._expected)]
-        assert surprises == []
-        required = [e for e in self._expected if e not in self._optional]
-        missing = [e for e in required if not any(e in p for p in self._problems)]
-        assert missing == []
+        assert [p for p in self._problems if not any(e in p for e in self._expected)] == []
+        required = [text for text, needed in self._expected.items() if needed]
+        assert [e for e in required if not any(e in p for p in self._problems)] == []
 
 
 # Not session-scoped: while Playwright runs, no other event loop can run in this thread.
@@ -97,15 +99,17 @@ def console() -> Console:
 
 @pytest.fixture
 def open_page(browser: Browser, console: Console) -> Iterator[Callable[..., Page]]:
-    """Open a URL in a new browser context, with options of `Browser.new_context`."""
+    """Open a URL in a new browser context, with options of `Browser.new_context`.
+
+    `route` handles all requests of the context.
+    """
     contexts = []
 
-    def open_url(url: str, **options: object) -> Page:
-        context = browser.new_context(
-            permissions=["clipboard-read", "clipboard-write"],
-            **options,  # type: ignore[arg-type]
-        )
+    def open_url(url: str, route: Callable[[Route], None] | None = None, **options: Any) -> Page:
+        context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
         contexts.append(context)
+        if route:
+            context.route("**/*", route)
         page = context.new_page()
         console.watch(page)
         page.goto(url)

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -42,42 +44,39 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("forced", ["none", "active"])
-def test_colors_follow_the_system_scheme_and_bars_have_enough_contrast(
-    open_page: Open, running: ServerState, scheme: str, forced: str
-) -> None:
-    page = open_page(running.predictions_url, color_scheme=scheme, forced_colors=forced)
-    brightness = luminance(background(page.locator("body")))
-    assert brightness > 0.8 if scheme == "light" else brightness < 0.05
+def test_colors_follow_the_system_scheme_and_bars_have_enough_contrast(page: Page) -> None:
     choose(page, CAT)
     expect(answered(page)).to_have_count(1)
     bar, track = page.locator(".guess .bar").first, page.locator(".guess .track").first
-    assert contrast(background(bar), background(track)) >= MIN_CONTRAST
+    for scheme, forced in product(("light", "dark"), ("none", "active")):
+        media: dict[str, Any] = {"color_scheme": scheme, "forced_colors": forced}
+        page.emulate_media(**media)
+        brightness = luminance(background(page.locator("body")))
+        assert brightness > 0.8 if scheme == "light" else brightness < 0.05
+        assert contrast(background(bar), background(track)) >= MIN_CONTRAST, (scheme, forced)
 
 
-@pytest.mark.parametrize("width", [280, 390])
 def test_content_fits_a_phone_and_touch_targets_are_large_enough(
-    open_page: Open, running: ServerState, console: Console, width: int
+    open_page: Open, running: ServerState, console: Console
 ) -> None:
-    phone = {**PHONE, "viewport": {"width": width, "height": 844}}
-    page = open_page(running.predictions_url, **phone)
+    page = open_page(running.predictions_url, **PHONE)
     expect(page.locator(".choice.touch")).to_be_visible()
-    assert page.evaluate("() => document.documentElement.scrollWidth") == width
     show_every_state(page)
     console.expect("status of 400")
-    assert page.evaluate("() => document.documentElement.scrollWidth") == width
     targets = page.locator(
         "button:visible:not(.toggle), a.button:visible, .choice:visible, select:visible, "
         "summary:visible, input[type=range]:visible, input[type=search], .head:visible"
     )
     assert targets.count() > 20
-    for element in targets.all():
-        box = element.bounding_box()
-        assert box is not None
-        text = element.evaluate("element => element.outerHTML.slice(0, 80)")
-        assert min(box["width"], box["height"]) >= MIN_TARGET, (text, box)
-        assert box["x"] + box["width"] <= width, (text, box)
+    for width in (280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("() => document.documentElement.scrollWidth") == width
+        for element in targets.all():
+            box = element.bounding_box()
+            assert box is not None
+            text = element.evaluate("element => element.outerHTML.slice(0, 80)")
+            assert min(box["width"], box["height"]) >= MIN_TARGET, (text, box)
+            assert box["x"] + box["width"] <= width, (text, box)
 
 
 def test_a_new_result_scrolls_into_view_on_a_phone(open_page: Open, running: ServerState) -> None:
@@ -105,20 +104,21 @@ def test_a_new_result_scrolls_into_view_on_a_phone(open_page: Open, running: Ser
     expect(page.locator("#next")).not_to_be_visible()
 
 
-@pytest.mark.parametrize(("motion", "behavior"), [("reduce", "auto"), ("no-preference", "smooth")])
-def test_scrolling_respects_reduced_motion(
-    open_page: Open, running: ServerState, motion: str, behavior: str
-) -> None:
-    page = open_page(running.predictions_url, reduced_motion=motion, **PHONE)
+def test_scrolling_respects_reduced_motion(open_page: Open, running: ServerState) -> None:
+    page = open_page(running.predictions_url, **PHONE)
     page.evaluate(
         """() => {
-            window.scrolls = [];
-            Element.prototype.scrollIntoView = options => window.scrolls.push(options.behavior);
+            window.scrolls = new Set();
+            Element.prototype.scrollIntoView = options => window.scrolls.add(options.behavior);
         }"""
     )
+    page.emulate_media(reduced_motion="reduce")
     choose(page, CAT)
     expect(answered(page)).to_have_count(1)
-    assert set(page.evaluate("() => window.scrolls")) == {behavior}
+    page.emulate_media(reduced_motion="no-preference")
+    choose(page, CAT)
+    expect(answered(page)).to_have_count(2)
+    assert page.evaluate("() => [...window.scrolls]") == ["auto", "smooth"]
 
 
 def test_scrolling_away_cancels_the_auto_scroll(open_page: Open, running: ServerState) -> None:
