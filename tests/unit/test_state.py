@@ -1,5 +1,6 @@
 """Recognizing processes, and state files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from scripts.serve import commands
 from scripts.serve.running import find_running, require_running
 from scripts.state import process_by_arguments, read_state, write_state
 from scripts.terminal import UserError
-from tests.killing import killed_at_each_line
 
 OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000}
 
@@ -31,16 +31,41 @@ def test_a_process_is_found_by_whole_words_of_its_command_line(tmp_path: Path) -
         assert process_by_arguments(*words) is None, "a process that exited and was not waited for"
 
 
+# Forks for each line, since starting Python each time would take minutes.
+_KILLED_AT_EACH_LINE = """
+import json, os, sys
+from pathlib import Path
+from scripts import state
+
+def trace(frame, event, argument):
+    global seen
+    if frame.f_code.co_filename != state.__file__:
+        return None
+    seen += event == "line"
+    if seen == wanted:
+        os._exit(9)
+    return trace
+
+path, new = Path(sys.argv[1]), json.loads(sys.argv[2])
+before, seen, wanted, status = path.read_bytes(), 0, 0, 9
+while status:
+    path.write_bytes(before)
+    wanted += 1
+    child = os.fork()
+    if child == 0:
+        sys.settrace(trace)
+        state.write_state(path, new)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps(state.read_state(path)))
+"""
+
+
 def test_a_state_file_is_complete_wherever_its_writer_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_state(path, OLD)
-    program = f"""
-from pathlib import Path
-from scripts.state import write_state
-def work():
-    write_state(Path({str(path)!r}), {NEW})
-"""
-    found = [read_state(path) for _ in killed_at_each_line(program, "scripts.state", path)]
+    command = [sys.executable, "-c", _KILLED_AT_EACH_LINE, str(path), json.dumps(NEW)]
+    found = [json.loads(line) for line in subprocess.check_output(command).splitlines()]
     assert found.count(OLD) > 5
     assert found[-1] == NEW
     assert all(values in (OLD, NEW) for values in found)
