@@ -1,14 +1,9 @@
-"""The shared archives and servers, the slow tests, and a report of durations and skipped tests."""
+"""The shared archives and servers, the slow tests, and the tests that a run requires."""
 
 import fcntl
 import os
 import signal
-import subprocess
-import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +11,9 @@ import pytest
 
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
-from scripts.serve.running import ServerState, free_ports
-from scripts.serve.server import start, stop
+from scripts.serve.running import ServerState
 from scripts.store import PACKAGED_ARCHITECTURE
+from tests.served import served
 
 if TYPE_CHECKING:
     from scripts.build.sources.torchvision import TorchvisionSource
@@ -32,10 +27,7 @@ for _name in list(os.environ):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# By module, with the setup of fixtures.
-_seconds: dict[str, float] = defaultdict(float)
-# By folder.
-_outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+# Lines to print at the end.
 _notes: list[str] = []
 
 # `--require-KIND` fails if no test passed, or one was skipped that is not of _MAY_SKIP.
@@ -46,9 +38,6 @@ _REQUIRED = {
     "containers": "Tests of the container image were skipped: docker or podman is missing.",
 }
 _MAY_SKIP = {"integration", "browser"}
-_SLOWEST = 10
-# The Debian packages of programs, for skip reasons that do not name them.
-_PACKAGES = {"chromium": "chromium", "nginx": "nginx", "prometheus": "prometheus"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,18 +105,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.slow)
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    module = report.nodeid.split("::", maxsplit=1)[0]
-    _seconds[module] += report.duration
-    if report.when == "call" or report.outcome != "passed":
-        _outcomes[_folder(module)][report.outcome] += 1
-
-
-def _folder(module: str) -> str:
-    parts = Path(module).parts
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Collect the notes of each process if tests run in several."""
@@ -135,43 +112,22 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    write = terminalreporter.write_line
     for note in _notes:
-        write(note)
-    folders: dict[str, float] = defaultdict(float)
-    for module, seconds in _seconds.items():
-        folders[_folder(module)] += seconds
-    if folders:
-        terminalreporter.section("seconds with setup and teardown, of folders and slowest modules")
-    for folder, seconds in sorted(folders.items()):
-        counts = sorted(_outcomes[folder].items())
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts)
-        write(f"{seconds:7.1f}  {folder} tests: {outcomes}")
-    slowest = sorted(_seconds, key=_seconds.__getitem__, reverse=True)[:_SLOWEST]
-    for module in slowest:
-        write(f"{_seconds[module]:7.1f}  {module}")
-    skipped = Counter(map(_reason, terminalreporter.stats.get("skipped", [])))
-    for reason, count in skipped.most_common():
-        write(f"NOT RUN: {count} test(s): {reason}")
-
-
-def _reason(report: pytest.TestReport) -> str:
-    """Return why a test was skipped, with the package to install."""
-    place = report.longrepr
-    text = str(place[2] if isinstance(place, tuple) else place)
-    reason = text.removeprefix("Skipped: ").removeprefix("NOT RUN: ")
-    for program, package in _PACKAGES.items():
-        if program in reason.lower() and "apt install" not in reason:
-            return f"{reason} (on Debian: apt install {package})"
-    return reason
+        terminalreporter.write_line(note)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["notes"] = _notes
         return  # the main process checks the tests of all
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+
+    def any_test(outcome: str, kind: str) -> bool:
+        folder = f"tests/{kind}/"
+        return any(report.nodeid.startswith(folder) for report in reporter.stats.get(outcome, ()))
+
     for kind, message in _REQUIRED.items():
-        ran = _outcomes[kind]["passed"] and (kind in _MAY_SKIP or not _outcomes[kind]["skipped"])
+        ran = any_test("passed", kind) and (kind in _MAY_SKIP or not any_test("skipped", kind))
         if session.config.getoption(f"--require-{kind}") and not ran:
             _notes.append(message)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -216,18 +172,6 @@ def lite0_archive() -> Path:
     return _kept("", lambda folder: build(from_options(arch=PACKAGED_ARCHITECTURE), folder))
 
 
-@contextmanager
-def _served(
-    archive: Path, run_dir: Path, workers: int, *, grpc: bool = False
-) -> Iterator[ServerState]:
-    """Run a server; fail if it exits during the tests."""
-    server = start(archive, free_ports(), workers=workers, run_dir=run_dir, grpc=grpc)
-    yield server
-    survived = server.process() is not None
-    stop(server, run_dir)
-    assert survived, f"TorchServe exited during the tests; see {run_dir}"
-
-
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the shared server and its logs."""
@@ -237,7 +181,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running(archive: Path, run_dir: Path) -> Iterator[ServerState]:
     """The shared server with two workers."""
-    with _served(archive, run_dir, workers=2) as server:
+    with served(archive, run_dir, workers=2) as server:
         yield server
 
 
@@ -246,49 +190,30 @@ def lite0_server(
     lite0_archive: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
     """A server with trained weights, for tests that need correct labels."""
-    with _served(lite0_archive, tmp_path_factory.mktemp("run"), workers=1) as server:
+    with served(lite0_archive, tmp_path_factory.mktemp("run")) as server:
         yield server
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The result of `make shapes` with little training.
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make shapes` with enough training for different predictions, and no more."""
+    from examples.shapes.__main__ import main  # imports PyTorch
 
-    Attributes:
-        folder: weights, classes, images with their labels, and the archive.
-        output: what it printed.
-    """
-
-    folder: Path
-    output: str
-
-    @property
-    def archive(self) -> Path:
-        """Return the archive with the thresholds that the evaluation chose."""
-        return self.folder / "model_store" / "shapes.mar"
+    folder = tmp_path_factory.mktemp("shapes")
+    main(epochs=2, images=320, folder=folder, min_precision=0)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    """A model with enough training for different predictions, and no more."""
-    folder = tmp_path_factory.mktemp("shapes")
-    short = ("--epochs", "2", "--images", "320", "--min-precision", "0")
-    result = subprocess.run(
-        [sys.executable, "-m", "examples.shapes", "--folder", str(folder), *short],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return Shapes(folder, result.stdout)
+def shapes_archive(shapes: Path) -> Path:
+    """The archive with the thresholds that the evaluation chose."""
+    return shapes / "model_store" / "shapes.mar"
 
 
 @pytest.fixture(scope="session")
 def shapes_server(
-    shapes: Shapes, tmp_path_factory: pytest.TempPathFactory
+    shapes_archive: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerState]:
     """A server of that archive with gRPC."""
-    run_dir = tmp_path_factory.mktemp("run")
-    with _served(shapes.archive, run_dir, workers=1, grpc=True) as server:
+    with served(shapes_archive, tmp_path_factory.mktemp("run"), grpc=True) as server:
         yield server

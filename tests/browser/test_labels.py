@@ -12,16 +12,15 @@ from playwright.sync_api import Page, expect
 
 from scripts.serve.running import ServerState
 from tests.browser.person import MIN_TARGET, PHONE, answered, choose, predict, save
-from tests.conftest import Shapes
 
 Open = Callable[..., Page]
 LABELS = 3
 
 
 @pytest.fixture(scope="module")
-def image(shapes: Shapes, shapes_server: ServerState) -> Path:
+def image(shapes: Path, shapes_server: ServerState) -> Path:
     """An image with three labels."""
-    paths = sorted((shapes.folder / "test").glob("*.png"))
+    paths = sorted((shapes / "test").glob("*.png"))
     return next(p for p in paths if len(predict(shapes_server, p.read_bytes())["labels"]) == LABELS)
 
 

@@ -20,6 +20,7 @@ from scripts.samples import CAT
 from scripts.serve.management import model_status, wait_until
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import wait_for
+from tests.served import worker_pids
 
 JSON = {"Accept": "application/json", "Content-Type": "application/json"}
 IMAGES = [path.read_bytes() for path in PHOTOGRAPHS[:3]]
@@ -76,7 +77,6 @@ def test_requests_of_all_kinds_in_one_batch_get_the_same_responses_as_alone(
     running: ServerState,
     run_dir: Path,
     one_worker: psutil.Process,
-    worker_pids: Callable[[], set[int]],
 ) -> None:
     predict = running.predictions_url
     explain = predict.replace("/predictions/", "/explanations/")
@@ -104,7 +104,7 @@ def test_requests_of_all_kinds_in_one_batch_get_the_same_responses_as_alone(
     ]
     log = run_dir / "logs" / "requests.log"
     assert_nearly_equal(in_one_batch(running, log, one_worker, calls), alone)
-    assert worker_pids() == {one_worker.pid}
+    assert worker_pids(running) == {one_worker.pid}
 
 
 def assert_nearly_equal(first: Any, second: Any) -> None:

@@ -24,14 +24,11 @@ from scripts.serve import commands, server
 from scripts.serve.management import PIXEL, management_session, model_status
 from scripts.serve.preflight import METRICS_CONFIG, try_archive
 from scripts.serve.running import ServerState, find_running, free_ports
-from scripts.serve.server import start, stop
+from scripts.serve.server import start
 from scripts.terminal import UserError
+from tests.served import post, served, worker_pids
 
 TIMEOUT = 60
-
-
-def cut(content: bytes) -> bytes:
-    return content[:1000]
 
 
 def weights_of_another_model(_: bytes) -> bytes:
@@ -40,23 +37,23 @@ def weights_of_another_model(_: bytes) -> bytes:
     return array.getvalue()
 
 
-def that_begins_with(line: str) -> Callable[[bytes], bytes]:
-    return lambda program: f"{line}\n".encode() + program
+def that_begins_with(line: bytes) -> Callable[[bytes], bytes]:
+    return lambda program: line + b"\n" + program
 
 
 HANDLER = "densenet_handler.py"
 # By test id: a file of the archive, a change of it, and the error message.
 BROKEN: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
-    "model": ("model.onnx", cut, r"model\.onnx: cannot be loaded"),
+    "model": ("model.onnx", lambda content: content[:1000], r"model\.onnx: cannot be loaded"),
     "classifier": ("classifier.npy", weights_of_another_model, "the model gives features of shape"),
     "module": (
         HANDLER,
-        that_begins_with("import nothing_like_this"),
+        that_begins_with(b"import nothing_like_this"),
         "ModuleNotFoundError: No module named 'nothing_like_this'",
     ),
     "killed": (
         HANDLER,
-        that_begins_with("import os; os.kill(os.getpid(), 9)"),
+        that_begins_with(b"import os; os.kill(os.getpid(), 9)"),
         "its process was killed by SIGKILL",
     ),
 }
@@ -72,12 +69,11 @@ def broken_archive(archive: Path, folder: Path, kind: str) -> Path:
     )
 
 
-@pytest.mark.parametrize("kind", ["model", pytest.param("killed", marks=pytest.mark.slow)])
 def test_a_failed_start_reports_the_reason_keeps_its_logs_and_leaves_no_process(
-    kind: str, archive: Path, tmp_path: Path
+    archive: Path, tmp_path: Path
 ) -> None:
-    broken = broken_archive(archive, tmp_path, kind)
-    reason = f"cannot be loaded: {BROKEN[kind][2]}.* The worker's log is .*server/logs"
+    broken = broken_archive(archive, tmp_path, "model")
+    reason = f"cannot be loaded: {BROKEN['model'][2]}.* The worker's log is .*server/logs"
     with pytest.raises(UserError, match=reason):
         start(broken, free_ports(), 1, tmp_path / "server")
     assert (tmp_path / "server" / "logs" / "model.log").exists()
@@ -105,12 +101,8 @@ def test_a_server_starts_on_an_unusual_machine(
     }.items():
         monkeypatch.setenv(name, value)
     scripts._bypass_proxies_on_loopback()
-    running = start(folder / archive.name, free_ports(), 1, folder / "run")
-    try:
-        image = requests.post(running.predictions_url, data=PIXEL, timeout=TIMEOUT)
-        assert image.status_code == 200
-    finally:
-        stop(running, folder / "run")
+    with served(folder / archive.name, folder / "run") as running:
+        assert post(running, PIXEL).status_code == 200
     assert (folder / "run" / "logs" / "model.log").exists()
 
 
@@ -128,20 +120,21 @@ def test_a_valid_archive_passes_the_trial(archive: Path) -> None:
 
 
 @pytest.fixture
-def in_its_folder(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this folder look like the one that the shared server was started in."""
-    (tmp_path / ".run").symlink_to(run_dir)
-    (tmp_path / METRICS_CONFIG).parent.mkdir(parents=True)
-    (tmp_path / METRICS_CONFIG).symlink_to(METRICS_CONFIG.resolve())
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the configuration of servers."""
+    for path in (METRICS_CONFIG, Path(server.CONFIG), Path(server.LOG_CONFIG)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).symlink_to(path.resolve())
     monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-@pytest.mark.usefixtures("in_its_folder")
 def test_the_running_server_is_not_stopped_if_the_new_one_cannot_start(
-    running: ServerState, archive: Path, tmp_path: Path, worker_pids: Callable[[], set[int]]
+    running: ServerState, run_dir: Path, archive: Path, own_folder: Path
 ) -> None:
-    before = worker_pids()
-    broken = broken_archive(archive, tmp_path, "model")
+    (own_folder / ".run").symlink_to(run_dir)
+    before = worker_pids(running)
+    broken = broken_archive(archive, own_folder, "model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         other = replace(running.ports, metrics=taken.getsockname()[1])
         for path, ports, workers, message in (
@@ -152,7 +145,7 @@ def test_the_running_server_is_not_stopped_if_the_new_one_cannot_start(
         ):
             with pytest.raises(UserError, match=message):
                 run._serve([path], ports, workers, grpc=False)
-    assert worker_pids() == before
+    assert worker_pids(running) == before
     assert find_running() == running
     assert run._serve([archive], running.ports, None, grpc=False) == running
 
@@ -192,17 +185,11 @@ def test_ctrl_c_during_the_start_leaves_no_process_and_no_files(
 
 @pytest.mark.slow
 def test_a_server_whose_run_folder_was_removed_is_found_and_a_killed_one_is_cleared(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: Path, own_folder: Path
 ) -> None:
     """A start or stop clears what a killed server left; `find_running` does not."""
-    monkeypatch.chdir(tmp_path)
-    folder = Path(".run")
-    config, log_config = (
-        Path(__file__).parents[2] / name for name in (server.CONFIG, server.LOG_CONFIG)
-    )
-    (tmp_path / METRICS_CONFIG).parent.mkdir(parents=True)
-    (tmp_path / METRICS_CONFIG).symlink_to(config.parent / METRICS_CONFIG)
-    running = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
+    folder = own_folder / ".run"
+    running = start(archive, free_ports(), 1)
     shutil.rmtree(folder)
     found = find_running()
     assert found == running
@@ -219,7 +206,7 @@ def test_a_server_whose_run_folder_was_removed_is_found_and_a_killed_one_is_clea
     shutil.rmtree(running.temporary)
 
     folder.mkdir()
-    again = start(archive, free_ports(), 1, folder, config=config, log_config=log_config)
+    again = start(archive, free_ports(), 1)
     shutil.rmtree(folder)
     commands.stop_command()
     assert again.process() is None
@@ -258,22 +245,21 @@ def test_no_port_leads_to_the_management_api_whatever_the_host_header(
     """DNS rebinding: a web page's own name may resolve to this machine."""
     assert running.management_socket.parent.stat().st_mode & 0o077 == 0
     for port in running.ports.used(grpc=False).values():
+        url = f"http://127.0.0.1:{port}/models/{running.model}"
         for host in ("evil.example", "localhost"):
-            url = f"http://127.0.0.1:{port}/models/{running.model}"
-            answer = requests.put(
-                url, params={"min_worker": 0}, headers={"Host": host}, timeout=TIMEOUT
-            )
+            headers = {"Host": host}
+            answer = requests.put(url, params={"min_worker": 0}, headers=headers, timeout=TIMEOUT)
             assert answer.status_code >= 400, url
     assert model_status(running)["minWorkers"] > 0
 
 
 def test_models_cannot_be_registered_or_removed(running: ServerState, archive: Path) -> None:
-    models = running.model_url.rsplit("/", 1)[0]
-    management = management_session()
-    answer = management.post(models, params={"url": archive.name}, timeout=TIMEOUT)
-    assert answer.status_code in {403, 405}
-    removal = management.delete(running.model_url, timeout=TIMEOUT)
-    assert removal.status_code in {403, 405}
+    management, models = management_session(), running.model_url.rsplit("/", 1)[0]
+    for answer in (
+        management.post(models, params={"url": archive.name}, timeout=TIMEOUT),
+        management.delete(running.model_url, timeout=TIMEOUT),
+    ):
+        assert answer.status_code in {403, 405}
     assert model_status(running)["modelName"] == "densenet121"
 
 

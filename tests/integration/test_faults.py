@@ -3,7 +3,6 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from scripts.serve.management import PIXEL, model_status, ready_workers, scale
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import wait_for
 from tests.images import encode
-from tests.served import frontend_memory, outcome, post
+from tests.served import frontend_memory, post, worker_pids
 from tests.stress import chaos, fuzz
 
 CAT_BYTES = CAT.read_bytes()
@@ -24,10 +23,8 @@ CAT_BYTES = CAT.read_bytes()
 MAX_FRONTEND_BYTES = 3_500_000_000
 
 
-def test_a_killed_worker_fails_at_most_its_batch_and_is_replaced(
-    running: ServerState, worker_pids: Callable[[], set[int]]
-) -> None:
-    before = worker_pids()
+def test_a_killed_worker_fails_at_most_its_batch_and_is_replaced(running: ServerState) -> None:
+    before = worker_pids(running)
     with ThreadPoolExecutor(16) as clients:
         waiting = [clients.submit(post, running, CAT_BYTES) for _ in range(80)]
         wait_for(lambda: sum(future.done() for future in waiting) > 10)
@@ -36,7 +33,7 @@ def test_a_killed_worker_fails_at_most_its_batch_and_is_replaced(
     assert all(answer.status_code == 200 or chaos.is_retryable(answer) for answer in answers)
     assert sum(answer.status_code == 200 for answer in answers) >= 80 - 16
     wait_for(lambda: ready_workers(running) == 2)
-    assert min(before) not in worker_pids()
+    assert min(before) not in worker_pids(running)
 
 
 def test_a_full_queue_returns_503_at_once_and_loses_no_request(
@@ -67,23 +64,22 @@ def test_bad_and_disconnecting_clients_do_not_affect_others(running: ServerState
     assert post(running, CAT_BYTES).status_code == 200
 
 
-def test_the_memory_of_large_uploads_is_reused_and_freed(
-    running: ServerState, worker_pids: Callable[[], set[int]]
-) -> None:
-    before, image = worker_pids(), encode(Image.effect_noise((2000, 1500), 80))
+def test_the_memory_of_large_uploads_is_reused_and_freed(running: ServerState) -> None:
+    before, image = worker_pids(running), encode(Image.effect_noise((2000, 1500), 80))
     data = image + bytes(5_000_000 - len(image))  # decoders ignore trailing bytes
-    for uploads, at_once, limit in ((300, 8, 1_000_000_000), (80, 80, MAX_FRONTEND_BYTES)):
+    for uploads, at_once, limit in ((220, 8, 1_000_000_000), (80, 80, MAX_FRONTEND_BYTES)):
         with ThreadPoolExecutor(at_once) as clients:
-            statuses = Counter(clients.map(lambda _: outcome(running, data), range(uploads)))
-        assert set(statuses) <= {"200", "503"}
-        assert statuses["200"] > 0
+            answers = clients.map(lambda _: post(running, data, timeout=300), range(uploads))
+            statuses = Counter(answer.status_code for answer in answers)
+        assert set(statuses) <= {200, 503}
+        assert statuses[200] > 0
         assert frontend_memory(running, collected=False) < limit
-    assert worker_pids() == before
+    assert worker_pids(running) == before
     wait_for(lambda: frontend_memory(running, collected=False) < 400_000_000)
 
 
 def test_event_loops_have_the_lowest_priority_and_workers_the_usual_one(
-    running: ServerState, worker_pids: Callable[[], set[int]]
+    running: ServerState,
 ) -> None:
     threads = Path(f"/proc/{running.pid}/task").glob("*")
     names = {int(thread.name): (thread / "comm").read_text() for thread in threads}
@@ -91,12 +87,12 @@ def test_event_loops_have_the_lowest_priority_and_workers_the_usual_one(
     # Loops of connections to workers start with the worker and may have the usual priority.
     assert 19 in {os.getpriority(os.PRIO_PROCESS, thread) for thread in loops}
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    assert all(os.getpriority(os.PRIO_PROCESS, worker) == usual for worker in worker_pids())
+    assert all(os.getpriority(os.PRIO_PROCESS, worker) == usual for worker in worker_pids(running))
 
 
 def test_corrupted_images_crash_no_worker(running: ServerState) -> None:
     """A short `make fuzz`."""
-    fuzz.fuzz_images(500, seed=2)
+    fuzz.fuzz_images(200, seed=2)
     fuzz.fuzz_server(running, 200, seed=2)
 
 

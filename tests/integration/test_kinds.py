@@ -1,6 +1,5 @@
 """Models of several sources in one server: each predicts what its own library does."""
 
-import base64
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,17 +21,15 @@ from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.transforms._presets import ImageClassification
 
-from classification_client import RequestOptions
-from classification_client.command import classify
 from scripts.build.model_file import from_options
 from scripts.build.pipeline import build
 from scripts.samples import CAT
-from scripts.serve.management import management_session, ready_workers, scale
-from scripts.serve.running import ServerState, free_ports
-from scripts.serve.server import start, stop
+from scripts.serve.management import ready_workers, scale
+from scripts.serve.running import ServerState
 from tests.images import encode, photographs
 from tests.onnx_files import Made
 from tests.onnx_files import model as onnx_model
+from tests.served import described, served
 from tests.timm_transforms import timm_transform
 
 TIMEOUT = 60
@@ -191,33 +188,36 @@ def server(
         name="pets", arch="squeezenet1_1", weights="random", classes=classes, engine="torch"
     )
     others.append(build(pets, first.parent))
-    run_dir = tmp_path_factory.mktemp("run")
-    running = start(first, free_ports(), 1, run_dir, extra_archives=others)
-    yield running
-    stop(running, run_dir)
+    with served(first, tmp_path_factory.mktemp("run"), extra_archives=others) as running:
+        yield running
 
 
-NAMES = ["python", "from-elsewhere", "from-timm"]
+def ask(url: str, **options: Any) -> requests.Response:
+    return requests.post(url, **options or {"data": CAT.read_bytes()}, timeout=TIMEOUT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def explain(running: ServerState) -> requests.Response:
+    url = running.predictions_url.replace("predictions", "explanations")
+    return ask(url, data=CAT.read_bytes(), headers={"Accept": "application/json"})
+
+
+@pytest.mark.parametrize("name", ["python", "from-elsewhere", "from-timm"])
 def test_predictions_and_embeddings_equal_its_own_librarys(
     name: str, server: ServerState, kinds: dict[str, Kind], note: list[str]
 ) -> None:
-    """Also the embedding over the Open Inference Protocol."""
-    url = server.serving(name).predictions_url
+    model = server.serving(name)
     worst, labels = [0.0, 0.0], set()
     for title, image in images():
         rgb = image.convert("RGB")
         expected, embedding = kinds[name].expected(rgb)
         files = {"file": encode(rgb, compress_level=1)}
-        served = requests.post(url, files=files, data={"embedding": "true"}, timeout=TIMEOUT).json()
-        order = [row["class_index"] for row in served["predictions"]]
+        found = ask(model.predictions_url, files=files, data={"embedding": "true"}).json()
+        order = [row["class_index"] for row in found["predictions"]]
         assert order == np.argsort(-expected, kind="stable")[:5].tolist(), title
-        got = np.array([row["probability"] for row in served["predictions"]])
-        vector = np.array(served["embedding"], np.float32)
-        for index, found in enumerate((got - expected[order], vector - embedding)):
-            worst[index] = max(worst[index], float(np.abs(found).max()))
+        got = np.array([row["probability"] for row in found["predictions"]])
+        vector = np.array(found["embedding"], np.float32)
+        for index, difference in enumerate((got - expected[order], vector - embedding)):
+            worst[index] = max(worst[index], float(np.abs(difference).max()))
         labels.add(order[0])
     note.append(
         f"kinds: {name} against its own library over {IMAGES} images, {len(labels)} different "
@@ -226,96 +226,43 @@ def test_predictions_and_embeddings_equal_its_own_librarys(
     )
     assert len(labels) >= 3
     assert max(worst) <= 1e-4
-    assert "embedding" not in requests.post(url, files=files, timeout=TIMEOUT).json()
-    content = base64.b64encode(files["file"]).decode()
-    tensor = {"name": "i", "shape": [1], "datatype": "BYTES", "data": [content]}
-    asked = {"inputs": [tensor], "outputs": [{"name": "class_id"}, {"name": "embedding"}]}
-    infer = f"{url.rsplit('/predictions', 1)[0]}/v2/models/{name}/infer"
-    outputs = requests.post(infer, json=asked, timeout=TIMEOUT).json()["outputs"]
-    assert outputs[1]["shape"] == [1, len(vector)]
-    assert np.array_equal(np.float32(outputs[1]["data"]), vector)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_with_a_linear_head_has_activation_maps(
-    name: str, server: ServerState, kinds: dict[str, Kind]
-) -> None:
-    url = server.serving(name).predictions_url.replace("predictions", "explanations")
-    headers = {"Accept": "application/json"}
-    answer = requests.post(url, data=CAT.read_bytes(), headers=headers, timeout=TIMEOUT)
+    # A model with a linear head has activation maps.
+    explained = explain(model)
     if kinds[name].explained:
-        height, width = np.array(answer.json()["map"]).shape
+        height, width = np.array(explained.json()["map"]).shape
         assert height == width > 4
     else:
-        assert (answer.status_code, answer.json()["type"]) == (404, "NoExplanation")
+        assert (explained.status_code, explained.json()["type"]) == (404, "NoExplanation")
 
 
-def test_classify_writes_embeddings(
-    server: ServerState, kinds: dict[str, Kind], tmp_path: Path
-) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number, (_, image) in enumerate(images()[:3]):
-        image.convert("RGB").save(folder / f"{number}.png")
-    url = server.serving("from-timm").predictions_url
-    code = classify([str(folder)], url, RequestOptions(), output=tmp_path / "v.npy")
-    rows = np.load(tmp_path / "v.npy")
-    assert (code, rows["picture"].tolist()) == (0, [str(folder / f"{i}.png") for i in range(3)])
-    for row, (_, image) in zip(rows, images(), strict=False):
-        expected = kinds["from-timm"].expected(image.convert("RGB"))[1]
-        assert np.abs(row["embedding"] - expected).max() < 1e-4
-
-
-def ask(url: str, **options: Any) -> requests.Response:
-    return requests.post(url, **options or {"data": CAT.read_bytes()}, timeout=TIMEOUT)
-
-
-def description(running: ServerState) -> dict[str, Any]:
-    url, query = running.model_url, {"customized": "true"}
-    found: dict[str, Any] = management_session().get(url, params=query, timeout=TIMEOUT).json()[0]
-    return found["customizedMetadata"]  # type: ignore[no-any-return]
-
-
-def test_a_model_with_custom_classes_and_no_maps_describes_itself_and_predicts(
+def test_a_model_with_custom_classes_but_no_maps_and_embeddings_describes_itself_and_predicts(
     server: ServerState,
 ) -> None:
     pets = server.serving("pets")
-    described = description(pets)
-    assert (described["architecture"], described["explains"]) == ("squeezenet1_1", False)
-    assert described["classes"] == len(PETS)
+    description = described(pets)
+    assert (description["architecture"], description["explains"]) == ("squeezenet1_1", False)
+    assert description["classes"] == len(PETS)
+    assert description["engine"].startswith("PyTorch")
+    explained = explain(pets)
+    assert (explained.status_code, explained.json()["type"]) == (404, "NoExplanation")
+    assert "squeezenet1_1 has no class activation map" in explained.json()["message"]
+    files = {"file": CAT.read_bytes()}
+    embedded = ask(pets.predictions_url, files=files, data={"embedding": "true"})
+    assert (embedded.status_code, embedded.json()["type"]) == (404, "NoEmbedding")
+    message = "gives no embeddings: it was built for PyTorch (engine: torch)"
+    assert message in embedded.json()["message"]
+    page = requests.get(pets.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT)
+    assert '"explains": false' in page.text
     body = ask(pets.predictions_url).json()
     assert sorted(row["label"] for row in body["predictions"]) == sorted(PETS)
     assert body["class_id"] == body["class_name"] == body["predictions"][0]["label"]
-    rejected = ask(pets.predictions_url.replace("predictions", "explanations"))
-    assert (rejected.status_code, rejected.json()["type"]) == (404, "NoExplanation")
-    assert "squeezenet1_1 has no class activation map" in rejected.json()["message"]
-    page = requests.get(pets.predictions_url, headers={"Accept": "text/html"}, timeout=TIMEOUT)
-    assert '"explains": false' in page.text
 
 
-def test_an_archive_for_pytorch_rejects_only_requests_for_embeddings(server: ServerState) -> None:
-    pets, image = server.serving("pets"), CAT.read_bytes()
-    assert description(pets)["engine"].startswith("PyTorch")
-    data = [base64.b64encode(image).decode()]
-    tensor = {"name": "i", "shape": [1], "datatype": "BYTES", "data": data}
-    kserve = {"inputs": [tensor], "outputs": [{"name": "embedding"}]}
-    by_form = ask(pets.predictions_url, files={"file": image}, data={"embedding": "true"})
-    by_tensor = ask(pets.predictions_url, json=kserve)
-    assert by_form.status_code == by_tensor.status_code == 404
-    assert by_form.json()["type"] == "NoEmbedding"
-    for message in (by_form.json()["message"], by_tensor.json()["error"]):
-        assert "gives no embeddings: it was built for PyTorch (engine: torch)" in message
-    assert ask(pets.predictions_url).status_code == 200
-
-
-def test_each_model_is_scaled_separately(server: ServerState) -> None:
-    other = server.serving("from-timm")
+def test_each_model_is_scaled_separately_and_an_unknown_one_is_not_found(
+    server: ServerState,
+) -> None:
+    other, pets = server.serving("from-timm"), server.serving("pets")
     scale(other, 2)
     assert ready_workers(other) == 2
-    assert ready_workers(server.serving("pets")) == 1
-    scale(other, 1)
-
-
-def test_an_unknown_model_is_not_found(server: ServerState) -> None:
-    url = server.serving("pets").predictions_url
-    assert ask(url.replace("pets", "nobody")).status_code == 404
+    assert ready_workers(pets) == 1
+    assert ask(pets.predictions_url.replace("pets", "nobody")).status_code == 404

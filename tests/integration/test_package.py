@@ -24,14 +24,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uv works offline, with an empty cache.
     """
     place = tmp_path_factory.mktemp("elsewhere")
-    own = place / "venv"
-    commands: list[list[str | Path]] = [
-        ["build", "--wheel", "--out-dir", place, "client"],
-        ["venv", "--python", sys.executable, own],
-        ["pip", "install", "--python", own, "--no-deps", "-f", place, "classification-client"],
-    ]
-    for command in commands:
-        environment = os.environ | {"UV_CACHE_DIR": str(place / "cache")}
+    own, environment = place / "venv", os.environ | {"UV_CACHE_DIR": str(place / "cache")}
+    for command in (
+        ("build", "--wheel", "--out-dir", place, "client"),
+        ("venv", "--python", sys.executable, own),
+        ("pip", "install", "--python", own, "--no-deps", "-f", place, "classification-client"),
+    ):
         subprocess.run([UV, "--offline", "--quiet", *command], env=environment, check=True)
     (site,) = own.glob("lib/python*/site-packages")
     packages = dict.fromkeys(path for path in sys.path if path.endswith("-packages"))

@@ -23,7 +23,13 @@ from scripts.serve.management import ready_workers, wait_until
 from scripts.serve.running import HOST, ServerState
 from scripts.terminal import UserError, command, console, step
 from tests.corpus import hostile
-from tests.served import frontend_memory, post, served, worker_memory, worker_pids
+from tests.served import (
+    frontend_memory,
+    post,
+    served_densenet,
+    worker_memory,
+    worker_pids,
+)
 
 CLIENTS = 16
 SECONDS_BETWEEN_KILLS = 30.0
@@ -67,7 +73,7 @@ class Chaos:
             while (left := deadline - time.monotonic()) > 0:
                 time.sleep(min(SECONDS_BETWEEN_KILLS, left))
                 if deadline - time.monotonic() > 5:  # time for a worker to be replaced
-                    psutil.Process(worker_pids(self._running)[0]).kill()
+                    psutil.Process(min(worker_pids(self._running))).kill()
                     self._count("kill", "worker killed")
             self._stopping.set()
         for client in working:
@@ -156,7 +162,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which requests.")] = 1,
 ) -> None:
     """Good and bad requests, disconnections, slow and oversize uploads, and killed workers."""
-    with served() as running:
+    with served_densenet() as running:
         chaos = Chaos(running, seed)
         step(f"Chaos: {warm_up:.0f} s until memory has settled, then {seconds:.0f} s")
         chaos.run(warm_up)

@@ -22,7 +22,7 @@ from handler.settings import Preprocessing
 from scripts.serve.running import ServerState
 from scripts.terminal import UserError, command, console
 from tests import corpus
-from tests.served import served, worker_pids
+from tests.served import post, served_densenet, worker_pids
 
 MAX_PIXELS = 64_000_000
 # CPU seconds; decoding may take 1.3, and measuring is inexact on a busy machine.
@@ -105,14 +105,12 @@ def fuzz_server(running: ServerState, count: int, seed: int) -> Counter[str]:
     images, chance = _seeds(), random.Random(seed)
     workers = worker_pids(running)
     outcomes: Counter[str] = Counter()
-    session = requests.Session()
     for number in track(range(count), "Real server ...", console=console, transient=True):
         data = corrupted(images, chance)
         if number % 2:
-            answer = session.post(running.predictions_url, files={"file": data}, timeout=60)
+            answer = requests.post(running.predictions_url, files={"file": data}, timeout=60)
         else:
-            headers = {"Content-Type": "application/octet-stream"}
-            answer = session.post(running.predictions_url, data=data, headers=headers, timeout=60)
+            answer = post(running, data)
         outcomes[str(answer.status_code)] += 1
         assert answer.status_code < 500, f"image {number} of seed {seed}: {answer.text}"
     assert worker_pids(running) == workers, "a worker was replaced"
@@ -130,7 +128,7 @@ def main(
     """Send corrupted images to the image stage and to a real server."""
     try:
         console.print(dict(fuzz_images(images, seed)))
-        with served() as running:
+        with served_densenet() as running:
             console.print(dict(fuzz_server(running, to_server, seed)))
     except AssertionError as failure:
         raise UserError(str(failure)) from failure

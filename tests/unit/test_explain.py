@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def test_a_map_sums_to_the_logit_without_the_bias(tmp_path: Path) -> None:
-    """With PyTorch; with ONNX Runtime see below, and tests/integration/test_ways_in.py."""
+    """With PyTorch; with ONNX Runtime see below."""
     state = empty_model("resnet18", 10).state_dict()
     torch.save(state, tmp_path / "model.pth")
     preprocessing = Preprocessing(resize=64, crop=64)
