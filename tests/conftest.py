@@ -3,6 +3,8 @@
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,10 +199,11 @@ def lite0_server(
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `make shapes` with enough training for different predictions, and no more."""
-    from examples.shapes.__main__ import main  # imports PyTorch
-
     folder = tmp_path_factory.mktemp("shapes")
-    main(epochs=2, images=320, folder=folder, min_precision=0)
+    short = ("--epochs", "2", "--images", "320", "--min-precision", "0")
+    command = [sys.executable, "-m", "examples.shapes", "--folder", str(folder), *short]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
 
