@@ -67,13 +67,12 @@ class Archive:
             config: the content of its `model-config.yaml`.
             name: overrides the manifest's model name.
         """
-        settings = Settings.from_model_config(config)
         card = ModelCard.load(folder / MODEL_CARD)
         return cls(
             folder / manifest["serializedFile"],
             card,
             load_class_index(folder / CLASS_INDEX, card.classes),
-            settings,
+            Settings.from_model_config(config),
             name or manifest["modelName"],
             manifest["modelVersion"],
         )

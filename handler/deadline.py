@@ -29,7 +29,6 @@ _WEIGHT, _WEIGHT_WITHOUT_IMAGES = 0.2, 0.01
 
 # Ids of canceled requests to remember. The queue holds 512 requests.
 _MAX_CANCELLED = 10_000
-_REOPEN_SECONDS = 1.0
 # A larger file is truncated: this holds 30,000 of the gateway's ids.
 _MAX_FILE_BYTES = 1 << 20
 
@@ -88,53 +87,36 @@ class CancelledRequests:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ids: dict[str, None] = {}
-        self._file: int | None = None
-        self._inode = 0
+        self._inode = self._position = 0
         self._rest = b""
-        self._checked = float("-inf")
+        self.update()
+        self._ids.clear()  # older ids concern no future request
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._ids
 
     def update(self) -> None:
-        """Read the ids appended since the last call; takes 2 microseconds if there are none."""
-        self._reopen()
-        if self._file is None:
-            return
-        while data := os.read(self._file, 1 << 16):
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            self._ids.update(dict.fromkeys(line.decode("ascii", "replace") for line in lines))
-        while len(self._ids) > _MAX_CANCELLED:
-            del self._ids[next(iter(self._ids))]
+        """Read the ids appended since the last call; takes 2 microseconds if there are none.
 
-    def _reopen(self) -> None:
-        """Open the file when it appears or was rotated; truncate a long one."""
-        now = time.monotonic()
-        if now < self._checked + _REOPEN_SECONDS:
-            return
-        self._checked = now
+        nginx opens the file for appending, so it may be truncated. An id that gets lost costs one
+        unneeded result.
+        """
         try:
             found = self._path.stat()
-            if found.st_ino == self._inode:
-                self._limit_size(found.st_size)
+            if found.st_ino != self._inode or found.st_size < self._position:
+                # It is new, was rotated, or another worker truncated it.
+                self._inode, self._position, self._rest = found.st_ino, 0, b""
+            if found.st_size == self._position:
                 return
-            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                data = self._rest + file.read()
+                self._position = file.tell()
+            if found.st_size > _MAX_FILE_BYTES:
+                os.truncate(self._path, 0)
         except OSError:
             return
-        if self._file is None:
-            os.lseek(file, 0, os.SEEK_END)  # older ids concern no future request
-        else:
-            os.close(self._file)
-        self._file, self._inode, self._rest = file, found.st_ino, b""
-
-    def _limit_size(self, size: int) -> None:
-        """Read from the start if another worker truncated the file; truncate it if it is too long.
-
-        nginx opens the file for appending. An id that gets lost costs one unneeded result.
-        """
-        assert self._file is not None
-        if size < os.lseek(self._file, 0, os.SEEK_CUR):
-            os.lseek(self._file, 0, os.SEEK_SET)
-            self._rest = b""
-        elif size > _MAX_FILE_BYTES:
-            os.truncate(self._path, 0)
+        *lines, self._rest = data.split(b"\n")
+        self._ids.update(dict.fromkeys(line.decode("ascii", "replace") for line in lines))
+        while len(self._ids) > _MAX_CANCELLED:
+            del self._ids[next(iter(self._ids))]

@@ -14,7 +14,6 @@ from handler.archive import Archive
 from handler.deadline import Deadlines
 from handler.inference.allocator import keep_freed_memory
 from handler.inference.cores import Cores
-from handler.inference.priority import restore_priority
 from handler.metrics import Metrics
 from handler.pipeline import Pipeline
 from handler.request import Request
@@ -27,7 +26,7 @@ class DenseNetHandler:
 
     def initialize(self, context: Context) -> None:
         """Load the archive; raise `ArchiveError` if a part is missing or malformed."""
-        restore_priority()
+        _restore_priority()
         properties = context.system_properties
         model_dir = Path(properties["model_dir"])
         self.batch_size = int(properties["batch_size"])
@@ -47,14 +46,11 @@ class DenseNetHandler:
         logger.info("Ready: %s on %s", archive.card.architecture, self.pipeline.engine.name)
 
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
-        """Respond to a batch of requests, possibly from several clients.
+        """Return the encoded bodies of the responses to a batch of requests.
 
         Args:
             data: the parts of each request, name to value.
             context: TorchServe's context of the batch; receives statuses and response headers.
-
-        Returns:
-            the encoded body of each response, in order.
         """
         options = self.pipeline.archive.options
         requests = [
@@ -100,3 +96,21 @@ def _threads(variable: str, default: int) -> int:
         return max(1, int(os.environ.get(variable, default)))
     except ValueError:
         return default
+
+
+def _restore_priority() -> None:
+    """Set the parent's CPU priority, or log a warning if the process lacks the privilege.
+
+    Java's event loops run at the lowest one (see `lower_event_loop_priority` in
+    `scripts/serve/server.py`), and a worker that the management API adds inherits it.
+    """
+    parent = os.getpriority(os.PRIO_PROCESS, os.getppid())
+    if os.getpriority(os.PRIO_PROCESS, 0) <= parent:
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, parent)
+    except PermissionError:
+        logger.warning(
+            "This worker has a lower priority than the others, since it was added by the "
+            "management API. Restart the server with WORKERS=... to give all the same."
+        )

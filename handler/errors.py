@@ -19,10 +19,17 @@ _Error = TypeVar("_Error", bound="RequestError")
 
 
 class RequestError(Exception):
-    """The error of a request or of one of its images; `str(error)` is sent to the client."""
+    """The error of a request or of one of its images; `str(error)` is sent to the client.
+
+    A subclass has an HTTP status and a type, which is its name by default.
+    """
 
     status: ClassVar[int]
     type: ClassVar[str]
+
+    def __init_subclass__(cls, *, status: int = 0, type: str = "") -> None:
+        if status:  # without a status it is a base class
+            cls.status, cls.type = status, type or cls.__name__
 
     def without_traceback(self: _Error) -> _Error:  # Python 3.10 has no Self
         """Return this error without traceback and causes, which would keep bodies in memory."""
@@ -30,15 +37,12 @@ class RequestError(Exception):
         return self
 
 
-class InternalError(RequestError):
+class InternalError(RequestError, status=500):
     """A failure of the server; the client gets only the id under which the cause is logged.
 
     Attributes:
         detail: the cause; never sent to a client of the server.
     """
-
-    status = 500
-    type = "InternalError"
 
     def __init__(self, request_id: str, detail: str = "") -> None:
         self.detail = detail
@@ -47,106 +51,64 @@ class InternalError(RequestError):
         )
 
 
-class Expired(RequestError):
+class Expired(RequestError, status=504, type="Timeout"):
     """The client disconnected, or would time out before the response."""
-
-    status = 504
-    type = "Timeout"
 
 
 class ClientError(RequestError):
     """The request or an image cannot be served; the message states the problem and the remedy."""
 
 
-class BadRequest(ClientError):
+class BadRequest(ClientError, status=400):
     """The request's body matches none of the accepted formats."""
 
-    status = 400
-    type = "BadRequest"
 
-
-class MissingImage(ClientError):
+class MissingImage(ClientError, status=400):
     """The request holds no image."""
 
-    status = 400
-    type = "MissingImage"
 
-
-class RepeatedPart(ClientError):
+class RepeatedPart(ClientError, status=400):
     """A form has two parts with the same name; the frontend passes on only one of them."""
 
-    status = 400
-    type = "RepeatedPart"
 
-
-class EmptyImage(ClientError):
+class EmptyImage(ClientError, status=400):
     """An image has no bytes."""
 
-    status = 400
-    type = "EmptyImage"
 
-
-class NotAnImage(ClientError):
+class NotAnImage(ClientError, status=400):
     """The bytes are not an image in any known format."""
 
-    status = 400
-    type = "NotAnImage"
 
-
-class DamagedImage(ClientError):
+class DamagedImage(ClientError, status=400):
     """The image is cut off or corrupt."""
 
-    status = 400
-    type = "DamagedImage"
 
-
-class TooLarge(ClientError):
+class TooLarge(ClientError, status=413):
     """An image exceeds the server's limits of pixels, memory or time."""
 
-    status = 413
-    type = "TooLarge"
 
-
-class TooManyImages(ClientError):
+class TooManyImages(ClientError, status=413):
     """A request has more images than the server accepts."""
 
-    status = 413
-    type = "TooManyImages"
 
-
-class AnswerTooLarge(ClientError):
+class AnswerTooLarge(ClientError, status=413):
     """The response would exceed TorchServe's limit."""
 
-    status = 413
-    type = "AnswerTooLarge"
 
-
-class UnsupportedFormat(ClientError):
+class UnsupportedFormat(ClientError, status=415):
     """The file format or the pixel format is known but not supported."""
 
-    status = 415
-    type = "UnsupportedFormat"
 
-
-class InvalidOption(ClientError):
+class InvalidOption(ClientError, status=422):
     """An option such as `topk` has an invalid value."""
 
-    status = 422
-    type = "InvalidOption"
 
-
-class NoExplanation(ClientError):
+class NoExplanation(ClientError, status=404):
     """The model's architecture provides no class activation map."""
 
-    status = 404
-    type = "NoExplanation"
 
-
-class NoEmbedding(ClientError):
+class NoEmbedding(ClientError, status=404):
     """The archive provides no embeddings."""
-
-    status = 404
-    type = "NoEmbedding"
 
 
 class ArchiveError(RuntimeError):

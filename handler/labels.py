@@ -19,13 +19,8 @@ class Label(NamedTuple):
 def load_class_index(path: Path, classes: int) -> list[Label]:
     """Read `{"0": ["n01440764", "tench"], ...}` into a list by position.
 
-    Args:
-        path: the JSON file.
-        classes: number of classes of the model; the file must have exactly the keys "0" to
-            "classes - 1".
-
     Raises:
-        ArchiveError: the file is missing, malformed, or made for another number of classes.
+        ArchiveError: the file is missing or malformed, or its keys are not "0" to "classes - 1".
     """
     try:
         rows = json.loads(path.read_text("utf-8"))
@@ -37,14 +32,13 @@ def load_class_index(path: Path, classes: int) -> list[Label]:
             f'{path.name}: expected the keys "0" to "{classes - 1}", one for each class of the '
             f"model, found {found} keys"
         )
-    return [_label(path, i, rows[str(i)]) for i in range(classes)]
-
-
-def _label(path: Path, index: int, row: object) -> Label:
-    match row:
-        case [str() as class_id, str() as class_name]:
-            return Label(class_id, class_name)
-        case _:
-            raise ArchiveError(
-                f'{path.name}: row "{index}" must be ["class id", "class name"], got {row!r}'
-            )
+    labels = []
+    for i in range(classes):
+        match rows[str(i)]:
+            case [str() as class_id, str() as class_name]:
+                labels.append(Label(class_id, class_name))
+            case row:
+                raise ArchiveError(
+                    f'{path.name}: row "{i}" must be ["class id", "class name"], got {row!r}'
+                )
+    return labels

@@ -9,7 +9,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import chain
 from typing import Any
@@ -21,7 +20,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from handler.archive import Archive
 from handler.errors import InternalError, RequestError
 from handler.pipeline import Times
-from handler.request import Purpose, Request, RequestImage
+from handler.request import Body, Purpose, Request
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +50,10 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 _VERSION_DIGITS = 8
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """The outcome of one image. TorchServe drops a metric that has an empty label."""
-
-    name: str
-    error_type: str = "none"
+# The outcome of one image and the type of its error. TorchServe drops a metric that has an empty
+# label.
+_Outcome = tuple[str, str]
+_NO_ERROR = "none"
 
 
 class Metrics:
@@ -68,13 +65,7 @@ class Metrics:
     """
 
     def __init__(self, context: Context, archive: Archive, precision: str) -> None:
-        """Register the metrics with TorchServe's worker.
-
-        Args:
-            context: TorchServe's context, which has the registry of metrics.
-            archive: the served archive.
-            precision: the served precision, which may differ from the archive's.
-        """
+        """Register the metrics with TorchServe's worker; `precision` is the served one."""
         digest = archive.card.inputs_sha256[:_VERSION_DIGITS]
         self.model_version = f"{archive.version}+{digest}"
         self._precisions = precision, archive.card.precision
@@ -91,12 +82,7 @@ class Metrics:
                 self._metrics.setdefault(name, []).append((metric, last))
 
     def record(self, requests: Sequence[Request], times: Times) -> None:
-        """Record a batch; takes some microseconds per image.
-
-        Args:
-            requests: the requests with their responses.
-            times: the times of the whole batch.
-        """
+        """Record a batch with its responses; takes some microseconds per image."""
         try:
             self._record(requests, times)
         except Exception:  # a failing metric must not lose the responses
@@ -105,23 +91,21 @@ class Metrics:
     def _record(self, requests: Sequence[Request], times: Times) -> None:
         outcomes = [_outcomes(request) for request in requests]
         for outcome, count in Counter(chain.from_iterable(outcomes)).items():
-            self._count("images_total", count, outcome.name, outcome.error_type)
+            self._count("images_total", count, *outcome)
         statuses = Counter(request.response.status for request in requests if request.response)
         for status, count in statuses.items():
             self._count("requests_total", count, str(int(status)))
         images = [image for request in requests for image in request.images]
-        classified = [image.probabilities for image in images if image.probabilities is not None]
+        classified = sum(image.probabilities is not None for image in images)
         if classified:
             self._observe("decode_seconds", times.decoding)
             self._observe("inference_seconds", times.inference)
-            self._observe("batch_images", len(classified))
-            self._count("precision_images_total", len(classified), *self._precisions)
+            self._observe("batch_images", classified)
+            self._count("precision_images_total", classified, *self._precisions)
         for request in requests:
-            if request.purpose is Purpose.CLASSIFY:
-                for image in request.images:
-                    if image.probabilities is not None:
-                        best = float(image.probabilities.max())
-                        self._observe("best_probability", best)
+            for image in request.images:
+                if image.probabilities is not None and request.purpose is Purpose.CLASSIFY:
+                    self._observe("best_probability", float(image.probabilities.max()))
         batch = {
             "batch_requests": len(requests),
             "batch_images": len(images),
@@ -144,31 +128,28 @@ class Metrics:
 def _outcomes(request: Request) -> list[_Outcome]:
     """Return the outcomes of a request's images, or the request's own if it failed as a whole."""
     if request.error is not None:
-        return [_failure(request.error)]
-    return [_outcome(image) for image in request.images]
+        return [_outcome(request.error, {})]
+    return [_outcome(image.error, image.result or {}) for image in request.images]
 
 
-def _outcome(image: RequestImage) -> _Outcome:
-    if image.error is not None:
-        return _failure(image.error)
-    result = image.result or {}
+def _outcome(error: RequestError | None, result: Body) -> _Outcome:
+    if error is not None:
+        return "failed" if isinstance(error, InternalError) else "refused", error.type
     if "recognized" not in result:
-        return _Outcome("explained")
-    return _Outcome("recognized" if result["recognized"] else "unrecognized")
-
-
-def _failure(error: RequestError) -> _Outcome:
-    return _Outcome("failed" if isinstance(error, InternalError) else "refused", error.type)
+        return "explained", _NO_ERROR
+    return "recognized" if result["recognized"] else "unrecognized", _NO_ERROR
 
 
 def _log(request: Request, outcomes: Sequence[_Outcome], batch: Mapping[str, Any]) -> None:
     assert request.response is not None
+    given, length = request.header("x-request-id"), request.header("content-length")
     line = {
         _FIRST_KEY: datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "id": _request_id(request),
+        "id": given if _REQUEST_ID.fullmatch(given) else request.request_id,
         "status": int(request.response.status),
-        "outcomes": [o.name if o.error_type == "none" else o.error_type for o in outcomes],
-        "bytes_in": _length(request),
+        "outcomes": [name if error == _NO_ERROR else error for name, error in outcomes],
+        # gRPC has no Content-Length.
+        "bytes_in": int(length) if _DIGITS.fullmatch(length) else None,
         "bytes_out": len(request.response.body),
         **batch,
     }
@@ -181,15 +162,3 @@ def _metric(context: Context, name: str, labels: tuple[str, ...], metric_type: M
         return context.metrics.get_metric(name, metric_type)
     except MetricsCacheKeyError:
         return context.metrics.add_metric_to_cache(name, "Count", list(labels), metric_type)
-
-
-def _request_id(request: Request) -> str:
-    """Return the id from the gateway or the client if it is safe to log, or else TorchServe's."""
-    given = request.header("x-request-id")
-    return given if _REQUEST_ID.fullmatch(given) else request.request_id
-
-
-def _length(request: Request) -> int | None:
-    """Return the Content-Length in bytes; None over gRPC, which has no such header."""
-    given = request.header("content-length")
-    return int(given) if _DIGITS.fullmatch(given) else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from handler.archive import Archive
 from handler.errors import ArchiveError
 from handler.request import Response
-from handler.settings import MAX_REQUEST_BYTES, ModelCard
+from handler.settings import MAX_REQUEST_BYTES
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -31,11 +31,6 @@ _MAX_CLASS_LIST = 250_000
 def load_page(path: Path, archive: Archive) -> Response:
     """Return the response with the web UI, the same for all browsers.
 
-    Args:
-        path: `page.html`.
-        archive: provides the class names, which are listed unless they are too many, and the
-            defaults of the controls.
-
     Raises:
         ArchiveError: the file is missing, or lacks the element for the settings.
     """
@@ -47,13 +42,14 @@ def load_page(path: Path, archive: Archive) -> Response:
         raise ArchiveError(f"{path.name}: needs {_SETTINGS_PLACE} once")
     card, settings, shape = archive.card, archive.settings, archive.card.preprocessing
     names = [label.class_name for label in archive.labels]
+    thresholds = set(card.thresholds if card.multilabel else [settings.threshold])
     values = {
         "model": archive.name,
         "architecture": card.architecture,
         "classes": len(names),
         "names": names if sum(map(len, names)) <= _MAX_CLASS_LIST else None,
         "topk": settings.topk,
-        "threshold": _one_threshold(card) if card.multilabel else settings.threshold,
+        "threshold": thresholds.pop() if len(thresholds) == 1 else None,  # else they differ
         "warning": card.warning,
         "trained_model": card.trained_model,
         "explains": bool(card.features),
@@ -72,12 +68,6 @@ def load_page(path: Path, archive: Archive) -> Response:
     }
     body = page.replace(_SETTINGS_PLACE, filled).encode("utf-8")
     return Response(HTTPStatus.OK, body, "text/html; charset=utf-8", headers)
-
-
-def _one_threshold(card: ModelCard) -> float | None:
-    """Return the threshold if it is the same for all classes; None otherwise."""
-    found = set(card.thresholds)
-    return found.pop() if len(found) == 1 else None
 
 
 def _policy(page: str) -> str:

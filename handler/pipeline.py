@@ -4,12 +4,12 @@ The pipeline does not depend on the server: TorchServe's handler, the batch job 
 `examples/other_server` use it.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from handler.archive import Archive
 from handler.deadline import Deadlines
 from handler.decoding.budget import PixelBudget
 from handler.decoding.decode import decode, run_all
-from handler.errors import ArchiveError, InternalError, RequestError
+from handler.errors import ArchiveError, InternalError
 from handler.inference import explain
 from handler.inference.activation import to_probabilities, top_label
 from handler.inference.cores import Cores
@@ -34,10 +34,11 @@ from handler.request import (
     RequestImage,
     Response,
     json_response,
-    run_batch,
     run_isolated,
 )
 from handler.settings import MODEL_CARD
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,10 @@ class Pipeline:
             gpu=gpu,
             required=archive.settings.require_precision,
         )
-        self._classifier = (
-            explain.load_classifier(self._file(explain.CLASSIFIER), archive.card.classes)
-            if archive.card.features
-            else None
-        )
+        self._classifier = None
+        if archive.card.features:
+            path = archive.model_file.with_name(explain.CLASSIFIER)
+            self._classifier = explain.load_classifier(path, archive.card.classes)
         self._page = load_page(PAGE, archive)
         self._warm_up()
 
@@ -103,83 +103,79 @@ class Pipeline:
         self._deadlines.start_batch()
         for request in requests:
             run_isolated(request, self._deadlines.check)
-            run_isolated(request, self.parse)
+            run_isolated(request, lambda one: protocols.parse(one, self.archive))
         started = time.monotonic()
         self.decode(requests)
         decoded = time.monotonic()
-        self.infer([image for request in requests for image in request.images])
+        images = [image for request in requests for image in request.images]
+        self.infer(images)
         inferred = time.monotonic()
         for request in requests:
             run_isolated(request, self.respond)
             if request.response is None:
                 error = request.error or InternalError(request.request_id)
-                request.response = self._error_response(error)
-        images = sum(len(request.images) for request in requests)
-        self._deadlines.end_batch(time.monotonic() - begun, images)
+                body = {**results.error_body(error), **self.archive.warning}
+                request.response = json_response(body, error.status)
+        self._deadlines.end_batch(time.monotonic() - begun, len(images))
         return Times(decoded - started, inferred - decoded)
-
-    def parse(self, request: Request) -> None:
-        """Set a request's purpose, protocol, options and images; see `protocols.parse`."""
-        protocols.parse(request, self.archive)
 
     def decode(self, requests: Sequence[Request]) -> None:
         """Decode the images of all requests; each image gets its pixels or its error."""
-        settings = self.archive.settings
+        card, settings = self.archive.card, self.archive.settings
+
+        def decode_one(image: RequestImage, budget: PixelBudget, preview_side: int | None) -> None:
+            image.decoded = decode(
+                image.data,
+                card.preprocessing,
+                budget,
+                reduced=settings.reduced_decoding,
+                fast_resize=card.fast_resize,
+                preview_side=preview_side,
+            )
+
         jobs = []
         for request in requests:
-            if request.error is not None:
-                continue
-            decode_one = partial(
-                self._decode_one,
-                budget=PixelBudget(settings.max_pixels, settings.max_seconds),
-                preview_side=explain.MAX_SIDE if request.heat_map else None,
-            )
-            jobs += [partial(run_isolated, image, decode_one) for image in request.images]
+            if request.error is None:
+                budget = PixelBudget(settings.max_pixels, settings.max_seconds)
+                side = explain.MAX_SIDE if request.heat_map else None
+                stage = partial(decode_one, budget=budget, preview_side=side)
+                jobs += [partial(run_isolated, image, stage) for image in request.images]
         run_all(jobs, self._pools.get(self._cores.available()))
-
-    def _decode_one(
-        self, image: RequestImage, budget: PixelBudget, preview_side: int | None
-    ) -> None:
-        image.decoded = decode(
-            image.data,
-            self.archive.card.preprocessing,
-            budget,
-            reduced=self.archive.settings.reduced_decoding,
-            fast_resize=self.archive.card.fast_resize,
-            preview_side=preview_side,
-        )
 
     def infer(self, images: Sequence[RequestImage]) -> None:
         """Run the model; each image gets its probabilities and the extra output that it needs.
 
         The model runs on at most `max_batch` images at once; more would take gigabytes of memory,
-        which the worker would keep.
+        which the worker would keep. If it fails on several, it runs on each of them alone.
         """
         step = self.archive.settings.max_batch
         ready = [image for image in images if image.error is None and image.decoded is not None]
         for extra in (None, *Extra):
             same = [image for image in ready if image.extra is extra]
             for start in range(0, len(same), step):
-                run_batch(same[start : start + step], partial(self._infer_batch, extra=extra))
+                self._infer_batch(same[start : start + step], extra)
 
     def _infer_batch(self, images: Sequence[RequestImage], extra: Extra | None) -> None:
+        try:
+            self._run_engine(images, extra)
+        except Exception:
+            logger.warning("Failed on %d images; now one by one", len(images), exc_info=True)
+            for image in images:
+                run_isolated(image, lambda alone: self._run_engine([alone], extra))
+
+    def _run_engine(self, images: Sequence[RequestImage], extra: Extra | None) -> None:
         pixels = np.stack([image.decoded.pixels for image in images if image.decoded is not None])
         outputs = self.engine.run(pixels, extra)
         for i, image in enumerate(images):
-            logits = outputs.logits[i]
-            extra_output = outputs.extra[i] if extra is not None else None
-            run_isolated(image, partial(self._store, logits=logits, extra_output=extra_output))
+            if extra is not None:
+                image.extra_output = outputs.extra[i]
+            run_isolated(image, partial(self._store, logits=outputs.logits[i]))
 
-    def _store(
-        self,
-        image: RequestImage,
-        logits: NDArray[np.float32],
-        extra_output: NDArray[np.float32] | None,
-    ) -> None:
-        if not all(np.isfinite(a).all() for a in (logits, extra_output) if a is not None):
+    def _store(self, image: RequestImage, logits: NDArray[np.float32]) -> None:
+        arrays = (logits, image.extra_output)
+        if not all(np.isfinite(a).all() for a in arrays if a is not None):
             raise ValueError("the model's output is not finite")
         image.probabilities = to_probabilities(logits, self.archive.card)
-        image.extra_output = extra_output
 
     def respond(self, request: Request) -> None:
         """Format the response in the request's protocol."""
@@ -212,35 +208,25 @@ class Pipeline:
         self, image: RequestImage, options: Options, class_index: int | None = None
     ) -> None:
         """Set an image's result from its probabilities; see `handler.results`."""
-        if image.extra is Extra.FEATURES:
-            image.result = self._explanation(image, options, class_index)
-            return
         assert image.probabilities is not None
-        classify = (
-            results.multilabel_classification
-            if self.archive.card.multilabel
-            else results.classification
+        labels = self.archive.labels
+        if image.extra is Extra.FEATURES:
+            if class_index is None:
+                class_index = top_label(image.probabilities, options.threshold)
+            assert image.decoded is not None
+            image.result = results.explanation(
+                image.decoded,
+                self._activation(image, class_index),
+                labels[class_index],
+                class_index,
+                float(image.probabilities[class_index]),
+            )
+            return
+        image.result = results.classification(
+            image.probabilities, labels, options, multilabel=self.archive.card.multilabel
         )
-        image.result = classify(image.probabilities, self.archive.labels, options)
         if options.embedding and image.extra_output is not None:
             image.result["embedding"] = results.embedding_to_json(image.extra_output)
-
-    def _explanation(self, image: RequestImage, options: Options, class_index: int | None) -> Body:
-        assert image.probabilities is not None
-        assert image.decoded is not None
-        if class_index is None:
-            class_index = (
-                top_label(image.probabilities, options.threshold)
-                if self.archive.card.multilabel
-                else int(image.probabilities.argmax())
-            )
-        return results.explanation(
-            image.decoded,
-            self._activation(image, class_index),
-            self.archive.labels[class_index],
-            class_index,
-            float(image.probabilities[class_index]),
-        )
 
     def _activation(self, image: RequestImage, class_index: int) -> NDArray[np.float32]:
         assert image.extra_output is not None
@@ -252,9 +238,6 @@ class Pipeline:
         assert image.result is not None
         png = explain.heat_map(image.decoded, self._activation(image, image.result["class_index"]))
         return results.heat_map_response(png, image.result)
-
-    def _error_response(self, error: RequestError) -> Response:
-        return json_response({**results.error_body(error), **self.archive.warning}, error.status)
 
     def _description(self) -> Body:
         """Return the response to `GET /models/{name}?customized=true` of the management API."""
@@ -282,26 +265,20 @@ class Pipeline:
         card = self.archive.card
         crop = card.preprocessing.crop
         black = np.zeros((1, 3, crop, crop), np.uint8)
-        logits = self.engine.run(black).logits
+        checks: list[tuple[Extra | None, int, str]] = [
+            (None, card.classes, f"{MODEL_CARD} says {card.classes} classes")
+        ]
         if self._classifier is not None:
-            features = self.engine.run(black, Extra.FEATURES).extra
-            if features.shape[1] != self._classifier.shape[1]:
-                raise ArchiveError(
-                    f"the model gives features of shape {features.shape}, "
-                    f"{explain.CLASSIFIER} has {self._classifier.shape[1]} weights per class"
-                )
+            channels = self._classifier.shape[1]
+            source = f"{explain.CLASSIFIER} has {channels} weights per class"
+            checks.append((Extra.FEATURES, channels, source))
         if card.embedding:
-            embedding = self.engine.run(black, Extra.EMBEDDING).extra
-            if embedding.shape != (1, card.embedding):
-                raise ArchiveError(
-                    f"the model gives embeddings of shape {embedding.shape}, "
-                    f"{MODEL_CARD} says {card.embedding} channels"
-                )
-        if logits.shape != (1, card.classes):
-            raise ArchiveError(
-                f"the model gives logits of shape {logits.shape}, "
-                f"{MODEL_CARD} says {card.classes} classes"
-            )
-
-    def _file(self, name: str) -> Path:
-        return self.archive.model_file.with_name(name)
+            source = f"{MODEL_CARD} says {card.embedding} channels"
+            checks.append((Extra.EMBEDDING, card.embedding, source))
+        for extra, length, source in checks:
+            outputs = self.engine.run(black, extra)
+            shape = (outputs.logits if extra is None else outputs.extra).shape
+            dimensions = 4 if extra is Extra.FEATURES else 2
+            if shape[:2] != (1, length) or len(shape) != dimensions:
+                name = "logits" if extra is None else extra.value
+                raise ArchiveError(f"the model gives {name} of shape {shape}, {source}")

@@ -92,14 +92,7 @@ class RequestImage:
 
 @dataclass(frozen=True)
 class Response:
-    """The response to one request.
-
-    Attributes:
-        status: HTTP status code.
-        body: the encoded body.
-        content_type: the body's media type.
-        headers: additional response headers, in ASCII.
-    """
+    """The response to one request; header values are in ASCII."""
 
     status: int
     body: bytes
@@ -108,11 +101,7 @@ class Response:
 
 
 def json_response(body: Body | Sequence[Body], status: int = HTTPStatus.OK) -> Response:
-    """Encode a JSON body.
-
-    Raises:
-        ValueError: the body contains NaN or infinity, which JSON does not support.
-    """
+    """Encode a JSON body; raise `ValueError` for NaN or infinity, which JSON does not support."""
     text = json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
     return Response(status, text.encode("utf-8"), "application/json")
 
@@ -210,10 +199,7 @@ _T = TypeVar("_T", bound=_Fallible)
 
 
 def run_isolated(item: _T, stage: Callable[[_T], None]) -> None:
-    """Run a stage on one request or image, and store an exception as its error.
-
-    Does nothing if the item already has an error.
-    """
+    """Run a stage on one request or image, unless it has an error; store an exception as one."""
     if item.error is not None:
         return
     try:
@@ -223,19 +209,3 @@ def run_isolated(item: _T, stage: Callable[[_T], None]) -> None:
     except Exception as error:  # includes RecursionError and MemoryError
         logger.exception("Failed on request %s", item.request_id)
         item.error = InternalError(item.request_id, detail=f"{type(error).__name__}: {error}")
-
-
-def run_batch(items: Sequence[_T], stage: Callable[[Sequence[_T]], None]) -> None:
-    """Run a stage on several items together; if it raises, run it on each item separately.
-
-    Items that already have an error are skipped.
-    """
-    sound = [item for item in items if item.error is None]
-    if not sound:
-        return
-    try:
-        stage(sound)
-    except Exception:
-        logger.warning("Failed on a batch of %d; now one by one", len(sound), exc_info=True)
-        for item in sound:
-            run_isolated(item, lambda alone: stage([alone]))

@@ -42,18 +42,14 @@ def check_result_count(request: Request, classes: int, *, multilabel: bool) -> N
     if request.purpose is not Purpose.CLASSIFY:
         return
     options = request.options
-    predictions = len(request.images) * min(options.topk, classes)
-    if (size := predictions * _MIN_PREDICTION_BYTES) > MAX_RESPONSE_BYTES:
-        raise _too_large(f"more than {size:,}")
-    if not multilabel:
-        return
-    labels = sum(
-        int((image.probabilities >= options.threshold).sum())
-        for image in request.images
-        if image.probabilities is not None
-    )
-    if (size := labels * _MIN_PREDICTION_BYTES) > MAX_RESPONSE_BYTES:
-        raise _too_large(f"more than {size:,}", "a higher threshold")
+    counts = [(len(request.images) * min(options.topk, classes), "a smaller topk")]
+    if multilabel:
+        probabilities = (image.probabilities for image in request.images)
+        labels = sum(int((p >= options.threshold).sum()) for p in probabilities if p is not None)
+        counts.append((labels, "a higher threshold"))
+    for count, instead in counts:
+        if (size := count * _MIN_PREDICTION_BYTES) > MAX_RESPONSE_BYTES:
+            raise _too_large(f"more than {size:,}", instead)
 
 
 def _too_large(size: str, instead: str = "a smaller topk") -> AnswerTooLarge:
@@ -65,46 +61,30 @@ def _too_large(size: str, instead: str = "a smaller topk") -> AnswerTooLarge:
 
 
 def classification(
-    probabilities: NDArray[np.float32], labels: Sequence[Label], options: Options
+    probabilities: NDArray[np.float32],
+    labels: Sequence[Label],
+    options: Options,
+    *,
+    multilabel: bool = False,
 ) -> Body:
     """Return one image's result.
 
-    Args:
-        probabilities: float32 (classes,), summing to 1.
-        labels: id and name of each class.
-        options: number of predictions and confidence threshold.
-    """
-    predictions = _top_predictions(probabilities, labels, options.topk)
-    best = predictions[0]
-    recognized = bool(probabilities[best["class_index"]] >= options.threshold)
-    return {
-        "success": True,
-        "class_id": best["class_id"] if recognized else None,
-        "class_name": best["label"] if recognized else None,
-        "probability": best["probability"],
-        "recognized": recognized,
-        "predictions": predictions,
-    }
-
-
-def multilabel_classification(
-    probabilities: NDArray[np.float32], labels: Sequence[Label], options: Options
-) -> Body:
-    """Return one image's result from a multi-label model.
-
-    `labels` contains all classes that reach their threshold, most probable first, independent of
-    topk. `class_id`, `class_name` and `probability` are those of the first label.
+    That of a multi-label model also contains `labels`: all classes that reach their threshold, most
+    probable first, independent of topk. `class_id`, `class_name` and `probability` are those of the
+    first label.
 
     Args:
-        probabilities: float32 (classes,), independent of each other.
+        probabilities: float32 (classes,), summing to 1 unless the model is multi-label.
         labels: id and name of each class.
         options: number of predictions and confidence thresholds.
+        multilabel: whether an image can have any number of labels.
     """
-    predictions = _top_predictions(probabilities, labels, options.topk)
-    found = [
-        _prediction(probabilities, labels, int(index))
-        for index in labels_above(probabilities, options.threshold)
-    ]
+    best_first = np.argsort(-probabilities, kind="stable")[: options.topk]
+    recognized = labels_above(probabilities, options.threshold)
+    predictions, found = (
+        [_prediction(probabilities, labels, int(index)) for index in indices]
+        for indices in (best_first, recognized if multilabel else recognized[:1])
+    )
     first = (found or predictions)[0]
     return {
         "success": True,
@@ -112,16 +92,9 @@ def multilabel_classification(
         "class_name": first["label"] if found else None,
         "probability": first["probability"],
         "recognized": bool(found),
-        "labels": found,
+        **({"labels": found} if multilabel else {}),
         "predictions": predictions,
     }
-
-
-def _top_predictions(
-    probabilities: NDArray[np.float32], labels: Sequence[Label], topk: int
-) -> list[Body]:
-    best_first = np.argsort(-probabilities, kind="stable")[:topk]
-    return [_prediction(probabilities, labels, int(index)) for index in best_first]
 
 
 def _prediction(probabilities: NDArray[np.float32], labels: Sequence[Label], index: int) -> Body:
@@ -145,14 +118,9 @@ def explanation(
     class_index: int,
     probability: float,
 ) -> Body:
-    """Return the result with one image's class activation map as numbers.
+    """Return one image's class activation map as numbers, for the class at `class_index`.
 
-    Args:
-        image: the decoded image, for its size and crop.
-        activation: float32 (height, width), see `explain.class_activation_map`.
-        label: id and name of the explained class.
-        class_index: position of the explained class.
-        probability: probability of the explained class, 0 to 1.
+    `activation` is float32 (height, width), see `explain.class_activation_map`.
     """
     (width, height), (left, top, right, bottom) = image.size, image.crop
     return {
@@ -168,20 +136,18 @@ def explanation(
 
 
 def heat_map_response(png: bytes, result: Body) -> Response:
-    """Return a response with the PNG, and the explained class in the headers."""
+    """Return a response with the PNG, and the explained class in the headers, percent-encoded."""
+    class_id, class_name = (
+        quote(result[key], safe=" !'()*,-./;:&=+") for key in ("class_id", "class_name")
+    )
     headers = {
         "X-Class-Index": str(result["class_index"]),
-        "X-Class-Id": _header_value(result["class_id"]),
-        "X-Class-Name": _header_value(result["class_name"]),
+        "X-Class-Id": class_id,
+        "X-Class-Name": class_name,
         "X-Probability": f"{result['probability']:.{_PROBABILITY_DIGITS}f}",
         "X-Content-Type-Options": "nosniff",
     }
     return Response(HTTPStatus.OK, png, "image/png", headers)
-
-
-def _header_value(text: str) -> str:
-    """Return the text in ASCII, with other characters percent-encoded."""
-    return quote(text, safe=" !'()*,-./;:&=+")
 
 
 def result_of(image: RequestImage) -> Body:

@@ -17,13 +17,7 @@ from handler.errors import ArchiveError
 
 MODEL_CARD = "model-card.json"
 
-FITS = ("crop", "squash", "pad")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-CHANNELS = ("rgb", "bgr")
 PRECISIONS = ("float32", "bf16", "int8")
-# softmax for one class per image, sigmoid for multi-label models.
-ACTIVATIONS = ("softmax", "sigmoid")
-_CHANNELS = 3
 
 _MAX_FLOAT32 = 3.4e38
 
@@ -61,15 +55,70 @@ _BODIES_BYTES = 8 * MAX_REQUEST_BYTES
 # The most memory that requests of any kind add to a worker: 420 MB.
 ADDED_BYTES = DECODING_BYTES + _DECODER_BYTES + _BODIES_BYTES
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound="_Checked")
 
 
 def _bounded(default: float, low: float, high: float) -> Any:
     return field(default=default, metadata={"bounds": (low, high)})
 
 
+def _one_of(*allowed: str) -> Any:
+    """Return a field with these allowed values, of which the first is the default."""
+    return field(default=allowed[0], metadata={"allowed": allowed})
+
+
+class _Checked:
+    """A dataclass whose values are checked."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if "bounds" in f.metadata:
+                low, high = f.metadata["bounds"]
+                if not low <= value <= high:
+                    raise ArchiveError(f"{f.name} must be {low} to {high}, got {value!r}")
+            allowed = f.metadata.get("allowed", (value,))
+            if value not in allowed:
+                raise ArchiveError(f"{f.name} must be {', '.join(allowed)}, got {value!r}")
+            if isinstance(value, list):  # of JSON
+                object.__setattr__(self, f.name, tuple(value))
+
+    @classmethod
+    def parse(cls: type[_T], values: object, source: str) -> _T:
+        """Build the dataclass from a mapping; raise an `ArchiveError` that names a wrong key."""
+        if not isinstance(values, Mapping):
+            raise ArchiveError(f"{source}: expected keys and values, got {values!r}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key, value in values.items():
+            if key not in fields:
+                allowed = ", ".join(sorted(fields))
+                raise ArchiveError(f"{source}: unknown key {key!r}; allowed are: {allowed}")
+            _check_type(fields[key], value, source)
+        default = dataclasses.MISSING
+        missing = [
+            name
+            for name, f in fields.items()
+            if name not in values and f.default is default and f.default_factory is default
+        ]
+        if missing:
+            raise ArchiveError(f"{source}: missing key {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except ArchiveError as error:
+            raise ArchiveError(f"{source}: {error}") from error
+
+
+def _check_type(f: "dataclasses.Field[Any]", value: object, source: str) -> None:
+    expected = getattr(f.type, "__origin__", f.type)
+    assert isinstance(expected, type), f"{f.name}: a settings field must be annotated with a class"
+    # In Python a bool is an int, but `topk: true` is a mistake.
+    is_stray_bool = isinstance(value, bool) and expected is not bool
+    if is_stray_bool or not isinstance(value, _ACCEPTED_TYPES.get(expected, (expected,))):
+        raise ArchiveError(f"{source}: {f.name} must be {expected.__name__}, got {value!r}")
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(_Checked):
     """Section `handler` of `model-config.yaml`; each key is optional.
 
     Attributes:
@@ -97,18 +146,15 @@ class Settings:
     reduced_decoding: bool = True
     require_precision: bool = False
 
-    def __post_init__(self) -> None:
-        _check_bounds(self)
-
     @classmethod
     def from_model_config(cls, model_config: Mapping[str, Any] | None) -> "Settings":
         """Read the whole of `model-config.yaml`, as TorchServe passes it to the handler."""
         section = (model_config or {}).get("handler") or {}
-        return _checked(cls, section, "model-config.yaml, section 'handler'")
+        return cls.parse(section, "model-config.yaml, section 'handler'")
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(_Checked):
     """The conversion of an image to the model's input; the defaults are the tutorial's.
 
     Attributes:
@@ -118,10 +164,9 @@ class Preprocessing:
             the border has the color of the mean.
         mean: subtracted per channel, in the model's order, on the scale 0 to 1.
         std: divisor per channel after subtracting the mean, in the same order and scale.
-        interpolation: the resampling filter: nearest, bilinear or bicubic, the last two
-            antialiased.
-        fit: the method to make an image square: "crop", "squash" or "pad".
-        channels: the model's order of channels: "rgb" or "bgr".
+        interpolation: the resampling filter; bilinear and bicubic are antialiased.
+        fit: the method to make an image square.
+        channels: the model's order of channels.
         crop_rounding: rounding of a crop position at half a pixel: "even" as in torchvision and
             timm, "down" as in transformers.
     """
@@ -130,36 +175,25 @@ class Preprocessing:
     crop: int = _bounded(224, 1, 4096)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
-    fit: str = "crop"
-    channels: str = "rgb"
-    crop_rounding: str = "even"
+    interpolation: str = _one_of("bilinear", "nearest", "bicubic")
+    fit: str = _one_of("crop", "squash", "pad")
+    channels: str = _one_of("rgb", "bgr")
+    crop_rounding: str = _one_of("even", "down")
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
-        for name, allowed in (
-            ("interpolation", INTERPOLATIONS),
-            ("fit", FITS),
-            ("channels", CHANNELS),
-            ("crop_rounding", ("even", "down")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ArchiveError(f"{name} must be {', '.join(allowed)}, got {value!r}")
+        super().__post_init__()
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if len(values) != _CHANNELS or not all(map(_is_float32, values)):
+            if len(values) != 3 or not all(map(_is_float32, values)):
                 raise ArchiveError(f"{name} must be three numbers of float32, got {values!r}")
         if not all(value > 0 for value in self.std):
             raise ArchiveError(f"std must be above 0, got {self.std!r}")
         if self.crop > self.resize and self.fit != "pad":
             raise ArchiveError(f"crop {self.crop} is larger than resize {self.resize}")
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelCard(_Checked):
     """`model-card.json`: the description of the packed model.
 
     Attributes:
@@ -173,8 +207,8 @@ class ModelCard:
         features: the node of the architecture's graph, in torchvision's naming, whose output is the
             last feature maps; empty if the logits are not a linear function of their means, so that
             there is no class activation map.
-        precision: one of `PRECISIONS`, in which the model was checked.
-        activation: one of `ACTIVATIONS`.
+        precision: the precision in which the model was checked.
+        activation: softmax for one class per image, sigmoid for multi-label models.
         thresholds: with sigmoid, the confidence threshold of each class, 0 to 1; empty with
             softmax.
         embedding: channels of the pooled last features, the last layer's input; 0 if the model
@@ -191,27 +225,20 @@ class ModelCard:
     inputs_sha256: str
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     features: str = ""
-    precision: str = "float32"
-    activation: str = "softmax"
+    precision: str = _one_of(*PRECISIONS)
+    activation: str = _one_of("softmax", "sigmoid")
     thresholds: tuple[float, ...] = ()
     embedding: int = _bounded(0, 0, 1_000_000)
     trained_model: str = ""
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
-        if self.precision not in PRECISIONS:
-            allowed = ", ".join(PRECISIONS)
-            raise ArchiveError(f"precision must be {allowed}, got {self.precision!r}")
-        if self.activation not in ACTIVATIONS:
-            allowed = ", ".join(ACTIVATIONS)
-            raise ArchiveError(f"activation must be {allowed}, got {self.activation!r}")
+        super().__post_init__()
         expected = self.classes if self.multilabel else 0
         if len(self.thresholds) != expected or not all(map(_is_share, self.thresholds)):
             raise ArchiveError(
                 f"for the activation {self.activation} thresholds must be {expected} numbers from "
                 "0 to 1"
             )
-        object.__setattr__(self, "thresholds", tuple(self.thresholds))
 
     @classmethod
     def load(cls, path: Path) -> "ModelCard":
@@ -229,10 +256,9 @@ class ModelCard:
         except ValueError as error:
             raise ArchiveError(f"{MODEL_CARD}: not JSON: {error}") from error
         if isinstance(values, dict) and "preprocessing" in values:
-            values["preprocessing"] = _checked(
-                Preprocessing, values["preprocessing"], f"{MODEL_CARD}, 'preprocessing'"
-            )
-        return _checked(cls, values, MODEL_CARD)
+            source = f"{MODEL_CARD}, 'preprocessing'"
+            values["preprocessing"] = Preprocessing.parse(values["preprocessing"], source)
+        return cls.parse(values, MODEL_CARD)
 
     def to_json(self) -> str:
         """Return the text that `from_json` parses."""
@@ -245,7 +271,7 @@ class ModelCard:
 
     @property
     def fast_resize(self) -> bool:
-        """Return whether to resize with SIMD, within 2 levels of 255; see `decoding.resize`."""
+        """Return whether to resize with SIMD, within 2 levels of 255; see `decoding.transform`."""
         return self.precision != "float32"
 
     @property
@@ -265,47 +291,3 @@ def _is_share(value: object) -> bool:
 
 def _is_float32(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= _MAX_FLOAT32
-
-
-def _checked(cls: type[_T], values: object, source: str) -> _T:
-    """Build the dataclass `cls`; raise an `ArchiveError` that names a wrong key."""
-    if not isinstance(values, Mapping):
-        raise ArchiveError(f"{source}: expected keys and values, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in values.items():
-        if key not in fields:
-            allowed = ", ".join(sorted(fields))
-            raise ArchiveError(f"{source}: unknown key {key!r}; allowed are: {allowed}")
-        _check_type(fields[key], value, source)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ArchiveError(f"{source}: missing key {', '.join(missing)}")
-    try:
-        return cls(**values)
-    except ArchiveError as error:
-        raise ArchiveError(f"{source}: {error}") from error
-
-
-def _check_type(f: "dataclasses.Field[Any]", value: object, source: str) -> None:
-    expected = getattr(f.type, "__origin__", f.type)
-    if not isinstance(expected, type):
-        raise TypeError(f"{f.name}: a settings field must be annotated with a class")
-    # In Python a bool is an int, but `topk: true` is a mistake.
-    is_stray_bool = isinstance(value, bool) and expected is not bool
-    if is_stray_bool or not isinstance(value, _ACCEPTED_TYPES.get(expected, (expected,))):
-        raise ArchiveError(f"{source}: {f.name} must be {expected.__name__}, got {value!r}")
-
-
-def _check_bounds(values: Settings | Preprocessing | ModelCard) -> None:
-    for f in dataclasses.fields(values):
-        if "bounds" in f.metadata:
-            low, high = f.metadata["bounds"]
-            value = getattr(values, f.name)
-            if not low <= value <= high:
-                raise ArchiveError(f"{f.name} must be {low} to {high}, got {value!r}")

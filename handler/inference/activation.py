@@ -38,12 +38,7 @@ def thresholds(card: ModelCard) -> NDArray[np.float32]:
 
 
 def labels_above(probabilities: NDArray[np.float32], threshold: Threshold) -> NDArray[np.int64]:
-    """Return int64 (labels,): the classes that reach the threshold, most probable first.
-
-    Args:
-        probabilities: float32 (classes,).
-        threshold: one for all classes, or one per class.
-    """
+    """Return int64 (labels,): the classes that reach the threshold, most probable first."""
     found = np.flatnonzero(probabilities >= threshold)
     return found[np.argsort(-probabilities[found], kind="stable")]
 

@@ -47,13 +47,7 @@ class Cores:
     """
 
     def __init__(self, share: int, everything: int, lock_file: Path) -> None:
-        """Open the lock file.
-
-        Args:
-            share: see the class.
-            everything: `all`, raised to `share` if it is less.
-            lock_file: a path common to all workers; created if it does not exist.
-        """
+        """Open the lock file, which is common to all workers; create it if it does not exist."""
         self.share = share
         self.all = max(share, everything)
         self._file = os.open(
@@ -78,8 +72,7 @@ class Cores:
     def busy(self, *, queue_not_empty: bool) -> Iterator[None]:
         """Mark this worker as busy while the context lasts.
 
-        Args:
-            queue_not_empty: more requests are waiting, so the other workers will be busy soon.
+        If the queue is not empty, the other workers will be busy soon.
         """
         self._queue_not_empty = queue_not_empty
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._position)
@@ -90,19 +83,15 @@ class Cores:
 
     def available(self) -> int:
         """Return the number of threads for the next image; a call takes 1 microsecond."""
-        if self.all == self.share:
-            return self.share
         # If more requests are waiting, all running workers count as busy.
-        return (
-            self.all if self._is_only_one(_RUNNING if self._queue_not_empty else 0) else self.share
-        )
+        section = _RUNNING if self._queue_not_empty else 0
+        return self.all if self.all > self.share and self._is_alone(section) else self.share
 
     @contextmanager
     def threads(self) -> Iterator[int]:
-        """Choose the number of threads for the image that is computed in this context.
+        """Yield the number of threads for the image that is computed in this context.
 
-        Yields:
-            `share` or `all`. During the trials the time in the context is measured.
+        During the trials the time in the context is measured.
         """
         threads = self.available()
         if threads == self.share or self._alone:
@@ -118,21 +107,11 @@ class Cores:
             shown = ", ".join(f"{each}: {1000 * t:.1f} ms" for each, t in medians.items())
             logger.info("threads for a single image: %d (%s)", self._alone, shown)
 
-    def _is_only_one(self, start: int) -> bool:
-        """Return whether no other process holds a lock in the section that begins at `start`."""
-        found = fcntl.fcntl(self._file, fcntl.F_GETLK, _request(start, _RUNNING))
-        return _lock_type(found) == fcntl.F_UNLCK
-
-
-def _request(start: int, length: int) -> bytes:
-    """Return a `struct flock` that queries the locks on these bytes."""
-    if _ON_LINUX:
-        return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    return struct.pack(_FLOCK, start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
-
-
-def _lock_type(answer: bytes) -> int:
-    """Return the type of lock in the kernel's response; `F_UNLCK` if there is none."""
-    fields = struct.unpack(_FLOCK, answer)
-    kind: int = fields[0] if _ON_LINUX else fields[3]
-    return kind
+    def _is_alone(self, section: int) -> bool:
+        """Return whether no other process holds a lock in the section that begins at this byte."""
+        query: tuple[int, ...] = (fcntl.F_WRLCK, os.SEEK_SET, section, _RUNNING, 0)
+        if not _ON_LINUX:
+            query = (section, _RUNNING, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        found = fcntl.fcntl(self._file, fcntl.F_GETLK, struct.pack(_FLOCK, *query))
+        kind: int = struct.unpack(_FLOCK, found)[0 if _ON_LINUX else 3]
+        return kind == fcntl.F_UNLCK

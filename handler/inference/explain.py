@@ -7,8 +7,8 @@ arXiv:1512.04150).
 """
 
 import io
+import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +40,7 @@ _PNG_COMPRESSION = 1
 
 
 def load_classifier(path: Path, classes: int) -> NDArray[np.float32]:
-    """Map the weights into memory; they are read from disk only when a prediction is explained.
-
-    Args:
-        path: `classifier.npy`.
-        classes: number of classes of the model.
-
-    Returns:
-        float32 (classes, channels).
+    """Map `classifier.npy`, float32 (classes, channels), into memory; it is read on first use.
 
     Raises:
         ArchiveError: the file is missing, malformed, or made for another number of classes.
@@ -96,16 +89,13 @@ def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
     # Gray, so that all colors come from the map.
     gray = image.preview.convert("L").convert("RGB")
     canvas = gray.point(lambda value: value * _UNSEEN_BRIGHTNESS)
-    scale = image.preview.width / image.size[0], image.preview.height / image.size[1]
-    x, y = (
-        _span(image.crop[i] * scale[i], image.crop[i + 2] * scale[i], canvas.size[i])
+    (left, right), (top, bottom) = (
+        _span(image.crop[i], image.crop[i + 2], image.preview.size[i] / image.size[i])
         for i in (0, 1)
     )
-    (left, right), (top, bottom) = x.seen, y.seen
+    # Of a padded image, the input extends beyond the edges; `paste` cuts that off.
     seen = gray.crop((left, top, right, bottom))
-
-    heat = _heat(activation, (x.end - x.start, y.end - y.start))
-    heat = heat[top - y.start : bottom - y.start, left - x.start : right - x.start]
+    heat = _heat(activation, seen.size)
     seen.paste(
         Image.fromarray(_COLOR_TABLE[heat]),
         mask=Image.fromarray((heat * _MAX_ALPHA).astype(np.uint8)),
@@ -116,24 +106,10 @@ def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
     return encoded.getvalue()
 
 
-class _Span(NamedTuple):
-    """The extent of the model's input along one side, in whole pixels.
-
-    Attributes:
-        start: first pixel; below 0 if the image was padded.
-        end: the pixel after the last.
-        seen: start and end of the part inside the image, at least one pixel.
-    """
-
-    start: int
-    end: int
-    seen: tuple[int, int]
-
-
-def _span(start: float, end: float, length: int) -> _Span:
-    first = min(max(0, round(start)), length - 1)
-    last = max(first + 1, min(round(end), length))
-    return _Span(min(round(start), first), max(round(end), last), (first, last))
+def _span(start: float, end: float, scale: float) -> tuple[int, int]:
+    """Return the extent of the model's input in whole pixels of the preview, at least one."""
+    first = math.floor(start * scale)
+    return first, max(first + 1, round(end * scale))
 
 
 def _heat(activation: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from handler.inference.cores import Cores
-from handler.inference.engines import Extra, Outputs
+from handler.inference.engines import Extra, Outputs, run_one_by_one
 
 
 class OnnxEngine:
@@ -16,9 +16,6 @@ class OnnxEngine:
 
     A session's number of threads is fixed, so there is one session for a worker's share of the
     cores and one for all of them, chosen per image.
-
-    Images of a batch run one by one. Larger runs exceed the CPU caches: with one process per core,
-    8 at once took 18 % longer per image, and 180 MB more memory (benchmarks/results/engines.md).
     """
 
     precision = "float32"
@@ -36,11 +33,11 @@ class OnnxEngine:
     def run(self, images: NDArray[np.uint8], extra: Extra | None = None) -> Outputs:
         """See `Engine.run`."""
         names = ["logits", *([extra.value] if extra else [])]
-        runs = []
-        for i in range(len(images)):
-            with self._cores.threads() as threads:
-                runs.append(self._sessions[threads].run(names, {self._input: images[i : i + 1]}))
-        return Outputs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
+        return run_one_by_one(
+            images,
+            self._cores,
+            lambda threads, image: self._sessions[threads].run(names, {self._input: image}),
+        )
 
 
 def _onnx_session(model_file: Path, threads: int) -> Any:

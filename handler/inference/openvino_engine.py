@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from handler.errors import ArchiveError
 from handler.inference.cores import Cores
-from handler.inference.engines import Extra, Outputs
+from handler.inference.engines import Extra, Outputs, run_one_by_one
 
 # OpenVINO's precision for layers whose precision the model does not set. Layers of an int8 model
 # that are not quantized run in float32, so that their results do not depend on the processor.
@@ -23,20 +23,14 @@ class OpenVinoEngine:
     """See `handler.inference.engines.Engine`.
 
     A compiled model's number of threads is fixed, so there is one compiled model for a worker's
-    share of the cores and one for all of them, chosen per image. Images of a batch run one by one,
-    as with ONNX Runtime.
+    share of the cores and one for all of them, chosen per image.
     """
 
     def __init__(self, model_file: Path, precision: str, cores: Cores) -> None:
-        """Compile the model.
-
-        Args:
-            model_file: an ONNX file, or OpenVINO's `.xml` with its `.bin` in the same folder.
-            precision: "bf16" or "int8".
-            cores: how many CPU threads a forward pass may use.
+        """Compile an ONNX file, or OpenVINO's `.xml` with its `.bin` in the same folder.
 
         Raises:
-            ArchiveError: this processor does not support that precision.
+            ArchiveError: this processor does not support the precision, "bf16" or "int8".
         """
         core = openvino.Core()
         if _CAPABILITY[precision] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -56,14 +50,14 @@ class OpenVinoEngine:
     def run(self, images: NDArray[np.uint8], extra: Extra | None = None) -> Outputs:
         """See `Engine.run`; all outputs are computed in this engine's precision."""
         names = ["logits", *([extra.value] if extra else [])]
-        runs = []
-        for i in range(len(images)):
-            with self._cores.threads() as threads:
-                request = self._requests[threads]
-                request.infer([images[i : i + 1]])
+
+        def run(threads: int, image: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+            request = self._requests[threads]
+            request.infer([image])
             # The next run of a request overwrites its tensors.
-            runs.append([request.get_tensor(name).data.copy() for name in names])
-        return Outputs(*(np.concatenate(parts) for parts in zip(*runs, strict=True)))
+            return [request.get_tensor(name).data.copy() for name in names]
+
+        return run_one_by_one(images, self._cores, run)
 
 
 def _request(core: Any, model: Any, precision: str, threads: int) -> Any:

@@ -79,12 +79,8 @@ def load_with_fallback(
 def predict(logits: NDArray[np.float32], card: ModelCard) -> NDArray[Any]:
     """Return the labels that reduced precision must not change.
 
-    Args:
-        logits: float32 (N, classes).
-        card: the archive's model card.
-
-    Returns:
-        the top-1 labels, int64 (N,); for a multi-label model all labels, bool (N, classes).
+    They are int64 (N,), the top-1 labels of logits (N, classes), or bool (N, classes), all labels
+    of a multi-label model.
     """
     return sigmoid(logits) >= thresholds(card) if card.multilabel else logits.argmax(axis=1)
 

@@ -17,10 +17,6 @@ def empty_model(architecture: str, classes: int) -> Any:
     The two Inception models come without the auxiliary classifiers used only in training, and scale
     their input as torchvision's weights expect. Vision transformers take images of the size that
     their best weights were trained with.
-
-    Args:
-        architecture: name in torchvision's registry.
-        classes: number of classes.
     """
     options: dict[str, Any] = {"num_classes": classes}
     if architecture.startswith("vit_"):

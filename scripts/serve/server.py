@@ -170,7 +170,7 @@ def lower_event_loop_priority(frontend: int) -> None:
 
     With 128 clients that retry immediately and a queue of 64, throughput fell from 30.5 to 27.5
     images per second instead of to 8. Workers do not inherit the priority, since other threads
-    start them, except those that the management API adds; see `handler.inference.priority`.
+    start them, except those that the management API adds; see `handler.densenet_handler`.
 
     Args:
         frontend: Java's process id.

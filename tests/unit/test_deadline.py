@@ -81,9 +81,8 @@ def test_a_request_whose_client_has_gone_is_rejected(tmp_path: Path) -> None:
 
 
 def test_the_list_may_appear_later_and_be_rotated_and_only_its_latest_ids_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("handler.deadline._REOPEN_SECONDS", 0)
     log = tmp_path / "cancelled.log"
     cancelled = CancelledRequests(log)
     cancelled.update()
@@ -104,9 +103,8 @@ def test_the_list_may_appear_later_and_be_rotated_and_only_its_latest_ids_are_ke
 
 
 def test_a_long_list_is_truncated_and_no_worker_misses_an_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("handler.deadline._REOPEN_SECONDS", 0)
     log = tmp_path / "cancelled.log"
     log.touch()
     workers = [CancelledRequests(log), CancelledRequests(log)]

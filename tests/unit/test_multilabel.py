@@ -67,8 +67,8 @@ def test_topk_does_not_limit_the_labels() -> None:
         named = {"label": f"name_{index}", "class_id": f"n{index}", "class_index": index}
         return {**named, "probability": probability}
 
-    result = results.multilabel_classification(
-        PROBABILITIES, LABELS, Options(topk=1, threshold=THRESHOLDS)
+    result = results.classification(
+        PROBABILITIES, LABELS, Options(topk=1, threshold=THRESHOLDS), multilabel=True
     )
     assert result == {
         "success": True,
@@ -79,7 +79,7 @@ def test_topk_does_not_limit_the_labels() -> None:
         "labels": [row(2, 0.55), row(0, 0.1)],
         "predictions": [row(1, 0.6)],
     }
-    none = results.multilabel_classification(PROBABILITIES, LABELS, Options(2, threshold=0.9))
+    none = results.classification(PROBABILITIES, LABELS, Options(2, threshold=0.9), multilabel=True)
     assert (none["recognized"], none["labels"]) == (False, [])
     assert (none["class_id"], none["class_name"], none["probability"]) == (None, None, 0.6)
 
