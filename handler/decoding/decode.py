@@ -65,7 +65,7 @@ def decode(
         preprocessing: the sizes to resize and crop to.
         budget: the request's budget; the image's pixels are taken from it before decoding.
         reduced: decode large JPEGs at a fraction of their size; see this module's docstring.
-        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.resize`.
+        fast_resize: resize with SIMD, within 2 levels of 255; see `transform.resize`.
         preview_side: longest side of the preview, in pixels; None for no preview.
         isolated: decode even a simple image in the decoder process.
 
@@ -107,18 +107,13 @@ def _decode(header: Header, task: Task, budget: PixelBudget, *, isolated: bool) 
 
 
 def run_all(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
-    """Run functions that decode one image each.
+    """Run functions that decode one image each and store its result or error.
 
-    Args:
-        jobs: each stores its image's result or error itself.
-        pool: threads to decode in (Pillow releases the GIL); None for this thread.
+    They run in the threads of a pool, if any: Pillow releases the GIL.
     """
     with without_warnings():
-        if pool is None or len(jobs) < 2:
-            for job in jobs:
-                job()
-        else:
-            list(pool.map(lambda job: job(), jobs))
+        run = pool.map if pool is not None and len(jobs) > 1 else map
+        list(run(lambda job: job(), jobs))
 
 
 def _needed_bytes(header: Header, task: Task) -> int:

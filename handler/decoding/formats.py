@@ -8,7 +8,7 @@ unchanged.
 import importlib.util
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from handler.decoding import jpeg, png, webp
 from handler.decoding.foreign_formats import identify, is_other_image
@@ -23,8 +23,7 @@ _LEADING_JUNK = b"\r\n\t \0\xef\xbb\xbf"
 _MAX_LEADING_JUNK = 256
 
 
-@dataclass(frozen=True)
-class _Format:
+class _Format(NamedTuple):
     """An accepted format.
 
     Attributes:

@@ -15,9 +15,8 @@ from handler.decoding import tiff
 from handler.decoding.budget import PixelBudget
 from handler.decoding.formats import min_bytes
 from handler.decoding.headers import unsupported
-from handler.decoding.resize import Box
 from handler.decoding.rgb import orientation, upright
-from handler.decoding.transform import crop_box, is_large, reduced_crop, resize_and_crop
+from handler.decoding.transform import Box, crop_box, is_large, reduced_crop, resize_and_crop
 from handler.errors import ClientError, DamagedImage, TooLarge
 from handler.settings import DECODING_BYTES, Preprocessing
 
@@ -56,7 +55,7 @@ class Task:
     Attributes:
         preprocessing: the sizes to resize and crop to.
         reduced: decode large JPEGs at a fraction of their size.
-        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.resize`.
+        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.transform`.
         preview_side: longest side of the preview, in pixels; None for no preview.
         names: Pillow's names of the formats to try.
         orientation: Exif orientation, 1 to 8; None to read it from the file.
@@ -78,27 +77,24 @@ def decode_here(data: bytes, task: Task) -> DecodedImage:
     """Decode a file, turn it upright, resize and crop it."""
     preprocessing = task.preprocessing
     with _opened(data, task) as image:
-        preview = None
+        whole = None
         if task.reduced and image.format == "JPEG" and is_large(image.size, preprocessing):
             exif = orientation(image) if task.orientation is None else task.orientation
             size = image.size[::-1] if exif in _SWAPS_SIDES else image.size
             cropped = reduced_crop(image, data, preprocessing, exif, fast=task.fast_resize)
             if task.preview_side is not None:
-                preview = _shrunk(upright(image, data, exif), task.preview_side)
+                whole = upright(image, data, exif)
         else:
             whole = upright(image, data, task.orientation)
             size = whole.size
             cropped = resize_and_crop(whole, preprocessing, fast=task.fast_resize)
-            if task.preview_side is not None:
-                preview = _shrunk(whole, task.preview_side)
+        preview = None
+        if task.preview_side is not None and whole is not None:
+            scale = min(1.0, task.preview_side / max(whole.size))
+            sides = [max(1, round(side * scale)) for side in whole.size]
+            preview = whole.resize(sides, Image.Resampling.BILINEAR)
         pixels = np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
         return DecodedImage(pixels, size, crop_box(size, preprocessing), preview)
-
-
-def _shrunk(image: Image.Image, preview_side: int) -> Image.Image:
-    scale = min(1.0, preview_side / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Decompress gzip and deflate bodies (RFC 9110, 8.4) within the maximum request size."""
 
 import zlib
+from contextlib import suppress
 
 from handler.errors import BadRequest, TooLarge, UnsupportedFormat
 from handler.protocols.forms import is_form
@@ -11,6 +12,10 @@ from handler.settings import MAX_REQUEST_BYTES
 
 # zlib's window parameters: detect a gzip or zlib header; raw deflate without a header.
 _ANY_HEADER, _NO_HEADER = 47, -15
+_GZIP = b"\x1f\x8b"
+# Each has up to 64 kB in some formats, such as bgzip's.
+_MAX_MEMBERS = 2_000
+_PIECE_BYTES = 1 << 16
 
 
 def decompress_body(request: Request) -> None:
@@ -37,20 +42,36 @@ def decompress_body(request: Request) -> None:
     request.row = {**request.row, "body": _decompress(body)}
 
 
-def _decompress(body: bytes | bytearray) -> bytes:
+def _decompress(body: bytes | bytearray) -> bytearray:
     for window in (_ANY_HEADER, _NO_HEADER):
-        decompressor = zlib.decompressobj(window)
-        try:
-            content = decompressor.decompress(body, MAX_REQUEST_BYTES + 1)
-        except zlib.error:
-            continue
-        if len(content) > MAX_REQUEST_BYTES:
-            raise TooLarge(
-                f"The body is larger than {MAX_REQUEST_BYTES >> 20} MB after decompression."
-            )
-        if decompressor.eof and not decompressor.unused_data:
-            return content
+        with suppress(zlib.error):
+            return _members(memoryview(body), window)
     raise BadRequest(
         "The header Content-Encoding says that the body is compressed, but it cannot be "
         "decompressed: it is damaged, cut off, or not compressed."
     )
+
+
+def _members(body: memoryview, window: int) -> bytearray:
+    """Return the content of all members, of which a gzip file may have several (RFC 1952, 2.2).
+
+    Raises:
+        zlib.error: the body is not in this format, cut off, or has data or too many members after
+            the first.
+    """
+    content, position = bytearray(), 0
+    for _ in range(_MAX_MEMBERS):
+        decompressor = zlib.decompressobj(window)
+        while not decompressor.eof and position < len(body):
+            piece = body[position : position + _PIECE_BYTES]
+            content += decompressor.decompress(piece, MAX_REQUEST_BYTES + 1 - len(content))
+            if len(content) > MAX_REQUEST_BYTES:
+                raise TooLarge(
+                    f"The body is larger than {MAX_REQUEST_BYTES >> 20} MB after decompression."
+                )
+            position += len(piece) - len(decompressor.unused_data)
+        if decompressor.eof and position == len(body):
+            return content
+        if body[position : position + len(_GZIP)] != _GZIP:
+            break
+    raise zlib.error

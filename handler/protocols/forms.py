@@ -12,7 +12,7 @@ from typing import Any
 
 from handler.archive import Archive
 from handler.decoding.formats import begins_as_image
-from handler.errors import BadRequest, MissingImage, NotAnImage, RepeatedPart
+from handler.errors import BadRequest, MissingImage, NotAnImage, RepeatedPart, UnsupportedFormat
 from handler.protocols.image_text import decode_if_text, is_image, reject_address
 from handler.protocols.json_body import (
     JsonBody,
@@ -37,10 +37,10 @@ from handler.results import result_of
 _FORM_DATA = "multipart/form-data"
 _FORM_URLENCODED = "application/x-www-form-urlencoded"
 
-# Bytes of a form's part in addition to its name, its content and the preceding boundary.
+# Bytes of a form's part in addition to its name, its content and the preceding boundary; those that
+# a file has in addition to its content type; and those of the last line.
 _FIELD_LINES = len('--\r\nContent-Disposition: form-data; name=""\r\n\r\n\r\n')
-_FILE_LINES = _FIELD_LINES + len('; filename=""')
-_CONTENT_TYPE_LINE = len("Content-Type: \r\n")
+_FILE_LINES = len('; filename=""Content-Type: \r\n')
 _LAST_LINE = len("----\r\n")
 
 # Allowance for bytes that the frontend does not pass on: a field's own Content-Type,
@@ -49,7 +49,6 @@ _LAST_LINE = len("----\r\n")
 # such name per form and half of that for each other file.
 _FIELD_SLACK = 128
 _FILE_SLACK = 640
-_LONG_FILE_NAME_SLACK = 640
 
 # No image in base64 is shorter, and few access tokens are longer.
 _MIN_BASE64_LENGTH = 128
@@ -68,12 +67,17 @@ class Form(Protocol):
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         """See `Protocol.parse`."""
+        sent_as = request.header("content-type").lower()
+        if sent_as.startswith("multipart/") and not is_form(request):
+            raise UnsupportedFormat(
+                f"The header Content-Type says {quoted(sent_as.partition(';')[0])}. Of multipart "
+                "bodies, only multipart/form-data is accepted."
+            )
         _check_nothing_was_lost(request)
         request.images = list(_image_parts(request, form_fields(request)))
         check_count(len(request.images), archive.settings.max_images)
         if not request.images:
-            _reject_json_in_a_form(request)
-            _reject_addresses(request)
+            _explain_missing_image(request)
 
     def format(self, request: Request, archive: Archive) -> Response:
         """See `Protocol.format`."""
@@ -101,12 +105,8 @@ class JsonImage(Form):
         """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
-        images = body.document.get("images")
-        if isinstance(images, list):
-            check_count(len(images), archive.settings.max_images)
-            request.images = [
-                json_image(request, f"images[{i}]", value) for i, value in enumerate(images)
-            ]
+        if isinstance(body.document.get("images"), list):
+            body.parse_images(request, "images", archive.settings.max_images)
             return
         image = find_image(body.document)
         if image is None:
@@ -196,15 +196,12 @@ def _check_nothing_was_lost(request: Request) -> None:
     The parts that arrived must account for the request's length, with an allowance for the bytes
     that the frontend does not pass on. The README lists the cases that remain undetected.
     """
-    sent_as = request.header("content-type")
-    length = request.header("content-length")
+    sent_as, length = request.header("content-type"), request.header("content-length")
     if not sent_as.lower().startswith(_FORM_DATA) or not WHOLE_NUMBER.fullmatch(length):
         return
-    boundary = len(
-        re.split("boundary=", sent_as, flags=re.IGNORECASE)[-1].split(";")[0].strip('" ')
-    )
-    accounted, slack = boundary + _LAST_LINE, 0
-    files = 0
+    given = re.split("boundary=", sent_as, flags=re.IGNORECASE)[-1]
+    boundary = len(given.split(";")[0].strip('" '))
+    accounted, files = boundary + _LAST_LINE, 0
     for name, value in request.row.items():
         if not isinstance(value, bytes | bytearray | str):
             return  # TorchServe parsed it; its length is unknown
@@ -213,11 +210,8 @@ def _check_nothing_was_lost(request: Request) -> None:
             files += 1
             own = request.headers[name]
             content_type = own["content-type"] if isinstance(own, Mapping) else ""
-            accounted += _FILE_LINES - _FIELD_LINES + _CONTENT_TYPE_LINE + len(content_type)
-            slack += _FILE_SLACK
-        slack += _FIELD_SLACK
-    if files:
-        slack += _LONG_FILE_NAME_SLACK
+            accounted += _FILE_LINES + len(content_type)
+    slack = _FIELD_SLACK * len(request.row) + _FILE_SLACK * (files + min(files, 1))
     if int(length) > accounted + slack:
         raise RepeatedPart(
             "Two parts of the form have the same name, and TorchServe passes on only one of them. "
@@ -225,17 +219,14 @@ def _check_nothing_was_lost(request: Request) -> None:
         )
 
 
-def _reject_json_in_a_form(request: Request) -> None:
-    """Raise `BadRequest` with the missing header if JSON was sent as a form, as curl's -d does."""
+def _explain_missing_image(request: Request) -> None:
+    """Raise `BadRequest` if the request holds JSON sent as a form, or an address."""
     if is_form(request) and any(name.lstrip()[:1] in {"{", "["} for name in request.row):
         raise BadRequest(
             "The body looks like JSON, but the header Content-Type announces a form, as curl's -d "
             "does. Send the header Content-Type: application/json as well "
             "(curl -H 'Content-Type: application/json' -d @request.json URL)."
         )
-
-
-def _reject_addresses(request: Request) -> None:
     for value in form_fields(request).values():
         if isinstance(value, bytes | bytearray):
             reject_address(value[:_MAX_FILE_NAME_LENGTH].decode("ascii", "replace"))

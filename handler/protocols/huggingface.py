@@ -25,8 +25,8 @@ class HuggingFace(Protocol):
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
         """See `Protocol.accepts`."""
-        named = any(request.header(header).strip("/") == _NAME for header in _HEADERS)
-        return named and request.purpose is Purpose.CLASSIFY
+        named = (request.header(header).strip("/") for header in _HEADERS)
+        return _NAME in named and request.purpose is Purpose.CLASSIFY
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         """See `Protocol.parse`."""
@@ -53,9 +53,7 @@ class HuggingFace(Protocol):
         """See `Protocol.format`."""
         (image,) = request.images
         assert image.result is not None
+        predictions = image.result["predictions"]
         return json_response(
-            [
-                {"label": prediction["label"], "score": prediction["probability"]}
-                for prediction in image.result["predictions"]
-            ]
+            [{"label": p["label"], "score": p["probability"]} for p in predictions]
         )

@@ -3,31 +3,36 @@
 import base64
 import binascii
 import re
+from urllib.parse import unquote
 
 from handler.decoding.formats import begins_as_image
 from handler.errors import BadRequest
 
 _DATA_URL = re.compile(r"\s*data:[^,]{0,300};\s*base64\s*,", re.IGNORECASE)
+# Python's representation of bytes, as `str(base64.b64encode(content))` returns it.
+_PYTHON_BYTES = re.compile(r"\s*b(['\"])")
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.:-]{1,30}://", re.IGNORECASE)
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
 _BASE64_GROUP = 4
 # Enough characters to distinguish base64 from binary files and other text.
 _HEAD = 64
+# The beginning of a data URL, and so many characters after it.
+_MAX_FRAME = 8 * _HEAD
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]*")
 
 
 def from_base64(text: str) -> bytes:
-    """Decode standard or URL-safe base64, with or without padding, line breaks or a data URL.
+    """Decode standard or URL-safe base64, with or without padding or line breaks.
+
+    The text may be a data URL, percent-encoded or not, or Python's `b'...'`.
 
     Raises:
         BadRequest: the text is an address or not base64.
     """
     reject_address(text)
-    data_url = _DATA_URL.match(text)
     try:
-        content = (text[data_url.end() :] if data_url else text).encode("ascii")
-        content = content.translate(_STANDARD_ALPHABET, _WHITE_SPACE)
+        content = _without_frame(text).encode("ascii").translate(_STANDARD_ALPHABET, _WHITE_SPACE)
         if not content.endswith(b"="):
             content += b"=" * (-len(content) % _BASE64_GROUP)
         return base64.b64decode(content, validate=True)
@@ -35,6 +40,15 @@ def from_base64(text: str) -> bytes:
         raise BadRequest(
             "The image's text is not valid base64. Send the content of the file, not its name."
         ) from error
+
+
+def _without_frame(text: str) -> str:
+    """Return the base64 in a data URL or in Python's `b'...'`; any other text unchanged."""
+    if url := _DATA_URL.match(text):
+        return unquote(text[url.end() :])
+    if python := _PYTHON_BYTES.match(text):
+        return text[python.end() :].rstrip().removesuffix(python[1])
+    return text
 
 
 def is_address(text: str) -> bool:
@@ -54,9 +68,7 @@ def reject_address(text: str) -> None:
 
 def is_image(text: str) -> bool:
     """Return whether a text is the beginning of an image in base64."""
-    data_url = _DATA_URL.match(text)
-    start = data_url.end() if data_url else 0
-    head = text[start : start + _HEAD]
+    head = _without_frame(text[:_MAX_FRAME])[:_HEAD]
     if _BASE64.fullmatch(head) is None:
         return False
     try:
@@ -71,8 +83,7 @@ def decode_if_text(data: bytes | bytearray) -> bytes | bytearray:
     Raises:
         BadRequest: the data is an address, or the base64 is damaged.
     """
-    # The prefix of a data URL alone may be longer than _HEAD.
-    head = bytes(data[: 8 * _HEAD])
+    head = bytes(data[:_MAX_FRAME])
     if not head.isascii():
         return data
     text = head.decode("ascii")

@@ -19,38 +19,10 @@ BINARY_HEADER = "inference-header-content-length"
 # since each empty list or object is a Python object. 16 images with names and options have some
 # hundreds; images as lists of numbers would have more, and are not accepted.
 _MAX_PARTS = 100_000
-_PARTS = "[{,"
 
 # Keys under which clients send an image, and the maximum depth at which they are searched.
 _IMAGE_KEYS = ("image", "b64", "base64", "data", "image_bytes", "image_base64")
 _MAX_DEPTH = 4
-
-
-@dataclass
-class JsonBody:
-    """A JSON body that is an object.
-
-    Attributes:
-        document: the object.
-        binary: the bytes after the JSON.
-    """
-
-    document: Mapping[str, Any]
-    binary: "BinaryData"
-
-    def list(self, key: str) -> list[Any]:
-        """Return the list under a key; raise `BadRequest` if there is none."""
-        value = self.document.get(key)
-        if not isinstance(value, list):
-            raise BadRequest(f'"{key}" must be a list.')
-        return value
-
-    def parse_options(self, request: Request) -> None:
-        """Set the request's options from the object and from its `parameters`."""
-        parameters = self.document.get("parameters")
-        if isinstance(parameters, dict):
-            request.options = parse_options(parameters, request.options)
-        request.options = parse_options(self.document, request.options)
 
 
 class BinaryData:
@@ -79,18 +51,47 @@ class BinaryData:
             )
 
 
+@dataclass
+class JsonBody:
+    """A JSON body that is an object, and the bytes after it."""
+
+    document: Mapping[str, Any]
+    binary: BinaryData
+
+    def list(self, key: str) -> list[Any]:
+        """Return the list under a key; raise `BadRequest` if there is none."""
+        value = self.document.get(key)
+        if not isinstance(value, list):
+            raise BadRequest(f'"{key}" must be a list.')
+        return value
+
+    def parse_options(self, request: Request) -> None:
+        """Set the request's options from the object and from its `parameters`."""
+        parameters = self.document.get("parameters")
+        for values in (parameters if isinstance(parameters, dict) else {}, self.document):
+            request.options = parse_options(values, request.options)
+
+    def parse_images(self, request: Request, key: str, max_images: int) -> None:
+        """Set the request's images from the list under a key."""
+        values = self.list(key)
+        check_count(len(values), max_images)
+        request.images = [
+            json_image(request, f"{key}[{i}]", value) for i, value in enumerate(values)
+        ]
+
+
 def parse_json(request: Request) -> JsonBody | None:
     """Parse the body if it is JSON.
 
     JSON is recognized without a JSON content type too, as a browser's `fetch` sends it: no image
-    format begins with a brace.
+    format begins with a brace or a quotation mark.
 
     Returns:
         the body; None if the request is a form, a file or a `GET`.
 
     Raises:
-        BadRequest: the content type is JSON or the body begins like an object, but it is not valid
-            JSON or not an object.
+        BadRequest: the content type is JSON or the body begins like JSON, but it is not valid JSON
+            or not an object.
     """
     body = request.row.get("body")
     announced = "json" in request.header("content-type").lower()
@@ -98,11 +99,16 @@ def parse_json(request: Request) -> JsonBody | None:
     if body is None or (is_empty(body) and not announces_body(request)):
         return None
     if isinstance(body, bytes | bytearray) and (length := request.header(BINARY_HEADER)):
-        body, binary = _split(body, length)
+        if not WHOLE_NUMBER.fullmatch(length) or int(length) > len(body):
+            raise BadRequest(
+                f"{BINARY_HEADER.title()} must be the length of the JSON in bytes, at most "
+                f"{len(body)}, got {quoted(length)}."
+            )
+        body, binary = body[: int(length)], BinaryData(memoryview(body)[int(length) :])
         announced = True
     # TorchServe decodes a JSON text whose content type is JSON.
     if isinstance(body, bytes | bytearray) or (isinstance(body, str) and not announced):
-        if not announced and not _begins_as_object(body):
+        if not announced and not _begins_as_json(body):
             return None
         try:
             body = _loads(body)
@@ -113,6 +119,24 @@ def parse_json(request: Request) -> JsonBody | None:
     if not isinstance(body, dict):
         raise BadRequest('The JSON body must be an object, such as {"image": "<base64>"}.')
     return JsonBody(body, binary)
+
+
+def _begins_as_json(body: bytes | bytearray | str) -> bool:
+    """Return whether the body begins like an object, or like an image's text in JSON."""
+    head = body[:64].lstrip()
+    start = head.encode("utf-8", "replace") if isinstance(head, str) else head
+    return start.startswith((b"{", b'"'))
+
+
+def _loads(body: bytes | bytearray | str) -> Any:
+    """Parse JSON in UTF-8, UTF-16 or UTF-32; raise `ValueError` or `BadRequest`."""
+    text = body if isinstance(body, str) else body.decode(json.detect_encoding(body))
+    if sum(map(text.count, "[{,")) > _MAX_PARTS:
+        raise BadRequest(
+            f"The JSON body has more than {_MAX_PARTS:,} lists, objects and values. Send images "
+            "in base64, not as lists of numbers."
+        )
+    return json.loads(text)
 
 
 def is_empty(body: object) -> bool:
@@ -141,10 +165,7 @@ def release_body(request: Request) -> None:
 def json_image(request: Request, name: str, value: object) -> RequestImage:
     """Return an image from a JSON body; if its value is malformed, the error is stored on it.
 
-    Args:
-        request: the image's request.
-        name: the image's name.
-        value: text in base64, bytes, or an object that holds one of them; see `find_image`.
+    The value is text in base64, bytes, or an object that holds one of them; see `find_image`.
     """
     image = RequestImage(request.request_id, name)
 
@@ -185,34 +206,3 @@ def check_count(images: int, max_images: int) -> None:
             f"The request holds {images} images; at most {max_images} are accepted. "
             "Send the others in another request."
         )
-
-
-def _begins_as_object(body: bytes | bytearray | str) -> bool:
-    head = body[:64].lstrip()
-    return head.startswith("{") if isinstance(head, str) else head.startswith(b"{")
-
-
-def _split(body: bytes | bytearray, length: str) -> tuple[bytes | bytearray, BinaryData]:
-    """Return the JSON and the tensors' data after it."""
-    if not WHOLE_NUMBER.fullmatch(length) or int(length) > len(body):
-        raise BadRequest(
-            f"{BINARY_HEADER.title()} must be the length of the JSON in bytes, at most "
-            f"{len(body)}, got {quoted(length)}."
-        )
-    return body[: int(length)], BinaryData(memoryview(body)[int(length) :])
-
-
-def _loads(body: bytes | bytearray | str) -> Any:
-    """Parse JSON in UTF-8, UTF-16 or UTF-32.
-
-    Raises:
-        BadRequest: the text has too many parts.
-        ValueError: it is not valid JSON.
-    """
-    text = body if isinstance(body, str) else body.decode(json.detect_encoding(body))
-    if sum(map(text.count, _PARTS)) > _MAX_PARTS:
-        raise BadRequest(
-            f"The JSON body has more than {_MAX_PARTS:,} lists, objects and values. Send images "
-            "in base64, not as lists of numbers."
-        )
-    return json.loads(text)

@@ -1,7 +1,7 @@
 """KServe V1, TensorFlow Serving's protocol: `{"instances": [...]}` -> `{"predictions": [...]}`."""
 
 from handler.archive import Archive
-from handler.protocols.json_body import JsonBody, check_count, json_image
+from handler.protocols.json_body import JsonBody
 from handler.request import Protocol, Purpose, Request, Response, json_response
 from handler.results import result_of
 
@@ -18,11 +18,7 @@ class KServeV1(Protocol):
         """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
-        instances = body.list("instances")
-        check_count(len(instances), archive.settings.max_images)
-        request.images = [
-            json_image(request, f"instances[{i}]", value) for i, value in enumerate(instances)
-        ]
+        body.parse_images(request, "instances", archive.settings.max_images)
 
     def format(self, request: Request, archive: Archive) -> Response:
         """See `Protocol.format`."""

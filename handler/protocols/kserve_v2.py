@@ -39,6 +39,7 @@ _OUTPUTS = {
     "result": "BYTES",
 }
 _NOT_EXPLAINED = {"recognized", "labels"}
+_EMPTY = {"BYTES": "", "FP32": 0.0, "BOOL": False}
 _EMBEDDING = "embedding"
 
 _DATATYPES = ["BYTES", "UINT8"]
@@ -130,16 +131,14 @@ class KServeV2(Protocol):
 
 def parse_request_id(document: Mapping[str, Any]) -> str | None:
     """Return the client's own id for the request, as text; None if there is none."""
-    match document.get("id"):
-        case None:
-            return None
-        case bool():
-            pass
-        case str() | int() as given if len(str(given)) <= _MAX_ID_LENGTH:
-            return str(given)
-    raise BadRequest(
-        f'"id" must be a text of at most {_MAX_ID_LENGTH} characters, or a whole number.'
-    )
+    given = document.get("id")
+    if given is None:
+        return None
+    if isinstance(given, bool | float | list | dict) or len(str(given)) > _MAX_ID_LENGTH:
+        raise BadRequest(
+            f'"id" must be a text of at most {_MAX_ID_LENGTH} characters, or a whole number.'
+        )
+    return str(given)
 
 
 def parse_outputs(
@@ -149,24 +148,19 @@ def parse_outputs(
     missing = _NOT_EXPLAINED if explained else set() if multilabel else {"labels"}
     available = [name for name in _OUTPUTS if name not in missing]
     binary = _flag(_parameters(document), "binary_data_output", default=False)
-    all_outputs = [OutputTensor(name, binary) for name in available]
-    if not explained:  # only on request, since embeddings are long
-        available.append(_EMBEDDING)
     requested = document.get("outputs")
     if requested is None or requested == []:
-        return all_outputs
+        return [OutputTensor(name, binary) for name in available]
     if not isinstance(requested, list) or not all(isinstance(output, dict) for output in requested):
         raise BadRequest('"outputs" must be a list of objects, such as {"name": "result"}.')
-    available_count = len(all_outputs) + any(
-        output.get("name") == _EMBEDDING for output in requested
-    )
-    if len(requested) > available_count:
-        raise BadRequest(
-            f'"outputs" asks for {len(requested)} tensors; there are {available_count}.'
-        )
+    names = [output.get("name") for output in requested]
+    count = len(available) + (_EMBEDDING in names)
+    if len(requested) > count:
+        raise BadRequest(f'"outputs" asks for {len(requested)} tensors; there are {count}.')
+    if not explained:  # only on request, since embeddings are long
+        available.append(_EMBEDDING)
     outputs = []
-    for output in requested:
-        name = output.get("name")
+    for name, output in zip(names, requested, strict=True):
         if name not in available:
             raise BadRequest(f'"outputs" asks for what is not there: {", ".join(available)} are.')
         parameters = _parameters(output)
@@ -180,15 +174,9 @@ def parse_outputs(
 def parse_tensor(
     tensor: object, binary: BinaryData, max_images: int
 ) -> tuple[str, Sequence[bytes | object]]:
-    """Parse one of a request's tensors.
+    """Return the name of one of a request's tensors, and its images: bytes, or values in the JSON.
 
-    Args:
-        tensor: the tensor's JSON value.
-        binary: the data of this and the following tensors.
-        max_images: maximum number of images.
-
-    Returns:
-        the tensor's name, and its images: bytes, or their values in the JSON.
+    `binary` has the data of this and the following tensors.
     """
     if not isinstance(tensor, dict) or tensor.get("datatype") not in _DATATYPES:
         raise BadRequest(_ACCEPTED)
@@ -198,18 +186,21 @@ def parse_tensor(
         raise BadRequest(f'A tensor\'s "name" may have {_MAX_ID_LENGTH} characters.')
     size = _parameters(tensor).get("binary_data_size")
     shape = _shape(tensor)
-    if tensor["datatype"] == "BYTES":
-        if size is None:
-            elements: Sequence[object] = _values(tensor)
-        else:
-            elements = _split(binary.take(size), max_images)
-        _check_shape(shape, len(elements))
-        if len(elements) > max_images:
-            raise _too_many(max_images)
-        return name, elements
-    data = _octets(_values(tensor)) if size is None else bytes(binary.take(size))
-    _check_shape(shape, len(data))
-    return name, _rows(data, shape, max_images)
+    elements: Sequence[object]
+    if tensor["datatype"] == "UINT8":
+        data = _octets(_values(tensor)) if size is None else bytes(binary.take(size))
+        _check_shape(shape, len(data))
+        elements = _rows(data, shape, max_images)
+    else:
+        elements = _values(tensor) if size is None else _split(binary.take(size), max_images)
+        if len(elements) <= max_images:
+            _check_shape(shape, len(elements))
+    if len(elements) > max_images:
+        raise TooManyImages(
+            f"A tensor holds more than {max_images} images, which is the most that a request may "
+            "have. Send the others in another request."
+        )
+    return name, elements
 
 
 def _parameters(of: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -240,13 +231,10 @@ def _shape(tensor: Mapping[str, Any]) -> list[int]:
 
 def _check_shape(shape: list[int], elements: int) -> None:
     if shape and _UNKNOWN_LENGTH not in shape and math.prod(shape) != elements:
+        product = " x ".join(str(length)[:20] for length in shape)
         raise BadRequest(
-            f'The "shape" of a tensor says {_product(shape)} element(s), its data have {elements}.'
+            f'The "shape" of a tensor says {product} element(s), its data have {elements}.'
         )
-
-
-def _product(shape: list[int]) -> str:
-    return " x ".join(str(length)[:20] for length in shape)
 
 
 def _values(tensor: Mapping[str, Any]) -> list[Any]:
@@ -271,7 +259,7 @@ def _octets(values: list[Any]) -> bytes:
 
 
 def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
-    """Return the images of a UINT8 tensor whose shape matches its data."""
+    """Return the images of a UINT8 tensor, at most one more than `max_images`."""
     if len(shape) > _BATCH_DIMENSIONS:
         raise BadRequest(_ACCEPTED)
     if len(shape) < _BATCH_DIMENSIONS or shape[0] == 1:
@@ -283,34 +271,23 @@ def _rows(data: bytes, shape: list[int], max_images: int) -> list[bytes]:
         length = len(data) // rows
     if rows < 1 or rows * length != len(data):
         raise BadRequest(_ACCEPTED)
-    if rows > max_images:
-        raise _too_many(max_images)
-    return [data[i * length : (i + 1) * length] for i in range(rows)]
+    return [data[i * length : (i + 1) * length] for i in range(min(rows, max_images + 1))]
 
 
 def _split(data: memoryview, max_images: int) -> list[bytes]:
-    """Return the elements of a binary BYTES tensor."""
+    """Return the elements of a binary BYTES tensor, at most one more than `max_images`."""
     elements: list[bytes] = []
-    while data:
+    while data and len(elements) <= max_images:
         length = _LENGTH.unpack(data[: _LENGTH.size])[0] if len(data) >= _LENGTH.size else math.inf
         if length > len(data) - _LENGTH.size:
             raise BadRequest(
                 "A BYTES tensor in binary is cut off: each element needs its length before it, "
                 "four bytes, in little-endian order."
             )
-        if len(elements) == max_images:
-            raise _too_many(max_images)
         end = _LENGTH.size + int(length)
         elements.append(bytes(data[_LENGTH.size : end]))
         data = data[end:]
     return elements
-
-
-def _too_many(max_images: int) -> TooManyImages:
-    return TooManyImages(
-        f"A tensor holds more than {max_images} images, which is the most that a request may have. "
-        "Send the others in another request."
-    )
 
 
 # --- Responses ---
@@ -327,12 +304,13 @@ def _format_outputs(
     tensors: list[Body] = []
     binary = b""
     for output in outputs:
+        shape = [len(results)]
         if output.name == _EMBEDDING:
             vectors = _embeddings(request)
             datatype, shape, values = "FP32", list(vectors.shape), embedding_to_json(vectors)
         else:
-            datatype, values = _OUTPUTS[output.name], _column(output.name, results)
-            shape = [len(results)]
+            datatype = _OUTPUTS[output.name]
+            values = [_element(output.name, result) for result in results]
         tensor: Body = {"name": output.name, "datatype": datatype, "shape": shape}
         if output.binary:
             content = _in_binary(datatype, values)
@@ -351,26 +329,18 @@ def _embeddings(request: Request) -> NDArray[np.float32]:
     return np.stack([np.zeros(channels, np.float32) if v is None else v for v in found])
 
 
-def _column(name: str, results: Sequence[Body]) -> list[Any]:
-    match name:
-        case "result":
-            return [json.dumps(result, allow_nan=False) for result in results]
-        case "labels":
-            return [json.dumps(result.get(name, []), allow_nan=False) for result in results]
-        case "probability":
-            return [result.get(name, 0.0) for result in results]
-        case "recognized":
-            return [result.get(name, False) for result in results]
-        case _:
-            return [result.get(name) or "" for result in results]
+def _element(name: str, result: Body) -> Any:
+    if name == "result":
+        return json.dumps(result, allow_nan=False)
+    if name == "labels":
+        return json.dumps(result.get(name, []), allow_nan=False)
+    return result.get(name) or _EMPTY[_OUTPUTS[name]]
 
 
 def _in_binary(datatype: str, values: list[Any]) -> bytes:
-    match datatype:
-        case "FP32":
-            return np.array(values, "<f4").tobytes()
-        case "BOOL":
-            return bytes(values)
-        case _:
-            texts = [value.encode("utf-8", "replace") for value in values]
-            return b"".join(_LENGTH.pack(len(text)) + text for text in texts)
+    if datatype == "FP32":
+        return np.array(values, "<f4").tobytes()
+    if datatype == "BOOL":
+        return bytes(values)
+    texts = [value.encode("utf-8", "replace") for value in values]
+    return b"".join(_LENGTH.pack(len(text)) + text for text in texts)

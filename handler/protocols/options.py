@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -17,10 +17,6 @@ from handler.request import Options, Request
 # Names of parts that hold an image even if they are not marked as files: those of a raw body, gRPC
 # and the tutorials' forms.
 IMAGE_NAMES = ("body", "data", "file", "image")
-
-_EMBEDDING = "embedding"
-_CLASSES = ("class_index", "class_id", "class_name")
-_OPTION_NAMES = ("topk", "threshold", *_CLASSES, _EMBEDDING)
 
 # The gateway and the container send the query in this header, since TorchServe drops it on most
 # paths.
@@ -50,17 +46,8 @@ def parse_options(values: Mapping[str, Any], options: Options) -> Options:
         InvalidOption: a value is invalid, or a name is nearly that of an option.
     """
     _reject_misspelled(values)
-    if "topk" in values:
-        options = replace(options, topk=_parse_topk(values["topk"]))
-    if "threshold" in values:
-        options = replace(options, threshold=_parse_threshold(values["threshold"]))
-    if _EMBEDDING in values:
-        options = replace(options, embedding=_parse_flag(_EMBEDDING, values[_EMBEDDING]))
-    # `find_class` checks these, for explanations only.
-    classes: dict[str, Any] = {
-        name: _as_text(values[name])[:_MAX_CLASS_LENGTH] for name in _CLASSES if name in values
-    }
-    return replace(options, **classes)
+    given = {name: parse(values[name]) for name, parse in _PARSERS.items() if name in values}
+    return replace(options, **given)
 
 
 def parse_query(request: Request) -> dict[str, str]:
@@ -75,15 +62,13 @@ def parse_query(request: Request) -> dict[str, str]:
 def _reject_misspelled(names: Iterable[str]) -> None:
     """Reject names that are nearly those of options; ignore unrelated ones, such as "submit"."""
     for name in islice(names, _MAX_NAMES):
-        if name in _OPTION_NAMES or name in IMAGE_NAMES or len(name) > _MAX_NAME_LENGTH:
+        if name in _PARSERS or name in IMAGE_NAMES or len(name) > _MAX_NAME_LENGTH:
             continue
-        matches = difflib.get_close_matches(
-            name.lower(), _OPTION_NAMES, n=1, cutoff=_MIN_SIMILARITY
-        )
+        matches = difflib.get_close_matches(name.lower(), _PARSERS, n=1, cutoff=_MIN_SIMILARITY)
         if matches:
             raise InvalidOption(
                 f"There is no option {quoted(name)}: did you mean {matches[0]}? "
-                f"Options are {', '.join(_OPTION_NAMES)}."
+                f"Options are {', '.join(_PARSERS)}."
             )
 
 
@@ -102,69 +87,87 @@ def _parse_threshold(value: object) -> float:
     return threshold
 
 
-def _parse_flag(name: str, value: object) -> bool:
-    text = str(value).lower() if isinstance(value, bool) else _as_text(value).strip().lower()
-    if text not in _FLAGS:
-        raise InvalidOption(f"{name} must be true or false, got {quoted(value)}.")
-    return _FLAGS[text]
+def _parse_embedding(value: object) -> bool:
+    text = str(value) if isinstance(value, bool) else _as_text(value)
+    flag = _FLAGS.get(text.strip().lower())
+    if flag is None:
+        raise InvalidOption(f"embedding must be true or false, got {quoted(value)}.")
+    return flag
+
+
+def _parse_class(value: object) -> str:
+    """Return the text, which `find_class` checks, for explanations only."""
+    return _as_text(value)[:_MAX_CLASS_LENGTH]
+
+
+_PARSERS: dict[str, Callable[[object], Any]] = {
+    "topk": _parse_topk,
+    "threshold": _parse_threshold,
+    "class_index": _parse_class,
+    "class_id": _parse_class,
+    "class_name": _parse_class,
+    "embedding": _parse_embedding,
+}
 
 
 def find_class(options: Options, labels: Sequence[Label]) -> int | None:
     """Return the position of the class to explain; None if the request does not name one."""
     found = set()
-    if options.class_id is not None:
-        found.add(_find_id(options.class_id, labels))
-    if options.class_index is not None:
-        found.add(_parse_class_index(options.class_index, len(labels)))
-    if options.class_name is not None:
-        found.add(_find_name(options.class_name, labels))
+    for name, find in _FINDERS.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        indices = find(value, labels)
+        if len(indices) > 1:
+            ids = ", ".join(quoted(labels[index].class_id) for index in indices[:_MAX_SHOWN_IDS])
+            raise InvalidOption(
+                f"{name} {quoted(value)} is the name of {len(indices)} classes: use class_id "
+                f"instead, {ids}."
+            )
+        if not indices:
+            raise InvalidOption(_no_class(name, value, labels))
+        found.update(indices)
     if len(found) > 1:
-        raise InvalidOption(f"{', '.join(_CLASSES)} name different classes. Give one of them.")
+        raise InvalidOption(f"{', '.join(_FINDERS)} name different classes. Give one of them.")
     return found.pop() if found else None
 
 
-def _find_id(class_id: str, labels: Sequence[Label]) -> int:
-    ids = [label.class_id for label in labels]
-    if class_id in ids:
-        return ids.index(class_id)
-    hint = "."
-    if _indices_of(class_id, labels):
-        hint = ", but the name of one: use class_name instead."
-    raise InvalidOption(f"class_id {quoted(class_id)} is no class of this model{hint}")
+def _no_class(name: str, value: str, labels: Sequence[Label]) -> str:
+    message = f"{name} {quoted(value)} is no class of this model."
+    if name == "class_index":
+        message = f"{name} must be a whole number from 0 to {len(labels) - 1}, got {quoted(value)}."
+    for other, find in _FINDERS.items():
+        if find(value, labels):
+            kind = other.removeprefix("class_")
+            return f"{message} It is the {kind} of one: use {other} instead."
+    return message
 
 
-def _find_name(class_name: str, labels: Sequence[Label]) -> int:
-    found = _indices_of(class_name, labels)
-    if not found:
-        raise InvalidOption(f"class_name {quoted(class_name)} is no class of this model.")
-    if len(found) > 1:
-        ids = ", ".join(quoted(labels[index].class_id) for index in found[:_MAX_SHOWN_IDS])
-        raise InvalidOption(
-            f"class_name {quoted(class_name)} is the name of {len(found)} classes: use class_id "
-            f"instead, {ids}."
-        )
-    return found[0]
+def _with_index(value: str, labels: Sequence[Label]) -> list[int]:
+    index = parse_whole_number(value)
+    return [] if index is None or index >= len(labels) else [index]
 
 
-def _indices_of(class_name: str, labels: Sequence[Label]) -> list[int]:
+def _with_id(value: str, labels: Sequence[Label]) -> list[int]:
+    return [i for i, label in enumerate(labels) if label.class_id == value][:1]
+
+
+def _with_name(value: str, labels: Sequence[Label]) -> list[int]:
     """Return the classes with this name, or else those whose name differs only in case or `_`."""
 
     def plain(name: str) -> str:
         return name.casefold().replace("_", " ").strip()
 
-    exact = [i for i, label in enumerate(labels) if label.class_name == class_name]
-    return exact or [
-        i for i, label in enumerate(labels) if plain(label.class_name) == plain(class_name)
-    ]
+    exact = [i for i, label in enumerate(labels) if label.class_name == value]
+    return exact or [i for i, label in enumerate(labels) if plain(label.class_name) == plain(value)]
 
 
-def _parse_class_index(value: str, classes: int) -> int:
-    index = parse_whole_number(value)
-    if index is None or index >= classes:
-        raise InvalidOption(
-            f"class_index must be a whole number from 0 to {classes - 1}, got {quoted(value)}."
-        )
-    return index
+# The options that name the class to explain.
+_FINDERS: dict[str, Callable[[str, Sequence[Label]], list[int]]] = {
+    "class_index": _with_index,
+    "class_id": _with_id,
+    "class_name": _with_name,
+}
 
 
 def parse_whole_number(value: object) -> int | None:

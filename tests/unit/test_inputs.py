@@ -180,6 +180,8 @@ def test_base64_in_place_of_a_file_is_decoded(kind: str) -> None:
         *(text, text.rstrip("="), "data:image/x;base64," + text),
         base64.urlsafe_b64encode(content).decode(),
         base64.encodebytes(content).decode(),
+        "data:image/x;base64," + quote(text, safe=""),
+        str(text.encode()),  # Python's b'...'
     ):
         assert contents(read({"body": sent})) == [("body", content)]
         for name, headers in (("body", {}), ("image", {}), ("a", {"a": FILE})):
@@ -234,12 +236,18 @@ COMPRESSED = {
 }
 
 
+def several_members(content: bytes) -> bytes:
+    """As bgzip and some parallel compressors write; RFC 1952 allows it."""
+    return b"".join(gzip.compress(content[i : i + 100]) for i in range(0, len(content), 100))
+
+
 @pytest.mark.parametrize("encoding", COMPRESSED)
 def test_a_compressed_body_is_decompressed(encoding: str) -> None:
     for content in (JPEG_FILE, json.dumps({"image": in_base64(JPEG_FILE)}).encode()):
-        body = bytearray(COMPRESSED[encoding](content))
-        request = read({"body": body}, {"Content-Encoding": encoding})
-        assert [image.data for image in request.images] == [JPEG_FILE]
+        compress = COMPRESSED[encoding]
+        for how in (compress, several_members if compress is gzip.compress else compress):
+            request = read({"body": bytearray(how(content))}, {"Content-Encoding": encoding})
+            assert [image.data for image in request.images] == [JPEG_FILE]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +258,7 @@ def test_a_compressed_body_is_decompressed(encoding: str) -> None:
         (JPEG_FILE, "gzip", BadRequest),
         (gzip.compress(JPEG_FILE)[:-1], "gzip", BadRequest),
         (gzip.compress(JPEG_FILE) + b"x", "gzip", BadRequest),
+        (gzip.compress(b"") * 2_001, "gzip", BadRequest),
         ("decoded", "gzip", BadRequest),
         (gzip.compress(bytes(MAX_REQUEST_BYTES + 1)), "gzip", TooLarge),
     ],
@@ -262,6 +271,12 @@ def test_a_body_that_cannot_be_decompressed_is_rejected(
     form = {"Content-Encoding": encoding, "Content-Type": "multipart/form-data; boundary=x"}
     with pytest.raises(UnsupportedFormat, match=f"Content-Encoding says '{encoding}'"):
         read({"\x1f": b"?"}, form)
+
+
+def test_another_kind_of_multipart_body_is_rejected_by_name() -> None:
+    headers = {"Content-Type": "Multipart/Mixed; boundary=x"}
+    with pytest.raises(UnsupportedFormat, match=r"'multipart/mixed'.* only multipart/form-data"):
+        read({"body": b"--x\r\nContent-Type: image/jpeg\r\n\r\n" + JPEG_FILE}, headers)
 
 
 def test_more_images_than_allowed_are_rejected() -> None:
@@ -300,8 +315,12 @@ INDEX = "class_index must be a whole number from 0 to 4"
         *(({"class_index": value}, INDEX) for value in ("9", "-1", "1.0", "", "9" * 5000)),
         ({"embedding": b"yes please"}, "embedding must be true or false, got 'yes please'"),
         ({"class_id": "n9"}, "class_id 'n9' is no class of this model"),
-        ({"class_id": "tench"}, "but the name of one: use class_name"),
-        ({"class_name": "n1"}, "class_name 'n1' is no class of this model"),
+        ({"class_name": "cat"}, "class_name 'cat' is no class of this model.$"),
+        ({"class_id": "tench"}, "It is the name of one: use class_name instead"),
+        ({"class_name": "n1"}, "'n1' is no class .* It is the id of one: use class_id instead"),
+        ({"class_id": "2"}, "It is the index of one: use class_index instead"),
+        ({"class_name": "2"}, "It is the index of one: use class_index instead"),
+        ({"class_index": "tench"}, f"{INDEX}, got 'tench'. It is the name of one: use class_name"),
         ({"class_name": "crane"}, "2 classes: use class_id instead, 'n3-of-a-long.*', 'n4'"),
         ({"class_name": "tench", "class_id": "n1"}, "name different classes"),
         ({"class_id": "\u732b" * 500}, "is no class"),
@@ -490,6 +509,9 @@ def test_parts_that_share_a_name_are_rejected_in_a_form_of_any_client(client: st
         "data:image/jpeg;charset=x;base64," + in_base64(CONTENT),
         "DATA:IMAGE/PNG;BASE64," + in_base64(CONTENT),
         "data:image/svg+xml;name=a b;base64, " + in_base64(CONTENT),
+        "data:image/png;base64," + quote(in_base64(CONTENT), safe=""),
+        f"b'{in_base64(CONTENT)}'\n",
+        f'b"{in_base64(CONTENT)}"',
     ],
 )
 def test_json_holds_options_and_an_image_in_any_spelling_of_base64(text: str) -> None:
@@ -561,6 +583,10 @@ def test_json_announced_as_text_is_json() -> None:
         request = read({"body": body}, {"Content-Type": "text/plain;charset=UTF-8"})
         assert contents(request) == [("image", b"x")]
         assert request.options == Options(3, 0.1)
+    for body in (f'"{JPEG_TEXT}"', f' "{JPEG_TEXT}"\n'.encode()):
+        assert contents(read({"body": body}, {"Content-Type": "text/plain"})) == [
+            ("image", JPEG_FILE)
+        ]
     with pytest.raises(BadRequest, match="not valid JSON"):
         read({"body": "{"}, {"Content-Type": "text/plain"})
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from handler.decoding import resize as module
+from handler.decoding import transform as module
 from handler.decoding.transform import crop_box, resize_and_crop
 from handler.settings import ModelCard, Preprocessing
 
@@ -71,11 +71,11 @@ def test_it_is_used_only_with_the_measured_interpolation_and_pillow(
 def test_without_the_package_pillow_resizes() -> None:
     code = (
         "import sys, json; sys.modules['cykooz_resizer'] = None\n"
-        "from handler.decoding import resize\n"
+        "from handler.decoding import transform\n"
         "from PIL import Image\n"
         "image = Image.new('RGB', (9, 9))\n"
-        "small = resize.resize(image, (3, 3), interpolation='bilinear', fast=True)\n"
-        "print(json.dumps([resize.can_resize_fast('bilinear'), small.size]))"
+        "small = transform.resize(image, (3, 3), interpolation='bilinear', fast=True)\n"
+        "print(json.dumps([transform.can_resize_fast('bilinear'), small.size]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert json.loads(run.stdout) == [False, [3, 3]]
