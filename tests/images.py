@@ -2,11 +2,19 @@
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.known import PHOTOGRAPHS
+from handler.decoding.budget import PixelBudget
+from handler.decoding.decode import decode
+from handler.decoding.pillow import DecodedImage
+from handler.settings import Preprocessing
+
+PREPROCESSING = Preprocessing()
+MAX_PIXELS = 64_000_000
 
 # Sides for each case of rounding in resizing and cropping; the largest image is 2000 x 1500.
 _SIDES = (1, 2, 3, 7, 33, 100, 223, 224, 225, 254, 255, 256, 300, 511, 640, 1500, 2000)
@@ -60,3 +68,10 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> b
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def decoded(
+    data: bytes | bytearray, preprocessing: Preprocessing = PREPROCESSING, **options: Any
+) -> DecodedImage:
+    """Decode one image with the default limits of a request."""
+    return decode(data, preprocessing, PixelBudget(MAX_PIXELS), **options)

@@ -37,7 +37,7 @@ _BAND_PIXELS = 500_000
 def upright(
     image: Image.Image, data: bytes | bytearray, exif_orientation: int | None
 ) -> Image.Image:
-    """Decode an opened image and turn it upright; see `to_rgb`.
+    """Decode an image that Pillow opened from `data` and turn it upright; see `to_rgb`.
 
     Args:
         image: as Pillow opened it.
@@ -73,10 +73,6 @@ def orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image, data: bytes | bytearray) -> Image.Image:
     """Decode to RGB with 8 bits per channel, transparency on white, without rotating.
-
-    Args:
-        image: as Pillow opened it.
-        data: the bytes that it was opened from.
 
     Returns:
         an RGB image, which may be `image` itself.

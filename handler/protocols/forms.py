@@ -62,11 +62,9 @@ class Form(Protocol):
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        """See `Protocol.accepts`."""
         return body is None
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
-        """See `Protocol.parse`."""
         sent_as = request.header("content-type").lower()
         if sent_as.startswith("multipart/") and not is_form(request):
             raise UnsupportedFormat(
@@ -80,7 +78,6 @@ class Form(Protocol):
             _explain_missing_image(request)
 
     def format(self, request: Request, archive: Archive) -> Response:
-        """See `Protocol.format`."""
         results = [result_of(image) for image in request.images]
         if len(results) == 1:
             return json_response({**results[0], **archive.warning})
@@ -98,11 +95,9 @@ class JsonImage(Form):
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        """See `Protocol.accepts`."""
         return body is not None
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
-        """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
         if isinstance(body.document.get("images"), list):

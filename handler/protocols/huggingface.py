@@ -24,12 +24,10 @@ class HuggingFace(Protocol):
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        """See `Protocol.accepts`."""
         named = (request.header(header).strip("/") for header in _HEADERS)
         return _NAME in named and request.purpose is Purpose.CLASSIFY
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
-        """See `Protocol.parse`."""
         if body is None:
             Form().parse(request, None, archive)
         else:
@@ -50,7 +48,6 @@ class HuggingFace(Protocol):
             raise BadRequest("Hugging Face's image classification takes one image per request.")
 
     def format(self, request: Request, archive: Archive) -> Response:
-        """See `Protocol.format`."""
         (image,) = request.images
         assert image.result is not None
         predictions = image.result["predictions"]

@@ -11,17 +11,14 @@ class KServeV1(Protocol):
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        """See `Protocol.accepts`."""
         return body is not None and "instances" in body.document
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
-        """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
         body.parse_images(request, "instances", archive.settings.max_images)
 
     def format(self, request: Request, archive: Archive) -> Response:
-        """See `Protocol.format`."""
         results = [result_of(image) for image in request.images]
         key = "explanations" if request.purpose is Purpose.EXPLAIN else "predictions"
         return json_response({key: results, **archive.warning})

@@ -82,12 +82,10 @@ class KServeV2(Protocol):
 
     @classmethod
     def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        """See `Protocol.accepts`."""
         # Text in "inputs" is not a tensor but a Hugging Face client's image.
         return body is not None and not isinstance(body.document.get("inputs", ""), str)
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
-        """See `Protocol.parse`."""
         assert body is not None
         body.parse_options(request)
         self.client_id = parse_request_id(body.document)
@@ -107,7 +105,6 @@ class KServeV2(Protocol):
             check_count(len(request.images), max_images)
 
     def format(self, request: Request, archive: Archive) -> Response:
-        """See `Protocol.format`."""
         results = [result_of(image) for image in request.images]
         outputs, binary = _format_outputs(request, results, self.outputs)
         response = json_response(

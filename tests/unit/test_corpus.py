@@ -6,17 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from handler.decoding.budget import PixelBudget
-from handler.decoding.decode import decode
 from handler.decoding.transform import resize_and_crop
 from handler.errors import ClientError
-from handler.settings import Preprocessing
 from tests import corpus
 from tests.corpus import Hostile, Valid
-from tests.images import encode
-
-PREPROCESSING = Preprocessing()
-MAX_PIXELS = 64_000_000
+from tests.images import PREPROCESSING, decoded, encode
 
 VALID = list(corpus.valid())
 HOSTILE = list(corpus.hostile())
@@ -24,7 +18,7 @@ HOSTILE = list(corpus.hostile())
 
 @pytest.mark.parametrize("image", VALID, ids=lambda image: image.name)
 def test_a_valid_image_becomes_what_a_person_sees(image: Valid) -> None:
-    mine = decode(image.data, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=False).pixels
+    mine = decoded(image.data, reduced=False).pixels
     expected = np.asarray(resize_and_crop(image.seen, PREPROCESSING)).transpose(2, 0, 1)
     assert np.array_equal(mine, expected)
 
@@ -32,7 +26,7 @@ def test_a_valid_image_becomes_what_a_person_sees(image: Valid) -> None:
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack.name)
 def test_hostile_bytes_are_rejected_by_name(attack: Hostile) -> None:
     with pytest.raises(ClientError) as error:
-        decode(attack.data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        decoded(attack.data)
     assert (error.value.status, error.value.type) == (attack.status, attack.type)
     message = str(error.value)
     assert len(message) > 20
@@ -69,7 +63,7 @@ def test_any_size_and_mode_becomes_the_models_input(width: int, height: int, mod
 
 def decode_or_reject(data: bytes, *, may_reject: bool = True) -> None:
     try:
-        pixels = decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels
+        pixels = decoded(data).pixels
     except ClientError:
         assert may_reject
         return

@@ -26,14 +26,12 @@ from handler.decoding.formats import probe
 from handler.decoding.isolated import DecoderExitedError, DecoderProcess
 from handler.errors import ClientError, DamagedImage, TooLarge
 from handler.request import RequestImage, run_isolated
-from handler.settings import DECODING_BYTES, Preprocessing
+from handler.settings import DECODING_BYTES
 from tests import costs
 from tests.corpus import jpeg_with_size, photograph
-from tests.images import encode
+from tests.images import MAX_PIXELS, PREPROCESSING, decoded, encode
 from tests.kinds import PNG_START, chunk, png_header
 
-PREPROCESSING = Preprocessing()
-MAX_PIXELS = 64_000_000
 GIF = encode(photograph(), "GIF")
 JPEG = encode(photograph(), "JPEG")
 
@@ -112,7 +110,7 @@ def test_an_image_whose_decoder_the_kernel_killed_needs_too_much_memory(
     process = process_of("os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(decode_module, "_decoder_process", process)
     with pytest.raises(TooLarge, match="needs more memory to decode than the server has left"):
-        decode(GIF, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        decoded(GIF)
 
 
 @pytest.mark.parametrize("body", ["pass", "return {'exits': True}, data"])
@@ -156,7 +154,7 @@ def test_a_missing_decoder_is_the_servers_fault(
     with monkeypatch.context() as patch:
         patch.setattr("PIL.features.check", lambda name: name != "webp")
         with pytest.raises(RuntimeError, match="decoder of WEBP is missing"):
-            decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS))
+            decoded(webp)
     process = process_of("pass")
     process.code = (
         f"import sys; sys.path[:] = {sys.path!r}; sys.modules['pi_heif'] = None; "
@@ -164,8 +162,8 @@ def test_a_missing_decoder_is_the_servers_fault(
     )
     monkeypatch.setattr(decode_module, "_decoder_process", process)
     with pytest.raises(RuntimeError, match="decoder of HEIF is missing"):
-        decode(heic, PREPROCESSING, PixelBudget(MAX_PIXELS))
-    assert decode(webp, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels.any()
+        decoded(heic)
+    assert decoded(webp).pixels.any()
 
 
 def test_an_unread_result_is_not_taken_for_the_next_images(
@@ -272,7 +270,7 @@ def test_an_error_does_not_keep_the_image_in_memory() -> None:
     image = RequestImage("id", "a", JPEG[: len(JPEG) // 2])
 
     def stage(one: RequestImage) -> None:
-        decode(one.data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        decoded(one.data)
 
     run_isolated(image, stage)
     error = image.error
@@ -312,7 +310,7 @@ def test_a_decoder_that_sees_another_size_than_the_header_is_stopped(
     header = dataclasses.replace(probe(JPEG), size=(10, 10))
     monkeypatch.setattr(decode_module, "probe", lambda _: header)
     with pytest.raises(DamagedImage, match="its header gives two sizes"):
-        decode(JPEG, PREPROCESSING, PixelBudget(MAX_PIXELS), isolated=isolated)
+        decoded(JPEG, isolated=isolated)
 
 
 def test_ordinary_images_are_decoded_in_the_worker() -> None:
@@ -320,7 +318,7 @@ def test_ordinary_images_are_decoded_in_the_worker() -> None:
     large = photograph().resize((4000, 3000))
     progressive = encode(large, "JPEG", progressive=True)
     for data in (JPEG, encode(photograph()), encode(photograph(), "WEBP"), progressive):
-        decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+        decoded(data)
         assert decode_module._decoder_process.pid is None
 
 
@@ -364,4 +362,4 @@ def test_an_image_that_needs_too_much_memory_is_rejected_before_it_is_decoded(
     data = bytearray(encode(photograph(), "WEBP"))
     data[26:30] = struct.pack("<HH", 8000, 8000)  # of the frame's header
     with pytest.raises(TooLarge, match=r"8000 x 8000 pixels.* needs more than 210 MB"):
-        decode(bytes(data), PREPROCESSING, PixelBudget(MAX_PIXELS))
+        decoded(bytes(data))

@@ -9,8 +9,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.decoding.budget import PixelBudget
-from handler.decoding.decode import decode
 from handler.decoding.pillow import DecodedImage
 from handler.errors import ArchiveError
 from handler.inference import explain
@@ -19,10 +17,8 @@ from handler.inference.engines import Extra, load_engine
 from handler.inference.torch_models import empty_model
 from handler.settings import MODEL_CARD, ModelCard, Preprocessing
 from tests import kinds
-from tests.images import encode
+from tests.images import decoded, encode
 from tests.unit.test_handler import CELLS, SIDE, write_model
-
-PREPROCESSING = Preprocessing()
 
 # float32 sums in another order than the model's own; logits are about 10 in size.
 TOLERANCE = 1e-4
@@ -74,7 +70,7 @@ def test_a_map_has_each_part_of_the_image_in_its_place(tmp_path: Path) -> None:
 
 def photo(data: bytes | Image.Image, longest_side: int | None = explain.MAX_SIDE) -> DecodedImage:
     content = data if isinstance(data, bytes) else encode(data)
-    return decode(content, PREPROCESSING, PixelBudget(64_000_000), preview_side=longest_side)
+    return decoded(content, preview_side=longest_side)
 
 
 def gray(width: int, height: int) -> DecodedImage:
@@ -167,7 +163,7 @@ def test_an_explained_image_is_upright_and_decoded_as_for_a_prediction() -> None
     of = photo(data, None)
     assert of.size == (20, 60)
     assert of.preview is None
-    assert (of.pixels == decode(data, PREPROCESSING, PixelBudget(10**9)).pixels).all()
+    assert (of.pixels == decoded(data).pixels).all()
 
 
 # --- The weights' file ---

@@ -24,13 +24,17 @@ from handler.errors import (
     UnsupportedFormat,
 )
 from handler.request import RequestImage, run_isolated
-from handler.settings import Preprocessing
 from scripts.build.export import Normalized
 from scripts.samples import CAT
-from tests.images import encode, generated, large_jpegs, photographs
-
-PREPROCESSING = Preprocessing()
-MAX_PIXELS = 64_000_000
+from tests.images import (
+    MAX_PIXELS,
+    PREPROCESSING,
+    decoded,
+    encode,
+    generated,
+    large_jpegs,
+    photographs,
+)
 
 # The transform of the PyTorch tutorial.
 TUTORIAL = transforms.Compose(
@@ -72,7 +76,7 @@ def test_preprocessing_equals_the_tutorials_bit_for_bit(note: list[str]) -> None
 
 def difference(image: Image.Image) -> float:
     """Return the largest difference from the tutorial's transform, in levels of 255."""
-    mine = normalized(decode(quickly(image), PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels)
+    mine = normalized(decoded(quickly(image)).pixels)
     return float(((mine - TUTORIAL(image.convert("RGB"))).abs() * STD).max()) * 255
 
 
@@ -92,23 +96,21 @@ def test_a_truncated_jpeg_gives_the_pixels_of_the_whole_one_or_is_rejected(
         encode(photograph, "JPEG", progressive=True, quality=95),
         encode(photograph, "JPEG"),
     ):
-        expected = decode(whole, PREPROCESSING, PixelBudget(MAX_PIXELS)).pixels
+        expected = decoded(whole).pixels
         for isolated in (False, True):
             for missing in (1, 2):
                 data = whole[:-missing]
                 for tail in (b"", bytes(5)):
-                    decoded = decode(
-                        data + tail, PREPROCESSING, PixelBudget(MAX_PIXELS), isolated=isolated
-                    )
-                    assert np.array_equal(decoded.pixels, expected)
+                    found = decoded(data + tail, isolated=isolated)
+                    assert np.array_equal(found.pixels, expected)
         rejected = 0
         for missing in (3, 10, 100, 1_000, *range(len(whole) // 10, len(whole), len(whole) // 10)):
             try:
-                decoded = decode(whole[:-missing], PREPROCESSING, PixelBudget(MAX_PIXELS))
+                found = decoded(whole[:-missing])
             except DamagedImage:
                 rejected += 1
             else:
-                assert np.array_equal(decoded.pixels, expected), missing
+                assert np.array_equal(found.pixels, expected), missing
         assert rejected >= 9
 
 
@@ -128,7 +130,7 @@ def test_a_file_of_another_format_is_rejected_with_its_name() -> None:
         (encode(Image.new("L", (9, 9)), "PPM"), UnsupportedFormat, "has an unsupported format"),
     ):
         with pytest.raises(error, match=message):
-            decode(data, PREPROCESSING, PixelBudget(MAX_PIXELS))
+            decoded(data)
 
 
 def test_pixels_are_counted_before_they_are_decoded() -> None:
@@ -139,10 +141,7 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
 
 def reduced_and_exact(jpeg: bytes) -> list[NDArray[np.int_]]:
     """Decode a large JPEG at reduced size and whole."""
-    reduced, exact = (
-        decode(jpeg, PREPROCESSING, PixelBudget(MAX_PIXELS), reduced=flag).pixels.astype(int)
-        for flag in (True, False)
-    )
+    reduced, exact = (decoded(jpeg, reduced=flag).pixels.astype(int) for flag in (True, False))
     assert not np.array_equal(reduced, exact), "this image was not reduced"
     return [reduced, exact]
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from handler import results
 from handler.archive import Archive
-from handler.errors import AnswerTooLarge, ArchiveError, BadRequest
+from handler.errors import AnswerTooLarge, BadRequest
 from handler.inference.activation import sigmoid
 from handler.inference.explain import CLASSIFIER
 from handler.inference.precision import count_mismatches, predict
@@ -92,19 +91,6 @@ def test_labels_that_cannot_fit_are_rejected_before_they_are_made() -> None:
     request.images *= 2
     with pytest.raises(AnswerTooLarge, match="Ask with a higher threshold, for fewer images"):
         results.check_result_count(request, 100_000, multilabel=True)
-
-
-def test_a_card_that_contradicts_itself_stops_the_worker() -> None:
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"activation": "tanh"}, "activation must be softmax, sigmoid, got 'tanh'"),
-        ({"thresholds": (0.5,)}, "activation sigmoid thresholds must be 4 numbers from 0 to 1"),
-        ({"thresholds": (0.5, 0.5, 0.5, 1.5)}, "must be 4 numbers from 0 to 1"),
-        ({"thresholds": (0.5, 0.5, 0.5, "1")}, "must be 4 numbers from 0 to 1"),
-        ({"activation": "softmax"}, "activation softmax thresholds must be 0 numbers"),
-    ]
-    for change, message in changes:
-        with pytest.raises(ArchiveError, match=message):
-            dataclasses.replace(CARD, **change)
 
 
 def test_only_a_multilabel_model_has_a_tensor_of_labels() -> None:

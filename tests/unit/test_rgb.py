@@ -10,17 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from handler.decoding import pillow
-from handler.decoding.budget import PixelBudget
-from handler.decoding.decode import decode
 from handler.decoding.formats import probe
 from handler.errors import DamagedImage, UnsupportedFormat
 from handler.settings import Preprocessing
 from tests import corpus, kinds
-from tests.images import encode
+from tests.images import MAX_PIXELS, decoded, encode
 from tests.kinds import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR
 
 PHOTOGRAPH = np.asarray(corpus.photograph())
-MAX_PIXELS = 64_000_000
 
 
 def shown(data: bytes) -> NDArray[np.uint8]:
@@ -53,7 +50,7 @@ def test_a_supported_kind_is_read_exactly(data: bytes, expected: NDArray[np.uint
 @pytest.mark.parametrize(("data", "words"), REJECTED.values(), ids=REJECTED)
 def test_any_other_kind_is_rejected_by_its_name(data: bytes, words: str) -> None:
     with pytest.raises(UnsupportedFormat, match=words):
-        decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
+        decoded(data)
 
 
 # --- TIFF, all of it ---
@@ -167,7 +164,7 @@ def test_each_accepted_tiff_compression_is_in_pillows_libtiff(compression: str) 
 )
 def test_a_malformed_header_is_reported_as_damage(data: bytes) -> None:
     with pytest.raises(DamagedImage):
-        decode(data, Preprocessing(), PixelBudget(MAX_PIXELS))
+        decoded(data)
 
 
 # --- PNG and JPEG ---
@@ -212,6 +209,6 @@ def test_no_color_profile_changes_the_pixels_or_stays_with_them() -> None:
     for file_format, mode in modes:
         data = encode(rgb.convert(mode), file_format, icc_profile=profile)
         assert len(data) > 3_000_000
-        photo = decode(data, Preprocessing(), PixelBudget(MAX_PIXELS), preview_side=1024)
+        photo = decoded(data, preview_side=1024)
         assert photo.preview is not None
         assert photo.preview.info == {}

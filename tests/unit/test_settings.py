@@ -62,8 +62,15 @@ def test_a_wrong_setting_is_named(key: str, value: object, message: str) -> None
         ({"preprocessing": {"crop": 0}}, "'preprocessing': crop must be 1 to 4096, got 0"),
         ({"preprocessing": {"mean": [0, 0, float("nan")]}}, "mean must be three numbers"),
         ({"preprocessing": {"resize": 200}}, "crop 224 is larger than resize 200"),
+        ({"preprocessing": {"resize": 100, "fit": "squash"}}, "crop 224 is larger than resize 100"),
+        ({"preprocessing": {"fit": "stretch"}}, "fit must be crop, squash, pad, got 'stretch'"),
+        ({"thresholds": [0.5]}, "activation softmax thresholds must be 0 numbers"),
+        *(
+            ({"activation": "sigmoid", "classes": 4, "thresholds": given}, "must be 4 numbers")
+            for given in ([0.5], [0.5, 0.5, 0.5, 1.5], [0.5, 0.5, 0.5, "1"])
+        ),
         ({"embedding": -1}, "model-card.json: embedding must be 0 to 1000000, got -1"),
-        ({"activation": "tanh"}, "model-card.json: activation must be"),
+        ({"activation": "tanh"}, "card.json: activation must be softmax, sigmoid, got 'tanh'"),
         ({"preprocessing": 5}, "expected keys and values"),
     ],
 )
