@@ -61,11 +61,8 @@ class Archive:
     ) -> "Archive":
         """Read the parts that TorchServe does not pass to the handler.
 
-        Args:
-            folder: the folder of the unpacked archive.
-            manifest: the section `model` of its manifest.
-            config: the content of its `model-config.yaml`.
-            name: overrides the manifest's model name.
+        It passes the section `model` of the manifest, the content of `model-config.yaml`, and the
+        name, which overrides the manifest's.
         """
         card = ModelCard.load(folder / MODEL_CARD)
         return cls(

@@ -48,9 +48,8 @@ class DenseNetHandler:
     def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
         """Return the encoded bodies of the responses to a batch of requests.
 
-        Args:
-            data: the parts of each request, name to value.
-            context: TorchServe's context of the batch; receives statuses and response headers.
+        `data` has the parts of each, name to value. TorchServe's context has their headers, and
+        receives statuses and response headers.
         """
         options = self.pipeline.archive.options
         requests = [

@@ -64,13 +64,7 @@ class Pipeline:
         gpu: int | None = None,
         deadlines: Deadlines | None = None,
     ) -> None:
-        """Load the model and run it once.
-
-        Args:
-            archive: the archive to serve.
-            cores: how many CPU threads to use.
-            gpu: the GPU's number, if any.
-            deadlines: rejects expired requests; by default, without a list of canceled ones.
+        """Load the model and run it once; `gpu` is the GPU's number, if any.
 
         Raises:
             ArchiveError: a part is missing, malformed, or does not fit the model.

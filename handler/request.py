@@ -168,14 +168,9 @@ class Protocol(abc.ABC):
 
     needs_embedding = False
 
-    @classmethod
-    @abc.abstractmethod
-    def accepts(cls, request: Request, body: "JsonBody | None") -> bool:
-        """Return whether a request uses this protocol; `body` is None if it is not JSON."""
-
     @abc.abstractmethod
     def parse(self, request: Request, body: "JsonBody | None", archive: "Archive") -> None:
-        """Set the request's options and images.
+        """Set the request's options and images; `body` is None if it is not JSON.
 
         Raises:
             ClientError: the body is malformed, or an option has an invalid value. An error that

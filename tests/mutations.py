@@ -57,7 +57,7 @@ handler/decoding/pillow.py | + fixed > DECODING_BYTES | < 0 | decoding_limits
 handler/decoding/child.py | resource.setrlimit( | (lambda *_: None)( | decoding_limits
 handler/decoding/jpeg.py | _LOOK_AHEAD if in_one_scan | bytes(9999) if in_one_scan | images
 # Inference
-handler/pipeline.py | run_isolated(image, lambda alone: self._run_engine([alone], extra)) | raise | handler
+handler/pipeline.py | self._run_engine([alone], extra) | 1 / 0 | handler
 handler/pipeline.py | np.isfinite(a).all() | True | handler
 handler/pipeline.py | step = self.archive.settings.max_batch | step = 99 | handler
 handler/inference/cores.py | max(share, everything) | min(share, everything) | cores
@@ -66,7 +66,7 @@ handler/inference/explain.py | / np.float32(positions) | * 1 | explain
 handler/inference/precision.py | mismatches <= MAX_MISMATCHES | True | reduced_precision
 # Responses
 handler/inference/activation.py | - logits.max( | + logits.max( | responses
-handler/results.py | labels_above(probabilities, options.threshold) | labels_above(probabilities, 1) | multilabel
+handler/results.py | probabilities, options.threshold) | probabilities, 1) | multilabel
 handler/results.py | if (size := count * | if False and (size := count * | responses
 handler/errors.py | status=415 | status=400 | corpus
 handler/errors.py | status=413 | status=400 | corpus

@@ -73,10 +73,8 @@ class DecoderProcess:
     ) -> tuple[dict[str, Any], bytes]:
         """Send one image to the process; return the reply's JSON, with `seconds`, and its bytes.
 
-        Args:
-            task: the fields of `handler.decoding.pillow.Task`.
-            pieces: the encoded image.
-            seconds: the CPU time that it may take, above 0.
+        `task` has the fields of `handler.decoding.pillow.Task`, `seconds` is the CPU time, above 0,
+        that the image may take.
 
         Raises:
             DecoderExitedError: the image took too long or crashed the process.

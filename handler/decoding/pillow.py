@@ -50,15 +50,9 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Task:
-    """The parameters for decoding one image.
+    """The parameters for decoding one image; see `decode.decode` and `headers.Header`.
 
     Attributes:
-        preprocessing: the sizes to resize and crop to.
-        reduced: decode large JPEGs at a fraction of their size.
-        fast_resize: resize with SIMD, within 2 levels of 255; see `handler.decoding.transform`.
-        preview_side: longest side of the preview, in pixels; None for no preview.
-        names: Pillow's names of the formats to try.
-        orientation: Exif orientation, 1 to 8; None to read it from the file.
         size: width and height in the parsed header, which the decoder must confirm, or None.
         max_pixels: limit of width times height if `size` is None.
     """

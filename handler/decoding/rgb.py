@@ -39,13 +39,8 @@ def upright(
 ) -> Image.Image:
     """Decode an image that Pillow opened from `data` and turn it upright; see `to_rgb`.
 
-    Args:
-        image: as Pillow opened it.
-        data: the bytes that it was opened from.
-        exif_orientation: 1 to 8; None to read it from the image.
-
-    Returns:
-        an RGB image without profile or text: `save` would add them to a response.
+    The orientation is read from the image if it is None. The result has no profile and no text,
+    which `save` would add to a response.
     """
     flat = to_rgb(image, data)
     # After decoding: a PNG's orientation may follow its pixels, and Pillow itself rotates TIFFs.

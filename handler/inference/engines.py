@@ -61,15 +61,10 @@ def run_one_by_one(
     cores: Cores,
     run: Callable[[int, NDArray[np.uint8]], Sequence[NDArray[np.float32]]],
 ) -> Outputs:
-    """Run the images of a batch one by one.
+    """Run the images of a batch one by one; `run` takes the number of threads and one image.
 
     Larger runs exceed the CPU caches: with one process per core, 8 at once took 18 % longer per
     image, and 180 MB more memory (benchmarks/results/engines.md).
-
-    Args:
-        images: uint8 (N, 3, crop, crop).
-        cores: choose the number of threads for each image.
-        run: takes that number and uint8 (1, 3, crop, crop), and returns the outputs.
     """
     runs = []
     for i in range(len(images)):

@@ -60,14 +60,10 @@ def load_classifier(path: Path, classes: int) -> NDArray[np.float32]:
 def class_activation_map(
     features: NDArray[np.float32], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return the contribution of each position to a class's logit.
+    """Return the contribution of each position to a class's logit: float32 (height, width).
 
-    Args:
-        features: float32 (channels, height, width), one image's last features.
-        weights: float32 (channels,), the class's row of the classifier.
-
-    Returns:
-        float32 (height, width), positive or negative. The sum is the logit minus the class's bias.
+    Its sum is the logit minus the class's bias. `features` are float32 (channels, height, width),
+    one image's last; `weights` are float32 (channels,), the class's row of the classifier.
     """
     positions = features.shape[1] * features.shape[2]
     result: NDArray[np.float32] = np.tensordot(weights, features, axes=1) / np.float32(positions)
@@ -77,13 +73,11 @@ def class_activation_map(
 def heat_map(image: DecodedImage, activation: NDArray[np.float32]) -> bytes:
     """Draw an activation map over the part of the image in the model's input, and dim the rest.
 
-    Args:
-        image: a decoded image with a preview.
-        activation: float32 (height, width). The colors range from its minimum to its maximum, so
-            those of two images cannot be compared.
+    The colors range from the minimum of the map, float32 (height, width), to its maximum, so those
+    of two images cannot be compared.
 
     Returns:
-        a PNG of the preview's size.
+        a PNG of the size of the image's preview.
     """
     assert image.preview is not None
     # Gray, so that all colors come from the map.

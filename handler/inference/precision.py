@@ -38,12 +38,7 @@ def load_with_fallback(
 ) -> tuple[Engine, str]:
     """Load the archive's model in its precision, or in float32 if that fails.
 
-    Args:
-        model_file: the float32 model, as packed.
-        card: the archive's model card.
-        cores: how many CPU threads a forward pass may use.
-        gpu: see `load_engine`.
-        required: fail instead of falling back to float32.
+    With `required`, fail instead. `model_file` is the float32 model, as packed.
 
     Returns:
         the engine, and the reason for the fallback; empty without a fallback.

@@ -1,7 +1,7 @@
 """Parse a request's parts and headers into images and options, with one module per protocol.
 
-To add a protocol, write a subclass of `handler.request.Protocol` in a new module and add it to
-`PROTOCOLS`.
+To add a protocol, write a subclass of `handler.request.Protocol` in a new module and a case in
+`_protocol_of`.
 """
 
 from handler.archive import Archive
@@ -10,15 +10,12 @@ from handler.inference.engines import Extra
 from handler.protocols.accept import prefers
 from handler.protocols.content_encoding import decompress_body
 from handler.protocols.forms import Form, JsonImage, form_fields, is_form
-from handler.protocols.huggingface import HuggingFace
-from handler.protocols.json_body import is_empty, parse_json, release_body
+from handler.protocols.huggingface import HuggingFace, is_huggingface
+from handler.protocols.json_body import JsonBody, is_empty, parse_json, release_body
 from handler.protocols.kserve_v1 import KServeV1
 from handler.protocols.kserve_v2 import KServeV2
 from handler.protocols.options import find_class, parse_options, parse_query
 from handler.request import Protocol, Purpose, Request
-
-# The first protocol that accepts a request parses it and formats the response.
-PROTOCOLS: tuple[type[Protocol], ...] = (HuggingFace, KServeV1, KServeV2, JsonImage, Form)
 
 _HOW_TO_SEND = (
     "Send the file as the body (curl -T cat.jpg URL) or in a form (curl -F file=@cat.jpg URL)."
@@ -27,10 +24,6 @@ _HOW_TO_SEND = (
 
 def parse(request: Request, archive: Archive) -> None:
     """Set a request's purpose, protocol, options and images.
-
-    Args:
-        request: a request with its parts, headers and default options.
-        archive: the served archive.
 
     Raises:
         ClientError: the request holds no image, too many, or an option with an invalid value. An
@@ -48,8 +41,7 @@ def parse(request: Request, archive: Archive) -> None:
     request.options = parse_options(parse_query(request), request.options)
     request.options = parse_options(form_fields(request), request.options)
     body = parse_json(request)
-    protocol = next(each for each in PROTOCOLS if each.accepts(request, body))()
-    request.protocol = protocol
+    protocol = request.protocol = _protocol_of(request, body)
     protocol.parse(request, body, archive)
     if body is not None:
         body.binary.check_used()
@@ -72,6 +64,19 @@ def _is_description(request: Request) -> bool:
     as a part, unless its Content-Type is a form's.
     """
     return request.headers.get("describe") == "True" and not request.row and not is_form(request)
+
+
+def _protocol_of(request: Request, body: JsonBody | None) -> Protocol:
+    if request.purpose is Purpose.CLASSIFY and is_huggingface(request):
+        return HuggingFace()
+    if body is None:
+        return Form()
+    if "instances" in body.document:
+        return KServeV1()
+    # Text in "inputs" is not a tensor but a Hugging Face client's image.
+    if not isinstance(body.document.get("inputs", ""), str):
+        return KServeV2()
+    return JsonImage()
 
 
 def _check_model_has(extra: Extra | None, archive: Archive) -> None:

@@ -60,10 +60,6 @@ _MAX_FILE_NAME_LENGTH = 255
 class Form(Protocol):
     """A form or a raw body; the response is one result, or `{"results": [...]}` for several."""
 
-    @classmethod
-    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        return body is None
-
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         sent_as = request.header("content-type").lower()
         if sent_as.startswith("multipart/") and not is_form(request):
@@ -92,10 +88,6 @@ class Form(Protocol):
 
 class JsonImage(Form):
     """`{"image": "<base64>"}`, a list `images` of such values, or what `find_image` finds."""
-
-    @classmethod
-    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        return body is not None
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         assert body is not None

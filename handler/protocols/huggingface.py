@@ -11,7 +11,7 @@ from handler.errors import BadRequest, InvalidOption
 from handler.protocols.forms import Form
 from handler.protocols.json_body import JsonBody, json_image
 from handler.protocols.options import parse_options, quoted
-from handler.request import Protocol, Purpose, Request, Response, json_response
+from handler.request import Protocol, Request, Response, json_response
 
 # The last segment of the path on TorchServe, /predictions/MODEL/VERSION/huggingface, which
 # TorchServe passes on in the first header. The gateway and the container send the second header.
@@ -19,13 +19,13 @@ _NAME = "huggingface"
 _HEADERS = ("url_path", "x-protocol")
 
 
+def is_huggingface(request: Request) -> bool:
+    """Return whether the request came to the path of this protocol."""
+    return any(request.header(header).strip("/") == _NAME for header in _HEADERS)
+
+
 class HuggingFace(Protocol):
     """One image per request."""
-
-    @classmethod
-    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        named = (request.header(header).strip("/") for header in _HEADERS)
-        return _NAME in named and request.purpose is Purpose.CLASSIFY
 
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         if body is None:

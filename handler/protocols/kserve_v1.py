@@ -9,10 +9,6 @@ from handler.results import result_of
 class KServeV1(Protocol):
     """Each instance is base64 text, or an object that holds it, such as `{"b64": "<base64>"}`."""
 
-    @classmethod
-    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        return body is not None and "instances" in body.document
-
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         assert body is not None
         body.parse_options(request)

@@ -80,11 +80,6 @@ class KServeV2(Protocol):
         self.client_id: str | None = None
         self.outputs: Sequence[OutputTensor] = ()
 
-    @classmethod
-    def accepts(cls, request: Request, body: JsonBody | None) -> bool:
-        # Text in "inputs" is not a tensor but a Hugging Face client's image.
-        return body is not None and not isinstance(body.document.get("inputs", ""), str)
-
     def parse(self, request: Request, body: JsonBody | None, archive: Archive) -> None:
         assert body is not None
         body.parse_options(request)
