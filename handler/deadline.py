@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from handler.errors import Expired
@@ -112,11 +113,12 @@ class CancelledRequests:
                 file.seek(self._position)
                 data = self._rest + file.read()
                 self._position = file.tell()
-            if found.st_size > _MAX_FILE_BYTES:
-                os.truncate(self._path, 0)
         except OSError:
             return
         *lines, self._rest = data.split(b"\n")
         self._ids.update(dict.fromkeys(line.decode("ascii", "replace") for line in lines))
         while len(self._ids) > _MAX_CANCELLED:
             del self._ids[next(iter(self._ids))]
+        if found.st_size > _MAX_FILE_BYTES:
+            with suppress(OSError):
+                os.truncate(self._path, 0)

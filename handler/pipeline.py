@@ -161,15 +161,15 @@ class Pipeline:
         pixels = np.stack([image.decoded.pixels for image in images if image.decoded is not None])
         outputs = self.engine.run(pixels, extra)
         for i, image in enumerate(images):
-            if extra is not None:
-                image.extra_output = outputs.extra[i]
-            run_isolated(image, partial(self._store, logits=outputs.logits[i]))
+            arrays = [outputs.logits[i], *([] if extra is None else [outputs.extra[i]])]
+            run_isolated(image, partial(self._store, arrays=arrays))
 
-    def _store(self, image: RequestImage, logits: NDArray[np.float32]) -> None:
-        arrays = (logits, image.extra_output)
-        if not all(np.isfinite(a).all() for a in arrays if a is not None):
+    def _store(self, image: RequestImage, arrays: Sequence[NDArray[np.float32]]) -> None:
+        if not all(np.isfinite(a).all() for a in arrays):
             raise ValueError("the model's output is not finite")
+        logits, *extra = arrays
         image.probabilities = to_probabilities(logits, self.archive.card)
+        image.extra_output = extra[0] if extra else None
 
     def respond(self, request: Request) -> None:
         """Format the response in the request's protocol."""

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import re
-from urllib.parse import unquote
 
 from handler.decoding.formats import begins_as_image
 from handler.errors import BadRequest
@@ -11,6 +10,7 @@ from handler.errors import BadRequest
 _DATA_URL = re.compile(r"\s*data:[^,]{0,300};\s*base64\s*,", re.IGNORECASE)
 # Python's representation of bytes, as `str(base64.b64encode(content))` returns it.
 _PYTHON_BYTES = re.compile(r"\s*b(['\"])")
+_ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.:-]{1,30}://", re.IGNORECASE)
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
@@ -45,7 +45,11 @@ def from_base64(text: str) -> bytes:
 def _without_frame(text: str) -> str:
     """Return the base64 in a data URL or in Python's `b'...'`; any other text unchanged."""
     if url := _DATA_URL.match(text):
-        return unquote(text[url.end() :])
+        content = text[url.end() :]
+        if "%" in content:  # `unquote` would take 250 MB for 20 MB of escapes
+            for escape, character in _ESCAPES.items():
+                content = content.replace(escape, character).replace(escape.lower(), character)
+        return content
     if python := _PYTHON_BYTES.match(text):
         return text[python.end() :].rstrip().removesuffix(python[1])
     return text
