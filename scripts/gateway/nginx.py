@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 
 from scripts.gateway import openapi
-from scripts.gateway.config import DRAIN_SECONDS, default_upstreams, render
-from scripts.gateway.options import Options
+from scripts.gateway.config import DRAIN_SECONDS, render
+from scripts.gateway.options import Options, read_upstreams
 from scripts.serve.management import wait_until
-from scripts.serve.running import RUN_DIR, ServerState, find_running
+from scripts.serve.running import HOST, RUN_DIR, ServerState, find_running
 from scripts.state import (
     delete_state,
     process_by_arguments,
@@ -36,25 +36,15 @@ _START_TIMEOUT = 10.0
 _DRAIN_TIMEOUT = DRAIN_SECONDS + 10.0
 # A longer log is rotated. This is about 200,000 requests.
 _MAX_LOG_BYTES = 64 << 20
+_NOT_RUNNING = "The gateway is not running. Start it with: make gateway"
 
 
 def start(options: Options, folder: Path = GATEWAY_DIR) -> None:
-    """Start nginx in the background.
-
-    Args:
-        options: complete and checked options.
-        folder: the folder of nginx's files.
+    """Start nginx in the background, or replace this process by it (`foreground`).
 
     Raises:
         UserError: no server is running, or nginx rejects the configuration.
     """
-    prepare(options, folder)
-    run_nginx(folder / "nginx.conf", folder)
-    _require(lambda: find(folder) is not None, "nginx did not start")
-
-
-def prepare(options: Options, folder: Path) -> None:
-    """Prepare the folder of a gateway that is about to start."""
     if wrong := set('"$\\') & set(str(folder.resolve())):
         raise UserError(
             f"nginx cannot use a folder with {wrong.pop()} in its path: {folder.resolve()}"
@@ -62,30 +52,25 @@ def prepare(options: Options, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nginx.pid").unlink(missing_ok=True)
     _rotate_logs(folder)
-    write_config(options, folder)
+    _write_config(options, folder)
     write_state(folder / STATE, dataclasses.asdict(options))
+    config = folder / "nginx.conf"
+    if options.foreground:
+        os.execvp("nginx", ["nginx", "-c", str(config.resolve()), "-e", "stderr"])
+    _run_nginx(config)
+    _require(lambda: find(folder) is not None, "nginx did not start")
 
 
-def write_config(
-    options: Options, folder: Path, upstreams: Sequence[tuple[str, int]] | None = None
-) -> None:
-    """Write nginx.conf if nginx accepts it; otherwise keep the previous one.
-
-    Args:
-        options: the gateway's options.
-        folder: the gateway's folder.
-        upstreams: override the configured ones.
-
-    Raises:
-        UserError: nginx rejects it, the API keys cannot be read, or no server is running.
-    """
-    if upstreams is None:
-        upstreams = default_upstreams(options, _port_of(folder.parent, options))
+def _write_config(options: Options, folder: Path, upstreams: Sequence[str] | None = None) -> None:
+    """Write nginx.conf if nginx accepts it; otherwise keep the previous one."""
+    upstreams = upstreams or read_upstreams(options.upstreams)
+    if not upstreams:
+        upstreams = [f"{HOST}:{require_upstream(folder.parent).ports.inference}"]
     candidate = folder / "nginx.conf.new"
     candidate.touch(mode=0o600)
     # Paths are bytes, independent of the locale.
     candidate.write_bytes(os.fsencode(render(options, folder, upstreams)))
-    run_nginx(candidate, folder, "-t")
+    _run_nginx(candidate, "-t")
     openapi.write(folder, openapi.describe("gateway", [options.model], options.prefix))
     candidate.replace(folder / "nginx.conf")
 
@@ -95,12 +80,6 @@ def _rotate_logs(folder: Path) -> None:
     for log in (folder / "access.log", folder / "error.log"):
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
-
-
-def _port_of(run_dir: Path, options: Options) -> int:
-    if options.upstreams:
-        return 0
-    return require_upstream(run_dir).ports.inference
 
 
 def require_upstream(run_dir: Path = RUN_DIR) -> ServerState:
@@ -118,23 +97,19 @@ def require_upstream(run_dir: Path = RUN_DIR) -> ServerState:
 
 
 def reload(
-    options: Options, folder: Path = GATEWAY_DIR, upstreams: Sequence[tuple[str, int]] | None = None
+    options: Options, folder: Path = GATEWAY_DIR, upstreams: Sequence[str] | None = None
 ) -> None:
     """Apply the options, API keys, certificate and upstreams, and drain the old processes.
 
     The old processes of nginx answer the requests in flight; wait until they have exited.
-
-    Args:
-        options: the gateway's options.
-        folder: the gateway's folder.
-        upstreams: override the configured ones.
+    `upstreams` (HOST:PORT) override the configured ones.
 
     Raises:
         UserError: the configuration is rejected, and the previous one is kept; or the gateway is
             not running.
     """
     master = require(folder)
-    write_config(options, folder, upstreams)
+    _write_config(options, folder, upstreams)
     _rotate_logs(folder)
     old = {child.pid for child in master.children()}
     master.send_signal(signal.SIGHUP)
@@ -171,7 +146,7 @@ def require(folder: Path = GATEWAY_DIR) -> psutil.Process:
     """
     master = find(folder)
     if master is None:
-        raise UserError("The gateway is not running. Start it with: make gateway")
+        raise UserError(_NOT_RUNNING)
     return master
 
 
@@ -183,7 +158,7 @@ def read_options(folder: Path = GATEWAY_DIR) -> Options:
     """
     values = read_state(folder / STATE)
     if values is None:
-        raise UserError("The gateway is not running. Start it with: make gateway")
+        raise UserError(_NOT_RUNNING)
     try:
         return Options(**values)
     except TypeError as error:
@@ -206,14 +181,11 @@ def lock(folder: Path = GATEWAY_DIR) -> Iterator[None]:
         yield
 
 
-def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
-    """Run nginx's command line.
-
-    Raises:
-        UserError: it fails.
-    """
+def _run_nginx(config: Path, *arguments: str) -> None:
+    """Run nginx's command line; early errors are logged to error.log beside the configuration."""
+    log = config.resolve().with_name("error.log")
     done = subprocess.run(
-        nginx_command(config, folder, *arguments),
+        ["nginx", "-c", config.resolve(), "-e", log, *arguments],
         capture_output=True,
         text=True,
         errors="surrogateescape",
@@ -221,18 +193,6 @@ def run_nginx(config: Path, folder: Path, *arguments: str) -> None:
     )
     if done.returncode != 0:
         raise UserError(f"nginx failed: {' '.join(done.stderr.split())[-500:]}")
-
-
-def nginx_command(config: Path, folder: Path, *arguments: str) -> list[str]:
-    """Return nginx's command line; early errors are logged to the folder's error.log."""
-    log = folder.resolve() / "error.log"
-    return ["nginx", "-c", str(config.resolve()), "-e", str(log), *arguments]
-
-
-def replace_process(folder: Path) -> None:
-    """Replace this process with nginx in the foreground (exec)."""
-    command = [*nginx_command(folder / "nginx.conf", folder)[:-1], "stderr"]
-    os.execvp(command[0], command)
 
 
 def _require(check: Callable[[], bool], failure: str) -> None:

@@ -1,4 +1,4 @@
-"""Define the options of the gateway, and check them before it starts."""
+"""The options of `make gateway`, and their checks before it starts."""
 
 import ipaddress
 import re
@@ -6,6 +6,9 @@ import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from scripts.gateway.keys import Key, read_keys
 from scripts.gateway.template import has_ipv6
@@ -14,7 +17,7 @@ from scripts.terminal import UserError
 
 _UPSTREAM = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MODEL = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)?")
 _MAX_PORT = 65535
 # nginx.conf.jinja retries timeouts within 5 s as failed connects, so `timeout` must be longer.
 _MIN = {"rate": 1, "burst": 1, "connections": 1, "keepalive": 1, "timeout": 10}
@@ -22,49 +25,34 @@ _MIN = {"rate": 1, "burst": 1, "connections": 1, "keepalive": 1, "timeout": 10}
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `make gateway`.
+    """Options of `make gateway`; its command line is made from these fields.
 
-    Attributes:
-        host: IP address to listen on; `::` includes all IPv4 addresses. Unless it is loopback, keys
-            are required, and plain HTTP is redirected to HTTPS.
-        published: address at which a container is published; determines these requirements instead
-            of `host`.
-        http_port, https_port: TCP ports; HTTPS supports HTTP/2.
-        certificate, certificate_key: PEM files; empty for a self-signed certificate.
-        acme: folder that `certbot --webroot` writes to, served over plain HTTP.
-        keys: file of API keys; empty for no keys.
-        rate, burst: requests per second per client, and the size of a burst above that.
-        connections: concurrent requests per client.
-        proxies: addresses or networks of load balancers whose X-Forwarded-For and
-            X-Forwarded-Proto are trusted, separated by spaces.
-        prefix: path below which a proxy serves the gateway, such as `/classify`.
-        keepalive: seconds for which an idle connection stays open; longer than the balancer's.
-        timeout: seconds to wait for a response; longer than TorchServe waits for a worker.
-        upstreams: HOST:PORT, separated by spaces; empty for the running server.
-        model: name of the model.
-        log: `file`, `stdout` or `syslog`.
-        foreground: whether nginx stays in the foreground, for a supervisor.
+    Unless `host`, or `published` for a container, is loopback, keys are required and plain HTTP is
+    redirected to HTTPS.
     """
 
-    host: str = HOST
-    published: str = ""
+    upstreams: Annotated[str, Option(help="HOST:PORT of servers, separated by spaces.")] = ""
+    model: Annotated[str, Option(help="Name of the model.")] = ""
+    host: Annotated[str, Option(help="IP address to listen on.")] = HOST
     http_port: int = 5000
     https_port: int = 8443
-    certificate: str = ""
-    certificate_key: str = ""
-    acme: str = ""
-    keys: str = ""
-    rate: int = 50
-    burst: int = 100
-    connections: int = 64
-    proxies: str = ""
-    prefix: str = ""
-    keepalive: int = 75
-    timeout: int = 70
-    upstreams: str = ""
-    model: str = ""
-    log: str = "file"
-    foreground: bool = False
+    keys: Annotated[str, Option(help="File of API keys.")] = ""
+    # By default, a self-signed certificate is created.
+    certificate: Annotated[str, Option(help="PEM file.")] = ""
+    certificate_key: Annotated[str, Option(help="PEM file.")] = ""
+    acme: Annotated[str, Option(help="Folder of certbot --webroot.")] = ""
+    rate: Annotated[int, Option(help="Rate limit: requests per second of a client.")] = 50
+    burst: Annotated[int, Option(help="Requests accepted above the rate.")] = 100
+    connections: Annotated[int, Option(help="Concurrent requests of a client.")] = 64
+    proxies: Annotated[str, Option(help="Addresses of load balancers.")] = ""
+    prefix: Annotated[str, Option(help="Path behind a proxy, such as /classify.")] = ""
+    # Longer than the balancer's.
+    keepalive: Annotated[int, Option(help="Seconds an idle connection stays open.")] = 75
+    # Longer than TorchServe waits for a worker.
+    timeout: Annotated[int, Option(help="Seconds to wait for an answer.")] = 70
+    published: Annotated[str, Option(help="Address of a container's ports.")] = ""
+    log: Annotated[str, Option(help="file, stdout or syslog.")] = "file"
+    foreground: Annotated[bool, Option(help="Run until SIGTERM or SIGQUIT.")] = False
 
     @property
     def address(self) -> str:
@@ -75,11 +63,6 @@ class Options:
     def url(self) -> str:
         """Return the gateway's plain HTTP URL."""
         return f"http://{self.address}:{self.http_port}{self.prefix}"
-
-    @property
-    def https_url(self) -> str:
-        """Return the gateway's HTTPS URL."""
-        return f"https://{self.address}:{self.https_port}{self.prefix}"
 
     @property
     def is_loopback(self) -> bool:
@@ -107,10 +90,9 @@ def check(options: Options) -> None:
             "16 or more letters and digits."
         )
     for name, minimum in _MIN.items():
-        if getattr(options, name) < minimum:
-            got = getattr(options, name)
+        if (got := getattr(options, name)) < minimum:
             raise UserError(f"{name.upper()} must be {minimum} or more, got {got}.")
-    if options.model and not _MODEL.fullmatch(options.model):
+    if not _MODEL.fullmatch(options.model):
         raise UserError(f"MODEL must be letters, digits, - . and _, got {options.model!r}.")
     if not _PREFIX.fullmatch(options.prefix):
         raise UserError(f"PREFIX must be a path such as /classify, got {options.prefix!r}.")
@@ -121,13 +103,11 @@ def check(options: Options) -> None:
 
 
 def _check_addresses(options: Options) -> None:
-    for name in ("host", "published"):
-        address = getattr(options, name)
+    for name, address in {"HOST": options.host, "PUBLISHED": options.published or HOST}.items():
         try:
-            if address or name == "host":
-                ipaddress.ip_address(address)
+            ipaddress.ip_address(address)
         except ValueError as error:
-            raise UserError(f"{name.upper()} must be an IP address, got {address!r}.") from error
+            raise UserError(f"{name} must be an IP address, got {address!r}.") from error
     if ":" in options.host and not has_ipv6():
         raise UserError(f"HOST={options.host} is an IPv6 address, and this machine has no IPv6.")
     try:
@@ -141,15 +121,17 @@ def _check_addresses(options: Options) -> None:
 def _check_certificate(certificate: str, key: str) -> None:
     if bool(certificate) != bool(key):
         raise UserError("CERTIFICATE and CERTIFICATE_KEY belong together; give both, or neither.")
-    if not certificate and shutil.which("openssl") is None:
-        raise UserError("Set CERTIFICATE and CERTIFICATE_KEY, or install openssl for a trial one.")
-    for file in filter(None, (certificate, key)):
+    if not certificate:
+        if shutil.which("openssl") is None:
+            raise UserError(
+                "Set CERTIFICATE and CERTIFICATE_KEY, or install openssl for a trial one."
+            )
+        return
+    for file in (certificate, key):
         if not Path(file).is_file():
             raise UserError(f"{file} is not a file that this user can read.")
     try:
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate, key, password="")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, OSError) as error:
         raise UserError(
             f"{certificate} and {key} are not a certificate and its private key, both PEM and the "
@@ -157,16 +139,14 @@ def _check_certificate(certificate: str, key: str) -> None:
         ) from error
 
 
-def read_upstreams(text: str) -> list[tuple[str, int]]:
-    """Parse hosts and ports, such as "densenet:8080" or "10.0.0.7:8080 [::1]:80".
+def read_upstreams(text: str) -> list[str]:
+    """Parse the HOST:PORT of upstreams, such as "densenet:8080" or "10.0.0.7:8080 [::1]:80".
 
     Raises:
         UserError: one is not HOST:PORT.
     """
-    found = []
     for word in text.split():
         match = _UPSTREAM.fullmatch(word)
         if match is None or not 0 < int(match["port"]) <= _MAX_PORT:
             raise UserError(f"UPSTREAMS must be HOST:PORT, separated by spaces, got {word!r}.")
-        found.append((match["host"], int(match["port"])))
-    return found
+    return text.split()

@@ -26,9 +26,6 @@ PREVIOUS = "previous"
 SECOND = "second"
 _CHECK_TIMEOUT = 30.0
 
-# The labels of one image: its top-1 label, or all labels of a multi-label model.
-Labels = frozenset[str]
-
 
 def upgrade(
     archive: Path,
@@ -36,7 +33,7 @@ def upgrade(
     folder: Path = GATEWAY_DIR,
     model_store: Path = MODEL_STORE,
 ) -> None:
-    """Serve another archive behind the gateway.
+    """Serve another archive behind the gateway, whose lock the caller holds.
 
     Args:
         archive: the new archive, with the same name as the served one.
@@ -45,13 +42,8 @@ def upgrade(
         model_store: the folder from which the server loads its archive.
 
     Raises:
-        UserError: a check failed, or another upgrade is running; the old archive is served.
+        UserError: a check failed; the old archive is served.
     """
-    with nginx.lock(folder):
-        _upgrade(archive, agreement, folder, model_store)
-
-
-def _upgrade(archive: Path, agreement: float, folder: Path, model_store: Path) -> None:
     run_dir = folder.parent
     running = require_running(run_dir)
     options = nginx.read_options(folder)
@@ -69,10 +61,17 @@ def _upgrade(archive: Path, agreement: float, folder: Path, model_store: Path) -
         second = start(new, free_ports(), running.workers, run_dir / SECOND)
         step("Upgrade: a second server is ready with the new archive")
         _compare(running, second, agreement)
-        nginx.reload(options, folder, [(HOST, second.ports.inference)])
+        nginx.reload(options, folder, [f"{HOST}:{second.ports.inference}"])
         try:
             step("Upgrade: switched; the first server restarts")
-            _restart(running, new, old, run_dir, model_store)
+            try:
+                _restart(new, running, run_dir, model_store)
+            except BaseException:
+                warn(
+                    "The server does not start with the new archive; it restarts with the old one."
+                )
+                _restart(old, running, run_dir, model_store)
+                raise
             _copy(old, run_dir / PREVIOUS)
         finally:
             if find_running(run_dir) is not None:
@@ -119,7 +118,8 @@ def _compare(old: ServerState, new: ServerState, agreement: float) -> None:
         warn("All sample images get the same label, so they show little of the new archive.")
 
 
-def _labels(running: ServerState, images: Sequence[bytes]) -> list[Labels]:
+def _labels(running: ServerState, images: Sequence[bytes]) -> list[frozenset[str]]:
+    """Return the labels of each image: its top-1 label, or all labels of a multi-label model."""
     try:
         with client_of(running, patience=_CHECK_TIMEOUT) as client:
             found = [client.classify(image) for image in images]
@@ -133,32 +133,27 @@ def _labels(running: ServerState, images: Sequence[bytes]) -> list[Labels]:
     ]
 
 
-def _restart(running: ServerState, new: Path, old: Path, run_dir: Path, model_store: Path) -> None:
-    """Restart the first server with the new archive; if that fails, with the old one."""
-    try:
-        _restart_with(new, running, run_dir, model_store)
-    except BaseException:
-        warn("The server does not start with the new archive; it restarts with the old one.")
-        _restart_with(old, running, run_dir, model_store)
-        raise
-
-
-def _restart_with(archive: Path, running: ServerState, run_dir: Path, model_store: Path) -> None:
+def _restart(archive: Path, running: ServerState, run_dir: Path, model_store: Path) -> None:
+    """Restart the first server with another archive."""
     target = _copy(archive, model_store)
+    digest = sha256(target)
     present = find_running(run_dir)
     if present is not None:
         stop(present, run_dir)
     if not running.supervised:
         start(target, running.ports, running.workers, run_dir, grpc=running.grpc)
-    elif not wait_until(lambda: _serves(sha256(target), running.workers, run_dir), START_TIMEOUT):
+        return
+
+    def serves() -> bool:
+        now = find_running(run_dir)
+        return (
+            now is not None
+            and now.archive_sha256 == digest
+            and ready_workers(now) >= running.workers
+        )
+
+    if not wait_until(serves, START_TIMEOUT):
         raise UserError(f"The supervisor did not restart the server within {START_TIMEOUT:.0f} s.")
-
-
-def _serves(digest: str, workers: int, run_dir: Path) -> bool:
-    running = find_running(run_dir)
-    if running is None or running.archive_sha256 != digest:
-        return False
-    return ready_workers(running) >= workers
 
 
 def stop_second(run_dir: Path) -> None:

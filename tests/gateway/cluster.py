@@ -30,8 +30,7 @@ def free_options(**options: Any) -> Options:
 
 def in_front_of(running: ServerState, **options: Any) -> Options:
     """Return options of a gateway in front of a server."""
-    upstreams = f"127.0.0.1:{running.ports.inference}"
-    return free_options(upstreams=upstreams, model=running.model, **options)
+    return free_options(upstreams=f"127.0.0.1:{running.ports.inference}", **options)
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,14 @@ class Gateway:
         """Return the address of plain HTTP, without the prefix."""
         return f"http://127.0.0.1:{self.options.http_port}"
 
+    @property
+    def https_url(self) -> str:
+        return f"https://127.0.0.1:{self.options.https_port}"
+
+    @property
+    def access_log(self) -> Path:
+        return self.folder / "access.log"
+
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
         """Send a request over plain HTTP without following redirects."""
         options = {"allow_redirects": False, **options}
@@ -54,7 +61,8 @@ class Gateway:
     def predict(self, key: str | None = None, **headers: str) -> requests.Response:
         """Classify a photograph."""
         headers = {**headers, **({"X-API-Key": key} if key else {})}
-        return self.ask("POST", "/predict", data=CAT.read_bytes(), headers=headers)
+        path = f"{self.options.prefix}/predict"
+        return self.ask("POST", path, data=CAT.read_bytes(), headers=headers)
 
 
 @contextmanager
@@ -67,6 +75,23 @@ def gateway(options: Options, folder: Path) -> Iterator[Gateway]:
     finally:
         survived = nginx.stop(folder)
     assert survived, f"nginx exited during the tests; see {folder}"
+
+
+def error(answer: requests.Response) -> tuple[int, str]:
+    """Return status and type of an error, which must be in the service's format."""
+    body = answer.json()
+    assert (body["success"], body["code"]) == (False, answer.status_code)
+    assert body["message"]
+    assert answer.headers["content-type"] == "application/json"
+    return answer.status_code, body["type"]
+
+
+def write_keys(folder: Path, keys: dict[str, str]) -> str:
+    """Write a file of API keys that only its owner can read; return its path."""
+    path = folder / "keys"
+    path.touch(mode=0o600)
+    path.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in keys.items()))
+    return str(path)
 
 
 class HasUrl(Protocol):
@@ -105,9 +130,8 @@ def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -
     connections, perhaps at the moment of the next request (RFC 9112, 9.3.1).
     """
     reconnect = HTTPAdapter(max_retries=Retry(total=None, connect=0, read=1, allowed_methods=None))
-    tally = Tally()
-    done = threading.Event()
-    photograph = CAT.read_bytes()
+    tally, done = Tally(), threading.Event()
+    request: dict[str, Any] = {"files": {"file": CAT.read_bytes()}, "headers": headers}
 
     def work(number: int) -> None:
         session = requests.Session()
@@ -116,12 +140,7 @@ def clients(server: HasUrl, count: int, headers: dict[str, str] | None = None) -
             sender = session if number % 2 else requests
             started = time.monotonic()
             try:
-                answer = sender.post(
-                    f"{server.url}/predict",
-                    files={"file": photograph},
-                    headers=headers,
-                    timeout=TIMEOUT,
-                )
+                answer = sender.post(f"{server.url}/predict", timeout=TIMEOUT, **request)
                 outcome, text = str(answer.status_code), answer.text
             except requests.RequestException as error:
                 outcome, text = type(error).__name__, str(error)

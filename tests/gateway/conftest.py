@@ -1,15 +1,15 @@
-"""A gateway in front of the shared server, started once for all tests here."""
+"""Gateways in front of the shared server, each started once for all tests here."""
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from scripts.gateway.options import Options
 from scripts.serve.running import ServerState
-from tests.gateway.cluster import Gateway, gateway, in_front_of
+from tests.gateway.cluster import Gateway, gateway, in_front_of, write_keys
 
-KEYS = {"alice": "alices-key-0123456789", "bob": "bobs-key-0123456789ab"}
+KEYS = {name: f"{name}s-key-0123456789" for name in ("alice", "bob", "carol", "dave", "erin")}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,37 +20,45 @@ def _nginx() -> None:
 
 @pytest.fixture(scope="session")
 def client(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway without API keys, in a folder whose path has a space."""
+    """A gateway without API keys, in a folder whose path has a space; it trusts no proxy here."""
     folder = tmp_path_factory.mktemp("gateway") / "a folder" / "gateway"
-    with gateway(in_front_of(running), folder) as started:
+    with gateway(in_front_of(running, proxies="192.0.2.0/24"), folder) as started:
         yield started
 
 
-def write_keys(folder: Path, keys: dict[str, str]) -> Path:
-    """Write a file of API keys that only its owner can read."""
-    path = folder / "keys"
-    path.touch(mode=0o600)
-    path.write_text("# clients\n" + "".join(f"{name} {key}\n" for name, key in keys.items()))
-    return path
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def keyed(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway that requires API keys and has high limits."""
+    """A gateway on loopback that requires API keys."""
     folder = tmp_path_factory.mktemp("keyed")
-    options = in_front_of(running, keys=str(write_keys(folder, KEYS)))
+    options = in_front_of(running, keys=write_keys(folder, KEYS))
     with gateway(options, folder / "gateway") as started:
         yield started
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    return write_keys(tmp_path, KEYS)
+@pytest.fixture(scope="session")
+def public(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A public gateway with low limits below a path, which trusts a load balancer on loopback.
 
-
-@pytest.fixture
-def guarded(running: ServerState, keys: Path, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway that requires API keys and has low limits."""
-    options = in_front_of(running, keys=str(keys), rate=1, burst=4, connections=2)
-    with gateway(options, tmp_path / "guarded" / "gateway") as started:
-        yield started
+    It listens on loopback, which the patched options treat as a public address.
+    """
+    folder = tmp_path_factory.mktemp("public")
+    for path in (folder, folder / "acme"):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
+    options = in_front_of(
+        running,
+        keys=write_keys(folder, KEYS),
+        proxies="127.0.0.1",
+        prefix="/classify",
+        acme=str(folder / "acme"),
+        keepalive=620,
+        rate=1,
+        burst=4,
+        connections=2,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Options, "is_loopback", False)
+        started = gateway(options, folder / "gateway")
+        with started as public:
+            patch.undo()
+            yield public

@@ -17,7 +17,7 @@ from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway, gateway, in_front_of, wait_for
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def local(running: ServerState, run_dir: Path) -> Iterator[Gateway]:
     """A gateway in the folder in which the workers look for its list of cancelled requests."""
     with gateway(in_front_of(running), run_dir / "gateway") as started:
@@ -54,7 +54,8 @@ def test_a_request_beyond_its_time_limit_is_rejected(
         answer = asked.result()
     assert (answer.status_code, answer.json()["type"]) == (504, "Timeout")
     wait_for(lambda: timeouts(running) == before + 1)
-    assert local.ask("POST", "/predict", data=CAT.read_bytes(), headers=headers).ok
+    in_time = {"X-Request-Timeout": "30"}
+    assert local.ask("POST", "/predict", data=CAT.read_bytes(), headers=in_time).ok
 
 
 def test_the_request_of_a_client_that_disconnected_is_not_computed(

@@ -5,8 +5,6 @@ import gzip
 import json
 import re
 import subprocess
-import time
-from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,7 @@ from huggingface_hub import InferenceClient
 from scripts.gateway.config import routes
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
-from tests.gateway.cluster import Gateway
-
-
-def error(answer: requests.Response) -> tuple[int, str]:
-    """Return status and type of an error, which must be in the service's format."""
-    body = answer.json()
-    assert (body["success"], body["code"]) == (False, answer.status_code)
-    assert body["message"]
-    assert answer.headers["content-type"] == "application/json"
-    return answer.status_code, body["type"]
+from tests.gateway.cluster import Gateway, error, wait_for
 
 
 def test_the_tutorials_calls_get_torchserves_responses(
@@ -174,7 +163,7 @@ def test_an_oversize_upload_over_https_gets_413(
                 *("curl", "--silent", f"--http{version}", "--upload-file", body),
                 *("--cacert", client.folder / "certificate.pem"),
                 *("--write-out", "%{http_code} %{http_version} %{content_type}"),
-                f"https://127.0.0.1:{client.options.https_port}/predict",
+                f"{client.https_url}/predict",
             ],
             stdin=stdin,
             text=True,
@@ -189,41 +178,29 @@ def test_a_request_id_is_in_the_response_and_all_logs(client: Gateway, run_dir: 
     assert given.headers["x-request-id"] == "order-4711-abc"
     forged = client.predict(**{"X-Request-Id": 'a"},{"b":1'}).headers["x-request-id"]
     assert len(forged) == 32
-    log = run_dir / "logs" / "requests.log"
-    lines = _eventually(lambda: _lines(log), {"order-4711-abc", forged})
-    line = lines["order-4711-abc"]
+    logged = _logged(run_dir / "logs" / "requests.log", "order-4711-abc", forged)
     outcome = "recognized" if given.json()["recognized"] else "unrecognized"
-    assert (line["status"], line["outcomes"]) == (200, [outcome])
-    assert line["bytes_in"] == CAT.stat().st_size
-    _eventually(lambda: _lines(client.folder / "access.log"), {"order-4711-abc", forged})
+    assert (logged[0]["status"], logged[0]["outcomes"]) == (200, [outcome])
+    assert logged[0]["bytes_in"] == CAT.stat().st_size
+    _logged(client.access_log, "order-4711-abc", forged)
 
 
-def test_the_log_has_nginxs_own_responses_and_no_secrets(guarded: Gateway) -> None:
-    asked = [
-        ("GET", "/nowhere", 404),
-        ("POST", "/predict", 401),
-        ("DELETE", "/predict", 405),
-    ]
-    ids = [f"mistake-{number}" for number in range(len(asked))]
-    for request_id, (method, path, status) in zip(ids, asked, strict=True):
-        headers = {"X-Request-Id": request_id}
-        assert guarded.ask(method, f"{path}?key=secret", headers=headers).status_code == status
-    log = guarded.folder / "access.log"
-    lines = _eventually(lambda: _lines(log), set(ids))
-    logged = [tuple(lines[i][name] for name in ("method", "path", "status")) for i in ids]
-    assert logged == asked
-    assert "secret" not in log.read_text()
+def test_the_log_has_nginxs_own_responses_and_no_secrets(keyed: Gateway) -> None:
+    asked = [("GET", "/nowhere", 404), ("POST", "/predict", 401), ("DELETE", "/predict", 405)]
+    for method, path, status in asked:
+        headers = {"X-Request-Id": f"mistake-{status}"}
+        assert keyed.ask(method, f"{path}?key=secret", headers=headers).status_code == status
+    lines = _logged(keyed.access_log, *(f"mistake-{status}" for *_, status in asked))
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == asked
+    assert "secret" not in keyed.access_log.read_text()
 
 
-def _lines(log: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return {line["id"]: line for line in lines}
+def _logged(log: Path, *ids: str) -> list[dict[str, Any]]:
+    """Wait for the lines of these requests in a log; nginx writes once per second."""
 
+    def lines() -> dict[str, dict[str, Any]]:
+        texts = log.read_text().splitlines() if log.exists() else []
+        return {line["id"]: line for line in map(json.loads, texts)}
 
-def _eventually(read: Callable[[], dict[str, Any]], ids: set[str]) -> dict[str, Any]:
-    """Wait for lines in a log; nginx writes once per second."""
-    deadline = time.monotonic() + 10
-    while not ids <= (lines := read()).keys():
-        assert time.monotonic() < deadline, f"{ids} are not in the log"
-        time.sleep(0.1)
-    return lines
+    wait_for(lambda: {*ids} <= lines().keys())
+    return [lines()[each] for each in ids]

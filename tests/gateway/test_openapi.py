@@ -72,9 +72,9 @@ def test_the_described_paths_are_those_of_gateway_and_container() -> None:
 
 
 def test_the_description_is_served_without_a_key_and_loads_nothing(
-    client: Gateway, guarded: Gateway
+    client: Gateway, keyed: Gateway
 ) -> None:
-    for server in (client, guarded):
+    for server in (client, keyed):
         answer = server.ask("GET", "/openapi.json")
         assert answer.json() == GATEWAY
         assert answer.headers["content-type"].startswith("application/json")

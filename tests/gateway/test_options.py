@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,27 @@ from scripts.gateway.options import Options, check, read_upstreams
 from scripts.serve.preflight import check_ports
 from scripts.state import write_state
 from scripts.terminal import UserError
-from tests.gateway.cluster import TIMEOUT, free_options, gateway
+from tests.gateway.cluster import (
+    TIMEOUT,
+    Gateway,
+    error,
+    free_options,
+    gateway,
+    wait_for,
+    write_keys,
+)
+from tests.gateway.conftest import KEYS
 
 UPSTREAM = {"upstreams": "127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway with API keys whose upstream does not exist: valid keys get 503."""
+    folder = tmp_path_factory.mktemp("idle")
+    options = free_options(keys=write_keys(folder, KEYS), **UPSTREAM)
+    with gateway(options, folder / "gateway") as started:
+        yield started
 
 
 @pytest.mark.parametrize(
@@ -77,35 +96,23 @@ def test_a_port_in_use_is_rejected_with_its_owner() -> None:
             check_ports("127.0.0.1", {"https": port})
 
 
-def test_upstreams_may_be_ipv6_addresses() -> None:
-    assert read_upstreams("[::1]:80 10.0.0.7:8080") == [("[::1]", 80), ("10.0.0.7", 8080)]
-
-
 def test_a_single_host_name_is_resolved_per_request_and_several_are_balanced(
     tmp_path: Path,
 ) -> None:
     options = Options(model="m")
-    named = render(options, tmp_path, [("densenet", 8080)])
-    assert "default densenet:8080;" in named
+    named = render(options, tmp_path, ["densenet:8080"])
+    assert "proxy_pass http://densenet:8080$target;" in named
     assert "resolver " in named
-    balanced = render(options, tmp_path, [("10.0.0.7", 8080), ("10.0.0.8", 8080)])
-    assert "resolver " not in balanced
-    assert "server 10.0.0.8:8080 max_fails=0;" in balanced
+    addresses = read_upstreams("10.0.0.7:8080 [::1]:8080")
+    for upstreams in (addresses, addresses[1:]):
+        balanced = render(options, tmp_path, upstreams)
+        assert "resolver " not in balanced
+        assert "server [::1]:8080 max_fails=0;" in balanced
 
 
 def test_the_template_rejects_a_missing_value() -> None:
     with pytest.raises(UndefinedError):
         template.render_template(folder="/x")
-
-
-def test_a_gateway_whose_run_folder_was_removed_can_be_stopped(tmp_path: Path) -> None:
-    folder = tmp_path / "gateway"
-    nginx.start(free_options(**UPSTREAM), folder)
-    shutil.rmtree(folder)
-    assert nginx.find(tmp_path / "other") is None
-    assert nginx.find(folder) is not None
-    assert nginx.stop(folder)
-    assert nginx.find(folder) is None
 
 
 def test_an_upgrade_without_a_running_gateway_is_rejected(
@@ -117,31 +124,44 @@ def test_an_upgrade_without_a_running_gateway_is_rejected(
         with pytest.raises(
             UserError, match=r"gateway is not running\. Start it with: make gateway"
         ):
-            module_upgrade.upgrade(tmp_path / "new.mar", folder=tmp_path / "gateway")
-        write_state(tmp_path / "gateway" / nginx.STATE, dataclasses.asdict(Options()))
+            module_upgrade.upgrade(tmp_path / "new.mar", folder=tmp_path)
+        write_state(tmp_path / nginx.STATE, dataclasses.asdict(Options()))
 
 
 @pytest.mark.skipif(not template.has_ipv6(), reason="NOT RUN: this machine has no IPv6")
-def test_localhost_is_served_at_both_of_its_addresses(tmp_path: Path) -> None:
-    with gateway(free_options(**UPSTREAM), tmp_path / "gateway") as started:
-        for address in ("127.0.0.1", "[::1]"):
-            url = f"http://{address}:{started.options.http_port}/healthz"
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [
+        # Some clients resolve localhost to the second one.
+        ("127.0.0.1", ["127.0.0.1", "[::1]"]),
+        ("::1", ["[::1]"]),
+        ("::", ["[::1]", "127.0.0.1"]),
+    ],
+)
+def test_ipv4_and_ipv6_are_served(tmp_path: Path, host: str, addresses: list[str]) -> None:
+    options = free_options(host=host, published="::1", **UPSTREAM)
+    with gateway(options, tmp_path / "gateway"):
+        for address in addresses:
+            url = f"http://{address}:{options.http_port}/healthz"
             assert requests.get(url, timeout=TIMEOUT).status_code == 200
 
 
-def test_the_gateways_folder_may_have_a_non_ascii_path(tmp_path: Path) -> None:
+def test_the_gateways_folder_may_have_a_non_ascii_path_and_be_removed(tmp_path: Path) -> None:
     """Also in the C locale, in which Python cannot decode it."""
     folder = tmp_path / "my prüfung-分類" / "gateway"
     code = (
-        "import sys; from pathlib import Path; from scripts.gateway import nginx\n"
+        "import shutil, sys; from pathlib import Path; from scripts.gateway import nginx\n"
         "from tests.gateway.cluster import free_options\n"
         "folder = Path(sys.argv[1])\n"
         "nginx.start(free_options(upstreams='127.0.0.1:9'), folder)\n"
-        "assert nginx.stop(folder)"
+        "assert (folder / 'error.log').exists()\n"
+        "shutil.rmtree(folder)\n"
+        "assert nginx.find(folder.parent) is None\n"
+        "assert nginx.stop(folder)\n"
+        "assert nginx.find(folder) is None"
     )
     c = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     subprocess.run([sys.executable, "-c", code, folder], env=os.environ | c, check=True)
-    assert (folder / "error.log").exists()
 
 
 def test_concurrent_reloads_are_rejected(tmp_path: Path) -> None:
@@ -161,10 +181,47 @@ def test_without_a_server_the_gateway_neither_starts_nor_reloads(tmp_path: Path)
     assert not nginx.stop(tmp_path / "gateway")
 
 
-def test_stored_options_of_another_version_are_rejected(tmp_path: Path) -> None:
-    folder = tmp_path / "gateway"
-    with gateway(free_options(**UPSTREAM), folder):
-        assert nginx.read_options(folder).upstreams == UPSTREAM["upstreams"]
-        (folder / nginx.STATE).write_text('{"nodes": 2}')
-        with pytest.raises(UserError, match="is unreadable"):
-            nginx.read_options(folder)
+# --- A running gateway without an upstream ---
+
+
+def test_without_any_upstream_clients_get_503_at_once(idle: Gateway) -> None:
+    began = time.monotonic()
+    answer = idle.predict(KEYS["alice"])
+    assert error(answer) == (503, "ServiceUnavailable")
+    assert answer.headers["retry-after"] == "1"
+    assert error(idle.ask("GET", "/readyz")) == (503, "ServiceUnavailable")
+    assert time.monotonic() - began < 5
+
+
+def test_a_reload_rotates_a_long_log(idle: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, older = idle.access_log, idle.folder / "access.log.1"
+    nginx.reload(idle.options, idle.folder)
+    assert not older.exists()
+    idle.ask("GET", "/before")
+    wait_for(lambda: "/before" in log.read_text())
+    monkeypatch.setattr(nginx, "_MAX_LOG_BYTES", 100)
+    nginx.reload(idle.options, idle.folder)
+    assert "/before" in older.read_text()
+    assert log.read_text() == ""
+    idle.ask("GET", "/after")
+    wait_for(lambda: "/after" in log.read_text())
+
+
+def test_a_reload_applies_changed_keys_unless_the_file_is_malformed(idle: Gateway) -> None:
+    keys = Path(idle.options.keys)
+    keys.write_text("alice alices key\n")
+    with pytest.raises(UserError, match="line 1"):
+        nginx.reload(idle.options, idle.folder)
+    assert idle.predict(KEYS["alice"]).status_code == 503
+    write_keys(keys.parent, {"zoe": "zoes-key-0123456789"})
+    nginx.reload(idle.options, idle.folder)
+    assert idle.predict("zoes-key-0123456789").status_code == 503
+    assert idle.predict(KEYS["alice"]).status_code == 401
+    assert (idle.folder / "nginx.conf").stat().st_mode & 0o077 == 0
+
+
+def test_stored_options_of_another_version_are_rejected(idle: Gateway) -> None:
+    assert nginx.read_options(idle.folder) == idle.options
+    (idle.folder / nginx.STATE).write_text('{"nodes": 2}')
+    with pytest.raises(UserError, match="is unreadable"):
+        nginx.read_options(idle.folder)

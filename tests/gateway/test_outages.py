@@ -20,8 +20,8 @@ from scripts.serve.running import ServerState, find_running, free_ports
 from scripts.serve.server import start, stop
 from scripts.store import sha256
 from scripts.terminal import UserError
-from tests.gateway.cluster import Gateway, clients, free_options, gateway, wait_for
-from tests.gateway.conftest import KEYS, write_keys
+from tests.gateway.cluster import Gateway, clients, free_options, gateway, wait_for, write_keys
+from tests.gateway.conftest import KEYS
 
 CLIENTS = 8
 SECONDS = 20
@@ -40,9 +40,9 @@ def served(
     copied = model_store / archive.name
     copied.write_bytes(archive.read_bytes())
     start(copied, free_ports(), workers=2, run_dir=run_dir)
-    keys = write_keys(place, KEYS)
     try:
-        with gateway(free_options(keys=str(keys)), run_dir / "gateway") as started:
+        options = free_options(keys=write_keys(place, KEYS))
+        with gateway(options, run_dir / "gateway") as started:
             yield started, model_store
     finally:
         running = find_running(run_dir)
@@ -94,7 +94,7 @@ def test_no_request_fails_during_reloads_with_other_keys(
     started, _ = served
     with _no_request_fails(started, note, "a reload with other keys"):
         for number in range(5):
-            write_keys(Path(started.options.keys).parent, {**KEYS, "carol": f"{number}" * 20})
+            write_keys(Path(started.options.keys).parent, {**KEYS, "zoe": f"{number}" * 20})
             nginx.reload(started.options, started.folder)
             assert started.predict(f"{number}" * 20).status_code == 200
 

@@ -1,150 +1,52 @@
-"""The gateway behind another proxy, here a second nginx."""
+"""The gateway behind a load balancer or another proxy, whose headers these clients send."""
 
 import http.client
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
-import requests
 
-from scripts.gateway import nginx
-from scripts.gateway.options import Options
-from scripts.gateway.template import has_ipv6
 from scripts.samples import CAT
-from scripts.serve.running import ServerState, unused_ports
-from tests.gateway.cluster import Gateway, gateway, in_front_of, wait_for
-from tests.gateway.conftest import KEYS, write_keys
-
-_PROXY = """
-user root;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy;
-  client_max_body_size 0;
-  large_client_header_buffers 4 32k;
-  upstream gateway {{
-    server 127.0.0.1:{gateway};
-    keepalive 1;
-  }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://gateway;
-      proxy_http_version 1.1;
-      proxy_set_header Connection "";
-      proxy_set_header Host images.example.com;
-      proxy_set_header X-Forwarded-For $http_x_test_client;
-      proxy_set_header X-Forwarded-Proto $http_x_test_proto;
-    }}
-  }}
-}}
-"""
+from tests.gateway.cluster import Gateway, error, wait_for
+from tests.gateway.conftest import KEYS
+from tests.gateway.test_access import HTTPS
 
 
-@contextmanager
-def proxy(gateway_port: int, folder: Path) -> Iterator[str]:
-    """Run a second nginx in front of the gateway; yield its address."""
-    (port,) = unused_ports(1)
-    folder.mkdir()
-    config = folder / "nginx.conf"
-    config.write_text(_PROXY.format(folder=folder, port=port, gateway=gateway_port))
-    command = nginx.nginx_command(config, folder, "-g", "daemon off;")
-    with subprocess.Popen(command) as process:
-        try:
-            wait_for((folder / "nginx.pid").exists)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+@pytest.mark.parametrize("scheme", ["https", "HTTPS, http"])
+def test_the_https_of_a_trusted_proxy_is_used(public: Gateway, scheme: str) -> None:
+    served = public.predict(KEYS["dave"], **{"X-Forwarded-Proto": scheme})
+    assert served.json()["success"] is True
+    assert "strict-transport-security" in served.headers
 
 
-@pytest.fixture(scope="module")
-def public(running: ServerState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A public gateway that trusts a proxy on loopback."""
-    folder = tmp_path_factory.mktemp("public")
-    keys = str(write_keys(folder, KEYS))
-    options = in_front_of(running, keys=keys, proxies="127.0.0.1", keepalive=620)
-    with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Options, "is_loopback", False)
-            started = stack.enter_context(gateway(options, folder / "gateway"))
-        yield started
+def test_the_plain_http_of_a_trusted_proxy_is_redirected_to_its_host(public: Gateway) -> None:
+    headers = {"X-Forwarded-Proto": "http", "Host": "images.example.com"}
+    plain = public.predict(KEYS["dave"], **headers)
+    assert plain.status_code == 308
+    assert plain.headers["location"].startswith("https://images.example.com")
 
 
-def _predict(url: str, key: str = KEYS["alice"], **headers: str) -> requests.Response:
-    headers = {"X-API-Key": key, "X-Test-Proto": "https", **headers}
-    return requests.post(
-        f"{url}/predict",
-        data=CAT.read_bytes(),
-        headers=headers,
-        timeout=60,
-        allow_redirects=False,
-    )
+def test_forwarded_headers_of_an_untrusted_client_are_ignored(client: Gateway) -> None:
+    forged = {"X-Forwarded-For": "192.0.2.9", "X-Request-Id": "forged-address", **HTTPS}
+    answer = client.predict(**forged)
+    assert answer.status_code == 200
+    assert "strict-transport-security" not in answer.headers
+    wait_for(lambda: "forged-address" in client.access_log.read_text())
+    (line,) = (s for s in client.access_log.read_text().splitlines() if "forged-address" in s)
+    assert '"address":"127.0.0.1"' in line
+    assert "192.0.2.9" not in line
 
 
-def test_the_scheme_of_a_trusted_proxy_is_used(public: Gateway, tmp_path: Path) -> None:
-    with proxy(public.options.http_port, tmp_path / "proxy") as url:
-        for reported in ("https", "HTTPS, http"):
-            served = _predict(url, **{"X-Test-Proto": reported})
-            assert served.json()["success"] is True
-            assert "strict-transport-security" in served.headers
-        plain = _predict(url, **{"X-Test-Proto": "http"})
-        assert plain.status_code == 308
-        assert plain.headers["location"].startswith("https://images.example.com")
-
-
-def test_invalid_keys_are_limited_per_client_behind_a_load_balancer(
-    public: Gateway, tmp_path: Path
-) -> None:
-    with proxy(public.options.http_port, tmp_path / "proxy") as url:
-        wrong = [
-            _predict(url, "wrong-key-0123456789", **{"X-Test-Client": "192.0.2.1"}).status_code
-            for _ in range(40)
-        ]
-        assert 429 in wrong
-        other = _predict(url, "wrong-key-0123456789", **{"X-Test-Client": "192.0.2.2"})
-        assert other.status_code == 401
-    log = public.folder / "access.log"
-    wait_for(lambda: '"address":"192.0.2.2"' in log.read_text())
-
-
-def test_forwarded_headers_of_an_untrusted_client_are_ignored(
-    running: ServerState, keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Options, "is_loopback", False)
-    options = in_front_of(running, keys=str(keys), proxies="192.0.2.0/24")
-    with gateway(options, tmp_path / "public" / "gateway") as started:
-        forged = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "192.0.2.9"}
-        assert started.predict(KEYS["alice"], **forged).status_code == 308
-        log = started.folder / "access.log"
-        wait_for(lambda: '"address":"127.0.0.1"' in log.read_text())
-        assert "192.0.2.9" not in log.read_text()
-
-
-def test_a_path_prefix_is_served_and_the_web_ui_stays_below_it(
-    running: ServerState, tmp_path: Path
-) -> None:
-    options = in_front_of(running, prefix="/classify")
-    with (
-        gateway(options, tmp_path / "gateway") as started,
-        proxy(started.options.http_port, tmp_path / "proxy") as url,
-    ):
-        page = requests.get(f"{url}/classify/", headers={"Accept": "text/html"}, timeout=60)
-        assert page.status_code == 200
-        answer = requests.post(f"{url}/classify/predict", data=CAT.read_bytes(), timeout=60)
-        assert answer.json()["success"] is True
-        assert requests.post(f"{url}/predict", data=b"x", timeout=60).status_code == 404
-        # Health checks need no prefix.
-        assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
-        redirect = requests.get(f"{url}/classify", timeout=60, allow_redirects=False)
-        assert redirect.headers["location"] == "/classify/"
+def test_a_path_prefix_is_served_and_the_web_ui_stays_below_it(public: Gateway) -> None:
+    headers = {"Accept": "text/html", "X-API-Key": KEYS["erin"], **HTTPS}
+    assert public.ask("GET", "/classify/", headers=headers).status_code == 200
+    assert public.predict(KEYS["erin"], **HTTPS).json()["success"] is True
+    outside = public.ask("POST", "/predict", data=b"x", headers=headers)
+    assert error(outside) == (404, "NotFound")
+    # Health checks need no prefix.
+    assert public.ask("GET", "/healthz").status_code == 200
+    assert public.ask("GET", "/classify").headers["location"] == "/classify/"
 
 
 def test_idle_connections_stay_open_longer_than_load_balancers_keep_them(
@@ -160,15 +62,14 @@ def test_idle_connections_stay_open_longer_than_load_balancers_keep_them(
         time.sleep(0.5)
 
 
-def test_headers_of_16_kilobytes_are_accepted(client: Gateway, tmp_path: Path) -> None:
+def test_headers_of_16_kilobytes_are_accepted(client: Gateway) -> None:
     """Identity-aware proxies of clouds send tokens of that size."""
     large = {"X-Test": "x" * 16_000, "Cookie": "c" * 16_000}
-    with proxy(client.options.http_port, tmp_path / "proxy") as url:
-        assert _predict(url, **large).status_code == 200
+    assert client.predict(**large).status_code == 200
     command = ["curl", "--silent", "--http2", "--insecure", "--output", "/dev/null"]
     for name, value in large.items():
         command += ["--header", f"{name}: {value}"]
-    url = f"https://127.0.0.1:{client.options.https_port}/healthz"
+    url = f"{client.https_url}/healthz"
     shown = subprocess.check_output([*command, "--write-out", "%{http_code} %{http_version}", url])
     assert shown == b"200 2"
 
@@ -180,18 +81,3 @@ def test_expect_100_continue_is_answered_before_the_body(client: Gateway) -> Non
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(CAT.read_bytes())
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
-
-
-@pytest.mark.parametrize(
-    ("host", "addresses"), [("::1", ["[::1]"]), ("::", ["[::1]", "127.0.0.1"])]
-)
-def test_ipv6_is_served(
-    running: ServerState, keys: Path, tmp_path: Path, host: str, addresses: list[str]
-) -> None:
-    if not has_ipv6():
-        pytest.skip("NOT RUN: this machine has no IPv6")
-    options = in_front_of(running, host=host, published="::1", keys=str(keys))
-    with gateway(options, tmp_path / "gateway"):
-        for address in addresses:
-            url = f"http://{address}:{options.http_port}/healthz"
-            assert requests.get(url, timeout=60).status_code == 200
