@@ -1,12 +1,12 @@
 """API keys, basic authentication, rate limits and TLS."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -165,44 +165,13 @@ def test_beyond_loopback_plain_http_is_redirected_to_https(public: Gateway) -> N
     assert public.ask("GET", "/healthz").status_code == 200
 
 
-# Forward secrecy and authenticated encryption: Mozilla's intermediate profile.
-CIPHERS = {
-    "TLS_AES_128_GCM_SHA256",
-    "TLS_AES_256_GCM_SHA384",
-    "TLS_CHACHA20_POLY1305_SHA256",
-    *(
-        f"TLS_ECDHE_{kind}_WITH_{cipher}"
-        for kind in ("ECDSA", "RSA")
-        for cipher in ("AES_128_GCM_SHA256", "AES_256_GCM_SHA384", "CHACHA20_POLY1305_SHA256")
-    ),
-}
-
-
-def test_tls_scan_finds_no_weakness(client: Gateway, tmp_path: Path) -> None:
-    """Mozilla's intermediate profile, and the attacks that sslyze tries."""
-    scans = _scan(client.options.https_port, tmp_path / "sslyze.json")
-
-    def accepted(protocol: str) -> set[str]:
-        suites = scans[f"{protocol}_cipher_suites"]["accepted_cipher_suites"]
-        return {suite["cipher_suite"]["name"] for suite in suites}
-
-    for protocol in ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1"):
-        assert accepted(protocol) == set()
-    new = accepted("tls_1_2") | accepted("tls_1_3")
-    assert len(new) == 6  # with an ECDSA certificate
-    assert new <= CIPHERS
-    assert scans["heartbleed"]["is_vulnerable_to_heartbleed"] is False
-    assert scans["openssl_ccs_injection"]["is_vulnerable_to_ccs_injection"] is False
-    assert scans["robot"]["robot_result"].startswith("NOT_VULNERABLE")
-    assert scans["tls_compression"]["supports_compression"] is False
-    renegotiation = scans["session_renegotiation"]
-    assert renegotiation["is_vulnerable_to_client_renegotiation_dos"] is False
-    assert renegotiation["supports_secure_renegotiation"] is True
-
-
-def _scan(port: int, report: Path) -> dict[str, Any]:
-    # It also rejects the self-signed certificate.
-    command = [sys.executable, "-m", "sslyze", "--json_out", str(report), f"127.0.0.1:{port}"]
-    subprocess.run(command, capture_output=True, check=False)
-    (result,) = json.loads(report.read_text())["server_scan_results"]
-    return {name: scan["result"] for name, scan in result["scan_result"].items()}
+def test_tls_conforms_to_mozillas_intermediate_profile(client: Gateway) -> None:
+    """Except for the trial certificate and two more elliptic curves, which are strong."""
+    command = [sys.executable, "-m", "sslyze", f"127.0.0.1:{client.options.https_port}"]
+    report = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    scans, _, compliance = report.partition("COMPLIANCE AGAINST TLS CONFIGURATION")
+    assert "VULNERABLE - " not in scans
+    assert scans.count("The server accepted the following 3 cipher suites") == 2
+    assert 'Mozilla\'s "intermediate" configuration' in compliance
+    deviations = set(re.findall(r"^ +\* (\w+):", compliance, re.MULTILINE))
+    assert deviations <= {"certificate_path_validation", "tls_curves"}

@@ -13,7 +13,7 @@ from deploy.container.serving import Model
 from handler import errors
 from scripts.gateway import openapi
 from scripts.gateway.config import routes
-from tests.gateway.cluster import Gateway
+from tests.gateway.cluster import Gateway, error
 from tests.generated_requests import check_operation, operations
 
 GATEWAY = openapi.describe("gateway", ["densenet121"])
@@ -85,6 +85,15 @@ def test_the_description_is_served_without_a_key_and_loads_nothing(
         assert not re.search(r"<script|src=|url\(|https?://(?!www\.w3)", page.text)
         assert "<code>POST, PUT /predict</code>" in page.text
         assert server.ask("POST", "/docs").status_code == 405
+
+
+def test_other_methods_than_the_described_ones_get_405(client: Gateway) -> None:
+    for path, item in GATEWAY["paths"].items():
+        if path not in {"/healthz", "/readyz"}:
+            answer = client.ask("DELETE", path.format(model="densenet121"))
+            assert error(answer) == (405, "MethodNotAllowed")
+            described = {"head", *item} if "get" in item else {*item}
+            assert {*answer.headers["Allow"].lower().split(", ")} == described - {"parameters"}
 
 
 def test_each_documented_request_gets_a_response_of_its_schema(client: Gateway) -> None:

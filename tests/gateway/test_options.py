@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from scripts.gateway import options as module
 from scripts.gateway import upgrade as module_upgrade
 from scripts.gateway.config import render
 from scripts.gateway.options import Options, check, read_upstreams
-from scripts.serve.preflight import check_ports
 from scripts.state import write_state
 from scripts.terminal import UserError
 from tests.gateway.cluster import (
@@ -87,13 +85,6 @@ def test_without_ipv6_an_ipv6_host_is_rejected(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "has_ipv6", lambda: False)
     with pytest.raises(UserError, match="this machine has no IPv6"):
         check(Options(host="::1"))
-
-
-def test_a_port_in_use_is_rejected_with_its_owner() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"{port}.*already in use.*HTTPS_PORT"):
-            check_ports("127.0.0.1", {"https": port})
 
 
 def test_a_single_host_name_is_resolved_per_request_and_several_are_balanced(

@@ -60,10 +60,7 @@ def _no_request_fails(started: Gateway, note: list[str], what: str) -> Iterator[
             time.sleep(0.1)
         before = tally.outcomes.total()
         wait_for(lambda: tally.outcomes.total() > before + CLIENTS)
-    note.append(
-        f"{what}: {tally.outcomes.total()} requests, {tally.failed} failed, slowest "
-        f"{max(tally.seconds):.1f} s"
-    )
+    note.append(f"{what}: {tally.outcomes.total()} requests, {tally.failed} failed")
     assert tally.failed == 0, (tally.outcomes, tally.examples)
 
 
@@ -115,8 +112,12 @@ def test_no_request_fails_during_upgrade_and_rollback(
         return int(answer["predictions"][0]["class_index"])
 
     before, served_before = best(), _server(started)
-    with pytest.raises(UserError, match="keep their label"):
-        upgrade(archive, folder=started.folder, model_store=model_store)
+    broken = tmp_path / "broken" / archive.name
+    broken.parent.mkdir()
+    broken.write_bytes(b"not an archive")
+    for wrong, message in ((broken, "not a model archive"), (archive, "keep their label")):
+        with pytest.raises(UserError, match=message):
+            upgrade(wrong, folder=started.folder, model_store=model_store)
     assert _server(started).pid == served_before.pid
     assert best() == before
     with _no_request_fails(started, note, "an upgrade"):
@@ -131,16 +132,3 @@ def test_no_request_fails_during_upgrade_and_rollback(
         upgrade(previous, 0.0, started.folder, model_store)
     assert best() == before
     assert [path.name for path in previous.parent.iterdir()] == [archive.name]
-
-
-def test_a_failed_upgrade_keeps_the_old_archive(
-    served: tuple[Gateway, Path], tmp_path: Path
-) -> None:
-    started, model_store = served
-    before = _server(started)
-    broken = tmp_path / f"{before.model}.mar"
-    broken.write_bytes(b"not an archive")
-    with pytest.raises(UserError, match="not a model archive"):
-        upgrade(broken, folder=started.folder, model_store=model_store)
-    assert _server(started).pid == before.pid
-    assert started.predict(KEYS["alice"]).status_code == 200
