@@ -13,7 +13,7 @@ from scripts.gateway.nginx import GATEWAY_DIR
 from scripts.gateway.options import Options, check
 from scripts.gateway.upgrade import AGREEMENT, PREVIOUS, stop_second, upgrade
 from scripts.serve.preflight import check_ports, warn_of_descriptors
-from scripts.serve.running import RUN_DIR
+from scripts.serve.running import RUN_DIR, require_running
 from scripts.store import DEFAULT_ARCHITECTURE, MODEL_STORE, read_card
 from scripts.terminal import UserError, console, step, warn
 
@@ -93,7 +93,7 @@ def upgrade_command(
     ] = AGREEMENT,
 ) -> None:
     """Serve another model archive with zero downtime."""
-    model = nginx.require_upstream().model
+    model = require_running().model
     with nginx.lock():
         upgrade(archive or MODEL_STORE / f"{model}.mar", agreement)
 

@@ -12,7 +12,6 @@ import pytest
 import requests
 from huggingface_hub import InferenceClient
 
-from scripts.gateway.config import routes
 from scripts.samples import CAT
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway, error, wait_for
@@ -90,26 +89,12 @@ def test_the_root_is_the_web_ui_and_headers_name_the_model(client: Gateway) -> N
 
 
 def test_other_paths_of_torchserve_are_unreachable(client: Gateway) -> None:
-    known = {route.path for route in routes("densenet121")}
-    for path in (
-        "/models",
-        "/models/densenet121",
-        "/ping",
-        "/metrics",
-        "/token?type=inference",
-        "/invocations",
-        "/api-description",
-        "/predictions/other",
-        "/predictions/densenet121/1.0",
-        "/densenet121/predict",
-        "/predict/",
-        "/predict/../models",
-        "/predict/%2e%2e/models",
-        "//models",
-        "/probe",
-        "/error",
-    ):
-        assert path not in known
+    paths = """
+        /models /models/densenet121 /ping /metrics /token?type=inference /invocations /probe /error
+        /api-description /predictions/other /predictions/densenet121/1.0 /densenet121/predict
+        /predict/ /predict/../models /predict/%2e%2e/models //models
+    """
+    for path in paths.split():
         for method in ("GET", "POST", "PUT", "DELETE"):
             assert error(client.ask(method, path)) == (404, "NotFound"), (method, path)
 

