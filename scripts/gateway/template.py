@@ -3,20 +3,26 @@
 This module imports only Jinja, YAML and the handler's settings, to keep the container image small.
 """
 
-import functools
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from handler.settings import MAX_REQUEST_BYTES
 from scripts.gateway.openapi import content_security_policy
 
 # The protocol with its own path, `/huggingface/MODEL`; see handler/protocols/huggingface.py.
 HUGGING_FACE = "huggingface"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    autoescape=False,  # not HTML, and all values are validated
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,6 @@ def render_template(**values: Any) -> str:
         "proxies": [],
         "keys": [],
         "limits": None,
-        "capacity": None,
         "resolver": "",
         "tls": None,
         "redirect_port": 0,
@@ -61,20 +66,7 @@ def render_template(**values: Any) -> str:
         "max_request_bytes": MAX_REQUEST_BYTES,
         "docs_policy": content_security_policy(),
     }
-    return _template().render(absent | values)
-
-
-@functools.cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # not HTML, and all values are validated
-    )
-    return environment.get_template("nginx.conf.jinja")
+    return _ENVIRONMENT.get_template("nginx.conf.jinja").render(absent | values)
 
 
 def has_ipv6() -> bool:
