@@ -11,7 +11,7 @@ import pytest
 from scripts import run
 from scripts.serve import commands
 from scripts.serve.running import find_running, require_running
-from scripts.state import process_by_arguments, read_state, write_state
+from scripts.state import process_by_arguments, write_state
 from scripts.terminal import UserError
 
 OLD, NEW = {"pid": 1, "name": "old" * 20_000}, {"pid": 2, "name": "new" * 20_000}
