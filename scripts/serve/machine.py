@@ -60,12 +60,32 @@ class Plan:
     max_threads: int
 
 
-def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> tuple[int, str]:
-    """Return how many requests may wait per model, up to `MAX_QUEUE`, and Java's memory options.
+@dataclass(frozen=True)
+class FrontendPlan:
+    """The queue and the memory of TorchServe's frontend.
 
-    The heap can hold full queues of requests of the maximum size: TorchServe limits the number of
-    queued requests, not their size. In the gateway and the container, nginx limits the number of
-    large ones.
+    Attributes:
+        queue: requests that may wait for a worker, per model.
+        heap_bytes: Java's heap, which can hold a full queue of requests of the maximum size.
+        direct_bytes: Java's buffers outside the heap.
+    """
+
+    queue: int
+    heap_bytes: int
+    direct_bytes: int
+
+    @property
+    def vmargs(self) -> str:
+        """Return Java's memory options."""
+        heap, direct = self.heap_bytes // _MIB, self.direct_bytes // _MIB
+        return f"-Xmx{heap}m -XX:MaxDirectMemorySize={direct}m"
+
+
+def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> FrontendPlan:
+    """Return the plan with the longest queue, up to `MAX_QUEUE`, that fits into the free memory.
+
+    TorchServe limits the number of queued requests, not their size, so each counts as 20 MB. In the
+    gateway and the container, nginx limits the number of large ones.
 
     Args:
         plan: the workers.
@@ -76,8 +96,7 @@ def plan_frontend(plan: Plan, models: int, bytes_per_worker: int) -> tuple[int, 
     direct = min(max(left // 3, _MIN_DIRECT_BYTES), _MAX_DIRECT_BYTES)
     queue = (left - direct - _HEAP_BYTES) // (models * MAX_REQUEST_BYTES)
     queue = min(max(queue, _MIN_QUEUE), MAX_QUEUE)
-    heap = _HEAP_BYTES + queue * models * MAX_REQUEST_BYTES
-    return queue, f"-Xmx{heap // _MIB}m -XX:MaxDirectMemorySize={direct // _MIB}m"
+    return FrontendPlan(queue, _HEAP_BYTES + queue * models * MAX_REQUEST_BYTES, direct)
 
 
 def worker_bytes(precision: str) -> int:

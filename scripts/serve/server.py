@@ -113,7 +113,7 @@ def start(
     check_start(archives, ports, workers, grpc=grpc)
     bytes_per_worker = max_worker_bytes(archives)
     plan = plan_workers(workers, len(archives), bytes_per_worker)
-    queue, vmargs = plan_frontend(plan, len(archives), bytes_per_worker)
+    frontend = plan_frontend(plan, len(archives), bytes_per_worker)
     if threads is not None:
         plan = dataclasses.replace(plan, threads=threads)
     logs = run_dir / "logs"
@@ -141,9 +141,9 @@ def start(
         "load_models": ",".join(each.name for each in archives),
         "default_workers_per_model": str(plan.workers),
         "metrics_config": str(METRICS_CONFIG.resolve()),
-        "job_queue_size": str(queue),
+        "job_queue_size": str(frontend.queue),
         # If an argument occurs twice, Java uses the last one.
-        "vmargs": f"{_read_value('vmargs', config)} {vmargs}",
+        "vmargs": f"{_read_value('vmargs', config)} {frontend.vmargs}",
     }
     write_properties(config_path(run_dir), config.read_text("utf-8"), settings)
     model_log = logs / "model.log"
