@@ -13,6 +13,7 @@ from classification_client import RejectedError, ServiceError
 from scripts.gateway import nginx
 from scripts.gateway.nginx import GATEWAY_DIR
 from scripts.serve.management import client_of, ready_workers, wait_until
+from scripts.serve.preflight import check_archives
 from scripts.serve.running import HOST, ServerState, find_running, free_ports, require_running
 from scripts.serve.server import SERVING, START_TIMEOUT, start, stop
 from scripts.store import MODEL_STORE, read_card, sha256
@@ -85,9 +86,9 @@ def upgrade(
 
 
 def _check_archive(archive: Path, served: Path, running: ServerState) -> None:
+    check_archives([archive])
     card = read_card(archive)
-    if card is None:
-        raise UserError(f"{archive} is not a model archive of this project.")
+    assert card is not None
     if len(running.models) > 1:
         raise UserError("make upgrade works for a server of one model.")
     if archive.stem != running.model:

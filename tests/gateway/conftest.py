@@ -9,7 +9,9 @@ from scripts.gateway.options import Options
 from scripts.serve.running import ServerState
 from tests.gateway.cluster import Gateway, gateway, in_front_of, write_keys
 
-KEYS = {name: f"{name}s-key-0123456789" for name in ("alice", "bob", "carol", "dave", "erin")}
+KEYS = {
+    name: f"{name}s-key-0123456789" for name in ("alice", "bob", "carol", "dave", "erin", "frank")
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -115,7 +115,7 @@ def test_no_request_fails_during_upgrade_and_rollback(
     broken = tmp_path / "broken" / archive.name
     broken.parent.mkdir()
     broken.write_bytes(b"not an archive")
-    for wrong, message in ((broken, "not a model archive"), (archive, "keep their label")):
+    for wrong, message in ((broken, "is damaged"), (archive, "keep their label")):
         with pytest.raises(UserError, match=message):
             upgrade(wrong, folder=started.folder, model_store=model_store)
     assert _server(started).pid == served_before.pid

@@ -1,16 +1,87 @@
-"""The gateway behind a load balancer or another proxy, whose headers these clients send."""
+"""The gateway behind a load balancer or another proxy.
+
+One test has a second nginx in front; in the others, the clients send a proxy's headers.
+"""
 
 import http.client
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import requests
 
 from scripts.samples import CAT
+from scripts.serve.running import unused_ports
 from tests.gateway.cluster import Gateway, error, wait_for
 from tests.gateway.conftest import KEYS
 from tests.gateway.test_access import HTTPS
+
+
+_BALANCER = """
+user root;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  large_client_header_buffers 4 32k;
+  upstream gateway {{
+    server 127.0.0.1:{gateway};
+    keepalive 1;
+  }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://gateway;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host images.example.com;
+      proxy_set_header X-Forwarded-For $http_x_test_client;
+      proxy_set_header X-Forwarded-Proto $http_x_test_proto;
+    }}
+  }}
+}}
+"""
+
+
+@pytest.fixture
+def balancer(public: Gateway, tmp_path: Path) -> Iterator[str]:
+    """The address of a second nginx in front of the public gateway."""
+    (port,) = unused_ports(1)
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        _BALANCER.format(folder=tmp_path, port=port, gateway=public.options.http_port)
+    )
+    command = ["nginx", "-c", str(config), "-e", "stderr", "-g", "daemon off;"]
+    with subprocess.Popen(command) as process:
+        wait_for((tmp_path / "nginx.pid").exists)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+def test_clients_are_served_through_a_second_nginx(public: Gateway, balancer: str) -> None:
+    def predict(scheme: str, key: str = KEYS["frank"], **headers: str) -> requests.Response:
+        headers |= {"X-API-Key": key, "X-Test-Proto": scheme}
+        url, data = f"{balancer}/classify/predict", CAT.read_bytes()
+        return requests.post(url, data, headers=headers, timeout=60, allow_redirects=False)
+
+    large = predict("https", **{"X-Test-Client": "192.0.2.77", "X-Test": "x" * 16_000})
+    assert large.json()["success"] is True
+    assert "strict-transport-security" in large.headers
+    wait_for(lambda: '"address":"192.0.2.77"' in public.access_log.read_text())
+
+    plain = predict("http")
+    assert plain.status_code == 308
+    assert plain.headers["location"].startswith("https://images.example.com")
+
+    wrong = [predict("https", "wrong", **{"X-Test-Client": "192.0.2.78"}) for _ in range(40)]
+    assert 429 in {each.status_code for each in wrong}
+    other = predict("https", "wrong", **{"X-Test-Client": "192.0.2.79"})
+    assert error(other) == (401, "Unauthorized")
 
 
 @pytest.mark.parametrize("scheme", ["https", "HTTPS, http"])
