@@ -19,7 +19,6 @@ from tests.gateway.cluster import Gateway, error, wait_for
 from tests.gateway.conftest import KEYS
 from tests.gateway.test_access import HTTPS
 
-
 _BALANCER = """
 user root;
 pid {folder}/nginx.pid;
