@@ -182,7 +182,7 @@ def lock(folder: Path = GATEWAY_DIR) -> Iterator[None]:
 
 
 def _run_nginx(config: Path, *arguments: str) -> None:
-    """Run nginx's command line; early errors are logged to error.log beside the configuration."""
+    """Run nginx's command line; early errors are logged to error.log in its folder."""
     log = config.resolve().with_name("error.log")
     done = subprocess.run(
         ["nginx", "-c", config.resolve(), "-e", log, *arguments],
